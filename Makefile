@@ -1,0 +1,34 @@
+# Two commands: "make demo" shows what attnpatch does, "make test" checks that it does it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+# Tests and demos never reach for a model hub.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test venv lint bench clean
+
+demo: venv
+	$(BIN)/attnpatch demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+venv: $(STAMP)
+
+# torch first and alone: with it in place nothing else pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
+		pytest pytest-xdist pytest-timeout hypothesis ruff
+	touch $(STAMP)
+
+lint: venv
+	$(BIN)/ruff check attnpatch tests examples benchmarks
+	$(BIN)/ruff format --check attnpatch tests examples benchmarks
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache

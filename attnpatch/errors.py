@@ -1,0 +1,29 @@
+"""Every exception attnpatch raises on purpose: one line that says what was given, what fits, and the way out."""
+
+
+class AttnpatchError(Exception):
+    """Base of all attnpatch errors."""
+
+
+class PolicyError(AttnpatchError, ValueError):
+    """A policy field is unknown or its value cannot be used."""
+
+
+class PatchError(AttnpatchError):
+    """A model cannot be patched, or the patch cannot be found."""
+
+
+class BlockError(AttnpatchError, ValueError):
+    """Blocks overlap, reach past the sequence or cannot be made from what was given."""
+
+
+class CaptureError(AttnpatchError):
+    """Nothing was captured, or what was captured cannot answer the question."""
+
+
+class BlockMapFileError(AttnpatchError, OSError):
+    """A block map file is missing, cut short, damaged or of another version."""
+
+
+class MissingExtraError(AttnpatchError, ImportError):
+    """An optional package is needed for this and is not installed."""
