@@ -1,0 +1,291 @@
+"""Seeded conversations in which one message holds the answer to the last question.
+
+A conversation is small talk, mixed with facts ("Marta's boat is called Quiet Copper Lantern.") about many people
+and things. Facts share people, things and words, and some messages name the same person and thing without saying
+the value, so only reading the right message answers the question.
+
+**Held-out facts.** A fact is a triple (person, thing, value). A checksum of the triple puts a tenth of all triples
+aside: training conversations state only triples of the other nine tenths, held-out conversations only triples of
+that tenth. No fact of a held-out conversation, asked or not, was ever stated in training, although every single
+word was.
+"""
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from attnpatch.demo import phrases
+
+HELD_OUT_SHARE = 10
+# The demo tokenizer gives each of these one token, so lengths are known without loading it.
+_PIECES = re.compile(r"'s|\w+|[^\w\s]")
+_TOKENS_AROUND_MESSAGE = 2
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One statement that can be asked about: whose thing has which name or number."""
+
+    person: str
+    thing: str
+    value: str
+
+    @property
+    def key(self) -> str:
+        """The words that statement and question share, such as ``Marta's boat``."""
+        return f"{self.person}'s {self.thing}"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the triple is reserved for evaluation."""
+        return zlib.crc32(f"{self.key}={self.value}".encode()) % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that end with a question, and where its answer was stated.
+
+    Attributes:
+        messages: ``{"role", "content"}`` dicts: a system message, then user and assistant in turn. The last one is
+            the user's question.
+        fact_message: Index in ``messages`` of the one message that states the fact asked for.
+        answer: The exact reply expected.
+        asked: For every question in ``messages``, the index of its reply (training puts its loss there). The last
+            question has no reply yet.
+    """
+
+    messages: list[Message]
+    fact_message: int
+    answer: str
+    asked: list[int]
+
+    def with_answer(self) -> list[Message]:
+        """The messages with the expected answer appended as the assistant's."""
+        return [*self.messages, {"role": "assistant", "content": self.answer}]
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Conversation":
+        """Read what :meth:`save` wrote; fields it does not know are ignored."""
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of exchange comes up (the rest is small talk).
+
+    Attributes:
+        facts: Share of exchanges that state a fact.
+        questions: Share that ask about an earlier fact and answer it.
+        mentions: Share that name the key of some fact without its value.
+        chatty: Chance that a fact comes with a sentence of small talk around it.
+    """
+
+    facts: float
+    questions: float
+    mentions: float
+    chatty: float
+
+
+# Training asks about nearly every fact, which makes the supervision dense; what a reader sees asks rarely.
+DENSE = Mix(facts=0.42, questions=0.42, mentions=0.04, chatty=0.1)
+NATURAL = Mix(facts=0.3, questions=0.05, mentions=0.05, chatty=0.4)
+
+
+def count_tokens(text: str) -> int:
+    """Tokens of a message made of the words in :mod:`phrases`, chat markers included."""
+    return len(_PIECES.findall(text)) + _TOKENS_AROUND_MESSAGE
+
+
+def all_phrases() -> Iterator[str]:
+    """Every text the generator is made of, for building a vocabulary."""
+    for name, value in vars(phrases).items():
+        if name.isupper() and name != "SMALL_TALK":
+            yield from value
+    for said, replies in phrases.SMALL_TALK:
+        yield from said
+        yield from replies
+    yield from (str(number) for number in range(10, 100))
+    yield "'s"
+
+
+class _Writer:
+    """State of one conversation while it is written."""
+
+    def __init__(self, rng: random.Random, mix: Mix, held_out: bool):
+        self.rng = rng
+        self.mix = mix
+        self.held_out = held_out
+        self.messages: list[Message] = [{"role": "system", "content": rng.choice(phrases.SYSTEM)}]
+        self.tokens = count_tokens(self.messages[0]["content"])
+        self.facts: list[tuple[Fact, int]] = []
+        self.keys: set[str] = set()
+        self.open: list[Fact] = []
+        self.asked: list[int] = []
+
+    def add(self, role: str, content: str) -> int:
+        """Append a message and return its index."""
+        self.messages.append({"role": role, "content": content})
+        self.tokens += count_tokens(content)
+        return len(self.messages) - 1
+
+    def fill(self, template: str, **words: str) -> str:
+        """Replace every slot of a template, those not given at random."""
+        choose = self.rng.choice
+        return template.format(
+            person=choose(phrases.PEOPLE),
+            city=choose(phrases.CITIES),
+            food=choose(phrases.FOODS),
+            food_two=choose(phrases.FOODS),
+            day=choose(phrases.DAYS),
+            thing=choose(phrases.THINGS),
+            hour=choose(phrases.HOURS),
+            **words,
+        )
+
+    def new_fact(self, person: str | None = None, thing: str | None = None) -> Fact:
+        """A fact whose key is new in this conversation, of the right side of the split."""
+        choose = self.rng.choice
+        while True:
+            who = person or choose(phrases.PEOPLE)
+            what = thing or choose(choose((phrases.NAMED_THINGS, phrases.NUMBERED_THINGS)))
+            if what in phrases.NAMED_THINGS:
+                words = [choose(phrases.MOODS), choose(phrases.MATERIALS), choose(phrases.NOUNS)]
+            else:
+                words = [str(number) for number in self.rng.sample(range(10, 100), 3)]
+            fact = Fact(who, what, " ".join(words))
+            if fact.held_out == self.held_out and fact.key not in self.keys:
+                return fact
+
+    def small_talk(self) -> None:
+        """A remark and a reply that fits it."""
+        said, replies = self.rng.choice(phrases.SMALL_TALK)
+        self.add("user", self.fill(self.rng.choice(said)))
+        self.add("assistant", self.rng.choice(replies))
+
+    def mention(self, key: str | None = None) -> None:
+        """Name a key, one in use or a new one, without its value."""
+        if key is None:
+            key = self.rng.choice(self.facts)[0].key if self.facts else self.new_fact().key
+        self.add("user", self.fill(self.rng.choice(phrases.MENTION), key=key))
+        self.add("assistant", self.rng.choice(phrases.MENTION_REPLY))
+
+    def state(self, fact: Fact) -> int:
+        """State a fact, by the user or, one time in four, by the assistant; return the message's index."""
+        named = fact.thing in phrases.NAMED_THINGS
+        templates = phrases.STATE_NAME if named else phrases.STATE_NUMBER
+        text = self.rng.choice(templates).format(key=fact.key, value=fact.value)
+        if self.rng.random() < self.mix.chatty:
+            remark = self.fill(self.rng.choice(self.rng.choice(phrases.SMALL_TALK)[0]))
+            text = f"{remark} {text}" if self.rng.random() < 0.5 else f"{text} {remark}"
+        if self.rng.random() < 0.25:
+            self.add("user", self.fill(self.rng.choice(phrases.FACT_PROMPT)))
+            index = self.add("assistant", text)
+        else:
+            index = self.add("user", text)
+            self.add("assistant", self.rng.choice(phrases.FACT_REPLY))
+        self.keys.add(fact.key)
+        self.facts.append((fact, index))
+        self.open.append(fact)
+        return index
+
+    def ask(self, fact: Fact) -> None:
+        """Ask about a fact; nobody asks twice, or the first reply would hold the answer too."""
+        named = fact.thing in phrases.NAMED_THINGS
+        templates = phrases.ASK_NAME if named else phrases.ASK_NUMBER
+        self.add("user", self.rng.choice(templates).format(key=fact.key))
+        self.open.remove(fact)
+
+    def ask_and_answer(self) -> None:
+        """Ask about a random fact that has not been asked about, and answer it."""
+        fact = self.rng.choice(self.open)
+        self.ask(fact)
+        self.asked.append(self.add("assistant", fact.value))
+
+    def exchange(self) -> None:
+        """Write one exchange of a random kind."""
+        draw, mix = self.rng.random(), self.mix
+        if draw < mix.facts:
+            self.state(self.new_fact())
+        elif draw < mix.facts + mix.questions:
+            self.ask_and_answer() if self.open else self.state(self.new_fact())
+        elif draw < mix.facts + mix.questions + mix.mentions:
+            self.mention()
+        else:
+            self.small_talk()
+
+    def finish(self, fact: Fact, index: int) -> Conversation:
+        """End with the question about ``fact``, stated in message ``index``."""
+        self.ask(fact)
+        return Conversation(self.messages, index, fact.value, self.asked)
+
+
+def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE) -> Conversation:
+    """A conversation full of questions, none of whose facts is held out.
+
+    Args:
+        seed: Same seed, same conversation.
+        max_tokens: Length aimed at, in tokens; reached within one exchange, with the final answer included.
+        mix: What it is made of.
+    """
+    writer = _Writer(random.Random(f"training {seed}"), mix, held_out=False)
+    writer.state(writer.new_fact())
+    while writer.tokens < max_tokens - 40:
+        writer.exchange()
+    if not writer.open:
+        writer.state(writer.new_fact())
+    fact = writer.rng.choice(writer.open)
+    index = next(index for known, index in writer.facts if known == fact)
+    return writer.finish(fact, index)
+
+
+def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
+    """A conversation as a reader would meet it: one long chat, the question at its end, facts never trained on.
+
+    The fact lies anywhere between the first and the last tenth. On its way to the end the conversation also states
+    near misses: other things of the same person, the same thing of other people, and remarks that name the asked
+    key without its value.
+
+    Args:
+        seed: Same seed, same conversation.
+        num_tokens: Length in tokens with the answer, at least 400; exceeded by one exchange at most.
+    """
+    if num_tokens < 400:
+        raise ValueError(f"num_tokens={num_tokens}: the near misses need at least 400 tokens")
+    rng = random.Random(f"held out {seed}")
+    writer = _Writer(rng, NATURAL, held_out=True)
+    fact = writer.new_fact()
+    same_kind = phrases.NAMED_THINGS if fact.thing in phrases.NAMED_THINGS else phrases.NUMBERED_THINGS
+    others = [name for name in phrases.PEOPLE if name != fact.person]
+    things = [name for name in same_kind if name != fact.thing]
+    planned = [
+        *(lambda who=who: writer.state(writer.new_fact(who, fact.thing)) for who in rng.sample(others, 3)),
+        *(lambda what=what: writer.state(writer.new_fact(fact.person, what)) for what in rng.sample(things, 2)),
+        *(lambda: writer.mention(fact.key) for _ in range(2)),
+    ]
+    room = num_tokens - 60
+    schedule = sorted((rng.uniform(0.02, 0.98) * room, order) for order in range(len(planned)))
+    fact_at, fact_index = rng.uniform(0.02, 0.9) * room, None
+    # Reserved from the start, so that no other exchange invents the same key.
+    writer.keys.add(fact.key)
+    while writer.tokens < room or schedule or fact_index is None:
+        if fact_index is None and writer.tokens >= fact_at:
+            fact_index = writer.state(fact)
+            # Kept from being asked before the end.
+            writer.open.remove(fact)
+        elif schedule and writer.tokens >= schedule[0][0]:
+            planned[schedule.pop(0)[1]]()
+        else:
+            writer.exchange()
+    writer.open.append(fact)
+    return writer.finish(fact, fact_index)
