@@ -1,0 +1,379 @@
+"""What a block is: how tokens are grouped, said before the length of the sequence is known."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpatch.errors import BlockError
+
+Span = tuple[int, int]
+
+# Put into a message to see where its text lands in the rendered conversation; a private-use character that no
+# template treats specially and no whitespace trimming removes.
+_MARK = "\ue000"
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The blocks of a batch of sequences whose real (not padding) tokens are known. All tensors on the CPU.
+
+    Attributes:
+        assignment: ``[batch, total]`` int64, the block of each position, -1 for padding and gaps.
+        sizes: ``[batch, num_blocks]`` int64, tokens per block; 0 where a sequence has fewer blocks.
+        starts: ``[batch, num_blocks]`` int64, first token, counted without padding; 0 where size is 0.
+        ends: ``[batch, num_blocks]`` int64, one past the last token, counted without padding.
+        labels: Per sequence, one label for each of its own blocks.
+    """
+
+    assignment: Tensor
+    sizes: Tensor
+    starts: Tensor
+    ends: Tensor
+    labels: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the sequence that has most of them."""
+        return self.sizes.shape[1]
+
+    def __repr__(self) -> str:
+        batch, total = self.assignment.shape
+        return f"Partition({batch} x {total} positions, {self.num_blocks} blocks)"
+
+
+@dataclass(frozen=True, repr=False)
+class Blocks:
+    """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans`` or ``messages``.
+
+    Blocks are counted in tokens of the unpadded sequence, so the same object serves any padding, and the
+    blocks of earlier tokens stay what they are while a sequence grows.
+    """
+
+    kind: str
+    size: int | None = None
+    spans_by_sequence: tuple[tuple[Span, ...], ...] = ()
+    labels_by_sequence: tuple[tuple[str, ...], ...] = ()
+    per_sequence: bool = False
+
+    @classmethod
+    def fixed(cls, size: int) -> "Blocks":
+        """Blocks of ``size`` tokens, counted from the first real token; the last one may be shorter.
+
+        Args:
+            size: Tokens per block, at least 1.
+
+        Raises:
+            BlockError: ``size`` is not a positive whole number.
+        """
+        size = _whole(size, "the size of a block")
+        if size < 1:
+            raise BlockError(f"the size of a block is {size}; accepted is 1 token or more.")
+        return cls("fixed", size=size)
+
+    @classmethod
+    def spans(
+        cls,
+        spans: Sequence[Span] | Sequence[Sequence[Span]],
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    ) -> "Blocks":
+        """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
+
+        Args:
+            spans: ``[(start, end), ...]``, sorted, without overlap; a gap belongs to no block. For a batch of
+                different sequences a list of such lists, one per sequence.
+            labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
+
+        Raises:
+            BlockError: Spans are empty, negative, unsorted or overlap, or labels do not match them.
+        """
+        per_sequence = _is_nested(spans)
+        by_sequence = tuple(_check_spans(s) for s in (spans if per_sequence else [spans]))
+        if labels is None:
+            named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
+        else:
+            named = _check_labels(labels if per_sequence else [labels], by_sequence)
+        return cls("spans", None, by_sequence, named, per_sequence)
+
+    @classmethod
+    def messages(
+        cls,
+        tokenizer: Any,
+        messages: Sequence[Mapping] | Sequence[Sequence[Mapping]],
+        *,
+        add_generation_prompt: bool = False,
+        **template_options: Any,
+    ) -> "Blocks":
+        """One block per chat message, labelled ``"0 system"``, ``"1 user"``, ...
+
+        The conversation is rendered with the tokenizer's chat template, as
+        ``tokenizer.apply_chat_template(messages)`` does, once per prefix; where a prefix ends a message ends,
+        and character offsets say which tokens that is. What the template puts before the first message
+        belongs to the first block. Tokens generated later belong to no block.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers with a chat template.
+            messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
+            add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
+                becomes a last block ``"assistant (next)"``.
+            **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
+
+        Raises:
+            BlockError: There is no chat template, the tokenizer gives no offsets, or the template drops,
+                merges or moves messages so that a message has no text of its own.
+        """
+        if isinstance(messages, Mapping | str) or not messages:
+            raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
+        per_sequence = not isinstance(messages[0], Mapping)
+        spans, labels = [], []
+        for conversation in messages if per_sequence else [messages]:
+            found = _message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
+            names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
+            spans.append(_check_spans(found))
+            labels.append((*names, "assistant (next)") if add_generation_prompt else tuple(names))
+        return cls("messages", None, tuple(spans), tuple(labels), per_sequence)
+
+    def resolve(self, valid: Tensor) -> Partition:
+        """Find the block of every position of a batch.
+
+        Args:
+            valid: ``[batch, total]`` bool, True for real tokens, False for padding, anywhere. With a cache,
+                call it again with the longer mask: the blocks of earlier tokens do not change.
+
+        Raises:
+            BlockError: A span reaches past the real tokens of its sequence, or spans were given for another
+                number of sequences.
+        """
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.ndim != 2:
+            given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
+            raise BlockError(f"valid is {given}; accepted is a bool tensor [batch, total].")
+        valid = valid.detach().cpu()
+        lengths = valid.sum(1).tolist()
+        spans, labels = self._spans_for(lengths)
+        num_blocks = max([1, *(len(s) for s in spans)])
+        starts = torch.zeros(len(spans), num_blocks, dtype=torch.int64)
+        ends = torch.zeros_like(starts)
+        assignment = torch.full(valid.shape, -1, dtype=torch.int64)
+        for row, sequence in enumerate(spans):
+            if sequence:
+                bounds = torch.tensor(sequence, dtype=torch.int64)
+                starts[row, : len(sequence)], ends[row, : len(sequence)] = bounds.T
+                of_token = _blocks_of_tokens(bounds, lengths[row])
+                assignment[row, valid[row]] = of_token
+        return Partition(assignment, ends - starts, starts, ends, labels)
+
+    def _spans_for(
+        self, lengths: Sequence[int]
+    ) -> tuple[list[tuple[Span, ...]], tuple[tuple[str, ...], ...]]:
+        if self.kind == "fixed":
+            size = self.size
+            spans = [tuple((i, min(i + size, n)) for i in range(0, n, size)) for n in lengths]
+            return spans, tuple(tuple(f"{start}:{end}" for start, end in s) for s in spans)
+        given = len(self.spans_by_sequence)
+        if self.per_sequence and given != len(lengths):
+            raise BlockError(
+                f"blocks were given for {given} sequences, the batch has {len(lengths)}; give one list of "
+                "spans or messages per sequence, or a single one for all."
+            )
+        repeat = 1 if self.per_sequence else len(lengths)
+        spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
+        for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
+            if sequence[-1][1] > length:
+                raise BlockError(
+                    f"block {len(sequence) - 1} ends at token {sequence[-1][1]}, sequence {row} has {length} "
+                    "real tokens; give spans that end there or earlier (padding does not count)."
+                )
+        return list(spans), labels
+
+    def __repr__(self) -> str:
+        if self.kind == "fixed":
+            return f"Blocks.fixed({self.size})"
+        shown = []
+        for sequence, labels in zip(self.spans_by_sequence, self.labels_by_sequence, strict=True):
+            names = [f"{label!r}" for label in labels]
+            if len(names) > 6:
+                names = [*names[:3], "...", *names[-2:]]
+            shown.append(f"{len(sequence)} blocks to token {sequence[-1][1]}: {', '.join(names)}")
+        if len(shown) > 3:
+            shown = [*shown[:2], f"... {len(shown)} sequences"]
+        return f"Blocks.{self.kind}({'; '.join(shown)})"
+
+
+def _blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:
+    """``[length]`` int64: the span each token lies in, -1 in gaps; ``bounds`` is ``[blocks, 2]``, sorted."""
+    tokens = torch.arange(length)
+    block = torch.searchsorted(bounds[:, 0].contiguous(), tokens, right=True) - 1
+    inside = (block >= 0) & (tokens < bounds[block.clamp(min=0), 1])
+    return block.masked_fill(~inside, -1)
+
+
+def _whole(value: Any, what: str) -> int:
+    """``value`` as an int; unlike ``int()`` it refuses bools, floats and strings instead of rounding them."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise BlockError(f"{what} is {value!r}; accepted is a whole number of tokens.") from None
+
+
+def _is_nested(spans: Any) -> bool:
+    try:
+        first = spans[0]
+        return isinstance(first[0], Sequence) and not isinstance(first[0], str)
+    except (TypeError, IndexError, KeyError):
+        return False
+
+
+def _check_spans(spans: Any) -> tuple[Span, ...]:
+    try:
+        pairs = [tuple(pair) for pair in spans]
+    except TypeError:
+        raise BlockError(f"spans is {spans!r}; accepted is a list of (start, end) in tokens.") from None
+    if not pairs:
+        raise BlockError("there are no spans; give at least one (start, end) per sequence.")
+    checked = []
+    for pair in pairs:
+        if len(pair) != 2:
+            raise BlockError(f"span {pair!r} has {len(pair)} numbers; accepted is (start, end) in tokens.")
+        start, end = (_whole(edge, f"an edge of span {pair!r}") for edge in pair)
+        if start < 0 or end <= start:
+            raise BlockError(f"span ({start}, {end}) is empty or negative; accepted is 0 <= start < end.")
+        checked.append((start, end))
+    for before, after in pairwise(checked):
+        if after[0] < before[1]:
+            problem = "overlap" if after[1] > before[0] else "are not sorted"
+            raise BlockError(f"spans {before} and {after} {problem}; give them in order, without overlap.")
+    return tuple(checked)
+
+
+def _check_labels(labels: Any, spans: tuple[tuple[Span, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    counts = [len(s) for s in spans]
+    fits = (
+        isinstance(labels, Sequence)
+        and [
+            len(s)
+            for s in labels
+            if isinstance(s, list | tuple) and all(isinstance(label, str) for label in s)
+        ]
+        == counts
+    )
+    if not fits or len(labels) != len(counts):
+        raise BlockError(f"labels do not match the {counts} spans; give one string per span, nested alike.")
+    return tuple(tuple(sequence) for sequence in labels)
+
+
+def _message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> list[Span]:
+    """Token spans of the messages of one conversation, and of the generation prompt if there is one."""
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise BlockError("a conversation is empty or holds something else than {'role', 'content'} mappings.")
+    if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
+        raise BlockError(
+            "the tokenizer has no chat template; set tokenizer.chat_template, or use Blocks.spans."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
+
+    def render(some: list[Mapping], **more: Any) -> str:
+        return tokenizer.apply_chat_template(some, tokenize=False, **{**options, **more})
+
+    text = render(messages)
+    ends = _message_ends(render, messages, text)
+    if prompt:
+        longer = render(messages, add_generation_prompt=True)
+        if not longer.startswith(text) or longer == text:
+            raise BlockError(
+                "add_generation_prompt=True adds nothing at the end with this chat template; leave it out."
+            )
+        text, ends = longer, [*ends, len(longer)]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return _token_spans(encoded["offset_mapping"], ends)
+
+
+def _message_ends(render: Any, messages: list[Mapping], text: str) -> list[int]:
+    """Character of ``text`` at which each message ends; every message must own the text it brought in."""
+    ends: list[int] = []
+    for count in range(1, len(messages) + 1):
+        end = len(text) if count == len(messages) else _prefix_end(render, messages, count, text)
+        start = ends[-1] if ends else 0
+        first, last = _changed_region(render, messages, count - 1, text) or (start, end)
+        if end is None or end <= start or first < start or last > end:
+            role = messages[count - 1].get("role", "?")
+            raise BlockError(
+                f"message {count - 1} ({role}) has no text of its own: the chat template drops, merges, "
+                "moves or repeats it; leave it out or join it with its neighbour, or use Blocks.spans."
+            )
+        ends.append(end)
+    return ends
+
+
+def _prefix_end(render: Any, messages: list[Mapping], count: int, text: str) -> int | None:
+    """Where the first ``count`` messages end in ``text``, or None if that cannot be told."""
+    try:
+        prefix = render(messages[:count])
+    except Exception as error:  # templates stop with jinja errors: "roles must alternate"
+        raise BlockError(
+            f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
+        ) from error
+    if text.startswith(prefix):
+        return len(prefix)
+    # Templates such as Qwen3's drop the reasoning of all turns but the last, so a prefix renders differently.
+    # The text after the message's content still tells how a message closes.
+    in_text = _changed_region(render, messages, count - 1, text, at_end=True)
+    in_prefix = _changed_region(render, messages[:count], count - 1, prefix, at_end=True)
+    if in_text is None or in_prefix is None or not text.startswith(prefix[in_prefix[1] :], in_text[1]):
+        return None
+    return in_text[1] + len(prefix) - in_prefix[1]
+
+
+def _changed_region(
+    render: Any, messages: list[Mapping], index: int, text: str, at_end: bool = False
+) -> Span | None:
+    """Characters of ``text`` around which its rendering changes when a mark is put into one message.
+
+    None where there is no plain text to mark. A message that is not rendered changes nothing: the region is
+    then outside every message.
+    """
+    content = messages[index].get("content")
+    if not isinstance(content, str) or not content:
+        return None
+    middle = len(content) if at_end else len(content) // 2
+    marked = {**messages[index], "content": content[:middle] + _MARK + content[middle:]}
+    other = render([*messages[:index], marked, *messages[index + 1 :]])
+    if other == text:
+        return (-1, -1)
+    first = _common_prefix(text, other)
+    shortest = min(len(text), len(other)) - first
+    same = _common_prefix(text[::-1][:shortest], other[::-1][:shortest])
+    return first, len(text) - same
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Length of the common prefix, by bisection: conversations run to a million characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _token_spans(offsets: Sequence[Span], ends: Sequence[int]) -> list[Span]:
+    """Tokens of each piece of text that ends at ``ends``; a token belongs where it begins."""
+    edges = torch.tensor(ends)
+    # Byte-level tokenizers trim whitespace off offsets: a token that is only whitespace comes out empty, at
+    # its own end, which is the first character of the next piece.
+    begins = torch.tensor([start if start < end else max(end - 1, 0) for start, end in offsets])
+    piece = torch.searchsorted(edges, begins, right=True).cummax(0).values if len(offsets) else begins
+    counts = torch.bincount(piece.clamp(max=len(ends) - 1), minlength=len(ends))
+    if (counts == 0).any():
+        empty = int((counts == 0).nonzero()[0])
+        raise BlockError(f"message {empty} got no token of its own; use Blocks.spans for this tokenizer.")
+    stops = counts.cumsum(0).tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -1,0 +1,206 @@
+"""Block sums of attention probabilities against a float64 dense reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnpatch.capture import mass
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.mass import accumulate_block_mass, block_mass
+from attnpatch.errors import BlockError
+
+
+def reference(probabilities, query_assignment, key_assignment, query_blocks, key_blocks, weights=None):
+    """``[B, H, query_blocks, key_blocks]`` float64 sums, the slow and obvious way."""
+    probabilities = probabilities.double()
+    query = (query_assignment[:, None, :] == torch.arange(query_blocks)[None, :, None]).double()
+    key = (key_assignment[:, None, :] == torch.arange(key_blocks)[None, :, None]).double()
+    if weights is not None:
+        query = query * weights[:, None, :].double()
+    return torch.einsum("bqn,bhnm,bkm->bhqk", query, probabilities, key)
+
+
+def make_tile(batch, heads, rows, kv_len, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return (3 * torch.randn(batch, heads, rows, kv_len)).softmax(-1).to(dtype)
+
+
+def close(sums, expected, rows):
+    """Compare as means, as block maps are: divided by the number of rows that went in."""
+    torch.testing.assert_close(sums / rows, expected / rows, atol=1e-6, rtol=0)
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 5),
+    rows=st.integers(1, 40),
+    kv_len=st.integers(1, 50),
+    blocks=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    split=st.booleans(),
+    ordered=st.booleans(),
+    weighted=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_against_dense_float64(batch, heads, rows, kv_len, blocks, dtype, split, ordered, weighted, seed):
+    tile = make_tile(batch, heads, rows, kv_len, dtype, seed)
+    query = torch.randint(-1, blocks[0], (batch, rows))
+    key = torch.randint(-1, blocks[1], (batch, kv_len))
+    if ordered:
+        query, key = query.sort(1).values, key.sort(1).values
+    weights = torch.rand(batch, rows) if weighted else None
+    sums = torch.zeros(batch, heads if split else 1, *blocks, dtype=torch.float64)
+    accumulate_block_mass(sums, tile, query, key, weights)
+    expected = reference(tile, query, key, *blocks, weights)
+    close(sums, expected if split else expected.sum(1, keepdim=True), rows)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_add_up(split, dtype):
+    batch, heads, length = 2, 4, 300
+    probabilities = make_tile(batch, heads, length, length, dtype)
+    partition = Blocks.fixed(37).resolve(torch.ones(batch, length, dtype=torch.bool))
+    assignment, blocks = partition.assignment, partition.num_blocks
+    sums = torch.zeros(batch, heads if split else 1, blocks, blocks, dtype=torch.float64)
+    for head in range(0, heads, 2):
+        for row in range(0, length, 64):
+            tile = probabilities[:, head : head + 2, row : row + 64]
+            target = sums[:, head : head + 2] if split else sums
+            accumulate_block_mass(target, tile, assignment[:, row : row + 64], assignment)
+    expected = reference(probabilities, assignment, assignment, blocks, blocks)
+    close(sums, expected if split else expected.sum(1, keepdim=True), 37)
+
+
+def test_float32_sums_and_long_blocks_stay_exact():
+    tile = make_tile(1, 2, 2048, 2048)
+    assignment = torch.zeros(1, 2048, dtype=torch.int64)
+    for dtype in (torch.float64, torch.float32):
+        sums = torch.zeros(1, 2, 1, 1, dtype=dtype)
+        accumulate_block_mass(sums, tile, assignment, assignment)
+        close(sums.double(), reference(tile, assignment, assignment, 1, 1), 2048)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded heads", "keys strided", "rows strided"])
+def test_any_memory_layout(layout):
+    tile = make_tile(2, 3, 8, 20)
+    if layout == "transposed":
+        tile = tile.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "expanded heads":
+        tile = tile[:, :1].expand(2, 3, 8, 20)
+    elif layout == "keys strided":
+        tile = tile.transpose(2, 3).contiguous().transpose(2, 3)
+    else:
+        tile = tile[:, :, ::2]
+    query = torch.arange(tile.shape[2])[None].expand(2, -1) // 3
+    key = torch.arange(20)[None].expand(2, -1) // 6
+    sums = torch.zeros(2, 3, 3, 4, dtype=torch.float64)
+    accumulate_block_mass(sums, tile, query, key)
+    close(sums, reference(tile, query, key, 3, 4), 1)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_padding_rows_spoils_nothing(split, dtype):
+    tile = make_tile(2, 3, 10, 12, dtype)
+    query = torch.tensor([[-1, -1, 0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, 2, -1, -1, -1]])
+    key = torch.arange(12)[None].expand(2, -1) // 5
+    weights = torch.rand(2, 10)
+    expected = reference(tile, query, key, 3, 3, weights)
+    tile[query[:, None, :].expand(2, 3, 10) < 0] = float("nan")
+    sums = torch.zeros(2, 3 if split else 1, 3, 3, dtype=torch.float64)
+    accumulate_block_mass(sums, tile, query, key, weights)
+    close(sums, expected if split else expected.sum(1, keepdim=True), 3)
+
+
+def test_nan_in_a_real_row_stays_in_its_block():
+    tile = make_tile(1, 1, 6, 6)
+    tile[0, 0, 3, 0] = float("nan")
+    assignment = torch.arange(6)[None] // 2
+    sums = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    accumulate_block_mass(sums, tile, assignment, assignment)
+    assert torch.isnan(sums[0, 0, 1, 0])
+    assert torch.isfinite(sums[0, 0, [0, 2]]).all()
+
+
+def test_causal_tile_with_fewer_keys_than_the_sequence():
+    tile = make_tile(1, 2, 4, 6)
+    assignment = torch.arange(10)[None] // 3
+    sums = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    accumulate_block_mass(sums, tile, assignment[:, 2:6], assignment[:, :6])
+    expected = reference(tile, assignment[:, 2:6], assignment[:, :6], 4, 4)
+    close(sums, expected.sum(1, keepdim=True), 4)
+    assert sums[0, 0, :, 2:].sum() == 0
+
+
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest new storage any operation made, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 64])
+@pytest.mark.parametrize("size", [1, 16, 4096])
+def test_scratch_is_at_most_one_head_of_the_tile(split, dtype, rows, size):
+    tile = make_tile(1, 16, rows, 6000, dtype)
+    tile[:, :, 0] = float("nan")
+    query = torch.arange(rows)[None] // size
+    query[0, 0] = -1
+    key = torch.arange(6000)[None] // 100
+    sums = torch.zeros(1, 16 if split else 1, 64, 60, dtype=torch.float64)
+    with _Largest() as largest:
+        accumulate_block_mass(sums, tile, query, key)
+    assert largest.bytes <= max(rows * 6000 * 4, 4 * mass._MIN_SCRATCH)
+
+
+def test_dense_function_gives_means():
+    probabilities = make_tile(2, 3, 11, 11)
+    partition = Blocks.fixed(4).resolve(torch.arange(11).expand(2, -1) >= torch.tensor([[0], [5]]))
+    found = block_mass(probabilities, partition)
+    assert found.dtype == torch.float32
+    assert found.shape == (2, 3, 3, 3)
+    expected = reference(probabilities, partition.assignment, partition.assignment, 3, 3)
+    expected = expected / partition.sizes.clamp(min=1)[:, None, :, None]
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0].sum(-1), torch.ones(3, 3))
+    assert (found[1, :, 2] == 0).all()  # the second sequence has two blocks only
+
+
+def test_dense_function_for_cross_attention_and_a_shared_partition():
+    probabilities = make_tile(2, 1, 4, 9)
+    queries = Blocks.fixed(2).resolve(torch.ones(1, 4, dtype=torch.bool))
+    keys = Blocks.spans([(0, 3), (5, 9)]).resolve(torch.ones(1, 9, dtype=torch.bool))
+    found = block_mass(probabilities, queries, keys)
+    assert found.shape == (2, 1, 2, 2)
+    gap = probabilities[:, :, :, 3:5].sum(-1).view(2, 1, 2, 2).mean(-1)
+    torch.testing.assert_close(found.sum(-1), 1 - gap)
+
+
+def test_shapes_must_fit():
+    tile = make_tile(1, 2, 4, 6)
+    sums = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    rows, keys = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.int64)
+    for bad in [
+        (sums, tile, keys, keys),
+        (sums, tile, rows, rows),
+        (sums.expand(1, 3, 2, 2), tile, rows, keys),
+    ]:
+        with pytest.raises(BlockError, match="do not fit"):
+            accumulate_block_mass(*bad)
+    partition = Blocks.fixed(2).resolve(torch.ones(1, 6, dtype=torch.bool))
+    with pytest.raises(BlockError, match="query blocks were resolved for 1 sequences of 6 positions"):
+        block_mass(tile, partition)
