@@ -1,0 +1,63 @@
+"""What every test shares: no network, few threads, repeatable examples, and no patch left behind."""
+
+import os
+import sys
+
+# Before anything imports transformers: tests never reach for a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+from torch import nn
+
+# One thread per xdist worker: two workers with two threads each on two cores would only wait for each other.
+torch.set_num_threads(1)
+
+# Examples repeat from run to run, so that a failure in CI is a failure everywhere; HYPOTHESIS_PROFILE=explore
+# looks for new ones.
+hypothesis.settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile(
+    "explore", parent=hypothesis.settings.get_profile("ci"), max_examples=1000, derandomize=False
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_OVERRIDABLE = ("scaled_dot_product_attention", "softmax", "multi_head_attention_forward")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Fails a test that leaves a mode active or torch's and transformers' functions replaced."""
+    functions = {name: getattr(torch.nn.functional, name) for name in _OVERRIDABLE}
+    class_forward = nn.MultiheadAttention.forward
+    modes = torch._C._len_torch_function_stack()
+    hosts = _host_interfaces()
+    yield
+    assert torch._C._len_torch_function_stack() == modes, "a torch function mode is still active"
+    for name, function in functions.items():
+        assert getattr(torch.nn.functional, name) is function, f"torch.nn.functional.{name} is still replaced"
+    assert nn.MultiheadAttention.forward is class_forward, "nn.MultiheadAttention.forward is still replaced"
+    after = _host_interfaces()
+    for table, functions in hosts.items():
+        assert after[table] == functions, f"transformers' {table} has changed"
+
+
+def _host_interfaces():
+    """The entries of transformers' attention and mask tables, if a test has imported them by now."""
+    found = {}
+    for module_name, table in (
+        ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+        ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ):
+        module = sys.modules.get(module_name)
+        if module is not None:
+            found[table] = dict(getattr(module, table).items())
+    return found
