@@ -1,13 +1,13 @@
 """Seeded conversations in which one message holds the answer to the last question.
 
-A conversation is small talk, mixed with facts ("Marta's boat is called Quiet Copper Lantern.") about many people
-and things. Facts share people, things and words, and some messages name the same person and thing without saying
-the value, so only reading the right message answers the question.
+A conversation is small talk, mixed with facts ("Marta's boat is called Quiet Copper Lantern.") about many
+people and things. Facts share people, things and words, and some messages name the same person and thing
+without saying the value, so only reading the right message answers the question.
 
-**Held-out facts.** A fact is a triple (person, thing, value). A checksum of the triple puts a tenth of all triples
-aside: training conversations state only triples of the other nine tenths, held-out conversations only triples of
-that tenth. No fact of a held-out conversation, asked or not, was ever stated in training, although every single
-word was.
+**Held-out facts.** A fact is a triple (person, thing, value). A checksum of the triple puts a tenth of all
+triples aside: training conversations state only triples of the other nine tenths, held-out conversations only
+triples of that tenth. No fact of a held-out conversation, asked or not, was ever stated in training, although
+every single word was.
 """
 
 import json
@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from attnpatch.demo import phrases
@@ -52,12 +53,12 @@ class Conversation:
     """Messages that end with a question, and where its answer was stated.
 
     Attributes:
-        messages: ``{"role", "content"}`` dicts: a system message, then user and assistant in turn. The last one is
-            the user's question.
+        messages: ``{"role", "content"}`` dicts: a system message, then user and assistant in turn. The last
+            one is the user's question.
         fact_message: Index in ``messages`` of the one message that states the fact asked for.
         answer: The exact reply expected.
-        asked: For every question in ``messages``, the index of its reply (training puts its loss there). The last
-            question has no reply yet.
+        asked: For every question in ``messages``, the index of its reply (training puts its loss there). The
+            last question has no reply yet.
     """
 
     messages: list[Message]
@@ -154,7 +155,7 @@ class _Writer:
         )
 
     def new_fact(self, person: str | None = None, thing: str | None = None) -> Fact:
-        """A fact whose key is new in this conversation, of the right side of the split."""
+        """A fact of the right side of the split, whose key nobody else in this conversation gets."""
         choose = self.rng.choice
         while True:
             who = person or choose(phrases.PEOPLE)
@@ -165,6 +166,7 @@ class _Writer:
                 words = [str(number) for number in self.rng.sample(range(10, 100), 3)]
             fact = Fact(who, what, " ".join(words))
             if fact.held_out == self.held_out and fact.key not in self.keys:
+                self.keys.add(fact.key)
                 return fact
 
     def small_talk(self) -> None:
@@ -194,7 +196,6 @@ class _Writer:
         else:
             index = self.add("user", text)
             self.add("assistant", self.rng.choice(phrases.FACT_REPLY))
-        self.keys.add(fact.key)
         self.facts.append((fact, index))
         self.open.append(fact)
         return index
@@ -250,10 +251,10 @@ def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE) -> Conve
 
 
 def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
-    """A conversation as a reader would meet it: one long chat, the question at its end, facts never trained on.
+    """A conversation as a reader would meet it: a long chat, the question at its end, facts never trained on.
 
-    The fact lies anywhere between the first and the last tenth. On its way to the end the conversation also states
-    near misses: other things of the same person, the same thing of other people, and remarks that name the asked
+    The fact lies anywhere before the last tenth. On its way to the end the conversation also states near
+    misses: other things of the same person, the same thing of other people, and remarks that name the asked
     key without its value.
 
     Args:
@@ -268,16 +269,17 @@ def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
     same_kind = phrases.NAMED_THINGS if fact.thing in phrases.NAMED_THINGS else phrases.NUMBERED_THINGS
     others = [name for name in phrases.PEOPLE if name != fact.person]
     things = [name for name in same_kind if name != fact.thing]
+    near_misses = [
+        *(writer.new_fact(person, fact.thing) for person in rng.sample(others, 3)),
+        *(writer.new_fact(fact.person, thing) for thing in rng.sample(things, 2)),
+    ]
     planned = [
-        *(lambda who=who: writer.state(writer.new_fact(who, fact.thing)) for who in rng.sample(others, 3)),
-        *(lambda what=what: writer.state(writer.new_fact(fact.person, what)) for what in rng.sample(things, 2)),
-        *(lambda: writer.mention(fact.key) for _ in range(2)),
+        *(partial(writer.state, near_miss) for near_miss in near_misses),
+        *[partial(writer.mention, fact.key)] * 2,
     ]
     room = num_tokens - 60
     schedule = sorted((rng.uniform(0.02, 0.98) * room, order) for order in range(len(planned)))
     fact_at, fact_index = rng.uniform(0.02, 0.9) * room, None
-    # Reserved from the start, so that no other exchange invents the same key.
-    writer.keys.add(fact.key)
     while writer.tokens < room or schedule or fact_index is None:
         if fact_index is None and writer.tokens >= fact_at:
             fact_index = writer.state(fact)

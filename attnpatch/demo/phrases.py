@@ -1,48 +1,70 @@
 """The words the demo conversations are made of; ``conversations.py`` puts them together.
 
 Every word here becomes one token of the demo tokenizer. ``{person}``, ``{city}``, ``{food}``, ``{day}``,
-``{thing}`` and ``{hour}`` are filled in at random; ``{key}`` is the thing a fact is about ("Marta's boat") and
+``{thing}`` and ``{hour}`` are filled in at random; ``{key}`` is what a fact is about ("Marta's boat") and
 ``{value}`` what is said of it.
 """
 
-PEOPLE = (
-    "Marta Jonas Aisha Pavel Ingrid Tomas Leila Oscar Yuki Bruno Clara Dmitri Esther Felix Greta Hassan Irene "
-    "Jakob Keiko Lukas Maya Nadia Olaf Priya Quentin Rosa Samir Tilda Umar Vera Walter Ximena Yusuf Zora Anton "
-    "Bianca Cyril Daphne Emil Flora Gustav Helga Ivan Judith Karim Lena Milan Noor Otto Petra Rafael Selma Theo "
-    "Ursula Viktor Wanda Xavier Yara Zeno Agnes"
-).split()
 
-NAMED_THINGS = "boat band cafe horse novel song team garden bakery kite puzzle painting quilt sauce".split()
-NUMBERED_THINGS = "phone locker ticket parcel badge bicycle voucher safe bus cabin".split()
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
-MOODS = (
-    "Quiet Brave Lazy Gentle Hidden Lucky Humble Restless Clever Wandering Patient Sleepy Curious Noble Stubborn "
-    "Cheerful Forgotten Shy Golden Distant Frozen Burning Broken Singing Secret Proud Crooked Endless Hungry Merry"
-).split()
-MATERIALS = (
-    "Copper Silver Paper Velvet Amber Marble Cotton Crystal Wooden Iron Silk Ivory Pewter Granite Linen Bronze "
-    "Leather Glass Cedar Coral Willow Satin Cobalt Scarlet Emerald Indigo Maple Pearl Bamboo Clay"
-).split()
-NOUNS = (
-    "Lantern River Falcon Anchor Meadow Comet Teapot Harbor Sparrow Compass Mountain Violin Orchard Tiger Thimble "
-    "Window Badger Ladder Whistle Island Saddle Turnip Feather Pigeon Engine Mirror Kettle Walrus Castle Pocket "
-    "Button Canyon Dragon Basket Hammer Candle Rabbit Bridge Cactus Trumpet"
-).split()
 
-CITIES = (
-    "Lisbon Bergen Krakow Dublin Genoa Utrecht Oslo Seville Vienna Riga Porto Ghent Turin Malmo Lyon Basel "
-    "Tallinn Split Cork Leeds"
-).split()
-FOODS = (
-    "soup pancakes lentils noodles dumplings pizza curry salad bread risotto waffles stew omelette porridge "
-    "falafel tacos pie cheese"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-THINGS = (
-    "umbrella scarf keys notebook jacket camera lamp chair radio clock mug backpack blanket headphones glasses "
-    "calendar vase mirror"
-).split()
-HOURS = "six seven eight nine ten eleven noon".split()
+PEOPLE = _words(
+    """
+    Marta Jonas Aisha Pavel Ingrid Tomas Leila Oscar Yuki Bruno Clara Dmitri Esther Felix Greta
+    Hassan Irene Jakob Keiko Lukas Maya Nadia Olaf Priya Quentin Rosa Samir Tilda Umar Vera Walter
+    Ximena Yusuf Zora Anton Bianca Cyril Daphne Emil Flora Gustav Helga Ivan Judith Karim Lena Milan
+    Noor Otto Petra Rafael Selma Theo Ursula Viktor Wanda Xavier Yara Zeno Agnes
+    """
+)
+
+NAMED_THINGS = _words("boat band cafe horse novel song team garden bakery kite puzzle painting quilt sauce")
+NUMBERED_THINGS = _words("phone locker ticket parcel badge bicycle voucher safe bus cabin")
+
+MOODS = _words(
+    """
+    Quiet Brave Lazy Gentle Hidden Lucky Humble Restless Clever Wandering Patient Sleepy Curious
+    Noble Stubborn Cheerful Forgotten Shy Golden Distant Frozen Burning Broken Singing Secret Proud
+    Crooked Endless Hungry Merry
+    """
+)
+MATERIALS = _words(
+    """
+    Copper Silver Paper Velvet Amber Marble Cotton Crystal Wooden Iron Silk Ivory Pewter Granite
+    Linen Bronze Leather Glass Cedar Coral Willow Satin Cobalt Scarlet Emerald Indigo Maple Pearl
+    Bamboo Clay
+    """
+)
+NOUNS = _words(
+    """
+    Lantern River Falcon Anchor Meadow Comet Teapot Harbor Sparrow Compass Mountain Violin Orchard
+    Tiger Thimble Window Badger Ladder Whistle Island Saddle Turnip Feather Pigeon Engine Mirror
+    Kettle Walrus Castle Pocket Button Canyon Dragon Basket Hammer Candle Rabbit Bridge Cactus
+    Trumpet
+    """
+)
+
+CITIES = _words(
+    """
+    Lisbon Bergen Krakow Dublin Genoa Utrecht Oslo Seville Vienna Riga Porto Ghent Turin Malmo Lyon
+    Basel Tallinn Split Cork Leeds
+    """
+)
+FOODS = _words(
+    """
+    soup pancakes lentils noodles dumplings pizza curry salad bread risotto waffles stew omelette
+    porridge falafel tacos pie cheese
+    """
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+THINGS = _words(
+    """
+    umbrella scarf keys notebook jacket camera lamp chair radio clock mug backpack blanket
+    headphones glasses calendar vase mirror
+    """
+)
+HOURS = _words("six seven eight nine ten eleven noon")
 
 SYSTEM = (
     "You remember what is said in this chat and answer in a few words.",

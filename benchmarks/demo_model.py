@@ -1,0 +1,191 @@
+"""Does the demo model know the answer, and does its attention say where it found it?
+
+    python benchmarks/demo_model.py
+
+Two figures on held-out conversations of 1,000 to 4,600 tokens, each ending with a question about a fact
+stated in one earlier message:
+
+* *exact*: greedy decoding gives the expected answer, word for word, and stops;
+* *fact block strongest*: with the expected answer as the last message, the earlier message on which the
+  answer's tokens put most attention (summed over the message's tokens, mean over the answer's tokens and over
+  all heads of one layer) is the one that states the fact. Earlier messages are all before the answer: the
+  system message and the question too. The layer is chosen on other conversations.
+"""
+
+import argparse
+import json
+import random
+import time
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnpatch.demo.conversations import Conversation, held_out_conversation
+
+MODEL = Path(__file__).parents[1] / "attnpatch" / "demo" / "model"
+SHORTEST, LONGEST = 1000, 4600
+# Seeds of the conversations the layer is chosen on; those measured start at 0.
+LAYER_SEEDS = 1_000_000
+
+
+def load(folder: Path):
+    """The model in float32 with eager attention, which returns its probabilities, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def conversation_of(seed: int) -> Conversation:
+    """Held-out conversation ``seed``, its length drawn uniformly from the range measured."""
+    length = random.Random(f"length {seed}").randint(SHORTEST, LONGEST - 80)
+    return held_out_conversation(seed, length)
+
+
+def message_ends(tokenizer, messages: list[dict]) -> list[int]:
+    """Where each message ends in the token sequence of the whole conversation.
+
+    The demo's chat template writes every message between tokens of its own, so lengths add up.
+    """
+    lengths = (len(tokenizer.apply_chat_template([message])["input_ids"]) for message in messages)
+    return list(accumulate(lengths))
+
+
+@torch.inference_mode()
+def answer_attention(model, tokenizer, conversation: Conversation) -> torch.Tensor:
+    """Attention mass the expected answer puts on each message before it.
+
+    Args:
+        model: Causal language model with eager attention.
+        tokenizer: Its tokenizer, with a chat template.
+        conversation: Ends with a question; the expected answer is appended as the last message.
+
+    Returns:
+        ``[layers, messages]`` float32, mean over heads and over the answer's tokens. A row sums to 1 less the
+        mass that the answer puts on itself.
+    """
+    messages = conversation.with_answer()
+    ends = message_ends(tokenizer, messages)
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
+    prefix, answer = ids[:, : ends[-2]], ids[:, ends[-2] :]
+    # The prefix runs without its probabilities; only the answer's rows of them are ever built.
+    model.set_attn_implementation("sdpa")
+    cache = model(prefix, use_cache=True, logits_to_keep=1).past_key_values
+    model.set_attn_implementation("eager")
+    attentions = model(answer, past_key_values=cache, output_attentions=True).attentions
+    rows = torch.stack([layer[0].mean(dim=(0, 1)) for layer in attentions])
+    starts = [0, *ends[:-2]]
+    return torch.stack(
+        [rows[:, start:end].sum(-1) for start, end in zip(starts, ends[:-1], strict=True)], dim=-1
+    )
+
+
+@torch.inference_mode()
+def greedy_answer(model, tokenizer, conversation: Conversation, max_new_tokens: int = 12) -> str:
+    """What the model replies to the last question."""
+    model.set_attn_implementation("sdpa")
+    inputs = tokenizer.apply_chat_template(
+        conversation.messages, add_generation_prompt=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    reply = output[0, inputs["input_ids"].shape[1] :]
+    ended = reply[-1].item() == tokenizer.eos_token_id
+    text = tokenizer.decode(reply, skip_special_tokens=True).strip()
+    return text if ended else f"{text} ..."
+
+
+def choose_layer(model, tokenizer, count: int) -> tuple[int, list[float]]:
+    """The layer whose strongest message is most often the right one, and that share for every layer."""
+    hits = torch.zeros(model.config.num_hidden_layers)
+    for seed in range(LAYER_SEEDS, LAYER_SEEDS + count):
+        conversation = conversation_of(seed)
+        hits += answer_attention(model, tokenizer, conversation).argmax(-1) == conversation.fact_message
+    return int(hits.argmax()), (hits / count).tolist()
+
+
+def measure(model, tokenizer, layer: int, count: int) -> dict:
+    """Both figures over ``count`` conversations, with what went wrong."""
+    exact = strongest = 0
+    mass, lengths, missed = [], [], []
+    for seed in range(count):
+        conversation = conversation_of(seed)
+        lengths.append(message_ends(tokenizer, conversation.messages)[-1])
+        reply = greedy_answer(model, tokenizer, conversation)
+        attention = answer_attention(model, tokenizer, conversation)[layer]
+        top = int(attention.argmax())
+        exact += reply == conversation.answer
+        strongest += top == conversation.fact_message
+        mass.append(attention[conversation.fact_message].item())
+        if reply != conversation.answer or top != conversation.fact_message:
+            missed.append(
+                {
+                    "seed": seed,
+                    "expected": conversation.answer,
+                    "reply": reply,
+                    "fact_message": conversation.fact_message,
+                    "strongest_message": top,
+                    "messages": len(conversation.messages),
+                }
+            )
+    return {
+        "conversations": count,
+        "tokens": [min(lengths), max(lengths)],
+        "exact": exact / count,
+        "fact_block_strongest": strongest / count,
+        "mean_mass_on_fact": sum(mass) / count,
+        "missed": missed,
+    }
+
+
+def table(figures: dict) -> str:
+    """The figures as a small table."""
+    rows = [
+        ("held-out conversations", str(figures["conversations"])),
+        ("tokens", "{} to {}".format(*figures["tokens"])),
+        ("exact answers (at least 95 %)", f"{figures['exact']:.1%}"),
+        (
+            f"fact block strongest, layer {figures['layer']} (at least 90 %)",
+            f"{figures['fact_block_strongest']:.1%}",
+        ),
+        ("mean attention mass on the fact's message", f"{figures['mean_mass_on_fact']:.3f}"),
+        ("each layer, on the conversations it is chosen on", figures_of(figures["layer_shares"])),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def figures_of(shares: list[float]) -> str:
+    """Shares as percentages in one cell."""
+    return "  ".join(f"{share:.0%}" for share in shares)
+
+
+def main() -> None:
+    """Measure and print; ends with 1 when a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument(
+        "--layer-conversations", type=int, default=20, help="other ones, to choose the layer on"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load(options.model)
+    start = time.monotonic()
+    layer, shares = choose_layer(model, tokenizer, options.layer_conversations)
+    figures = {
+        "layer": layer,
+        "layer_shares": shares,
+        **measure(model, tokenizer, layer, options.conversations),
+    }
+    figures["seconds"] = round(time.monotonic() - start, 1)
+    print(json.dumps(figures, indent=1))
+    print(table(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    raise SystemExit(figures["exact"] < 0.95 or figures["fact_block_strongest"] < 0.9)
+
+
+if __name__ == "__main__":
+    main()

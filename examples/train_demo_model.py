@@ -1,0 +1,357 @@
+"""Train the demo model: a small Llama that answers questions about what was said earlier in a chat.
+
+    python examples/train_demo_model.py --out attnpatch/demo/model
+
+The vocabulary is the words of the conversation generator; the model starts from random weights and sees only
+generated conversations, short ones first, long ones last.
+
+A run that is killed continues where it stopped when it is started again with the same arguments, and ends
+with the same weights as one that was not (on the same machine, with the same number of threads): the
+checkpoint holds weights, optimizer, random state and step, and step ``n`` draws its conversations from
+``(seed, n)`` alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from attnpatch.demo.conversations import DENSE, NATURAL, Conversation, all_phrases, training_conversation
+
+ROLES = ("system", "user", "assistant")
+END, PAD = "<|end|>", "<|pad|>"
+# One space before the text makes a word the same token at the start of a message as inside one.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPLIT = r"'s| ?\p{L}+| ?\p{N}{2}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
+MAX_TOKENS = 4600
+HIDDEN = 256
+# Loss weight of the assistant's small talk, so that it can also hold up its end of a chat.
+OTHER_WEIGHT = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training at one range of lengths.
+
+    Attributes:
+        steps: Optimizer steps, before ``--scale``.
+        shortest, longest: Tokens per conversation, drawn uniformly once per step.
+        tokens: Tokens per step, which sets how many conversations a step has.
+        learning_rate: Peak; the last stage falls to a tenth of its own.
+    """
+
+    steps: int
+    shortest: int
+    longest: int
+    tokens: int
+    learning_rate: float
+
+
+STAGES = (
+    Stage(steps=400, shortest=40, longest=128, tokens=4096, learning_rate=2e-3),
+    Stage(steps=300, shortest=128, longest=512, tokens=6144, learning_rate=2e-3),
+    Stage(steps=150, shortest=512, longest=2048, tokens=8192, learning_rate=1e-3),
+    Stage(steps=120, shortest=2048, longest=MAX_TOKENS, tokens=9200, learning_rate=5e-4),
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the generator, and one per byte for anything else.
+
+    Every piece costs the same, so the unigram model takes the split with the fewest pieces. Any text comes
+    back from ``decode`` as it went in.
+    """
+    splitter = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pre_tokenizer = pre_tokenizers.Sequence([splitter, byte_level])
+    words = set()
+    for phrase in all_phrases():
+        plain = re.sub(r"\{\w+\}", "x", phrase if phrase == "'s" else f" {phrase}")
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(plain) if len(word) > 1)
+    specials = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    pieces = specials + sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(words)
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=None))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=specials[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """The untrained model, about 2 million parameters.
+
+    Three layers are what the task takes: put the name to the value, read the question, fetch. The rotation
+    base is large so that a head can match words at any distance.
+
+    The output projection of every attention starts as the transpose of its value projection, so that each
+    head begins by copying what it looks at ("Mimetic Initialization of Self-Attention Layers", Trockman and
+    Kolter, 2023, do the like). Copying is what the task is about; from an ordinary start it took more than
+    three times the steps to begin.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        intermediate_size=448,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                torch.nn.init.normal_(projection.weight, std=HIDDEN**-0.5)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    return model
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> tuple[list[int], list[float]]:
+    """Token ids of a conversation with its answer, and the weight of the loss at each.
+
+    Returns:
+        Two lists of the same length. The weight at position ``i`` is that of predicting token ``i``: 1 inside
+        answers, a little in the assistant's other messages, 0 elsewhere.
+    """
+    messages = conversation.with_answer()
+    answers = {*conversation.asked, len(messages) - 1}
+    texts = [f"<|{message['role']}|> {message['content']}{END}" for message in messages]
+    ids, weights = [], []
+    for index, encoding in enumerate(tokenizer.backend_tokenizer.encode_batch(texts)):
+        said = 1.0 if index in answers else OTHER_WEIGHT if messages[index]["role"] == "assistant" else 0.0
+        ids += encoding.ids
+        weights += [0.0] + [said] * (len(encoding.ids) - 1)
+    return ids, weights
+
+
+def batch_of(tokenizer, stage: Stage, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The conversations of one step, padded on the right.
+
+    Returns:
+        ``[B, N]`` int64 token ids and ``[B, N]`` float32 loss weights.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    length = int(torch.randint(stage.shortest, stage.longest + 1, (), generator=generator))
+    size = max(1, stage.tokens // length)
+    rows = []
+    first = (seed * 1_000_003 + step) * 1000
+    for row in range(size):
+        # Every eighth conversation is of the kind a reader meets, with few questions and more small talk.
+        mix = NATURAL if (step * 7 + row) % 8 == 0 else DENSE
+        rows.append(encode(tokenizer, training_conversation(first + row, length, mix)))
+    longest = max(len(ids) for ids, _ in rows)
+    tokens = torch.full((size, longest), tokenizer.pad_token_id)
+    weights = torch.zeros(size, longest)
+    for row, (ids, weight) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        weights[row, : len(ids)] = torch.tensor(weight)
+    return tokens, weights
+
+
+def weighted_loss(model, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Mean loss by weight, and the share of answer tokens predicted right.
+
+    Padding is on the right, where causal attention never looks, so no mask is needed. Logits are computed
+    only where there is a loss.
+    """
+    hidden = model.model(tokens).last_hidden_state[:, :-1]
+    targets, weights = tokens[:, 1:], weights[:, 1:]
+    chosen = weights > 0
+    logits = model.lm_head(hidden[chosen])
+    targets, weights = targets[chosen], weights[chosen]
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    right = (logits.argmax(-1) == targets)[weights == 1].float().mean().item()
+    return (losses * weights).sum() / weights.sum(), right
+
+
+class Trainer:
+    """The training state and how it is kept on disk.
+
+    Args:
+        stages: With ``--scale`` applied.
+        out: Folder for the model; the checkpoint lies beside it.
+        arguments: What a checkpoint must have been made with to be continued.
+    """
+
+    def __init__(self, stages: list[Stage], out: Path, arguments: dict):
+        self.stages = stages
+        self.out = out
+        self.arguments = arguments
+        self.seed = arguments["seed"]
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(self.tokenizer, self.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        self.checkpoint = out.with_name(out.name + ".checkpoint.pt")
+        self.step = 0
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self.tokens_seen = 0
+
+    @property
+    def total(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[Stage, float]:
+        """The stage that ``step`` falls into, and how much of that stage is done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        return self.stages[-1], 1.0
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up over 50 steps, flat, and down to a tenth along a half cosine in the last stage."""
+        stage, done = self.stage_at(step)
+        fall = 0.55 + 0.45 * math.cos(math.pi * done) if stage is self.stages[-1] else 1.0
+        return stage.learning_rate * min(1.0, (step + 1) / 50) * fall
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step; returns the loss and the share of answer tokens predicted right."""
+        stage, _ = self.stage_at(self.step)
+        tokens, weights = batch_of(self.tokenizer, stage, self.seed, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        loss, right = weighted_loss(self.model, tokens, weights)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.tokens_seen += tokens.numel()
+        return loss.item(), right
+
+    def save_checkpoint(self) -> None:
+        """Write all that is needed to go on; whole or not at all."""
+        state = {name: getattr(self, name) for name in KEPT}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["rng"] = torch.get_rng_state()
+        unfinished = self.checkpoint.with_suffix(".partial")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.checkpoint)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["arguments"] != self.arguments:
+            raise SystemExit(
+                f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew."
+            )
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        print(f"continuing at step {self.step} of {self.total}", flush=True)
+
+    def save_model(self) -> None:
+        """Write model, tokenizer and the record of the training, weights in float16.
+
+        Half precision halves the file; what is shipped is evaluated as shipped.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.model.half().save_pretrained(self.out)
+        self.tokenizer.save_pretrained(self.out)
+        record = {
+            **self.arguments,
+            "threads": torch.get_num_threads(),
+            "steps": self.step,
+            "tokens": self.tokens_seen,
+            "wall_minutes": round(self.seconds / 60, 1),
+            "cpu_minutes": round(self.cpu_seconds / 60, 1),
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+        (self.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+KEPT = ("arguments", "step", "seconds", "cpu_seconds", "tokens_seen")
+
+
+def train(trainer: Trainer, every: int, keep_every: float) -> None:
+    """Run to the last step, with a line of progress now and then.
+
+    Args:
+        trainer: Fresh or resumed.
+        every: Steps per printed line.
+        keep_every: Seconds between checkpoints.
+    """
+    losses, rights = [], []
+    kept = clock = time.monotonic()
+    cpu_clock = time.process_time()
+    while trainer.step < trainer.total:
+        loss, right = trainer.train_step()
+        now, cpu_now = time.monotonic(), time.process_time()
+        trainer.seconds += now - clock
+        trainer.cpu_seconds += cpu_now - cpu_clock
+        clock, cpu_clock = now, cpu_now
+        losses.append(loss)
+        rights.append(right)
+        if trainer.step % every == 0 or trainer.step == trainer.total:
+            longest = trainer.stage_at(trainer.step - 1)[0].longest
+            print(
+                f"step {trainer.step}/{trainer.total}  up to {longest} tokens"
+                f"  loss {sum(losses) / len(losses):.4f}  answer tokens right {sum(rights) / len(rights):.2%}"
+                f"  {trainer.tokens_seen / 1e6:.2f} M tokens  {trainer.seconds / 60:.1f} min",
+                flush=True,
+            )
+            losses, rights = [], []
+        if now - kept > keep_every:
+            trainer.save_checkpoint()
+            kept = now
+
+
+def main() -> None:
+    """Read the command line, train, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("attnpatch/demo/model"), help="folder for the model")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--print-every", type=int, default=20, help="steps per line of progress")
+    parser.add_argument("--keep-every", type=float, default=60.0, help="seconds between checkpoints")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    stages = [replace(stage, steps=max(1, round(stage.steps * options.scale))) for stage in STAGES]
+    trainer = Trainer(stages, options.out, {"seed": options.seed, "scale": options.scale})
+    trainer.resume()
+    train(trainer, options.print_every, options.keep_every)
+    trainer.save_model()
+    trainer.checkpoint.unlink(missing_ok=True)
+    print(f"saved {options.out}")
+
+
+if __name__ == "__main__":
+    main()
