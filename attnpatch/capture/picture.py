@@ -1,0 +1,162 @@
+"""The picture of one block map. The only file of ``capture`` that knows matplotlib, and imports it late."""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnpatch.errors import CaptureError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+SCALES = ("sqrt", "linear")
+
+_MOST_TICKS = 42  # more labels than this do not fit on an axis at a readable size
+_STEPS = [step * 10**power for power in range(9) for step in (1, 2, 5)]  # every 1st, 2nd, 5th, 10th, ...
+_MOST_NUMBERS = 10  # up to this many blocks the number is written into each cell
+_LONGEST_LABEL = 22
+_ZERO_COLOUR = "#e9e9ec"
+
+
+def draw(
+    values: np.ndarray,
+    query_labels: Sequence[str],
+    key_labels: Sequence[str],
+    title: str,
+    colour_label: str,
+    scale: str = "sqrt",
+) -> "Figure":
+    """A heat map with query blocks downwards and key blocks across.
+
+    Exact zeros (what a causal mask forbids) are grey, so that they differ from small masses. The colours are
+    viridis, which colour-blind readers and grey printers keep in order.
+
+    Args:
+        values: ``[query_blocks, key_blocks]``, not negative.
+        query_labels: One per row; shortened and thinned as needed.
+        key_labels: One per column.
+        title: Over the picture.
+        colour_label: What the number is.
+        scale: ``"sqrt"`` or ``"linear"`` colours.
+
+    Raises:
+        CaptureError: The scale is another.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if scale not in SCALES:
+        raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt' and 'linear'.")
+    figure_class, canvas_class, colormaps, colors = _matplotlib()
+    rows, columns = values.shape
+    figure = figure_class(figsize=_figure_size(rows, columns), layout="constrained")
+    canvas_class(figure)
+    axes = figure.add_subplot()
+    top = float(np.nanmax(values, initial=0.0)) or 1.0
+    norm = colors.PowerNorm(0.5, 0, top) if scale == "sqrt" else colors.Normalize(0, top)
+    image = axes.imshow(
+        np.ma.masked_where(values == 0, values),
+        norm=norm,
+        cmap=colormaps["viridis"].with_extremes(bad=_ZERO_COLOUR),
+        aspect="equal" if max(rows, columns) <= 3 * min(rows, columns) else "auto",
+        interpolation="nearest",
+    )
+    _label_axis(axes, "y", query_labels)
+    _label_axis(axes, "x", key_labels)
+    axes.set_ylabel("query block (attends)")
+    axes.set_xlabel("key block (is attended to)")
+    if title:
+        axes.set_title(shorten(title, 80), fontsize=11, parse_math=False)
+    if max(rows, columns) <= _MOST_TICKS:
+        _separate_cells(axes, rows, columns)
+    if max(rows, columns) <= _MOST_NUMBERS:
+        _write_numbers(axes, values, norm)
+    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
+    notes = ["square-root scale"] * (scale == "sqrt") + ["grey: exactly 0"] * bool((values == 0).any())
+    bar.set_label(f"{colour_label}\n({', '.join(notes)})" if notes else colour_label)
+    return figure
+
+
+def write(figure: "Figure", path: str | os.PathLike) -> Path:
+    """Save ``figure`` in the format its suffix names and return the path.
+
+    Raises:
+        CaptureError: The suffix is not ``.png``, ``.svg`` or ``.pdf``.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise CaptureError(f"cannot draw into {path.name!r}; accepted suffixes are {', '.join(SUFFIXES)}.")
+    _save(figure, path, path.suffix.lower()[1:])
+    return path
+
+
+def to_png(figure: "Figure") -> bytes:
+    """The figure as PNG, small enough for a notebook."""
+    data = io.BytesIO()
+    _save(figure, data, "png", dpi=90)
+    return data.getvalue()
+
+
+def shorten(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """One line of at most ``longest`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1].rstrip() + "\u2026"
+
+
+def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150) -> None:
+    with warnings.catch_warnings():
+        # A label in a script the font lacks shows boxes; a warning per glyph would help nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(target, format=kind, dpi=dpi)
+
+
+def _matplotlib() -> tuple:
+    """The parts of matplotlib used here; never pyplot, whose figures are global and need closing."""
+    try:
+        from matplotlib import colormaps, colors
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError('a picture needs matplotlib; pip install "attnpatch[plot]".') from error
+    return Figure, FigureCanvasAgg, colormaps, colors
+
+
+def _figure_size(rows: int, columns: int) -> tuple[float, float]:
+    """Inches: cells of a readable size, within what a screen shows; the rest is for labels and the bar."""
+    width, height = (min(max(0.3 * count, 3.2), 9.5) for count in (columns, rows))
+    return width + 3.4, height + 2.3
+
+
+def _label_axis(axes: "Axes", which: str, labels: Sequence[str]) -> None:
+    every = next(step for step in _STEPS if step * _MOST_TICKS >= len(labels))
+    shown = [shorten(label) for label in labels[::every]]
+    long = max((len(label) for label in shown), default=0) > 5 or len(shown) > 12
+    options = {"fontsize": 9 if len(shown) <= 20 else 7.5, "parse_math": False}
+    if which == "x" and long:
+        options |= (
+            {"rotation": 90}
+            if len(shown) > 12
+            else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        )
+    set_ticks = axes.set_xticks if which == "x" else axes.set_yticks
+    set_ticks(range(0, len(labels), every), shown, **options)
+
+
+def _separate_cells(axes: "Axes", rows: int, columns: int) -> None:
+    axes.set_xticks(np.arange(-0.5, columns), minor=True)
+    axes.set_yticks(np.arange(-0.5, rows), minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+
+
+def _write_numbers(axes: "Axes", values: np.ndarray, norm) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if value:
+            colour = "black" if norm(value) > 0.6 else "white"
+            text = f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)

@@ -1,0 +1,192 @@
+"""Named axes of a recipe, and the pieces of tensors that belong to a tile of them.
+
+Every dimension of every tensor in a recipe is a tuple of axes: one axis as a rule, several where a ``view`` has
+merged dimensions, none where the dimension has size 1 or is never cut. Two dimensions that must be cut together
+share their axes, whatever their positions, so a transposed or reshaped score matrix needs no special case. A
+``view`` that cuts a dimension in two *splits* its axis, and everything recorded before follows, because it refers
+to the axis and not to a position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+ROW, KEY, LEAD = "row", "key", "lead"
+# Fewer rows, or a single head, make matrix libraries take another kernel, which rounds differently. Measured over
+# sizes, dtypes and heads by `python -m benchmarks rounding`: one to three rows differ, four never did.
+LEAST = {ROW: 4, LEAD: 2}
+
+
+class Axis:
+    """One independent direction of a recipe, of ``size`` elements.
+
+    Attributes:
+        size: Number of elements.
+        kind: ``"row"`` (only the query has it), ``"key"`` (only the key has it, or softmax ran over it), ``"lead"``
+            (both have it: batch, heads). It guides the choice of tiles and never what is computed.
+    """
+
+    __slots__ = ("_alias", "_parts", "kind", "size")
+
+    def __init__(self, size: int, kind: str = LEAD) -> None:
+        self.size = size
+        self.kind = kind
+        self._alias: Axis | None = None
+        self._parts: tuple[Axis, Axis] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.kind}:{self.size}"
+
+    def leaves(self) -> list[Axis]:
+        """The axes this one stands for now, outermost first."""
+        axis = self
+        while axis._alias is not None:
+            axis = axis._alias
+        if axis._parts is None:
+            return [axis]
+        return axis._parts[0].leaves() + axis._parts[1].leaves()
+
+    def split(self, outer: int) -> None:
+        """Cut this leaf into ``outer`` x (size / outer)."""
+        self._parts = (Axis(outer, self.kind), Axis(self.size // outer, self.kind))
+
+    def become(self, other: Axis) -> None:
+        """Make this leaf another name of the leaf ``other``."""
+        if other is not self:
+            self._alias = other
+
+
+Dim = tuple[Axis, ...]
+Dims = tuple[Dim, ...]
+Tile = dict[Axis, tuple[int, int]]
+
+
+def leaves(axes: Iterable[Axis]) -> list[Axis]:
+    return [leaf for axis in axes for leaf in axis.leaves() if leaf.size > 1]
+
+
+def all_leaves(dims: Dims) -> list[Axis]:
+    return [leaf for dim in dims for leaf in leaves(dim)]
+
+
+def size_of(dim: Dim) -> int:
+    return math.prod(axis.size for axis in dim)
+
+
+def fresh(shape: Iterable[int], kind: str = LEAD) -> Dims:
+    """A new axis for every dimension of size above 1."""
+    return tuple((Axis(size, kind),) if size != 1 else () for size in shape)
+
+
+def same(first: Dim, second: Dim) -> bool:
+    """Make two dimensions of one size the same axes; ``False`` if their splits do not fit each other."""
+    while True:
+        left, right = leaves(first), leaves(second)
+        for a, b in zip(left, right, strict=False):
+            if a is b:
+                continue
+            if a.size == b.size:
+                b.become(a)
+            elif a.size % b.size == 0:
+                a.split(b.size)
+            elif b.size % a.size == 0:
+                b.split(a.size)
+            else:
+                return False
+            break
+        else:
+            return len(left) == len(right)
+
+
+def regroup(dims: Dims, shape: Iterable[int]) -> Dims | None:
+    """The axes of ``shape`` after a ``view``, in row-major order; ``None`` where it cuts across axes."""
+    pool = all_leaves(dims)
+    result: list[Dim] = []
+    for size in shape:
+        dim: list[Axis] = []
+        while size > 1:
+            if not pool:
+                return None
+            axis = pool.pop(0)
+            if size % axis.size == 0:
+                dim.append(axis)
+                size //= axis.size
+            elif axis.size % size == 0:
+                axis.split(size)
+                outer, inner = axis.leaves()
+                dim.append(outer)
+                pool.insert(0, inner)
+                size = 1
+            else:
+                return None
+        result.append(tuple(dim))
+    return tuple(result) if not pool else None
+
+
+def extent(dim: Dim, tile: Tile) -> int:
+    """Number of elements of a dimension inside a tile."""
+    count = 1
+    for leaf in leaves(dim):
+        low, high = tile.get(leaf, (0, leaf.size))
+        count *= high - low
+    return count
+
+
+def local_shape(dims: Dims, tile: Tile) -> list[int]:
+    return [extent(dim, tile) for dim in dims]
+
+
+def _flat_range(parts: list[Axis], tile: Tile) -> tuple[int, int] | None:
+    """First and last index of a tile in a merged dimension, or ``None`` where it is not one run."""
+    low, count, inner_is_full = 0, 1, True
+    stride = 1
+    for leaf in reversed(parts):
+        start, stop = tile.get(leaf, (0, leaf.size))
+        if not inner_is_full and stop - start > 1:
+            return None
+        low += start * stride
+        count *= stop - start
+        inner_is_full = inner_is_full and stop - start == leaf.size
+        stride *= leaf.size
+    return low, low + count
+
+
+def window(tensor: torch.Tensor, dims: Dims, tile: Tile) -> torch.Tensor:
+    """The view of ``tensor`` inside ``tile``; a merged dimension that is no single run stays unflattened."""
+    for position in range(len(dims) - 1, -1, -1):
+        parts = leaves(dims[position]) if dims[position] else []
+        if not any(leaf in tile for leaf in parts):
+            continue
+        run = _flat_range(parts, tile)
+        if run is not None:
+            tensor = tensor.narrow(position, run[0], run[1] - run[0])
+            continue
+        tensor = tensor.unflatten(position, [leaf.size for leaf in parts])
+        for offset, leaf in enumerate(parts):
+            if leaf in tile:
+                low, high = tile[leaf]
+                tensor = tensor.narrow(position + offset, low, high - low)
+    return tensor
+
+
+def take(tensor: torch.Tensor, dims: Dims, tile: Tile) -> torch.Tensor:
+    """The part of ``tensor`` inside ``tile``, with as many dimensions as ``tensor``."""
+    part = window(tensor, dims, tile)
+    if part.dim() == len(dims):
+        return part
+    return part.reshape([extent(dim, tile) if dim else size for dim, size in zip(dims, tensor.shape, strict=True)])
+
+
+def put(tensor: torch.Tensor, dims: Dims, tile: Tile, value: torch.Tensor) -> None:
+    """Write ``value`` into the part of ``tensor`` inside ``tile``."""
+    part = window(tensor, dims, tile)
+    part.copy_(value if part.dim() == value.dim() else value.reshape(part.shape))
+
+
+def add(tensor: torch.Tensor, dims: Dims, tile: Tile, value: torch.Tensor) -> None:
+    """Add ``value`` to the part of ``tensor`` inside ``tile``."""
+    part = window(tensor, dims, tile)
+    part.add_(value if part.dim() == value.dim() else value.reshape(part.shape))

@@ -1,0 +1,129 @@
+"""From bytes to tiles: how many heads and query rows one step of a replay takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import torch
+
+from attnpatch.policy import Policy
+from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis, Tile
+
+# Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
+CPU_STEP_BYTES = 4 * 2**20
+# Elsewhere a step must be long enough to fill the device; a few per cent of a small card.
+DEVICE_STEP_BYTES = 256 * 2**20
+# Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.
+LIVE_COPIES = 3
+MOST_CPU_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Grain:
+    """What a step of rows must respect: at least ``least`` rows, cut at multiples of ``multiple``."""
+
+    least: int = LEAST[ROW]
+    multiple: int = 1
+
+    def cut(self, size: int, step: int) -> list[tuple[int, int]]:
+        if self.multiple == 1:
+            return balanced(size, step, self.least)
+        step = max(self.least, -(-step // self.multiple) * self.multiple)
+        starts = [step * i for i in range(max(1, size // step))]
+        return list(itertools.pairwise([*starts, size]))
+
+
+def balanced(size: int, step: int, least: int) -> list[tuple[int, int]]:
+    """``0:size`` in pieces of about ``step``, none smaller than ``least`` unless ``size`` is.
+
+    No remainder is left that would round differently (see ``LEAST``).
+    """
+    count = max(1, min(-(-size // max(step, least)), size // least))
+    base, longer = divmod(size, count)
+    bounds = list(itertools.accumulate([base + (i < longer) for i in range(count)], initial=0))
+    return list(itertools.pairwise(bounds))
+
+
+@dataclasses.dataclass
+class Steps:
+    """How a replay is cut: every combination of lead pieces, and for each the row pieces.
+
+    Attributes:
+        lead: Tiles over batch and heads.
+        row: The axis whose pieces change fastest, or ``None``.
+        rows: Its pieces.
+    """
+
+    lead: list[Tile]
+    row: Axis | None
+    rows: list[tuple[int, int]]
+
+
+def choose(
+    tileable: list[Axis],
+    width: int,
+    itemsize: int,
+    policy: Policy,
+    device: torch.device,
+    shrink: int = 1,
+    grain: Grain = Grain(),  # noqa: B008 (frozen)
+) -> Steps:
+    """Steps for a recipe.
+
+    Args:
+        tileable: The axes that may be cut, outermost first.
+        width: Elements that one row of one head has in the widest tensor of the recipe.
+        itemsize: Bytes of an element.
+        policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
+        device: Where it runs.
+        shrink: Divides the step; doubled after an out-of-memory error.
+        grain: Where rows may be cut.
+
+    Returns:
+        The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
+    """
+    on_cpu = device.type == "cpu"
+    row = next((axis for axis in reversed(tileable) if axis.kind == ROW), tileable[-1] if tileable else None)
+    lead = [axis for axis in tileable if axis is not row]
+    if row is None:
+        return Steps([{}], None, [])
+    elements = (CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize
+    if policy.workspace_bytes is not None:
+        elements = min(elements, policy.workspace_bytes // (LIVE_COPIES * itemsize))
+    elements = max(1, elements // shrink)
+    heads = policy.heads
+    if heads is None:
+        heads = LEAST[LEAD] if on_cpu else math.prod(axis.size for axis in lead)
+        heads = max(LEAST[LEAD], min(heads, elements // max(1, width * min(row.size, 16))))
+        if on_cpu:
+            # Short sequences: as many heads as the step holds, so that a step is worth its overhead.
+            heads = max(heads, elements // max(1, width * min(row.size, MOST_CPU_ROWS)))
+    rows = policy.rows
+    if rows is None:
+        rows = max(LEAST[ROW], elements // max(1, width * heads))
+        if on_cpu:
+            rows = min(rows, MOST_CPU_ROWS)
+    return Steps(_lead_tiles(lead, heads), row, grain.cut(row.size, rows))
+
+
+def _lead_tiles(lead: list[Axis], target: int) -> list[Tile]:
+    """Tiles of about ``target`` heads: whole inner axes, pieces of one, single elements of the outer ones."""
+    pieces: list[list[tuple[int, int]]] = []
+    inside = 1
+    for axis in reversed(lead):
+        if inside * axis.size <= target:
+            pieces.append([(0, axis.size)])
+            inside *= axis.size
+        elif inside < target:
+            part = balanced(axis.size, max(1, target // inside), 1 if inside > 1 or target == 1 else LEAST[LEAD])
+            pieces.append(part)
+            inside = target
+        else:
+            pieces.append([(i, i + 1) for i in range(axis.size)])
+    pieces.reverse()
+    return [
+        {axis: span for axis, span in zip(lead, spans, strict=True) if span != (0, axis.size)}
+        for spans in itertools.product(*pieces)
+    ]

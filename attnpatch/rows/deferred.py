@@ -1,0 +1,241 @@
+"""DeferredRows: a score matrix that was asked for and not computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from attnpatch.policy import Policy
+from attnpatch.rows.axes import Tile
+from attnpatch.rows.recipe import Node, Run, graph, tensors_of
+from attnpatch.rows.replay import Replay
+
+
+class Tally(Protocol):
+    """Who counts what happened at a site."""
+
+    def count(self, what: str) -> None: ...
+
+    def materialised(self, operation: str) -> None: ...
+
+
+class Observer(Protocol):
+    """Who looks at attention probabilities while they pass by."""
+
+    def observe(self, probabilities: torch.Tensor, leads: torch.Tensor, rows: tuple[int, int], lead_count: int) -> None:
+        """One tile.
+
+        Args:
+            probabilities: ``[leads, rows, kv_len]``, after softmax, before dropout; keys that a causal call need not
+                look at may be left out at the end.
+            leads: int64 ``[leads]``, which of the flattened batch x heads they are.
+            rows: First and one past the last query row.
+            lead_count: How many leads the call has in all.
+        """
+
+
+@dataclasses.dataclass
+class SiteCall:
+    """What the doors know of the call they serve.
+
+    Attributes:
+        policy: The rule.
+        free: Free bytes of a device; asked once per model call.
+        tally: Counts.
+        observer: Looks at probabilities, or ``None``.
+    """
+
+    policy: Policy
+    free: Callable[[torch.device], int]
+    tally: Tally
+    observer: Observer | None = None
+
+    def retried(self) -> None:
+        self.tally.count("retried")
+
+
+class Handle:
+    """What a DeferredRows stands for: a recipe, or the tensor it was turned into.
+
+    Attributes:
+        node: The recipe.
+        call: The site call it came from.
+        value: The tensor, once somebody needed all of it.
+        family: Handles that share memory with this one (views of each other), itself included.
+    """
+
+    def __init__(self, node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> None:
+        self.node, self.call = node, call
+        self.value: torch.Tensor | None = None
+        self.family = weakref.WeakSet() if family is None else family
+        self.family.add(self)
+        _PENDING.add(self)
+
+    def materialise(self, operation: str) -> torch.Tensor:
+        """The whole tensor, computed by rows; ``operation`` is what asked for it."""
+        if self.value is None:
+            self.call.tally.materialised(operation)
+            self.value = Replay(self.node, self.call.policy, on_retry=self.call.retried)()
+            _PENDING.discard(self)
+        return self.value
+
+    def is_shared(self) -> bool:
+        return len(self.family) > 1
+
+    def settle_family(self, operation: str) -> None:
+        """Turn all views of one matrix into views of one tensor, so that a write to one is seen by all."""
+        members = list(self.family)
+        nodes = {id(node): node for member in members for node in graph(member.node)}
+        # The matrix they are views of: the deepest node that all of them are computed from.
+        reach = [{id(node) for node in graph(member.node)} for member in members]
+        common = set.intersection(*reach)
+        base = max((nodes[i] for i in common), key=lambda node: len(list(graph(node))))
+        self.call.tally.materialised(operation)
+        tensor = Replay(base, self.call.policy, on_retry=self.call.retried)()
+        for member in members:
+            run = Run(member.node)
+            run.fix(base, tensor)
+            member.value = run.value(member.node, {})
+            _PENDING.discard(member)
+
+    def reads(self, storage: int) -> bool:
+        return any(
+            leaf.tensor is not None and leaf.tensor.untyped_storage().data_ptr() == storage
+            for leaf in tensors_of(self.node)
+        )
+
+
+_PENDING: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def pending() -> bool:
+    """Whether some deferred tensor is alive and not yet computed."""
+    return bool(_PENDING)
+
+
+def before_write(tensor: torch.Tensor, operation: str) -> None:
+    """Compute whatever still needs the present values of ``tensor``."""
+    if not _PENDING or type(tensor) is DeferredRows:
+        return
+    storage = tensor.untyped_storage().data_ptr()
+    for handle in list(_PENDING):
+        if handle.reads(storage):
+            handle.materialise(operation)
+
+
+def secure_escaped() -> None:
+    """Called when a site is left: what is still deferred now outlives it."""
+    for handle in list(_PENDING):
+        for leaf in tensors_of(handle.node):
+            leaf.secure()
+
+
+# Answered from the wrapper itself, without computing anything.
+_ATTRIBUTES = frozenset(
+    "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
+    "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
+    "_backward_hooks retains_grad name".split()
+)
+_METHODS = frozenset(
+    "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
+    "is_contiguous __len__ is_inference storage_offset is_same_size __hash__".split()
+)
+
+
+class DeferredRows(torch.Tensor):
+    """A tensor with shape, dtype and device but no storage, and a recipe that can compute any of its rows.
+
+    Row-wise operations on it extend the recipe, a product over its keys replays it some rows at a time, and any
+    other operation computes all of it first: slower and larger, never wrong.
+    """
+
+    handle: Handle
+
+    @staticmethod
+    def __new__(cls, handle: Handle) -> DeferredRows:
+        node = handle.node
+        needs_grad = torch.is_grad_enabled() and any(
+            leaf.tensor is not None and leaf.tensor.requires_grad for leaf in tensors_of(node)
+        )
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            node.shape,
+            dtype=node.dtype,
+            device=node.device,
+            requires_grad=needs_grad and node.dtype.is_floating_point,
+        )
+        self.handle = handle
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The safety net below everything that Python can intercept."""
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        return func(*settle(args, str(func)), **settle(kwargs or {}, str(func)))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        handle = self.handle
+        if handle.value is not None:
+            return repr(handle.value)
+        return f"DeferredRows(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
+
+
+def settle(value: Any, operation: str) -> Any:
+    """``value`` with every deferred tensor in it computed."""
+    if isinstance(value, DeferredRows):
+        return value.handle.materialise(operation)
+    if isinstance(value, (list, tuple)):
+        items = [settle(item, operation) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: settle(item, operation) for key, item in value.items()}
+    return value
+
+
+def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A torch function with a DeferredRows among its arguments."""
+    from attnpatch.rows import rowwise  # the table builds DeferredRows, so it cannot be imported before the class
+
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = func.__self__.__name__
+        if name in _ATTRIBUTES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+    elif name in _METHODS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    elif name == "__repr__" and isinstance(args[0], DeferredRows):
+        return DeferredRows.__repr__(args[0])
+    return rowwise.apply(name, func, args, kwargs)
+
+
+def is_pending(value: Any) -> bool:
+    return isinstance(value, DeferredRows) and value.handle.value is None
+
+
+def computed(value: Any) -> Any:
+    """``value``, or the tensor behind it if it is a deferred one that was computed already."""
+    if isinstance(value, DeferredRows) and value.handle.value is not None:
+        return value.handle.value
+    return value
+
+
+def wrap(node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> DeferredRows:
+    return DeferredRows(Handle(node, call, family))
+
+
+__all__ = ["DeferredRows", "Handle", "Observer", "SiteCall", "Tally", "Tile", "dispatch", "wrap"]

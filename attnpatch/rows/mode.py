@@ -1,0 +1,84 @@
+"""The mode that is active inside a swapped forward, and nowhere else: it watches the two doors."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from attnpatch.rows import products, rowwise, sdpa
+from attnpatch.rows.deferred import DeferredRows, SiteCall, before_write, computed, dispatch, pending, secure_escaped, settle
+
+_PRODUCTS = frozenset(
+    [torch.matmul, torch.bmm, torch.baddbmm, torch.einsum]
+    + [getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm")]
+)
+# Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
+_COMPOSITES = frozenset([F.multi_head_attention_forward])
+
+
+@functools.cache
+def _opened(func: types.FunctionType) -> Callable[..., Any]:
+    """The same function with its own check for overrides turned off, so that it runs under the mode."""
+    scope = {**func.__globals__, "has_torch_function": lambda _: False}
+    return types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+
+
+class RowsMode(TorchFunctionMode):
+    """Attention by rows for the call of one site.
+
+    Args:
+        call: Policy, counters and observer of the site; replaced while a nested site runs.
+    """
+
+    def __init__(self, call: SiteCall) -> None:
+        super().__init__()
+        self.call = call
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        if pending():
+            secure_escaped()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if DeferredRows in types:
+            return self._deferred(func, args, kwargs)
+        if func in _PRODUCTS:
+            result = products.defer(func.__name__, func, args, kwargs, self.call)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        if func is F.scaled_dot_product_attention:
+            return sdpa.attend(args, kwargs, self.call)
+        if func in _COMPOSITES:
+            with self:
+                return _opened(func)(*args, **kwargs)
+        if pending():
+            self._protect(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is F.scaled_dot_product_attention:
+            # Scores that were computed by hand and then used as a query, key or mask: not what door 2 is for.
+            name = func.__name__
+            return sdpa.attend(settle(args, name), settle(kwargs, name), self.call)
+        if func in _COMPOSITES:
+            with self:
+                return _opened(func)(*args, **kwargs)
+        return dispatch(func, args, kwargs)
+
+    def _protect(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+        """Before something is overwritten, compute what a recipe still reads from it."""
+        name = getattr(func, "__name__", "")
+        if rowwise.writes(name) and args and isinstance(args[0], torch.Tensor):
+            before_write(computed(args[0]), name)
+        out = kwargs.get("out")
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                before_write(tensor, name)

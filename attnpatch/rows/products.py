@@ -1,0 +1,246 @@
+"""Door 2: matrix products. One of query and key is deferred, one with a deferred operand over its keys is replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, size_of
+from attnpatch.rows.deferred import DeferredRows, SiteCall, settle, wrap
+from attnpatch.rows.dropout import Dropout
+from attnpatch.rows.recipe import Call, Leaf, Node, graph
+from attnpatch.rows.replay import Look, Replay
+
+NAMES = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
+# Steps between softmax and the product with the values that do not change what is attended to.
+_AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
+
+
+@dataclasses.dataclass
+class Product:
+    """A call that contracts two tensors.
+
+    Attributes:
+        left, right: The operands.
+        labels: A letter for every dimension of left, right and result; a letter that the result lacks is summed over.
+        rebuild: Arguments of the call from replacements of the two operands.
+        added: A tensor added to the result (``baddbmm``), or ``None``.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    labels: tuple[str, str, str]
+    rebuild: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
+    added: torch.Tensor | None = None
+
+    def sizes(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for tensor, labels in ((self.left, self.labels[0]), (self.right, self.labels[1])):
+            for label, size in zip(labels, tensor.shape, strict=True):
+                found[label] = max(size, found.get(label, 1))
+        return found
+
+
+def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
+    """The product a call asks for; ``None`` where it is not of a kind that can be deferred."""
+    if kwargs.get("out") is not None or kwargs.get("out_dtype") is not None:
+        return None
+    if name == "einsum":
+        return _parse_einsum(args, kwargs)
+    added = None
+    if name == "baddbmm":
+        added, left, right = (*args, *(kwargs.get(key) for key in ("input", "batch1", "batch2")[len(args) :]))[:3]
+        rest = {key: kwargs[key] for key in ("beta", "alpha") if key in kwargs}
+        if not isinstance(added, torch.Tensor):
+            return None
+        rebuild = lambda a, b, c: ((c, a, b), rest)
+    else:
+        second = ("other", "mat2", "tensor2")
+        left, right = (*args, *(kwargs[key] for key in second if key in kwargs))[:2]
+        if name == "__rmatmul__":
+            left, right = right, left
+        rebuild = lambda a, b, c: ((a, b), {})
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return None
+    depth = max(left.dim(), right.dim())
+    if min(left.dim(), right.dim()) < 2 or depth > 20:
+        return None
+    lead = string.ascii_uppercase[: depth - 2]
+    labels = (lead[depth - left.dim() :] + "ik", lead[depth - right.dim() :] + "kj", lead + "ij")
+    return Product(left, right, labels, rebuild, added)
+
+
+def _parse_einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
+    if not args or not isinstance(args[0], str) or kwargs:
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    equation = args[0].replace(" ", "")
+    if len(operands) != 2 or "->" not in equation:
+        return None
+    inputs, result = equation.split("->")
+    labels = [*inputs.split(","), result]
+    if len(labels) != 3:
+        return None
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    counts = [tensor.dim() - len(part.replace("...", "")) for tensor, part in zip(operands, labels, strict=False)]
+    dots = "".join(free[: max(counts)])
+    for i, part in enumerate(labels):
+        count = counts[i] if i < 2 else len(dots)
+        labels[i] = part.replace("...", dots[len(dots) - count :] if count > 0 else "")
+    shapes_fit = all(len(part) == tensor.dim() for part, tensor in zip(labels, operands, strict=False))
+    if not shapes_fit or any(len(set(part)) != len(part) for part in labels):
+        return None
+    return Product(*operands, tuple(labels), lambda a, b, _: ((args[0], a, b), {}))  # type: ignore[arg-type]
+
+
+def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """A product of two real tensors: deferred if it looks like scores and the rule says by rows.
+
+    Returns:
+        The deferred scores, or ``NotImplemented``.
+    """
+    product = parse(name, args, kwargs)
+    if product is None or not _may_be_scores(product, call):
+        return NotImplemented
+    sizes = product.sizes()
+    left, right, result = product.labels
+    axes: dict[str, Dim] = {}
+    for label in result:
+        kind = LEAD if label in left and label in right else ROW if label in left else KEY
+        axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
+    dims = tuple(axes[label] for label in result)
+    nodes = [
+        Leaf(tensor, tuple(axes.get(label, ()) if size != 1 else () for label, size in zip(part, tensor.shape, strict=True)))
+        for tensor, part in ((product.left, left), (product.right, right))
+    ]
+    return wrap(_call(func, product, nodes[0], nodes[1], dims, ()), call)
+
+
+def _may_be_scores(product: Product, call: SiteCall) -> bool:
+    left, right, result = product.labels
+    if not (product.left.is_floating_point() and product.right.is_floating_point()):
+        return False
+    if any(isinstance(t, torch.nn.Parameter) for t in (product.left, product.right)):
+        return False
+    sizes = product.sizes()
+    rows = [sizes[label] for label in result if label not in right]
+    keys = [sizes[label] for label in result if label not in left]
+    summed = [size for label, size in sizes.items() if label not in result]
+    if not rows or not keys or not summed or max(summed) < 2 or 0 in sizes.values():
+        return False
+    if call.observer is not None:
+        return True
+    q_len = max(rows)
+    if q_len < 2:
+        return False
+    if call.policy.mode == "always":
+        return True
+    elements = 1
+    for label in result:
+        elements *= sizes[label]
+    if elements <= product.left.numel() + product.right.numel() or q_len <= call.policy.min_tokens:
+        return False
+    # Scores, what softmax makes of them, and one step between.
+    temporaries = 3 * elements * product.left.element_size()
+    return call.policy.by_rows(q_len, temporaries, call.free(product.left.device))
+
+
+def _call(
+    func: Callable[..., Any], product: Product, left: Node, right: Node, dims: tuple[Dim, ...], whole: tuple[Axis, ...]
+) -> Call:
+    added: Node | None = None
+    if product.added is not None:
+        aligned = dims[len(dims) - product.added.dim() :]
+        shape = product.added.shape
+        added = Leaf(product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True)))
+    args, kwargs = product.rebuild(left, right, added)
+    tiny = product.rebuild(*(_one(t) for t in (product.left, product.right)), _one(product.added))
+    with torch.no_grad():
+        dtype = func(*tiny[0], **tiny[1]).dtype
+    return Call(func, args, kwargs, dims, dtype, product.left.device, whole)
+
+
+def _one(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else torch.ones([1] * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+
+
+def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the recipe."""
+    product = parse(name, args, kwargs)
+    if product is None or isinstance(product.added, DeferredRows):
+        return NotImplemented
+    if isinstance(product.left, DeferredRows) and isinstance(product.right, DeferredRows):
+        a, k = product.rebuild(product.left, settle(product.right, name), product.added)
+        return contract(name, func, a, k)
+    first = isinstance(product.left, DeferredRows)
+    deferred, other = (product.left, product.right) if first else (product.right, product.left)
+    own_labels, other_labels = (product.labels[0], product.labels[1]) if first else (product.labels[1], product.labels[0])
+    result = product.labels[2]
+    node = deferred.handle.node
+    axes: dict[str, Dim] = dict(zip(own_labels, node.dims, strict=True))
+    sizes = product.sizes()
+    added: list[Axis] = []
+    for label in result:
+        if size_of(axes.get(label, ())) == 1 and sizes[label] != 1:
+            axes[label] = (Axis(sizes[label]),)
+            if label not in own_labels:
+                added += axes[label]
+    summed = [axis for label, dim in zip(own_labels, node.dims, strict=True) if label not in result for axis in dim]
+    leaf = Leaf(
+        other,
+        tuple(
+            axes.get(label, ()) if label in result and size != 1 else ()
+            for label, size in zip(other_labels, other.shape, strict=True)
+        ),
+    )
+    left, right = (node, leaf) if first else (leaf, node)
+    dims = tuple(axes[label] for label in result)
+    call = _call(func, product, left, right, dims, (*summed, *added))
+    site = deferred.handle.call
+    if not any(axis.kind == KEY for axis in leaves(summed)):
+        return wrap(call, site)
+    site.tally.count("by_rows")
+    return Replay(call, site.policy, _watch(node, leaves(summed), site), site.retried)()
+
+
+def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
+    """What to show an observer: the probabilities before dropout and casts, if these are probabilities at all."""
+    observer = site.observer
+    if observer is None:
+        return None
+    node = probabilities
+    while isinstance(node, Dropout) or (
+        isinstance(node, Call) and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX and len(node.children) == 1
+    ):
+        node = node.children[0]
+    normalised = {leaf for step in graph(node) for leaf in leaves(step.whole)}
+    axes = [leaf for dim in node.dims for leaf in leaves(dim)]
+    if not normalised or len(set(axes)) != len(axes):
+        return None
+    site.tally.count("captured")
+    row = next((axis for axis in reversed(axes) if axis.kind == ROW and axis not in keys), None)
+    leads = [axis for axis in axes if axis is not row and axis not in keys]
+    count = 1
+    for axis in leads:
+        count *= axis.size
+
+    def look(value: torch.Tensor, tile: Tile) -> None:
+        value = value.reshape([extent((axis,), tile) for axis in axes])
+        order = [*leads, *([row] if row is not None else []), *[axis for axis in axes if axis in keys]]
+        value = value.permute([axes.index(axis) for axis in order])
+        span = (0, 1) if row is None else tile.get(row, (0, row.size))
+        numbers = torch.zeros((), dtype=torch.int64)
+        for axis in leads:
+            low, high = tile.get(axis, (0, axis.size))
+            numbers = (numbers * axis.size).unsqueeze(-1) + torch.arange(low, high)
+        value = value.reshape(numbers.numel(), span[1] - span[0], -1)
+        observer.observe(value, numbers.reshape(-1), span, count)
+
+    return node, look
+
+
+HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys(NAMES, contract)

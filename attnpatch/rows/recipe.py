@@ -1,0 +1,335 @@
+"""Recipes: what was asked of a score matrix, written down instead of computed, replayable for any tile of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.errors import AttnpatchError
+from attnpatch.rows.axes import LEAST, Axis, Dims, Tile, all_leaves, leaves, local_shape, size_of, take
+
+
+def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to everything inside its lists, tuples, dicts and slices."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map_structure(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_structure(item, change) for key, item in value.items()}
+    return change(value)
+
+
+class Node:
+    """One tensor of a recipe.
+
+    Attributes:
+        dims: The axes of every dimension.
+        dtype, device: What the tensor would have.
+        whole: Axes that this step needs complete (softmax over keys, a mean over heads).
+        children: The nodes it is computed from.
+    """
+
+    whole: tuple[Axis, ...] = ()
+    children: tuple[Node, ...] = ()
+    dims: Dims
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(size_of(dim) for dim in self.dims)
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        """The part of this tensor inside ``tile``."""
+        raise AssertionError("a subclass computes")
+
+    def rebuilt(self, change: Callable[[Node], Node]) -> Node:
+        """A copy whose children went through ``change``."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.children = tuple(change(child) for child in self.children)
+        return copy
+
+
+class Leaf(Node):
+    """A tensor that exists: query, key, mask, bias. A recipe reads it when it is replayed."""
+
+    def __init__(self, tensor: torch.Tensor, dims: Dims) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.dims = dims
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return take(run.tensor(self), self.dims, tile)
+
+    def check(self) -> None:
+        """Raise if the tensor was overwritten since it was recorded (rows mode prevents it inside a site)."""
+        if self.version is not None and self.tensor is not None and self.tensor._version != self.version:
+            raise AttnpatchError(
+                f"a tensor of shape {tuple(self.tensor.shape)} was overwritten in place while attention weights "
+                "that are computed on demand still needed it; read the weights before (for example .clone() them), "
+                "or run this model under attnpatch.patched(model, mode='never')"
+            )
+
+    def secure(self) -> None:
+        """Keep values safe from later writes that nothing would notice: inference tensors count no versions."""
+        if self.version is None and self.tensor is not None and self.tensor.is_inference():
+            self.tensor = self.tensor.clone()
+
+
+class Context:
+    """The autocast and gradient mode a step was recorded under."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+        self.autocast = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type) if self.autocast else None
+        self.grad = torch.is_grad_enabled()
+
+    def enter(self) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        enabled = torch.is_autocast_enabled(self.device_type)
+        if enabled != self.autocast or (enabled and torch.get_autocast_dtype(self.device_type) != self.autocast_dtype):
+            stack.enter_context(
+                torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False)
+            )
+        if torch.is_grad_enabled() and not self.grad:
+            stack.enter_context(torch.no_grad())
+        return stack
+
+    def is_current(self) -> bool:
+        return (
+            torch.is_autocast_enabled(self.device_type) == self.autocast
+            and (not self.autocast or torch.get_autocast_dtype(self.device_type) == self.autocast_dtype)
+            and (self.grad or not torch.is_grad_enabled())
+        )
+
+
+class Call(Node):
+    """The host's own call, on the tile's part of every tensor it was given."""
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        dims: Dims,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: tuple[Axis, ...] = (),
+    ) -> None:
+        self.func = func
+        self.dims, self.dtype, self.device, self.whole = dims, dtype, device, whole
+        self.context = Context(device)
+        children: list[Node] = []
+
+        def number(value: Any) -> Any:
+            if not isinstance(value, Node):
+                return value
+            children.append(value)
+            return _Child(len(children) - 1)
+
+        self.args = map_structure(args, number)
+        self.kwargs = map_structure(kwargs, number)
+        self.children = tuple(children)
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        values = [run.value(child, tile) for child in self.children]
+
+        def fill(value: Any) -> Any:
+            return values[value.index] if isinstance(value, _Child) else value
+
+        args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
+        if self.context.is_current():
+            return self.func(*args, **kwargs)
+        with self.context.enter():
+            return self.func(*args, **kwargs)
+
+
+class _Child:
+    """The place of a child in the arguments of a call."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class View(Node):
+    """The same elements in the same order under another shape (view, squeeze, unsqueeze, expand)."""
+
+    def __init__(self, child: Node, dims: Dims, expand: bool = False) -> None:
+        self.children = (child,)
+        self.dims, self.dtype, self.device = dims, child.dtype, child.device
+        self.expand = expand
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        value = run.value(self.children[0], tile)
+        shape = local_shape(self.dims, tile)
+        return value.expand(shape) if self.expand else value.reshape(shape)
+
+
+class Cut(Node):
+    """``start:stop`` of one dimension; only those elements are computed where the dimension can be tiled."""
+
+    def __init__(self, child: Node, position: int, start: int, stop: int) -> None:
+        self.children = (child,)
+        self.dtype, self.device = child.dtype, child.device
+        self.position, self.start = position, start
+        old = child.dims[position]
+        kind = old[-1].kind if old else "lead"
+        self.axis = Axis(stop - start, kind)
+        self.dims = child.dims[:position] + ((self.axis,) if stop - start != 1 else (),) + child.dims[position + 1 :]
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        child = self.children[0]
+        old = leaves(child.dims[self.position])
+        new = leaves((self.axis,))
+        low, high = 0, self.axis.size
+        if len(new) == 1 and new[0] in tile:
+            low, high = tile[new[0]]
+        if len(old) == 1 and old[0] not in run.whole and len(new) <= 1:
+            low, high = self.start + low, self.start + high
+            first, last = widened(low, high, old[0])
+            value = run.value(child, {**tile, old[0]: (first, last)})
+            return value if (first, last) == (low, high) else value.narrow(self.position, low - first, high - low)
+        value = run.value(child, tile).narrow(self.position, self.start, self.axis.size)
+        return take(value, tuple((self.axis,) if i == self.position else () for i in range(value.dim())), tile)
+
+
+def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:
+    """A range that a matrix product rounds as it rounds the whole axis (see ``LEAST``), around ``low:high``."""
+    least = min(LEAST.get(axis.kind, 1), axis.size)
+    first = max(0, min(low, axis.size - least))
+    return first, max(high, first + least)
+
+
+class Pick(Node):
+    """One of several results of a call, such as the values of ``max(dim=-1)``."""
+
+    def __init__(self, child: Node, index: int, dims: Dims, dtype: torch.dtype) -> None:
+        self.children = (child,)
+        self.index, self.dims, self.dtype, self.device = index, dims, dtype, child.device
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return run.value(self.children[0], tile)[self.index]
+
+
+class Run:
+    """One evaluation of a recipe: which axes are complete, what is kept between tiles, where gradients go.
+
+    Args:
+        root: The node to compute.
+        bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
+        wanted: Leaves to take gradients for: their parts are cut from the graph and noted.
+    """
+
+    def __init__(
+        self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
+    ) -> None:
+        self.nodes = list(graph(root))
+        self._axes = {node: all_leaves(node.dims) for node in self.nodes}
+        self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
+        for axes in self._axes.values():
+            # One axis in two dimensions (a matrix added to its own transpose): a tile would be its diagonal only.
+            self.whole.update(axis for axis in axes if axes.count(axis) > 1)
+        self.bound = bound or {}
+        self.wanted = wanted
+        self.parts: list[tuple[Leaf, Tile, torch.Tensor]] = []
+        self.row: Axis | None = None
+        # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
+        # row axis goes by another name.
+        self.hoist = not wanted and not any(isinstance(node, Cut) for node in self.nodes)
+        self._uses: dict[Node, int] = {}
+        for node in self.nodes:
+            for child in node.children:
+                self._uses[child] = self._uses.get(child, 0) + 1
+        self._fixed: dict[Node, torch.Tensor] = {}
+        self._kept: dict[tuple[Node, Any], Any] = {}
+        self._moving: list[tuple[Node, Any]] = []
+
+    def keep(self, node: Node) -> None:
+        """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
+        self._uses[node] = self._uses.get(node, 0) + 2
+
+    def fix(self, node: Node, value: torch.Tensor) -> None:
+        """Take ``value`` for the whole of ``node`` instead of computing it."""
+        self._fixed[node] = value
+
+    def tensor(self, leaf: Leaf) -> torch.Tensor:
+        tensor = self.bound.get(leaf, leaf.tensor)
+        assert tensor is not None
+        return tensor
+
+    def value(self, node: Node, tile: Tile) -> Any:
+        """``node`` inside ``tile``; what does not depend on the row axis is computed once for all its tiles."""
+        if node in self._fixed:
+            return take(self._fixed[node], node.dims, tile)
+        own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
+        if isinstance(node, Leaf) and node not in self.wanted:
+            return node.compute(own, self)
+        fixed = self.hoist and self.row is not None and self.row not in own
+        if not fixed and self._uses.get(node, 0) < 2:
+            return node.compute(own, self)
+        key = (node, tuple(own.items()))
+        if key in self._kept:
+            return self._kept[key]
+        value = node.compute(own, self)
+        if node in self.wanted:
+            assert isinstance(node, Leaf)
+            value = value.detach().requires_grad_()
+            self.parts.append((node, own, value))
+        self._kept[key] = value
+        if not fixed:
+            self._moving.append(key)
+        return value
+
+    def next_rows(self) -> None:
+        """Forget what belonged to the rows just done."""
+        for key in self._moving:
+            self._kept.pop(key, None)
+        self._moving.clear()
+
+    def next_lead(self) -> None:
+        """Forget everything: other heads follow."""
+        self._kept.clear()
+        self._moving.clear()
+
+
+def graph(root: Node) -> Iterator[Node]:
+    """Every node of a recipe once, children before parents."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child in node.children)
+
+
+def tensors_of(root: Node) -> list[Leaf]:
+    return [node for node in graph(root) if isinstance(node, Leaf)]
+
+
+def unbound(root: Node) -> tuple[Node, list[Leaf], list[torch.Tensor]]:
+    """A copy of a recipe that holds no tensors, its leaves, and their tensors in the same order.
+
+    A backward pass keeps the copy, and autograd keeps the tensors: offloading and checkpointing of saved tensors
+    work as for any operation.
+    """
+    copies: dict[Node, Node] = {}
+    found: list[Leaf] = []
+    tensors: list[torch.Tensor] = []
+    for node in graph(root):
+        copy = node.rebuilt(lambda child: copies[child])
+        if isinstance(copy, Leaf):
+            assert copy.tensor is not None
+            found.append(copy)
+            tensors.append(copy.tensor)
+            copy.tensor = None
+        copies[node] = copy
+    return copies[root], found, tensors

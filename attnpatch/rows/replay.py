@@ -1,0 +1,206 @@
+"""Replays a recipe tile by tile into a tensor, with gradients, and shows the probabilities that pass by."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.policy import Policy
+from attnpatch.rows.axes import Axis, Tile, add, all_leaves, extent, leaves, put, take
+from attnpatch.rows.budget import Grain, Steps, choose
+from attnpatch.rows.recipe import Leaf, Node, Run, tensors_of, unbound
+
+# What an observer is called with: the node's values in a tile, and the tile.
+Look = Callable[[torch.Tensor, Tile], None]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device ran out of memory: CUDA and XPU have a type for it, MPS and CPU only a message."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+class Replay:
+    """Everything needed to compute ``node`` by tiles.
+
+    Args:
+        node: What to compute.
+        policy: Tile sizes and the workspace.
+        watched: A node of the recipe to show, and who looks; ``None``: nobody.
+        on_retry: Called when a step ran out of memory and is tried again, smaller.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        policy: Policy,
+        watched: tuple[Node, Look] | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.node, self.policy, self.watched, self.on_retry = node, policy, watched, on_retry
+        self.shrink = 1
+
+    def __call__(self) -> torch.Tensor:
+        """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
+        found = tensors_of(self.node)
+        for leaf in found:
+            leaf.check()
+        needs_grad = torch.is_grad_enabled() and any(
+            leaf.tensor is not None and leaf.tensor.requires_grad for leaf in found
+        )
+        if not needs_grad:
+            return self.forward()
+        copy, copies, tensors = unbound(self.node)
+        return _ByRows.apply(self, Replay(copy, self.policy), copies, *tensors)
+
+    def _steps(self, run: Run) -> Steps:
+        axes = all_leaves(self.node.dims)
+        tileable = [axis for axis in axes if axis not in run.whole]
+        width, itemsize = 1, 1
+        cut = set(tileable)
+        for node in run.nodes:
+            if not isinstance(node, Leaf):
+                count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
+                width = max(width, count, getattr(node, "score_width", 1))
+                itemsize = max(itemsize, node.dtype.itemsize)
+        grain = getattr(self.node, "grain", Grain())
+        return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain)
+
+    def _tiles(self, run: Run) -> Iterator[Tile]:
+        steps = self._steps(run)
+        run.row = steps.row if len(steps.rows) > 1 else None
+        for lead in steps.lead:
+            for span in steps.rows or [None]:
+                tile = dict(lead)
+                if steps.row is not None and span is not None and span != (0, steps.row.size):
+                    tile[steps.row] = span
+                yield tile
+                run.next_rows()
+            run.next_lead()
+
+    def forward(self) -> torch.Tensor:
+        """The tensor by tiles, halving the step while the device has too little memory for it."""
+        while True:
+            try:
+                return self._forward()
+            except RuntimeError as error:
+                if not (self.policy.retry_on_oom and is_out_of_memory(error)) or self.is_smallest():
+                    raise
+                self.shrink *= 2
+                self.on_retry()
+
+    def is_smallest(self) -> bool:
+        if self.policy.rows is not None and self.policy.heads is not None:
+            return True
+        steps = self._steps(Run(self.node))
+        return self.shrink > 2**20 or all(high - low <= 3 for low, high in steps.rows)
+
+    def _forward(self) -> torch.Tensor:
+        run = Run(self.node)
+        if self.watched is not None:
+            run.keep(self.watched[0])
+        result: torch.Tensor | None = None
+        for tile in self._tiles(run):
+            value = run.value(self.node, tile)
+            if self.watched is not None:
+                own = {axis: tile[axis] for axis in all_leaves(self.watched[0].dims) if axis in tile}
+                self.watched[1](run.value(self.watched[0], tile).detach(), own)
+            if not tile:
+                return value
+            if result is None:
+                result = _empty(self.node, value)
+            put(result, self.node.dims, tile, value)
+            del value
+        assert result is not None
+        return result
+
+    def gradients(
+        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the leaves, tile by tile; no tile's rows outlive it."""
+        asked = [leaf for leaf, want in zip(copies, wanted, strict=True) if want]
+        bound = dict(zip(copies, tensors, strict=True))
+        run = Run(self.node, bound, frozenset(asked))
+        sums = {leaf: torch.zeros_like(bound[leaf]) for leaf in asked}
+        for tile in self._tiles(run):
+            run.parts.clear()
+            with torch.enable_grad():
+                value = run.value(self.node, tile)
+            parts = [part for _, _, part in run.parts]
+            part_grads = torch.autograd.grad(
+                value, parts, take(grad, self.node.dims, tile).reshape(value.shape), allow_unused=True
+            )
+            for (leaf, where, _), part_grad in zip(run.parts, part_grads, strict=True):
+                if part_grad is not None:
+                    add(sums[leaf], leaf.dims, where, part_grad)
+        return [sums.get(leaf) for leaf in copies]
+
+    def differentiable_gradients(
+        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
+    ) -> list[torch.Tensor | None]:
+        """Gradients that can be differentiated again; in one piece, as the native graph would hold it."""
+        asked = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
+        value = Run(self.node, dict(zip(copies, tensors, strict=True))).value(self.node, {})
+        found = iter(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
+        return [next(found) if want else None for want in wanted]
+
+
+def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
+    """A tensor for the whole result, laid out in memory as the host's own call lays out its results."""
+    order = sorted(range(value.dim()), key=lambda d: (value.stride(d), value.size(d) == 1), reverse=True)
+    if any(value.size(d) == 1 for d in order):
+        order = list(range(value.dim()))
+    full = torch.empty([node.shape[d] for d in order], dtype=value.dtype, device=value.device)
+    return full.permute([order.index(d) for d in range(value.dim())])
+
+
+class _ByRows(torch.autograd.Function):
+    """Forward: the replay. Backward: the replay again, a tile at a time, each with its own little graph."""
+
+    @staticmethod
+    def forward(ctx: Any, replay: Replay, copy: Replay, copies: list[Leaf], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.copy, ctx.copies = copy, copies
+        ctx.save_for_backward(*tensors)
+        ctx.random = _random_state(replay.node)
+        result = replay.forward()
+        copy.shrink = replay.shrink
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[3:])
+        method = ctx.copy.differentiable_gradients if torch.is_grad_enabled() else ctx.copy.gradients
+        with _restored(ctx.random):
+            return (None, None, None, *method(grad, ctx.copies, ctx.saved_tensors, wanted))
+
+
+def _random_state(node: Node) -> tuple[torch.device, torch.Tensor] | None:
+    """The generator's state, where a step draws from it (dropout inside a kernel)."""
+    if not any(getattr(step, "random", False) for step in Run(node).nodes):
+        return None
+    if node.device.type == "cpu":
+        return node.device, torch.get_rng_state()
+    return node.device, torch.get_device_module(node.device).get_rng_state(node.device)
+
+
+@contextlib.contextmanager
+def _restored(state: tuple[torch.device, torch.Tensor] | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    device, random = state
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        if devices:
+            torch.get_device_module(device).set_rng_state(random, device)
+        else:
+            torch.set_rng_state(random)
+        yield
+
+

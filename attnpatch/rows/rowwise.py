@@ -1,0 +1,343 @@
+"""The table of torch functions that extend a recipe instead of computing it.
+
+A handler gets the call as torch was given it and returns deferred tensors, or ``NotImplemented``: then everything
+deferred among the arguments is computed and the call runs as it is. Handlers must give the result that torch would,
+so whatever they do not understand to the letter (an unusual keyword, an ``out=``) they leave alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows import products, shaping
+from attnpatch.rows.axes import KEY, Axis, Dim, Dims, fresh, leaves, same, size_of
+from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
+from attnpatch.rows.dropout import Dropout
+from attnpatch.rows.recipe import Call, Leaf, Node, Pick, map_structure
+
+Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
+
+ELEMENTWISE = frozenset(
+    "add sub subtract mul multiply div divide true_divide __radd__ __rmul__ __rsub__ rsub __rdiv__ __rtruediv__ "
+    "__rpow__ pow __pow__ neg negative positive abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square "
+    "reciprocal tanh sigmoid logsigmoid relu relu6 gelu silu mish softplus elu celu selu hardtanh hardsigmoid "
+    "leaky_relu erf sin cos sign floor ceil round clamp clamp_min clamp_max clip maximum minimum fmax fmin where "
+    "masked_fill nan_to_num eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or "
+    "logical_not logical_xor bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__ __rand__ __ror__ isnan "
+    "isinf isfinite addcmul lerp remainder clone detach float half bfloat16 double bool int long".split()
+)
+# Complete along one dimension, which keeps its length.
+ALONG = frozenset("softmax log_softmax cumsum softmin".split())
+# Complete along some dimensions, which vanish or become 1.
+REDUCING = frozenset("sum mean amax amin prod logsumexp argmax argmin any all nansum".split())
+PAIRS = frozenset("max min sort topk".split())
+CASTS = frozenset("to type type_as float half bfloat16 double".split())
+
+
+def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
+    return next(value for value in _tensors(args, kwargs) if isinstance(value, DeferredRows))
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_structure((args, kwargs), lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
+    return found
+
+
+def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Extend the recipe if the function is in the table, otherwise compute what is deferred and call it."""
+    args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
+    if not any(is_pending(value) for value in _tensors(args, kwargs)):
+        return func(*args, **kwargs)
+    if kwargs.get("out") is None:
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and is_pending(args[0]):
+            return _in_place(name, func, args, kwargs)
+        handler = HANDLERS.get(name)
+        if handler is not None:
+            result = handler(name, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+    if writes(name) and args and isinstance(args[0], torch.Tensor):
+        return _write(name, func, args, kwargs)
+    return func(*settle(args, name), **settle(kwargs, name))
+
+
+def writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A write that no recipe can express: to a real tensor, with everything that reads it computed before."""
+    target = args[0]
+    if is_pending(target):
+        if target.handle.is_shared():
+            target.handle.settle_family(name)
+        settle(target, name)
+    rest, kwargs = settle(args[1:], name), settle(kwargs, name)
+    before_write(computed(target), name)
+    result = func(computed(target), *rest, **kwargs)
+    return target if isinstance(result, torch.Tensor) else result
+
+
+def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``scores += bias``: the recipe goes on, and the same Python object stands for the result."""
+    target: DeferredRows = args[0]
+    base = getattr(torch.Tensor, name[:-1], None)
+    handler = HANDLERS.get(name[:-1])
+    if base is None or handler is None or target.handle.is_shared():
+        return _write(name, func, args, kwargs)
+    result = handler(name[:-1], base, args, kwargs)
+    old = target.handle.node
+    if result is NotImplemented or not isinstance(result, DeferredRows) or result.handle.node.shape != old.shape:
+        return _write(name, func, args, kwargs)
+    node = result.handle.node
+    if node.dtype != old.dtype:
+        node = Call(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
+    target.handle.node = node
+    return target
+
+
+def node_for(value: torch.Tensor, dims: Dims) -> Node:
+    """The recipe node of an argument: its own, or a leaf whose dimensions line up with ``dims`` from the right."""
+    if isinstance(value, DeferredRows):
+        return value.handle.node
+    aligned = dims[len(dims) - value.dim() :]
+    return Leaf(value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True)))
+
+
+def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """What the call returns for tensors of one element: torch itself says the dtype, autocast included."""
+
+    def shrink(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.ones([1] * value.dim(), dtype=value.dtype, device=value.device)
+
+    with torch.no_grad():
+        return func(*map_structure(args, shrink), **map_structure(kwargs, shrink))
+
+
+def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
+    """The axes of the broadcast result; ``None`` where two recipes are cut in ways that do not fit."""
+    shape = torch.broadcast_shapes(*shapes)
+    dims: list[Dim] = []
+    for back in range(len(shape), 0, -1):
+        found: Dim = ()
+        for node in nodes:
+            own = node.dims[-back] if back <= len(node.dims) else ()
+            if size_of(own) == 1:
+                continue
+            if not found:
+                found = own
+            elif not same(found, own):
+                return None
+        if not found and shape[-back] != 1:
+            found = (Axis(shape[-back]),)
+        dims.append(found)
+    return tuple(dims)
+
+
+def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("inplace"):
+        return NotImplemented
+    tensors = _tensors(args, kwargs)
+    first = first_deferred(args, kwargs)
+    if any(value.device != first.device and value.dim() for value in tensors):
+        return NotImplemented
+    nodes = [value.handle.node for value in tensors if isinstance(value, DeferredRows)]
+    dims = broadcast(nodes, [value.shape for value in tensors])
+    if dims is None:
+        return NotImplemented
+    dtype = probe(func, args, kwargs).dtype
+
+    def place(value: Any) -> Any:
+        return node_for(value, dims) if isinstance(value, torch.Tensor) else value
+
+    node = Call(func, map_structure(args, place), map_structure(kwargs, place), dims, dtype, first.device)
+    return wrap(node, first.handle.call)
+
+
+def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``to``, ``type_as``: another dtype on the same device."""
+    source = args[0]
+    if not isinstance(source, DeferredRows) or kwargs.get("memory_format") is not None:
+        return NotImplemented
+    like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
+    tiny = probe(func, args, kwargs)
+    if not isinstance(tiny, torch.Tensor) or tiny.device != source.device:
+        return NotImplemented
+    copy = kwargs.get("copy", False)
+    if tiny.dtype == source.dtype and not copy and not like[1:]:
+        return source
+    old = source.handle.node
+    return wrap(Call(torch.Tensor.to, (old, tiny.dtype), {}, old.dims, tiny.dtype, old.device), source.handle.call)
+
+
+def contiguous(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
+def _dims_of(node: Node, dim: Any) -> list[int] | None:
+    """Positions named by a ``dim`` argument, or ``None`` if it names none."""
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        dim = [dim]
+    if not isinstance(dim, (list, tuple)) or not dim or not all(isinstance(d, int) for d in dim):
+        return None
+    return [d % len(node.dims) for d in dim]
+
+
+def _argument(args: Any, kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _mark_keys(node: Node, axes: list[Axis]) -> None:
+    """Softmax says which axis holds the keys; what was taken for one before is a row axis."""
+    for dim in node.dims:
+        for leaf in leaves(dim):
+            if leaf in axes:
+                leaf.kind = KEY
+            elif leaf.kind == KEY:
+                leaf.kind = "row"
+
+
+def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    positions = _dims_of(node, _argument(args, kwargs, 1, "dim")) if node is not None else None
+    if node is None or positions is None:
+        return NotImplemented
+    axes = leaves(node.dims[positions[0]])
+    if "softm" in name or name == "log_softmax":
+        _mark_keys(node, axes)
+    dtype = probe(func, args, kwargs).dtype
+    call = Call(func, (node, *args[1:]), kwargs, node.dims, dtype, node.device, node.dims[positions[0]])
+    return wrap(call, args[0].handle.call)
+
+
+def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    positions = _dims_of(node, _argument(args, kwargs, 1, "dim")) if node is not None else None
+    if node is None or positions is None:
+        return NotImplemented
+    tiny = probe(func, args, kwargs)
+    kept = tiny.dim() == len(node.dims)
+    dims = tuple(
+        () if i in positions else dim for i, dim in enumerate(node.dims) if kept or i not in positions
+    )
+    whole = tuple(axis for position in positions for axis in node.dims[position])
+    call = Call(func, (node, *args[1:]), kwargs, dims, tiny.dtype, node.device, whole)
+    return wrap(call, args[0].handle.call)
+
+
+def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Functions that return values and indices along one dimension."""
+    if name in ("max", "min") and (len(args) > 1 and isinstance(args[1], torch.Tensor) or "other" in kwargs):
+        return elementwise(name, func, args, kwargs)
+    if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
+        return NotImplemented
+    node = args[0].handle.node
+    dim = _argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
+    positions = _dims_of(node, dim)
+    if positions is None:
+        return NotImplemented
+    position = positions[0]
+    replaced: list[Dim] = [node.dims[position]]
+    if name == "topk":
+        replaced = [(Axis(_argument(args, kwargs, 1, "k"), KEY),)]
+    elif name != "sort":
+        replaced = [()] if _argument(args, kwargs, 2, "keepdim", False) else []
+    dims = (*node.dims[:position], *replaced, *node.dims[position + 1 :])
+    whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
+    call = Call(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
+    results = tuple(
+        wrap(Pick(call, i, dims, dtype), args[0].handle.call) for i, dtype in enumerate((node.dtype, torch.int64))
+    )
+    return getattr(torch.return_types, name)(results)
+
+
+def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    p = _argument(args, kwargs, 1, "p", 0.5)
+    training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", True)
+    if not isinstance(source, DeferredRows) or not 0.0 <= p <= 1.0:
+        return NotImplemented
+    if not training or p == 0.0:
+        return source
+    if _argument(args, kwargs, 3, "inplace", False):
+        if source.handle.is_shared():
+            return NotImplemented
+        source.handle.node = Dropout(source.handle.node, p)
+        return source
+    return wrap(Dropout(source.handle.node, p), source.handle.call)
+
+
+def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``cat`` along a dimension that the recipe then needs whole (a sink's column beside the scores)."""
+    pieces, dim = _argument(args, kwargs, 0, "tensors"), _argument(args, kwargs, 1, "dim", 0)
+    first = first_deferred(args, kwargs)
+    if not isinstance(dim, int) or any(piece.dim() != first.dim() for piece in pieces):
+        return NotImplemented
+    position = dim % first.dim()
+    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
+    joined = (Axis(sum(piece.shape[position] for piece in pieces), KEY),)
+    dims: list[Dim] = []
+    for i, own in enumerate(nodes[0].dims):
+        others = [node.dims[i] for node in nodes[1:]]
+        if i != position and not all(same(own, other) for other in others):
+            return NotImplemented
+        dims.append(joined if i == position else own)
+    whole = [*joined]
+    parts: list[Node] = []
+    for piece in pieces:
+        if isinstance(piece, DeferredRows):
+            part = piece.handle.node
+            whole += part.dims[position]
+        else:
+            part = Leaf(piece, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+        parts.append(part)
+    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
+    call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
+    return wrap(call, first.handle.call)
+
+
+def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
+    source = args[0]
+    dim, index = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "index")
+    if not isinstance(source, DeferredRows) or not isinstance(dim, int) or isinstance(index, DeferredRows):
+        return NotImplemented
+    node = source.handle.node
+    position = dim % len(node.dims)
+    shape = node.shape
+    if name == "gather":
+        if index.dim() != len(shape) or any(
+            index.shape[i] != shape[i] for i in range(len(shape)) if i != position
+        ):
+            return NotImplemented
+        count = index.shape[position]
+    else:
+        count = index.numel()
+    dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
+    place = Leaf(index, dims if name == "gather" else (dims[position],) if index.dim() else ())
+    call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
+    return wrap(call, source.handle.call)
+
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(ALONG, along),
+    **dict.fromkeys(REDUCING, reducing),
+    **dict.fromkeys(PAIRS, pairs),
+    **dict.fromkeys(CASTS, cast),
+    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
+    **dict.fromkeys(("gather", "index_select"), gather),
+    "contiguous": contiguous,
+    "dropout": dropout,
+    **shaping.HANDLERS,
+    **products.HANDLERS,
+}

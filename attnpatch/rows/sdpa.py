@@ -1,0 +1,157 @@
+"""Door 1: ``F.scaled_dot_product_attention``. Native where a fused kernel serves it, by rows where it would be dense."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
+from attnpatch.rows.budget import Grain
+from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.recipe import Leaf, Node, Run, Context
+from attnpatch.rows.replay import Replay, is_out_of_memory
+
+# Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
+DENSE_COPIES = 3
+MATH_KERNEL = 0
+
+_ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of an SDPA call by name."""
+    return {**_DEFAULTS, **dict(zip(_ORDER, args, strict=False)), **kwargs}
+
+
+def fused_choice(call: dict[str, Any]) -> int:
+    """The kernel torch would choose (0: dense math)."""
+    return torch._fused_sdp_choice(
+        call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
+        scale=call["scale"], enable_gqa=call["enable_gqa"],
+    )  # fmt: skip
+
+
+def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
+    """One SDPA call under the policy of its site."""
+    call = arguments(args, kwargs)
+    query, key = call["query"], call["key"]
+    if not _can_be_cut(call):
+        site.tally.count("native")
+        return F.scaled_dot_product_attention(*args, **kwargs)
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    if site.policy.mode != "always":
+        fused = fused_choice(call) != MATH_KERNEL
+        by_rows = False
+        if not fused and site.policy.mode == "auto" and q_len > site.policy.min_tokens:
+            scores = math.prod(query.shape[:-1]) * kv_len * query.element_size()
+            by_rows = site.policy.by_rows(q_len, DENSE_COPIES * scores, site.free(query.device))
+        if not by_rows:
+            try:
+                result = F.scaled_dot_product_attention(*args, **kwargs)
+                site.tally.count("fused" if fused else "native")
+                return result
+            except RuntimeError as error:
+                if not (site.policy.retry_on_oom and is_out_of_memory(error)) or q_len < 2:
+                    raise
+            site.tally.count("retried")
+    elif q_len < 2:
+        site.tally.count("native")
+        return F.scaled_dot_product_attention(*args, **kwargs)
+    site.tally.count("by_rows")
+    return Replay(recipe(call), site.policy, on_retry=site.retried)()
+
+
+def _can_be_cut(call: dict[str, Any]) -> bool:
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    tensors = [query, key, value, *([mask] if mask is not None else [])]
+    # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
+
+
+def recipe(call: dict[str, Any]) -> Node:
+    """An SDPA call as a recipe of one step."""
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    lead = fresh(torch.broadcast_shapes(query.shape[:-2], *([] if call["enable_gqa"] else [key.shape[:-2]])))
+    if call["enable_gqa"]:
+        # Query heads are key heads x group: cut between groups, never through one.
+        groups = fresh(key.shape[-3:-2])[0]
+        count = query.shape[-3] // key.shape[-3]
+        lead = (*lead[:-1], (*groups, *((Axis(count),) if count > 1 else ())))
+    row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
+    width = fresh(value.shape[-1:])[0]
+    dims = (*lead, row, width)
+    leaves = [_leaf(query, (*lead, row, ())), _leaf(key, (*lead, (), ())), _leaf(value, (*lead, (), width))]
+    if call["enable_gqa"]:
+        outer = lead[:-1]
+        leaves[1] = _leaf(key, (*outer, groups, (), ()))
+        leaves[2] = _leaf(value, (*outer, groups, (), width))
+    if mask is not None:
+        leaves.append(_leaf(mask, (*lead, row, ())))
+    inner = () if not call["enable_gqa"] or count == 1 else lead[-1][-1:]
+    fused = fused_choice(call) != MATH_KERNEL
+    # A fused kernel is parallel over heads and holds no scores: give it all of them.
+    whole = (*width, *inner, *([axis for dim in lead for axis in dim] if fused else []))
+    return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
+
+
+def _fused_grain(q_len: int) -> Grain:
+    """Rows such that torch's fused CPU kernel cuts them into the blocks it would cut the whole call into.
+
+    It takes 256, 64 or 32 query rows at a time from 768, 192 or fewer rows on (aten FlashAttentionKernel.cpp), and a
+    block of one to three rows rounds differently. With the same blocks every row is the same to the last bit.
+    """
+    for least, multiple in ((768, 256), (192, 64)):
+        if q_len >= least:
+            return Grain(least, multiple)
+    return Grain(32, 32)
+
+
+def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
+    aligned = dims[len(dims) - tensor.dim() :]
+    return Leaf(tensor, tuple(dim if size != 1 else () for dim, size in zip(aligned, tensor.shape, strict=True)))
+
+
+class Attend(Node):
+    """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
+
+    def __init__(
+        self, leaves: list[Leaf], dims: Dims, row: Dim, whole: tuple[Axis, ...], call: dict[str, Any], grain: Grain
+    ) -> None:
+        self.children = tuple(leaves)
+        self.dims, self.row, self.whole, self.grain = dims, row, whole, grain
+        self.dtype, self.device = call["query"].dtype, call["query"].device
+        self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
+        self.is_causal = call["is_causal"]
+        self.random = call["dropout_p"] > 0
+        self.kv_len = call["key"].shape[-2]
+        self.context = Context(self.device)
+        if self.context.autocast:
+            self.dtype = self.context.autocast_dtype
+
+    @property
+    def score_width(self) -> int:
+        """Scores of one row, which the kernel may hold though no node of the recipe shows them."""
+        return self.kv_len
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        query, key, value, *mask = (run.value(child, tile) for child in self.children)
+        low, high = next(((tile[axis]) for axis in self.row if axis in tile), (0, query.shape[-2]))
+        with self.context.enter():
+            if not self.is_causal or (low == 0 and high == self.row_count()):
+                attn_mask = mask[0] if mask else None
+                return F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
+                )
+            stop = min(high, self.kv_len)
+            seen = torch.ones(high - low, stop, dtype=torch.bool, device=query.device).tril_(low)
+            return F.scaled_dot_product_attention(
+                query, key[..., :stop, :], value[..., :stop, :], attn_mask=seen, **self.rest
+            )
+
+    def row_count(self) -> int:
+        return self.row[0].size if self.row else 1
