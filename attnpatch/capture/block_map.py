@@ -137,7 +137,7 @@ class BlockMap:
         elif head is not None and head != "mean":
             if not split:
                 raise CaptureError(
-                    f"there is no head {head!r}, heads were averaged; capture with heads='all'."
+                    f"no head {head!r} in this map, heads were averaged; capture with heads='all'."
                 )
             found = _position(head, self.heads, "head")
             changes.update(mass=changes["mass"].narrow(batch + 1, found, 1), heads=(self.heads[found],))
@@ -398,9 +398,7 @@ def _checked_fields(given: BlockMap) -> dict[str, Any]:
     try:
         checked["metadata"] = json.loads(json.dumps(dict(given.metadata)))
     except (TypeError, ValueError) as error:
-        raise CaptureError(
-            f"metadata cannot be saved as JSON ({error}); give strings and numbers."
-        ) from error
+        raise CaptureError(f"metadata does not fit JSON ({error}); give strings and numbers.") from error
     return checked
 
 

@@ -55,6 +55,7 @@ def draw(
     figure_class, canvas_class, colormaps, colors = _matplotlib()
     rows, columns = values.shape
     figure = figure_class(figsize=_figure_size(rows, columns), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     canvas_class(figure)
     axes = figure.add_subplot()
     top = float(np.nanmax(values, initial=0.0)) or 1.0
@@ -138,11 +139,8 @@ def _label_axis(axes: "Axes", which: str, labels: Sequence[str]) -> None:
     long = max((len(label) for label in shown), default=0) > 5 or len(shown) > 12
     options = {"fontsize": 9 if len(shown) <= 20 else 7.5, "parse_math": False}
     if which == "x" and long:
-        options |= (
-            {"rotation": 90}
-            if len(shown) > 12
-            else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-        )
+        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        options |= slanted if len(shown) <= 12 else {"rotation": 90}
     set_ticks = axes.set_xticks if which == "x" else axes.set_yticks
     set_ticks(range(0, len(labels), every), shown, **options)
 
