@@ -23,18 +23,31 @@ class Tally(Protocol):
     def materialised(self, operation: str) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Passing:
+    """Where a tile of probabilities belongs.
+
+    Attributes:
+        leads: int64 ``[leads]``, which of the flattened batch x heads the tile holds.
+        rows: First and one past the last of its query rows.
+        lead_count: How many leads the call has in all.
+        q_len, kv_len: Query rows and keys of the call.
+    """
+
+    leads: torch.Tensor
+    rows: tuple[int, int]
+    lead_count: int
+    q_len: int
+    kv_len: int
+
+
 class Observer(Protocol):
     """Who looks at attention probabilities while they pass by."""
 
-    def observe(self, probabilities: torch.Tensor, leads: torch.Tensor, rows: tuple[int, int], lead_count: int) -> None:
-        """One tile.
+    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
 
-        Args:
-            probabilities: ``[leads, rows, kv_len]``, after softmax, before dropout; keys that a causal call need not
-                look at may be left out at the end.
-            leads: int64 ``[leads]``, which of the flattened batch x heads they are.
-            rows: First and one past the last query row.
-            lead_count: How many leads the call has in all.
+        Keys that no row of the tile may look at can be left out at the end.
         """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, size_of
-from attnpatch.rows.deferred import DeferredRows, SiteCall, settle, wrap
+from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.recipe import Call, Leaf, Node, graph
 from attnpatch.rows.replay import Look, Replay
@@ -139,9 +140,7 @@ def _may_be_scores(product: Product, call: SiteCall) -> bool:
         return False
     if call.policy.mode == "always":
         return True
-    elements = 1
-    for label in result:
-        elements *= sizes[label]
+    elements = math.prod(sizes[label] for label in result)
     if elements <= product.left.numel() + product.right.numel() or q_len <= call.policy.min_tokens:
         return False
     # Scores, what softmax makes of them, and one step between.
@@ -224,9 +223,8 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
     site.tally.count("captured")
     row = next((axis for axis in reversed(axes) if axis.kind == ROW and axis not in keys), None)
     leads = [axis for axis in axes if axis is not row and axis not in keys]
-    count = 1
-    for axis in leads:
-        count *= axis.size
+    count = math.prod(axis.size for axis in leads)
+    q_len, kv_len = 1 if row is None else row.size, math.prod(axis.size for axis in keys)
 
     def look(value: torch.Tensor, tile: Tile) -> None:
         value = value.reshape([extent((axis,), tile) for axis in axes])
@@ -237,8 +235,8 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
         for axis in leads:
             low, high = tile.get(axis, (0, axis.size))
             numbers = (numbers * axis.size).unsqueeze(-1) + torch.arange(low, high)
-        value = value.reshape(numbers.numel(), span[1] - span[0], -1)
-        observer.observe(value, numbers.reshape(-1), span, count)
+        value = value.reshape(numbers.numel(), span[1] - span[0], kv_len)
+        observer.observe(value, Passing(numbers.reshape(-1), span, count, q_len, kv_len))
 
     return node, look
 

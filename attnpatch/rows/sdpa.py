@@ -13,6 +13,7 @@ from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.recipe import Leaf, Node, Run, Context
 from attnpatch.rows.replay import Replay, is_out_of_memory
+from attnpatch.rows.showing import show
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -36,12 +37,20 @@ def fused_choice(call: dict[str, Any]) -> int:
 
 
 def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
-    """One SDPA call under the policy of its site."""
+    """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
     call = arguments(args, kwargs)
-    query, key = call["query"], call["key"]
     if not _can_be_cut(call):
         site.tally.count("native")
         return F.scaled_dot_product_attention(*args, **kwargs)
+    result = _attend(call, args, kwargs, site)
+    if site.observer is not None:
+        site.tally.count("captured")
+        show(call, site.observer)
+    return result
+
+
+def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
+    query, key = call["query"], call["key"]
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if site.policy.mode != "always":
         fused = fused_choice(call) != MATH_KERNEL

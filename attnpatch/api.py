@@ -1,0 +1,166 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.recorder import Heads, Maps, Recorder
+from attnpatch.errors import PatchError
+from attnpatch.hosts import transformers as host
+from attnpatch.patching.patch import Patch, patch_of
+from attnpatch.patching.registry import register
+from attnpatch.policy import Policy
+from attnpatch.report import Report, report_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, **policy: Any) -> Model:
+    """Let the attention of a model go by rows when memory is short, and change nothing else.
+
+    Args:
+        model: Any ``torch.nn.Module`` with attention in it.
+        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PolicyError: A field is unknown or its value cannot be used; the model is as it was.
+        PatchError: Nothing in it is recognised as attention, or a part of it is patched on its own.
+    """
+    rule = Policy.of(policy)
+    patch = patch_of(_checked(model))
+    if patch is None:
+        Patch(model, rule)
+    else:
+        patch.policy = rule
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take the patch out: every touched object is as it was, attribute for attribute.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    _patch(model).take_out(model)
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: Model, **policy: Any) -> Iterator[Model]:
+    """Patch a model inside a ``with`` block only; also restored when an exception leaves the block.
+
+    A model that is patched already has the given policy inside the block and its own afterwards.
+
+    Raises:
+        PolicyError, PatchError: As ``apply``.
+    """
+    rule = Policy.of(policy)
+    with _ensured(model, rule) as patch:
+        before, patch.policy = patch.policy, rule
+        try:
+            yield model
+        finally:
+            patch.policy = before
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module,
+    blocks: Blocks | tuple[Blocks, Blocks],
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+) -> Iterator[Maps]:
+    """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
+
+    No N x N matrix is held: hand-written attention goes by rows and its probabilities are summed as they pass; beside
+    fused attention they are recomputed some rows at a time.
+
+    Args:
+        model: A model; patched or not, it is afterwards as it was before.
+        blocks: What a block is; a pair for queries and keys where they differ (cross-attention).
+        heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
+        layers: Positions among like sites, negative from the end; ``None``: all.
+        sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all.
+
+    Yields:
+        ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
+        sequence, every other call begins a new one.
+
+    Raises:
+        CaptureError, BlockError: What was asked for does not fit the model or the sequence.
+        PatchError: As ``apply``.
+    """
+    with _ensured(model, Policy(mode="never")) as patch:
+        if patch.recorder is not None:
+            raise PatchError("this model is being captured already; end the outer capture first")
+        names = [site.name for site in patch.sites if site.is_attention]
+        innermost = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+        root = next(site for site in patch.sites if site.is_root)
+        kind = type(model)
+
+        def read_call(args: Any, kwargs: Any) -> host.ModelCall:
+            whole = patch.recorder is not None and root is not None
+            return host.read_call(kind if whole else None, args, kwargs)
+
+        def sides(call: Any, name: str, kwargs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+            cross = host.is_cross(kwargs)
+            return (*host.masks_of(call, name, cross), cross)
+
+        recorder = Recorder(blocks, heads, layers, sites, innermost, read_call, sides, patch.model_kind)
+        patch.recorder = recorder
+        try:
+            yield Maps(recorder)
+        finally:
+            patch.recorder = None
+
+
+def report(model: nn.Module) -> Report:
+    """What each attention site did since the model was patched; prints as a table.
+
+    Raises:
+        PatchError: The model is not patched.
+    """
+    return report_of(_patch(model))
+
+
+@contextlib.contextmanager
+def _ensured(model: nn.Module, rule: Policy) -> Iterator[Patch]:
+    """The patch of a model; put in for the block if it has none."""
+    patch = patch_of(_checked(model))
+    if patch is not None:
+        yield patch
+        return
+    patch = Patch(model, rule)
+    try:
+        yield patch
+    finally:
+        patch.take_out(model)
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"a torch.nn.Module is needed, not {type(model).__name__}")
+    return model
+
+
+def _patch(model: nn.Module) -> Patch:
+    patch = patch_of(_checked(model))
+    if patch is None:
+        raise PatchError(f"this {type(model).__name__} is not patched; call attnpatch.apply(model) first")
+    return patch
+
+
+__all__ = ["apply", "capture", "patched", "register", "remove", "report"]

@@ -1,0 +1,349 @@
+"""Collects block sums while a model runs, and makes block maps of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from attnpatch.capture.block_map import BlockMap
+from attnpatch.capture.blocks import Blocks, Partition
+from attnpatch.capture.mass import accumulate_block_mass
+from attnpatch.errors import CaptureError
+
+Heads = str | Sequence[int]
+
+
+class Passing(Protocol):
+    """Where a tile of probabilities belongs (``attnpatch.rows`` makes them)."""
+
+    leads: torch.Tensor
+    rows: tuple[int, int]
+    lead_count: int
+    q_len: int
+    kv_len: int
+
+
+class HostCall(Protocol):
+    """What is known of a call of the model (``attnpatch.hosts`` reads it)."""
+
+    batch: int
+    past: int
+
+
+@dataclasses.dataclass
+class Record:
+    """Sums of one site over one sequence and its continuations.
+
+    Attributes:
+        query, key: Blocks on either side.
+        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks]``.
+        counts: float64 ``[batch, query_blocks]``, query tokens summed.
+        num_heads: Heads that were summed into one, or kept apart.
+    """
+
+    query: Partition
+    key: Partition
+    sums: torch.Tensor
+    counts: torch.Tensor
+    num_heads: int
+
+
+def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The group of each site and its place in it.
+
+    Sites of one kind differ in their layer number only: ``model.layers.3.self_attn`` is number 3 of
+    ``model.layers.*.self_attn``. The first number of a path is taken for the layer's; others only where they vary.
+    """
+    loose: dict[str, list[str]] = {}
+    for name in names:
+        loose.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    found: dict[str, tuple[str, int]] = {}
+    for members in loose.values():
+        numbers = [re.findall(r"\d+", name) for name in members]
+        varies = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*numbers, strict=True))]
+        for place, name in enumerate(members):
+            stars = iter(varies)
+            found[name] = (re.sub(r"\d+", lambda digits: "*" if next(stars) else digits.group(), name), place)
+    return found
+
+
+class Recorder:
+    """Holds what a capture asked for and what it has seen.
+
+    Args:
+        blocks: Blocks of queries and keys, or a pair of them.
+        heads: ``"mean"``, ``"all"`` or head numbers.
+        layers: Positions within a group of like sites, negative from the end; ``None``: all.
+        sites: Pattern (``fnmatch``) of site names to capture; ``None``: all.
+        names: The attention sites, in order.
+        read_call: Makes a ``HostCall`` of a model's arguments.
+        sides: Padding masks of queries and keys of a site, and whether it is cross-attention.
+        model_name: For the metadata.
+
+    Raises:
+        CaptureError: No such layer, head or site.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks | tuple[Blocks, Blocks],
+        heads: Heads,
+        layers: Sequence[int] | None,
+        sites: str | None,
+        names: Sequence[str],
+        read_call: Callable[[Any, Any], HostCall],
+        sides: Callable[[HostCall, str, Any], tuple[torch.Tensor | None, torch.Tensor | None, bool]],
+        model_name: str,
+    ) -> None:
+        pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
+        if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
+            raise CaptureError(
+                f"blocks={blocks!r} is not accepted; give Blocks.fixed(128), Blocks.spans(...), "
+                "Blocks.messages(...), or a pair of them for queries and keys"
+            )
+        self.query_blocks, self.key_blocks = pair
+        self.heads = _checked_heads(heads)
+        self.places = pattern_of(names)
+        self.wanted = self._chosen(names, layers, sites)
+        self.read_call, self.sides, self.model_name = read_call, sides, model_name
+        self.call: HostCall | None = None
+        self.sequences: list[dict[str, Record]] = []
+
+    def _chosen(self, names: Sequence[str], layers: Sequence[int] | None, sites: str | None) -> set[str]:
+        matching = [name for name in names if sites is None or fnmatch.fnmatchcase(name, sites)]
+        if not matching:
+            groups = sorted({group for group, _ in self.places.values()})
+            raise CaptureError(f"no attention site matches {sites!r}; there are: {', '.join(groups)}")
+        if layers is None:
+            return set(matching)
+        if isinstance(layers, int) or not all(isinstance(layer, int) for layer in layers):
+            raise CaptureError(f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None")
+        sizes: dict[str, int] = {}
+        for name in matching:
+            sizes[self.places[name][0]] = sizes.get(self.places[name][0], 0) + 1
+        most = max(sizes.values())
+        outside = [layer for layer in layers if not -most <= layer < most]
+        if outside or not layers:
+            raise CaptureError(f"layers={list(layers)!r}: there are {most} layers; give numbers from {-most} to {most - 1}")
+        return {
+            name
+            for name in matching
+            for group, place in [self.places[name]]
+            if any(layer % sizes[group] == place for layer in layers if -sizes[group] <= layer < sizes[group])
+        }
+
+    def begin_call(self, args: Any, kwargs: Any) -> None:
+        """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
+        self.call = self.read_call(args, kwargs)
+        if self.call.past == 0 or not self.sequences:
+            self.sequences.append({})
+
+    def end_call(self) -> None:
+        self.call = None
+
+    def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver | None:
+        """Who looks at the call of a site that is about to be made; ``None`` if it was not asked for."""
+        if site.name not in self.wanted:
+            return None
+        call = self.call
+        if call is None:
+            # A part of the model was called by itself (generate() calls an encoder so).
+            call = self.read_call(args, kwargs)
+            if not self.sequences or site.name in self.sequences[-1]:
+                self.sequences.append({})
+        query_mask, key_mask, cross = self.sides(call, site.name, kwargs)
+        return SiteObserver(self, site.name, call, query_mask, key_mask, cross)
+
+    def maps(self, sequence: int = -1) -> dict[str, BlockMap]:
+        """Block maps of one captured sequence, by group of like sites.
+
+        Raises:
+            CaptureError: Nothing was captured.
+        """
+        kept = [records for records in self.sequences if records]
+        if not kept:
+            raise CaptureError(
+                "nothing was captured: call the model inside the with block, and see attnpatch.report(model) for "
+                "what its attention sites did"
+            )
+        groups: dict[str, list[str]] = {}
+        for name in kept[sequence]:
+            groups.setdefault(self.places[name][0], []).append(name)
+        return {group: self._map(group, [kept[sequence][n] for n in names], names) for group, names in groups.items()}
+
+    def _map(self, group: str, records: list[Record], names: list[str]) -> BlockMap:
+        first = records[0]
+        if any(record.sums.shape != first.sums.shape for record in records):
+            raise CaptureError(
+                f"layers of {group} differ in heads or blocks and do not fit one map; capture them one by one with "
+                "layers=[...]"
+            )
+        means = [
+            record.sums / (1 if self.heads != "mean" else record.num_heads) / record.counts.clamp(min=1)[:, None, :, None]
+            for record in records
+        ]
+        mass = torch.stack(means, 1).float()
+        if self.heads == "mean":
+            mass = mass.squeeze(2)
+        one = mass.shape[0] == 1
+        return BlockMap(
+            mass=mass[0] if one else mass,
+            layers=[self.places[name][1] for name in names],
+            query_labels=first.query.labels[0] if one else first.query.labels,
+            key_labels=first.key.labels[0] if one else first.key.labels,
+            query_sizes=first.counts[0].long() if one else first.counts.long(),
+            key_sizes=first.key.sizes[0] if one else first.key.sizes,
+            heads="mean" if self.heads == "mean" else self._head_numbers(first.num_heads),
+            metadata={"model": self.model_name, "sites": group, "tokens": int(first.key.assignment.shape[1])},
+        )
+
+    def _head_numbers(self, num_heads: int) -> list[int]:
+        if self.heads == "all":
+            return list(range(num_heads))
+        assert not isinstance(self.heads, str)
+        outside = [head for head in self.heads if not -num_heads <= head < num_heads]
+        if outside:
+            raise CaptureError(f"heads={list(self.heads)!r}: there are {num_heads} heads; give numbers below {num_heads}")
+        return [head % num_heads for head in self.heads]
+
+
+def _checked_heads(heads: Any) -> Heads:
+    if isinstance(heads, str) and heads in ("mean", "all"):
+        return heads
+    numbers = isinstance(heads, (list, tuple)) and heads and all(type(head) is int for head in heads)
+    if not numbers:
+        raise CaptureError(f"heads={heads!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, 3]")
+    return list(heads)
+
+
+class SiteObserver:
+    """Adds the tiles of one call of one site to its record."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        name: str,
+        call: HostCall,
+        query_mask: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        cross: bool,
+    ) -> None:
+        self.recorder, self.name, self.call = recorder, name, call
+        self.query_mask, self.key_mask, self.cross = query_mask, key_mask, cross
+        self.record: Record | None = None
+
+    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        """Add ``[leads, rows, kv_len]`` probabilities."""
+        batch = self.call.batch
+        if passing.lead_count % batch:
+            raise CaptureError(
+                f"{self.name} attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: "
+                "its sequence is cut into windows, which block maps over the sequence cannot show"
+            )
+        num_heads = passing.lead_count // batch
+        if self.record is None:
+            self.record = self._open(passing, num_heads)
+        record = self.record
+        low, high = self.offset + passing.rows[0], self.offset + passing.rows[1]
+        query = record.query.assignment[:, low:high]
+        key = self._key_assignment[:, : probabilities.shape[-1]]
+        wanted = None if isinstance(self.recorder.heads, str) else self.recorder._head_numbers(num_heads)
+        sequences, heads = passing.leads // num_heads, passing.leads % num_heads
+        for b in sequences.unique().tolist():
+            mine = sequences == b
+            numbers = heads[mine].tolist()
+            tile = (probabilities if len(numbers) == len(mine) else probabilities[mine.to(probabilities.device)])[None]
+            if 0 in numbers:
+                record.counts[b].index_add_(0, query[b].clamp(min=0), (query[b] >= 0).double())
+            if wanted is not None:
+                for place, head in enumerate(wanted):
+                    if head in numbers:
+                        i = numbers.index(head)
+                        part = record.sums[b : b + 1, place : place + 1]
+                        accumulate_block_mass(part, tile[:, i : i + 1], query[b : b + 1], key[b : b + 1])
+                continue
+            part = record.sums[b : b + 1]
+            if self.recorder.heads == "all":
+                part = part[:, numbers[0] : numbers[-1] + 1]
+            accumulate_block_mass(part, tile, query[b : b + 1], key[b : b + 1])
+
+    def _open(self, passing: Passing, num_heads: int) -> Record:
+        """The record of this site, grown to the length the sequence has now."""
+        self.offset = 0 if self.cross else self.call.past
+        past = self.call.past
+        q_total = past + passing.q_len
+        query_valid = self._valid(self.query_mask, q_total)
+        query = self.recorder.query_blocks.resolve(query_valid)
+        if self.cross:
+            key = self.recorder.key_blocks.resolve(self._valid(self.key_mask, passing.kv_len))
+            self.offset = past
+        else:
+            key = query if self.recorder.query_blocks == self.recorder.key_blocks else self.recorder.key_blocks.resolve(query_valid)
+        self._key_assignment = key.assignment
+        if key.assignment.shape[1] < passing.kv_len:
+            # A static cache has room for tokens that are not there yet.
+            missing = passing.kv_len - key.assignment.shape[1]
+            self._key_assignment = torch.nn.functional.pad(key.assignment, (0, missing), value=-1)
+        records = self.recorder.sequences[-1]
+        old = records.get(self.name)
+        kept = self.recorder.heads
+        width = 1 if kept == "mean" else num_heads if kept == "all" else len(self.recorder._head_numbers(num_heads))
+        batch = self.call.batch
+        sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks, dtype=torch.float64)
+        counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
+        if old is not None and old.sums.shape[:2] == sums.shape[:2]:
+            sums[:, :, : old.sums.shape[2], : old.sums.shape[3]] = old.sums
+            counts[:, : old.counts.shape[1]] = old.counts
+        records[self.name] = Record(query, key, sums, counts, num_heads)
+        return records[self.name]
+
+    def _valid(self, mask: torch.Tensor | None, total: int) -> torch.Tensor:
+        """Which of ``total`` positions are real tokens; all, unless a mask of that length says otherwise."""
+        if mask is not None and mask.shape == (self.call.batch, total):
+            return mask
+        return torch.ones(self.call.batch, total, dtype=torch.bool)
+
+
+class Maps:
+    """Block maps of a capture: filled while the model runs, read afterwards."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    @property
+    def block_map(self) -> BlockMap:
+        """The block map of the last sequence, where all captured sites are of one kind.
+
+        Raises:
+            CaptureError: Nothing was captured, or there are several kinds (``maps["decoder.*"]`` names one).
+        """
+        found = self._recorder.maps()
+        if len(found) > 1:
+            raise CaptureError(f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]")
+        return next(iter(found.values()))
+
+    def __getitem__(self, sites: str) -> BlockMap:
+        """The block map of one kind of site, by its pattern as ``maps.keys()`` gives it."""
+        found = self._recorder.maps()
+        if sites not in found:
+            raise CaptureError(f"nothing was captured at {sites!r}; there are: {', '.join(map(repr, found))}")
+        return found[sites]
+
+    def keys(self) -> list[str]:
+        """Patterns of the captured sites."""
+        return list(self._recorder.maps())
+
+    @property
+    def sequences(self) -> list[dict[str, BlockMap]]:
+        """Block maps of every sequence that was run, by pattern, in order."""
+        count = sum(bool(records) for records in self._recorder.sequences)
+        return [self._recorder.maps(i) for i in range(count)]
+
+    def __repr__(self) -> str:
+        count = sum(bool(records) for records in self._recorder.sequences)
+        return f"Maps({count} sequences{', ' + ', '.join(self.keys()) if count else ''})"

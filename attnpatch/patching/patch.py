@@ -1,0 +1,206 @@
+"""All the swaps of one model: its policy, its counters, and what is asked once per call of the model."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch import memory
+from attnpatch.errors import PatchError
+from attnpatch.patching.registry import is_attention
+from attnpatch.patching.swap import STATE, can_swap, put_in, take_out
+from attnpatch.policy import Policy
+from attnpatch.rows.deferred import SiteCall, pending
+from attnpatch.rows.mode import RowsMode
+
+TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured")
+
+
+class _Thread(threading.local):
+    """What is going on in this thread.
+
+    Attributes:
+        mode: The rows mode that is active, if any.
+        patch: The patch whose model is being called.
+        free: Free bytes by device, asked during that call.
+    """
+
+    mode: RowsMode | None = None
+    patch: Patch | None = None
+    free: dict[torch.device, int]
+
+
+_thread = _Thread()
+
+
+class Site:
+    """One attention module of one model, or the model itself.
+
+    Attributes:
+        name: Dotted path in the model, empty for the model itself.
+        kind: Name of the module's class.
+        is_root: Whether it is the model that was patched.
+        is_attention: Whether attention is watched inside it.
+        counts: What happened, by the names of ``TOTALS``.
+        operations: What was materialised, by operation.
+        previous, slot: What stood in the instance's forward slot, if anything did.
+    """
+
+    def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, is_attention: bool) -> None:
+        self.patch, self.name, self.kind = patch, name, type(module).__name__
+        self.is_root, self.is_attention = is_root, is_attention
+        self.counts: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.previous: Callable[..., Any] | None = None
+        self.slot: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+
+    def materialised(self, operation: str) -> None:
+        self.counts["materialised"] += 1
+        self.operations[operation] += 1
+
+    def serve(self, forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call ``forward`` (bound if ``module`` is ``None``) as the policy says."""
+        first = args if module is None else (module, *args)
+        if not self.is_root or _thread.patch is self.patch:
+            return self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
+        outer = _thread.patch, getattr(_thread, "free", {})
+        _thread.patch, _thread.free = self.patch, {}
+        recorder = self.patch.recorder
+        try:
+            if recorder is not None:
+                recorder.begin_call(args, kwargs)
+            if self.is_attention:
+                return self._attend(forward, first, args, kwargs)
+            return forward(*first, **kwargs)
+        finally:
+            _thread.patch, _thread.free = outer
+
+    def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        patch = self.patch
+        recorder = patch.recorder
+        observer = None if recorder is None else recorder.observer(self, args, kwargs)
+        if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
+            self.counts["native"] += 1
+            return forward(*first, **kwargs)
+        call = SiteCall(patch.policy, patch.free, self, observer)
+        before = self.counts.total()
+        mode = _thread.mode
+        if mode is not None:
+            # A site inside a site: the same mode goes on, on the inner one's account.
+            outer, mode.call = mode.call, call
+            try:
+                result = forward(*first, **kwargs)
+            finally:
+                mode.call = outer
+        else:
+            _thread.mode = RowsMode(call)
+            try:
+                with _thread.mode:
+                    result = forward(*first, **kwargs)
+            finally:
+                _thread.mode = None
+        if self.counts.total() == before:
+            self.counts["native"] += 1
+        return result
+
+    def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether any input is long enough; decided before anything is watched, so that short calls cost nothing."""
+        policy = self.patch.policy
+        if policy.mode == "never":
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
+            return False
+        return policy.mode == "always" or _most_rows(args, kwargs) > policy.min_tokens
+
+
+def _most_rows(args: Any, kwargs: dict[str, Any]) -> int:
+    """An upper bound on the query rows of a call: positions of its inputs, the batch included.
+
+    Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
+    width says nothing about the queries.
+    """
+    most, seen = 0, False
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        if value.dim() < 4:
+            most = max(most, value.numel() // max(1, value.shape[-1]))
+        elif not seen:
+            most = max(most, value.numel() // max(1, min(value.shape[-1], value.shape[1])))
+        seen = True
+    return most
+
+
+class Patch:
+    """The swapped forwards of one model.
+
+    Attributes:
+        policy: The rule in force.
+        sites: Every swapped module, in order; the model itself first.
+        recorder: Captures block maps while set.
+        temporary: Put in by ``capture`` or ``patched`` and taken out with it.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
+        self.policy = policy
+        self.recorder: Any = None
+        self.model_kind = type(model).__name__
+        chosen = [(name, module) for name, module in model.named_modules() if is_attention(module)]
+        taken = [name for name, module in model.named_modules() if STATE in vars(module)]
+        if taken:
+            raise PatchError(
+                f"{taken[0] or type(model).__name__!r} is patched already, as a part of another model; "
+                "call attnpatch.remove() on that model first, or patch only the outer one"
+            )
+        if not chosen:
+            raise PatchError(
+                f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
+                "attnpatch.register(MyAttention)"
+            )
+        scripted = [name for name, module in chosen if not can_swap(module)]
+        if scripted:
+            raise PatchError(f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model")
+        modules = dict(chosen)
+        if "" not in modules:
+            modules = {"": model, **modules}
+        self.sites = [
+            Site(self, name, module, module is model, is_attention(module)) for name, module in modules.items()
+        ]
+        for site, module in zip(self.sites, modules.values(), strict=True):
+            put_in(module, site)
+
+    def __repr__(self) -> str:
+        count = sum(site.is_attention for site in self.sites)
+        return f"Patch({self.model_kind}, {count} attention modules, {self.policy})"
+
+    def free(self, device: torch.device) -> int:
+        """Free bytes on ``device``, asked once per call of the model."""
+        if _thread.patch is not self:
+            return memory.free_bytes(device)
+        if device not in _thread.free:
+            _thread.free[device] = memory.free_bytes(device)
+        return _thread.free[device]
+
+    def take_out(self, model: nn.Module) -> None:
+        for module in model.modules():
+            site = vars(module).get(STATE)
+            if site is not None and site.patch is self:
+                take_out(module)
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The patch put on ``model`` itself."""
+    site = vars(model).get(STATE)
+    return site.patch if site is not None and site.is_root else None

@@ -1,0 +1,109 @@
+"""One forward: put in, take out exactly.
+
+The forward is swapped by giving the module a subclass of its own class with the same name. Measured against the
+alternatives: a wrapper object or a closure in the instance breaks ``deepcopy``, ``pickle`` and full-graph compilation,
+and a bound method in the instance stays bound to the old module in ``_replicate_for_data_parallel``. A subclass
+survives all of these, and ``vars(module)`` gains one entry.
+
+Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
+slot is swapped, because the class's forward is never reached.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+STATE = "_attnpatch"
+_SLOTS = ("_old_forward", "forward")
+# Weak in its values' owners: a class goes when its base goes.
+_classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` whose forward goes through the site stored on the instance; one per class."""
+    found = _classes.get(base)
+    if found is not None:
+        return found
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        site = self.__dict__.get(STATE)
+        if site is None:
+            return original(self, *args, **kwargs)
+        return site.serve(original, self, args, kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced = base.__reduce_ex__(self, protocol)
+        # A copy or a pickle names the importable class, and is made a swapped one again.
+        if reduced[0] is copyreg.__newobj__:
+            return (_make, (base, *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace.update(
+            forward=forward,
+            __reduce_ex__=__reduce_ex__,
+            __module__=base.__module__,
+            __qualname__=base.__qualname__,
+            __doc__=base.__doc__,
+            _attnpatch_base=base,
+        )
+
+    made = types.new_class(base.__name__, (base,), {}, fill)
+    _classes[base] = made
+    return made
+
+
+def _make(base: type[nn.Module], *args: Any) -> nn.Module:
+    return base.__new__(swapped_class(base), *args)
+
+
+def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What stands in an instance's slot; the slot's own value is kept by the site."""
+    site = self.__dict__.get(STATE)
+    if site is None or torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    return site.serve(site.previous, None, args, kwargs)
+
+
+def can_swap(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+def put_in(module: nn.Module, site: Any) -> None:
+    """Route the module's forward through ``site``."""
+    values = vars(module)
+    slot = next((name for name in _SLOTS if name in values), None)
+    if slot is None:
+        module.__class__ = swapped_class(type(module))
+    else:
+        site.previous, site.slot = values[slot], slot
+        values[slot] = types.MethodType(_forward_of_slot, module)
+    values[STATE] = site
+
+
+def take_out(module: nn.Module) -> None:
+    """Undo ``put_in``, also where another tool has stored or moved the swapped forward since."""
+    values = vars(module)
+    site = values.pop(STATE)
+    base = getattr(type(module), "_attnpatch_base", None)
+    if base is not None and type(module) is _classes.get(base):
+        module.__class__ = base
+    for slot in _SLOTS:
+        method = values.get(slot)
+        if not isinstance(method, types.MethodType) or method.__self__ is not module:
+            continue
+        if method.__func__ is _forward_of_slot:
+            values[slot] = site.previous
+        elif base is not None and method.__func__ is swapped_class(base).forward:
+            values[slot] = types.MethodType(base.forward, module)

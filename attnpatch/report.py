@@ -1,0 +1,75 @@
+"""What each attention site did: a table for people, counts for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from attnpatch.patching.patch import TOTALS, Patch
+from attnpatch.policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One attention module: its path, its class, its counts, and what was materialised by which operation."""
+
+    name: str
+    kind: str
+    counts: dict[str, int]
+    materialised_by: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a patched model did since it was patched.
+
+    Attributes:
+        model: Class of the model.
+        policy: The rule in force.
+        sites: Every attention module that did something, or is innermost.
+        totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
+            One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
+    """
+
+    model: str
+    policy: Policy
+    sites: tuple[SiteReport, ...]
+    totals: dict[str, int]
+
+    def __str__(self) -> str:
+        header = ["site", *TOTALS, "materialised by"]
+        body = [
+            [site.name, *(str(site.counts[name]) for name in TOTALS), _listed(site.materialised_by)]
+            for site in self.sites
+        ]
+        total: Counter[str] = Counter()
+        for site in self.sites:
+            total.update(site.materialised_by)
+        body.append(["total", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
+        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+        lines = [f"{self.model}: {self.policy}"]
+        for row in [header, *body]:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+            lines.append("  ".join([*cells, row[-1]]).rstrip())
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _listed(operations: dict[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in operations.items())
+
+
+def report_of(patch: Patch) -> Report:
+    """The report of a patch."""
+    sites = []
+    names = [site.name for site in patch.sites if site.is_attention]
+    for site in patch.sites:
+        wraps_another = any(name.startswith(site.name + ".") for name in names)
+        did = any(site.counts[name] for name in TOTALS if name != "native")
+        if site.is_attention and (did or not wraps_another):
+            counts = {name: site.counts[name] for name in TOTALS}
+            sites.append(SiteReport(site.name or "(model)", site.kind, counts, dict(site.operations)))
+    totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
+    return Report(patch.model_kind, patch.policy, tuple(sites), totals)
