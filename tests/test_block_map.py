@@ -86,6 +86,7 @@ def test_normalizations(any_map):
 def test_density_uses_the_sizes_of_each_sequence():
     blocks = make_map(batch=2, num_heads=2, key_sizes=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]))
     found = blocks.normalize("density").values
+    torch.testing.assert_close(found[0, 1, 1, 2], blocks.mass[0, 1, 1, 2] / torch.tensor([1, 2, 3, 4]))
     torch.testing.assert_close(found[1, 0, 1, 2], blocks.mass[1, 0, 1, 2] / torch.tensor([5, 6, 7, 8]))
 
 
@@ -121,7 +122,7 @@ def test_to_numpy(any_map):
     found = any_map.normalize("row").to_numpy()
     assert found.dtype == np.float32
     assert found.shape == tuple(any_map.mass.shape)
-    found[:] = 0
+    any_map.to_numpy()[:] = 0
     assert any_map.mass.sum() > 0
 
 
@@ -230,6 +231,8 @@ def test_pickle_and_equality(any_map):
     assert pickle.loads(pickle.dumps(any_map)) == any_map
     assert any_map != any_map.normalize("row")
     assert any_map != "a map"
+    assert make_map() != make_map(mass=make_map().mass * 0.5)
+    assert make_map() != make_map(key_sizes=torch.ones(4))
 
 
 def test_dataframe_has_a_row_per_cell(any_map):
@@ -239,11 +242,11 @@ def test_dataframe_has_a_row_per_cell(any_map):
     batched, split = any_map.num_sequences > 1, any_map.heads != "mean"
     columns = ["sequence"] * batched + ["layer"] + ["head"] * split
     assert list(frame.columns) == [*columns, "query", "key", "query_label", "key_label", "mass", "value"]
-    row = frame.iloc[-2]
-    where = (-1,) * (any_map.mass.ndim - 1) + (-2,)
+    row = frame.iloc[-1]
+    where = (-1,) * any_map.mass.ndim
     assert row["mass"] == any_map.mass[where]
     assert row["value"] == any_map.normalize("density").values[where]
-    assert (row["query_label"], row["key_label"], row["key"]) == ("q2", "k2", 2)
+    assert (row["query_label"], row["key_label"], row["key"]) == ("q2", "k3", 3)
     assert "value" not in any_map.to_dataframe()
 
 
@@ -417,7 +420,7 @@ def test_picture_shows_values_and_labels_inside_the_page(count, step, long):
             box = label.get_window_extent()
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert "attention mass" in bar.get_ylabel()
-    assert axes.get_title() == "tiny, layer 3, mean over heads"
+    assert figure.get_suptitle() == "tiny, layer 3, mean over heads"
     heights = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(above.y0 >= below.y1 - 1 for above, below in pairwise(heights))
 
@@ -432,7 +435,7 @@ def test_colour_bar_says_what_the_number_is():
         figure = make_map().normalize(name).plot(title="t")
         assert words in figure.axes[1].get_ylabel()
         assert "square-root" in figure.axes[1].get_ylabel()
-        assert figure.axes[0].get_title() == "t"
+        assert figure.get_suptitle() == "t"
     assert "square-root" not in make_map().plot(scale="linear").axes[1].get_ylabel()
 
 
@@ -440,9 +443,27 @@ def test_empty_map_and_foreign_script_draw_without_warnings(tmp_path):
     pytest.importorskip("matplotlib")
     names = ["\u4e2d\u6587", "\u0e44\u0e17\u0e22"]
     blocks = BlockMap(torch.zeros(1, 2, 2), [0], names, names, torch.ones(2), torch.ones(2))
+    assert blocks.plot().axes[0].images[0].norm.vmax == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         blocks.plot(tmp_path / "map.png")
+
+
+def test_labels_and_titles_are_text_not_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    broken = r"$\frac{$ x"  # as a formula it cannot be drawn
+    make_map(query_labels=[broken] * 3).plot(tmp_path / "map.png")
+    make_map(key_labels=[broken] * 4).plot(tmp_path / "map.png")
+    make_map().plot(tmp_path / "map.png", title=broken)
+
+
+@pytest.mark.parametrize("title", ["meta-llama/" + "Llama-3.1-" * 20, "a long title " * 12])
+def test_long_title_stays_on_the_page(title):
+    pytest.importorskip("matplotlib")
+    figure = make_map(queries=3, keys=3).plot(title=title)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize(("package", "use"), [("matplotlib", "plot"), ("pandas", "to_dataframe")])

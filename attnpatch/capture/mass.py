@@ -82,7 +82,7 @@ def accumulate_block_mass(
     Args:
         sums: ``[B, G, query_blocks, key_blocks]`` float64 (float32 where a device has no float64); ``G`` is
             the number of heads in the tile, or 1 to sum over them (the caller divides by their number). May
-            be a view.
+            be a view. On the device of ``probabilities``.
         probabilities: ``[B, H, rows, kv_len]``, any float dtype, need not be contiguous.
         query_assignment: ``[B, rows]`` int64, block of each row, -1 for none (its values are never looked
             at, so they may be NaN). Cheapest on the CPU, whatever the device of the tile.

@@ -2,6 +2,7 @@
 
 import io
 import os
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,9 @@ def draw(
     axes.set_ylabel("query block (attends)")
     axes.set_xlabel("key block (is attended to)")
     if title:
-        axes.set_title(shorten(title, 80), fontsize=11, parse_math=False)
+        # Over the figure, not the axes: beside the labels and the colour bar a small map leaves little room.
+        line = int(10 * figure.get_figwidth())
+        figure.suptitle(textwrap.fill(shorten(title, 2 * line), line), fontsize=11, parse_math=False)
     if max(rows, columns) <= _MOST_TICKS:
         _separate_cells(axes, rows, columns)
     if max(rows, columns) <= _MOST_NUMBERS:
