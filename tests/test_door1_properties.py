@@ -156,14 +156,18 @@ def check(call: Call) -> None:
         try:
             native = F.scaled_dot_product_attention(query, key, value, **kwargs)
         except RuntimeError:
-            # torch takes a mask together with is_causal only where a fused kernel serves the call.
+            # torch takes a mask together with is_causal only where a fused kernel serves the call. By rows
+            # another kernel may serve it: no harm, if the result is right.
             assert call.mask == "additive_and_causal"
-            with pytest.raises(RuntimeError):
-                model(query, key, value, **kwargs)
+            native = None
+        try:
+            got = model(query, key, value, **kwargs)
+        except RuntimeError:
+            assert native is None
             return
-        got = model(query, key, value, **kwargs)
         totals = attnpatch.report(model).totals
     exact, scores = dense_float64(query, key, value, **kwargs)
+    native = exact.to(query.dtype) if native is None else native
 
     assert got.shape == native.shape and got.dtype == native.dtype
     assert torch.equal(got.isnan(), native.isnan()), "other rows are NaN"
@@ -174,7 +178,7 @@ def check(call: Call) -> None:
         native_error = (native.double() - exact)[~hidden].abs().max().item()
         assert error <= native_error + rounding(scores, value, call.dtype), (error, native_error)
     assert totals["materialised"] == 0
-    if call.q_len > 1:
+    if call.q_len > 1 and call.mask != "additive_and_causal":  # which may be left to the native call
         assert totals["by_rows"] == 1, totals
     if currently_in_test_context():
         event(f"bits {'equal' if zoo.equal_with_nan(got, native) else 'differ'}")

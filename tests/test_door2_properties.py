@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from hypothesis import currently_in_test_context, event, example, given
+from hypothesis import assume, currently_in_test_context, event, example, given
 from torch import nn
 from zoo import by_rows
 
@@ -252,10 +252,11 @@ def check(spelling: Spelling) -> None:
         got = run()
         totals = attnpatch.report(model).totals
         assert totals["materialised"] == 0, f"{totals}\n{attnpatch.report(model)}"
-        if spelling.q_len > 1:
+        if spelling.q_len > 1 and spelling.kv_len > 1:
             assert totals["by_rows"] > 0, totals
 
-    assert type(got) is torch.Tensor
+    if spelling.kv_len > 1:  # with one key the product with the values is an outer one, and deferred in turn
+        assert type(got) is torch.Tensor
     assert got.shape == native.shape and got.dtype == native.dtype
     assert torch.equal(got.isnan(), native.isnan()), "other rows are NaN"
     # In float64 a row may be NaN that is a number in half precision, and the reverse: compare what both know.
@@ -345,22 +346,34 @@ def test_each_choice(step, choice, dtype):
             check(Spelling(**{step: choice}, dtype=dtype, layout=layout, tile_heads=2))
 
 
-@given(spellings())
-def test_bits_of_whole_tiles(spelling):
-    """Two rows and two heads at least, float32: what differs from native at all is one product's rounding."""
-    if spelling.heads < 2 or spelling.q_len < 2:
-        return
+@given(
+    spelling=spellings(),
+    q_len=st.integers(17, 70),
+    kv_len=st.integers(17, 70),
+    head_dim=st.sampled_from([8, 16, 32]),
+    rows=st.integers(4, 75),
+    tile_heads=st.sampled_from([None, 2, 3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_bits(spelling, q_len, kv_len, head_dim, rows, tile_heads, dtype):
+    """Shapes as models have them, two heads at least: the very bits of the module itself.
+
+    Outside of these a matrix product may take another kernel for a tile than for the whole: torch has one of
+    its own for fewer than 400 multiplications, and a query that is read by columns, or that is the right
+    operand, is packed by its number of rows.
+    """
     spelling = dataclasses.replace(
-        spelling,
-        dtype=torch.float32,
-        rows=max(2, spelling.rows or 2),
-        tile_heads=max(2, spelling.tile_heads or 2),
+        spelling, q_len=q_len, kv_len=kv_len, head_dim=head_dim, rows=rows, tile_heads=tile_heads, dtype=dtype
     )
+    assume(spelling.heads > 1)
+    assume(spelling.layout != "reversed_storage")
+    assume(spelling.product != "key_by_query" and spelling.values != "transposed")
     model = Holder(spelling)
-    native = model(**spelling.tensors())
-    with by_rows(model, CASE, rows=spelling.rows, heads=spelling.tile_heads):
+    try:
+        native = model(**spelling.tensors())
+    except RuntimeError as error:
+        assert "view size is not compatible" in str(error)
+        return
+    with by_rows(model, CASE, rows=rows, heads=tile_heads):
         got = model(**spelling.tensors())
-    event(f"bits {'equal' if zoo.equal_with_nan(got, native) else 'differ'}")
-    assert torch.allclose(
-        got, native, rtol=0, atol=rounding(spelling.tensors(), torch.float32), equal_nan=True
-    )
+    assert zoo.equal_with_nan(got, native), f"differs by at most {(got - native).abs().max()}"

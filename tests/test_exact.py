@@ -36,6 +36,18 @@ def assert_identical(got: dict, expected: dict, what: str) -> None:
             )
 
 
+def assert_close(got: dict, expected: dict, what: str, dtype: torch.dtype) -> None:
+    """Every named tensor the same but for rounding, which two layers and a projection after them enlarge."""
+    assert list(got) == list(expected), f"{what}: other outputs"
+    for name, tensor in expected.items():
+        unit = torch.finfo(dtype).eps * tensor.abs().max().item()
+        difference = (got[name].double() - tensor.double()).abs()
+        assert difference.max().item() <= 32 * unit, f"{what}: {name} differs by {difference.max():.3g}"
+        assert difference.mean().item() <= unit, (
+            f"{what}: {name} differs by {difference.mean():.3g} in the mean"
+        )
+
+
 def snapshot(model: nn.Module) -> dict:
     """What every module holds: class, attributes and what is in its dictionaries, by identity."""
     return {
@@ -88,17 +100,17 @@ def test_bits(case, implementation, dtype):
             what = f"{case.name} {implementation} {padding} rows={rows} heads={heads}"
             with by_rows(model, case, rows=rows, heads=heads):
                 got = case.run(model, inputs)
-                totals = attnpatch.report(model).totals
-            if causal:
+                report = attnpatch.report(model)
+            if causal or not case.exact:
                 # The fused causal kernel rounds otherwise than the same kernel on some of the rows:
                 # test_causal_calls_against_float64 holds these to the float64 result.
-                assert list(got) == list(native), what
+                assert_close(got, native, what, dtype)
             else:
                 assert_identical(got, native, what)
             if case.by_rows:
-                assert totals["by_rows"] > 0, f"{what}: {totals}"
+                assert report.totals["by_rows"] > 0, f"{what}\n{report}"
             if case.clean:
-                assert totals["materialised"] == 0, f"{what}: {totals}\n{attnpatch.report(model)}"
+                assert report.totals["materialised"] == 0, f"{what}\n{report}"
         assert_identical(case.run(model, inputs), native, f"{case.name} after remove")
     assert snapshot(model) == before
 
@@ -178,7 +190,10 @@ def test_modes(case, mode):
         with by_rows(model, case, rows=7):
             got = run()
             totals = attnpatch.report(model).totals
-        if not causal:
+        if causal or not case.exact:
+            low = torch.bfloat16 if mode == "autocast" else torch.float32
+            assert_close(got, native, f"{case.name} {implementation} {mode}", low)
+        else:
             assert_identical(got, native, f"{case.name} {implementation} {mode}")
         assert totals["by_rows"] > 0 or not case.by_rows
         for name, tensor in native.items():
