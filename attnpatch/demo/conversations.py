@@ -11,10 +11,11 @@ every single word was.
 """
 
 import json
+import math
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,14 +58,14 @@ class Conversation:
             one is the user's question.
         fact_message: Index in ``messages`` of the one message that states the fact asked for.
         answer: The exact reply expected.
-        asked: For every question in ``messages``, the index of its reply (training puts its loss there). The
-            last question has no reply yet.
+        asked: For every question before the last: the index of its reply and of the message that states the
+            fact. Training puts its loss on the replies.
     """
 
     messages: list[Message]
     fact_message: int
     answer: str
-    asked: list[int]
+    asked: list[tuple[int, int]]
 
     def with_answer(self) -> list[Message]:
         """The messages with the expected answer appended as the assistant's."""
@@ -129,10 +130,12 @@ class _Writer:
         self.held_out = held_out
         self.messages: list[Message] = [{"role": "system", "content": rng.choice(phrases.SYSTEM)}]
         self.tokens = count_tokens(self.messages[0]["content"])
-        self.facts: list[tuple[Fact, int]] = []
+        self.facts: dict[Fact, int] = {}
         self.keys: set[str] = set()
         self.open: list[Fact] = []
-        self.asked: list[int] = []
+        self.asked: list[tuple[int, int]] = []
+        self.people: Sequence[str] = phrases.PEOPLE
+        self.things: Sequence[str] = phrases.NAMED_THINGS + phrases.NUMBERED_THINGS
 
     def add(self, role: str, content: str) -> int:
         """Append a message and return its index."""
@@ -158,8 +161,7 @@ class _Writer:
         """A fact of the right side of the split, whose key nobody else in this conversation gets."""
         choose = self.rng.choice
         while True:
-            who = person or choose(phrases.PEOPLE)
-            what = thing or choose(choose((phrases.NAMED_THINGS, phrases.NUMBERED_THINGS)))
+            who, what = person or choose(self.people), thing or choose(self.things)
             if what in phrases.NAMED_THINGS:
                 words = [choose(phrases.MOODS), choose(phrases.MATERIALS), choose(phrases.NOUNS)]
             else:
@@ -168,6 +170,24 @@ class _Writer:
             if fact.held_out == self.held_out and fact.key not in self.keys:
                 self.keys.add(fact.key)
                 return fact
+
+    def crowd(self, num_facts: int) -> None:
+        """Let many facts share their person, or their thing, or both.
+
+        Drawn freely, people and things rarely meet twice in a short conversation, and either would be enough to
+        find the fact by.
+
+        Args:
+            num_facts: How many facts there must at least be room for.
+        """
+        people, things = len(self.people), len(self.things)
+        both = math.isqrt(2 * num_facts) + 1
+        few_people, few_things = -(-2 * num_facts // things), -(-2 * num_facts // people)
+        people, things = self.rng.choice(
+            ((people, few_things), (few_people, things), (both, both), (people, things))
+        )
+        self.people = self.rng.sample(self.people, min(people, len(self.people)))
+        self.things = self.rng.sample(self.things, min(things, len(self.things)))
 
     def small_talk(self) -> None:
         """A remark and a reply that fits it."""
@@ -178,12 +198,12 @@ class _Writer:
     def mention(self, key: str | None = None) -> None:
         """Name a key, one in use or a new one, without its value."""
         if key is None:
-            key = self.rng.choice(self.facts)[0].key if self.facts else self.new_fact().key
+            key = self.rng.choice(list(self.facts)).key if self.facts else self.new_fact().key
         self.add("user", self.fill(self.rng.choice(phrases.MENTION), key=key))
         self.add("assistant", self.rng.choice(phrases.MENTION_REPLY))
 
-    def state(self, fact: Fact) -> int:
-        """State a fact, by the user or, one time in four, by the assistant; return the message's index."""
+    def state(self, fact: Fact) -> None:
+        """State a fact, by the user or, one time in four, by the assistant."""
         named = fact.thing in phrases.NAMED_THINGS
         templates = phrases.STATE_NAME if named else phrases.STATE_NUMBER
         text = self.rng.choice(templates).format(key=fact.key, value=fact.value)
@@ -196,9 +216,8 @@ class _Writer:
         else:
             index = self.add("user", text)
             self.add("assistant", self.rng.choice(phrases.FACT_REPLY))
-        self.facts.append((fact, index))
+        self.facts[fact] = index
         self.open.append(fact)
-        return index
 
     def ask(self, fact: Fact) -> None:
         """Ask about a fact; nobody asks twice, or the first reply would hold the answer too."""
@@ -211,7 +230,7 @@ class _Writer:
         """Ask about a random fact that has not been asked about, and answer it."""
         fact = self.rng.choice(self.open)
         self.ask(fact)
-        self.asked.append(self.add("assistant", fact.value))
+        self.asked.append((self.add("assistant", fact.value), self.facts[fact]))
 
     def exchange(self) -> None:
         """Write one exchange of a random kind."""
@@ -225,10 +244,10 @@ class _Writer:
         else:
             self.small_talk()
 
-    def finish(self, fact: Fact, index: int) -> Conversation:
-        """End with the question about ``fact``, stated in message ``index``."""
+    def finish(self, fact: Fact) -> Conversation:
+        """End with the question about ``fact``."""
         self.ask(fact)
-        return Conversation(self.messages, index, fact.value, self.asked)
+        return Conversation(self.messages, self.facts[fact], fact.value, self.asked)
 
 
 def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE) -> Conversation:
@@ -240,14 +259,13 @@ def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE) -> Conve
         mix: What it is made of.
     """
     writer = _Writer(random.Random(f"training {seed}"), mix, held_out=False)
+    writer.crowd(num_facts=max_tokens // 40)
     writer.state(writer.new_fact())
     while writer.tokens < max_tokens - 40:
         writer.exchange()
     if not writer.open:
         writer.state(writer.new_fact())
-    fact = writer.rng.choice(writer.open)
-    index = next(index for known, index in writer.facts if known == fact)
-    return writer.finish(fact, index)
+    return writer.finish(writer.rng.choice(writer.open))
 
 
 def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
@@ -279,10 +297,10 @@ def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
     ]
     room = num_tokens - 60
     schedule = sorted((rng.uniform(0.02, 0.98) * room, order) for order in range(len(planned)))
-    fact_at, fact_index = rng.uniform(0.02, 0.9) * room, None
-    while writer.tokens < room or schedule or fact_index is None:
-        if fact_index is None and writer.tokens >= fact_at:
-            fact_index = writer.state(fact)
+    fact_at = rng.uniform(0.02, 0.9) * room
+    while writer.tokens < room or schedule or fact not in writer.facts:
+        if fact not in writer.facts and writer.tokens >= fact_at:
+            writer.state(fact)
             # Kept from being asked before the end.
             writer.open.remove(fact)
         elif schedule and writer.tokens >= schedule[0][0]:
@@ -290,4 +308,4 @@ def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
         else:
             writer.exchange()
     writer.open.append(fact)
-    return writer.finish(fact, fact_index)
+    return writer.finish(fact)

@@ -115,11 +115,11 @@ class Handle:
             member.value = run.value(member.node, {})
             _PENDING.discard(member)
 
-    def reads(self, storage: int) -> bool:
-        return any(
-            leaf.tensor is not None and leaf.tensor.untyped_storage().data_ptr() == storage
-            for leaf in tensors_of(self.node)
-        )
+    def preserve(self, storage: int) -> None:
+        """Keep the present values of what the recipe reads from a storage that is about to be written to."""
+        for leaf in tensors_of(self.node):
+            if leaf.tensor is not None and leaf.tensor.untyped_storage().data_ptr() == storage:
+                leaf.preserve()
 
 
 _PENDING: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -130,14 +130,15 @@ def pending() -> bool:
     return bool(_PENDING)
 
 
-def before_write(tensor: torch.Tensor, operation: str) -> None:
-    """Compute whatever still needs the present values of ``tensor``."""
-    if not _PENDING or type(tensor) is DeferredRows:
-        return
-    storage = tensor.untyped_storage().data_ptr()
-    for handle in list(_PENDING):
-        if handle.reads(storage):
-            handle.materialise(operation)
+def before_write(tensor: torch.Tensor) -> None:
+    """Let recipes keep the present values of a tensor that is about to be overwritten.
+
+    The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
+    """
+    if _PENDING and not isinstance(tensor, DeferredRows):
+        storage = tensor.untyped_storage().data_ptr()
+        for handle in list(_PENDING):
+            handle.preserve(storage)
 
 
 def secure_escaped() -> None:

@@ -10,9 +10,14 @@ from attnpatch.rows.recipe import Node, Run
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble int32 in place: the finaliser of MurmurHash3 (Appleby), whose arithmetic wraps as int32 does."""
-    x = x.bitwise_xor_(x >> 16).mul_(-2048144789)
-    x = x.bitwise_xor_(x >> 13).mul_(-1028477387)
-    return x.bitwise_xor_(x >> 16)
+    x = x.bitwise_xor_(_shifted(x, 16)).mul_(-2048144789)
+    x = x.bitwise_xor_(_shifted(x, 13)).mul_(-1028477387)
+    return x.bitwise_xor_(_shifted(x, 16))
+
+
+def _shifted(x: torch.Tensor, places: int) -> torch.Tensor:
+    """A logical shift to the right; torch's own copies the sign."""
+    return (x >> places).bitwise_and_((1 << (32 - places)) - 1)
 
 
 class Dropout(Node):

@@ -74,11 +74,11 @@ class RowsMode(TorchFunctionMode):
         return dispatch(func, args, kwargs)
 
     def _protect(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-        """Before something is overwritten, compute what a recipe still reads from it."""
+        """Before something is overwritten, let recipes keep what they still read from it."""
         name = getattr(func, "__name__", "")
         if rowwise.writes(name) and args and isinstance(args[0], torch.Tensor):
-            before_write(computed(args[0]), name)
+            before_write(computed(args[0]))
         out = kwargs.get("out")
         for tensor in out if isinstance(out, (list, tuple)) else [out]:
             if isinstance(tensor, torch.Tensor):
-                before_write(tensor, name)
+                before_write(tensor)

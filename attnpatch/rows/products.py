@@ -53,6 +53,8 @@ def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
     if name == "einsum":
         return _parse_einsum(args, kwargs)
     added = None
+    if name == "linear":
+        return _parse_linear(args, kwargs)
     if name == "baddbmm":
         added, left, right = (*args, *(kwargs.get(key) for key in ("input", "batch1", "batch2")[len(args) :]))[:3]
         rest = {key: kwargs[key] for key in ("beta", "alpha") if key in kwargs}
@@ -73,6 +75,14 @@ def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
     lead = string.ascii_uppercase[: depth - 2]
     labels = (lead[depth - left.dim() :] + "ik", lead[depth - right.dim() :] + "kj", lead + "ij")
     return Product(left, right, labels, rebuild, added)
+
+
+def _parse_linear(args: Any, kwargs: dict[str, Any]) -> Product | None:
+    left, right, bias = (*args, *(kwargs.get(key) for key in ("input", "weight", "bias")[len(args) :]))
+    if right.dim() != 2:
+        return None
+    lead = string.ascii_uppercase[: left.dim() - 1]
+    return Product(left, right, (lead + "k", "jk", lead + "j"), lambda a, b, c: ((a, b, c), {}), bias)
 
 
 def _parse_einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
@@ -123,9 +133,13 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 def _may_be_scores(product: Product, call: SiteCall) -> bool:
     left, right, result = product.labels
-    if not (product.left.is_floating_point() and product.right.is_floating_point()):
+    operands = (product.left, product.right)
+    if not all(t.is_floating_point() for t in operands):
         return False
-    if any(isinstance(t, torch.nn.Parameter) for t in (product.left, product.right)):
+    # A layer written as a product: ``hidden @ weight.T``. Scores come from two tensors of the same rank.
+    if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in operands):
+        return False
+    if product.left.dim() != product.right.dim() and 2 in (product.left.dim(), product.right.dim()):
         return False
     sizes = product.sizes()
     rows = [sizes[label] for label in result if label not in right]
@@ -241,4 +255,4 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
     return node, look
 
 
-HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys(NAMES, contract)
+HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys((*NAMES, "linear"), contract)

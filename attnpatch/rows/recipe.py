@@ -61,6 +61,7 @@ class Leaf(Node):
         self.dims = dims
         self.dtype, self.device = tensor.dtype, tensor.device
         self.version = None if tensor.is_inference() else tensor._version
+        self.is_secured = False
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         return take(run.tensor(self), self.dims, tile)
@@ -74,10 +75,18 @@ class Leaf(Node):
                 "or run this model under attnpatch.patched(model, mode='never')"
             )
 
+    def preserve(self) -> None:
+        """Keep the present values: somebody is about to overwrite the tensor."""
+        if self.tensor is not None:
+            expanded = [slice(None, 1) if stride == 0 else slice(None) for stride in self.tensor.stride()]
+            self.tensor = self.tensor[tuple(expanded)].clone().expand(self.tensor.shape)
+            self.version = None if self.tensor.is_inference() else self.tensor._version
+
     def secure(self) -> None:
         """Keep values safe from later writes that nothing would notice: inference tensors count no versions."""
-        if self.version is None and self.tensor is not None and self.tensor.is_inference():
-            self.tensor = self.tensor.clone()
+        if self.tensor is not None and self.tensor.is_inference() and not self.is_secured:
+            self.preserve()
+            self.is_secured = True
 
 
 class Context:
@@ -270,7 +279,7 @@ class Run:
         if isinstance(node, Leaf) and node not in self.wanted:
             return node.compute(own, self)
         fixed = self.hoist and self.row is not None and self.row not in own
-        if not fixed and self._uses.get(node, 0) < 2:
+        if not fixed and self._uses.get(node, 0) < 2 and node not in self.wanted:
             return node.compute(own, self)
         key = (node, tuple(own.items()))
         if key in self._kept:

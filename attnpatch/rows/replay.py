@@ -62,6 +62,9 @@ class Replay:
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
         tileable = [axis for axis in axes if axis not in run.whole]
+        if not run.whole:
+            # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
+            tileable = []
         width, itemsize = 1, 1
         cut = set(tileable)
         for node in run.nodes:
@@ -153,11 +156,14 @@ class Replay:
 
 def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
     """A tensor for the whole result, laid out in memory as the host's own call lays out its results."""
-    order = sorted(range(value.dim()), key=lambda d: (value.stride(d), value.size(d) == 1), reverse=True)
-    if any(value.size(d) == 1 for d in order):
-        order = list(range(value.dim()))
-    full = torch.empty([node.shape[d] for d in order], dtype=value.dtype, device=value.device)
-    return full.permute([order.index(d) for d in range(value.dim())])
+    order = list(range(value.dim()))
+    if 1 not in value.shape:
+        order.sort(key=value.stride, reverse=True)
+    strides, step = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= node.shape[dim]
+    return torch.empty_strided(node.shape, strides, dtype=value.dtype, device=value.device)
 
 
 class _ByRows(torch.autograd.Function):

@@ -73,14 +73,14 @@ def writes(name: str) -> bool:
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A write that no recipe can express: to a real tensor, with everything that reads it computed before."""
+    """A write that no recipe can express: to a real tensor, after whatever reads it has kept its values."""
     target = args[0]
     if is_pending(target):
         if target.handle.is_shared():
             target.handle.settle_family(name)
         settle(target, name)
     rest, kwargs = settle(args[1:], name), settle(kwargs, name)
-    before_write(computed(target), name)
+    before_write(computed(target))
     result = func(computed(target), *rest, **kwargs)
     return target if isinstance(result, torch.Tensor) else result
 

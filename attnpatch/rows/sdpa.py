@@ -78,6 +78,8 @@ def _can_be_cut(call: dict[str, Any]) -> bool:
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     tensors = [query, key, value, *([mask] if mask is not None else [])]
     # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
+    if mask is not None and call["is_causal"]:
+        return False  # torch refuses both together, in its own words
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
     return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
 

@@ -1,0 +1,110 @@
+"""One measurement in a process of its own: ``python -m benchmarks.case NAME VARIANT`` prints one line of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import attnpatch
+from attnpatch.memory import PeakMeter
+from benchmarks.models import llama, tokens
+
+LONG = 8192
+
+
+def once(call: Callable[[], object], warm: Callable[[], object]) -> dict[str, float]:
+    """Seconds and peak bytes of one call in a warm process."""
+    warm()
+    with PeakMeter() as meter:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": meter.peak}
+
+
+def forward(implementation: str, **policy: object) -> dict[str, float]:
+    """A forward pass over 8,192 tokens, native without a policy."""
+    model, ids, short = llama(implementation), tokens(LONG), tokens(256)
+    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+    with torch.inference_mode(), around:
+        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
+
+
+def capture(on: bool) -> dict[str, float]:
+    """A fused forward pass over 8,192 tokens, with block maps of 128 tokens or without."""
+    model, ids, short = llama("sdpa"), tokens(LONG), tokens(256)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if on:
+            stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)))
+        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
+
+
+def training(implementation: str, **policy: object) -> dict[str, float]:
+    """Forward and backward over 4,096 tokens."""
+    model, ids = llama(implementation, layers=1), tokens(4096)
+    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+
+    def step(ids: torch.Tensor) -> None:
+        model(ids, use_cache=False).logits.mean().backward()
+
+    with around:
+        return once(lambda: step(ids), lambda: step(tokens(64)))
+
+
+def overhead(kind: str, pairs: int = 60) -> dict[str, float]:
+    """Patched and unpatched calls of one model by turns; the patch stays native.
+
+    Returns:
+        Median seconds of both, and the median of the ratios of neighbouring calls.
+    """
+    from transformers import DynamicCache
+
+    model, prompt = llama("sdpa"), tokens(512)
+    first, second = [], []
+    with torch.inference_mode():
+        for number in range(pairs + 5):
+            seconds = {}
+            for patched in (False, True) if number % 2 else (True, False):
+                if patched:
+                    attnpatch.apply(model)
+                seconds[patched] = _timed(model, prompt, kind, DynamicCache())
+                if patched:
+                    attnpatch.remove(model)
+            if number >= 5:
+                first.append(seconds[False])
+                second.append(seconds[True])
+    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    return {"native": statistics.median(first), "patched": statistics.median(second), "ratio": ratio}
+
+
+def _timed(model: torch.nn.Module, prompt: torch.Tensor, kind: str, cache: object) -> float:
+    if kind == "decode":
+        model(prompt, past_key_values=cache)
+        start = time.perf_counter()
+        for _ in range(20):
+            model(prompt[:, :1], past_key_values=cache)
+        return (time.perf_counter() - start) / 20
+    start = time.perf_counter()
+    model(prompt, use_cache=False)
+    return time.perf_counter() - start
+
+
+CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
+    "eager": {"native": lambda: forward("eager"), "by rows": lambda: forward("eager", mode="always")},
+    "sdpa": {"native": lambda: forward("sdpa"), "by rows": lambda: forward("sdpa", mode="always")},
+    "capture": {"off": lambda: capture(False), "on": lambda: capture(True)},
+    "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
+    "prefill 512": {"pairs": lambda: overhead("prefill")},
+    "decode": {"pairs": lambda: overhead("decode", 40)},
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    print(json.dumps(CASES[sys.argv[1]][sys.argv[2]]()))
