@@ -1,0 +1,193 @@
+"""When attention goes by rows, how often memory is asked, and how policies are read."""
+
+import dataclasses
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnpatch
+from attnpatch import Policy, errors, memory
+from attnpatch.policy import parse_size
+from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis
+from attnpatch.rows.budget import Grain, choose
+
+
+class Eager(nn.Module):
+    """Hand-written attention over ``[batch, tokens, 8]``."""
+
+    def forward(self, x):
+        return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+
+class Fused(nn.Module):
+    def forward(self, x, mask=None):
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
+
+
+class Stack(nn.Module):
+    def __init__(self, kind, count=3):
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+attnpatch.register(Eager)
+attnpatch.register(Fused)
+
+
+def totals(monkeypatch, tokens, free, kind=Eager, **policy):
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", free)
+    model = Stack(kind)
+    with attnpatch.patched(model, **policy), torch.no_grad():
+        model(zoo.floats(1, tokens, 8))
+        return attnpatch.report(model).totals
+
+
+@pytest.mark.parametrize(
+    ("tokens", "free", "by_rows"),
+    [(1024, "1.9GB", False), (1025, "1.9GB", True), (1025, "2.1GB", False), (1024, "1", False)],
+)
+def test_length_and_free_memory(monkeypatch, tokens, free, by_rows):
+    found = totals(monkeypatch, tokens, free)
+    assert (found["by_rows"], found["native"]) == ((3, 0) if by_rows else (0, 3))
+
+
+def test_headroom(monkeypatch):
+    """2048 tokens need about 50 MB of temporaries: over half of 90 MB free, under half of 110 MB."""
+    wanted = 3 * 2048 * 2048 * 4
+    small, large = str(int(wanted / 0.5) - 1000), str(int(wanted / 0.5) + 1000)
+    assert totals(monkeypatch, 2048, small, min_free=0)["by_rows"] == 3
+    assert totals(monkeypatch, 2048, large, min_free=0)["by_rows"] == 0
+    assert totals(monkeypatch, 2048, large, min_free=0, headroom=0.4)["by_rows"] == 3
+
+
+def test_modes(monkeypatch):
+    assert totals(monkeypatch, 16, "100GB", mode="always")["by_rows"] == 3
+    assert totals(monkeypatch, 2048, "1", mode="never")["native"] == 3
+    assert totals(monkeypatch, 17, "1", min_tokens=16)["by_rows"] == 3
+
+
+def test_a_fused_kernel_stays_native(monkeypatch):
+    """It holds no scores, so scarce memory changes nothing."""
+    assert totals(monkeypatch, 2048, "1GB", Fused)["fused"] == 3
+    assert totals(monkeypatch, 2048, "1GB", Fused, mode="always")["by_rows"] == 3
+
+
+def test_free_memory_is_asked_once_per_model_call(monkeypatch):
+    asked = []
+    real = memory.free_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or real(device))
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1GB")
+    model = Stack(Eager)
+    with attnpatch.patched(model), torch.no_grad():
+        model(zoo.floats(1, 1100, 8))
+        assert len(asked) == 1
+        model(zoo.floats(1, 1100, 8))
+        assert len(asked) == 2
+        model(zoo.floats(1, 1000, 8))
+    assert len(asked) == 2, "a short call has nothing to ask"
+
+
+class Limited(TorchDispatchMode):
+    """A device of ``limit`` elements: a larger result raises what a full one raises."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much.")
+        return result
+
+
+def test_out_of_memory_halves_the_step():
+    model, x = Stack(Eager, 1), zoo.floats(2, 64, 8)
+    with torch.no_grad():
+        native = model(x)
+        with Limited(2 * 64 * 20):
+            with pytest.raises(torch.OutOfMemoryError):
+                model(x)
+            with attnpatch.patched(model, mode="always"):
+                assert torch.equal(model(x), native)
+                assert attnpatch.report(model).totals["retried"] > 0
+            with attnpatch.patched(model, mode="always", retry_on_oom=False), pytest.raises(torch.OutOfMemoryError):
+                model(x)
+        with Limited(64 * 3), attnpatch.patched(model, mode="always"), pytest.raises(torch.OutOfMemoryError):
+            model(x)
+
+
+def test_sizes():
+    assert parse_size("2GB") == 2 * 10**9
+    assert parse_size("1.5 GiB") == 3 * 2**29
+    assert parse_size(" 512mb ") == 512 * 10**6
+    assert parse_size(7) == 7
+    for wrong in ("2 gigs", "", "GB", "-1GB", -1, True, None, float("nan"), "1e9GB"):
+        with pytest.raises(errors.PolicyError, match="2GB"):
+            parse_size(wrong, "min_free")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"min_fre": "2GB"}, "min_fre.*did you mean 'min_free'"),
+        ({"colour": 1}, "colour.*min_tokens"),
+        ({"min_free": "2 gigs"}, "min_free='2 gigs'"),
+        ({"rows": -1}, "rows=-1"),
+        ({"rows": 0}, "rows=0"),
+        ({"rows": 2.5}, "rows=2.5"),
+        ({"heads": True}, "heads=True"),
+        ({"mode": "fast"}, "mode='fast'.*'always'"),
+        ({"headroom": 0}, "headroom=0"),
+        ({"headroom": "a"}, "headroom='a'"),
+        ({"min_tokens": -5}, "min_tokens=-5"),
+        ({"workspace": "0MB"}, "workspace"),
+        ({"retry_on_oom": 1}, "retry_on_oom=1"),
+    ],
+)
+def test_bad_policy_leaves_the_model_alone(fields, words):
+    model = Stack(Eager)
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(errors.PolicyError, match=words):
+        attnpatch.apply(model, **fields)
+    assert [dict(vars(module)) for module in model.modules()] == before
+    attnpatch.apply(model, min_tokens=3)
+    with pytest.raises(errors.PolicyError, match=words):
+        attnpatch.apply(model, **fields)
+    assert attnpatch.report(model).policy == Policy(min_tokens=3)
+
+
+def test_policy_is_frozen_and_printable():
+    policy = Policy(min_free="8GB")
+    assert "min_free='8GB'" in repr(policy)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.rows = 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 61, 1025])
+@pytest.mark.parametrize("step", [1, 3, 4, 7, 16, 5000])
+@pytest.mark.parametrize("grain", [Grain(), Grain(32, 32), Grain(192, 64)])
+def test_no_remainder_is_left_alone(size, step, grain):
+    pieces = grain.cut(size, step)
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == size
+    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(high - low >= min(grain.least, size) for low, high in pieces)
+    assert all(low % grain.multiple == 0 for low, _ in pieces)
+
+
+@pytest.mark.parametrize("workspace", ["1MB", "64MB"])
+def test_workspace_bounds_the_step(workspace):
+    heads, rows = Axis(16, LEAD), Axis(8192, ROW)
+    steps = choose([heads, rows], 8192, 4, Policy(workspace=workspace), torch.device("cpu"))
+    taken = max(high - low for low, high in steps.rows) * (steps.lead[0][heads][1] - steps.lead[0][heads][0])
+    least = LEAST[ROW] * LEAST[LEAD] * 8192 * 4 * 3
+    assert taken * 8192 * 4 * 3 <= max(parse_size(workspace), least)
