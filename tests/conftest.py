@@ -26,7 +26,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.register_profile(
-    "explore", parent=hypothesis.settings.get_profile("ci"), max_examples=1000, derandomize=False
+    "explore", parent=hypothesis.settings.get_profile("ci"), max_examples=2000, derandomize=False
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

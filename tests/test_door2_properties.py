@@ -246,16 +246,20 @@ def check(spelling: Spelling) -> None:
         # torch lays the result of einsum out as it likes, and some of those no view can fold.
         assert "view size is not compatible" in str(error)
         return
+    # With one key, or one row on the right, the product with the values looks like scores; with the keys in
+    # front, only what normalises them tells rows from keys. Then the result may be deferred in its turn.
+    usual = spelling.kv_len > 1 and spelling.product != "key_by_query"
+    usual = usual and (spelling.q_len > 1 or spelling.values != "transposed")
     double = {k: v.double() if v.is_floating_point() else v for k, v in spelling.tensors().items()}
     exact = model(**double)
     with by_rows(model, CASE, rows=spelling.rows, heads=spelling.tile_heads):
         got = run()
         totals = attnpatch.report(model).totals
         assert totals["materialised"] == 0, f"{totals}\n{attnpatch.report(model)}"
-        if spelling.q_len > 1 and spelling.kv_len > 1:
+        if usual and spelling.q_len > 1:
             assert totals["by_rows"] > 0, totals
 
-    if spelling.kv_len > 1:  # with one key the product with the values is an outer one, and deferred in turn
+    if usual:
         assert type(got) is torch.Tensor
     assert got.shape == native.shape and got.dtype == native.dtype
     assert torch.equal(got.isnan(), native.isnan()), "other rows are NaN"
@@ -351,7 +355,7 @@ def test_each_choice(step, choice, dtype):
     q_len=st.integers(17, 70),
     kv_len=st.integers(17, 70),
     head_dim=st.sampled_from([8, 16, 32]),
-    rows=st.integers(4, 75),
+    rows=st.integers(7, 75),
     tile_heads=st.sampled_from([None, 2, 3]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )

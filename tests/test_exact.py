@@ -4,16 +4,18 @@ Tiles of one head are left out of the comparisons of bits: there a matrix produc
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import by_rows, equal_with_nan
 
 # (rows, heads): remainders, tiles of heads, a last row left alone, whatever the budget says.
-TILES = [(7, None), (16, 2), (zoo.TEXT_LEN - 1, None), (None, None)]
+TILES = [(7, None), (33, 2), (zoo.TEXT_LEN - 1, None), (None, None)]
 DTYPES = [torch.float32, torch.bfloat16]
 COMBINATIONS = [
     pytest.param(case, implementation, dtype, id=f"{case.name}-{implementation}-{str(dtype)[6:]}")
@@ -328,6 +330,51 @@ def test_short_sequences(implementation, length):
         with by_rows(model, rows=rows):
             got = case.run(model, inputs)
         assert_identical(got, native, f"length={length} rows={rows}")
+
+
+@pytest.mark.parametrize("length", [65, 197, 801])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
+def test_longer_sequences(name, length):
+    """Lengths at which torch's fused CPU kernel takes 32, 64 and 256 rows at a time: the same bits."""
+    case = dataclasses.replace(
+        zoo.BY_NAME[name], make_inputs=lambda padding: zoo.text_inputs(padding, length)
+    )
+    for implementation in case.implementations:
+        model = case.build(implementation)
+        for padding in ("left", "right"):
+            inputs = case.inputs(padding)
+            native = case.run(model, inputs)
+            for rows, heads in [(32, None), (64, 2), (256, None), (length - 1, None)]:
+                with by_rows(model, rows=rows, heads=heads):
+                    got = case.run(model, inputs)
+                what = f"{name} {implementation} {padding} length={length} rows={rows} heads={heads}"
+                assert_identical(got, native, what)
+
+
+class QueryRows(TorchDispatchMode):
+    """Notes the query rows of every attention kernel that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func):
+            self.seen.append(args[0].shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_fused_calls_are_cut(padding):
+    """By rows means fewer rows at the kernel, and every row: a whole call would pass all the other tests."""
+    case = zoo.BY_NAME["llama"]
+    model = zoo.shared_model("llama", "sdpa")
+    with by_rows(model, rows=32), QueryRows() as kernels:
+        case.run(model, case.inputs(padding))
+    assert kernels.seen
+    assert max(kernels.seen) < zoo.TEXT_LEN
+    assert sum(kernels.seen) % zoo.TEXT_LEN == 0
+    assert min(kernels.seen) > 1
 
 
 def test_never_is_native():
