@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from attnpatch.demo.conversations import DENSE, NATURAL, Conversation, all_phrases, training_conversation
 
@@ -41,6 +42,8 @@ MAX_TOKENS = 4600
 HIDDEN = 256
 # Loss weight of the assistant's small talk, so that it can also hold up its end of a chat.
 OTHER_WEIGHT = 0.05
+# Weight of pointing_loss.
+POINTING_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=400, shortest=40, longest=128, tokens=4096, learning_rate=2e-3),
-    Stage(steps=300, shortest=128, longest=512, tokens=6144, learning_rate=2e-3),
-    Stage(steps=150, shortest=512, longest=2048, tokens=8192, learning_rate=1e-3),
-    Stage(steps=120, shortest=2048, longest=MAX_TOKENS, tokens=9200, learning_rate=5e-4),
+    Stage(steps=700, shortest=40, longest=128, tokens=1536, learning_rate=1.2e-3),
+    Stage(steps=250, shortest=128, longest=512, tokens=3072, learning_rate=1e-3),
+    Stage(steps=120, shortest=512, longest=2048, tokens=6144, learning_rate=7e-4),
+    Stage(steps=60, shortest=2048, longest=MAX_TOKENS, tokens=9200, learning_rate=5e-4),
 )
 
 
@@ -102,20 +105,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """The untrained model, about 2 million parameters.
 
-    Three layers are what the task takes: put the name to the value, read the question, fetch. The rotation
-    base is large so that a head can match words at any distance.
+    The rotation base is large so that a head can match words at any distance.
 
-    The output projection of every attention starts as the transpose of its value projection, so that each
-    head begins by copying what it looks at ("Mimetic Initialization of Self-Attention Layers", Trockman and
-    Kolter, 2023, do the like). Copying is what the task is about; from an ordinary start it took more than
-    three times the steps to begin.
+    The output projection of every attention starts as a multiple of the transpose of its value projection, so
+    that each head begins by copying what it looks at ("Mimetic Initialization of Self-Attention Layers",
+    Trockman and Kolter, 2023, do the like); embeddings start large enough for the copy to be read. Copying is
+    what the task is about; from the usual start it took more than three times the steps to begin.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
-        num_hidden_layers=3,
-        intermediate_size=448,
+        num_hidden_layers=4,
+        intermediate_size=256,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=8192,
@@ -127,70 +129,116 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.06)
         for layer in model.model.layers:
             attention = layer.self_attn
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
                 torch.nn.init.normal_(projection.weight, std=HIDDEN**-0.5)
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+            attention.o_proj.weight.copy_(0.3 * attention.v_proj.weight.T)
     return model
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> tuple[list[int], list[float]]:
-    """Token ids of a conversation with its answer, and the weight of the loss at each.
-
-    Returns:
-        Two lists of the same length. The weight at position ``i`` is that of predicting token ``i``: 1 inside
-        answers, a little in the assistant's other messages, 0 elsewhere.
-    """
-    messages = conversation.with_answer()
-    answers = {*conversation.asked, len(messages) - 1}
-    texts = [f"<|{message['role']}|> {message['content']}{END}" for message in messages]
-    ids, weights = [], []
-    for index, encoding in enumerate(tokenizer.backend_tokenizer.encode_batch(texts)):
-        said = 1.0 if index in answers else OTHER_WEIGHT if messages[index]["role"] == "assistant" else 0.0
-        ids += encoding.ids
-        weights += [0.0] + [said] * (len(encoding.ids) - 1)
-    return ids, weights
-
-
-def batch_of(tokenizer, stage: Stage, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass
+class Batch:
     """The conversations of one step, padded on the right.
 
-    Returns:
-        ``[B, N]`` int64 token ids and ``[B, N]`` float32 loss weights.
+    Attributes:
+        tokens: ``[B, N]`` int64.
+        weights: ``[B, N]`` float32, the weight of the loss of predicting each token: 1 inside answers, a
+            little in the assistant's other messages, 0 elsewhere.
+        pointers: ``[A, 3]`` int64, for each answer token: its conversation, the position that predicts it,
+            and the position in the statement that it can be copied from.
     """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    pointers: torch.Tensor
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> tuple[list, list, list]:
+    """Token ids, weights and ``(predicts, source)`` pointers of a conversation with its answer."""
+    messages = conversation.with_answer()
+    facts = dict([*conversation.asked, (len(messages) - 1, conversation.fact_message)])
+    texts = [f"<|{message['role']}|> {message['content']}{END}" for message in messages]
+    encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
+    ids, weights, pointers, starts = [], [], [], []
+    for index, (message, piece) in enumerate(zip(messages, encoded, strict=True)):
+        said = 1.0 if index in facts else OTHER_WEIGHT if message["role"] == "assistant" else 0.0
+        starts.append(len(ids))
+        ids += piece
+        weights += [0.0] + [said] * (len(piece) - 1)
+        if index in facts:
+            value, stated = piece[1:-1], encoded[facts[index]]
+            offset = next(at for at in range(len(stated)) if stated[at : at + len(value)] == value)
+            # One more than the value has: the end of the answer matches the full stop of the statement.
+            source = starts[facts[index]] + offset
+            pointers += [(starts[index] + at, source + at) for at in range(len(value) + 1)]
+    return ids, weights, pointers
+
+
+def batch_of(tokenizer, stage: Stage, seed: int, step: int) -> Batch:
+    """The conversations of one step, drawn from the seed and the step alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     length = int(torch.randint(stage.shortest, stage.longest + 1, (), generator=generator))
     size = max(1, stage.tokens // length)
-    rows = []
     first = (seed * 1_000_003 + step) * 1000
+    rows, pointers = [], []
     for row in range(size):
         # Every eighth conversation is of the kind a reader meets, with few questions and more small talk.
         mix = NATURAL if (step * 7 + row) % 8 == 0 else DENSE
-        rows.append(encode(tokenizer, training_conversation(first + row, length, mix)))
+        *ids_and_weights, found = encode(tokenizer, training_conversation(first + row, length, mix))
+        rows.append(ids_and_weights)
+        pointers += [(row, *pointer) for pointer in found]
     longest = max(len(ids) for ids, _ in rows)
     tokens = torch.full((size, longest), tokenizer.pad_token_id)
     weights = torch.zeros(size, longest)
     for row, (ids, weight) in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids)
         weights[row, : len(ids)] = torch.tensor(weight)
-    return tokens, weights
+    return Batch(tokens, weights, torch.tensor(pointers))
 
 
-def weighted_loss(model, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+def answer_loss(model, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
     """Mean loss by weight, and the share of answer tokens predicted right.
 
-    Padding is on the right, where causal attention never looks, so no mask is needed. Logits are computed
-    only where there is a loss.
+    Args:
+        model: The model.
+        hidden: ``[B, N, hidden]``, its last hidden states. Logits are computed only where there is a loss.
+        batch: What they were computed from.
     """
-    hidden = model.model(tokens).last_hidden_state[:, :-1]
-    targets, weights = tokens[:, 1:], weights[:, 1:]
+    targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
     chosen = weights > 0
-    logits = model.lm_head(hidden[chosen])
+    logits = model.lm_head(hidden[:, :-1][chosen])
     targets, weights = targets[chosen], weights[chosen]
     losses = F.cross_entropy(logits, targets, reduction="none")
     right = (logits.argmax(-1) == targets)[weights == 1].float().mean().item()
     return (losses * weights).sum() / weights.sum(), right
+
+
+def pointing_loss(model, inputs: torch.Tensor, pointers: torch.Tensor) -> torch.Tensor:
+    """How far the last layer's heads are from looking at the word to be copied: mean of -log(probability).
+
+    Args:
+        model: The model.
+        inputs: ``[B, N, hidden]``, what goes into its last layer.
+        pointers: ``[A, 3]`` int64, see :class:`Batch`.
+    """
+    layer = model.model.layers[-1]
+    attention = layer.self_attn
+    inputs = layer.input_layernorm(inputs)
+    shape = (*inputs.shape[:2], -1, attention.head_dim)
+    query = attention.q_proj(inputs).view(shape).transpose(1, 2)
+    key = attention.k_proj(inputs).view(shape).transpose(1, 2)
+    positions = torch.arange(inputs.shape[1])
+    query, key = apply_rotary_pos_emb(query, key, *model.model.rotary_emb(inputs, positions[None]))
+    row, at, source = pointers.T
+    losses = []
+    for conversation in range(len(inputs)):
+        predicts, sources = at[row == conversation], source[row == conversation]
+        scores = query[conversation, :, predicts] @ key[conversation].mT * attention.scaling
+        scores = scores.masked_fill(positions > predicts[:, None], -torch.inf)
+        losses.append(-scores.log_softmax(-1)[:, torch.arange(len(sources)), sources].flatten())
+    return torch.cat(losses).mean()
 
 
 class Trainer:
@@ -240,16 +288,19 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns the loss and the share of answer tokens predicted right."""
         stage, _ = self.stage_at(self.step)
-        tokens, weights = batch_of(self.tokenizer, stage, self.seed, self.step)
+        batch = batch_of(self.tokenizer, stage, self.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss, right = weighted_loss(self.model, tokens, weights)
+        # Padding is on the right, where causal attention never looks, so no mask is needed.
+        states = self.model.model(batch.tokens, output_hidden_states=True).hidden_states
+        loss, right = answer_loss(self.model, states[-1], batch)
+        pointing = pointing_loss(self.model, states[-2], batch.pointers)
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss + POINTING_WEIGHT * pointing).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        self.tokens_seen += tokens.numel()
+        self.tokens_seen += batch.tokens.numel()
         return loss.item(), right
 
     def save_checkpoint(self) -> None:
@@ -339,7 +390,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attnpatch/demo/model"), help="folder for the model")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--print-every", type=int, default=20, help="steps per line of progress")
     parser.add_argument("--keep-every", type=float, default=60.0, help="seconds between checkpoints")
     options = parser.parse_args()

@@ -172,13 +172,10 @@ class _Writer:
                 return fact
 
     def crowd(self, num_facts: int) -> None:
-        """Let many facts share their person, or their thing, or both.
+        """Let many facts share their person, or their thing, or both; leave room for ``num_facts``.
 
-        Drawn freely, people and things rarely meet twice in a short conversation, and either would be enough to
-        find the fact by.
-
-        Args:
-            num_facts: How many facts there must at least be room for.
+        Drawn freely, people and things rarely meet twice in a short conversation, and either would be enough
+        to find the fact by.
         """
         people, things = len(self.people), len(self.things)
         both = math.isqrt(2 * num_facts) + 1
