@@ -1,0 +1,347 @@
+"""``attnpatch demo``: measure, look where the answer came from, print and draw both."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import attnpatch
+from attnpatch.capture.block_map import BlockMap
+from attnpatch.demo.conversations import Conversation, Message
+from attnpatch.demo.worker import CASES, DemoError, Measured, load, measure
+from attnpatch.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = Path(__file__).parent
+SNIPPET = """\
+import attnpatch
+attnpatch.apply(model)  # attention goes by rows when memory is short
+with attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)) as maps:
+    model(**inputs)  # any call of yours; then: maps.block_map.plot("map.png")"""
+
+_NAMES = {"native": "native", "rows": "by rows"}
+_SHOWN = 3
+_DRAWN = 8
+_MAX_NEW_TOKENS = 12
+_FACT_COLOUR, _OTHER_COLOUR = "#d95f02", "#7f8fa6"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where the answer's attention goes.
+
+    Attributes:
+        reply: What the model answered.
+        block_map: One block per message, the answer's last.
+        layer: The layer looked at.
+        mass: ``[messages before the answer]``: share of the answer's attention each gets, mean over heads.
+    """
+
+    reply: str
+    block_map: BlockMap
+    layer: int
+    mass: torch.Tensor
+
+    @property
+    def strongest(self) -> int:
+        """The message that gets most."""
+        return int(self.mass.argmax())
+
+
+def run_demo(
+    out: Path,
+    json_file: Path | None = None,
+    console: Console | None = None,
+    model_folder: Path = FOLDER / "model",
+    conversation_file: Path = FOLDER / "conversation.json",
+) -> None:
+    """The whole demo.
+
+    Args:
+        out: Folder for what is drawn and saved; made if there is none.
+        json_file: Where to write all figures too.
+        console: Where to print; standard output when left out.
+        model_folder: Model and tokenizer of transformers.
+        conversation_file: What ``Conversation.save`` wrote.
+
+    Raises:
+        DemoError: The output cannot be written (found out before any work is done), a part of the demo is
+            missing, or one of its processes failed.
+        MissingExtraError: transformers or matplotlib is not installed.
+        OSError: A file cannot be written after all.
+    """
+    check_installed()
+    check_output(out, json_file)
+    for needed in (model_folder / "config.json", conversation_file):
+        if not needed.is_file():
+            raise DemoError(f"a part of the demo is missing: {needed}; install attnpatch again")
+    console = console or Console(highlight=False)
+    conversation = Conversation.load(conversation_file)
+    model, tokenizer = load(model_folder, "sdpa")
+    introduce(console, model, tokenizer, conversation)
+    runs = measure_all(console, model_folder, conversation_file)
+    show_runs(console, runs)
+    finding = look(model, tokenizer, conversation, trained_layer(model_folder))
+    tell(console, conversation, finding)
+    written = write(out, conversation, finding)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures_of(conversation, runs, finding), indent=1) + "\n")
+        written["all figures"] = json_file
+    close(console, written)
+
+
+def check_installed() -> None:
+    """See that the extras are there.
+
+    Raises:
+        MissingExtraError: One is not.
+    """
+    for name in ("transformers", "matplotlib"):
+        # Looked for, not imported: transformers takes seconds, and bad input deserves an answer at once.
+        with contextlib.suppress(ImportError):
+            if importlib.util.find_spec(name) is not None:
+                continue
+        raise MissingExtraError(f'the demo needs {name}: pip install "attnpatch[transformers,plot,cli]"')
+
+
+def check_output(out: Path, json_file: Path | None) -> None:
+    """Make the folder, and see that files can be written.
+
+    Raises:
+        DemoError: They cannot.
+    """
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out {out} is a file; give a folder, or a name that is not taken")
+    if json_file is not None and json_file.is_dir():
+        raise DemoError(f"--json {json_file} is a folder; give the name of a file")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, *([json_file.parent] if json_file else [])):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        where = f"--json {json_file}" if json_file and out.is_dir() else f"--out {out}"
+        raise DemoError(f"cannot write {where}: {error.strerror}; give another place") from error
+
+
+def introduce(console: Console, model: Any, tokenizer: Any, conversation: Conversation) -> None:
+    """Say what the demo works on."""
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    tokens = len(tokenizer.apply_chat_template(conversation.with_answer())["input_ids"])
+    console.print(
+        f"A {type(model).__name__} of {parameters:.1f} million parameters that learned to remember what "
+        f"was said, and a conversation of {tokens:,} tokens in {len(conversation.messages)} messages."
+    )
+    console.print("\n1. Attention a few rows at a time", style="bold")
+    console.print(
+        "A forward pass over the conversation, in a fresh process each: the model as it "
+        'is (native), and after attnpatch.apply(model, mode="always") (by rows).\n'
+    )
+
+
+def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
+    """``measure`` with a progress bar, where there is a terminal to draw it on."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
+    started = itertools.count()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(CASES))
+
+        def on_start(implementation: str, way: str) -> None:
+            bar.update(task, completed=next(started), description=f"{implementation}, {_NAMES[way]}")
+
+        return measure(model_folder, conversation_file, on_start)
+
+
+def show_runs(console: Console, runs: list[Measured]) -> None:
+    """Print the measurements as a table, and what to make of it."""
+    table = Table("attention", "run")
+    for name in ("time", "peak memory\nbeyond model", "logits differ\nfrom native", "attention\ncalls"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        native = run.way == "native"
+        difference = "same to the\nlast bit" if run.identical else f"up to {run.difference:.0e}"
+        table.add_row(
+            run.implementation,
+            _NAMES[run.way],
+            f"{run.seconds:.2f} s",
+            f"{run.peak / 1e6:,.0f} MB",
+            "-" if native else difference,
+            "not patched" if run.counts is None else counted(run.counts),
+            end_section=not native,
+        )
+    console.print(table)
+    if any(run.implementation == "sdpa" and not run.identical for run in runs):
+        console.print(
+            "By default attnpatch leaves PyTorch's fused kernels, as sdpa uses here, to "
+            "themselves: they never hold all scores. Forced by rows they round differently."
+        )
+
+
+def counted(counts: dict[str, int]) -> str:
+    """What the report counted, without what did not happen."""
+    return "\n".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+
+
+def trained_layer(model_folder: Path) -> int | None:
+    """The layer that the model's evaluation chose, on other conversations; None without an evaluation."""
+    try:
+        return int(json.loads((model_folder / "evaluation.json").read_text(encoding="utf-8"))["layer"])
+    except (FileNotFoundError, KeyError):
+        return None
+
+
+@torch.inference_mode()
+def look(model: Any, tokenizer: Any, conversation: Conversation, layer: int | None) -> Finding:
+    """Let the model answer, and see which message the answer attends to."""
+    inputs = tokenizer.apply_chat_template(
+        conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    reply = tokenizer.decode(new, skip_special_tokens=True).strip()
+    messages = [*conversation.messages, {"role": "assistant", "content": reply or conversation.answer}]
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    with attnpatch.capture(model, blocks=attnpatch.Blocks.messages(tokenizer, messages)) as maps:
+        model(**ids, use_cache=False)
+    block_map = maps.block_map
+    answer = block_map.mass[:, -1, :-1]
+    if layer is None:
+        # The question, the last of the earlier messages, is where any answer looks.
+        layer = int(answer[:, :-1].max(dim=1).values.argmax())
+    return Finding(reply, block_map, layer, answer[layer])
+
+
+def tell(console: Console, conversation: Conversation, finding: Finding) -> None:
+    """Print question, answer and the messages that the answer attends to most."""
+    messages, mass, fact = conversation.messages, finding.mass, conversation.fact_message
+    console.print("\n2. Where the answer's attention goes", style="bold")
+    right = finding.reply == conversation.answer
+    lines = {
+        f"message {len(messages) - 1} asks": messages[-1]["content"],
+        "the model answers": finding.reply or "(nothing)",
+        "expected": "just that" if right else conversation.answer,
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<18}  {text}", markup=False)
+    console.print(f"\nMost attended to by the answer (layer {finding.layer}, mean over heads):")
+    for index in mass.topk(min(_SHOWN, len(mass))).indices.tolist():
+        console.print(f"  {mass[index]:6.1%}  {beginning(messages, index, 70)}", markup=False)
+    console.print(f"\n{verdict(finding, fact)}", style="bold")
+
+
+def verdict(finding: Finding, fact: int) -> str:
+    """Whether the strongest message is the one with the fact."""
+    if finding.strongest == fact:
+        return f"Message {fact} is the one that holds the fact."
+    return f"That is not the message that holds the fact: message {fact} gets {finding.mass[fact]:.1%}."
+
+
+def beginning(messages: list[Message], index: int, width: int) -> str:
+    """Number, role and as much of a message as fits."""
+    message = messages[index]
+    return textwrap.shorten(f"{index} {message['role']}: {message['content']}", width, placeholder=" ...")
+
+
+def write(out: Path, conversation: Conversation, finding: Finding) -> dict[str, Path]:
+    """Write the pictures and the block map; what each is, and where."""
+    title = f"layer {finding.layer}, mean over heads: which message attends to which"
+    return {
+        "the answer, drawn": draw_answer(conversation, finding, out / "answer.png"),
+        "all messages, drawn": finding.block_map.plot(
+            out / "block_map.png", layer=finding.layer, title=title
+        ),
+        "the block map": finding.block_map.save(out / "block_map.safetensors"),
+    }
+
+
+def draw_answer(conversation: Conversation, finding: Finding, path: Path) -> Path:
+    """The answer's row of the block map as bars: all messages, and the strongest of them by their words."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    question = textwrap.shorten(conversation.messages[-1]["content"], 70, placeholder=" ...")
+    figure.suptitle(f'"{question}"  "{finding.reply}"', fontsize=12, parse_math=False)
+    # Figures of their own: as neighbours the bars would begin where the longest words end.
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    colours = [_OTHER_COLOUR] * len(finding.mass)
+    colours[conversation.fact_message] = _FACT_COLOUR
+    _draw_all(upper.subplots(), finding, conversation.fact_message, colours)
+    _draw_strongest(lower.subplots(), conversation, finding, colours)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_all(axes: "Axes", finding: Finding, fact: int, colours: list[str]) -> None:
+    count = len(finding.mass)
+    axes.bar(range(count), finding.mass, color=colours, width=1.0)
+    axes.set_xlim(-1, count)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("message of the conversation (the last one asks)")
+    axes.set_ylabel("share of attention")
+    axes.set_title("What the answer attends to, by message", fontsize=10, loc="left")
+    # Beside the bar, on the side with more room.
+    left = fact > count / 2
+    axes.annotate(
+        f"message {fact} holds the fact",
+        (fact, finding.mass[fact]),
+        xytext=(-8 if left else 8, 4),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        color=_FACT_COLOUR,
+    )
+
+
+def _draw_strongest(axes: "Axes", conversation: Conversation, finding: Finding, colours: list[str]) -> None:
+    values, order = finding.mass.topk(min(_DRAWN, len(finding.mass)))
+    names = [beginning(conversation.messages, index, 70) for index in order.tolist()]
+    bars = axes.barh(range(len(names)), values, color=[colours[index] for index in order.tolist()])
+    axes.bar_label(bars, [f"{value:.1%}" for value in values.tolist()], padding=3, fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"share of attention (layer {finding.layer}, mean over heads)")
+
+
+def figures_of(conversation: Conversation, runs: list[Measured], finding: Finding) -> dict[str, Any]:
+    """Everything the demo found out, for programs."""
+    return {
+        "tokens": finding.block_map.metadata["tokens"],
+        "messages": len(conversation.messages),
+        "runs": [dataclasses.asdict(run) for run in runs],
+        "question": conversation.messages[-1]["content"],
+        "expected": conversation.answer,
+        "answer": finding.reply,
+        "exact": finding.reply == conversation.answer,
+        "layer": finding.layer,
+        "fact_message": conversation.fact_message,
+        "strongest_message": finding.strongest,
+        "strongest_is_fact": finding.strongest == conversation.fact_message,
+        "mass": [round(share, 6) for share in finding.mass.tolist()],
+    }
+
+
+def close(console: Console, written: dict[str, Path]) -> None:
+    """Say what was written, and how to go on."""
+    console.print("\nWritten:", style="bold")
+    for name, path in written.items():
+        # A path that is folded cannot be copied.
+        console.print(f"  {name:<20} {path}", markup=False, soft_wrap=True)
+    console.print("\nThe same for your model:", style="bold")
+    console.print(textwrap.indent(SNIPPET, "  "), markup=False, soft_wrap=True)

@@ -1,0 +1,174 @@
+"""One forward pass over a conversation, measured in a process of its own: both ends of it.
+
+``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs it and prints one
+line of JSON; ``measure`` starts that for each case, one after the other, and compares what came out.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import attnpatch
+from attnpatch.demo.conversations import Conversation
+from attnpatch.errors import AttnpatchError
+from attnpatch.memory import PeakMeter
+
+# Native before by rows: the second is compared with the first.
+CASES = (("eager", "native"), ("eager", "rows"), ("sdpa", "native"), ("sdpa", "rows"))
+_WARM_UP_TOKENS = 64
+# The fastest counts: a busy machine only ever adds. Memory and counts are those of the first pass; later ones
+# reuse what it left allocated.
+_PASSES = 3
+
+
+class DemoError(AttnpatchError):
+    """The demo cannot run: something of it is missing, or one of its processes failed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process reported.
+
+    Attributes:
+        implementation: ``"eager"`` or ``"sdpa"``.
+        way: ``"native"`` (the model as it is) or ``"rows"`` (patched with ``mode="always"``).
+        seconds: Of the fastest forward pass.
+        peak: Bytes it took beyond the loaded model.
+        counts: Totals of ``attnpatch.report``; None without a patch.
+        difference: Largest absolute difference of the logits from the same implementation's native run.
+        identical: Whether the logits are those of the native run to the last bit.
+    """
+
+    implementation: str
+    way: str
+    seconds: float
+    peak: int
+    counts: dict[str, int] | None
+    difference: float
+    identical: bool
+
+
+def load(folder: Path, implementation: str) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer, from the folder and nowhere else."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=implementation, local_files_only=True
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def measure(
+    model_folder: Path, conversation_file: Path, on_start: Callable[[str, str], None] = lambda *case: None
+) -> list[Measured]:
+    """Run every case in a fresh process.
+
+    Args:
+        model_folder: Where the model and its tokenizer are.
+        conversation_file: What ``Conversation.save`` wrote.
+        on_start: Called with implementation and way before each case.
+
+    Raises:
+        DemoError: A process failed.
+    """
+    found = []
+    native: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory(prefix="attnpatch_demo_") as temporary:
+        logits_file = Path(temporary) / "logits.safetensors"
+        for implementation, way in CASES:
+            on_start(implementation, way)
+            figures = _in_fresh_process(model_folder, conversation_file, implementation, way, logits_file)
+            logits = load_file(logits_file)["logits"]
+            before = native.setdefault(implementation, logits)
+            found.append(
+                Measured(
+                    implementation,
+                    way,
+                    **figures,
+                    difference=float((logits - before).abs().max()),
+                    identical=torch.equal(logits, before),
+                )
+            )
+    return found
+
+
+def _in_fresh_process(*arguments: object) -> dict[str, Any]:
+    # -P: the user's folder may hold a file called like a module. attnpatch itself must still be found there.
+    paths = [str(Path(attnpatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-m", "attnpatch.demo.worker", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    _, _, implementation, way, _ = arguments
+    if done.returncode == -signal.SIGKILL:
+        raise DemoError(
+            f"the {implementation} run ({way}) was killed, most likely for memory; free 2 GB and try again"
+        )
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise DemoError(f"the {implementation} run ({way}) failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.inference_mode()
+def run_here(
+    model_folder: Path, conversation_file: Path, implementation: str, way: str, logits_file: Path
+) -> dict[str, Any]:
+    """One case, in this process: seconds, peak bytes and counts; the logits go into a file."""
+    model, tokenizer = load(model_folder, implementation)
+    messages = Conversation.load(conversation_file).with_answer()
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
+    model(ids[:, :_WARM_UP_TOKENS], use_cache=False)
+    rows = way == "rows"
+    with attnpatch.patched(model, mode="always") if rows else contextlib.nullcontext():
+        with PeakMeter() as meter:
+            start = time.perf_counter()
+            logits = model(ids, use_cache=False).logits
+            times = [time.perf_counter() - start]
+        counts = attnpatch.report(model).totals if rows else None
+        for _ in range(_PASSES - 1):
+            start = time.perf_counter()
+            model(ids, use_cache=False)
+            times.append(time.perf_counter() - start)
+    save_file({"logits": logits}, logits_file)
+    return {"seconds": min(times), "peak": meter.peak, "counts": counts}
+
+
+def main() -> None:
+    """Read the command line, run, print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("conversation", type=Path)
+    parser.add_argument("implementation", choices=("eager", "sdpa"))
+    parser.add_argument("way", choices=("native", "rows"))
+    parser.add_argument("logits", type=Path)
+    print(json.dumps(run_here(**_named(parser.parse_args()))))
+
+
+def _named(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model_folder": options.model,
+        "conversation_file": options.conversation,
+        "implementation": options.implementation,
+        "way": options.way,
+        "logits_file": options.logits,
+    }
+
+
+if __name__ == "__main__":
+    main()
