@@ -57,6 +57,10 @@ class Report:
     __repr__ = __str__
 
 
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(outer + "."))
+
+
 def _listed(operations: dict[str, int]) -> str:
     return ", ".join(f"{name} x{count}" for name, count in operations.items())
 
@@ -66,9 +70,11 @@ def report_of(patch: Patch) -> Report:
     sites = []
     names = [site.name for site in patch.sites if site.is_attention]
     for site in patch.sites:
-        wraps_another = any(name.startswith(site.name + ".") for name in names)
+        inner = [other for other in patch.sites if other.name in names and _is_inside(other.name, site.name)]
         did = any(site.counts[name] for name in TOTALS if name != "native")
-        if site.is_attention and (did or not wraps_another):
+        # A wrapper's native call is its inner site's, unless nothing reached that one (torch's nested tensors).
+        alone = site.counts["native"] and not any(other.counts.total() for other in inner)
+        if site.is_attention and (did or not inner or alone):
             counts = {name: site.counts[name] for name in TOTALS}
             sites.append(SiteReport(site.name or "(model)", site.kind, counts, dict(site.operations)))
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}

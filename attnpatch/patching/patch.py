@@ -16,6 +16,7 @@ from attnpatch.patching.registry import is_attention
 from attnpatch.patching.swap import STATE, can_swap, put_in, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows.deferred import SiteCall, pending
+from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 
 TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured")
@@ -93,6 +94,8 @@ class Site:
         if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
+        if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
+            forward = opened(forward)
         call = SiteCall(patch.policy, patch.free, self, observer)
         before = self.counts.total()
         mode = _thread.mode
@@ -118,6 +121,8 @@ class Site:
         """Whether any input is long enough; decided before anything is watched, so that short calls cost nothing."""
         policy = self.patch.policy
         if policy.mode == "never":
+            return False
+        if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
             return False
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.

@@ -13,7 +13,7 @@ from attnpatch.errors import PatchError
 # Hosts name them so without exception; a wrapper around an attention module also matches, which costs one check.
 _NAMES = re.compile(r"Attention|Attn")
 # torch's encoder layer calls its attention through one C++ function unless something watches the layer itself.
-_CARRIERS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_CARRIERS = (nn.TransformerEncoderLayer,)
 
 _registered: list[type[nn.Module] | Callable[[nn.Module], Any]] = []
 

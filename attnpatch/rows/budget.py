@@ -12,7 +12,7 @@ from attnpatch.policy import Policy
 from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis, Tile
 
 # Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
-CPU_STEP_BYTES = 4 * 2**20
+CPU_STEP_BYTES = 8 * 2**20
 # Elsewhere a step must be long enough to fill the device; a few per cent of a small card.
 DEVICE_STEP_BYTES = 256 * 2**20
 # Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.

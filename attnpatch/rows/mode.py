@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import products, rowwise, sdpa
+from attnpatch.rows import fastpaths, products, rowwise, sdpa
 from attnpatch.rows.deferred import DeferredRows, SiteCall, before_write, computed, dispatch, pending, secure_escaped, settle
 
 _PRODUCTS = frozenset(
@@ -20,13 +18,15 @@ _PRODUCTS = frozenset(
 )
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
+# Operators of torch that compute attention inside, and what they consist of.
+_FAST_PATHS: dict[Any, Callable[..., Any]] = {
+    torch._native_multi_head_attention: fastpaths.multihead,
+    torch._transformer_encoder_layer_fwd: fastpaths.encoder_layer,
+}
 
 
-@functools.cache
-def _opened(func: types.FunctionType) -> Callable[..., Any]:
-    """The same function with its own check for overrides turned off, so that it runs under the mode."""
-    scope = {**func.__globals__, "has_torch_function": lambda _: False}
-    return types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+def _num_heads(func: Callable[..., Any], args: Any) -> int:
+    return args[4] if func is torch._native_multi_head_attention else args[2]
 
 
 class RowsMode(TorchFunctionMode):
@@ -58,7 +58,10 @@ class RowsMode(TorchFunctionMode):
             return sdpa.attend(args, kwargs, self.call)
         if func in _COMPOSITES:
             with self:
-                return _opened(func)(*args, **kwargs)
+                return fastpaths.opened(func)(*args, **kwargs)
+        if func in _FAST_PATHS and fastpaths.goes_by_rows(args[0], _num_heads(func, args), self.call):
+            with self:
+                return _FAST_PATHS[func](*args, **kwargs)
         if pending():
             self._protect(func, args, kwargs)
         return func(*args, **kwargs)
@@ -70,7 +73,7 @@ class RowsMode(TorchFunctionMode):
             return sdpa.attend(settle(args, name), settle(kwargs, name), self.call)
         if func in _COMPOSITES:
             with self:
-                return _opened(func)(*args, **kwargs)
+                return fastpaths.opened(func)(*args, **kwargs)
         return dispatch(func, args, kwargs)
 
     def _protect(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
