@@ -228,3 +228,28 @@ def test_repeated_calls_and_the_pattern():
     inputs = zoo.BY_NAME["llama"].inputs("none")
     maps = captured("llama", "sdpa", inputs, blocks=Blocks.fixed(8))
     assert np.array_equal(maps["model.layers.*.self_attn"].to_numpy(), maps.block_map.to_numpy())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("llama", "eager"), ("llama", "sdpa"), ("gemma2", "eager")]
+)
+def test_generation_adds_to_one_map(name, implementation, cache):
+    """Prompt and generated tokens, one at a time from a cache: the map of one pass over all of them."""
+    from attnpatch import Blocks
+
+    inputs = zoo.BY_NAME[name].inputs("left")
+    model = zoo.BY_NAME[name].build(implementation)
+    with capturing(model, "native", blocks=Blocks.fixed(8), heads="all") as maps:
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            cache_implementation="static" if cache == "static" else None,
+        )
+    # The last token was chosen and never attended from.
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+    whole = {"input_ids": tokens[:, :-1], "attention_mask": mask}
+    blocks = token_blocks(mask, mask.shape[1], size=8)
+    expected = dense_map(dense_weights(name, whole)["attentions"], blocks, blocks)
+    assert_same(maps.block_map, select(expected, "all", None))

@@ -199,8 +199,15 @@ def test_dropout_drops_at_its_rate():
     torch.manual_seed(0)
     with by_rows(model, PROBE, rows=5, heads=2):
         got = model[0](query, key)
+        again = model[0](query, key)
+        torch.manual_seed(0)
+        assert torch.equal(model[0](query, key), got), "the seed does not decide"
     kept = got != 0
     assert torch.allclose(got[kept], (probabilities / (1 - rate))[kept], rtol=1e-6)
+    # Two calls draw two masks: they agree in as many places as independent ones would.
+    agree = (kept == (again != 0)).double().mean().item()
+    expected = rate**2 + (1 - rate) ** 2
+    assert abs(agree - expected) < 4 * (expected * (1 - expected) / got.numel()) ** 0.5
     # Four standard deviations of a binomial share.
     share = kept.double().mean().item()
     assert abs(share - (1 - rate)) < 4 * (rate * (1 - rate) / got.numel()) ** 0.5
