@@ -832,7 +832,7 @@ RESEARCH_CASES = [
     _research(TalkingHeadsAttention, paddings=_WITH_CROSS),
     _research(LinearTalkingHeadsAttention, paddings=_WITH_CROSS),
     _research(InPlaceAttention, paddings=_WITH_CROSS),
-    _research(OverwritingAttention, clean=False),
+    _research(OverwritingAttention),
     _research(ManualSoftmaxAttention, paddings=_WITH_CROSS),
     _research(SigmoidAttention, exact=False, paddings=_WITH_CROSS),
     _research(SdpaAttention, paddings=_WITH_CROSS),
