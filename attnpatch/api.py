@@ -108,11 +108,9 @@ def capture(
             raise PatchError("this model is being captured already; end the outer capture first")
         names = [site.name for site in patch.sites if site.is_attention]
         innermost = [name for name in names if not any(other.startswith(name + ".") for other in names)]
-        root = next(site for site in patch.sites if site.is_root)
         kind = type(model)
 
-        def read_call(args: Any, kwargs: Any) -> host.ModelCall:
-            whole = patch.recorder is not None and root is not None
+        def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
             return host.read_call(kind if whole else None, args, kwargs)
 
         def sides(call: Any, name: str, kwargs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:

@@ -78,7 +78,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise PolicyError(f"mode={self.mode!r} is not accepted; give one of {', '.join(map(repr, MODES))}")
+            raise PolicyError(
+                f"mode={self.mode!r} is not accepted; give one of {', '.join(map(repr, MODES))}"
+            )
         _check_count("min_tokens", self.min_tokens, 0)
         parse_size(self.min_free, "min_free")
         if self.workspace is not None and parse_size(self.workspace, "workspace") == 0:
@@ -88,7 +90,9 @@ class Policy:
             or not isinstance(self.headroom, (int, float))
             or not 0 < self.headroom <= 1
         ):
-            raise PolicyError(f"headroom={self.headroom!r} is not accepted; give a share above 0 and at most 1")
+            raise PolicyError(
+                f"headroom={self.headroom!r} is not accepted; give a share above 0 and at most 1"
+            )
         for name in ("rows", "heads"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)

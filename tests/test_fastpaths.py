@@ -38,12 +38,18 @@ def test_multihead_attention(kind, weights):
     attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
     nn.init.normal_(attention.in_proj_bias)
     model, x = nn.Sequential(attention), zoo.floats(2, 61, 64)
-    call = {"need_weights": weights is not None, "average_attn_weights": weights == "mean", **masks(kind, 2, 61)}
+    call = {
+        "need_weights": weights is not None,
+        "average_attn_weights": weights == "mean",
+        **masks(kind, 2, 61),
+    }
     with torch.no_grad():
         native = attention(x, x, x, **call)
         with torch.profiler.profile() as profile:
             attention(x, x, x, **call)
-        assert any("_native_multi_head_attention" in event.name for event in profile.events()), "no fast path here"
+        assert any("_native_multi_head_attention" in event.name for event in profile.events()), (
+            "no fast path here"
+        )
         with attnpatch.patched(model, mode="always", rows=7):
             got = attention(x, x, x, **call)
             totals = attnpatch.report(model).totals
@@ -58,7 +64,9 @@ def test_multihead_attention(kind, weights):
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoder_layer(norm_first, activation, masked):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, norm_first=norm_first, activation=activation).eval()
+    layer = nn.TransformerEncoderLayer(
+        64, 4, 96, batch_first=True, norm_first=norm_first, activation=activation
+    ).eval()
     model, x = nn.Sequential(layer), zoo.floats(2, 61, 64)
     mask = masks("causal", 2, 61)["attn_mask"] if masked else None
     with torch.no_grad():
@@ -68,7 +76,10 @@ def test_encoder_layer(norm_first, activation, masked):
             assert attnpatch.report(model).totals["by_rows"] == 1
         with attnpatch.patched(model):
             assert torch.equal(layer(x, src_mask=mask), native)
-            assert attnpatch.report(model).totals == {**dict.fromkeys(attnpatch.report(model).totals, 0), "native": 1}
+            assert attnpatch.report(model).totals == {
+                **dict.fromkeys(attnpatch.report(model).totals, 0),
+                "native": 1,
+            }
     assert torch.equal(got, native)
 
 

@@ -30,7 +30,9 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "attnpatch":
             parts = node.module.split(".")[1:]
-            yield from [parts[0]] if parts else [a.name if a.name in HEIGHT else "__init__" for a in node.names]
+            yield from (
+                [parts[0]] if parts else [a.name if a.name in HEIGHT else "__init__" for a in node.names]
+            )
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "attnpatch":
@@ -50,7 +52,12 @@ def test_imports_go_one_way():
 
 
 def test_rows_and_capture_do_not_know_each_other():
-    for one, other in (("rows", "capture"), ("capture", "rows"), ("rows", "patching"), ("capture", "patching")):
+    for one, other in (
+        ("rows", "capture"),
+        ("capture", "rows"),
+        ("rows", "patching"),
+        ("capture", "patching"),
+    ):
         for path in (ROOT / one).rglob("*.py"):
             assert other not in set(imported(path)), path
 

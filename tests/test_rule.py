@@ -1,6 +1,7 @@
 """When attention goes by rows, how often memory is asked, and how policies are read."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def test_out_of_memory_halves_the_step():
             with attnpatch.patched(model, mode="always"):
                 assert torch.equal(model(x), native)
                 assert attnpatch.report(model).totals["retried"] > 0
-            with attnpatch.patched(model, mode="always", retry_on_oom=False), pytest.raises(torch.OutOfMemoryError):
+            with (
+                attnpatch.patched(model, mode="always", retry_on_oom=False),
+                pytest.raises(torch.OutOfMemoryError),
+            ):
                 model(x)
         with Limited(64 * 3), attnpatch.patched(model, mode="always"), pytest.raises(torch.OutOfMemoryError):
             model(x)
@@ -179,7 +183,7 @@ def test_no_remainder_is_left_alone(size, step, grain):
     pieces = grain.cut(size, step)
     assert pieces[0][0] == 0
     assert pieces[-1][1] == size
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
     assert all(high - low >= min(grain.least, size) for low, high in pieces)
     assert all(low % grain.multiple == 0 for low, _ in pieces)
 

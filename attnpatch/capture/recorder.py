@@ -67,8 +67,9 @@ def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
         numbers = [re.findall(r"\d+", name) for name in members]
         varies = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*numbers, strict=True))]
         for place, name in enumerate(members):
-            stars = iter(varies)
-            found[name] = (re.sub(r"\d+", lambda digits: "*" if next(stars) else digits.group(), name), place)
+            parts = re.split(r"(\d+)", name)
+            parts[1::2] = ["*" if star else number for star, number in zip(varies, parts[1::2], strict=True)]
+            found[name] = ("".join(parts), place)
     return found
 
 
@@ -81,7 +82,7 @@ class Recorder:
         layers: Positions within a group of like sites, negative from the end; ``None``: all.
         sites: Pattern (``fnmatch``) of site names to capture; ``None``: all.
         names: The attention sites, in order.
-        read_call: Makes a ``HostCall`` of a model's arguments.
+        read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
         sides: Padding masks of queries and keys of a site, and whether it is cross-attention.
         model_name: For the metadata.
 
@@ -96,7 +97,7 @@ class Recorder:
         layers: Sequence[int] | None,
         sites: str | None,
         names: Sequence[str],
-        read_call: Callable[[Any, Any], HostCall],
+        read_call: Callable[[Any, Any, bool], HostCall],
         sides: Callable[[HostCall, str, Any], tuple[torch.Tensor | None, torch.Tensor | None, bool]],
         model_name: str,
     ) -> None:
@@ -122,14 +123,18 @@ class Recorder:
         if layers is None:
             return set(matching)
         if isinstance(layers, int) or not all(isinstance(layer, int) for layer in layers):
-            raise CaptureError(f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None")
+            raise CaptureError(
+                f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None"
+            )
         sizes: dict[str, int] = {}
         for name in matching:
             sizes[self.places[name][0]] = sizes.get(self.places[name][0], 0) + 1
         most = max(sizes.values())
         outside = [layer for layer in layers if not -most <= layer < most]
         if outside or not layers:
-            raise CaptureError(f"layers={list(layers)!r}: there are {most} layers; give numbers from {-most} to {most - 1}")
+            raise CaptureError(
+                f"layers={list(layers)!r}: there are {most} layers; give numbers from {-most} to {most - 1}"
+            )
         return {
             name
             for name in matching
@@ -139,7 +144,7 @@ class Recorder:
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
-        self.call = self.read_call(args, kwargs)
+        self.call = self.read_call(args, kwargs, True)
         if self.call.past == 0 or not self.sequences:
             self.sequences.append({})
 
@@ -153,7 +158,7 @@ class Recorder:
         call = self.call
         if call is None:
             # A part of the model was called by itself (generate() calls an encoder so).
-            call = self.read_call(args, kwargs)
+            call = self.read_call(args, kwargs, False)
             if not self.sequences or site.name in self.sequences[-1]:
                 self.sequences.append({})
         query_mask, key_mask, cross = self.sides(call, site.name, kwargs)
@@ -174,7 +179,10 @@ class Recorder:
         groups: dict[str, list[str]] = {}
         for name in kept[sequence]:
             groups.setdefault(self.places[name][0], []).append(name)
-        return {group: self._map(group, [kept[sequence][n] for n in names], names) for group, names in groups.items()}
+        return {
+            group: self._map(group, [kept[sequence][n] for n in names], names)
+            for group, names in groups.items()
+        }
 
     def _map(self, group: str, records: list[Record], names: list[str]) -> BlockMap:
         first = records[0]
@@ -184,13 +192,17 @@ class Recorder:
                 "layers=[...]"
             )
         means = [
-            record.sums / (1 if self.heads != "mean" else record.num_heads) / record.counts.clamp(min=1)[:, None, :, None]
+            record.sums
+            / (1 if self.heads != "mean" else record.num_heads)
+            / record.counts.clamp(min=1)[:, None, :, None]
             for record in records
         ]
         mass = torch.stack(means, 1).float()
         if self.heads == "mean":
             mass = mass.squeeze(2)
         one = mass.shape[0] == 1
+        # Asked for and not seen: attention that no door serves (nested tensors, a kernel of its own).
+        missing = sorted(n for n in self.wanted if self.places[n][0] == group and n not in names)
         return BlockMap(
             mass=mass[0] if one else mass,
             layers=[self.places[name][1] for name in names],
@@ -199,7 +211,12 @@ class Recorder:
             query_sizes=first.counts[0].long() if one else first.counts.long(),
             key_sizes=first.key.sizes[0] if one else first.key.sizes,
             heads="mean" if self.heads == "mean" else self._head_numbers(first.num_heads),
-            metadata={"model": self.model_name, "sites": group, "tokens": int(first.key.assignment.shape[1])},
+            metadata={
+                "model": self.model_name,
+                "sites": group,
+                "tokens": int(first.key.assignment.shape[1]),
+                **({"not_captured": missing} if missing else {}),
+            },
         )
 
     def _head_numbers(self, num_heads: int) -> list[int]:
@@ -208,7 +225,9 @@ class Recorder:
         assert not isinstance(self.heads, str)
         outside = [head for head in self.heads if not -num_heads <= head < num_heads]
         if outside:
-            raise CaptureError(f"heads={list(self.heads)!r}: there are {num_heads} heads; give numbers below {num_heads}")
+            raise CaptureError(
+                f"heads={list(self.heads)!r}: there are {num_heads} heads; give numbers below {num_heads}"
+            )
         return [head % num_heads for head in self.heads]
 
 
@@ -217,7 +236,9 @@ def _checked_heads(heads: Any) -> Heads:
         return heads
     numbers = isinstance(heads, (list, tuple)) and heads and all(type(head) is int for head in heads)
     if not numbers:
-        raise CaptureError(f"heads={heads!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, 3]")
+        raise CaptureError(
+            f"heads={heads!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, 3]"
+        )
     return list(heads)
 
 
@@ -236,6 +257,7 @@ class SiteObserver:
         self.recorder, self.name, self.call = recorder, name, call
         self.query_mask, self.key_mask, self.cross = query_mask, key_mask, cross
         self.record: Record | None = None
+        self.before: Record | None = None
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
@@ -257,7 +279,9 @@ class SiteObserver:
         for b in sequences.unique().tolist():
             mine = sequences == b
             numbers = heads[mine].tolist()
-            tile = (probabilities if len(numbers) == len(mine) else probabilities[mine.to(probabilities.device)])[None]
+            tile = (
+                probabilities if len(numbers) == len(mine) else probabilities[mine.to(probabilities.device)]
+            )[None]
             if 0 in numbers:
                 record.counts[b].index_add_(0, query[b].clamp(min=0), (query[b] >= 0).double())
             if wanted is not None:
@@ -283,7 +307,11 @@ class SiteObserver:
             key = self.recorder.key_blocks.resolve(self._valid(self.key_mask, passing.kv_len))
             self.offset = past
         else:
-            key = query if self.recorder.query_blocks == self.recorder.key_blocks else self.recorder.key_blocks.resolve(query_valid)
+            key = (
+                query
+                if self.recorder.query_blocks == self.recorder.key_blocks
+                else self.recorder.key_blocks.resolve(query_valid)
+            )
         self._key_assignment = key.assignment
         if key.assignment.shape[1] < passing.kv_len:
             # A static cache has room for tokens that are not there yet.
@@ -292,15 +320,33 @@ class SiteObserver:
         records = self.recorder.sequences[-1]
         old = records.get(self.name)
         kept = self.recorder.heads
-        width = 1 if kept == "mean" else num_heads if kept == "all" else len(self.recorder._head_numbers(num_heads))
+        width = (
+            1
+            if kept == "mean"
+            else num_heads
+            if kept == "all"
+            else len(self.recorder._head_numbers(num_heads))
+        )
         batch = self.call.batch
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
         if old is not None and old.sums.shape[:2] == sums.shape[:2]:
             sums[:, :, : old.sums.shape[2], : old.sums.shape[3]] = old.sums
             counts[:, : old.counts.shape[1]] = old.counts
+        self.before = old
         records[self.name] = Record(query, key, sums, counts, num_heads)
         return records[self.name]
+
+    def restart(self) -> None:
+        """Forget the tiles of this call."""
+        if self.record is None:
+            return
+        records = self.recorder.sequences[-1]
+        if self.before is None:
+            del records[self.name]
+        else:
+            records[self.name] = self.before
+        self.record = None
 
     def _valid(self, mask: torch.Tensor | None, total: int) -> torch.Tensor:
         """Which of ``total`` positions are real tokens; all, unless a mask of that length says otherwise."""
@@ -324,7 +370,9 @@ class Maps:
         """
         found = self._recorder.maps()
         if len(found) > 1:
-            raise CaptureError(f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]")
+            raise CaptureError(
+                f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]"
+            )
         return next(iter(found.values()))
 
     def __getitem__(self, sites: str) -> BlockMap:

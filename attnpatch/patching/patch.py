@@ -70,11 +70,15 @@ class Site:
         self.counts["materialised"] += 1
         self.operations[operation] += 1
 
-    def serve(self, forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: dict[str, Any]) -> Any:
+    def serve(
+        self, forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """Call ``forward`` (bound if ``module`` is ``None``) as the policy says."""
         first = args if module is None else (module, *args)
         if not self.is_root or _thread.patch is self.patch:
-            return self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
+            return (
+                self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
+            )
         outer = _thread.patch, getattr(_thread, "free", {})
         _thread.patch, _thread.free = self.patch, {}
         recorder = self.patch.recorder
@@ -86,6 +90,8 @@ class Site:
             return forward(*first, **kwargs)
         finally:
             _thread.patch, _thread.free = outer
+            if recorder is not None:
+                recorder.end_call()
 
     def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         patch = self.patch
@@ -176,12 +182,15 @@ class Patch:
             )
         scripted = [name for name, module in chosen if not can_swap(module)]
         if scripted:
-            raise PatchError(f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model")
+            raise PatchError(
+                f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
+            )
         modules = dict(chosen)
         if "" not in modules:
             modules = {"": model, **modules}
         self.sites = [
-            Site(self, name, module, module is model, is_attention(module)) for name, module in modules.items()
+            Site(self, name, module, module is model, is_attention(module))
+            for name, module in modules.items()
         ]
         for site, module in zip(self.sites, modules.values(), strict=True):
             put_in(module, site)

@@ -177,7 +177,9 @@ def take(tensor: torch.Tensor, dims: Dims, tile: Tile) -> torch.Tensor:
     part = window(tensor, dims, tile)
     if part.dim() == len(dims):
         return part
-    return part.reshape([extent(dim, tile) if dim else size for dim, size in zip(dims, tensor.shape, strict=True)])
+    return part.reshape(
+        [extent(dim, tile) if dim else size for dim, size in zip(dims, tensor.shape, strict=True)]
+    )
 
 
 def put(tensor: torch.Tensor, dims: Dims, tile: Tile, value: torch.Tensor) -> None:

@@ -68,7 +68,7 @@ def choose(
     policy: Policy,
     device: torch.device,
     shrink: int = 1,
-    grain: Grain = Grain(),  # noqa: B008 (frozen)
+    grain: Grain = Grain(),
 ) -> Steps:
     """Steps for a recipe.
 
@@ -117,7 +117,9 @@ def _lead_tiles(lead: list[Axis], target: int) -> list[Tile]:
             pieces.append([(0, axis.size)])
             inside *= axis.size
         elif inside < target:
-            part = balanced(axis.size, max(1, target // inside), 1 if inside > 1 or target == 1 else LEAST[LEAD])
+            part = balanced(
+                axis.size, max(1, target // inside), 1 if inside > 1 or target == 1 else LEAST[LEAD]
+            )
             pieces.append(part)
             inside = target
         else:

@@ -50,6 +50,9 @@ class Observer(Protocol):
         Keys that no row of the tile may look at can be left out at the end.
         """
 
+    def restart(self) -> None:
+        """Forget the tiles of this call: it ran out of memory and begins again."""
+
 
 @dataclasses.dataclass
 class SiteCall:
@@ -69,6 +72,12 @@ class SiteCall:
 
     def retried(self) -> None:
         self.tally.count("retried")
+
+    def step_retried(self) -> None:
+        """A replay that an observer watches begins again."""
+        self.retried()
+        if self.observer is not None:
+            self.observer.restart()
 
 
 class Handle:
@@ -221,7 +230,9 @@ def settle(value: Any, operation: str) -> Any:
 
 def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A torch function with a DeferredRows among its arguments."""
-    from attnpatch.rows import rowwise  # the table builds DeferredRows, so it cannot be imported before the class
+    from attnpatch.rows import (
+        rowwise,  # the table builds DeferredRows, so it cannot be imported before the class
+    )
 
     name = getattr(func, "__name__", str(func))
     if name == "__get__":

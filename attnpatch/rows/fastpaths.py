@@ -38,13 +38,17 @@ def opened(function: types.FunctionType) -> Callable[..., Any]:
     """
     changes = {"has_torch_function": lambda _: False, "torch": _Torch()}
     scope = {**function.__globals__, **{k: v for k, v in changes.items() if k in function.__globals__}}
-    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 def goes_by_rows(query: torch.Tensor, num_heads: int, call: SiteCall) -> bool:
     """Whether the attention of a fast path is to be taken apart."""
+    if query.is_nested:
+        return False
     if call.observer is not None:
         return True
     batch, q_len = query.shape[:2]
@@ -79,11 +83,17 @@ def multihead(
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | None) -> torch.Tensor:
     """``torch._masked_softmax`` over keys: a row without any key is zero, not NaN."""
     mask = mask.to(torch.bool)
-    mask = {SRC_MASK: mask[None, None], KEY_PADDING: mask[:, None, None]}.get(mask_type, mask) if mask.dim() == 2 else mask
+    mask = (
+        {SRC_MASK: mask[None, None], KEY_PADDING: mask[:, None, None]}.get(mask_type, mask)
+        if mask.dim() == 2
+        else mask
+    )
     if not isinstance(scores, DeferredRows) or scores.handle.value is not None:
         return _masked_softmax_rows(scores, mask)
     node = scores.handle.node
-    place = Leaf(mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True)))
+    place = Leaf(
+        mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True))
+    )
     call = Call(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
     return wrap(call, scores.handle.call)
 
@@ -106,12 +116,26 @@ def encoder_layer(
 
     x = norm(src, norm_weight_1, norm_bias_1) if norm_first else src
     x, _ = multihead(
-        x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, False, mask_type
+        x,
+        x,
+        x,
+        embed_dim,
+        num_heads,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        mask,
+        False,
+        False,
+        mask_type,
     )
     x = x + src
     if not norm_first:
         x = norm(x, norm_weight_1, norm_bias_1)
     hidden = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
-    hidden = torch._addmm_activation(ffn_bias_1, hidden.reshape(-1, embed_dim), ffn_weight_1.t(), use_gelu=use_gelu)
+    hidden = torch._addmm_activation(
+        ffn_bias_1, hidden.reshape(-1, embed_dim), ffn_weight_1.t(), use_gelu=use_gelu
+    )
     x = torch.addmm(ffn_bias_2, hidden, ffn_weight_2.t()).view(src.shape) + x
     return x if norm_first else norm(x, norm_weight_2, norm_bias_2)

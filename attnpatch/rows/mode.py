@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnpatch.rows import fastpaths, products, rowwise, sdpa
-from attnpatch.rows.deferred import DeferredRows, SiteCall, before_write, computed, dispatch, pending, secure_escaped, settle
+from attnpatch.rows.deferred import (
+    DeferredRows,
+    SiteCall,
+    before_write,
+    computed,
+    dispatch,
+    pending,
+    secure_escaped,
+    settle,
+)
 
 _PRODUCTS = frozenset(
     [torch.matmul, torch.bmm, torch.baddbmm, torch.einsum]

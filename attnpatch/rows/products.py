@@ -56,7 +56,10 @@ def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
     if name == "linear":
         return _parse_linear(args, kwargs)
     if name == "baddbmm":
-        added, left, right = (*args, *(kwargs.get(key) for key in ("input", "batch1", "batch2")[len(args) :]))[:3]
+        added, left, right = (
+            *args,
+            *(kwargs.get(key) for key in ("input", "batch1", "batch2")[len(args) :]),
+        )[:3]
         rest = {key: kwargs[key] for key in ("beta", "alpha") if key in kwargs}
         if not isinstance(added, torch.Tensor):
             return None
@@ -97,7 +100,9 @@ def _parse_einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
     if len(labels) != 3:
         return None
     free = [letter for letter in string.ascii_letters if letter not in equation]
-    counts = [tensor.dim() - len(part.replace("...", "")) for tensor, part in zip(operands, labels, strict=False)]
+    counts = [
+        tensor.dim() - len(part.replace("...", "")) for tensor, part in zip(operands, labels, strict=False)
+    ]
     dots = "".join(free[: max(counts)])
     for i, part in enumerate(labels):
         count = counts[i] if i < 2 else len(dots)
@@ -125,7 +130,13 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
     dims = tuple(axes[label] for label in result)
     nodes = [
-        Leaf(tensor, tuple(axes.get(label, ()) if size != 1 else () for label, size in zip(part, tensor.shape, strict=True)))
+        Leaf(
+            tensor,
+            tuple(
+                axes.get(label, ()) if size != 1 else ()
+                for label, size in zip(part, tensor.shape, strict=True)
+            ),
+        )
         for tensor, part in ((product.left, left), (product.right, right))
     ]
     return wrap(_call(func, product, nodes[0], nodes[1], dims, ()), call)
@@ -163,13 +174,20 @@ def _may_be_scores(product: Product, call: SiteCall) -> bool:
 
 
 def _call(
-    func: Callable[..., Any], product: Product, left: Node, right: Node, dims: tuple[Dim, ...], whole: tuple[Axis, ...]
+    func: Callable[..., Any],
+    product: Product,
+    left: Node,
+    right: Node,
+    dims: tuple[Dim, ...],
+    whole: tuple[Axis, ...],
 ) -> Call:
     added: Node | None = None
     if product.added is not None:
         aligned = dims[len(dims) - product.added.dim() :]
         shape = product.added.shape
-        added = Leaf(product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True)))
+        added = Leaf(
+            product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True))
+        )
     args, kwargs = product.rebuild(left, right, added)
     tiny = product.rebuild(*(_one(t) for t in (product.left, product.right)), _one(product.added))
     with torch.no_grad():
@@ -178,7 +196,9 @@ def _call(
 
 
 def _one(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else torch.ones([1] * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+    return (
+        None if tensor is None else torch.ones([1] * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+    )
 
 
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -191,7 +211,9 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         return contract(name, func, a, k)
     first = isinstance(product.left, DeferredRows)
     deferred, other = (product.left, product.right) if first else (product.right, product.left)
-    own_labels, other_labels = (product.labels[0], product.labels[1]) if first else (product.labels[1], product.labels[0])
+    own_labels, other_labels = (
+        (product.labels[0], product.labels[1]) if first else (product.labels[1], product.labels[0])
+    )
     result = product.labels[2]
     node = deferred.handle.node
     axes: dict[str, Dim] = dict(zip(own_labels, node.dims, strict=True))
@@ -202,7 +224,9 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
             axes[label] = (Axis(sizes[label]),)
             if label not in own_labels:
                 added += axes[label]
-    summed = [axis for label, dim in zip(own_labels, node.dims, strict=True) if label not in result for axis in dim]
+    summed = [
+        axis for label, dim in zip(own_labels, node.dims, strict=True) if label not in result for axis in dim
+    ]
     leaf = Leaf(
         other,
         tuple(
@@ -217,7 +241,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     if not any(axis.kind == KEY for axis in leaves(summed)):
         return wrap(call, site)
     site.tally.count("by_rows")
-    return Replay(call, site.policy, _watch(node, leaves(summed), site), site.retried)()
+    return Replay(call, site.policy, _watch(node, leaves(summed), site), site.step_retried)()
 
 
 def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
@@ -227,7 +251,9 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
         return None
     node = probabilities
     while isinstance(node, Dropout) or (
-        isinstance(node, Call) and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX and len(node.children) == 1
+        isinstance(node, Call)
+        and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
+        and len(node.children) == 1
     ):
         node = node.children[0]
     normalised = {leaf for step in graph(node) for leaf in leaves(step.whole)}

@@ -101,9 +101,13 @@ class Context:
     def enter(self) -> contextlib.AbstractContextManager[Any]:
         stack = contextlib.ExitStack()
         enabled = torch.is_autocast_enabled(self.device_type)
-        if enabled != self.autocast or (enabled and torch.get_autocast_dtype(self.device_type) != self.autocast_dtype):
+        if enabled != self.autocast or (
+            enabled and torch.get_autocast_dtype(self.device_type) != self.autocast_dtype
+        ):
             stack.enter_context(
-                torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False)
+                torch.autocast(
+                    self.device_type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False
+                )
             )
         if torch.is_grad_enabled() and not self.grad:
             stack.enter_context(torch.no_grad())
@@ -189,7 +193,9 @@ class Cut(Node):
         old = child.dims[position]
         kind = old[-1].kind if old else "lead"
         self.axis = Axis(stop - start, kind)
-        self.dims = child.dims[:position] + ((self.axis,) if stop - start != 1 else (),) + child.dims[position + 1 :]
+        self.dims = (
+            child.dims[:position] + ((self.axis,) if stop - start != 1 else (),) + child.dims[position + 1 :]
+        )
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         child = self.children[0]
@@ -202,9 +208,15 @@ class Cut(Node):
             low, high = self.start + low, self.start + high
             first, last = widened(low, high, old[0])
             value = run.value(child, {**tile, old[0]: (first, last)})
-            return value if (first, last) == (low, high) else value.narrow(self.position, low - first, high - low)
+            return (
+                value
+                if (first, last) == (low, high)
+                else value.narrow(self.position, low - first, high - low)
+            )
         value = run.value(child, tile).narrow(self.position, self.start, self.axis.size)
-        return take(value, tuple((self.axis,) if i == self.position else () for i in range(value.dim())), tile)
+        return take(
+            value, tuple((self.axis,) if i == self.position else () for i in range(value.dim())), tile
+        )
 
 
 def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnpatch.policy import Policy
-from attnpatch.rows.axes import Axis, Tile, add, all_leaves, extent, leaves, put, take
+from attnpatch.rows.axes import Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Grain, Steps, choose
 from attnpatch.rows.recipe import Leaf, Node, Run, tensors_of, unbound
 
@@ -89,14 +89,16 @@ class Replay:
 
     def forward(self) -> torch.Tensor:
         """The tensor by tiles, halving the step while the device has too little memory for it."""
+        random = _random_state(self.node)
         while True:
             try:
                 return self._forward()
             except RuntimeError as error:
                 if not (self.policy.retry_on_oom and is_out_of_memory(error)) or self.is_smallest():
                     raise
-                self.shrink *= 2
-                self.on_retry()
+            self.shrink *= 2
+            self.on_retry()
+            _set_random_state(random)
 
     def is_smallest(self) -> bool:
         if self.policy.rows is not None and self.policy.heads is not None:
@@ -170,7 +172,9 @@ class _ByRows(torch.autograd.Function):
     """Forward: the replay. Backward: the replay again, a tile at a time, each with its own little graph."""
 
     @staticmethod
-    def forward(ctx: Any, replay: Replay, copy: Replay, copies: list[Leaf], *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, replay: Replay, copy: Replay, copies: list[Leaf], *tensors: torch.Tensor
+    ) -> torch.Tensor:
         ctx.copy, ctx.copies = copy, copies
         ctx.save_for_backward(*tensors)
         ctx.random = _random_state(replay.node)
@@ -195,18 +199,24 @@ def _random_state(node: Node) -> tuple[torch.device, torch.Tensor] | None:
     return node.device, torch.get_device_module(node.device).get_rng_state(node.device)
 
 
+def _set_random_state(state: tuple[torch.device, torch.Tensor] | None) -> None:
+    if state is None:
+        return
+    device, random = state
+    if device.type == "cpu":
+        torch.set_rng_state(random)
+    else:
+        torch.get_device_module(device).set_rng_state(random, device)
+
+
 @contextlib.contextmanager
 def _restored(state: tuple[torch.device, torch.Tensor] | None) -> Iterator[None]:
+    """The generator as it was when the forward pass drew from it, and afterwards as it is now."""
     if state is None:
         yield
         return
-    device, random = state
+    device = state[0]
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        if devices:
-            torch.get_device_module(device).set_rng_state(random, device)
-        else:
-            torch.set_rng_state(random)
+        _set_random_state(state)
         yield
-
-

@@ -44,7 +44,9 @@ def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    map_structure((args, kwargs), lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
+    map_structure(
+        (args, kwargs), lambda value: found.append(value) if isinstance(value, torch.Tensor) else None
+    )
     return found
 
 
@@ -94,7 +96,11 @@ def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
         return _write(name, func, args, kwargs)
     result = handler(name[:-1], base, args, kwargs)
     old = target.handle.node
-    if result is NotImplemented or not isinstance(result, DeferredRows) or result.handle.node.shape != old.shape:
+    if (
+        result is NotImplemented
+        or not isinstance(result, DeferredRows)
+        or result.handle.node.shape != old.shape
+    ):
         return _write(name, func, args, kwargs)
     node = result.handle.node
     if node.dtype != old.dtype:
@@ -108,7 +114,9 @@ def node_for(value: torch.Tensor, dims: Dims) -> Node:
     if isinstance(value, DeferredRows):
         return value.handle.node
     aligned = dims[len(dims) - value.dim() :]
-    return Leaf(value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True)))
+    return Leaf(
+        value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True))
+    )
 
 
 def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -176,7 +184,9 @@ def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     if tiny.dtype == source.dtype and not copy and not like[1:]:
         return source
     old = source.handle.node
-    return wrap(Call(torch.Tensor.to, (old, tiny.dtype), {}, old.dims, tiny.dtype, old.device), source.handle.call)
+    return wrap(
+        Call(torch.Tensor.to, (old, tiny.dtype), {}, old.dims, tiny.dtype, old.device), source.handle.call
+    )
 
 
 def contiguous(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -236,7 +246,9 @@ def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Functions that return values and indices along one dimension."""
-    if name in ("max", "min") and (len(args) > 1 and isinstance(args[1], torch.Tensor) or "other" in kwargs):
+    if name in ("max", "min") and (
+        (len(args) > 1 and isinstance(args[1], torch.Tensor)) or "other" in kwargs
+    ):
         return elementwise(name, func, args, kwargs)
     if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
         return NotImplemented
@@ -255,7 +267,8 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
     call = Call(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
     results = tuple(
-        wrap(Pick(call, i, dims, dtype), args[0].handle.call) for i, dtype in enumerate((node.dtype, torch.int64))
+        wrap(Pick(call, i, dims, dtype), args[0].handle.call)
+        for i, dtype in enumerate((node.dtype, torch.int64))
     )
     return getattr(torch.return_types, name)(results)
 

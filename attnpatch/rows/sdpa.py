@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
-from attnpatch.rows.recipe import Leaf, Node, Run, Context
+from attnpatch.rows.recipe import Context, Leaf, Node, Run
 from attnpatch.rows.replay import Replay, is_out_of_memory
 from attnpatch.rows.showing import show
 
@@ -20,7 +20,13 @@ DENSE_COPIES = 3
 MATH_KERNEL = 0
 
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_DEFAULTS: dict[str, Any] = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -124,14 +130,22 @@ def _fused_grain(q_len: int) -> Grain:
 
 def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
     aligned = dims[len(dims) - tensor.dim() :]
-    return Leaf(tensor, tuple(dim if size != 1 else () for dim, size in zip(aligned, tensor.shape, strict=True)))
+    return Leaf(
+        tensor, tuple(dim if size != 1 else () for dim, size in zip(aligned, tensor.shape, strict=True))
+    )
 
 
 class Attend(Node):
     """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
 
     def __init__(
-        self, leaves: list[Leaf], dims: Dims, row: Dim, whole: tuple[Axis, ...], call: dict[str, Any], grain: Grain
+        self,
+        leaves: list[Leaf],
+        dims: Dims,
+        row: Dim,
+        whole: tuple[Axis, ...],
+        call: dict[str, Any],
+        grain: Grain,
     ) -> None:
         self.children = tuple(leaves)
         self.dims, self.row, self.whole, self.grain = dims, row, whole, grain

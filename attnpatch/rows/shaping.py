@@ -105,7 +105,7 @@ def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 
 def matrix_transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
-    if name in ("T", "t", "H") and count != 2 or name in ("H", "mH", "adjoint") and args[0].is_complex():
+    if (name in ("T", "t", "H") and count != 2) or (name in ("H", "mH", "adjoint") and args[0].is_complex()):
         return NotImplemented
     return transpose("transpose", func, (args[0], -2, -1), {})
 
@@ -220,7 +220,9 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     for length in count:
         pieces.append(_along(source, dim, slice(start, start + length)))
         start += length
-    return NotImplemented if any(piece is NotImplemented for piece in pieces) or start != size else tuple(pieces)
+    return (
+        NotImplemented if any(piece is NotImplemented for piece in pieces) or start != size else tuple(pieces)
+    )
 
 
 HANDLERS: dict[str, Callable[..., Any]] = {

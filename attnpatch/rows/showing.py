@@ -26,7 +26,11 @@ def show(call: dict[str, Any], observer: Observer) -> None:
     if query.dim() == 2:
         query, key = query[None], key[None]
     q_len, kv_len, group = query.shape[-2], key.shape[-2], 1
-    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]) if not call["enable_gqa"] else query.shape[:-2]
+    lead = (
+        torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        if not call["enable_gqa"]
+        else query.shape[:-2]
+    )
     if call["enable_gqa"]:
         group = query.shape[-3] // key.shape[-3]
     outer = (*lead[:-1], lead[-1] // group)
@@ -37,7 +41,9 @@ def show(call: dict[str, Any], observer: Observer) -> None:
         mask = mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
     lead_count = math.prod(lead)
     limit = (CPU_SHOW_BYTES if query.device.type == "cpu" else DEVICE_SHOW_BYTES) // (4 * group)
-    for number, where in enumerate(torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()):
+    for number, where in enumerate(
+        torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
+    ):
         at = tuple(where)
         leads = torch.arange(number * group, (number + 1) * group)
         low = 0

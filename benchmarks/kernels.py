@@ -1,0 +1,85 @@
+"""What the choice of steps rests on: speed of tiles, and where matrix products round differently."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+
+import attnpatch
+
+
+class Attention(torch.nn.Module):
+    """Eager causal attention over given query, key and value, as transformers writes it."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(query.shape[-1]) + mask
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)
+
+
+def tiles(length: int = 4096, heads: int = 16, head_dim: int = 64, rounds: int = 3) -> None:
+    """Seconds of one attention call by heads and rows per step, beside the fused kernel; best of some rounds."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, heads, length, head_dim).unbind()
+    mask = torch.full((1, 1, length, length), -1e30).triu_(1)
+    model = torch.nn.Sequential(Attention())
+    print(f"N={length}, {heads} heads of {head_dim}, float32, {torch.get_num_threads()} threads; seconds")
+    with torch.inference_mode():
+        print(
+            f"fused kernel        {_best(lambda: F.scaled_dot_product_attention(query, key, value, mask), rounds):7.3f}"
+        )
+        print(f"native eager        {_best(lambda: model[0](query, key, value, mask), 1):7.3f}")
+        for tile_heads in (2, 4, heads):
+            for rows in (16, 64, 128, 256, 512):
+                with attnpatch.patched(model, mode="always", heads=tile_heads, rows=rows):
+                    seconds = _best(lambda: model[0](query, key, value, mask), rounds)
+                live = tile_heads * rows * length * 4 / 2**20
+                print(
+                    f"{tile_heads:2} heads x {rows:3} rows {seconds:7.3f}  ({live:5.1f} MiB of scores)",
+                    flush=True,
+                )
+        with attnpatch.patched(model, mode="always"):
+            print(f"chosen              {_best(lambda: model[0](query, key, value, mask), rounds):7.3f}")
+
+
+def _best(call: object, rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def rounding() -> None:
+    """How often a product of some rows differs in a bit from the same rows of the whole product."""
+    different: Counter[tuple[int, str]] = Counter()
+    tried = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, length in ((2, 33), (2, 77), (4, 256), (12, 77), (12, 1000)):
+            for width in (4, 8, 16, 32, 64, 80, 128):
+                generator = torch.Generator().manual_seed(0)
+                query, key = torch.randn(2, heads, length, width, generator=generator).to(dtype).unbind()
+                weights = torch.rand(heads, length, length, generator=generator).softmax(-1).to(dtype)
+                scores, output = query @ key.transpose(1, 2), weights @ key
+                tried += 1
+                for rows in (*range(1, 18), 24, 31, 32):
+                    low = (length - rows) // 2
+                    part = slice(low, low + rows)
+                    if not torch.equal(query[:2, part] @ key[:2].transpose(1, 2), scores[:2, part]):
+                        different[rows, "query x key"] += 1
+                    if not torch.equal(weights[:2, part] @ key[:2], output[:2, part]):
+                        different[rows, "weights x value"] += 1
+    print(f"{tried} shapes and dtypes; number in which some rows differ from the same rows of the whole:")
+    for (rows, what), count in sorted(different.items()):
+        print(f"  {rows:2} rows, {what}: {count}")
+    if not different:
+        print("  none")
+
+
+attnpatch.register(Attention)
