@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
 import json
 import tempfile
 import textwrap
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import attnpatch
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.demo.conversations import Conversation, Message
-from attnpatch.demo.worker import CASES, DemoError, Measured, load, measure
+from attnpatch.demo.worker import DemoError, Measured, load, measure_all, show_runs
 from attnpatch.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -32,7 +29,6 @@ attnpatch.apply(model)  # attention goes by rows when memory is short
 with attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)) as maps:
     model(**inputs)  # any call of yours; then: maps.block_map.plot("map.png")"""
 
-_NAMES = {"native": "native", "rows": "by rows"}
 _SHOWN = 3
 _DRAWN = 8
 _MAX_NEW_TOKENS = 12
@@ -150,49 +146,6 @@ def introduce(console: Console, model: Any, tokenizer: Any, conversation: Conver
         "A forward pass over the conversation, in a fresh process each: the model as it "
         'is (native), and after attnpatch.apply(model, mode="always") (by rows).\n'
     )
-
-
-def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
-    """``measure`` with a progress bar, where there is a terminal to draw it on."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
-    started = itertools.count()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(CASES))
-
-        def on_start(implementation: str, way: str) -> None:
-            bar.update(task, completed=next(started), description=f"{implementation}, {_NAMES[way]}")
-
-        return measure(model_folder, conversation_file, on_start)
-
-
-def show_runs(console: Console, runs: list[Measured]) -> None:
-    """Print the measurements as a table, and what to make of it."""
-    table = Table("attention", "run")
-    for name in ("time", "peak memory\nbeyond model", "logits differ\nfrom native", "attention\ncalls"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        native = run.way == "native"
-        difference = "same to the\nlast bit" if run.identical else f"up to {run.difference:.0e}"
-        table.add_row(
-            run.implementation,
-            _NAMES[run.way],
-            f"{run.seconds:.2f} s",
-            f"{run.peak / 1e6:,.0f} MB",
-            "-" if native else difference,
-            "not patched" if run.counts is None else counted(run.counts),
-            end_section=not native,
-        )
-    console.print(table)
-    if any(run.implementation == "sdpa" and not run.identical for run in runs):
-        console.print(
-            "By default attnpatch leaves PyTorch's fused kernels, as sdpa uses here, to "
-            "themselves: they never hold all scores. Forced by rows they round differently."
-        )
-
-
-def counted(counts: dict[str, int]) -> str:
-    """What the report counted, without what did not happen."""
-    return "\n".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def trained_layer(model_folder: Path) -> int | None:

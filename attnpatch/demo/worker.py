@@ -1,11 +1,13 @@
-"""One forward pass over a conversation, measured in a process of its own: both ends of it.
+"""The demo's measurements: a forward pass over a conversation, in a process of its own for each case.
 
-``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs it and prints one
-line of JSON; ``measure`` starts that for each case, one after the other, and compares what came out.
+``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs one and prints a
+line of JSON; ``measure`` starts that for each case, one after the other, and compares what came out;
+``show_runs`` prints it as a table.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import attnpatch
@@ -27,11 +32,12 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.memory import PeakMeter
 
 # Native before by rows: the second is compared with the first.
+_NAMES = {"native": "native", "rows": "by rows"}
 CASES = (("eager", "native"), ("eager", "rows"), ("sdpa", "native"), ("sdpa", "rows"))
 _WARM_UP_TOKENS = 64
 # The fastest counts: a busy machine only ever adds. Memory and counts are those of the first pass; later ones
 # reuse what it left allocated.
-_PASSES = 3
+_PASSES = 2
 
 
 class DemoError(AttnpatchError):
@@ -90,9 +96,10 @@ def measure(
     found = []
     native: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory(prefix="attnpatch_demo_") as temporary:
-        logits_file = Path(temporary) / "logits.safetensors"
         for implementation, way in CASES:
             on_start(implementation, way)
+            # A file of its own: the tensors of the one before are views of theirs.
+            logits_file = Path(temporary) / f"{implementation}_{way}.safetensors"
             figures = _in_fresh_process(model_folder, conversation_file, implementation, way, logits_file)
             logits = load_file(logits_file)["logits"]
             before = native.setdefault(implementation, logits)
@@ -106,6 +113,49 @@ def measure(
                 )
             )
     return found
+
+
+def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
+    """``measure`` with a progress bar, where there is a terminal to draw it on."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
+    started = itertools.count()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=len(CASES))
+
+        def on_start(implementation: str, way: str) -> None:
+            bar.update(task, completed=next(started), description=f"{implementation}, {_NAMES[way]}")
+
+        return measure(model_folder, conversation_file, on_start)
+
+
+def show_runs(console: Console, runs: list[Measured]) -> None:
+    """Print the measurements as a table, and what to make of it."""
+    table = Table("attention", "run")
+    for name in ("time", "peak memory\nbeyond model", "logits differ\nfrom native", "attention\ncalls"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        native = run.way == "native"
+        difference = "same to the\nlast bit" if run.identical else f"up to {run.difference:.0e}"
+        table.add_row(
+            run.implementation,
+            _NAMES[run.way],
+            f"{run.seconds:.2f} s",
+            f"{run.peak / 1e6:,.0f} MB",
+            "-" if native else difference,
+            "not patched" if run.counts is None else counted(run.counts),
+            end_section=not native,
+        )
+    console.print(table)
+    if any(run.implementation == "sdpa" and not run.identical for run in runs):
+        console.print(
+            "By default attnpatch leaves PyTorch's fused kernels, as sdpa uses here, to "
+            "themselves: they never hold all scores. Forced by rows they round differently."
+        )
+
+
+def counted(counts: dict[str, int]) -> str:
+    """What the report counted, without what did not happen."""
+    return "\n".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def _in_fresh_process(*arguments: object) -> dict[str, Any]:
