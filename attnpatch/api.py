@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.recorder import Heads, Maps, Recorder
+from attnpatch.capture.recorder import Heads, Maps, Recorder, SiteFacts
 from attnpatch.errors import PatchError
 from attnpatch.hosts import transformers as host
 from attnpatch.patching.patch import Patch, patch_of
@@ -113,11 +112,11 @@ def capture(
         def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
             return host.read_call(kind if whole else None, args, kwargs)
 
-        def sides(call: Any, name: str, kwargs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+        def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
             cross = host.is_cross(kwargs)
-            return (*host.masks_of(call, name, cross), cross)
+            return SiteFacts(*host.masks_of(call, name, cross), cross, host.query_tokens(args, kwargs))
 
-        recorder = Recorder(blocks, heads, layers, sites, innermost, read_call, sides, patch.model_kind)
+        recorder = Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
         patch.recorder = recorder
         try:
             yield Maps(recorder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,25 @@ class HostCall(Protocol):
 
     batch: int
     past: int
+
+    def go_on(self, before: Any) -> None:
+        """Take over what the call before knew of the tokens in the cache."""
+
+
+@dataclasses.dataclass
+class SiteFacts:
+    """What is known of a call of one site.
+
+    Attributes:
+        query_mask, key_mask: Bool ``[batch, tokens]``, real tokens on either side; ``None``: all.
+        cross: Whether it looks at another sequence.
+        tokens: Query tokens it is called with, or ``None``.
+    """
+
+    query_mask: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    cross: bool
+    tokens: int | None
 
 
 @dataclasses.dataclass
@@ -83,7 +102,7 @@ class Recorder:
         sites: Pattern (``fnmatch``) of site names to capture; ``None``: all.
         names: The attention sites, in order.
         read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
-        sides: Padding masks of queries and keys of a site, and whether it is cross-attention.
+        site_call: Says what is known of a call of a site.
         model_name: For the metadata.
 
     Raises:
@@ -98,7 +117,7 @@ class Recorder:
         sites: str | None,
         names: Sequence[str],
         read_call: Callable[[Any, Any, bool], HostCall],
-        sides: Callable[[HostCall, str, Any], tuple[torch.Tensor | None, torch.Tensor | None, bool]],
+        site_call: Callable[[HostCall, str, Any, Any], SiteFacts],
         model_name: str,
     ) -> None:
         pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
@@ -111,8 +130,9 @@ class Recorder:
         self.heads = _checked_heads(heads)
         self.places = pattern_of(names)
         self.wanted = self._chosen(names, layers, sites)
-        self.read_call, self.sides, self.model_name = read_call, sides, model_name
+        self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
         self.call: HostCall | None = None
+        self.last: HostCall | None = None
         self.sequences: list[dict[str, Record]] = []
 
     def _chosen(self, names: Sequence[str], layers: Sequence[int] | None, sites: str | None) -> set[str]:
@@ -144,9 +164,12 @@ class Recorder:
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
-        self.call = self.read_call(args, kwargs, True)
+        before, self.call = self.last, self.read_call(args, kwargs, True)
+        self.last = self.call
         if self.call.past == 0 or not self.sequences:
             self.sequences.append({})
+        elif before is not None:
+            self.call.go_on(before)
 
     def end_call(self) -> None:
         self.call = None
@@ -161,8 +184,7 @@ class Recorder:
             call = self.read_call(args, kwargs, False)
             if not self.sequences or site.name in self.sequences[-1]:
                 self.sequences.append({})
-        query_mask, key_mask, cross = self.sides(call, site.name, kwargs)
-        return SiteObserver(self, site.name, call, query_mask, key_mask, cross)
+        return SiteObserver(self, site.name, call, self.site_call(call, site.name, args, kwargs))
 
     def maps(self, sequence: int = -1) -> dict[str, BlockMap]:
         """Block maps of one captured sequence, by group of like sites.
@@ -210,7 +232,7 @@ class Recorder:
             key_labels=first.key.labels[0] if one else first.key.labels,
             query_sizes=first.counts[0].long() if one else first.counts.long(),
             key_sizes=first.key.sizes[0] if one else first.key.sizes,
-            heads="mean" if self.heads == "mean" else self._head_numbers(first.num_heads),
+            heads="mean" if self.heads == "mean" else self.head_numbers(first.num_heads),
             metadata={
                 "model": self.model_name,
                 "sites": group,
@@ -219,7 +241,12 @@ class Recorder:
             },
         )
 
-    def _head_numbers(self, num_heads: int) -> list[int]:
+    def head_numbers(self, num_heads: int) -> list[int]:
+        """The heads that are kept apart.
+
+        Raises:
+            CaptureError: One was asked for that there is not.
+        """
         if self.heads == "all":
             return list(range(num_heads))
         assert not isinstance(self.heads, str)
@@ -245,22 +272,15 @@ def _checked_heads(heads: Any) -> Heads:
 class SiteObserver:
     """Adds the tiles of one call of one site to its record."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        name: str,
-        call: HostCall,
-        query_mask: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        cross: bool,
-    ) -> None:
-        self.recorder, self.name, self.call = recorder, name, call
-        self.query_mask, self.key_mask, self.cross = query_mask, key_mask, cross
+    def __init__(self, recorder: Recorder, name: str, call: HostCall, facts: SiteFacts) -> None:
+        self.recorder, self.name, self.call, self.facts = recorder, name, call, facts
         self.record: Record | None = None
         self.before: Record | None = None
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
+        if self.facts.tokens == 1 and passing.q_len > 1:
+            probabilities, passing = _heads_as_leads(probabilities, passing)
         batch = self.call.batch
         if passing.lead_count % batch:
             raise CaptureError(
@@ -270,70 +290,64 @@ class SiteObserver:
         num_heads = passing.lead_count // batch
         if self.record is None:
             self.record = self._open(passing, num_heads)
-        record = self.record
-        low, high = self.offset + passing.rows[0], self.offset + passing.rows[1]
-        query = record.query.assignment[:, low:high]
+        low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
+        query = self.record.query.assignment[:, low:high]
         key = self._key_assignment[:, : probabilities.shape[-1]]
-        wanted = None if isinstance(self.recorder.heads, str) else self.recorder._head_numbers(num_heads)
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
             mine = sequences == b
             numbers = heads[mine].tolist()
             tile = (
                 probabilities if len(numbers) == len(mine) else probabilities[mine.to(probabilities.device)]
-            )[None]
+            )
             if 0 in numbers:
-                record.counts[b].index_add_(0, query[b].clamp(min=0), (query[b] >= 0).double())
-            if wanted is not None:
-                for place, head in enumerate(wanted):
-                    if head in numbers:
-                        i = numbers.index(head)
-                        part = record.sums[b : b + 1, place : place + 1]
-                        accumulate_block_mass(part, tile[:, i : i + 1], query[b : b + 1], key[b : b + 1])
-                continue
-            part = record.sums[b : b + 1]
-            if self.recorder.heads == "all":
-                part = part[:, numbers[0] : numbers[-1] + 1]
-            accumulate_block_mass(part, tile, query[b : b + 1], key[b : b + 1])
+                self.record.counts[b].index_add_(0, query[b].clamp(min=0), (query[b] >= 0).double())
+            for part, some in self._split_heads(self.record.sums[b : b + 1], tile[None], numbers, num_heads):
+                accumulate_block_mass(part, some, query[b : b + 1], key[b : b + 1])
+
+    def _split_heads(
+        self, sums: torch.Tensor, tile: torch.Tensor, numbers: list[int], num_heads: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
+        if self.recorder.heads == "mean":
+            yield sums, tile
+        elif self.recorder.heads == "all":
+            yield sums[:, numbers[0] : numbers[-1] + 1], tile
+        else:
+            for place, head in enumerate(self.recorder.head_numbers(num_heads)):
+                if head in numbers:
+                    i = numbers.index(head)
+                    yield sums[:, place : place + 1], tile[:, i : i + 1]
 
     def _open(self, passing: Passing, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
-        self.offset = 0 if self.cross else self.call.past
-        past = self.call.past
-        q_total = past + passing.q_len
-        query_valid = self._valid(self.query_mask, q_total)
-        query = self.recorder.query_blocks.resolve(query_valid)
-        if self.cross:
-            key = self.recorder.key_blocks.resolve(self._valid(self.key_mask, passing.kv_len))
-            self.offset = past
+        recorder, batch = self.recorder, self.call.batch
+        total = self.call.past + passing.q_len
+        query_valid = self._valid(self.facts.query_mask, total)
+        query = recorder.query_blocks.resolve(query_valid)
+        if self.facts.cross:
+            key = recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
+        elif recorder.query_blocks == recorder.key_blocks:
+            key = query
         else:
-            key = (
-                query
-                if self.recorder.query_blocks == self.recorder.key_blocks
-                else self.recorder.key_blocks.resolve(query_valid)
-            )
-        self._key_assignment = key.assignment
-        if key.assignment.shape[1] < passing.kv_len:
-            # A static cache has room for tokens that are not there yet.
-            missing = passing.kv_len - key.assignment.shape[1]
-            self._key_assignment = torch.nn.functional.pad(key.assignment, (0, missing), value=-1)
-        records = self.recorder.sequences[-1]
-        old = records.get(self.name)
-        kept = self.recorder.heads
-        width = (
-            1
-            if kept == "mean"
-            else num_heads
-            if kept == "all"
-            else len(self.recorder._head_numbers(num_heads))
-        )
-        batch = self.call.batch
+            key = recorder.key_blocks.resolve(query_valid)
+        # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
+        assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
+        room = passing.kv_len - assignment.shape[1]
+        self._key_assignment = torch.nn.functional.pad(assignment, (0, room), value=-1)
+        width = 1 if recorder.heads == "mean" else len(recorder.head_numbers(num_heads))
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
-        if old is not None and old.sums.shape[:2] == sums.shape[:2]:
+        records = recorder.sequences[-1]
+        self.before = old = records.get(self.name)
+        if old is not None:
+            if old.sums.shape[:2] != sums.shape[:2]:
+                raise CaptureError(
+                    f"{self.name} went on with {batch} sequences of {width} heads after {old.sums.shape[0]} of "
+                    f"{old.sums.shape[1]}; capture calls of one batch size at a time"
+                )
             sums[:, :, : old.sums.shape[2], : old.sums.shape[3]] = old.sums
             counts[:, : old.counts.shape[1]] = old.counts
-        self.before = old
         records[self.name] = Record(query, key, sums, counts, num_heads)
         return records[self.name]
 
@@ -353,6 +367,15 @@ class SiteObserver:
         if mask is not None and mask.shape == (self.call.batch, total):
             return mask
         return torch.ones(self.call.batch, total, dtype=torch.bool)
+
+
+def _heads_as_leads(probabilities: torch.Tensor, passing: Passing) -> tuple[torch.Tensor, Passing]:
+    """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
+    low, high = passing.rows
+    leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
+    count = passing.lead_count * passing.q_len
+    changed = dataclasses.replace(passing, leads=leads, rows=(0, 1), lead_count=count, q_len=1)  # type: ignore[type-var]
+    return probabilities.reshape(len(leads), 1, -1), changed
 
 
 class Maps:

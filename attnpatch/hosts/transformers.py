@@ -30,6 +30,18 @@ class ModelCall:
     decoder_mask: torch.Tensor | None = None
     past: int = 0
 
+    def go_on(self, before: ModelCall) -> None:
+        """Take over what the call before knew of the padding among the tokens in the cache."""
+        self.mask = _continued(self.mask, before.mask, self.past)
+        self.decoder_mask = _continued(self.decoder_mask, before.decoder_mask, self.past)
+
+
+def _continued(mask: torch.Tensor | None, before: torch.Tensor | None, past: int) -> torch.Tensor | None:
+    if mask is None or before is None or mask.shape[1] < past or before.shape[0] != mask.shape[0]:
+        return mask
+    known = min(past, before.shape[1])
+    return torch.cat([mask[:, :known] & before[:, :known], mask[:, known:]], 1)
+
 
 @functools.lru_cache(maxsize=64)
 def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -48,20 +60,46 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = given.get("past_key_values")
     length = getattr(cache, "get_seq_length", None)
-    tensors = [value for value in (*args, *given.values()) if isinstance(value, torch.Tensor) and value.dim() > 1]
+    past = int(length()) if length is not None else 0
+    tensors = [
+        value for value in (*args, *given.values()) if isinstance(value, torch.Tensor) and value.dim() > 1
+    ]
     return ModelCall(
         batch=tensors[0].shape[0] if tensors else 1,
-        mask=_as_mask(given.get("attention_mask")),
-        decoder_mask=_as_mask(given.get("decoder_attention_mask")),
-        past=int(length()) if length is not None else 0,
+        mask=_as_mask(given.get("attention_mask"), past),
+        decoder_mask=_as_mask(given.get("decoder_attention_mask"), past),
+        past=past,
     )
 
 
-def _as_mask(value: Any) -> torch.Tensor | None:
-    """A padding mask as bool; masks with more dimensions say nothing about padding alone."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 2:
+def _as_mask(value: Any, past: int) -> torch.Tensor | None:
+    """Real tokens as bool ``[batch, tokens]``, from a padding mask or from a prepared mask over queries and keys.
+
+    Args:
+        value: The padding mask; or, as ``generate`` prepares it for some caches, ``[batch, 1, q_len, kv_len]``, boolean
+            or additive, alone or in a dict by kind of layer. From such a mask a token is real if it looks at itself.
+        past: Tokens before the first query. A prepared mask says nothing of them; they count as real here.
+    """
+    if isinstance(value, dict) and value:
+        value = value.get("full_attention", next(iter(value.values())))
+    if not isinstance(value, torch.Tensor):
         return None
-    return (value != 0).cpu()
+    if value.dim() == 2:
+        return (value != 0).cpu()
+    if value.dim() != 4:
+        return None
+    q_len = value.shape[2]
+    seen = value[:, 0, :, past : past + q_len].diagonal(dim1=-2, dim2=-1)
+    seen = seen if seen.dtype == torch.bool else seen > -1.0
+    return torch.cat([torch.ones(len(seen), past, dtype=torch.bool), seen.cpu()], 1)
+
+
+def query_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens that an attention module is called with; ``None`` if that cannot be told."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() == 3:
+            return value.shape[1]
+    return None
 
 
 def is_cross(kwargs: dict[str, Any]) -> bool:

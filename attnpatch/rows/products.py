@@ -239,7 +239,8 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     call = _call(func, product, left, right, dims, (*summed, *added))
     site = deferred.handle.call
     if not any(axis.kind == KEY for axis in leaves(summed)):
-        return wrap(call, site)
+        # Heads are mixed: one more step. A sum over rows is no attention: the guess was wrong.
+        return NotImplemented if any(axis.kind == ROW for axis in leaves(summed)) else wrap(call, site)
     site.tally.count("by_rows")
     return Replay(call, site.policy, _watch(node, leaves(summed), site), site.step_retried)()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnpatch.policy import Policy
-from attnpatch.rows.axes import Tile, add, all_leaves, put, take
+from attnpatch.rows.axes import KEY, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Grain, Steps, choose
 from attnpatch.rows.recipe import Leaf, Node, Run, tensors_of, unbound
 
@@ -61,7 +61,7 @@ class Replay:
 
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
-        tileable = [axis for axis in axes if axis not in run.whole]
+        tileable = [axis for axis in axes if axis not in run.whole and axis.kind != KEY]
         if not run.whole:
             # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
             tileable = []
