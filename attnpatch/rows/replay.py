@@ -101,10 +101,12 @@ class Replay:
             _set_random_state(random)
 
     def is_smallest(self) -> bool:
-        if self.policy.rows is not None and self.policy.heads is not None:
-            return True
-        steps = self._steps(Run(self.node))
-        return self.shrink > 2**20 or all(high - low <= 3 for low, high in steps.rows)
+        """Whether halving the step again would change nothing."""
+        now = self._steps(Run(self.node))
+        self.shrink *= 2
+        smaller = self._steps(Run(self.node))
+        self.shrink //= 2
+        return (now.rows, len(now.lead)) == (smaller.rows, len(smaller.lead))
 
     def _forward(self) -> torch.Tensor:
         run = Run(self.node)
