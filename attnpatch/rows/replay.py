@@ -94,19 +94,21 @@ class Replay:
             try:
                 return self._forward()
             except RuntimeError as error:
-                if not (self.policy.retry_on_oom and is_out_of_memory(error)) or self.is_smallest():
+                if not (self.policy.retry_on_oom and is_out_of_memory(error)) or not self._halve():
                     raise
-            self.shrink *= 2
             self.on_retry()
             _set_random_state(random)
 
-    def is_smallest(self) -> bool:
-        """Whether halving the step again would change nothing."""
-        now = self._steps(Run(self.node))
-        self.shrink *= 2
-        smaller = self._steps(Run(self.node))
-        self.shrink //= 2
-        return (now.rows, len(now.lead)) == (smaller.rows, len(smaller.lead))
+    def _halve(self) -> bool:
+        """Make the step smaller; ``False`` if it is as small as it gets."""
+        run = Run(self.node)
+        now = self._steps(run)
+        for _ in range(32):
+            self.shrink *= 2
+            smaller = self._steps(run)
+            if (smaller.rows, len(smaller.lead)) != (now.rows, len(now.lead)):
+                return True
+        return False
 
     def _forward(self) -> torch.Tensor:
         run = Run(self.node)

@@ -1,0 +1,126 @@
+"""What capture refuses, and what it says of what it saw."""
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import attnpatch
+from attnpatch import Blocks, errors
+
+LLAMA = zoo.BY_NAME["llama"]
+
+
+def run(model, padding="none"):
+    with torch.no_grad():
+        return LLAMA.run(model, LLAMA.inputs(padding, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"blocks": 128}, "blocks=128.*Blocks.fixed"),
+        ({"blocks": Blocks.fixed(8), "heads": "most"}, "heads='most'.*'mean'"),
+        ({"blocks": Blocks.fixed(8), "heads": []}, r"heads=\[\]"),
+        ({"blocks": Blocks.fixed(8), "layers": [2]}, r"there are 2 layers.*-2 to 1"),
+        ({"blocks": Blocks.fixed(8), "layers": 0}, "layers=0.*list"),
+        ({"blocks": Blocks.fixed(8), "sites": "encoder.*"}, r"'encoder\.\*'.*model\.layers\.\*\.self_attn"),
+    ],
+)
+def test_refused_before_the_model_runs(asked, words):
+    model = LLAMA.build("sdpa")
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(errors.CaptureError, match=words), attnpatch.capture(model, **asked):
+        pytest.fail("capture began")
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_head_that_there_is_not(implementation):
+    model = LLAMA.build(implementation)
+    asked = attnpatch.capture(model, blocks=Blocks.fixed(8), heads=[0, 9])
+    with pytest.raises(errors.CaptureError, match="there are 4 heads"), asked:
+        run(model)
+
+
+def test_nothing_captured():
+    model = LLAMA.build("sdpa")
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        pass
+    with pytest.raises(errors.CaptureError, match="inside the with block"):
+        _ = maps.block_map
+
+
+def test_one_capture_at_a_time():
+    model = LLAMA.build("sdpa")
+    second = attnpatch.capture(model, blocks=Blocks.fixed(8))
+    with (
+        attnpatch.capture(model, blocks=Blocks.fixed(8)),
+        pytest.raises(errors.PatchError, match="captured already"),
+        second,
+    ):
+        pytest.fail("a second capture began")
+
+
+def test_several_kinds_need_a_name():
+    case = zoo.BY_NAME["t5"]
+    model = case.build("eager")
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps, torch.no_grad():
+        case.run(model, case.inputs("none", torch.float32))
+    with pytest.raises(errors.CaptureError, match=r"several kinds.*EncDecAttention"):
+        _ = maps.block_map
+    with pytest.raises(errors.CaptureError, match="nothing was captured at 'x'"):
+        _ = maps["x"]
+    assert len(maps.keys()) == 3
+
+
+def test_windows_are_refused():
+    """Attention in windows that span the batch: no map over a sequence can show that."""
+
+    class WindowAttention(nn.Module):
+        def forward(self, x):
+            windows = x.reshape(-1, 16, x.shape[-1])
+            return (torch.softmax(windows @ windows.mT, -1) @ windows).reshape(x.shape)
+
+    model = nn.Sequential(WindowAttention())
+    asked = attnpatch.capture(model, blocks=Blocks.fixed(8))
+    with pytest.raises(errors.CaptureError, match=r"3 pieces.*batch of 2.*windows"), asked:
+        model(zoo.floats(2, 24, 8))
+
+
+def test_calls_and_their_maps():
+    """Two calls are two sequences; the last is the map, all are kept."""
+    model = LLAMA.build("sdpa")
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        run(model)
+        run(model, "left")
+    assert len(maps.sequences) == 2
+    assert "2 sequences" in repr(maps)
+    assert maps.block_map == maps.sequences[-1]["model.layers.*.self_attn"]
+
+
+def test_the_model_computes_what_it_would(tmp_path):
+    """Capture changes no output, and its map survives a file."""
+    for implementation in ("eager", "sdpa"):
+        model = LLAMA.build(implementation)
+        native = run(model, "right")
+        with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+            captured = run(model, "right")
+        assert all(torch.equal(captured[name], native[name]) for name in native)
+        loaded = attnpatch.BlockMap.load(maps.block_map.save(tmp_path / f"{implementation}.safetensors"))
+        assert loaded == maps.block_map
+
+
+def test_out_of_memory_while_watched_counts_nothing_twice():
+    """A replay that begins again begins its sums again."""
+    from test_rule import Eager, Limited, Stack
+
+    attnpatch.register(Eager)
+    model, x = Stack(Eager, 1), zoo.floats(2, 64, 8)
+    with torch.no_grad(), attnpatch.capture(model, blocks=Blocks.fixed(16)) as maps:
+        model(x)
+        calm = maps.block_map
+        with Limited(2 * 64 * 20):
+            model(x)
+    assert maps.block_map == calm
+    torch.testing.assert_close(maps.block_map.mass.sum(-1), torch.ones(2, 1, 4))
