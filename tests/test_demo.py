@@ -1,5 +1,6 @@
 """The demo: end to end as a user starts it, and its parts on small input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -42,10 +43,9 @@ def conversation():
 
 def printed(show, *arguments):
     """What ``show(console, ...)`` prints where there is no terminal."""
-    console = Console(width=80, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(file=io.StringIO(), width=80, highlight=False)
     show(console, *arguments)
-    console.file.close()
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def measured(way, difference=0.0, counts=None):
@@ -114,10 +114,13 @@ def test_the_three_lines_do_what_they_say(tmp_path, monkeypatch):
     assert (tmp_path / "map.png").read_bytes()[:8] == PNG
 
 
-@trained
-def test_a_process_that_fails_is_one_line(tmp_path):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_process_that_fails_is_one_line_and_a_bar_needs_a_terminal(terminal, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
     with pytest.raises(worker.DemoError, match=r"^the eager run \(native\) failed: FileNotFoundError[^\n]*$"):
-        worker.measure(MODEL, tmp_path / "missing.json")
+        worker.measure_all(console, MODEL, tmp_path / "missing.json")
+    assert ("eager, native" in console.file.getvalue()) == terminal
+    assert terminal or console.file.getvalue().strip() == ""
 
 
 @pytest.fixture(scope="module")

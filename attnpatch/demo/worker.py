@@ -180,8 +180,8 @@ def run_here(
     model_folder: Path, conversation_file: Path, implementation: str, way: str, logits_file: Path
 ) -> dict[str, Any]:
     """One case, in this process: seconds, peak bytes and counts; the logits go into a file."""
-    model, tokenizer = load(model_folder, implementation)
     messages = Conversation.load(conversation_file).with_answer()
+    model, tokenizer = load(model_folder, implementation)
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
     model(ids[:, :_WARM_UP_TOKENS], use_cache=False)
     rows = way == "rows"
