@@ -118,6 +118,26 @@ def accumulate_block_mass(
     return sums
 
 
+def add_run(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> None:
+    """Add rows that all belong to one query block, heads summed or apart: the common case, and the fast one.
+
+    Args:
+        sums: float64 ``[1 or H, key_blocks + 1]``, a view of the block's row; the last bin is "no block".
+        rows: ``[H, rows, kv_len]``, any float dtype.
+        columns: int64 ``[kv_len]``, the bin of each key.
+        weights: ``[H, rows]`` factors; 1 when left out.
+    """
+    num_heads, count, kv_len = rows.shape
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    weights = rows.new_ones(num_heads, count, dtype=dtype) if weights is None else weights.to(dtype)
+    rows = rows.to(dtype)
+    if sums.shape[0] == 1:
+        summed = weights.reshape(1, -1) @ rows.reshape(-1, kv_len)
+    else:
+        summed = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+    sums.scatter_add_(1, columns.expand(summed.shape), summed.to(sums.device, sums.dtype))
+
+
 def _tile_mass(
     tile: Tensor, member: Tensor, columns: Tensor, sums: Tensor, scratch: int, split_heads: bool
 ) -> Tensor:

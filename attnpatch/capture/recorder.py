@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import fnmatch
 import re
@@ -12,10 +13,12 @@ import torch
 
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks, Partition
-from attnpatch.capture.mass import accumulate_block_mass
+from attnpatch.capture.mass import accumulate_block_mass, add_run
 from attnpatch.errors import CaptureError
 
 Heads = str | Sequence[int]
+# Blocks of fewer rows than this in a tile are summed together by one product.
+_SHORT_RUN = 8
 
 
 class Passing(Protocol):
@@ -26,6 +29,7 @@ class Passing(Protocol):
     lead_count: int
     q_len: int
     kv_len: int
+    weights: torch.Tensor | None
 
 
 class HostCall(Protocol):
@@ -60,7 +64,7 @@ class Record:
 
     Attributes:
         query, key: Blocks on either side.
-        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks]``.
+        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
         counts: float64 ``[batch, query_blocks]``, query tokens summed.
         num_heads: Heads that were summed into one, or kept apart.
     """
@@ -214,7 +218,7 @@ class Recorder:
                 "layers=[...]"
             )
         means = [
-            record.sums
+            record.sums[..., :-1]
             / (1 if self.heads != "mean" else record.num_heads)
             / record.counts.clamp(min=1)[:, None, :, None]
             for record in records
@@ -291,33 +295,51 @@ class SiteObserver:
         if self.record is None:
             self.record = self._open(passing, num_heads)
         low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
-        query = self.record.query.assignment[:, low:high]
-        key = self._key_assignment[:, : probabilities.shape[-1]]
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
             mine = sequences == b
             numbers = heads[mine].tolist()
-            tile = (
-                probabilities if len(numbers) == len(mine) else probabilities[mine.to(probabilities.device)]
-            )
+            tile, weights = probabilities, passing.weights
+            if len(numbers) < len(mine):
+                mine = mine.to(probabilities.device)
+                tile, weights = tile[mine], None if weights is None else weights[mine]
             if 0 in numbers:
-                self.record.counts[b].index_add_(0, query[b].clamp(min=0), (query[b] >= 0).double())
-            for part, some in self._split_heads(self.record.sums[b : b + 1], tile[None], numbers, num_heads):
-                accumulate_block_mass(part, some, query[b : b + 1], key[b : b + 1])
+                block = self.record.query.assignment[b, low:high]
+                self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
+            for place, chosen in self._places(numbers, num_heads):
+                some = None if weights is None else weights[chosen]
+                self._add(b, place, tile[chosen], some, low, high)
 
-    def _split_heads(
-        self, sums: torch.Tensor, tile: torch.Tensor, numbers: list[int], num_heads: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
         """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
         if self.recorder.heads == "mean":
-            yield sums, tile
+            yield slice(0, 1), slice(None)
         elif self.recorder.heads == "all":
-            yield sums[:, numbers[0] : numbers[-1] + 1], tile
+            yield slice(numbers[0], numbers[-1] + 1), slice(None)
         else:
             for place, head in enumerate(self.recorder.head_numbers(num_heads)):
                 if head in numbers:
                     i = numbers.index(head)
-                    yield sums[:, place : place + 1], tile[:, i : i + 1]
+                    yield slice(place, place + 1), slice(i, i + 1)
+
+    def _add(
+        self, b: int, place: slice, tile: torch.Tensor, weights: torch.Tensor | None, low: int, high: int
+    ) -> None:
+        """Add ``[heads, rows, kv_len]``, the query tokens ``low:high`` of sequence ``b``."""
+        assert self.record is not None
+        sums, columns = self.record.sums[b, place], self._columns[b, : tile.shape[-1]]
+        runs = self._runs[b]
+        first = bisect.bisect_right(runs, low, key=lambda run: run[1])
+        last = bisect.bisect_left(runs, high, key=lambda run: run[0])
+        if (last - first) * _SHORT_RUN <= high - low:
+            for start, stop, block in runs[first:last]:
+                rows = slice(max(start, low) - low, min(stop, high) - low)
+                add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
+            return
+        if weights is not None:
+            tile = tile * weights.unsqueeze(-1)
+        query = self.record.query.assignment[b : b + 1, low:high]
+        accumulate_block_mass(sums[None], tile[None], query, columns[None])
 
     def _open(self, passing: Passing, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
@@ -334,9 +356,12 @@ class SiteObserver:
         # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
         assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
         room = passing.kv_len - assignment.shape[1]
-        self._key_assignment = torch.nn.functional.pad(assignment, (0, room), value=-1)
+        # The last bin takes the keys of no block, so that none has to be left out of a sum.
+        columns = torch.nn.functional.pad(assignment, (0, room), value=-1)
+        self._columns = torch.where(columns < 0, key.num_blocks, columns)
+        self._runs = [_runs_of(row) for row in query.assignment]
         width = 1 if recorder.heads == "mean" else len(recorder.head_numbers(num_heads))
-        sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks, dtype=torch.float64)
+        sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
         records = recorder.sequences[-1]
         self.before = old = records.get(self.name)
@@ -346,7 +371,7 @@ class SiteObserver:
                     f"{self.name} went on with {batch} sequences of {width} heads after {old.sums.shape[0]} of "
                     f"{old.sums.shape[1]}; capture calls of one batch size at a time"
                 )
-            sums[:, :, : old.sums.shape[2], : old.sums.shape[3]] = old.sums
+            sums[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.sums[..., :-1]
             counts[:, : old.counts.shape[1]] = old.counts
         records[self.name] = Record(query, key, sums, counts, num_heads)
         return records[self.name]
@@ -369,12 +394,24 @@ class SiteObserver:
         return torch.ones(self.call.batch, total, dtype=torch.bool)
 
 
+def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
+    """First token, one past the last, and block of every run of neighbours in one block."""
+    changes = (assignment[1:] != assignment[:-1]).nonzero().flatten() + 1
+    bounds = [0, *changes.tolist(), len(assignment)]
+    blocks = assignment[bounds[:-1]].tolist() if len(assignment) else []
+    runs = zip(bounds[:-1], bounds[1:], blocks, strict=False)
+    return [(start, stop, block) for start, stop, block in runs if block >= 0]
+
+
 def _heads_as_leads(probabilities: torch.Tensor, passing: Passing) -> tuple[torch.Tensor, Passing]:
     """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
     low, high = passing.rows
     leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
     count = passing.lead_count * passing.q_len
-    changed = dataclasses.replace(passing, leads=leads, rows=(0, 1), lead_count=count, q_len=1)  # type: ignore[type-var]
+    weights = None if passing.weights is None else passing.weights.reshape(-1, 1)
+    changed = dataclasses.replace(
+        passing, leads=leads, rows=(0, 1), lead_count=count, q_len=1, weights=weights
+    )  # type: ignore[type-var]
     return probabilities.reshape(len(leads), 1, -1), changed
 
 

@@ -32,6 +32,7 @@ class Passing:
         rows: First and one past the last of its query rows.
         lead_count: How many leads the call has in all.
         q_len, kv_len: Query rows and keys of the call.
+        weights: Float ``[leads, rows]``, a factor that each row still has to be multiplied by; ``None``: 1.
     """
 
     leads: torch.Tensor
@@ -39,6 +40,7 @@ class Passing:
     lead_count: int
     q_len: int
     kv_len: int
+    weights: torch.Tensor | None = None
 
 
 class Observer(Protocol):

@@ -13,7 +13,7 @@ from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.recipe import Context, Leaf, Node, Run
 from attnpatch.rows.replay import Replay, is_out_of_memory
-from attnpatch.rows.showing import show
+from attnpatch.rows.showing import show, with_lse
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -48,11 +48,22 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     if not _can_be_cut(call):
         site.tally.count("native")
         return F.scaled_dot_product_attention(*args, **kwargs)
-    result = _attend(call, args, kwargs, site)
-    if site.observer is not None:
-        site.tally.count("captured")
-        show(call, site.observer)
+    if site.observer is None:
+        return _attend(call, args, kwargs, site)
+    site.tally.count("captured")
+    if site.policy.mode != "always" and _keeps_lse(call):
+        result, lse = with_lse(call)
+        site.tally.count("fused")
+    else:
+        result, lse = _attend(call, args, kwargs, site), None
+    show(call, site.observer, lse)
     return result
+
+
+def _keeps_lse(call: dict[str, Any]) -> bool:
+    """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp."""
+    query = call["query"]
+    return query.device.type == "cpu" and query.dim() == 4 and fused_choice(call) != MATH_KERNEL
 
 
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:

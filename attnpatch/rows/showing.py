@@ -1,4 +1,8 @@
-"""Probabilities beside a fused call: the kernel keeps them to itself, so they are computed again, some rows at a time."""
+"""Probabilities beside a fused call: the kernel keeps them to itself, so they are computed again, some rows at a time.
+
+A fused kernel can return each row's logsumexp. With it a probability is one product and one exponential away, and no
+row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward pass does (Dao et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -10,72 +14,123 @@ import torch
 from attnpatch.rows.deferred import Observer, Passing
 
 # Scores held at once on CPU: what the cache holds beside a head's keys.
-CPU_SHOW_BYTES = 2 * 2**20
+CPU_SHOW_BYTES = 2 * 2**20  # per thread
 DEVICE_SHOW_BYTES = 64 * 2**20
+# Powers of two are three times as fast as powers of e (measured, float32 on CPU).
+LOG2_E = 1.0 / math.log(2.0)
+
+
+def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """An SDPA call that torch's fused CPU kernel serves: the same result, and the logsumexp of each row.
+
+    Args:
+        call: All arguments of the call by name.
+
+    Returns:
+        The attention output, and float32 ``[batch, heads, q_len]``.
+    """
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    if call["enable_gqa"]:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, call["dropout_p"], call["is_causal"], attn_mask=mask, scale=call["scale"]
+    )
 
 
 @torch.no_grad()
-def show(call: dict[str, Any], observer: Observer) -> None:
+def show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None = None) -> None:
     """Show an observer the probabilities of an SDPA call, in float32 or better.
 
     Args:
         call: All arguments of the call by name.
         observer: Called once per tile.
+        lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
     """
     query, key, mask = call["query"], call["key"], call["attn_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]
-    q_len, kv_len, group = query.shape[-2], key.shape[-2], 1
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    group = query.shape[-3] // key.shape[-3] if call["enable_gqa"] else 1
     lead = (
-        torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        if not call["enable_gqa"]
-        else query.shape[:-2]
+        query.shape[:-2] if call["enable_gqa"] else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     )
-    if call["enable_gqa"]:
-        group = query.shape[-3] // key.shape[-3]
     outer = (*lead[:-1], lead[-1] // group)
     scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
     query = query.expand(*lead, *query.shape[-2:]).unflatten(-3, (outer[-1], group))
     key = key.expand(*outer, *key.shape[-2:])
-    if mask is not None:
-        mask = mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
-    lead_count = math.prod(lead)
-    limit = (CPU_SHOW_BYTES if query.device.type == "cpu" else DEVICE_SHOW_BYTES) // (4 * group)
+    mask = None if mask is None else mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
+    lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
+    on_cpu = query.device.type == "cpu"
+    limit = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // (
+        4 * group
+    )
     for number, where in enumerate(
         torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
     ):
         at = tuple(where)
         leads = torch.arange(number * group, (number + 1) * group)
+        head = _Head(query[at], key[at], None if lse is None else lse[at], scale)
         low = 0
         while low < q_len:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
             seen = min(kv_len, max(low, 256)) if call["is_causal"] else kv_len
             high = min(q_len, low + max(16, limit // seen))
-            stop = min(high, kv_len) if call["is_causal"] else kv_len
-            scores = _scores(query[at][:, low:high] * scale, key[at][:stop])
-            if mask is not None:
-                _apply_mask(scores, mask[at][:, low:high])
-            elif call["is_causal"]:
-                corner = scores[..., low:]
-                future = torch.ones(corner.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
-                corner.masked_fill_(future, -math.inf)
-            probabilities = torch.softmax(scores, -1)
-            if mask is not None:
-                # A row that may look at nothing puts no mass anywhere, as SDPA has it.
-                probabilities.masked_fill_((scores.amax(-1) == -math.inf).unsqueeze(-1), 0.0)
-            observer.observe(probabilities, Passing(leads, (low, high), lead_count, q_len, kv_len))
+            tile_mask = None if mask is None else mask[at][:, low:high]
+            powers, weights = head.powers(low, high, tile_mask, call["is_causal"])
+            observer.observe(powers, Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights))
             low = high
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """``[group, rows, keys]`` in float32 or better; the query heads of a group share one product."""
-    group, rows, width = query.shape
-    scores = query.reshape(group * rows, width) @ key.transpose(0, 1)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).view(group, rows, -1)
+class _Head:
+    """One key head and the query heads that share it.
 
+    Args:
+        query: ``[group, q_len, head_dim]``.
+        key: ``[kv_len, head_dim]``.
+        lse: ``[group, q_len]`` or ``None``.
+        scale: Of the scores.
+    """
 
-def _apply_mask(scores: torch.Tensor, mask: torch.Tensor) -> None:
-    if mask.dtype == torch.bool:
-        scores.masked_fill_(mask.logical_not(), -math.inf)
-    else:
-        scores.add_(mask)
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, scale: float
+    ) -> None:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.query = query.to(dtype) * (scale * LOG2_E)
+        self.key = key.to(dtype)
+        self.has_lse = lse is not None
+        if lse is not None:
+            # A row that may look at nothing has no finite lse; it puts no mass anywhere.
+            lse = torch.where(lse.isfinite(), lse, math.inf).to(dtype)
+            # One more column makes the product subtract the lse, without a pass over the scores.
+            self.query = torch.cat([self.query, lse.unsqueeze(-1) * -LOG2_E], -1)
+            self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
+
+    def powers(
+        self, low: int, high: int, mask: torch.Tensor | None, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[group, rows, keys]``, and the ``[group, rows]`` factors that make probabilities of them.
+
+        A causal call leaves out the keys after its last row.
+        """
+        query, key = self.query[:, low:high], self.key[:high] if is_causal else self.key
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
+        if mask is not None and mask.dtype == torch.bool:
+            scores.masked_fill_(mask.logical_not(), -math.inf)
+        elif mask is not None:
+            scores.add_(mask, alpha=LOG2_E)
+        if not self.has_lse:
+            if is_causal:
+                corner = scores[..., low:]
+                corner.masked_fill_(torch.ones_like(corner[0], dtype=torch.bool).triu_(1), -math.inf)
+            highest = scores.amax(-1, keepdim=True)
+            scores.sub_(torch.where(highest == -math.inf, 0.0, highest))
+        scores.exp2_()
+        if self.has_lse and is_causal:
+            scores[..., low:].tril_()
+        # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
+        total = scores.sum(-1)
+        return scores, torch.where(total > 0, total.reciprocal(), 0.0)
