@@ -170,7 +170,10 @@ def _in_fresh_process(*arguments: object) -> dict[str, Any]:
             f"the {implementation} run ({way}) was killed, most likely for memory; free 2 GB and try again"
         )
     if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        ended = f"exit code {done.returncode}, and nothing was said"
+        if done.returncode < 0:
+            ended = f"ended by {signal.Signals(-done.returncode).name}"
+        last = (done.stderr.strip() or ended).splitlines()[-1]
         raise DemoError(f"the {implementation} run ({way}) failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
