@@ -51,7 +51,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     site.tally.count("captured")
-    if site.policy.mode != "always" and _keeps_lse(call):
+    if site.policy.mode != "always" and keeps_lse(call):
         result, lse = with_lse(call)
         site.tally.count("fused")
     else:
@@ -60,7 +60,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     return result
 
 
-def _keeps_lse(call: dict[str, Any]) -> bool:
+def keeps_lse(call: dict[str, Any]) -> bool:
     """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp."""
     query = call["query"]
     return query.device.type == "cpu" and query.dim() == 4 and fused_choice(call) != MATH_KERNEL
@@ -163,6 +163,7 @@ class Attend(Node):
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
+        self.merges = self.is_causal and keeps_lse(call)
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
         self.context = Context(self.device)
@@ -184,10 +185,40 @@ class Attend(Node):
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
                 )
             stop = min(high, self.kv_len)
+            if low == 0:
+                key, value = key[..., :stop, :], value[..., :stop, :]
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, **self.rest)
+            if self.merges and not run.wanted and low < stop:
+                return self._merged(query, key, value, low, stop)
             seen = torch.ones(high - low, stop, dtype=torch.bool, device=query.device).tril_(low)
             return F.scaled_dot_product_attention(
                 query, key[..., :stop, :], value[..., :stop, :], attn_mask=seen, **self.rest
             )
+
+    def _merged(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: int, stop: int
+    ) -> torch.Tensor:
+        """Rows of a causal call without a mask: keys before the rows, and keys among them, weighted by their mass.
+
+        As the blocks of FlashAttention are merged (Dao et al. 2022). A mask in their place costs a third more.
+        """
+        before, lse_before = self._with_lse(query, key[..., :low, :], value[..., :low, :], False)
+        among, lse_among = self._with_lse(query, key[..., low:stop, :], value[..., low:stop, :], True)
+        share = torch.sigmoid(lse_before - lse_among).unsqueeze(-1)
+        return torch.lerp(among.to(share.dtype), before.to(share.dtype), share).to(before.dtype)
+
+    def _with_lse(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        call = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": None,
+            "is_causal": is_causal,
+            **self.rest,
+        }
+        return with_lse(call)
 
     def row_count(self) -> int:
         return self.row[0].size if self.row else 1

@@ -77,7 +77,7 @@ def show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None = No
         while low < q_len:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
             seen = min(kv_len, max(low, 256)) if call["is_causal"] else kv_len
-            high = min(q_len, low + max(16, limit // seen))
+            high = min(q_len, low + max(16, limit // seen // 16 * 16))
             tile_mask = None if mask is None else mask[at][:, low:high]
             powers, weights = head.powers(low, high, tile_mask, call["is_causal"])
             observer.observe(powers, Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights))
