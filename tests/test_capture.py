@@ -124,3 +124,16 @@ def test_out_of_memory_while_watched_counts_nothing_twice():
             model(x)
     assert maps.block_map == calm
     torch.testing.assert_close(maps.block_map.mass.sum(-1), torch.ones(2, 1, 4))
+
+
+def test_a_checkpointed_layer_is_seen_once():
+    """Gradient checkpointing runs each layer again in the backward pass."""
+    model = LLAMA.build("eager").train()
+    inputs = LLAMA.inputs("none", torch.float32)
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        model(**inputs).logits.sum().backward()
+        plain = maps.block_map
+        model.gradient_checkpointing_enable()
+        model(**inputs).logits.sum().backward()
+    assert len(maps.sequences) == 2
+    torch.testing.assert_close(maps.block_map.mass, plain.mass)

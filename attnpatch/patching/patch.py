@@ -96,7 +96,9 @@ class Site:
     def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         patch = self.patch
         recorder = patch.recorder
-        observer = None if recorder is None else recorder.observer(self, args, kwargs)
+        # A checkpointed layer runs again in the backward pass; what it attends to was seen the first time.
+        seen_before = torch._C._current_graph_task_id() != -1
+        observer = None if recorder is None or seen_before else recorder.observer(self, args, kwargs)
         if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
