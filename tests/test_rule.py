@@ -96,6 +96,21 @@ def test_free_memory_is_asked_once_per_model_call(monkeypatch):
     assert len(asked) == 2, "a short call has nothing to ask"
 
 
+def test_a_checkpointed_layer_goes_the_way_it_went(monkeypatch):
+    """Memory is short in the forward pass and plentiful in the backward pass, which runs the layer again."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Stack(Eager, 1), zoo.floats(1, 1100, 8).double().requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), x)[0]
+    with attnpatch.patched(model):
+        monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1GB")
+        out = checkpoint(model, x, use_reentrant=False).sum()
+        monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "100GB")
+        got = torch.autograd.grad(out, x)[0]
+        assert attnpatch.report(model).totals["by_rows"] == 2
+    torch.testing.assert_close(got, expected)
+
+
 class Limited(TorchDispatchMode):
     """A device of ``limit`` elements: a larger result raises what a full one raises."""
 

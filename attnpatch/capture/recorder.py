@@ -178,10 +178,12 @@ class Recorder:
     def end_call(self) -> None:
         self.call = None
 
-    def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver | None:
-        """Who looks at the call of a site that is about to be made; ``None`` if it was not asked for."""
-        if site.name not in self.wanted:
-            return None
+    def wants(self, name: str) -> bool:
+        """Whether a site was asked for."""
+        return name in self.wanted
+
+    def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
+        """Who looks at the call of a site that is about to be made."""
         call = self.call
         if call is None:
             # A part of the model was called by itself (generate() calls an encoder so).

@@ -15,7 +15,7 @@ from attnpatch.errors import PatchError
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.swap import STATE, can_swap, put_in, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows.deferred import SiteCall, pending
+from attnpatch.rows.deferred import Passing, SiteCall, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 
@@ -57,6 +57,7 @@ class Site:
         self.is_root, self.is_attention = is_root, is_attention
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
         self.slot: str | None = None
 
@@ -96,15 +97,17 @@ class Site:
     def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         patch = self.patch
         recorder = patch.recorder
-        # A checkpointed layer runs again in the backward pass; what it attends to was seen the first time.
-        seen_before = torch._C._current_graph_task_id() != -1
-        observer = None if recorder is None or seen_before else recorder.observer(self, args, kwargs)
+        # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
+        again = torch._C._current_graph_task_id() != -1
+        observer = None
+        if recorder is not None and recorder.wants(self.name):
+            observer = _SEEN if again else recorder.observer(self, args, kwargs)
         if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
-        call = SiteCall(patch.policy, patch.free, self, observer)
+        call = SiteCall(patch.policy, patch.free, self, observer, self.decisions, again)
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -136,6 +139,19 @@ class Site:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return False
         return policy.mode == "always" or _most_rows(args, kwargs) > policy.min_tokens
+
+
+class _Blind:
+    """Stands for an observer that has seen this call already."""
+
+    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
+
+
+_SEEN = _Blind()
 
 
 def _most_rows(args: Any, kwargs: dict[str, Any]) -> int:

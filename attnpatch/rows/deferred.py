@@ -65,12 +65,28 @@ class SiteCall:
         free: Free bytes of a device; asked once per model call.
         tally: Counts.
         observer: Looks at probabilities, or ``None``.
+        decisions: What was decided for calls of a size. Kept by the site between calls.
+        again: Whether this is a checkpointed forward pass running again: it must take the way it took before, or
+            autograd finds other tensors saved.
     """
 
     policy: Policy
     free: Callable[[torch.device], int]
     tally: Tally
     observer: Observer | None = None
+    decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
+    again: bool = False
+
+    def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
+        """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""
+        if self.policy.mode != "auto":
+            return self.policy.mode == "always"
+        if q_len <= self.policy.min_tokens:
+            return False
+        size = (q_len, temporaries)
+        if not (self.again and size in self.decisions):
+            self.decisions[size] = self.policy.by_rows(q_len, temporaries, self.free(device))
+        return self.decisions[size]
 
     def retried(self) -> None:
         self.tally.count("retried")

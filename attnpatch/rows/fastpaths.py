@@ -53,10 +53,7 @@ def goes_by_rows(query: torch.Tensor, num_heads: int, call: SiteCall) -> bool:
         return True
     batch, q_len = query.shape[:2]
     temporaries = 3 * batch * num_heads * q_len * q_len * query.element_size()
-    policy = call.policy
-    if policy.mode == "auto" and q_len <= policy.min_tokens:
-        return False
-    return policy.by_rows(q_len, temporaries, call.free(query.device))
+    return call.by_rows(q_len, temporaries, query.device)
 
 
 def multihead(

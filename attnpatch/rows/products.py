@@ -170,7 +170,7 @@ def _may_be_scores(product: Product, call: SiteCall) -> bool:
         return False
     # Scores, what softmax makes of them, and one step between.
     temporaries = 3 * elements * product.left.element_size()
-    return call.policy.by_rows(q_len, temporaries, call.free(product.left.device))
+    return call.by_rows(q_len, temporaries, product.left.device)
 
 
 def _call(

@@ -71,11 +71,8 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
     q_len, kv_len = query.shape[-2], key.shape[-2]
     if site.policy.mode != "always":
         fused = fused_choice(call) != MATH_KERNEL
-        by_rows = False
-        if not fused and site.policy.mode == "auto" and q_len > site.policy.min_tokens:
-            scores = math.prod(query.shape[:-1]) * kv_len * query.element_size()
-            by_rows = site.policy.by_rows(q_len, DENSE_COPIES * scores, site.free(query.device))
-        if not by_rows:
+        scores = math.prod(query.shape[:-1]) * kv_len * query.element_size()
+        if fused or not site.by_rows(q_len, DENSE_COPIES * scores, query.device):
             try:
                 result = F.scaled_dot_product_attention(*args, **kwargs)
                 site.tally.count("fused" if fused else "native")
