@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.recorder import Heads, Maps, Recorder, SiteFacts
+from attnpatch.capture.maps import Maps
+from attnpatch.capture.observer import SiteFacts
+from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
 from attnpatch.hosts import transformers as host
 from attnpatch.patching.patch import Patch, patch_of

@@ -1,9 +1,7 @@
 """BlockMap: which block attends to which, labelled, and saved without pickle."""
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
@@ -12,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from attnpatch.capture import picture
+from attnpatch.capture import picture, storage
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -24,9 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NORMALIZATIONS = ("none", "row", "density", "column")
-FILE_FORMAT = "attnpatch.block_map"
-FILE_VERSION = "1"
-
 _TENSORS = ("mass", "query_sizes", "key_sizes")
 _MEANING = {
     "none": "attention mass, mean over the query tokens",
@@ -256,25 +249,9 @@ class BlockMap:
         Raises:
             BlockMapFileError: The file cannot be written.
         """
-        path = Path(path)
         names = [f.name for f in fields(self) if f.name not in _TENSORS]
-        header = {"format": FILE_FORMAT, "version": FILE_VERSION}
-        header["block_map"] = json.dumps({name: getattr(self, name) for name in names})
-        data = to_safetensors({name: getattr(self, name).contiguous() for name in _TENSORS}, header)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            problem = error.strerror or error
-            raise BlockMapFileError(f"cannot write {path}: {problem}; choose a path that can be.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return path
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        return storage.write(Path(path), tensors, {name: getattr(self, name) for name in names})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BlockMap":
@@ -283,30 +260,13 @@ class BlockMap:
         Raises:
             BlockMapFileError: The file is missing, cut short, of another kind or version, or incomplete.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise BlockMapFileError(f"there is no file {path}; give the path that BlockMap.save was given.")
-        again = "capture and save it again."
+        content = storage.read(Path(path))
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BlockMapFileError(f"{path} is cut short or no block map ({error}); {again}") from error
-        if header.get("format") != FILE_FORMAT:
-            raise BlockMapFileError(f"{path} is safetensors but no block map; give what BlockMap.save wrote.")
-        if header.get("version") != FILE_VERSION:
-            raise BlockMapFileError(
-                f"{path} has version {header.get('version')!r}, this attnpatch reads {FILE_VERSION!r}; read "
-                f"it with the attnpatch that wrote it, or {again}"
-            )
-        try:
-            content = json.loads(header["block_map"])
-            return cls(**{f.name: (tensors if f.name in _TENSORS else content)[f.name] for f in fields(cls)})
+            return cls(**{f.name: content[f.name] for f in fields(cls)})
         except KeyError as error:
-            raise BlockMapFileError(f"{path} lacks {error}; {again}") from error
+            raise BlockMapFileError(f"{path} lacks {error}; {storage.AGAIN}") from error
         except (ValueError, TypeError, CaptureError) as error:
-            raise BlockMapFileError(f"{path} is damaged ({error}); {again}") from error
+            raise BlockMapFileError(f"{path} is damaged ({error}); {storage.AGAIN}") from error
 
     @property
     def _batched(self) -> bool:

@@ -1,0 +1,217 @@
+"""Adds the probabilities of one attention call to block sums, tile by tile."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from attnpatch.capture.blocks import Partition
+from attnpatch.capture.mass import accumulate_block_mass, add_run
+from attnpatch.errors import CaptureError
+
+if TYPE_CHECKING:
+    from attnpatch.capture.recorder import Recorder
+
+# Blocks of fewer rows than this in a tile are summed together by one product.
+_SHORT_RUN = 8
+
+
+class Passing(Protocol):
+    """Where a tile of probabilities belongs (``attnpatch.rows`` makes them)."""
+
+    leads: torch.Tensor
+    rows: tuple[int, int]
+    lead_count: int
+    q_len: int
+    kv_len: int
+    weights: torch.Tensor | None
+
+
+class HostCall(Protocol):
+    """What is known of a call of the model (``attnpatch.hosts`` reads it)."""
+
+    batch: int
+    past: int
+
+    def go_on(self, before: Any) -> None:
+        """Take over what the call before knew of the tokens in the cache."""
+
+
+@dataclasses.dataclass
+class SiteFacts:
+    """What is known of a call of one site.
+
+    Attributes:
+        query_mask, key_mask: Bool ``[batch, tokens]``, real tokens on either side; ``None``: all.
+        cross: Whether it looks at another sequence.
+        tokens: Query tokens it is called with, or ``None``.
+    """
+
+    query_mask: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    cross: bool
+    tokens: int | None
+
+
+@dataclasses.dataclass
+class Record:
+    """Sums of one site over one sequence and its continuations.
+
+    Attributes:
+        query, key: Blocks on either side.
+        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
+        counts: float64 ``[batch, query_blocks]``, query tokens summed.
+        num_heads: Heads that were summed into one, or kept apart.
+    """
+
+    query: Partition
+    key: Partition
+    sums: torch.Tensor
+    counts: torch.Tensor
+    num_heads: int
+
+
+class SiteObserver:
+    """Adds the tiles of one call of one site to its record."""
+
+    def __init__(self, recorder: Recorder, name: str, call: HostCall, facts: SiteFacts) -> None:
+        self.recorder, self.name, self.call, self.facts = recorder, name, call, facts
+        self.record: Record | None = None
+        self.before: Record | None = None
+
+    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        """Add ``[leads, rows, kv_len]`` probabilities."""
+        if self.facts.tokens == 1 and passing.q_len > 1:
+            probabilities, passing = _heads_as_leads(probabilities, passing)
+        batch = self.call.batch
+        if passing.lead_count % batch:
+            raise CaptureError(
+                f"{self.name} attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: "
+                "its sequence is cut into windows, which block maps over the sequence cannot show"
+            )
+        num_heads = passing.lead_count // batch
+        if self.record is None:
+            self.record = self._open(passing, num_heads)
+        low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
+        sequences, heads = passing.leads // num_heads, passing.leads % num_heads
+        for b in sequences.unique().tolist():
+            mine = sequences == b
+            numbers = heads[mine].tolist()
+            tile, weights = probabilities, passing.weights
+            if len(numbers) < len(mine):
+                mine = mine.to(probabilities.device)
+                tile, weights = tile[mine], None if weights is None else weights[mine]
+            if 0 in numbers:
+                block = self.record.query.assignment[b, low:high]
+                self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
+            for place, chosen in self._places(numbers, num_heads):
+                some = None if weights is None else weights[chosen]
+                self._add(b, place, tile[chosen], some, low, high)
+
+    def _places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
+        """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
+        if self.recorder.heads == "mean":
+            yield slice(0, 1), slice(None)
+        elif self.recorder.heads == "all":
+            yield slice(numbers[0], numbers[-1] + 1), slice(None)
+        else:
+            for place, head in enumerate(self.recorder.head_numbers(num_heads)):
+                if head in numbers:
+                    i = numbers.index(head)
+                    yield slice(place, place + 1), slice(i, i + 1)
+
+    def _add(
+        self, b: int, place: slice, tile: torch.Tensor, weights: torch.Tensor | None, low: int, high: int
+    ) -> None:
+        """Add ``[heads, rows, kv_len]``, the query tokens ``low:high`` of sequence ``b``."""
+        assert self.record is not None
+        sums, columns = self.record.sums[b, place], self._columns[b, : tile.shape[-1]]
+        runs = self._runs[b]
+        first = bisect.bisect_right(runs, low, key=lambda run: run[1])
+        last = bisect.bisect_left(runs, high, key=lambda run: run[0])
+        if (last - first) * _SHORT_RUN <= high - low:
+            for start, stop, block in runs[first:last]:
+                rows = slice(max(start, low) - low, min(stop, high) - low)
+                add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
+            return
+        if weights is not None:
+            tile = tile * weights.unsqueeze(-1)
+        query = self.record.query.assignment[b : b + 1, low:high]
+        accumulate_block_mass(sums[None], tile[None], query, columns[None])
+
+    def _open(self, passing: Passing, num_heads: int) -> Record:
+        """The record of this site, grown to the length the sequence has now."""
+        recorder, batch = self.recorder, self.call.batch
+        total = self.call.past + passing.q_len
+        query_valid = self._valid(self.facts.query_mask, total)
+        query = recorder.query_blocks.resolve(query_valid)
+        if self.facts.cross:
+            key = recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
+        elif recorder.query_blocks == recorder.key_blocks:
+            key = query
+        else:
+            key = recorder.key_blocks.resolve(query_valid)
+        # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
+        assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
+        room = passing.kv_len - assignment.shape[1]
+        # The last bin takes the keys of no block, so that none has to be left out of a sum.
+        columns = torch.nn.functional.pad(assignment, (0, room), value=-1)
+        self._columns = torch.where(columns < 0, key.num_blocks, columns)
+        self._runs = [_runs_of(row) for row in query.assignment]
+        width = 1 if recorder.heads == "mean" else len(recorder.head_numbers(num_heads))
+        sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
+        counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
+        records = recorder.sequences[-1]
+        self.before = old = records.get(self.name)
+        if old is not None:
+            if old.sums.shape[:2] != sums.shape[:2]:
+                raise CaptureError(
+                    f"{self.name} went on with {batch} sequences of {width} heads after {old.sums.shape[0]} of "
+                    f"{old.sums.shape[1]}; capture calls of one batch size at a time"
+                )
+            sums[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.sums[..., :-1]
+            counts[:, : old.counts.shape[1]] = old.counts
+        records[self.name] = Record(query, key, sums, counts, num_heads)
+        return records[self.name]
+
+    def restart(self) -> None:
+        """Forget the tiles of this call."""
+        if self.record is None:
+            return
+        records = self.recorder.sequences[-1]
+        if self.before is None:
+            del records[self.name]
+        else:
+            records[self.name] = self.before
+        self.record = None
+
+    def _valid(self, mask: torch.Tensor | None, total: int) -> torch.Tensor:
+        """Which of ``total`` positions are real tokens; all, unless a mask of that length says otherwise."""
+        if mask is not None and mask.shape == (self.call.batch, total):
+            return mask
+        return torch.ones(self.call.batch, total, dtype=torch.bool)
+
+
+def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
+    """First token, one past the last, and block of every run of neighbours in one block."""
+    changes = (assignment[1:] != assignment[:-1]).nonzero().flatten() + 1
+    bounds = [0, *changes.tolist(), len(assignment)]
+    blocks = assignment[bounds[:-1]].tolist() if len(assignment) else []
+    runs = zip(bounds[:-1], bounds[1:], blocks, strict=False)
+    return [(start, stop, block) for start, stop, block in runs if block >= 0]
+
+
+def _heads_as_leads(probabilities: torch.Tensor, passing: Passing) -> tuple[torch.Tensor, Passing]:
+    """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
+    low, high = passing.rows
+    leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
+    count = passing.lead_count * passing.q_len
+    weights = None if passing.weights is None else passing.weights.reshape(-1, 1)
+    changed = dataclasses.replace(
+        passing, leads=leads, rows=(0, 1), lead_count=count, q_len=1, weights=weights
+    )  # type: ignore[type-var]
+    return probabilities.reshape(len(leads), 1, -1), changed
