@@ -74,6 +74,20 @@ def test_several_kinds_need_a_name():
     assert len(maps.keys()) == 3
 
 
+def test_generate_of_an_encoder_decoder_is_one_sequence():
+    """The encoder is called apart from the model and before it."""
+    case = zoo.BY_NAME["t5"]
+    model = case.build("sdpa")
+    ids = case.inputs("none", torch.float32)["input_ids"]
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert len(maps.sequences) == 1
+    assert len(maps.keys()) == 3
+    cross = next(key for key in maps.keys() if "EncDec" in key)  # noqa: SIM118
+    assert maps[cross].metadata["tokens"] == ids.shape[1]
+    torch.testing.assert_close(maps[cross].mass.sum(-1), torch.ones(maps[cross].mass.shape[:-1]))
+
+
 def test_windows_are_refused():
     """Attention in windows that span the batch: no map over a sequence can show that."""
 

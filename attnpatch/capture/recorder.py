@@ -79,6 +79,8 @@ class Recorder:
         self.call: HostCall | None = None
         self.last: HostCall | None = None
         self.sequences: list[dict[str, Record]] = []
+        # Whether the last sequence has only been seen by a part of the model, as generate() runs an encoder first.
+        self.is_partial = False
 
     def _chosen(self, names: Sequence[str], layers: Sequence[int] | None, sites: str | None) -> set[str]:
         matching = [name for name in names if sites is None or fnmatch.fnmatchcase(name, sites)]
@@ -111,10 +113,11 @@ class Recorder:
         """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
         before, self.call = self.last, self.read_call(args, kwargs, True)
         self.last = self.call
-        if self.call.past == 0 or not self.sequences:
+        if (self.call.past == 0 and not self.is_partial) or not self.sequences:
             self.sequences.append({})
-        elif before is not None:
+        elif self.call.past and before is not None:
             self.call.go_on(before)
+        self.is_partial = False
 
     def end_call(self) -> None:
         self.call = None
@@ -127,7 +130,7 @@ class Recorder:
         """Who looks at the call of a site that is about to be made."""
         call = self.call
         if call is None:
-            # A part of the model was called by itself (generate() calls an encoder so).
+            self.is_partial = True
             call = self.read_call(args, kwargs, False)
             if not self.sequences or site.name in self.sequences[-1]:
                 self.sequences.append({})

@@ -69,6 +69,7 @@ def choose(
     device: torch.device,
     shrink: int = 1,
     grain: Grain = Grain(),
+    free: int | None = None,
 ) -> Steps:
     """Steps for a recipe.
 
@@ -80,6 +81,7 @@ def choose(
         device: Where it runs.
         shrink: Divides the step; doubled after an out-of-memory error.
         grain: Where rows may be cut.
+        free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
 
     Returns:
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
@@ -90,6 +92,8 @@ def choose(
     if row is None:
         return Steps([{}], None, [])
     elements = (CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize
+    if free is not None:
+        elements = min(elements, free // (2 * LIVE_COPIES * itemsize))
     if policy.workspace_bytes is not None:
         elements = min(elements, policy.workspace_bytes // (LIVE_COPIES * itemsize))
     elements = max(1, elements // shrink)

@@ -12,7 +12,7 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows.axes import Tile
 from attnpatch.rows.recipe import Node, Run, graph, tensors_of
-from attnpatch.rows.replay import Replay
+from attnpatch.rows.replay import Look, Replay
 
 
 class Tally(Protocol):
@@ -88,6 +88,12 @@ class SiteCall:
             self.decisions[size] = self.policy.by_rows(q_len, temporaries, self.free(device))
         return self.decisions[size]
 
+    def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
+        """Compute a recipe by rows, under the policy of the site."""
+        # On CPU a step is a few MiB, whatever is free.
+        free = None if node.device.type == "cpu" else self.free(node.device)
+        return Replay(node, self.policy, watched, self.step_retried if watched else self.retried, free)()
+
     def retried(self) -> None:
         self.tally.count("retried")
 
@@ -119,7 +125,7 @@ class Handle:
         """The whole tensor, computed by rows; ``operation`` is what asked for it."""
         if self.value is None:
             self.call.tally.materialised(operation)
-            self.value = Replay(self.node, self.call.policy, on_retry=self.call.retried)()
+            self.value = self.call.replay(self.node)
             _PENDING.discard(self)
         return self.value
 
@@ -135,7 +141,7 @@ class Handle:
         common = set.intersection(*reach)
         base = max((nodes[i] for i in common), key=lambda node: len(list(graph(node))))
         self.call.tally.materialised(operation)
-        tensor = Replay(base, self.call.policy, on_retry=self.call.retried)()
+        tensor = self.call.replay(base)
         for member in members:
             run = Run(member.node)
             run.fix(base, tensor)

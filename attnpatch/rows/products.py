@@ -14,7 +14,7 @@ from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves,
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.recipe import Call, Leaf, Node, graph
-from attnpatch.rows.replay import Look, Replay
+from attnpatch.rows.replay import Look
 
 NAMES = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
 # Steps between softmax and the product with the values that do not change what is attended to.
@@ -242,7 +242,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         # Heads are mixed: one more step. A sum over rows is no attention: the guess was wrong.
         return NotImplemented if any(axis.kind == ROW for axis in leaves(summed)) else wrap(call, site)
     site.tally.count("by_rows")
-    return Replay(call, site.policy, _watch(node, leaves(summed), site), site.step_retried)()
+    return site.replay(call, _watch(node, leaves(summed), site))
 
 
 def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:

@@ -34,6 +34,7 @@ class Replay:
         policy: Tile sizes and the workspace.
         watched: A node of the recipe to show, and who looks; ``None``: nobody.
         on_retry: Called when a step ran out of memory and is tried again, smaller.
+        free: Free bytes on the device; ``None``: plenty.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Replay:
         policy: Policy,
         watched: tuple[Node, Look] | None = None,
         on_retry: Callable[[], None] = lambda: None,
+        free: int | None = None,
     ) -> None:
-        self.node, self.policy, self.watched, self.on_retry = node, policy, watched, on_retry
+        self.node, self.policy, self.watched, self.on_retry, self.free = node, policy, watched, on_retry, free
         self.shrink = 1
 
     def __call__(self) -> torch.Tensor:
@@ -57,7 +59,7 @@ class Replay:
         if not needs_grad:
             return self.forward()
         copy, copies, tensors = unbound(self.node)
-        return _ByRows.apply(self, Replay(copy, self.policy), copies, *tensors)
+        return _ByRows.apply(self, Replay(copy, self.policy, free=self.free), copies, *tensors)
 
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
@@ -73,7 +75,7 @@ class Replay:
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)
         grain = getattr(self.node, "grain", Grain())
-        return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain)
+        return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free)
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
         steps = self._steps(run)

@@ -12,7 +12,7 @@ from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.recipe import Context, Leaf, Node, Run
-from attnpatch.rows.replay import Replay, is_out_of_memory
+from attnpatch.rows.replay import is_out_of_memory
 from attnpatch.rows.showing import show, with_lse
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
@@ -85,7 +85,7 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
         site.tally.count("native")
         return F.scaled_dot_product_attention(*args, **kwargs)
     site.tally.count("by_rows")
-    return Replay(recipe(call), site.policy, on_retry=site.retried)()
+    return site.replay(recipe(call))
 
 
 def _can_be_cut(call: dict[str, Any]) -> bool:
