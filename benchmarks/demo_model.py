@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 import time
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from attnpatch.demo.conversations import Conversation, held_out_conversation
 
 MODEL = Path(__file__).parents[1] / "attnpatch" / "demo" / "model"
 SHORTEST, LONGEST = 1000, 4600
-# Seeds of the conversations the layer is chosen on; those measured start at 0.
-LAYER_SEEDS = 1_000_000
+# Seeds of the conversations the layer is chosen on, and of those one is picked from; those measured start at 0.
+LAYER_SEEDS, PICK_SEEDS = 1_000_000, 2_000_000
 
 
 def load(folder: Path):
@@ -94,20 +94,20 @@ def greedy_answer(model, tokenizer, conversation: Conversation, max_new_tokens: 
     return text if ended else f"{text} ..."
 
 
-def choose_layer(model, tokenizer, count: int) -> tuple[int, list[float]]:
+def choose_layer(model, tokenizer, number: int) -> tuple[int, list[float]]:
     """The layer whose strongest message is most often the right one, and that share for every layer."""
     hits = torch.zeros(model.config.num_hidden_layers)
-    for seed in range(LAYER_SEEDS, LAYER_SEEDS + count):
+    for seed in range(LAYER_SEEDS, LAYER_SEEDS + number):
         conversation = conversation_of(seed)
         hits += answer_attention(model, tokenizer, conversation).argmax(-1) == conversation.fact_message
-    return int(hits.argmax()), (hits / count).tolist()
+    return int(hits.argmax()), (hits / number).tolist()
 
 
-def measure(model, tokenizer, layer: int, count: int) -> dict:
-    """Both figures over ``count`` conversations, with what went wrong."""
+def measure(model, tokenizer, layer: int, number: int) -> dict:
+    """Both figures over ``number`` conversations, with what went wrong."""
     exact = strongest = 0
     mass, lengths, missed = [], [], []
-    for seed in range(count):
+    for seed in range(number):
         conversation = conversation_of(seed)
         lengths.append(message_ends(tokenizer, conversation.messages)[-1])
         reply = greedy_answer(model, tokenizer, conversation)
@@ -128,13 +128,25 @@ def measure(model, tokenizer, layer: int, count: int) -> dict:
                 }
             )
     return {
-        "conversations": count,
+        "conversations": number,
         "tokens": [min(lengths), max(lengths)],
-        "exact": exact / count,
-        "fact_block_strongest": strongest / count,
-        "mean_mass_on_fact": sum(mass) / count,
+        "exact": exact / number,
+        "fact_block_strongest": strongest / number,
+        "mean_mass_on_fact": sum(mass) / number,
         "missed": missed,
     }
+
+
+def pick(model, tokenizer, layer: int, num_tokens: int = 4300) -> tuple[int, Conversation]:
+    """The first conversation of that length with the fact in its first half, answered from the right message."""
+    for seed in count(PICK_SEEDS):
+        conversation = held_out_conversation(seed, num_tokens)
+        early = conversation.fact_message < len(conversation.messages) // 2
+        if not early or greedy_answer(model, tokenizer, conversation) != conversation.answer:
+            continue
+        if int(answer_attention(model, tokenizer, conversation)[layer].argmax()) == conversation.fact_message:
+            return seed, conversation
+    raise AssertionError("count() does not end")
 
 
 def table(figures: dict) -> str:
@@ -169,6 +181,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--pick", type=Path, help="only write a conversation of over 4,096 tokens to ship here"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model)

@@ -70,7 +70,7 @@ STAGES = (
     Stage(steps=160, shortest=40, longest=128, tokens=1536, learning_rate=1.2e-3, scaffold=1.0),
     Stage(steps=450, shortest=192, longest=512, tokens=3072, learning_rate=1.2e-3, scaffold=1.0),
     Stage(steps=100, shortest=512, longest=2048, tokens=6144, learning_rate=8e-4, scaffold=1.0),
-    Stage(steps=60, shortest=2048, longest=MAX_TOKENS, tokens=9200, learning_rate=5e-4),
+    Stage(steps=90, shortest=2048, longest=MAX_TOKENS, tokens=9200, learning_rate=6e-4),
 )
 
 
