@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -172,7 +173,10 @@ def test_replicas_of_data_parallel_run_their_own_weights():
     assert replica.forward.__self__ is replica
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=NO_COMPILER)])
 def test_compiled_in_one_graph(backend):
     torch.compiler.reset()
     model = zoo.BY_NAME["einsum"].build("torch")
