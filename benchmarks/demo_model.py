@@ -38,7 +38,7 @@ def load(folder: Path):
 
 def conversation_of(seed: int) -> Conversation:
     """Held-out conversation ``seed``, its length drawn uniformly from the range measured."""
-    length = random.Random(f"length {seed}").randint(SHORTEST, LONGEST - 80)
+    length = random.Random(f"length {seed}").randint(SHORTEST + 40, LONGEST - 80)
     return held_out_conversation(seed, length)
 
 

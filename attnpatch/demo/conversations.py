@@ -136,6 +136,7 @@ class _Writer:
         self.asked: list[tuple[int, int]] = []
         self.people: Sequence[str] = phrases.PEOPLE
         self.things: Sequence[str] = phrases.NAMED_THINGS + phrases.NUMBERED_THINGS
+        self.listening = 0.0
 
     def add(self, role: str, content: str) -> int:
         """Append a message and return its index."""
@@ -235,7 +236,12 @@ class _Writer:
         if draw < mix.facts:
             self.state(self.new_fact())
         elif draw < mix.facts + mix.questions:
-            self.ask_and_answer() if self.open else self.state(self.new_fact())
+            if self.tokens < self.listening and self.rng.random() < 0.5:
+                self.small_talk()
+            elif self.tokens < self.listening or not self.open:
+                self.state(self.new_fact())
+            else:
+                self.ask_and_answer()
         elif draw < mix.facts + mix.questions + mix.mentions:
             self.mention()
         else:
@@ -247,16 +253,20 @@ class _Writer:
         return Conversation(self.messages, self.facts[fact], fact.value, self.asked)
 
 
-def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE) -> Conversation:
+def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE, listen: float = 0.0) -> Conversation:
     """A conversation full of questions, none of whose facts is held out.
 
     Args:
         seed: Same seed, same conversation.
         max_tokens: Length aimed at, in tokens; reached within one exchange, with the final answer included.
         mix: What it is made of.
+        listen: Nobody asks anything in up to this share of the conversation, its first part. Asked as they come,
+            facts seldom get old.
     """
     writer = _Writer(random.Random(f"training {seed}"), mix, held_out=False)
     writer.crowd(num_facts=max_tokens // 40)
+    if listen:
+        writer.listening = writer.rng.uniform(0, listen) * max_tokens
     writer.state(writer.new_fact())
     while writer.tokens < max_tokens - 40:
         writer.exchange()
