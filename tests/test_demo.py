@@ -186,8 +186,8 @@ def check_runs(runs):
     eager, rows = by_name["eager", "native"], by_name["eager", "rows"]
     assert rows["identical"] and rows["difference"] == 0
     assert 0 < rows["peak"] < eager["peak"] / 2
-    # Were it 0, the comparison would be suspect: the fused kernel sums in another order.
-    assert 0 < by_name["sdpa", "rows"]["difference"] < 1e-3
+    # Were it 0, the comparison would be suspect: the fused kernel sums in another order. Logits reach tens.
+    assert 0 < by_name["sdpa", "rows"]["difference"] < 1e-2
     for one in runs:
         assert one["seconds"] > 0
         if one["way"] == "rows":

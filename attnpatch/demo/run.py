@@ -191,7 +191,8 @@ def tell(console: Console, conversation: Conversation, finding: Finding) -> None
         console.print(f"{name:<18}  {text}", markup=False)
     console.print(f"\nMost attended to by the answer (layer {finding.layer}, mean over heads):")
     for index in mass.topk(min(_SHOWN, len(mass))).indices.tolist():
-        console.print(f"  {mass[index]:6.1%}  {beginning(messages, index, 70)}", markup=False)
+        text = textwrap.indent(beginning(messages, index, 68), " " * 10)
+        console.print(f"  {mass[index]:6.1%}{text[8:]}", markup=False)
     console.print(f"\n{verdict(finding, fact)}", style="bold")
 
 
@@ -203,14 +204,15 @@ def verdict(finding: Finding, fact: int) -> str:
 
 
 def beginning(messages: list[Message], index: int, width: int) -> str:
-    """Number, role and as much of a message as fits."""
+    """Number, role and as much of a message as fits on two lines."""
     message = messages[index]
-    return textwrap.shorten(f"{index} {message['role']}: {message['content']}", width, placeholder=" ...")
+    text = f"{index} {message['role']}: {' '.join(message['content'].split())}"
+    return textwrap.fill(text, width, max_lines=2, placeholder=" ...")
 
 
 def write(out: Path, conversation: Conversation, finding: Finding) -> dict[str, Path]:
     """Write the pictures and the block map; what each is, and where."""
-    title = f"layer {finding.layer}, mean over heads: which message attends to which"
+    title = f"layer {finding.layer}, mean over heads; the answer is the last row"
     return {
         "the answer, drawn": draw_answer(conversation, finding, out / "answer.png"),
         "all messages, drawn": finding.block_map.plot(
@@ -262,10 +264,10 @@ def _draw_all(axes: "Axes", finding: Finding, fact: int, colours: list[str]) -> 
 
 def _draw_strongest(axes: "Axes", conversation: Conversation, finding: Finding, colours: list[str]) -> None:
     values, order = finding.mass.topk(min(_DRAWN, len(finding.mass)))
-    names = [beginning(conversation.messages, index, 70) for index in order.tolist()]
+    names = [beginning(conversation.messages, index, 64) for index in order.tolist()]
     bars = axes.barh(range(len(names)), values, color=[colours[index] for index in order.tolist()])
     axes.bar_label(bars, [f"{value:.1%}" for value in values.tolist()], padding=3, fontsize=9)
-    axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=8.5, parse_math=False)
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
