@@ -16,7 +16,7 @@ from attnpatch.demo.conversations import Conversation, held_out_conversation
 
 MODEL = run.FOLDER / "model"
 trained = pytest.mark.skipif(
-    not (MODEL / "config.json").is_file(), reason="the demo model is not trained yet"
+    not (run.FOLDER / "conversation.json").is_file(), reason="the demo model is not trained yet"
 )
 PNG = b"\x89PNG\r\n\x1a\n"
 
