@@ -189,6 +189,11 @@ def main() -> None:
     model, tokenizer = load(options.model)
     start = time.monotonic()
     layer, shares = choose_layer(model, tokenizer, options.layer_conversations)
+    if options.pick:
+        seed, conversation = pick(model, tokenizer, layer)
+        conversation.save(options.pick)
+        print(f"layer {layer}, seed {seed}: {options.pick}")
+        return
     figures = {
         "layer": layer,
         "layer_shares": shares,
