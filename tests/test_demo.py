@@ -15,9 +15,6 @@ from attnpatch.demo import run, worker
 from attnpatch.demo.conversations import Conversation, held_out_conversation
 
 MODEL = run.FOLDER / "model"
-trained = pytest.mark.skipif(
-    not (run.FOLDER / "conversation.json").is_file(), reason="the demo model is not trained yet"
-)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -129,7 +126,6 @@ def shipped():
     return worker.load(MODEL, "sdpa")
 
 
-@trained
 def test_attention_of_the_answer_is_the_dense_one(shipped):
     model, tokenizer = shipped
     conversation = held_out_conversation(3, 450)
@@ -148,7 +144,6 @@ def test_attention_of_the_answer_is_the_dense_one(shipped):
     torch.testing.assert_close(found.mass.double(), torch.stack(dense), atol=1e-6, rtol=0)
 
 
-@trained
 def test_without_an_evaluation_the_question_does_not_choose_the_layer(shipped):
     model, tokenizer = shipped
     found = run.look(model, tokenizer, held_out_conversation(4, 450), None)
@@ -156,7 +151,6 @@ def test_without_an_evaluation_the_question_does_not_choose_the_layer(shipped):
     assert found.layer == int(earlier.argmax())
 
 
-@trained
 @pytest.mark.slow
 def test_demo_from_start_to_end(tmp_path):
     command = [sys.executable, "-m", "attnpatch", "demo", "--out", "shown", "--json", "figures.json"]
