@@ -115,12 +115,12 @@ def plot(results: dict[str, object], path: pathlib.Path) -> None:
 
     cases = [entry for entry in PAIRS if entry[0] in results]
     titles = {
-        "eager": "eager attention\n8,192 tokens",
-        "sdpa": "fused attention\n8,192 tokens",
-        "capture": "fused, block maps\n8,192 tokens",
-        "training": "eager, training\n4,096 tokens",
+        "eager": "eager\n8,192 tokens",
+        "sdpa": "fused\n8,192 tokens",
+        "capture": "fused with\nblock maps",
+        "training": "training\n4,096 tokens",
     }
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, key, label in zip(
         figure.subplots(1, 2), ("seconds", "peak"), ("seconds", "GB beyond the model"), strict=True
     ):
