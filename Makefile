@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test venv lint bench clean
+.PHONY: demo demo-figures test venv lint bench clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 lint: venv
 	$(BIN)/ruff check attnpatch tests examples benchmarks
 	$(BIN)/ruff format --check attnpatch tests examples benchmarks
+
+demo-figures: venv
+	$(BIN)/python -m benchmarks.demo_model
 
 bench: venv
 	$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|demo]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -148,7 +148,7 @@ def plot(results: dict[str, object], path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "demo", "table"]
+        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "table"]
     )
     parser.add_argument("--only", nargs="*", default=[], help="names of cases, for 'all'")
     options = parser.parse_args()
@@ -160,10 +160,6 @@ def main() -> None:
         results = json.loads(RESULTS.read_text())
         plot(results, HERE.parent / "docs" / "benchmarks.png")
         print(table(results))
-    elif options.what == "demo":
-        from benchmarks import demo_model
-
-        demo_model.main()
     else:
         from benchmarks import kernels
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import attnpatch
 from attnpatch.demo.conversations import Conversation, held_out_conversation
 
 MODEL = Path(__file__).parents[1] / "attnpatch" / "demo" / "model"
@@ -31,8 +32,8 @@ LAYER_SEEDS, PICK_SEEDS = 1_000_000, 2_000_000
 
 
 def load(folder: Path):
-    """The model in float32 with eager attention, which returns its probabilities, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    """The model in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -56,7 +57,7 @@ def answer_attention(model, tokenizer, conversation: Conversation) -> torch.Tens
     """Attention mass the expected answer puts on each message before it.
 
     Args:
-        model: Causal language model with eager attention.
+        model: Causal language model.
         tokenizer: Its tokenizer, with a chat template.
         conversation: Ends with a question; the expected answer is appended as the last message.
 
@@ -68,22 +69,17 @@ def answer_attention(model, tokenizer, conversation: Conversation) -> torch.Tens
     ends = message_ends(tokenizer, messages)
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
     prefix, answer = ids[:, : ends[-2]], ids[:, ends[-2] :]
-    # The prefix runs without its probabilities; only the answer's rows of them are ever built.
-    model.set_attn_implementation("sdpa")
     cache = model(prefix, use_cache=True, logits_to_keep=1).past_key_values
-    model.set_attn_implementation("eager")
-    attentions = model(answer, past_key_values=cache, output_attentions=True).attentions
-    rows = torch.stack([layer[0].mean(dim=(0, 1)) for layer in attentions])
-    starts = [0, *ends[:-2]]
-    return torch.stack(
-        [rows[:, start:end].sum(-1) for start, end in zip(starts, ends[:-1], strict=True)], dim=-1
-    )
+    # Only the answer's rows are asked for: the prefix runs before the capture begins.
+    blocks = attnpatch.Blocks.spans(list(zip([0, *ends[:-1]], ends, strict=True)))
+    with attnpatch.capture(model, blocks=blocks) as maps:
+        model(answer, past_key_values=cache)
+    return maps.block_map.mass[:, -1, :-1]
 
 
 @torch.inference_mode()
 def greedy_answer(model, tokenizer, conversation: Conversation, max_new_tokens: int = 12) -> str:
     """What the model replies to the last question."""
-    model.set_attn_implementation("sdpa")
     inputs = tokenizer.apply_chat_template(
         conversation.messages, add_generation_prompt=True, return_tensors="pt"
     )
