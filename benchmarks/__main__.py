@@ -147,9 +147,7 @@ def plot(results: dict[str, object], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "table"]
-    )
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "tiles", "rounding", "table"])
     parser.add_argument("--only", nargs="*", default=[], help="names of cases, for 'all'")
     options = parser.parse_args()
     if options.what == "all":
