@@ -381,3 +381,41 @@ def test_bits(spelling, q_len, kv_len, head_dim, rows, tile_heads, dtype):
     with by_rows(model, CASE, rows=rows, heads=tile_heads):
         got = model(**spelling.tensors())
     assert zoo.equal_with_nan(got, native), f"differs by at most {(got - native).abs().max()}"
+
+
+KEYWORDS = [
+    lambda s: torch.softmax(input=s, dim=-1),
+    lambda s: torch.unsqueeze(input=s, dim=0)[0].softmax(dim=-1),
+    lambda s: torch.transpose(input=s, dim0=-1, dim1=-2).mT.softmax(-1),
+    lambda s: torch.squeeze(input=s[None], dim=0).softmax(-1),
+    lambda s: torch.mul(input=s, other=2.0).softmax(-1),
+    lambda s: torch.reshape(input=s, shape=s.shape).softmax(-1),
+    lambda s: torch.permute(input=s, dims=(0, 1, 2, 3)).softmax(-1),
+    lambda s: torch.narrow(input=s, dim=0, start=0, length=s.shape[0]).softmax(-1),
+    lambda s: torch.flatten(input=s, start_dim=0, end_dim=1).unflatten(dim=0, sizes=s.shape[:2]).softmax(-1),
+    lambda s: torch.cat(tensors=[s, s], dim=-1).softmax(-1)[..., : s.shape[-1]],
+    lambda s: torch.where(condition=s > 0, input=s, other=s * 2).softmax(-1),
+    lambda s: (s - torch.max(input=s, dim=-1, keepdim=True).values).softmax(-1),
+    lambda s: (
+        torch.arange(s.shape[0])[(s > -1e9).sum((1, 2, 3)).clamp(max=0)].reshape(-1, 1, 1, 1) + s.softmax(-1)
+    ),
+]
+
+
+@pytest.mark.parametrize("spelling", range(len(KEYWORDS)))
+def test_arguments_by_keyword(spelling):
+    """What torch takes by keyword is taken by keyword."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return KEYWORDS[spelling](query @ key.mT) @ value
+
+    import attnpatch
+
+    attnpatch.register(Attention)
+    model = torch.nn.Sequential(Attention())
+    query, key, value = (zoo.floats(2, 4, 19, 8, seed=i) for i in range(3))
+    native = model[0](query, key, value)
+    with attnpatch.patched(model, mode="always", rows=5):
+        got = model[0](query, key, value)
+    assert torch.equal(got, native)

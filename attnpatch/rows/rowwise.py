@@ -55,12 +55,14 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
     if not any(is_pending(value) for value in _tensors(args, kwargs)):
         return func(*args, **kwargs)
+    if not args and "input" in kwargs and name != "where":
+        args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
     if kwargs.get("out") is None:
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and is_pending(args[0]):
             return _in_place(name, func, args, kwargs)
         handler = HANDLERS.get(name)
-        if handler is not None:
+        if handler is not None and (name not in shaping.HANDLERS or is_pending(args[0])):
             result = handler(name, func, args, kwargs)
             if result is not NotImplemented:
                 return result
