@@ -11,8 +11,9 @@ import torch
 
 from attnpatch.policy import Policy
 from attnpatch.rows.axes import Tile
-from attnpatch.rows.recipe import Node, Run, graph, tensors_of
+from attnpatch.rows.recipe import Node, graph, tensors_of
 from attnpatch.rows.replay import Look, Replay
+from attnpatch.rows.run import Run
 
 
 class Tally(Protocol):

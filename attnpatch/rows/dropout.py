@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from attnpatch.rows.axes import Tile, take
-from attnpatch.rows.recipe import Node, Run
+from attnpatch.rows.recipe import Node
+from attnpatch.rows.run import Run
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

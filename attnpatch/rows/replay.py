@@ -12,7 +12,8 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows.axes import KEY, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Grain, Steps, choose
-from attnpatch.rows.recipe import Leaf, Node, Run, tensors_of, unbound
+from attnpatch.rows.recipe import Leaf, Node, tensors_of, unbound
+from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
 Look = Callable[[torch.Tensor, Tile], None]

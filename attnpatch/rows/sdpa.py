@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
-from attnpatch.rows.recipe import Context, Leaf, Node, Run
+from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.replay import is_out_of_memory
+from attnpatch.rows.run import Run
 from attnpatch.rows.showing import show, with_lse
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).

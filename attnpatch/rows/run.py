@@ -1,0 +1,128 @@
+"""One evaluation of a recipe, tile by tile: what is complete, what is kept, what may be overwritten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.rows.axes import Axis, Tile, all_leaves, leaves, take
+from attnpatch.rows.recipe import Call, Child, Cut, Leaf, Node, View, graph
+
+# Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
+_IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
+# Steps whose result may be their operand's memory.
+_ALIASES = frozenset(["permute", "to"])
+
+
+class Run:
+    """One evaluation of a recipe: which axes are complete, what is kept between tiles, where gradients go.
+
+    Args:
+        root: The node to compute.
+        bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
+        wanted: Leaves to take gradients for: their parts are cut from the graph and noted.
+    """
+
+    def __init__(
+        self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
+    ) -> None:
+        self.nodes = list(graph(root))
+        self._axes = {node: all_leaves(node.dims) for node in self.nodes}
+        self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
+        for axes in self._axes.values():
+            # One axis in two dimensions (a matrix added to its own transpose): a tile would be its diagonal only.
+            self.whole.update(axis for axis in axes if axes.count(axis) > 1)
+        self.bound = bound or {}
+        self.wanted = wanted
+        self.parts: list[tuple[Leaf, Tile, torch.Tensor]] = []
+        self.row: Axis | None = None
+        # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
+        # row axis goes by another name.
+        self.hoist = not wanted and not any(isinstance(node, Cut) for node in self.nodes)
+        self._uses: dict[Node, int] = {}
+        for node in self.nodes:
+            for child in node.children:
+                self._uses[child] = self._uses.get(child, 0) + 1
+        self._fixed: dict[Node, torch.Tensor] = {}
+        self._overwrites: dict[Node, bool] = {}
+        self._kept: dict[tuple[Node, Any], Any] = {}
+        self._moving: list[tuple[Node, Any]] = []
+
+    def keep(self, node: Node) -> None:
+        """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
+        self._uses[node] = self._uses.get(node, 0) + 2
+
+    def fix(self, node: Node, value: torch.Tensor) -> None:
+        """Take ``value`` for the whole of ``node`` instead of computing it."""
+        self._fixed[node] = value
+
+    def tensor(self, leaf: Leaf) -> torch.Tensor:
+        tensor = self.bound.get(leaf, leaf.tensor)
+        assert tensor is not None
+        return tensor
+
+    def value(self, node: Node, tile: Tile) -> Any:
+        """``node`` inside ``tile``; what does not depend on the row axis is computed once for all its tiles."""
+        if node in self._fixed:
+            return take(self._fixed[node], node.dims, tile)
+        own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
+        if isinstance(node, Leaf) and node not in self.wanted:
+            return node.compute(own, self)
+        fixed = self.hoist and self.row is not None and self.row not in own
+        if not fixed and self._uses.get(node, 0) < 2 and node not in self.wanted:
+            return node.compute(own, self)
+        key = (node, tuple(own.items()))
+        if key in self._kept:
+            return self._kept[key]
+        value = node.compute(own, self)
+        if node in self.wanted:
+            assert isinstance(node, Leaf)
+            value = value.detach().requires_grad_()
+            self.parts.append((node, own, value))
+        self._kept[key] = value
+        if not fixed:
+            self._moving.append(key)
+        return value
+
+    def may_overwrite(self, node: Call) -> bool:
+        """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
+        if node not in self._overwrites:
+            self._overwrites[node] = self._is_in_place(node)
+        return self._overwrites[node]
+
+    def _is_in_place(self, node: Call) -> bool:
+        name = getattr(node.func, "__name__", "")
+        first = node.args[0] if isinstance(node.args, tuple) and node.args else None
+        if self.wanted or torch.is_grad_enabled() or not isinstance(first, Child):
+            return False
+        operand = node.children[first.index]
+        if operand.dtype != node.dtype or len(operand.dims) != len(node.dims) or not self._owns(operand):
+            return False
+        if name == "softmax":
+            # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype): over the last dimension on CPU.
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            return dim in (-1, len(node.dims) - 1) and node.device.type == "cpu"
+        return name in _IN_PLACE
+
+    def _owns(self, node: Node) -> bool:
+        """Whether a node's value is made anew for each tile and used once."""
+        moves = self.row is None or not self.hoist or self.row in self._axes[node]
+        if isinstance(node, Leaf) or node in self._fixed or self._uses.get(node, 0) != 1 or not moves:
+            return False
+        if isinstance(node, View):
+            return not node.expand and self._owns(node.children[0])
+        if not isinstance(node, Call):
+            return False
+        return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
+
+    def next_rows(self) -> None:
+        """Forget what belonged to the rows just done."""
+        for key in self._moving:
+            self._kept.pop(key, None)
+        self._moving.clear()
+
+    def next_lead(self) -> None:
+        """Forget everything: other heads follow."""
+        self._kept.clear()
+        self._moving.clear()
