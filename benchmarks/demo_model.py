@@ -99,11 +99,11 @@ def choose_layer(model, tokenizer, number: int) -> tuple[int, list[float]]:
     return int(hits.argmax()), (hits / number).tolist()
 
 
-def measure(model, tokenizer, layer: int, number: int) -> dict:
-    """Both figures over ``number`` conversations, with what went wrong."""
+def measure(model, tokenizer, layer: int, number: int, first: int = FIRST_SEED) -> dict:
+    """Both figures over ``number`` conversations from seed ``first`` on, with what went wrong."""
     exact = strongest = 0
     mass, lengths, missed = [], [], []
-    for seed in range(number):
+    for seed in range(first, first + number):
         conversation = conversation_of(seed)
         lengths.append(message_ends(tokenizer, conversation.messages)[-1])
         reply = greedy_answer(model, tokenizer, conversation)
