@@ -27,7 +27,9 @@ from attnpatch.demo.conversations import Conversation, held_out_conversation
 
 MODEL = Path(__file__).parents[1] / "attnpatch" / "demo" / "model"
 SHORTEST, LONGEST = 1000, 4600
-# Seeds of the conversations the layer is chosen on, and of those one is picked from; those measured start at 0.
+# Nobody looked at the conversations measured while the training was worked out (it did at some below 10,000).
+FIRST_SEED = 20_000
+# Of the conversations the layer is chosen on, and of those one is picked from.
 LAYER_SEEDS, PICK_SEEDS = 1_000_000, 2_000_000
 
 
