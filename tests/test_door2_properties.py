@@ -419,3 +419,35 @@ def test_arguments_by_keyword(spelling):
     with attnpatch.patched(model, mode="always", rows=5):
         got = model[0](query, key, value)
     assert torch.equal(got, native)
+
+
+ALIASES = [
+    lambda s: (s.detach() * 2 + s).softmax(-1),
+    lambda s: (s.positive().mul(3) + s).softmax(-1),
+    lambda s: (s.to(s.dtype) * 2 + s.float()).softmax(-1),
+    lambda s: (s.transpose(-1, -2).mul(2).transpose(-1, -2) - s).softmax(-1),
+    lambda s: (s.view(-1, *s.shape[-2:]).exp().view(s.shape) + s).softmax(-1),
+    lambda s: (s[..., 1:].mul(2) + s[..., :-1]).softmax(-1) @ torch.ones(s.shape[-1] - 1, s.shape[-1]),
+    lambda s: s.softmax(-1) * s.detach().softmax(-1).mul(2),
+]
+
+
+@pytest.mark.parametrize("spelling", range(len(ALIASES)))
+def test_a_step_writes_over_nothing_that_is_still_needed(spelling):
+    """Two names of one tensor in one recipe: a step in place through one must not change the other."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            scores = (query @ key.mT) * 0.5
+            return ALIASES[spelling](scores) @ value
+
+    import attnpatch
+
+    attnpatch.register(Attention)
+    model = torch.nn.Sequential(Attention())
+    query, key, value = (zoo.floats(2, 4, 19, 8, seed=i) for i in range(3))
+    with torch.no_grad():
+        native = model[0](query, key, value)
+        with attnpatch.patched(model, mode="always", rows=5):
+            got = model[0](query, key, value)
+    torch.testing.assert_close(got, native)
