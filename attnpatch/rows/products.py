@@ -239,8 +239,12 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     call = _call(func, product, left, right, dims, (*summed, *added))
     site = deferred.handle.call
     if not any(axis.kind == KEY for axis in leaves(summed)):
-        # Heads are mixed: one more step. A sum over rows is no attention: the guess was wrong.
-        return NotImplemented if any(axis.kind == ROW for axis in leaves(summed)) else wrap(call, site)
+        if not any(axis.kind == ROW for axis in leaves(summed)):
+            # Heads are mixed: one more step.
+            return wrap(call, site)
+        # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
+        if not set(leaves(summed)) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
+            return NotImplemented
     site.tally.count("by_rows")
     return site.replay(call, _watch(node, leaves(summed), site))
 
