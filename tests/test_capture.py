@@ -151,3 +151,17 @@ def test_a_checkpointed_layer_is_seen_once():
         model(**inputs).logits.sum().backward()
     assert len(maps.sequences) == 2
     torch.testing.assert_close(maps.block_map.mass, plain.mass)
+
+
+def test_capture_under_autocast_changes_nothing():
+    """The fused operator that returns the logsumexp is not one autocast knows; the call itself is."""
+    model = LLAMA.build("sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        native = run(model)
+        with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+            captured = run(model)
+        with attnpatch.patched(model, mode="always", rows=32):
+            by_rows = run(model)
+    assert all(torch.equal(captured[name], native[name]) for name in native)
+    assert all(by_rows[name].dtype == native[name].dtype for name in native)
+    torch.testing.assert_close(maps.block_map.mass.sum(-1), torch.ones(maps.block_map.mass.shape[:-1]))

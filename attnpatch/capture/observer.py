@@ -85,6 +85,11 @@ class SiteObserver:
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
+        # Sums are products with ones, which autocast would take in half precision.
+        with torch.autocast(probabilities.device.type, enabled=False):
+            self._observe(probabilities, passing)
+
+    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         if self.facts.tokens == 1 and passing.q_len > 1:
             probabilities, passing = _heads_as_leads(probabilities, passing)
         batch = self.call.batch

@@ -62,8 +62,13 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
-    """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp."""
+    """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp.
+
+    Not under autocast, which knows the call and not the operator.
+    """
     query = call["query"]
+    if torch.is_autocast_enabled(query.device.type):
+        return False
     return query.device.type == "cpu" and query.dim() == 4 and fused_choice(call) != MATH_KERNEL
 
 
