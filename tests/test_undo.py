@@ -14,6 +14,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch import Blocks, errors
+from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.swap import STATE
 
 
@@ -110,6 +111,53 @@ def test_a_part_and_the_whole_are_not_patched_twice():
     with pytest.raises(errors.PatchError, match=r"model\.layers\.0.*patched already"):
         attnpatch.apply(model)
     assert snapshot(model) == before
+
+
+def automatic(model):
+    return Patch(model, attnpatch.Policy(mode="never"), automatic=True)
+
+
+def test_an_automatic_patch_gives_way():
+    """What somebody asks for lies on top of it, and leaves it as it was."""
+    model = small_llama()
+    plain = snapshot(model)
+    below = automatic(model)
+    before = snapshot(model)
+    with torch.no_grad():
+        native = run(model)
+        with attnpatch.patched(model.model, mode="always"):
+            assert torch.equal(run(model), native)
+            assert attnpatch.report(model.model).totals["by_rows"] == 2
+        assert snapshot(model) == before
+        attnpatch.apply(model.model.layers[1], mode="always")
+        assert torch.equal(run(model), native)
+        assert attnpatch.report(model.model.layers[1]).totals["by_rows"] == 1
+    below.take_out(model)
+    attnpatch.remove(model.model.layers[1])
+    assert snapshot(model) == plain
+
+
+def test_an_automatic_patch_goes_into_that_of_a_larger_model():
+    model = small_llama()
+    plain = snapshot(model)
+    automatic(model.model)
+    attnpatch.apply(model.model.layers[0].self_attn, mode="always")
+    outer = automatic(model)
+    assert [site.name for site in outer.sites] == ["", "model.layers.1.self_attn"]
+    assert patch_of(model.model) is None
+    outer.take_out(model)
+    attnpatch.remove(model.model.layers[0].self_attn)
+    assert snapshot(model) == plain
+
+
+def test_what_is_added_later_can_be_patched_too():
+    model = small_llama()
+    patch = automatic(model)
+    model.more = copy.deepcopy(zoo.BY_NAME["llama"].build("eager").model.layers[0].self_attn)
+    patch.complete(model)
+    assert [site.name for site in patch.sites][-1] == "more"
+    patch.take_out(model)
+    assert not any(STATE in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("what", [nn.Linear(3, 3), "a name", None])

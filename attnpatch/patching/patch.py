@@ -13,7 +13,7 @@ from torch import nn
 from attnpatch import memory
 from attnpatch.errors import PatchError
 from attnpatch.patching.registry import is_attention
-from attnpatch.patching.swap import STATE, can_swap, put_in, take_out
+from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows.deferred import Passing, SiteCall, pending
 from attnpatch.rows.fastpaths import opened
@@ -49,7 +49,8 @@ class Site:
         is_attention: Whether attention is watched inside it.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
-        previous, slot: What stood in the instance's forward slot, if anything did.
+        previous: What stood in the instance's forward slot, if anything did.
+        below: The site of another patch that this one lies on.
     """
 
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, is_attention: bool) -> None:
@@ -59,7 +60,7 @@ class Site:
         self.operations: Counter[str] = Counter()
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
-        self.slot: str | None = None
+        self.below: Site | None = None
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -175,43 +176,72 @@ def _most_rows(args: Any, kwargs: dict[str, Any]) -> int:
 class Patch:
     """The swapped forwards of one model.
 
+    Args:
+        model: What to patch.
+        policy: The rule.
+        automatic: Put in by the environment variable: nobody asked for this model, so it gives way to what somebody
+            asks for, which is laid on top of it, and goes into a larger model with the automatic patch of that one.
+        on_top: Lie on any patch that is there, for a while.
+
     Attributes:
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
         recorder: Captures block maps while set.
-        temporary: Put in by ``capture`` or ``patched`` and taken out with it.
+
+    Raises:
+        PatchError: There is nothing to patch, or another patch is in the way.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(
+        self, model: nn.Module, policy: Policy, automatic: bool = False, on_top: bool = False
+    ) -> None:
+        self.policy, self.automatic = policy, automatic
         self.recorder: Any = None
         self.model_kind = type(model).__name__
-        chosen = [(name, module) for name, module in model.named_modules() if is_attention(module)]
-        taken = [name for name, module in model.named_modules() if STATE in vars(module)]
-        if taken:
-            raise PatchError(
-                f"{taken[0] or type(model).__name__!r} is patched already, as a part of another model; "
-                "call attnpatch.remove() on that model first, or patch only the outer one"
-            )
+        self.sites: list[Site] = []
+        chosen = {name: module for name, module in model.named_modules() if is_attention(module)}
         if not chosen:
             raise PatchError(
                 f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
                 "attnpatch.register(MyAttention)"
             )
-        scripted = [name for name, module in chosen if not can_swap(module)]
+        taken = [name for name, module in model.named_modules() if not all(_gives_way(module))]
+        if automatic and "" not in taken:
+            self._absorb(model)
+            chosen = {name: module for name, module in chosen.items() if name not in taken}
+        elif taken and not on_top:
+            raise PatchError(
+                f"{taken[0] or type(model).__name__!r} is patched already, as a part of another model; "
+                "call attnpatch.remove() on that model first, or patch only the outer one"
+            )
+        scripted = [name for name, module in chosen.items() if not can_swap(module)]
         if scripted:
             raise PatchError(
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
-        modules = dict(chosen)
-        if "" not in modules:
-            modules = {"": model, **modules}
-        self.sites = [
-            Site(self, name, module, module is model, is_attention(module))
-            for name, module in modules.items()
-        ]
-        for site, module in zip(self.sites, modules.values(), strict=True):
+        self._put_in(model, {"": model, **chosen})
+
+    def _put_in(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            site = Site(self, name, module, module is model, is_attention(module))
+            self.sites.append(site)
             put_in(module, site)
+
+    def _absorb(self, model: nn.Module) -> None:
+        """Take the automatic patches of a model's parts out: this one serves them all."""
+        for module in model.modules():
+            for site in list(sites_of(module)):
+                if site.patch.automatic:
+                    take_out(module, site)
+
+    def complete(self, model: nn.Module) -> None:
+        """Patch what was added to the model since."""
+        new = {
+            name: module
+            for name, module in model.named_modules()
+            if is_attention(module) and can_swap(module) and next(sites_of(module), None) is None
+        }
+        self._put_in(model, new)
 
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)
@@ -226,13 +256,17 @@ class Patch:
         return _thread.free[device]
 
     def take_out(self, model: nn.Module) -> None:
+        """Take every site of this patch out."""
         for module in model.modules():
-            site = vars(module).get(STATE)
-            if site is not None and site.patch is self:
-                take_out(module)
+            for site in list(sites_of(module)):
+                if site.patch is self:
+                    take_out(module, site)
+
+
+def _gives_way(module: nn.Module) -> list[bool]:
+    return [site.patch.automatic for site in sites_of(module)]
 
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch put on ``model`` itself."""
-    site = vars(model).get(STATE)
-    return site.patch if site is not None and site.is_root else None
+    return next((site.patch for site in sites_of(model) if site.is_root), None)

@@ -7,6 +7,8 @@ survives all of these, and ``vars(module)`` gains one entry.
 
 Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
 slot is swapped, because the class's forward is never reached.
+
+A module is swapped once. Further patches lay their site on top of the one that is there, and the top one serves.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import copyreg
 import functools
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,6 +71,27 @@ def _make(base: type[nn.Module], *args: Any) -> nn.Module:
     return base.__new__(swapped_class(base), *args)
 
 
+def _plain_class(kind: type[Any]) -> type[Any]:
+    """``kind`` without a swapped class in it: its base, or the same class on top of that.
+
+    FSDP2 gives a module a class of its own on top of the one it finds, as this module does.
+    """
+    base = vars(kind).get("_attnpatch_base")
+    if base is not None:
+        return _plain_class(base)
+    bases = tuple(_plain_class(each) for each in kind.__bases__)
+    if bases == kind.__bases__:
+        return kind
+    found = _plain_classes.get(kind)
+    if found is None:
+        own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        found = _plain_classes[kind] = type(kind)(kind.__name__, bases, own)
+    return found
+
+
+_plain_classes: weakref.WeakKeyDictionary[type[Any], type[Any]] = weakref.WeakKeyDictionary()
+
+
 def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What stands in an instance's slot; the slot's own value is kept by the site."""
     site = self.__dict__.get(STATE)
@@ -80,30 +104,49 @@ def can_swap(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
 
+def sites_of(module: nn.Module) -> Iterator[Any]:
+    """The sites laid on a module, the one that serves first."""
+    site = vars(module).get(STATE)
+    while site is not None:
+        yield site
+        site = site.below
+
+
 def put_in(module: nn.Module, site: Any) -> None:
     """Route the module's forward through ``site``."""
     values = vars(module)
-    slot = next((name for name in _SLOTS if name in values), None)
-    if slot is None:
-        module.__class__ = swapped_class(type(module))
+    site.below = values.get(STATE)
+    if site.below is not None:
+        site.previous = site.below.previous
     else:
-        site.previous, site.slot = values[slot], slot
-        values[slot] = types.MethodType(_forward_of_slot, module)
+        slot = next((name for name in _SLOTS if name in values), None)
+        if slot is None:
+            module.__class__ = swapped_class(type(module))
+        else:
+            site.previous = values[slot]
+            values[slot] = types.MethodType(_forward_of_slot, module)
     values[STATE] = site
 
 
-def take_out(module: nn.Module) -> None:
+def take_out(module: nn.Module, site: Any) -> None:
     """Undo ``put_in``, also where another tool has stored or moved the swapped forward since."""
     values = vars(module)
-    site = values.pop(STATE)
-    base = getattr(type(module), "_attnpatch_base", None)
-    if base is not None and type(module) is _classes.get(base):
-        module.__class__ = base
+    above = next((other for other in sites_of(module) if other.below is site), None)
+    if above is not None:
+        above.below = site.below
+        return
+    if site.below is not None:
+        values[STATE] = site.below
+        return
+    del values[STATE]
+    swapped, plain = type(module), _plain_class(type(module))
+    if plain is not swapped:
+        module.__class__ = plain
     for slot in _SLOTS:
         method = values.get(slot)
         if not isinstance(method, types.MethodType) or method.__self__ is not module:
             continue
         if method.__func__ is _forward_of_slot:
             values[slot] = site.previous
-        elif base is not None and method.__func__ is swapped_class(base).forward:
-            values[slot] = types.MethodType(base.forward, module)
+        elif plain is not swapped and method.__func__ is swapped.forward:
+            values[slot] = types.MethodType(plain.forward, module)
