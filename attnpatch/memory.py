@@ -65,6 +65,29 @@ def _page_cache() -> int:
     return 0
 
 
+class Room:
+    """What is known of free memory during one call of a model: it is asked once, not in every layer."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, int] = {}
+        self._short: set[torch.device] = set()
+
+    def free(self, device: torch.device) -> int:
+        """Free bytes on ``device``."""
+        if device not in self._free:
+            self._free[device] = free_bytes(device)
+        return self._free[device]
+
+    def ran_out(self, device: torch.device) -> None:
+        """A native call ran out of memory: what was known is wrong."""
+        self._short.add(device)
+        self._free.pop(device, None)
+
+    def is_short(self, device: torch.device) -> bool:
+        """Whether a native call has run out of memory on ``device``: the layers after it need not try."""
+        return device in self._short
+
+
 class PeakMeter:
     """Peak bytes taken inside a ``with`` block, beyond what was held when it began.
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import memory
 from attnpatch.errors import PatchError
+from attnpatch.memory import Room
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
@@ -28,12 +28,12 @@ class _Thread(threading.local):
     Attributes:
         mode: The rows mode that is active, if any.
         patch: The patch whose model is being called.
-        free: Free bytes by device, asked during that call.
+        room: What is known of free memory during that call.
     """
 
     mode: RowsMode | None = None
     patch: Patch | None = None
-    free: dict[torch.device, int]
+    room: Room | None = None
 
 
 _thread = _Thread()
@@ -81,8 +81,8 @@ class Site:
             return (
                 self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
             )
-        outer = _thread.patch, getattr(_thread, "free", {})
-        _thread.patch, _thread.free = self.patch, {}
+        outer = _thread.patch, _thread.room
+        _thread.patch, _thread.room = self.patch, Room()
         recorder = self.patch.recorder
         try:
             if recorder is not None:
@@ -91,7 +91,7 @@ class Site:
                 return self._attend(forward, first, args, kwargs)
             return forward(*first, **kwargs)
         finally:
-            _thread.patch, _thread.free = outer
+            _thread.patch, _thread.room = outer
             if recorder is not None:
                 recorder.end_call()
 
@@ -108,7 +108,7 @@ class Site:
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
-        call = SiteCall(patch.policy, patch.free, self, observer, self.decisions, again)
+        call = SiteCall(patch.policy, _room(patch), self, observer, self.decisions, again)
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -140,6 +140,13 @@ class Site:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return False
         return policy.mode == "always" or _most_rows(args, kwargs) > policy.min_tokens
+
+
+def _room(patch: Patch) -> Room:
+    """What is known of free memory; a part of a model that is called on its own asks anew."""
+    if _thread.patch is patch and _thread.room is not None:
+        return _thread.room
+    return Room()
 
 
 class _Blind:
@@ -246,14 +253,6 @@ class Patch:
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)
         return f"Patch({self.model_kind}, {count} attention modules, {self.policy})"
-
-    def free(self, device: torch.device) -> int:
-        """Free bytes on ``device``, asked once per call of the model."""
-        if _thread.patch is not self:
-            return memory.free_bytes(device)
-        if device not in _thread.free:
-            _thread.free[device] = memory.free_bytes(device)
-        return _thread.free[device]
 
     def take_out(self, model: nn.Module) -> None:
         """Take every site of this patch out."""

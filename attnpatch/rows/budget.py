@@ -60,6 +60,12 @@ class Steps:
     row: Axis | None
     rows: list[tuple[int, int]]
 
+    def largest(self) -> tuple[int, int]:
+        """Rows and heads of the largest step; a head that is not cut counts as one."""
+        rows = max((high - low for low, high in self.rows), default=0)
+        heads = max(math.prod(high - low for low, high in tile.values()) for tile in self.lead)
+        return rows, heads
+
 
 def choose(
     tileable: list[Axis],
@@ -79,7 +85,7 @@ def choose(
         itemsize: Bytes of an element.
         policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
         device: Where it runs.
-        shrink: Divides the step; doubled after an out-of-memory error.
+        shrink: Divides the step, also a fixed one; doubled after an out-of-memory error.
         grain: Where rows may be cut.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
 
@@ -87,8 +93,7 @@ def choose(
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
     """
     on_cpu = device.type == "cpu"
-    row = next((axis for axis in reversed(tileable) if axis.kind == ROW), tileable[-1] if tileable else None)
-    lead = [axis for axis in tileable if axis is not row]
+    row, lead = _row_and_lead(tileable)
     if row is None:
         return Steps([{}], None, [])
     elements = (CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize
@@ -97,19 +102,42 @@ def choose(
     if policy.workspace_bytes is not None:
         elements = min(elements, policy.workspace_bytes // (LIVE_COPIES * itemsize))
     elements = max(1, elements // shrink)
-    heads = policy.heads
+    heads, rows = _fixed(policy, shrink)
     if heads is None:
         heads = LEAST[LEAD] if on_cpu else math.prod(axis.size for axis in lead)
         heads = max(LEAST[LEAD], min(heads, elements // max(1, width * min(row.size, 16))))
         if on_cpu:
             # Short sequences: as many heads as the step holds, so that a step is worth its overhead.
             heads = max(heads, elements // max(1, width * min(row.size, MOST_CPU_ROWS)))
-    rows = policy.rows
     if rows is None:
         rows = max(LEAST[ROW], elements // max(1, width * heads))
         if on_cpu:
             rows = min(rows, MOST_CPU_ROWS)
     return Steps(_lead_tiles(lead, heads), row, grain.cut(row.size, rows))
+
+
+def one_row(tileable: list[Axis]) -> Steps:
+    """The smallest steps there are, which round differently from larger ones."""
+    row, lead = _row_and_lead(tileable)
+    if row is None:
+        return Steps([{}], None, [])
+    return Steps(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
+
+
+def _row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
+    row = next((axis for axis in reversed(tileable) if axis.kind == ROW), tileable[-1] if tileable else None)
+    return row, [axis for axis in tileable if axis is not row]
+
+
+def _fixed(policy: Policy, shrink: int) -> tuple[int | None, int | None]:
+    """Heads and rows that the policy fixes; where memory ran out, first the rows are divided, then the heads."""
+    heads, rows = policy.heads, policy.rows
+    if rows is not None:
+        least = min(rows, LEAST[ROW])
+        rows, shrink = max(least, rows // shrink), max(1, shrink * least // rows)
+    if heads is not None:
+        heads = max(min(heads, LEAST[LEAD]), heads // shrink)
+    return heads, rows
 
 
 def _lead_tiles(lead: list[Axis], target: int) -> list[Tile]:

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch.memory import Room
 from attnpatch.policy import Policy
+from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.axes import Tile
 from attnpatch.rows.recipe import Node, graph, tensors_of
 from attnpatch.rows.replay import Look, Replay
@@ -63,20 +65,22 @@ class SiteCall:
 
     Attributes:
         policy: The rule.
-        free: Free bytes of a device; asked once per model call.
+        room: What is known of free memory.
         tally: Counts.
         observer: Looks at probabilities, or ``None``.
         decisions: What was decided for calls of a size. Kept by the site between calls.
         again: Whether this is a checkpointed forward pass running again: it must take the way it took before, or
             autograd finds other tensors saved.
+        attempts: What ran out of memory on the way to the result that is being computed.
     """
 
     policy: Policy
-    free: Callable[[torch.device], int]
+    room: Room
     tally: Tally
     observer: Observer | None = None
     decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
     again: bool = False
+    attempts: Attempts = dataclasses.field(default_factory=Attempts)
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
         """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""
@@ -86,23 +90,44 @@ class SiteCall:
             return False
         size = (q_len, temporaries)
         if not (self.again and size in self.decisions):
-            self.decisions[size] = self.policy.by_rows(q_len, temporaries, self.free(device))
+            short = self.room.is_short(device)
+            decision = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
+            self.decisions[size] = decision
         return self.decisions[size]
+
+    def went_by_rows(self, q_len: int, temporaries: int) -> bool:
+        """Whether this is a second run of a call that ran out of memory the first time."""
+        return self.again and self.decisions.get((q_len, temporaries), False)
+
+    @property
+    def answers_shortage(self) -> bool:
+        """Whether a native call that runs out of memory is answered by rows."""
+        return self.policy.retry_on_oom and self.policy.mode == "auto"
+
+    def ran_out(self, error: RuntimeError, device: torch.device) -> None:
+        """A native call ran out of memory and is answered by rows."""
+        self.attempts.failed(error, "the native call")
+        self.room.ran_out(device)
+        self.retried()
+
+    def remember(self, q_len: int, temporaries: int, by_rows: bool = True) -> None:
+        """Keep how a call of this size went, for a checkpointed forward pass that runs again."""
+        self.decisions[q_len, temporaries] = by_rows
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
         """Compute a recipe by rows, under the policy of the site."""
         # On CPU a step is a few MiB, whatever is free.
-        free = None if node.device.type == "cpu" else self.free(node.device)
-        return Replay(node, self.policy, watched, self.step_retried if watched else self.retried, free)()
+        free = None if node.device.type == "cpu" else self.room.free(node.device)
+        restart = self.observer.restart if watched and self.observer is not None else _nothing
+        attempts, self.attempts = self.attempts, Attempts()
+        return Replay(node, self.policy, watched, self.retried, restart, free, attempts)()
 
     def retried(self) -> None:
         self.tally.count("retried")
 
-    def step_retried(self) -> None:
-        """A replay that an observer watches begins again."""
-        self.retried()
-        if self.observer is not None:
-            self.observer.restart()
+
+def _nothing() -> None:
+    pass
 
 
 class Handle:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnpatch.rows import fastpaths, products, rowwise, sdpa
+from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
@@ -20,6 +21,7 @@ from attnpatch.rows.deferred import (
     secure_escaped,
     settle,
 )
+from attnpatch.rows.trail import Trail
 
 _PRODUCTS = frozenset(
     [torch.matmul, torch.bmm, torch.baddbmm, torch.einsum]
@@ -48,6 +50,7 @@ class RowsMode(TorchFunctionMode):
     def __init__(self, call: SiteCall) -> None:
         super().__init__()
         self.call = call
+        self.trail = Trail()
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
@@ -62,18 +65,33 @@ class RowsMode(TorchFunctionMode):
             return self._deferred(func, args, kwargs)
         if func in _PRODUCTS:
             result = products.defer(func.__name__, func, args, kwargs, self.call)
-            return func(*args, **kwargs) if result is NotImplemented else result
+            return self._native(func, args, kwargs) if result is NotImplemented else result
         if func is F.scaled_dot_product_attention:
             return sdpa.attend(args, kwargs, self.call)
         if func in _COMPOSITES:
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)
-        if func in _FAST_PATHS and fastpaths.goes_by_rows(args[0], _num_heads(func, args), self.call):
-            with self:
-                return _FAST_PATHS[func](*args, **kwargs)
+        if func in _FAST_PATHS:
+            return self._fast_path(func, args, kwargs)
         if pending():
             self._protect(func, args, kwargs)
+        return self._native(func, args, kwargs)
+
+    def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.call.answers_shortage:
+            return self.trail.run(func, args, kwargs, self.call)
         return func(*args, **kwargs)
+
+    def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if not fastpaths.goes_by_rows(args[0], _num_heads(func, args), self.call):
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if not (self.call.answers_shortage and is_out_of_memory(error)):
+                    raise
+                self.call.ran_out(error, args[0].device)
+        with self:
+            return _FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:

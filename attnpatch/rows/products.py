@@ -120,8 +120,13 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         The deferred scores, or ``NotImplemented``.
     """
     product = parse(name, args, kwargs)
-    if product is None or not _may_be_scores(product, call):
+    if product is None or not _looks_like_scores(product) or not _goes_by_rows(product, call):
         return NotImplemented
+    return deferred(func, product, call)
+
+
+def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> DeferredRows:
+    """The scores that a product stands for, not computed."""
     sizes = product.sizes()
     left, right, result = product.labels
     axes: dict[str, Dim] = {}
@@ -142,8 +147,8 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return wrap(_call(func, product, nodes[0], nodes[1], dims, ()), call)
 
 
-def _may_be_scores(product: Product, call: SiteCall) -> bool:
-    left, right, result = product.labels
+def _looks_like_scores(product: Product) -> bool:
+    left, _, result = product.labels
     operands = (product.left, product.right)
     if not all(t.is_floating_point() for t in operands):
         return False
@@ -153,24 +158,49 @@ def _may_be_scores(product: Product, call: SiteCall) -> bool:
     if product.left.dim() != product.right.dim() and 2 in (product.left.dim(), product.right.dim()):
         return False
     sizes = product.sizes()
-    rows = [sizes[label] for label in result if label not in right]
     keys = [sizes[label] for label in result if label not in left]
     summed = [size for label, size in sizes.items() if label not in result]
-    if not rows or not keys or not summed or max(summed) < 2 or 0 in sizes.values():
-        return False
+    return bool(_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values())
+
+
+def _rows(product: Product) -> list[int]:
+    sizes = product.sizes()
+    return [sizes[label] for label in product.labels[2] if label not in product.labels[1]]
+
+
+def _is_large(product: Product) -> bool:
+    """Whether the scores are what takes the memory; a product with the values is smaller than what it is made of."""
+    sizes = product.sizes()
+    elements = math.prod(sizes[label] for label in product.labels[2])
+    return max(_rows(product)) > 1 and elements > product.left.numel() + product.right.numel()
+
+
+def native_size(product: Product) -> tuple[int, int]:
+    """Query rows, and bytes that the native call would hold: scores, what softmax makes of them, a step between."""
+    sizes = product.sizes()
+    elements = math.prod(sizes[label] for label in product.labels[2])
+    return max(_rows(product)), 3 * elements * product.left.element_size()
+
+
+def _goes_by_rows(product: Product, call: SiteCall) -> bool:
     if call.observer is not None:
         return True
-    q_len = max(rows)
-    if q_len < 2:
+    if max(_rows(product)) < 2:
         return False
     if call.policy.mode == "always":
         return True
-    elements = math.prod(sizes[label] for label in result)
-    if elements <= product.left.numel() + product.right.numel() or q_len <= call.policy.min_tokens:
+    q_len, temporaries = native_size(product)
+    if q_len <= call.policy.min_tokens or not _is_large(product):
         return False
-    # Scores, what softmax makes of them, and one step between.
-    temporaries = 3 * elements * product.left.element_size()
     return call.by_rows(q_len, temporaries, product.left.device)
+
+
+def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
+    """The product of a native call, if what it makes are large scores."""
+    product = parse(name, args, kwargs)
+    if product is None or not _looks_like_scores(product) or not _is_large(product):
+        return None
+    return product
 
 
 def _call(

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import enum
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from attnpatch.policy import Policy
+from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, Tile, add, all_leaves, put, take
-from attnpatch.rows.budget import Grain, Steps, choose
+from attnpatch.rows.budget import Grain, Steps, choose, one_row
+from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
 from attnpatch.rows.recipe import Leaf, Node, tensors_of, unbound
 from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
 Look = Callable[[torch.Tensor, Tile], None]
+T = TypeVar("T")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory: CUDA and XPU have a type for it, MPS and CPU only a message."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+class Limit(enum.IntEnum):
+    """How small a step may get: so that results are the same to the last bit, to rounding, or at all."""
+
+    EXACT = 0
+    ROUNDING = 1
+    ONE_ROW = 2
 
 
 class Replay:
@@ -35,7 +38,9 @@ class Replay:
         policy: Tile sizes and the workspace.
         watched: A node of the recipe to show, and who looks; ``None``: nobody.
         on_retry: Called when a step ran out of memory and is tried again, smaller.
+        on_restart: Called then too, where somebody looks at what the first steps have shown already.
         free: Free bytes on the device; ``None``: plenty.
+        attempts: What was tried before.
     """
 
     def __init__(
@@ -44,10 +49,16 @@ class Replay:
         policy: Policy,
         watched: tuple[Node, Look] | None = None,
         on_retry: Callable[[], None] = lambda: None,
+        on_restart: Callable[[], None] = lambda: None,
         free: int | None = None,
+        attempts: Attempts | None = None,
     ) -> None:
-        self.node, self.policy, self.watched, self.on_retry, self.free = node, policy, watched, on_retry, free
-        self.shrink = 1
+        self.node, self.policy, self.watched, self.free = node, policy, watched, free
+        self.on_retry, self.on_restart = on_retry, on_restart
+        self.attempts = attempts or Attempts()
+        # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
+        self.shrink, self.limit = 1, Limit.EXACT
+        self.random: RandomState | None = None
 
     def __call__(self) -> torch.Tensor:
         """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
@@ -60,7 +71,8 @@ class Replay:
         if not needs_grad:
             return self.forward()
         copy, copies, tensors = unbound(self.node)
-        return _ByRows.apply(self, Replay(copy, self.policy, free=self.free), copies, *tensors)
+        again = Replay(copy, self.policy, on_retry=self.on_retry, free=self.free)
+        return _ByRows.apply(self, again, copies, *tensors)
 
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
@@ -75,7 +87,9 @@ class Replay:
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)
-        grain = getattr(self.node, "grain", Grain())
+        grain = getattr(self.node, "grain", Grain()) if self.limit is Limit.EXACT else Grain()
+        if self.limit is Limit.ONE_ROW:
+            return one_row(tileable)
         return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free)
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
@@ -92,25 +106,51 @@ class Replay:
 
     def forward(self) -> torch.Tensor:
         """The tensor by tiles, halving the step while the device has too little memory for it."""
-        random = _random_state(self.node)
+        self.random = _kernel_random_state(self.node)
+        return self._fitted(self._forward)
+
+    def _fitted(self, work: Callable[[], T]) -> T:
+        """Do ``work``, with smaller steps while it runs out of memory."""
         while True:
             try:
-                return self._forward()
+                result = work()
+                self.attempts = Attempts()
+                return result
             except RuntimeError as error:
-                if not (self.policy.retry_on_oom and is_out_of_memory(error)) or not self._halve():
+                if not (self.policy.retry_on_oom and is_out_of_memory(error)):
                     raise
+                self.attempts.failed(error, self._said())
+            if not self._halve():
+                self.attempts.give_up()
             self.on_retry()
-            _set_random_state(random)
+            self.on_restart()
+            set_random_state(self.random)
+
+    def _said(self) -> str:
+        """The step in words."""
+        steps = self._steps(Run(self.node))
+        if steps.row is None:
+            return "the whole call, which cannot be cut"
+        rows, heads = steps.largest()
+        return f"steps of {rows} row{'s' * (rows > 1)} x {heads} head{'s' * (heads > 1)}"
 
     def _halve(self) -> bool:
-        """Make the step smaller; ``False`` if it is as small as it gets."""
+        """Make the step smaller; ``False`` if it is as small as it gets.
+
+        First within the limits that keep results to the last bit, then to a single row: an answer to rounding is
+        better than none.
+        """
         run = Run(self.node)
-        now = self._steps(run)
-        for _ in range(32):
-            self.shrink *= 2
-            smaller = self._steps(run)
-            if (smaller.rows, len(smaller.lead)) != (now.rows, len(now.lead)):
-                return True
+        now = math.prod(self._steps(run).largest())
+        for limit in Limit:
+            if limit < self.limit:
+                continue
+            if limit > self.limit:
+                self.limit, self.shrink = limit, 1
+            for _ in range(32):
+                self.shrink *= 2
+                if math.prod(self._steps(run).largest()) < now:
+                    return True
         return False
 
     def _forward(self) -> torch.Tensor:
@@ -136,6 +176,11 @@ class Replay:
         self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
     ) -> list[torch.Tensor | None]:
         """Gradients of the leaves, tile by tile; no tile's rows outlive it."""
+        return self._fitted(lambda: self._gradients(grad, copies, tensors, wanted))
+
+    def _gradients(
+        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
+    ) -> list[torch.Tensor | None]:
         asked = [leaf for leaf, want in zip(copies, wanted, strict=True) if want]
         bound = dict(zip(copies, tensors, strict=True))
         run = Run(self.node, bound, frozenset(asked))
@@ -184,46 +229,20 @@ class _ByRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.copy, ctx.copies = copy, copies
         ctx.save_for_backward(*tensors)
-        ctx.random = _random_state(replay.node)
         result = replay.forward()
-        copy.shrink = replay.shrink
+        copy.shrink, copy.limit, copy.random = replay.shrink, replay.limit, replay.random
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
         method = ctx.copy.differentiable_gradients if torch.is_grad_enabled() else ctx.copy.gradients
-        with _restored(ctx.random):
+        with restored(ctx.copy.random):
             return (None, None, None, *method(grad, ctx.copies, ctx.saved_tensors, wanted))
 
 
-def _random_state(node: Node) -> tuple[torch.device, torch.Tensor] | None:
+def _kernel_random_state(node: Node) -> RandomState | None:
     """The generator's state, where a step draws from it (dropout inside a kernel)."""
     if not any(getattr(step, "random", False) for step in Run(node).nodes):
         return None
-    if node.device.type == "cpu":
-        return node.device, torch.get_rng_state()
-    return node.device, torch.get_device_module(node.device).get_rng_state(node.device)
-
-
-def _set_random_state(state: tuple[torch.device, torch.Tensor] | None) -> None:
-    if state is None:
-        return
-    device, random = state
-    if device.type == "cpu":
-        torch.set_rng_state(random)
-    else:
-        torch.get_device_module(device).set_rng_state(random, device)
-
-
-@contextlib.contextmanager
-def _restored(state: tuple[torch.device, torch.Tensor] | None) -> Iterator[None]:
-    """The generator as it was when the forward pass drew from it, and afterwards as it is now."""
-    if state is None:
-        yield
-        return
-    device = state[0]
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        _set_random_state(state)
-        yield
+    return random_state(node.device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
-from attnpatch.rows.replay import is_out_of_memory
 from attnpatch.rows.run import Run
 from attnpatch.rows.showing import show, with_lse
 
@@ -75,21 +77,29 @@ def keeps_lse(call: dict[str, Any]) -> bool:
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     query, key = call["query"], call["key"]
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    if site.policy.mode != "always":
+    if site.policy.mode == "always":
+        native, fused = q_len < 2, False
+    else:
         fused = fused_choice(call) != MATH_KERNEL
-        scores = math.prod(query.shape[:-1]) * kv_len * query.element_size()
-        if fused or not site.by_rows(q_len, DENSE_COPIES * scores, query.device):
-            try:
-                result = F.scaled_dot_product_attention(*args, **kwargs)
-                site.tally.count("fused" if fused else "native")
-                return result
-            except RuntimeError as error:
-                if not (site.policy.retry_on_oom and is_out_of_memory(error)) or q_len < 2:
-                    raise
-            site.tally.count("retried")
-    elif q_len < 2:
-        site.tally.count("native")
-        return F.scaled_dot_product_attention(*args, **kwargs)
+        temporaries = DENSE_COPIES * math.prod(query.shape[:-1]) * kv_len * query.element_size()
+        # A fused kernel holds no scores, so nothing is gained unless it has failed.
+        decide = site.went_by_rows if fused else functools.partial(site.by_rows, device=query.device)
+        native = not decide(q_len, temporaries)
+    if native:
+        random = [random_state(query.device)] if call["dropout_p"] > 0 else []
+        try:
+            result = F.scaled_dot_product_attention(*args, **kwargs)
+            site.tally.count("fused" if fused else "native")
+            if fused:
+                site.remember(q_len, temporaries, False)
+            return result
+        except RuntimeError as error:
+            if not (site.answers_shortage and is_out_of_memory(error)) or q_len < 2:
+                raise
+            site.ran_out(error, query.device)
+        site.remember(q_len, temporaries)
+        for state in random:
+            set_random_state(state)
     site.tally.count("by_rows")
     return site.replay(recipe(call))
 
