@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
-from attnpatch.rows.attempts import Attempts
+from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
 from attnpatch.rows.recipe import Node, graph, tensors_of
 from attnpatch.rows.replay import Look, Replay
@@ -104,6 +104,10 @@ class SiteCall:
         """Whether a native call that runs out of memory is answered by rows."""
         return self.policy.retry_on_oom and self.policy.mode == "auto"
 
+    def is_answered(self, error: RuntimeError) -> bool:
+        """Whether an error of a native call is answered by rows instead of being raised."""
+        return self.answers_shortage and is_out_of_memory(error)
+
     def ran_out(self, error: RuntimeError, device: torch.device) -> None:
         """A native call ran out of memory and is answered by rows."""
         self.attempts.failed(error, "the native call")
@@ -150,7 +154,8 @@ class Handle:
     def materialise(self, operation: str) -> torch.Tensor:
         """The whole tensor, computed by rows; ``operation`` is what asked for it."""
         if self.value is None:
-            self.call.tally.materialised(operation)
+            if self.node.children:
+                self.call.tally.materialised(operation)
             self.value = self.call.replay(self.node)
             _PENDING.discard(self)
         return self.value

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import fastpaths, products, rowwise, sdpa
-from attnpatch.rows.attempts import is_out_of_memory
+from attnpatch.rows import blank, fastpaths, products, rowwise, sdpa
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
@@ -27,6 +26,7 @@ _PRODUCTS = frozenset(
     [torch.matmul, torch.bmm, torch.baddbmm, torch.einsum]
     + [getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm")]
 )
+_BLANK_USERS = frozenset([torch.baddbmm, torch.Tensor.baddbmm])
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
@@ -54,6 +54,7 @@ class RowsMode(TorchFunctionMode):
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
+        self.trail.saved.hand_on()
         if pending():
             secure_escaped()
 
@@ -71,6 +72,8 @@ class RowsMode(TorchFunctionMode):
         if func in _COMPOSITES:
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)
+        if func is torch.empty:
+            return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
         if func in _FAST_PATHS:
             return self._fast_path(func, args, kwargs)
         if pending():
@@ -87,13 +90,17 @@ class RowsMode(TorchFunctionMode):
             try:
                 return func(*args, **kwargs)
             except RuntimeError as error:
-                if not (self.call.answers_shortage and is_out_of_memory(error)):
+                if not self.call.is_answered(error):
                     raise
                 self.call.ran_out(error, args[0].device)
         with self:
             return _FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in _BLANK_USERS:
+            found = blank.without(args, kwargs)
+            if found is not None:
+                return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
             # Scores that were computed by hand and then used as a query, key or mask: not what door 2 is for.
             name = func.__name__

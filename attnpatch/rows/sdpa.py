@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
+from attnpatch.rows.saved import Saved
 from attnpatch.rows.showing import show, with_lse
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
@@ -59,7 +60,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         site.tally.count("fused")
     else:
         result, lse = _attend(call, args, kwargs, site), None
-    show(call, site.observer, lse)
+    show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
     return result
 
 
@@ -87,14 +88,17 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
         native = not decide(q_len, temporaries)
     if native:
         random = [random_state(query.device)] if call["dropout_p"] > 0 else []
+        saved = Saved()
         try:
-            result = F.scaled_dot_product_attention(*args, **kwargs)
+            with saved.holding() if site.answers_shortage else contextlib.nullcontext():
+                result = F.scaled_dot_product_attention(*args, **kwargs)
+            saved.hand_on()
             site.tally.count("fused" if fused else "native")
             if fused:
                 site.remember(q_len, temporaries, False)
             return result
         except RuntimeError as error:
-            if not (site.answers_shortage and is_out_of_memory(error)) or q_len < 2:
+            if not site.is_answered(error) or q_len < 2:
                 raise
             site.ran_out(error, query.device)
         site.remember(q_len, temporaries)

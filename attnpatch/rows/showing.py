@@ -7,10 +7,12 @@ row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.deferred import Observer, Passing
 
 # Scores held at once on CPU: what the cache holds beside a head's keys.
@@ -41,19 +43,43 @@ def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None = None) -> None:
+def show(
+    call: dict[str, Any],
+    observer: Observer,
+    lse: torch.Tensor | None = None,
+    on_retry: Callable[[], None] | None = None,
+) -> None:
     """Show an observer the probabilities of an SDPA call, in float32 or better.
 
     Args:
         call: All arguments of the call by name.
         observer: Called once per tile.
         lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
+        on_retry: Called when there is no memory for a tile, and all begins again with half of it; ``None``: the error
+            is raised, as it is when a single row does not fit.
     """
+    query, kv_len = call["query"], call["key"].shape[-2]
+    on_cpu = query.device.type == "cpu"
+    elements = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // 4
+    elements = max(elements, 16 * kv_len * _group(call))
+    while True:
+        try:
+            return _show(call, observer, lse, elements)
+        except RuntimeError as error:
+            if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
+                raise
+        elements = min(elements, call["query"].shape[-2] * kv_len) // 2
+        on_retry()
+        observer.restart()
+
+
+def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, elements: int) -> None:
+    """Tiles of about so many scores."""
     query, key, mask = call["query"], call["key"], call["attn_mask"]
     if query.dim() == 2:
         query, key = query[None], key[None]
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    group = query.shape[-3] // key.shape[-3] if call["enable_gqa"] else 1
+    group = _group(call)
     lead = (
         query.shape[:-2] if call["enable_gqa"] else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     )
@@ -63,10 +89,6 @@ def show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None = No
     key = key.expand(*outer, *key.shape[-2:])
     mask = None if mask is None else mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
-    on_cpu = query.device.type == "cpu"
-    limit = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // (
-        4 * group
-    )
     for number, where in enumerate(
         torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
     ):
@@ -77,11 +99,22 @@ def show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None = No
         while low < q_len:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
             seen = min(kv_len, max(low, 256)) if call["is_causal"] else kv_len
-            high = min(q_len, low + max(16, limit // seen // 16 * 16))
+            high = min(q_len, low + _tile_rows(elements // group, seen))
             tile_mask = None if mask is None else mask[at][:, low:high]
             powers, weights = head.powers(low, high, tile_mask, call["is_causal"])
             observer.observe(powers, Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights))
             low = high
+
+
+def _group(call: dict[str, Any]) -> int:
+    """Query heads that share a key head."""
+    return call["query"].shape[-3] // call["key"].shape[-3] if call["enable_gqa"] else 1
+
+
+def _tile_rows(elements: int, kv_len: int) -> int:
+    """Rows of a tile: a multiple of 16 where there is room."""
+    rows = elements // kv_len
+    return rows // 16 * 16 if rows >= 16 else max(1, rows)
 
 
 class _Head:

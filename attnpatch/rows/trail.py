@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from attnpatch.rows import products
-from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.deferred import SiteCall, dispatch
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
 from attnpatch.rows.recipe import Context, map_structure
-from attnpatch.rows.rowwise import writes
+from attnpatch.rows.rowwise import CASTS, writes
+from attnpatch.rows.saved import Saved
 
 
 class _Made:
@@ -64,6 +64,14 @@ class Step:
                 self.random.append(random_state(torch.device("cpu")))
         self._result: Any = None
 
+    def products(self) -> Iterator[products.Product]:
+        """The products that this step goes back to."""
+        if self.product is not None:
+            yield self.product
+        for value in _flat((self.args, self.kwargs)):
+            if isinstance(value, _Made):
+                yield from value.step.products()
+
     def again(self, call: SiteCall) -> Any:
         """The result of the call, deferred."""
         if self._result is None:
@@ -106,6 +114,7 @@ class Trail:
 
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
+        self.saved = Saved()
 
     def _place(self, value: Any) -> Any:
         """What stands for a tensor on the trail; anything else is itself."""
@@ -134,31 +143,38 @@ class Trail:
                 self._forget(
                     *(v for v in _flat((args[:1], kwargs.get("out"))) if isinstance(v, torch.Tensor))
                 )
+        if writes(name) or kwargs.get("out") is not None:
+            self.saved.hand_on()
         if step is None:
             return func(*args, **kwargs)
         try:
-            result = func(*args, **kwargs)
+            with self.saved.holding():
+                result = func(*args, **kwargs)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or writes(name) or kwargs.get("out") is not None:
+            if not call.is_answered(error) or writes(name) or kwargs.get("out") is not None:
                 raise
             call.ran_out(error, step.context_device)
         else:
             self._note(step, name, args, kwargs, result)
             return result
-        if product is not None:
-            call.remember(*products.native_size(product))
+        self.saved.forget()
+        for first in step.products():
+            call.remember(*products.native_size(first))
         for state in step.random:
             set_random_state(state)
         return step.again(call)
 
     def _note(self, step: Step, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Remember the results of a step, if they are still made of scores."""
+        if any(result is value for value in _flat(args)) and (name in CASTS or name == "contiguous"):
+            return  # nothing to do was done
         if writes(name) or kwargs.get("out") is not None or any(result is value for value in _flat(args)):
             self._note_write(step, name, args, kwargs, result)
             return
         if step.product is None and name in (*products.NAMES, "linear"):
             widest = max(made.numel() for made in _flat(args) if isinstance(self._place(made), _Made))
             if result.numel() < widest:
+                self.saved.hand_on()
                 return  # a product with the values: what follows is no attention
         if type(result) is torch.Tensor:
             self._keep(step, None, result)
