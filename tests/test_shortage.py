@@ -296,18 +296,19 @@ def test_probabilities_shown_beside_a_fused_call():
     """Capture computes them again; a tile that does not fit is halved, and nothing is counted twice."""
     attnpatch.register(Fused)
     model = Fused()
-    inputs = [zoo.floats(1, 2, 64, 2, seed=i) for i in range(3)]
+    inputs = [zoo.floats(1, 2, 1024, 2, seed=i) for i in range(3)]
     found = []
-    for most in (None, 8 * 64 * 4):
-        # Under autocast the kernel keeps no logsumexp, and what is shown is a plain product.
+    # Two tiles for each head: one has been shown when the second fails.
+    for at in (0, 2):
         with (
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
-            attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(16)) as maps,
-            Shortage(most=most, only="aten.mm") as shortage,
+            attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)) as maps,
+            Shortage(at=at, only="aten.mm") as shortage,
         ):
             model(*inputs)
-        assert bool(shortage.failed) is (most is not None)
+            assert attnpatch.report(model).totals["retried"] == (at > 0)
+        assert shortage.seen > 3
         found.append(maps.block_map.to_numpy())
     assert abs(found[0] - found[1]).max() < 1e-6
 
