@@ -1,10 +1,18 @@
 """Attention a few query rows at a time, exactly, and block maps of where it goes."""
 
-from attnpatch import errors
-from attnpatch.api import apply, capture, patched, register, remove, report
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.capture.blocks import Blocks
-from attnpatch.policy import Policy
+# Names are imported when they are first used (PEP 562): what needs no torch (the policy, the errors, activation) is
+# importable without the second that torch takes.
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnpatch import errors
+    from attnpatch.api import apply, capture, patched, register, remove, report
+    from attnpatch.capture.block_map import BlockMap
+    from attnpatch.capture.blocks import Blocks
+    from attnpatch.policy import Policy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,3 +27,37 @@ __all__ = [
     "remove",
     "report",
 ]
+_HOMES = {
+    "BlockMap": "attnpatch.capture.block_map",
+    "Blocks": "attnpatch.capture.blocks",
+    "Policy": "attnpatch.policy",
+    "errors": "attnpatch.errors",
+    **dict.fromkeys(("apply", "capture", "patched", "register", "remove", "report"), "attnpatch.api"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "errors" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps ``attnpatch.capture`` and ``attnpatch.report`` the functions.
+
+    They are also the names of a folder and a file, and importing those would put the modules in the functions' place.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in ("capture", "report") and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,9 +10,9 @@ import threading
 import psutil
 import torch
 
+from attnpatch.policy import FREE_MEMORY as OVERRIDE
 from attnpatch.policy import parse_size
 
-OVERRIDE = "ATTNPATCH_FREE_MEMORY"
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnpatch.errors import PolicyError
@@ -16,6 +17,8 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 MODES = ("auto", "always", "never")
+# The variable that overrides what memory.free_bytes finds; named here because reading it needs no torch.
+FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 
 
 def parse_size(value: int | float | str, name: str = "size") -> int:
@@ -114,6 +117,29 @@ class Policy:
                 raise PolicyError(f"unknown policy field {name!r}{hint} Known fields: {', '.join(known)}")
         return cls(**fields)
 
+    @classmethod
+    def of_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Policy:
+        """A policy from what somebody wrote in the environment or on the command line.
+
+        Every field has one written form (``TEXTS``), the same in both places, and nothing is guessed: ``2gigs`` is no
+        size, ``true`` is not 1. Fields that may be ``None`` are written ``none``.
+
+        Args:
+            texts: By field, what the user knows it by (``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``) and the text.
+
+        Raises:
+            PolicyError: One line with the variable or option, the value, and the accepted form.
+        """
+        fields = {}
+        for field, (shown, text) in texts.items():
+            form = TEXTS[field]
+            try:
+                fields[field] = form.read(text)
+                cls(**{field: fields[field]})
+            except (PolicyError, ValueError):
+                raise PolicyError(f"{shown}{text!r} is not accepted; give {form.accepted}") from None
+        return cls(**fields)
+
     @property
     def min_free_bytes(self) -> int:
         return parse_size(self.min_free, "min_free")
@@ -129,3 +155,81 @@ class Policy:
         if q_len <= self.min_tokens:
             return False
         return free < self.min_free_bytes or temporaries > self.headroom * free
+
+
+@dataclasses.dataclass(frozen=True)
+class TextForm:
+    """How a value is written in the environment and on the command line.
+
+    Attributes:
+        read: Makes the value of a text; ``ValueError`` if it is not of this form.
+        accepted: The form in words.
+        metavar: The form in one word, for ``--help``.
+        meaning: What the value is for.
+    """
+
+    read: Callable[[str], Any]
+    accepted: str
+    metavar: str
+    meaning: str
+
+
+def read_whole(text: str) -> int:
+    """A whole number in plain digits; ``int()`` would also take ``1_000``, signs and spaces."""
+    if not re.fullmatch("[0-9]+", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def read_switch(text: str) -> bool:
+    """``1`` or ``0``."""
+    return {"1": True, "0": False}[text] if text in ("1", "0") else _refuse(text)
+
+
+def _read_share(text: str) -> float:
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text) else _refuse(text)
+
+
+def _read_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(text)
+
+
+_SIZE_FORM = "a size such as 2GB, 512MiB or a number of bytes"
+# Every field of Policy; a test compares the two.
+TEXTS = {
+    "mode": TextForm(
+        str, "auto, always or never", "MODE", "auto decides call by call, always and never do not ask"
+    ),
+    "min_tokens": TextForm(
+        read_whole, "a whole number such as 1024", "N", "by rows only with more query tokens than this"
+    ),
+    "min_free": TextForm(
+        _read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"
+    ),
+    "headroom": TextForm(
+        _read_share,
+        "a share above 0 and at most 1, such as 0.5",
+        "SHARE",
+        "also by rows when a native call would take more than this share of free memory",
+    ),
+    "workspace": TextForm(
+        _or_none(_read_size),
+        f"{_SIZE_FORM} above 0, or none",
+        "SIZE",
+        "most that one attention call by rows may hold",
+    ),
+    "rows": TextForm(
+        _or_none(read_whole), "a whole number of at least 1, or none", "N", "query rows per step"
+    ),
+    "heads": TextForm(_or_none(read_whole), "a whole number of at least 1, or none", "N", "heads per step"),
+    "retry_on_oom": TextForm(read_switch, "1 or 0", "1|0", "answer an out-of-memory error by smaller steps"),
+}
