@@ -105,25 +105,45 @@ def capture(
         PatchError: As ``apply``.
     """
     with _ensured(model, Policy(mode="never")) as patch:
-        if patch.recorder is not None:
+        before = patch.recorder
+        if before is not None and not before.gives_way:
             raise PatchError("this model is being captured already; end the outer capture first")
-        names = [site.name for site in patch.sites if site.is_attention]
-        innermost = [name for name in names if not any(other.startswith(name + ".") for other in names)]
-        kind = type(model)
-
-        def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
-            return host.read_call(kind if whole else None, args, kwargs)
-
-        def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
-            cross = host.is_cross(kwargs)
-            return SiteFacts(*host.masks_of(call, name, cross), cross, host.query_tokens(args, kwargs))
-
-        recorder = Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
-        patch.recorder = recorder
+        patch.recorder = recorder = recorder_of(patch, type(model), blocks, heads, layers, sites)
         try:
             yield Maps(recorder)
         finally:
-            patch.recorder = None
+            patch.recorder = before
+
+
+def recorder_of(
+    patch: Patch,
+    kind: type[nn.Module],
+    blocks: Blocks | tuple[Blocks, Blocks],
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+) -> Recorder:
+    """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
+
+    Args:
+        patch: The patch of a model.
+        kind: The model's class.
+        blocks, heads, layers, sites: As ``capture`` takes them.
+
+    Raises:
+        CaptureError: What was asked for does not fit the model.
+    """
+    names = [site.name for site in patch.sites if site.is_attention]
+    innermost = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+
+    def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
+        return host.read_call(kind if whole else None, args, kwargs)
+
+    def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
+        cross = host.is_cross(kwargs)
+        return SiteFacts(*host.masks_of(call, name, cross), cross, host.query_tokens(args, kwargs))
+
+    return Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
 
 
 def report(model: nn.Module) -> Report:

@@ -212,9 +212,7 @@ TEXTS = {
     "min_tokens": TextForm(
         read_whole, "a whole number such as 1024", "N", "by rows only with more query tokens than this"
     ),
-    "min_free": TextForm(
-        _read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"
-    ),
+    "min_free": TextForm(_read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"),
     "headroom": TextForm(
         _read_share,
         "a share above 0 and at most 1, such as 0.5",

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import os
-import secrets
 from collections.abc import Mapping
 
 from attnpatch.errors import PolicyError
@@ -128,8 +127,8 @@ def writable_folder(shown: str, text: str) -> str:
     folder = os.path.abspath(os.path.expanduser(text))
     try:
         os.makedirs(folder, exist_ok=True)
-        probe = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        probe = os.path.join(folder, f".attnpatch-{os.getpid()}.tmp")
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
         os.unlink(probe)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -54,6 +54,9 @@ class Recorder:
         CaptureError: No such layer, head or site.
     """
 
+    # Whether a capture that somebody asks for takes its place.
+    gives_way = False
+
     def __init__(
         self,
         blocks: Blocks | tuple[Blocks, Blocks],

@@ -62,6 +62,10 @@ class Site:
         self.previous: Callable[..., Any] | None = None
         self.below: Site | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy counts for itself."""
+        return {**vars(self), "counts": Counter(), "operations": Counter(), "decisions": {}}
+
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
 
@@ -81,6 +85,9 @@ class Site:
             return (
                 self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
             )
+        if self.patch.first_call is not None and not self.patch.was_called and module is not None:
+            self.patch.was_called = True
+            self.patch.first_call(self.patch, module)
         outer = _thread.patch, _thread.room
         _thread.patch, _thread.room = self.patch, Room()
         recorder = self.patch.recorder
@@ -189,21 +196,29 @@ class Patch:
         automatic: Put in by the environment variable: nobody asked for this model, so it gives way to what somebody
             asks for, which is laid on top of it, and goes into a larger model with the automatic patch of that one.
         on_top: Lie on any patch that is there, for a while.
+        first_call: Called with the patch and the model before the model's first call, and again for a copy of it.
 
     Attributes:
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
         recorder: Captures block maps while set.
+        was_called: Whether the model has been called.
 
     Raises:
         PatchError: There is nothing to patch, or another patch is in the way.
     """
 
     def __init__(
-        self, model: nn.Module, policy: Policy, automatic: bool = False, on_top: bool = False
+        self,
+        model: nn.Module,
+        policy: Policy,
+        automatic: bool = False,
+        on_top: bool = False,
+        first_call: Callable[[Patch, nn.Module], None] | None = None,
     ) -> None:
         self.policy, self.automatic = policy, automatic
         self.recorder: Any = None
+        self.first_call, self.was_called = first_call, False
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
         chosen = {name: module for name, module in model.named_modules() if is_attention(module)}
@@ -249,6 +264,10 @@ class Patch:
             if is_attention(module) and can_swap(module) and next(sites_of(module), None) is None
         }
         self._put_in(model, new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not captured: nobody would look at it, and what a capture holds cannot be pickled."""
+        return {**vars(self), "recorder": None, "was_called": False}
 
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)

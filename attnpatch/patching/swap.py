@@ -31,6 +31,9 @@ _classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.
 
 def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` whose forward goes through the site stored on the instance; one per class."""
+    if "_attnpatch_base" in vars(base):
+        # Built by type(module)(...) of a swapped one; a class on top of that would serve every call twice.
+        return base
     found = _classes.get(base)
     if found is not None:
         return found

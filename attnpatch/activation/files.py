@@ -1,0 +1,70 @@
+"""Numbered block map files in a folder that several processes may write to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attnpatch.capture.block_map import BlockMap
+
+SUFFIX = ".safetensors"
+_NUMBERED = re.compile(r"\.?(\d{4,})[.-]")
+
+
+class Folder:
+    """Gives out numbers and writes block maps under them.
+
+    Args:
+        path: An absolute path of a folder that is there.
+
+    Attributes:
+        written: Sequences written by this process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.written = 0
+
+    def claim(self) -> int:
+        """A number that no file has and no other process gets.
+
+        The claim is a hidden file made exclusively. A number whose files another process has finished since the folder
+        was listed has no claim any more, so the folder is listed once more with the claim in hand.
+        """
+        number = max(self._taken(), default=0)
+        while True:
+            number += 1
+            try:
+                os.close(os.open(self._claim_file(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                continue
+            if number not in self._taken(claims=False):
+                return number
+            self.release(number)
+
+    def write(self, number: int, maps: Mapping[str, BlockMap]) -> None:
+        """Write one file per group of sites; a file of an earlier state of the sequence is replaced whole.
+
+        Raises:
+            BlockMapFileError: A file cannot be written.
+        """
+        for group, block_map in maps.items():
+            # Patterns hold "*", which is no character for a file name.
+            name = "" if len(maps) == 1 else "-" + re.sub(r"[^\w.-]", "_", group)[:150]
+            block_map.save(os.path.join(self.path, f"{number:04d}{name}{SUFFIX}"))
+
+    def release(self, number: int) -> None:
+        """Give a claim back, or end it because the files are there."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._claim_file(number))
+
+    def _claim_file(self, number: int) -> str:
+        return os.path.join(self.path, f".{number:04d}.claim")
+
+    def _taken(self, claims: bool = True) -> set[int]:
+        names = [name for name in os.listdir(self.path) if claims or not name.endswith(".claim")]
+        return {int(match.group(1)) for match in map(_NUMBERED.match, names) if match}

@@ -1,0 +1,192 @@
+"""What goes on in an active process: models are patched as they are built, and reported at exit."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import sys
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from attnpatch.activation.settings import Settings
+from attnpatch.hosts.building import when_built
+
+if TYPE_CHECKING:
+    from attnpatch.activation.recording import AutomaticRecorder
+    from attnpatch.patching.patch import Patch
+
+_session: Session | None = None
+
+
+def begin(settings: Settings) -> None:
+    """Patch every model that this process builds from now on; a second call does nothing."""
+    global _session
+    if _session is None:
+        _session = Session(settings)
+        when_built(_session.built, functools.partial(_session.warn, "no model is patched"))
+        atexit.register(_session.end)
+
+
+def first_call(patch: Patch, model: Any) -> None:
+    """What an automatic patch calls; a copied patch, too, also where it was unpickled in a process that is not active."""
+    if _session is None:
+        patch.complete(model)
+    else:
+        _session.called(patch, model)
+
+
+class Session:
+    """The patches of a process and what became of them.
+
+    Patches hold no model, so that the report keeps none alive.
+
+    Attributes:
+        settings: What the environment asks for.
+        patches: Of models that may still be called, by id.
+        gone: Of models that are gone; those of a kind are added up. With the number of models.
+        counts: What else is worth a line at exit.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.pid = os.getpid()
+        self.patches: dict[int, Patch] = {}
+        self.gone: dict[Any, tuple[Patch, int]] = {}
+        self.counts: Counter[str] = Counter()
+        self.never_called: Counter[str] = Counter()
+        self.was_imported = False
+        self._folder: Any = None
+        self._waiting: list[AutomaticRecorder] = []
+        self._said: set[str] = set()
+
+    @property
+    def written(self) -> int:
+        """Sequences captured."""
+        return 0 if self._folder is None else self._folder.written
+
+    def built(self, model: Any) -> None:
+        """Patch a model that is built, and take the patches of models inside it in."""
+        self.was_imported = True
+        try:
+            from attnpatch.patching.patch import Patch, patch_of
+            from attnpatch.patching.registry import is_attention
+
+            if patch_of(model) is not None:
+                return
+            if not any(is_attention(module) for module in model.modules()):
+                self.counts["without"] += 1
+                return
+            inner = _automatic_roots(model)
+            kind = type(model)
+            patch = Patch(model, self.settings.policy, automatic=True, first_call=first_call)
+            for other in inner:
+                if not was_used(other):
+                    self.patches.pop(id(other), None)
+            self._adopt(patch, model, kind)
+        except Exception as error:
+            self.counts["unpatched"] += 1
+            self.warn(f"{type(model).__name__} is left as it is", error)
+            _leave(model)
+
+    def called(self, patch: Patch, model: Any) -> None:
+        """An automatically patched model, or a copy of one, is about to be called for the first time."""
+        try:
+            patch.complete(model)
+            if id(patch) not in self.patches:
+                self._adopt(patch, model, type(model))
+        except Exception as error:
+            self.warn(f"{type(model).__name__} is patched in part", error)
+
+    def _adopt(self, patch: Patch, model: Any, kind: type[Any]) -> None:
+        self._finish(self._waiting)
+        self.patches[id(patch)] = patch
+        # Not at exit, where the report comes first.
+        weakref.finalize(model, self._fold, patch).atexit = False
+        if self.settings.capture is not None and patch.recorder is None:
+            from attnpatch.activation.files import Folder
+            from attnpatch.activation.recording import AutomaticRecorder
+
+            self._folder = self._folder or Folder(self.settings.capture)
+            failed = functools.partial(self._not_captured, patch.model_kind)
+            blocks = self.settings.blocks
+            patch.recorder = AutomaticRecorder(patch, kind, self._folder, blocks, failed)
+
+    def _not_captured(self, kind: str, error: Exception) -> None:
+        self.counts["not captured"] += 1
+        self.warn(f"a call of {kind} is not captured", error)
+
+    def _fold(self, patch: Patch) -> None:
+        """A model is gone: keep what it did, together with others of its kind."""
+        if self.patches.pop(id(patch), None) is None:
+            return
+        if patch.recorder is not None:
+            # This may run in the middle of anything; the file is written later.
+            self._waiting.append(patch.recorder)
+            patch.recorder = None
+        if not was_used(patch):
+            self.never_called[patch.model_kind] += 1
+            return
+        key = (patch.model_kind, patch.policy, tuple(site.name for site in patch.sites))
+        kept, number = self.gone.get(key, (None, 0))
+        if kept is None:
+            kept = patch
+        else:
+            for mine, other in zip(kept.sites, patch.sites, strict=True):
+                mine.counts.update(other.counts)
+                mine.operations.update(other.operations)
+        self.gone[key] = (kept, number + 1)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """One line on stderr, once."""
+        line = " ".join(f"attnpatch: {what}: {type(error).__name__}: {error}".split())
+        if line not in self._said and sys.stderr is not None:
+            self._said.add(line)
+            with contextlib.suppress(OSError, ValueError):
+                print(line, file=sys.stderr)
+
+    def _finish(self, recorders: list[AutomaticRecorder]) -> None:
+        while recorders:
+            recorders.pop().finish()
+
+    def end(self) -> None:
+        """The script has ended."""
+        if not self.was_imported or os.getpid() != self.pid:
+            return
+        try:
+            self._finish(self._waiting)
+            self._finish([patch.recorder for patch in self.patches.values() if patch.recorder is not None])
+            if self.settings.report and sys.stderr is not None:
+                from attnpatch.activation.closing import closing_lines
+
+                print("\n".join(closing_lines(self)), file=sys.stderr)
+        except Exception as error:
+            self.warn("no report", error)
+
+
+def _automatic_roots(model: Any) -> list[Patch]:
+    from attnpatch.patching.swap import sites_of
+
+    sites = [site for module in model.modules() for site in sites_of(module)]
+    return [site.patch for site in sites if site.is_root and site.patch.automatic]
+
+
+def was_used(patch: Patch) -> bool:
+    """Whether attention ran in the model or a part of it."""
+    return any(site.counts.total() for site in patch.sites)
+
+
+def _leave(model: Any) -> None:
+    """Take automatic patches out of a model that could not be patched as a whole."""
+    try:
+        from attnpatch.patching.swap import sites_of, take_out
+
+        for module in model.modules():
+            for site in list(sites_of(module)):
+                if site.patch.automatic:
+                    take_out(module, site)
+    except Exception:
+        # Nothing more can be done, and the script must not hear of it.
+        return
