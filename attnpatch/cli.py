@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from attnpatch import __version__
 from attnpatch.errors import AttnpatchError
+from attnpatch.options import with_policy_options
 
 
 class OneLineErrors(TyperGroup):
@@ -83,3 +84,59 @@ def demo(
     from attnpatch.demo.run import run_demo
 
     run_demo(out, json)
+
+
+class OptionsFirst(TyperCommand):
+    """A command whose options end where the script begins; the rest is the script's, ``-m module`` included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Mark the end of our options, which click cannot know for ``-m``."""
+        with_value = {
+            name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
+        }
+        end = 0
+        while end < len(args) and args[end].startswith("-") and args[end] not in ("-", "--"):
+            is_module = args[end].startswith("-m")
+            end += 1 + (args[end] in with_value)
+            if is_module:
+                args = [*args[:end], "--", *args[end:]] if end <= len(args) else args
+                break
+        return super().parse_args(ctx, args)
+
+
+@app.command(
+    cls=OptionsFirst,
+    context_settings={"allow_interspersed_args": False},
+)
+@with_policy_options
+def run(
+    policy: dict[str, tuple[str, str]],
+    report: Annotated[
+        bool, typer.Option("--report", help="Print at exit what each attention module did.")
+    ] = False,
+    capture: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write the block map of every call into this folder.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens per block; 128 if not given.")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")
+    ] = None,
+    script: Annotated[
+        list[str] | None, typer.Argument(metavar="SCRIPT [ARGS]", help="As after python.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a Python script with every model it builds patched, without editing it."""
+    from attnpatch.activation.launcher import environment, launch
+
+    launch(script or [], module, environment(policy, report, capture, blocks))
+
+
+@app.command()
+def doctor() -> None:
+    """Say in one screen what is installed and free, what attention will run on, what is wrong and how to mend it."""
+    from attnpatch.activation.doctor import examine
+
+    if not examine():
+        raise typer.Exit(1)

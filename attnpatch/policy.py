@@ -207,7 +207,7 @@ _SIZE_FORM = "a size such as 2GB, 512MiB or a number of bytes"
 # Every field of Policy; a test compares the two.
 TEXTS = {
     "mode": TextForm(
-        str, "auto, always or never", "MODE", "auto decides call by call, always and never do not ask"
+        str, "auto, always or never", "MODE", "when to go by rows: auto (decided call by call), always, never"
     ),
     "min_tokens": TextForm(
         read_whole, "a whole number such as 1024", "N", "by rows only with more query tokens than this"

@@ -1,0 +1,228 @@
+"""What ``attnpatch doctor`` finds out, and what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from attnpatch.activation import settings
+from attnpatch.activation.launcher import is_installed, site_folders
+from attnpatch.errors import PolicyError
+from attnpatch.policy import FREE_MEMORY, Policy
+
+PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "peft", "wrapt")
+CALLS = ("no mask", "causal", "mask", "grouped heads", "heads of 60")
+# torch.nn.attention.SDPBackend by number.
+_KERNELS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "own"}
+_PYTHON = ((3, 11), (3, 14))
+_PROBE = (
+    "import sys; m = sys.modules.get('attnpatch.activation.session'); sys.exit(0 if m and m._session else 3)"
+)
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found.
+
+    Attributes:
+        versions: By package, what is installed (``None``: nothing) and the least that is declared.
+        devices: Name, free bytes, total bytes.
+        kernels: Device and dtype, and the kernel for each of ``CALLS``.
+        disabled: SDPA backends that are switched off.
+        folder: Where the start-up file is, or ``None``.
+        is_seen: Whether a fresh interpreter with ``ATTNPATCH=1`` becomes active.
+        is_active: Whether this process is.
+        variables: The ``ATTNPATCH*`` variables of this process.
+        policy: What they mean, or ``None`` if that cannot be said.
+        wrong: What is wrong, and how to mend it.
+    """
+
+    versions: dict[str, tuple[str | None, str]] = dataclasses.field(default_factory=dict)
+    devices: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+    kernels: list[tuple[str, str, list[str]]] = dataclasses.field(default_factory=list)
+    disabled: list[str] = dataclasses.field(default_factory=list)
+    folder: str | None = None
+    is_seen: bool = False
+    is_active: bool = False
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    policy: Policy | None = None
+    wrong: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+def examination() -> Findings:
+    """Look at everything."""
+    found = Findings()
+    _versions(found)
+    _activation(found, os.environ)
+    try:
+        import torch
+    except Exception as error:
+        found.wrong.append(
+            (f"torch cannot be imported: {error}", "install torch anew: pip install --force-reinstall torch")
+        )
+    else:
+        _devices(found, torch)
+        _kernels(found, torch)
+    return found
+
+
+def _versions(found: Findings) -> None:
+    least = _declared()
+    found.versions["python"] = (platform.python_version(), ".".join(map(str, _PYTHON[0])))
+    if not _PYTHON[0] <= sys.version_info[:2] < _PYTHON[1]:
+        found.wrong.append(
+            (f"Python {platform.python_version()} is outside what is tested", "use 3.11 to 3.13")
+        )
+    for name in PACKAGES:
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        found.versions[name] = (installed, least.get(name, ""))
+        if installed is None and name in ("torch", "wrapt"):
+            found.wrong.append((f"{name} is not installed", f"pip install {name}"))
+        elif installed is not None and name in least and _numbers(installed) < _numbers(least[name]):
+            found.wrong.append(
+                (f"{name} {installed} is older than {least[name]}", f'pip install "{name}>={least[name]}"')
+            )
+
+
+def _declared() -> dict[str, str]:
+    """The least version of each package that the metadata of attnpatch names."""
+    try:
+        lines = importlib.metadata.requires("attnpatch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = [re.match(r"([\w.-]+)[^;]*>=\s*([\d.]+)", line) for line in lines]
+    return {match.group(1): match.group(2) for match in found if match}
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3]]
+
+
+def _activation(found: Findings, environment: Mapping[str, str]) -> None:
+    found.folder = next(
+        (folder for folder in site_folders() if os.path.isfile(os.path.join(folder, "attnpatch.pth"))), None
+    )
+    session = sys.modules.get("attnpatch.activation.session")
+    found.is_active = session is not None and session._session is not None
+    found.variables = {
+        name: value
+        for name, value in sorted(environment.items())
+        if name == settings.SWITCH or name.startswith(settings.PREFIX)
+    }
+    found.is_seen = is_installed() and _fresh_interpreter_is_active(environment)
+    if not found.folder:
+        found.wrong.append(
+            ("the start-up file is not installed, so ATTNPATCH=1 does nothing",
+             "pip install attnpatch (anew), or start scripts with: attnpatch run script.py")
+        )  # fmt: skip
+    elif not found.is_seen:
+        found.wrong.append(
+            ("a fresh interpreter with ATTNPATCH=1 does not become active",
+             'see what this says: ATTNPATCH=1 python -c ""')
+        )  # fmt: skip
+    _variables(found, environment)
+
+
+def _fresh_interpreter_is_active(environment: Mapping[str, str]) -> bool:
+    clean = {name: value for name, value in environment.items() if not name.startswith(settings.PREFIX)}
+    command = [sys.executable, "-c", _PROBE]
+    try:
+        done = subprocess.run(
+            command, env={**clean, settings.SWITCH: "1"}, capture_output=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _variables(found: Findings, environment: Mapping[str, str]) -> None:
+    try:
+        asked = settings.is_asked_for(environment)
+        given = settings.Settings.of_environment(environment)
+        found.policy = given.policy
+    except PolicyError as error:
+        found.wrong.append((str(error), "set it to a value that is accepted, or unset it"))
+        return
+    idle = [name for name in found.variables if name not in (settings.SWITCH, FREE_MEMORY)]
+    if idle and not asked:
+        found.wrong.append(
+            (f"{', '.join(idle)} without ATTNPATCH=1: nothing happens", "set ATTNPATCH=1, or unset it")
+        )
+    if environment.get(settings.BLOCKS) and given.capture is None:
+        found.wrong.append(
+            (
+                "ATTNPATCH_BLOCKS without ATTNPATCH_CAPTURE: nothing is captured",
+                "set ATTNPATCH_CAPTURE=folder",
+            )
+        )
+
+
+def _devices(found: Findings, torch: Any) -> None:
+    import psutil
+
+    from attnpatch.memory import free_bytes
+
+    try:
+        found.devices.append(("cpu", free_bytes("cpu"), psutil.virtual_memory().total))
+        for i in range(torch.cuda.device_count()):
+            name = f"cuda:{i} {torch.cuda.get_device_name(i)}"
+            found.devices.append((name, free_bytes(f"cuda:{i}"), torch.cuda.mem_get_info(i)[1]))
+        if torch.backends.mps.is_available():
+            found.devices.append(("mps", free_bytes("mps"), torch.mps.recommended_max_memory()))
+    except PolicyError:
+        # ATTNPATCH_FREE_MEMORY is not a size, which is on the list already.
+        pass
+    except RuntimeError as error:
+        found.wrong.append((f"a device does not answer: {error}", "see that its driver works: nvidia-smi"))
+    if torch.version.cuda and not torch.cuda.is_available():
+        found.wrong.append(
+            (f"torch is built for CUDA {torch.version.cuda} and finds no device",
+             "see that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it")
+        )  # fmt: skip
+
+
+def _kernels(found: Findings, torch: Any) -> None:
+    types = [("cpu", "float32"), ("cpu", "bfloat16")]
+    if torch.cuda.is_available():
+        types += [("cuda", "float16"), ("cuda", "bfloat16"), ("cuda", "float32")]
+        flags = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn"}
+        for kernel, name in flags.items():
+            if not getattr(torch.backends.cuda, f"{name}_sdp_enabled", lambda: True)():
+                found.disabled.append(kernel)
+    for device, dtype in types:
+        chosen = [_chosen(torch, device, getattr(torch, dtype), call) for call in CALLS]
+        found.kernels.append((device, dtype, chosen))
+        slow = [call for call, kernel in zip(CALLS[:3], chosen, strict=False) if kernel == "math"]
+        if slow and device != "cpu":
+            why = f"; switched off: {', '.join(found.disabled)}" if found.disabled else ""
+            found.wrong.append(
+                (f"SDPA runs dense math on {device} in {dtype} ({', '.join(slow)}){why}",
+                 "switch the fused kernels on: torch.backends.cuda.enable_flash_sdp(True), enable_mem_efficient_sdp(True)")
+            )  # fmt: skip
+
+
+def _chosen(torch: Any, device: str, dtype: Any, call: str) -> str:
+    """The kernel that torch chooses for a small call; it is asked, not run."""
+    size = 60 if call == "heads of 60" else 64
+    query = torch.empty(1, 4, 128, size, dtype=dtype, device=device)
+    key = query[:, :2] if call == "grouped heads" else query
+    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if call == "mask" else None
+    grouped = {"enable_gqa": call == "grouped heads"}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            number = torch._fused_sdp_choice(query, key, key, mask, 0.0, call == "causal", **grouped)
+    except (RuntimeError, AttributeError, TypeError):
+        return "unknown"
+    return _KERNELS.get(int(number), str(number))

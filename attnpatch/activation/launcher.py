@@ -1,0 +1,109 @@
+"""``attnpatch run``: sets the variables and becomes ``python script.py``.
+
+The script runs in an interpreter of its own, started as its user would start it: ``__main__``, tracebacks, exit codes
+and child processes are Python's own work. Where the start-up file is not installed, PYTHONPATH leads the interpreter (and
+its children) to a ``sitecustomize`` that does the same.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import site
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from attnpatch.activation.settings import (
+    BLOCKS,
+    CAPTURE,
+    PREFIX,
+    REPORT,
+    SWITCH,
+    Settings,
+    read_blocks,
+    writable_folder,
+)
+from attnpatch.errors import AttnpatchError
+from attnpatch.policy import Policy
+
+BOOT = pathlib.Path(__file__).parent / "boot"
+
+
+class LaunchError(AttnpatchError):
+    """There is nothing to run."""
+
+
+def environment(
+    texts: Mapping[str, tuple[str, str]], report: bool, capture: str | None, blocks: str | None
+) -> dict[str, str]:
+    """The variables for the script; what is not given here is taken from this process's own.
+
+    Args:
+        texts: Policy fields as ``Policy.of_texts`` takes them.
+        report: Print the report at exit.
+        capture: Folder for block maps.
+        blocks: Tokens per block.
+
+    Raises:
+        PolicyError: An option or a variable has a value that cannot be used.
+    """
+    Policy.of_texts(texts)
+    variables = {**os.environ, SWITCH: "1"}
+    variables.update({PREFIX + field.upper(): text for field, (_, text) in texts.items()})
+    if report:
+        variables[REPORT] = "1"
+    if capture is not None:
+        # Absolute: the script's children may work in other folders.
+        variables[CAPTURE] = writable_folder("--capture ", capture)
+    if blocks is not None:
+        variables[BLOCKS] = str(read_blocks("--blocks ", blocks))
+    Settings.of_environment(variables)
+    if not is_installed():
+        variables["PYTHONPATH"] = os.pathsep.join(_search_path(variables.get("PYTHONPATH")))
+    return variables
+
+
+def is_installed() -> bool:
+    """Whether interpreters of this environment run the start-up file."""
+    return any(os.path.isfile(os.path.join(folder, "attnpatch.pth")) for folder in site_folders())
+
+
+def site_folders() -> list[str]:
+    """Where an interpreter looks for start-up files."""
+    return [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+
+
+def _search_path(before: str | None) -> list[str]:
+    paths = [str(BOOT)]
+    root = str(BOOT.parents[2])
+    if root not in site_folders():
+        # A checkout: the script's interpreter would not find the package.
+        paths.append(root)
+    return [*paths, before] if before else paths
+
+
+def launch(arguments: Sequence[str], module: str | None, variables: Mapping[str, str]) -> None:
+    """Become ``python script args`` or ``python -m module args``; does not return.
+
+    Args:
+        arguments: Script and its arguments; the arguments alone with ``module``.
+        module: What ``-m`` named.
+        variables: The environment.
+
+    Raises:
+        LaunchError: There is no script, or it is not there.
+    """
+    if module is not None:
+        arguments = ["-m", module, *arguments]
+    elif not arguments:
+        raise LaunchError("nothing to run; give a script (attnpatch run script.py) or a module (-m module)")
+    elif arguments[0] != "-" and not os.path.exists(arguments[0]):
+        raise LaunchError(f"there is no script {arguments[0]}")
+    command = [sys.executable, *arguments]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":
+        # There execve would return to the shell at once.
+        sys.exit(subprocess.call(command, env=variables))
+    os.execve(command[0], command, variables)
