@@ -78,14 +78,18 @@ class AutomaticRecorder:
         """The call has ended, or an exception has left it."""
         if self._thread != threading.get_ident():
             return
-        self._thread = None
+        try:
+            self._end_call()
+        finally:
+            self._thread = self._raised = None
+
+    def _end_call(self) -> None:
         if self._inner is None:
             return
         self._inner.end_call()
         if sys.exc_info()[1] is not self._raised:
             # What was summed until then is not the attention of a call; the error is the script's to report.
             self._drop()
-        self._raised = None
         if not self.is_out:
             self._is_dirty = True
             if self._number is None or self._number[0] != os.getpid():
