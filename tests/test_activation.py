@@ -208,9 +208,10 @@ import json, sys, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
-words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+names = ["<unknown>", "<pad>", "<end>", *(f"w{i}" for i in range(3, 97))]
+words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unknown>"))
 words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2")
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
 config = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, attn_implementation="eager", pad_token_id=1, eos_token_id=2,
@@ -295,13 +296,8 @@ def test_the_captured_files(routes):
     assert files == [f"000{n}.safetensors" for n in (1, 2, 3, 4, 5)]
     mine, theirs = BlockMap.load(folder / "mine.safetensors"), BlockMap.load(folder / "maps" / files[0])
     assert mine.mass.equal(theirs.mass) and mine.query_labels == theirs.query_labels
-    assert [BlockMap.load(folder / "maps" / name).metadata["tokens"] for name in files] == [
-        40,
-        40,
-        40,
-        40,
-        54,
-    ]
+    tokens = [BlockMap.load(folder / "maps" / name).metadata["tokens"] for name in files]
+    assert tokens == [40, 40, 40, 40, 48]
 
 
 # ----------------------------------------------------------------------------------------------- installed or not
@@ -368,7 +364,7 @@ def test_editable(tmp_path):
 def test_both_start_up_files_name_the_boot_module(own):
     assert (own.site / "attnpatch.start").read_text() == "attnpatch_boot:start\n"
     (line,) = lines((own.site / "attnpatch.pth").read_text())
-    assert line.startswith("import os; ") and line.endswith('__import__("attnpatch_boot").start()')
+    assert line == 'import os; "ATTNPATCH" in os.environ and __import__("attnpatch_boot").start()'
 
 
 # --------------------------------------------------------------------------------------------------- attnpatch run

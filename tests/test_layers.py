@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import attnpatch
 
 ROOT = pathlib.Path(attnpatch.__file__).parent
@@ -19,6 +21,7 @@ LAYERS = [
     {"api"},
     {"__init__"},
     {"demo", "analysis", "viewing"},
+    {"options"},
     {"cli", "activation"},
     {"__main__"},
 ]
@@ -70,6 +73,44 @@ def test_hosts_are_named_nowhere_else():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("transformers", "diffusers") for name in names), path
+
+
+@pytest.mark.parametrize(
+    "what", ["attnpatch", "attnpatch.policy", "attnpatch.errors", "attnpatch.activation.session"]
+)
+def test_what_needs_no_torch_imports_none(what):
+    """An interpreter that was asked to activate must know a bad value before the second that torch takes."""
+    code = f"import sys, {what}; print(sorted({{'torch', 'numpy', 'psutil', 'wrapt', 'transformers'}} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["attnpatch.report", "attnpatch.capture.blocks", "attnpatch.api", "attnpatch.policy", "attnpatch.errors"],
+)
+def test_public_names_are_what_they_are_whatever_is_imported_first(first):
+    """``capture`` and ``report`` are functions, and also a folder and a file."""
+    code = (
+        f"import {first}\n"
+        "import attnpatch, types\n"
+        "from attnpatch.report import Report\n"
+        "names = {name: getattr(attnpatch, name) for name in attnpatch.__all__}\n"
+        "assert set(names) <= set(dir(attnpatch))\n"
+        "functions = [n for n, value in names.items() if isinstance(value, types.FunctionType)]\n"
+        "assert functions == ['apply', 'capture', 'patched', 'register', 'remove', 'report'], functions\n"
+        "from attnpatch import *\n"
+        "assert all(globals()[name] is value for name, value in names.items())\n"
+        "assert not hasattr(attnpatch, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = [alias.name for node in block.body for alias in node.names]
+    assert sorted(seen) == sorted(attnpatch.__all__) == sorted(attnpatch._HOMES)
 
 
 def test_import_is_light_and_patches_nothing():
