@@ -132,12 +132,10 @@ class Policy:
         """
         fields = {}
         for field, (shown, text) in texts.items():
-            form = TEXTS[field]
-            try:
-                fields[field] = form.read(text)
-                cls(**{field: fields[field]})
-            except (PolicyError, ValueError):
-                raise PolicyError(f"{shown}{text!r} is not accepted; give {form.accepted}") from None
+            # Checked by itself: a message about the whole policy would not know what the user wrote.
+            fields[field] = TEXTS[field].of(
+                shown, text, check=lambda value, field=field: cls(**{field: value})
+            )
         return cls(**fields)
 
     @property
@@ -170,8 +168,27 @@ class TextForm:
 
     read: Callable[[str], Any]
     accepted: str
-    metavar: str
-    meaning: str
+    metavar: str = ""
+    meaning: str = ""
+
+    def of(self, shown: str, text: str, check: Callable[[Any], Any] | None = None) -> Any:
+        """The value of a text.
+
+        Args:
+            shown: What the user knows it by, such as ``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``.
+            text: What was written.
+            check: Raises ``PolicyError`` for a value that cannot be used.
+
+        Raises:
+            PolicyError: It is not of this form.
+        """
+        try:
+            value = self.read(text)
+            if check is not None:
+                check(value)
+            return value
+        except (PolicyError, ValueError):
+            raise PolicyError(f"{shown}{text!r} is not accepted; give {self.accepted}") from None
 
 
 def read_whole(text: str) -> int:
@@ -190,7 +207,8 @@ def _read_share(text: str) -> float:
     return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text) else _refuse(text)
 
 
-def _read_size(text: str) -> str:
+def read_size(text: str) -> str:
+    """A size as it was written."""
     parse_size(text)
     return text
 
@@ -212,7 +230,7 @@ TEXTS = {
     "min_tokens": TextForm(
         read_whole, "a whole number such as 1024", "N", "by rows only with more query tokens than this"
     ),
-    "min_free": TextForm(_read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"),
+    "min_free": TextForm(read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"),
     "headroom": TextForm(
         _read_share,
         "a share above 0 and at most 1, such as 0.5",
@@ -220,7 +238,7 @@ TEXTS = {
         "also by rows when a native call would take more than this share of free memory",
     ),
     "workspace": TextForm(
-        _or_none(_read_size),
+        _or_none(read_size),
         f"{_SIZE_FORM} above 0, or none",
         "SIZE",
         "most that one attention call by rows may hold",

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 
 from attnpatch.activation.settings import (
     BLOCKS,
+    BLOCKS_FORM,
     CAPTURE,
     PREFIX,
     REPORT,
     SWITCH,
     Settings,
-    read_blocks,
     writable_folder,
 )
 from attnpatch.errors import AttnpatchError
@@ -57,7 +57,7 @@ def environment(
         # Absolute: the script's children may work in other folders.
         variables[CAPTURE] = writable_folder("--capture ", capture)
     if blocks is not None:
-        variables[BLOCKS] = str(read_blocks("--blocks ", blocks))
+        variables[BLOCKS] = str(BLOCKS_FORM.of("--blocks ", blocks))
     Settings.of_environment(variables)
     if not is_installed():
         variables["PYTHONPATH"] = os.pathsep.join(_search_path(variables.get("PYTHONPATH")))

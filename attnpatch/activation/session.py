@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.activation.settings import Settings
-from attnpatch.hosts.building import when_built
+from attnpatch.hosts.building import is_imported, when_built
 
 if TYPE_CHECKING:
     from attnpatch.activation.recording import AutomaticRecorder
@@ -57,7 +57,6 @@ class Session:
         self.gone: dict[Any, tuple[Patch, int]] = {}
         self.counts: Counter[str] = Counter()
         self.never_called: Counter[str] = Counter()
-        self.was_imported = False
         self._folder: Any = None
         self._waiting: list[AutomaticRecorder] = []
         self._said: set[str] = set()
@@ -69,7 +68,6 @@ class Session:
 
     def built(self, model: Any) -> None:
         """Patch a model that is built, and take the patches of models inside it in."""
-        self.was_imported = True
         try:
             from attnpatch.patching.patch import Patch, patch_of
             from attnpatch.patching.registry import is_attention
@@ -153,7 +151,7 @@ class Session:
 
     def end(self) -> None:
         """The script has ended."""
-        if not self.was_imported or os.getpid() != self.pid:
+        if not is_imported() or os.getpid() != self.pid:
             return
         try:
             self._finish(self._waiting)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
 
 from attnpatch.errors import PolicyError
-from attnpatch.policy import FREE_MEMORY, TEXTS, Policy, parse_size, read_switch, read_whole
+from attnpatch.policy import FREE_MEMORY, TEXTS, Policy, TextForm, read_switch, read_whole
 
 SWITCH = "ATTNPATCH"
 PREFIX = "ATTNPATCH_"
@@ -19,6 +18,17 @@ KNOWN = (*FIELDS, REPORT, CAPTURE, BLOCKS, FREE_MEMORY)
 DEFAULT_BLOCK = 128
 
 
+def _read_tokens(text: str) -> int:
+    tokens = read_whole(text)
+    if tokens < 1:
+        raise ValueError(text)
+    return tokens
+
+
+SWITCH_FORM = TextForm(read_switch, "1 or 0")
+BLOCKS_FORM = TextForm(_read_tokens, "a whole number of tokens of at least 1")
+
+
 def is_asked_for(environment: Mapping[str, str]) -> bool:
     """Whether the environment asks for activation.
 
@@ -26,9 +36,7 @@ def is_asked_for(environment: Mapping[str, str]) -> bool:
         PolicyError: ``ATTNPATCH`` is neither ``1`` nor ``0`` nor empty.
     """
     value = environment.get(SWITCH, "")
-    if value not in ("", "0", "1"):
-        raise PolicyError(f"{SWITCH}={value!r} is not accepted; give 1 or 0")
-    return value == "1"
+    return bool(value) and SWITCH_FORM.of(f"{SWITCH}=", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,54 +70,13 @@ class Settings:
                 raise PolicyError(f"{name} is not a variable of attnpatch; {hint}")
         fields = {FIELDS[name]: (f"{name}=", value) for name, value in given.items() if name in FIELDS}
         if FREE_MEMORY in given:
-            read_size_of(given[FREE_MEMORY])
+            TEXTS["min_free"].of(f"{FREE_MEMORY}=", given[FREE_MEMORY])
         return cls(
             Policy.of_texts(fields),
-            read_report(given[REPORT]) if REPORT in given else False,
+            SWITCH_FORM.of(f"{REPORT}=", given[REPORT]) if REPORT in given else False,
             writable_folder(f"{CAPTURE}=", given[CAPTURE]) if CAPTURE in given else None,
-            read_blocks(f"{BLOCKS}=", given[BLOCKS]) if BLOCKS in given else DEFAULT_BLOCK,
+            BLOCKS_FORM.of(f"{BLOCKS}=", given[BLOCKS]) if BLOCKS in given else DEFAULT_BLOCK,
         )
-
-
-def read_report(text: str) -> bool:
-    """``1`` or ``0``.
-
-    Raises:
-        PolicyError: Anything else.
-    """
-    try:
-        return read_switch(text)
-    except ValueError:
-        raise PolicyError(f"{REPORT}={text!r} is not accepted; give 1 or 0") from None
-
-
-def read_size_of(text: str) -> int:
-    """The bytes that ``ATTNPATCH_FREE_MEMORY`` gives.
-
-    Raises:
-        PolicyError: It is not a size.
-    """
-    try:
-        return parse_size(text)
-    except PolicyError:
-        accepted = TEXTS["min_free"].accepted
-        raise PolicyError(f"{FREE_MEMORY}={text!r} is not accepted; give {accepted}") from None
-
-
-def read_blocks(shown: str, text: str) -> int:
-    """Tokens per block.
-
-    Args:
-        shown: What the user knows the value by, such as ``"ATTNPATCH_BLOCKS="``.
-        text: The value.
-
-    Raises:
-        PolicyError: It is no whole number of at least 1.
-    """
-    with contextlib.suppress(ValueError):
-        if size := read_whole(text):
-            return size
-    raise PolicyError(f"{shown}{text!r} is not accepted; give a whole number of tokens of at least 1")
 
 
 def writable_folder(shown: str, text: str) -> str:

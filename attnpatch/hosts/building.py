@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
+
+MODULE = "transformers.modeling_utils"
+
+
+def is_imported() -> bool:
+    """Whether this process can have built a model."""
+    return MODULE in sys.modules
 
 
 def when_built(callback: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:
@@ -29,4 +37,4 @@ def when_built(callback: Callable[[Any], None], failed: Callable[[Exception], No
         except Exception as error:
             failed(error)
 
-    wrapt.register_post_import_hook(hook, "transformers.modeling_utils")
+    wrapt.register_post_import_hook(hook, MODULE)
