@@ -21,7 +21,7 @@ from attnpatch.policy import FREE_MEMORY, Policy
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "peft", "wrapt")
 CALLS = ("no mask", "causal", "mask", "grouped heads", "heads of 60")
 # torch.nn.attention.SDPBackend by number.
-_KERNELS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "own"}
+_KERNELS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 _PYTHON = ((3, 11), (3, 14))
 _PROBE = (
     "import sys; m = sys.modules.get('attnpatch.activation.session'); sys.exit(0 if m and m._session else 3)"
