@@ -6,7 +6,8 @@ and a bound method in the instance stays bound to the old module in ``_replicate
 survives all of these, and ``vars(module)`` gains one entry.
 
 Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
-slot is swapped, because the class's forward is never reached.
+slot is swapped too, because the class's forward is never reached. A slot that holds the module's own forward then holds
+the subclass's, as if the patch had come first; any other callable is wrapped in a ``partial``, as accelerate's is.
 
 A module is swapped once. Further patches lay their site on top of the one that is there, and the top one serves.
 """
@@ -17,7 +18,7 @@ import copyreg
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,9 +96,20 @@ _plain_classes: weakref.WeakKeyDictionary[type[Any], type[Any]] = weakref.WeakKe
 def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What stands in an instance's slot; the slot's own value is kept by the site."""
     site = self.__dict__.get(STATE)
-    if site is None or torch.compiler.is_compiling():
+    if site is None:
         return type(self).forward(self, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return site.previous(*args, **kwargs)
     return site.serve(site.previous, None, args, kwargs)
+
+
+def _is_own(value: Any, module: nn.Module) -> bool:
+    """Whether ``value`` is the forward that the module has from its class."""
+    return (
+        isinstance(value, types.MethodType)
+        and value.__self__ is module
+        and value.__func__ is type(module).forward
+    )
 
 
 def can_swap(module: nn.Module) -> bool:
@@ -120,12 +132,19 @@ def put_in(module: nn.Module, site: Any) -> None:
         site.previous = site.below.previous
     else:
         slot = next((name for name in _SLOTS if name in values), None)
-        if slot is None:
+        site.previous = values.get(slot)
+        if slot is None or _is_own(site.previous, module):
             module.__class__ = swapped_class(type(module))
-        else:
-            site.previous = values[slot]
-            values[slot] = types.MethodType(_forward_of_slot, module)
+        if slot is not None:
+            values[slot] = _for_slot(site.previous, module)
     values[STATE] = site
+
+
+def _for_slot(previous: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    if "_attnpatch_base" in vars(type(module)):
+        return types.MethodType(type(module).forward, module)
+    # Hosts read the signature of a forward (generate does), which a partial has from what it wraps.
+    return functools.update_wrapper(functools.partial(_forward_of_slot, module), previous, updated=())
 
 
 def take_out(module: nn.Module, site: Any) -> None:
@@ -140,13 +159,22 @@ def take_out(module: nn.Module, site: Any) -> None:
         return
     del values[STATE]
     swapped, plain = type(module), _plain_class(type(module))
-    if plain is not swapped:
+    ours = swapped.forward if plain is not swapped else None
+    if ours is not None:
         module.__class__ = plain
     for slot in _SLOTS:
-        method = values.get(slot)
-        if not isinstance(method, types.MethodType) or method.__self__ is not module:
-            continue
-        if method.__func__ is _forward_of_slot:
-            values[slot] = site.previous
-        elif plain is not swapped and method.__func__ is swapped.forward:
-            values[slot] = types.MethodType(plain.forward, module)
+        if slot in values:
+            values[slot] = _given_back(values[slot], module, site.previous, ours)
+
+
+def _given_back(value: Any, module: nn.Module, previous: Any, ours: Any) -> Any:
+    """A callable as it would be had the module not been patched, and what it says it wraps likewise."""
+    if isinstance(value, functools.partial) and value.func is _forward_of_slot:
+        return previous
+    if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is ours:
+        own = types.MethodType(type(module).forward, module)
+        return previous if previous == own else own
+    if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
+        # accelerate's forward names the one below it, for its signature.
+        value.__wrapped__ = _given_back(value.__wrapped__, module, previous, ours)
+    return value
