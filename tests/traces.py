@@ -30,7 +30,7 @@ def first_difference(left: Any, right: Any, path: str = "") -> str:
     else:
         return (
             ""
-            if left == right or left != left and right != right
+            if left == right or (left != left and right != right)
             else f"{path}: {left!r:.300} | {right!r:.300}"
         )
     return next(filter(None, (first_difference(one, other, name) for name, one, other in pairs)), "")
@@ -71,6 +71,9 @@ class _Description:
             extra = {key: self.of(item) for key, item in vars(value).items() if not key.startswith("_dynamo")}
             return kind(type(value)), facts, None if value.is_meta else _numbers(value), extra
         if isinstance(value, dict):
+            if value and all(type(key) is int for key in value):
+                # Hooks: their numbers count on through the whole process.
+                return kind(type(value)), [self.of(item) for item in value.values()]
             return kind(type(value)), [(self.of(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, (list, tuple)):
             return kind(type(value)), [self.of(item) for item in value]
