@@ -464,3 +464,17 @@ def test_a_forward_of_ones_own(compiles):
     assert torch.equal(logits(runs)["logits"], native)
     attnpatch.remove(model)
     assert dict(vars(model)) == before
+
+
+def test_a_slot_that_is_emptied(tmp_path):
+    """Whether the instance's forward reaches the class's or goes away: each call is served once."""
+    model = align(small_llama(), tmp_path, offload=False)
+    attention = attentions(model)[0]
+    attnpatch.apply(model, mode="never")
+    logits(model)
+    assert attnpatch.report(model).totals["native"] == 2
+    del attention.forward, attention._old_forward, attention._hf_hook
+    logits(model)
+    assert attnpatch.report(model).totals["native"] == 4
+    attnpatch.remove(model)
+    described(model)

@@ -6,8 +6,8 @@ and a bound method in the instance stays bound to the old module in ``_replicate
 survives all of these, and ``vars(module)`` gains one entry.
 
 Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
-slot is swapped too, because the class's forward is never reached. A slot that holds the module's own forward then holds
-the subclass's, as if the patch had come first; any other callable is wrapped in a ``partial``, as accelerate's is.
+slot is swapped too, because nothing says that its forward ever reaches the class's. A ``partial`` stands in it, as
+accelerate puts one there itself: it is copied and pickled with its module. Whichever of the two is called first serves.
 
 A module is swapped once. Further patches lay their site on top of the one that is there, and the top one serves.
 """
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        if site is None:
+        if site is None or site in _served.sites:
             return original(self, *args, **kwargs)
         return site.serve(original, self, args, kwargs)
 
@@ -100,16 +101,21 @@ def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
     if torch.compiler.is_compiling():
         return site.previous(*args, **kwargs)
-    return site.serve(site.previous, None, args, kwargs)
+    outer = _served.sites
+    _served.sites = (*outer, site)
+    try:
+        return site.serve(site.previous, None, args, kwargs)
+    finally:
+        _served.sites = outer
 
 
-def _is_own(value: Any, module: nn.Module) -> bool:
-    """Whether ``value`` is the forward that the module has from its class."""
-    return (
-        isinstance(value, types.MethodType)
-        and value.__self__ is module
-        and value.__func__ is type(module).forward
-    )
+class _Served(threading.local):
+    """Sites that a slot serves in this thread: their class's forward, if it is reached, has nothing to add."""
+
+    sites: tuple[Any, ...] = ()
+
+
+_served = _Served()
 
 
 def can_swap(module: nn.Module) -> bool:
@@ -131,20 +137,14 @@ def put_in(module: nn.Module, site: Any) -> None:
     if site.below is not None:
         site.previous = site.below.previous
     else:
+        module.__class__ = swapped_class(type(module))
         slot = next((name for name in _SLOTS if name in values), None)
-        site.previous = values.get(slot)
-        if slot is None or _is_own(site.previous, module):
-            module.__class__ = swapped_class(type(module))
         if slot is not None:
-            values[slot] = _for_slot(site.previous, module)
+            site.previous = values[slot]
+            # Hosts read the signature of a forward (generate does), which a partial has from what it wraps.
+            ours = functools.partial(_forward_of_slot, module)
+            values[slot] = functools.update_wrapper(ours, site.previous, updated=())
     values[STATE] = site
-
-
-def _for_slot(previous: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    if "_attnpatch_base" in vars(type(module)):
-        return types.MethodType(type(module).forward, module)
-    # Hosts read the signature of a forward (generate does), which a partial has from what it wraps.
-    return functools.update_wrapper(functools.partial(_forward_of_slot, module), previous, updated=())
 
 
 def take_out(module: nn.Module, site: Any) -> None:
@@ -158,10 +158,8 @@ def take_out(module: nn.Module, site: Any) -> None:
         values[STATE] = site.below
         return
     del values[STATE]
-    swapped, plain = type(module), _plain_class(type(module))
-    ours = swapped.forward if plain is not swapped else None
-    if ours is not None:
-        module.__class__ = plain
+    ours = type(module).forward
+    module.__class__ = _plain_class(type(module))
     for slot in _SLOTS:
         if slot in values:
             values[slot] = _given_back(values[slot], module, site.previous, ours)
@@ -170,10 +168,10 @@ def take_out(module: nn.Module, site: Any) -> None:
 def _given_back(value: Any, module: nn.Module, previous: Any, ours: Any) -> Any:
     """A callable as it would be had the module not been patched, and what it says it wraps likewise."""
     if isinstance(value, functools.partial) and value.func is _forward_of_slot:
-        return previous
+        # After a pickle it is the swapped class's: a bound method is pickled by its name.
+        return _given_back(previous, module, None, ours)
     if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is ours:
-        own = types.MethodType(type(module).forward, module)
-        return previous if previous == own else own
+        return types.MethodType(type(module).forward, module)
     if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
         # accelerate's forward names the one below it, for its signature.
         value.__wrapped__ = _given_back(value.__wrapped__, module, previous, ours)
