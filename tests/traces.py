@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, range)
 
@@ -55,9 +56,13 @@ class _Description:
         if isinstance(value, types.FunctionType):
             assert not value.__module__.startswith("attnpatch"), value
             return "function", value.__module__, value.__qualname__
+        if isinstance(value, types.ModuleType):
+            return "module", value.__name__
         if isinstance(value, types.MethodType):
             assert "attnpatch" not in value.__func__.__code__.co_filename, value
             return "method", value.__func__.__qualname__, self.of(value.__self__)
+        if isinstance(value, RemovableHandle):
+            return "handle"  # numbered through the whole process, like the hooks themselves
         if id(value) in self.numbers:
             return "again", self.numbers[id(value)]
         self.numbers[id(value)] = len(self.numbers)
@@ -74,6 +79,9 @@ class _Description:
             if value and all(type(key) is int for key in value):
                 # Hooks: their numbers count on through the whole process.
                 return kind(type(value)), [self.of(item) for item in value.values()]
+            if all(type(key) is str for key in value):
+                # FSDP2 numbers parameters through the whole process.
+                return kind(type(value)), {k: self.of(v) for k, v in value.items() if not k.endswith("_uid")}
             return kind(type(value)), [(self.of(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, (list, tuple)):
             return kind(type(value)), [self.of(item) for item in value]
