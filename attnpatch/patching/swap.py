@@ -31,6 +31,14 @@ _SLOTS = ("_old_forward", "forward")
 _classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
 
 
+def _is_recorded() -> bool:
+    """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
+    if torch.compiler.is_compiling():
+        return True
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return torch.jit.is_tracing() or proxy is not None
+
+
 def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` whose forward goes through the site stored on the instance; one per class."""
     found = _classes.get(base)
@@ -40,7 +48,7 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_recorded():
             return original(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
         if site is None or site in _served.sites:
@@ -99,7 +107,7 @@ def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     site = self.__dict__.get(STATE)
     if site is None:
         return type(self).forward(self, *args, **kwargs)
-    if torch.compiler.is_compiling():
+    if _is_recorded():
         return site.previous(*args, **kwargs)
     outer = _served.sites
     _served.sites = (*outer, site)
