@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
-		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling
+		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling peft hqq
 	touch $(STAMP)
 
 lint: venv

@@ -320,3 +320,21 @@ def test_report_prints_a_table():
     assert "model.layers.0.self_attn" in text
     assert "total" in text
     assert "LlamaForCausalLM" in text
+
+
+def test_what_one_thread_defers_is_nothing_to_another():
+    """Weights that wait to be computed here must not be looked through while they come and go elsewhere."""
+    from attnpatch.rows.deferred import pending
+
+    model = small_llama()
+    found = {}
+    with torch.no_grad(), attnpatch.patched(model, mode="always"):
+        native = model(torch.arange(12)[None], output_attentions=True).attentions
+        assert pending()
+        thread = threading.Thread(
+            target=lambda: found.update(pending=pending(), row=native[1][0, 0, 3].clone())
+        )
+        thread.start()
+        thread.join()
+    assert found["pending"] is False
+    assert torch.equal(found["row"], native[1][0, 0, 3])

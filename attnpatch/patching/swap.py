@@ -6,7 +6,8 @@ and a bound method in the instance stays bound to the old module in ``_replicate
 survives all of these, and ``vars(module)`` gains one entry.
 
 Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
-slot is swapped, because the class's forward is never reached.
+slot is swapped too, because nothing says that its forward ever reaches the class's. A ``partial`` stands in it, as
+accelerate puts one there itself: it is copied and pickled with its module. Whichever of the two is called first serves.
 
 A module is swapped once. Further patches lay their site on top of the one that is there, and the top one serves.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -29,6 +31,14 @@ _SLOTS = ("_old_forward", "forward")
 _classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
 
 
+def _is_recorded() -> bool:
+    """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
+    if torch.compiler.is_compiling():
+        return True
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return torch.jit.is_tracing() or proxy is not None
+
+
 def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` whose forward goes through the site stored on the instance; one per class."""
     if "_attnpatch_base" in vars(base):
@@ -41,10 +51,10 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_recorded():
             return original(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        if site is None:
+        if site is None or site in _served.sites:
             return original(self, *args, **kwargs)
         return site.serve(original, self, args, kwargs)
 
@@ -98,9 +108,25 @@ _plain_classes: weakref.WeakKeyDictionary[type[Any], type[Any]] = weakref.WeakKe
 def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What stands in an instance's slot; the slot's own value is kept by the site."""
     site = self.__dict__.get(STATE)
-    if site is None or torch.compiler.is_compiling():
+    if site is None:
         return type(self).forward(self, *args, **kwargs)
-    return site.serve(site.previous, None, args, kwargs)
+    if _is_recorded():
+        return site.previous(*args, **kwargs)
+    outer = _served.sites
+    _served.sites = (*outer, site)
+    try:
+        return site.serve(site.previous, None, args, kwargs)
+    finally:
+        _served.sites = outer
+
+
+class _Served(threading.local):
+    """Sites that a slot serves in this thread: their class's forward, if it is reached, has nothing to add."""
+
+    sites: tuple[Any, ...] = ()
+
+
+_served = _Served()
 
 
 def can_swap(module: nn.Module) -> bool:
@@ -122,12 +148,13 @@ def put_in(module: nn.Module, site: Any) -> None:
     if site.below is not None:
         site.previous = site.below.previous
     else:
+        module.__class__ = swapped_class(type(module))
         slot = next((name for name in _SLOTS if name in values), None)
-        if slot is None:
-            module.__class__ = swapped_class(type(module))
-        else:
+        if slot is not None:
             site.previous = values[slot]
-            values[slot] = types.MethodType(_forward_of_slot, module)
+            # Hosts read the signature of a forward (generate does), which a partial has from what it wraps.
+            ours = functools.partial(_forward_of_slot, module)
+            values[slot] = functools.update_wrapper(ours, site.previous, updated=())
     values[STATE] = site
 
 
@@ -142,14 +169,21 @@ def take_out(module: nn.Module, site: Any) -> None:
         values[STATE] = site.below
         return
     del values[STATE]
-    swapped, plain = type(module), _plain_class(type(module))
-    if plain is not swapped:
-        module.__class__ = plain
+    ours = type(module).forward
+    module.__class__ = _plain_class(type(module))
     for slot in _SLOTS:
-        method = values.get(slot)
-        if not isinstance(method, types.MethodType) or method.__self__ is not module:
-            continue
-        if method.__func__ is _forward_of_slot:
-            values[slot] = site.previous
-        elif plain is not swapped and method.__func__ is swapped.forward:
-            values[slot] = types.MethodType(plain.forward, module)
+        if slot in values:
+            values[slot] = _given_back(values[slot], module, site.previous, ours)
+
+
+def _given_back(value: Any, module: nn.Module, previous: Any, ours: Any) -> Any:
+    """A callable as it would be had the module not been patched, and what it says it wraps likewise."""
+    if isinstance(value, functools.partial) and value.func is _forward_of_slot:
+        # After a pickle it is the swapped class's: a bound method is pickled by its name.
+        return _given_back(previous, module, None, ours)
+    if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is ours:
+        return types.MethodType(type(module).forward, module)
+    if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
+        # accelerate's forward names the one below it, for its signature.
+        value.__wrapped__ = _given_back(value.__wrapped__, module, previous, ours)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -142,6 +143,7 @@ class Handle:
         call: The site call it came from.
         value: The tensor, once somebody needed all of it.
         family: Handles that share memory with this one (views of each other), itself included.
+        pending: The deferred tensors of the thread it was made in.
     """
 
     def __init__(self, node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> None:
@@ -149,7 +151,8 @@ class Handle:
         self.value: torch.Tensor | None = None
         self.family = weakref.WeakSet() if family is None else family
         self.family.add(self)
-        _PENDING.add(self)
+        self.pending = _thread.pending
+        self.pending.add(self)
 
     def materialise(self, operation: str) -> torch.Tensor:
         """The whole tensor, computed by rows; ``operation`` is what asked for it."""
@@ -157,7 +160,7 @@ class Handle:
             if self.node.children:
                 self.call.tally.materialised(operation)
             self.value = self.call.replay(self.node)
-            _PENDING.discard(self)
+            self.pending.discard(self)
         return self.value
 
     def is_shared(self) -> bool:
@@ -177,7 +180,7 @@ class Handle:
             run = Run(member.node)
             run.fix(base, tensor)
             member.value = run.value(member.node, {})
-            _PENDING.discard(member)
+            member.pending.discard(member)
 
     def preserve(self, storage: int) -> None:
         """Keep the present values of what the recipe reads from a storage that is about to be written to."""
@@ -186,12 +189,19 @@ class Handle:
                 leaf.preserve()
 
 
-_PENDING: weakref.WeakSet[Handle] = weakref.WeakSet()
+class _Thread(threading.local):
+    """Deferred tensors of this thread: another one neither waits for them nor writes to what they read."""
+
+    def __init__(self) -> None:
+        self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+_thread = _Thread()
 
 
 def pending() -> bool:
-    """Whether some deferred tensor is alive and not yet computed."""
-    return bool(_PENDING)
+    """Whether some deferred tensor of this thread is alive and not yet computed."""
+    return bool(_thread.pending)
 
 
 def before_write(tensor: torch.Tensor) -> None:
@@ -199,15 +209,15 @@ def before_write(tensor: torch.Tensor) -> None:
 
     The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
     """
-    if _PENDING and not isinstance(tensor, DeferredRows):
+    if _thread.pending and not isinstance(tensor, DeferredRows):
         storage = tensor.untyped_storage().data_ptr()
-        for handle in list(_PENDING):
+        for handle in list(_thread.pending):
             handle.preserve(storage)
 
 
 def secure_escaped() -> None:
     """Called when a site is left: what is still deferred now outlives it."""
-    for handle in list(_PENDING):
+    for handle in list(_thread.pending):
         for leaf in tensors_of(handle.node):
             leaf.secure()
 

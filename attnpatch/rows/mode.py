@@ -62,6 +62,9 @@ class RowsMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            # A part of the attention that is compiled on its own is traced through this mode.
+            return func(*args, **kwargs)
         if DeferredRows in types:
             return self._deferred(func, args, kwargs)
         if func in _PRODUCTS:

@@ -150,7 +150,8 @@ def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> Defe
 def _looks_like_scores(product: Product) -> bool:
     left, _, result = product.labels
     operands = (product.left, product.right)
-    if not all(t.is_floating_point() for t in operands):
+    # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
+    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point() for t in operands):
         return False
     # A layer written as a product: ``hidden @ weight.T``. Scores come from two tensors of the same rank.
     if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in operands):
