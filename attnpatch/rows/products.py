@@ -201,9 +201,7 @@ def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | Non
     product = parse(name, args, kwargs)
     if product is None or not _looks_like_scores(product) or not _is_large(product):
         return None
-    # A subclass (distributed, fake) means more than its elements, and has no storage to go by.
-    is_plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (product.left, product.right))
-    return product if is_plain else None
+    return product
 
 
 def _call(
