@@ -141,7 +141,7 @@ def recorder_of(
 
     def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
         cross = host.is_cross(kwargs)
-        return SiteFacts(*host.masks_of(call, name, cross), cross, host.query_tokens(args, kwargs))
+        return SiteFacts(*host.masks_of(call, name, cross), cross, *host.called_with(args, kwargs))
 
     return Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
 

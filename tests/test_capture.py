@@ -88,6 +88,23 @@ def test_generate_of_an_encoder_decoder_is_one_sequence():
     torch.testing.assert_close(maps[cross].mass.sum(-1), torch.ones(maps[cross].mass.shape[:-1]))
 
 
+@pytest.mark.parametrize("name", ["Swin", "SamVision"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_windows_of_a_host_are_refused(name, batch):
+    """Also where there are as many windows as would pass for heads."""
+    import transformers
+
+    fields = {
+        "Swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4},
+        "SamVision": {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "window_size": 4,
+                      "num_attention_heads": 2, "output_channels": 8, "global_attn_indexes": [], "mlp_dim": 16},
+    }[name]  # fmt: skip
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**fields)).eval()
+    asked = attnpatch.capture(model, blocks=Blocks.fixed(16))
+    with pytest.raises(errors.CaptureError, match="windows"), asked, torch.no_grad():
+        model(zoo.floats(batch, 3, 32, 32))
+
+
 def test_windows_are_refused():
     """Attention in windows that span the batch: no map over a sequence can show that."""
 

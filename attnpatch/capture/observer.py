@@ -48,12 +48,13 @@ class SiteFacts:
     Attributes:
         query_mask, key_mask: Bool ``[batch, tokens]``, real tokens on either side; ``None``: all.
         cross: Whether it looks at another sequence.
-        tokens: Query tokens it is called with, or ``None``.
+        sequences, tokens: What it is called with: so many sequences of so many query tokens; ``None``: not known.
     """
 
     query_mask: torch.Tensor | None
     key_mask: torch.Tensor | None
     cross: bool
+    sequences: int | None
     tokens: int | None
 
 
@@ -93,7 +94,9 @@ class SiteObserver:
         if self.facts.tokens == 1 and passing.q_len > 1:
             probabilities, passing = _heads_as_leads(probabilities, passing)
         batch = self.call.batch
-        if passing.lead_count % batch:
+        # A host that puts tokens first calls it with other numbers, which say nothing of windows.
+        is_cut = self.facts.tokens == passing.q_len and self.facts.sequences != batch
+        if is_cut or passing.lead_count % batch:
             raise CaptureError(
                 f"{self.name} attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: "
                 "its sequence is cut into windows, which block maps over the sequence cannot show"

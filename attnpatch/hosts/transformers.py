@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -94,12 +95,13 @@ def _as_mask(value: Any, past: int) -> torch.Tensor | None:
     return torch.cat([torch.ones(len(seen), past, dtype=torch.bool), seen.cpu()], 1)
 
 
-def query_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Tokens that an attention module is called with; ``None`` if that cannot be told."""
+def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Sequences, and tokens of each, that an attention module is called with; ``None`` if that cannot be told."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dim() == 3:
-            return value.shape[1]
-    return None
+        if isinstance(value, torch.Tensor) and value.dim() in (3, 4):
+            # Four dimensions: an image whose channels come last.
+            return value.shape[0], math.prod(value.shape[1:-1])
+    return None, None
 
 
 def is_cross(kwargs: dict[str, Any]) -> bool:
