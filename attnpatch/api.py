@@ -14,7 +14,7 @@ from attnpatch.capture.observer import SiteFacts
 from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
 from attnpatch.hosts import transformers as host
-from attnpatch.patching.patch import Patch, patch_of
+from attnpatch.patching.patch import Patch, patch_of, patches_in
 from attnpatch.patching.registry import register
 from attnpatch.policy import Policy
 from attnpatch.report import Report, report_of
@@ -48,13 +48,19 @@ def apply(model: Model, **policy: Any) -> Model:
 def remove(model: Model) -> Model:
     """Take the patch out: every touched object is as it was, attribute for attribute.
 
+    Of a part of a patched model too, which then is as it was while the rest stays patched: a tool may have taken the
+    model apart since (PEFT's ``unload`` returns what was inside the patched one).
+
     Returns:
         The same model.
 
     Raises:
-        PatchError: The model is not patched.
+        PatchError: Nothing in the model is patched.
     """
-    _patch(model).take_out(model)
+    patch = patch_of(_checked(model))
+    found = [patch] if patch is not None else patches_in(model)
+    for each in found or [_patch(model)]:
+        each.take_out(model)
     return model
 
 

@@ -356,3 +356,21 @@ def test_tool(tool, first, stays, tmp_path):
         both("run")
         compare()
         assert not first_difference(described(mine.model), described(plain.model))
+
+
+@pytest.mark.parametrize("tool", [*ACCELERATE, *PEFT], ids=[tool.name for tool in [*ACCELERATE, *PEFT]])
+def test_captured(tool, tmp_path):
+    """A capture of a model with a tool on: the map of the same model without attnpatch's patch around it, no trace."""
+    plain = tool.put(tool.build(), tmp_path / "plain")
+    model = tool.put(tool.build(), tmp_path / "captured")
+    native = tool.run(plain)["logits"]
+    tool.run(model)
+    with attnpatch.capture(model, attnpatch.Blocks.fixed(8)) as maps:
+        assert torch.equal(tool.run(model)["logits"], native)
+    assert not first_difference(described(model), described(plain))
+    weights = plain(IDS, output_attentions=True).attentions if tool.build is small_llama else None
+    if weights is not None:
+        layer = weights[1].double().mean(1)  # over heads
+        first = layer[:, :8, :8].sum(-1).mean(-1)
+        got = torch.as_tensor(maps.block_map.to_numpy()[:, 1, 0, 0], dtype=torch.float64)
+        torch.testing.assert_close(got, first, rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ Forced by rows, equal to the same steps without attnpatch, and undone exactly.
 """
 
 import pathlib
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -138,6 +139,30 @@ def tensor_parallel_case() -> None:
         assert not difference, difference
 
 
+def loaded_in_parallel_case() -> None:
+    """As people ask for it: ``from_pretrained`` with a plan."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    with tempfile.TemporaryDirectory() as own:
+        # transformers saves in the first process only.
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        small_llama().save_pretrained(folder[0])
+        dist.barrier()
+        config = DistributedConfig(tp_plan="auto", tp_size=WORLD)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder[0], distributed_config=config, attn_implementation="eager", dtype=torch.float64
+        )
+        dist.barrier()
+    assert model.tp_size == WORLD
+    native = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    with attnpatch.patched(model, mode="always", rows=7):
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), native)
+        assert attnpatch.report(model).totals["by_rows"] == 2
+    described(model)
+
+
 class ShardedAttention(nn.Module):
     """Attention by hand between projections that give distributed tensors."""
 
@@ -171,6 +196,8 @@ def distributed_tensors_case() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [[fsdp_case], [tensor_parallel_case, distributed_tensors_case]])
+@pytest.mark.parametrize(
+    "cases", [[fsdp_case], [tensor_parallel_case, loaded_in_parallel_case, distributed_tensors_case]]
+)
 def test_in_two_processes(cases, tmp_path):
     in_two_processes(cases, tmp_path)

@@ -189,7 +189,9 @@ def streamed(model: nn.Module) -> list[str]:
 def word_level(words: dict[str, int]):
     import tokenizers
 
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return tokenizer
 
 
 def test_streamer_in_a_thread():
@@ -246,6 +248,7 @@ def test_one_model_in_two_threads():
             thread.start()
         for thread in threads:
             thread.join()
+        assert attnpatch.report(model).totals["by_rows"] == 4
     assert found == [native, native]
 
 
@@ -256,7 +259,9 @@ def test_pipeline():
     words = {f"w{i}": i for i in range(zoo.VOCAB)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level(words), eos_token="w2", pad_token="w0")
     model = zoo.BY_NAME["llama"].build("eager")
-    run = functools.partial(pipeline("text-generation", model, tokenizer=tokenizer), "w9", max_new_tokens=5)
+    prompt = " ".join(f"w{i}" for i in range(9, 42))
+    run = functools.partial(pipeline("text-generation", model, tokenizer=tokenizer), prompt, max_new_tokens=5)
     native = run(do_sample=False)
     with zoo.by_rows(model, rows=7):
         assert run(do_sample=False) == native
+        assert attnpatch.report(model).totals["by_rows"] == 2

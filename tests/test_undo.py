@@ -113,6 +113,20 @@ def test_a_part_and_the_whole_are_not_patched_twice():
     assert snapshot(model) == before
 
 
+def test_what_is_left_of_a_patched_model_can_be_unpatched():
+    outer = nn.Sequential(small_llama())
+    inner = outer[0]
+    plain = snapshot(inner)
+    attnpatch.apply(outer, mode="always")
+    del outer
+    with pytest.raises(errors.PatchError, match=r"call attnpatch\.remove"):
+        attnpatch.apply(inner)
+    attnpatch.remove(inner)
+    assert snapshot(inner) == plain
+    with pytest.raises(errors.PatchError, match="not patched"):
+        attnpatch.remove(inner)
+
+
 def automatic(model):
     return Patch(model, attnpatch.Policy(mode="never"), automatic=True)
 

@@ -288,3 +288,9 @@ def _gives_way(module: nn.Module) -> list[bool]:
 def patch_of(model: nn.Module) -> Patch | None:
     """The patch put on ``model`` itself."""
     return next((site.patch for site in sites_of(model) if site.is_root), None)
+
+
+def patches_in(model: nn.Module) -> list[Patch]:
+    """Every patch that has a site in ``model``."""
+    found = {id(site.patch): site.patch for module in model.modules() for site in sites_of(module)}
+    return list(found.values())
