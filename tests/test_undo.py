@@ -164,6 +164,23 @@ def test_an_automatic_patch_goes_into_that_of_a_larger_model():
     assert snapshot(model) == plain
 
 
+def test_the_first_call_is_told_of_also_through_a_hook():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, told = small_llama(), []
+    add_hook_to_module(model, ModelHook())
+    Patch(
+        model,
+        attnpatch.Policy(),
+        automatic=True,
+        first_call=lambda patch, called: told.append((patch, called)),
+    )
+    with torch.no_grad():
+        run(model)
+        run(model)
+    assert [called for _, called in told] == [model]
+
+
 def test_what_is_added_later_can_be_patched_too():
     model = small_llama()
     patch = automatic(model)

@@ -77,15 +77,20 @@ class Site:
         self.operations[operation] += 1
 
     def serve(
-        self, forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: dict[str, Any]
+        self,
+        forward: Callable[..., Any],
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        is_bound: bool = False,
     ) -> Any:
-        """Call ``forward`` (bound if ``module`` is ``None``) as the policy says."""
-        first = args if module is None else (module, *args)
+        """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
+        first = args if is_bound else (module, *args)
         if not self.is_root or _thread.patch is self.patch:
             return (
                 self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
             )
-        if self.patch.first_call is not None and not self.patch.was_called and module is not None:
+        if self.patch.first_call is not None and not self.patch.was_called:
             self.patch.was_called = True
             self.patch.first_call(self.patch, module)
         outer = _thread.patch, _thread.room

@@ -115,7 +115,7 @@ def _forward_of_slot(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     outer = _served.sites
     _served.sites = (*outer, site)
     try:
-        return site.serve(site.previous, None, args, kwargs)
+        return site.serve(site.previous, self, args, kwargs, is_bound=True)
     finally:
         _served.sites = outer
 
