@@ -1,7 +1,7 @@
 """Attention a few query rows at a time, exactly, and block maps of where it goes."""
 
 from attnpatch import errors
-from attnpatch.api import apply, capture, patched, register, remove, report
+from attnpatch.api import apply, capture, explain, patched, register, remove, report
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
 from attnpatch.policy import Policy
@@ -14,6 +14,7 @@ __all__ = [
     "apply",
     "capture",
     "errors",
+    "explain",
     "patched",
     "register",
     "remove",

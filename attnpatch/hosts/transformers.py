@@ -114,3 +114,17 @@ def masks_of(call: ModelCall, site_name: str, cross: bool) -> tuple[torch.Tensor
     if "decoder" in site_name and (call.decoder_mask is not None or call.mask is None):
         return call.decoder_mask, call.decoder_mask
     return call.mask, call.mask
+
+
+def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torch.Tensor] | None:
+    """Token ids of a length, as a transformers model takes them, with shapes only; ``None`` where that is not enough.
+
+    An encoder-decoder model gets as many tokens on either side.
+    """
+    names = _parameter_names(type(model))
+    if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in names:
+        return None
+    ids = torch.empty(batch, seq_len, dtype=torch.long, device="meta")
+    config = getattr(model, "config", None)
+    two_sided = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if two_sided else {})}

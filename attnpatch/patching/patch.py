@@ -53,6 +53,10 @@ class Site:
         below: The site of another patch that this one lies on.
     """
 
+    # What a rehearsal does otherwise.
+    call_class: type[SiteCall] = SiteCall
+    mode_class: type[RowsMode] = RowsMode
+
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, is_attention: bool) -> None:
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention = is_root, is_attention
@@ -108,7 +112,7 @@ class Site:
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
-        call = SiteCall(patch.policy, patch.free, self, observer, self.decisions, again)
+        call = self.call_class(patch.policy, patch.free, self, observer, self.decisions, again)
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -119,7 +123,7 @@ class Site:
             finally:
                 mode.call = outer
         else:
-            _thread.mode = RowsMode(call)
+            _thread.mode = self.mode_class(call)
             try:
                 with _thread.mode:
                     result = forward(*first, **kwargs)
@@ -139,7 +143,7 @@ class Site:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return False
-        return policy.mode == "always" or _most_rows(args, kwargs) > policy.min_tokens
+        return policy.mode == "always" or most_rows(args, kwargs) > policy.min_tokens
 
 
 class _Blind:
@@ -155,7 +159,7 @@ class _Blind:
 _SEEN = _Blind()
 
 
-def _most_rows(args: Any, kwargs: dict[str, Any]) -> int:
+def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
     """An upper bound on the query rows of a call: positions of its inputs, the batch included.
 
     Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
@@ -192,6 +196,8 @@ class Patch:
         PatchError: There is nothing to patch, or another patch is in the way.
     """
 
+    site_class: type[Site] = Site
+
     def __init__(
         self, model: nn.Module, policy: Policy, automatic: bool = False, on_top: bool = False
     ) -> None:
@@ -223,7 +229,7 @@ class Patch:
 
     def _put_in(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         for name, module in modules.items():
-            site = Site(self, name, module, module is model, is_attention(module))
+            site = self.site_class(self, name, module, module is model, is_attention(module))
             self.sites.append(site)
             put_in(module, site)
 

@@ -28,13 +28,13 @@ _PRODUCTS = frozenset(
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
-_FAST_PATHS: dict[Any, Callable[..., Any]] = {
+FAST_PATHS: dict[Any, Callable[..., Any]] = {
     torch._native_multi_head_attention: fastpaths.multihead,
     torch._transformer_encoder_layer_fwd: fastpaths.encoder_layer,
 }
 
 
-def _num_heads(func: Callable[..., Any], args: Any) -> int:
+def num_heads(func: Callable[..., Any], args: Any) -> int:
     return args[4] if func is torch._native_multi_head_attention else args[2]
 
 
@@ -68,9 +68,9 @@ class RowsMode(TorchFunctionMode):
         if func in _COMPOSITES:
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)
-        if func in _FAST_PATHS and fastpaths.goes_by_rows(args[0], _num_heads(func, args), self.call):
+        if func in FAST_PATHS and fastpaths.goes_by_rows(args[0], num_heads(func, args), self.call):
             with self:
-                return _FAST_PATHS[func](*args, **kwargs)
+                return FAST_PATHS[func](*args, **kwargs)
         if pending():
             self._protect(func, args, kwargs)
         return func(*args, **kwargs)
