@@ -83,3 +83,38 @@ def demo(
     from attnpatch.demo.run import run_demo
 
     run_demo(out, json)
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder with a config.json, or a name on the hub.")
+    ],
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; as the config says.")] = None,
+    attention: Annotated[str | None, typer.Option(help="eager, sdpa; transformers' choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where it would run; the accelerator, else cpu.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Policy: auto, always or never.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Policy: more query rows than this.")] = None,
+    min_free: Annotated[
+        str | None, typer.Option(help="Policy: by rows when less is free, such as 2GB.")
+    ] = None,
+    headroom: Annotated[
+        float | None, typer.Option(help="Policy: share of free memory for temporaries.")
+    ] = None,
+    workspace: Annotated[str | None, typer.Option(help="Policy: what one attention call may hold.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Policy: query rows per step.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Policy: heads per step.")] = None,
+) -> None:
+    """What the attention of a model would do and hold at a length; nothing of it is loaded or run."""
+    import attnpatch
+    from attnpatch.hosts.transformers import built_on_meta
+
+    fields = {
+        "mode": mode, "min_tokens": min_tokens, "min_free": min_free, "headroom": headroom,
+        "workspace": workspace, "rows": rows, "heads": heads,
+    }  # fmt: skip
+    policy = {name: value for name, value in fields.items() if value is not None}
+    built = built_on_meta(model, dtype, attention)
+    typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **policy)))

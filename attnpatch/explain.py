@@ -198,10 +198,10 @@ def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
     if device is None:
         sizes: Counter[torch.device] = Counter()
         for tensor in tensors:
-            if tensor.device.type != "meta":
-                sizes[tensor.device] += _bytes(tensor)
-        if sizes:
-            return sizes.most_common(1)[0][0]
+            sizes[tensor.device] += _bytes(tensor)
+        most = sizes.most_common(1)
+        if most and most[0][0].type != "meta":
+            return most[0][0]
         device = torch.accelerator.current_accelerator() or "cpu"
     try:
         return torch.empty(0, device=device).device
@@ -231,14 +231,17 @@ def _groups(native: RehearsalPatch, now: RehearsalPatch) -> tuple[Group, ...]:
     first = {site.name: site.seen for site in native.innermost()}
     sites = [site for site in now.innermost() if site.name in first]
     places = pattern_of([site.name for site in sites])
-    found: Counter[Group] = Counter()
+    found: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for site in sites:
         before, after = first[site.name], site.seen
-        by_rows = site.counts["by_rows"] > 0
-        rows, heads = after.step if after.step is not None else (None, None)
-        group = Group(
-            places[site.name][0] or "(model)", site.kind, 1, before.kernel, before.temporaries,
-            "by rows" if by_rows else "native", site.reason(), rows, heads, after.temporaries,
+        decision = "by rows" if site.counts["by_rows"] else "native"
+        alike = (
+            places[site.name][0] or "(model)", site.kind, before.kernel, decision, site.reason(), after.step,
         )  # fmt: skip
-        found[group] += 1
-    return tuple(dataclasses.replace(group, count=count) for group, count in found.items())
+        found.setdefault(alike, []).append((before.temporaries, after.temporaries))
+    groups = []
+    for (name, kind, kernel, decision, reason, step), sizes in found.items():
+        most, most_now = (max(column) for column in zip(*sizes, strict=True))
+        rows, heads = step or (None, None)
+        groups.append(Group(name, kind, len(sizes), kernel, most, decision, reason, rows, heads, most_now))
+    return tuple(groups)

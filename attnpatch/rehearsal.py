@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attnpatch.ledger import Ledger, Shapes, Span
@@ -34,7 +35,7 @@ class Seen:
         temporaries: Most bytes that a call held beside its inputs, its output and a cache.
         fused: Name of the fused kernel that ran, if one did.
         is_dense: Whether torch's attention function ran its dense math.
-        is_softmax: Whether a softmax ran.
+        is_product: Whether matrices were multiplied.
         most_rows: An upper bound on the query rows of a call.
         reason: Why it went the way it went, where the rule was asked.
         step: Query rows and heads per step, where it went by rows.
@@ -44,7 +45,7 @@ class Seen:
     temporaries: int = 0
     fused: str | None = None
     is_dense: bool = False
-    is_softmax: bool = False
+    is_product: bool = False
     most_rows: int = 0
     reason: str | None = None
     step: tuple[int, int] | None = None
@@ -54,7 +55,7 @@ class Seen:
         """What served the call, in words."""
         if self.fused is not None:
             return f"fused: {self.fused}"
-        return "dense math" if self.is_dense else "hand-written" if self.is_softmax else "unknown"
+        return "dense math" if self.is_dense else "hand-written" if self.is_product else "unknown"
 
 
 class _FewTiles(Replay):
@@ -68,8 +69,9 @@ class _FewTiles(Replay):
         if self.step is None:
             high = max((stop - start for start, stop in steps.rows), default=1)
             self.step = high, max(self._heads(tile, steps) for tile in steps.lead)
-        # The first heads twice: the second time beside the result.
-        return Steps([steps.lead[0]] * min(2, len(steps.lead)), steps.row, rows)
+        # Two tiles at least, where there are two: the second one lives beside the result.
+        count = 1 if len(rows) > 1 else min(2, len(steps.lead))
+        return Steps(steps.lead[:1] * count, steps.row, rows)
 
     def _heads(self, tile: Tile, steps: Steps) -> int:
         """Batch x heads of a tile: axes that the result shares with the scores."""
@@ -162,7 +164,7 @@ class _Site(Site):
     def _note_kernel(self, span: Span) -> None:
         self.seen.fused = self.seen.fused or span.fused_kernel()
         self.seen.is_dense |= "_safe_softmax.default" in span.operators
-        self.seen.is_softmax |= any("softmax" in name for name in span.operators)
+        self.seen.is_product |= any("mm" in name for name in span.operators)
 
 
 class RehearsalPatch(Patch):
@@ -238,10 +240,9 @@ def _tables(module: nn.Module) -> list[Any]:
 
 
 def _fake(tensor: torch.Tensor, shapes: Shapes, device: torch.device) -> torch.Tensor:
-    if tensor.layout == torch.strided and type(tensor.data) is torch.Tensor:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    else:
-        fake = shapes.from_tensor(tensor.data)
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        return shapes.from_tensor(tensor)
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=False)
     # Quantised weights carry how to read them.
