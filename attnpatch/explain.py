@@ -19,9 +19,8 @@ from torch._subclasses.fake_tensor import (
 from attnpatch import memory
 from attnpatch.capture.recorder import pattern_of
 from attnpatch.errors import ExplainError
-from attnpatch.heap import Heap, is_replayable
 from attnpatch.hosts import transformers as host
-from attnpatch.ledger import Ledger, Shapes
+from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy, size_text
 from attnpatch.rehearsal import RehearsalPatch, fake_inputs, on_shapes
 
@@ -68,10 +67,9 @@ class Explanation:
         is_loaded: Whether the parameters are part of what is taken already (not so for a model on ``meta``).
         policy: The rule in force.
         groups: Attention sites, like ones together.
-        native_tensors: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
-        tensors: The same, under the policy.
-        native_peak, peak: Bytes that the process takes for them. More than the tensors hold where the allocator keeps
-            holes (glibc, on CPU).
+        native_peak: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
+        peak: The same, under the policy. What the allocator keeps beside them for later (on CPU in blocks below 32 MiB,
+            on CUDA in its cache) is not in it.
     """
 
     model: str
@@ -82,8 +80,6 @@ class Explanation:
     is_loaded: bool
     policy: Policy
     groups: tuple[Group, ...]
-    native_tensors: int
-    tensors: int
     native_peak: int
     peak: int
 
@@ -142,19 +138,19 @@ def explanation_of(
     free = memory.free_bytes(where)
     is_fixed = bool(os.environ.get(memory.OVERRIDE))
     left = free if is_fixed else max(0, free - missing)
-    native, native_ledger = _rehearse(model, Policy(mode="never"), where, inputs, left, is_fixed)
-    now, ledger = _rehearse(model, policy, where, inputs, left, is_fixed)
+    native, native_peak = _rehearse(model, Policy(mode="never"), where, inputs, left, is_fixed)
+    now, peak = _rehearse(model, policy, where, inputs, left, is_fixed)
     return Explanation(
         type(model).__name__, said, where, free, parameters, not missing, policy, _groups(native, now),
-        native_ledger.peak, ledger.peak, native_ledger.taken_peak, ledger.taken_peak,
+        native_peak, peak,
     )  # fmt: skip
 
 
 def _rehearse(
     model: nn.Module, rule: Policy, device: torch.device, inputs: Any, free: int, is_fixed: bool
-) -> tuple[RehearsalPatch, Ledger]:
-    """One forward pass on shapes."""
-    shapes = Shapes(Heap() if device.type == "cpu" and is_replayable() else None)
+) -> tuple[RehearsalPatch, int]:
+    """One forward pass on shapes, and the most bytes it holds."""
+    shapes = Shapes()
     with on_shapes(model, shapes, device):
         args, kwargs = fake_inputs(inputs, shapes, device)
         patch = RehearsalPatch(model, rule, shapes.ledger, free, is_fixed)
@@ -165,7 +161,7 @@ def _rehearse(
             raise ExplainError(_said(model, error)) from error
         finally:
             patch.take_out(model)
-    return patch, shapes.ledger
+    return patch, shapes.ledger.peak
 
 
 def _said(model: nn.Module, error: Exception) -> str:

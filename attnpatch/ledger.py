@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnpatch.heap import Heap
-
 _FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attention")
 
 
@@ -57,17 +55,13 @@ class Ledger(TorchDispatchMode):
 
     What is there before the first operator that reads it (parameters, inputs) is not counted; views add nothing.
 
-    Args:
-        heap: The allocator that serves the device, where holes in it count.
-
     Attributes:
         live: Bytes held now.
         peak: Most bytes held at once.
     """
 
-    def __init__(self, heap: Heap | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heap = heap
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
         self._spans: list[Span] = []
@@ -100,22 +94,12 @@ class Ledger(TorchDispatchMode):
         self._sizes[key] = size
         weakref.finalize(storage, self._leave, key).atexit = False
         self.live += size
-        if self.heap is not None and size:
-            self.heap.take(key, size)
         self.peak = max(self.peak, self.live)
         for span in self._spans:
             span.peak = max(span.peak, self.live)
 
     def _leave(self, key: int) -> None:
-        size = self._sizes.pop(key)
-        self.live -= size
-        if self.heap is not None and size:
-            self.heap.give_back(key)
-
-    @property
-    def taken_peak(self) -> int:
-        """Most bytes that the process takes at once, holes of the allocator included."""
-        return self.peak if self.heap is None else max(self.peak, self.heap.peak)
+        self.live -= self._sizes.pop(key)
 
     def size_of(self, tensor: torch.Tensor) -> int:
         """Bytes of the storage of a tensor that an operator made."""
@@ -149,9 +133,9 @@ class Ledger(TorchDispatchMode):
 class Shapes(FakeTensorMode):
     """Tensors made inside have a shape, a dtype and a device, and no memory; ``ledger`` counts what they stand for."""
 
-    def __init__(self, heap: Heap | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.ledger = Ledger(heap)
+        self.ledger = Ledger()
 
 
 def ledger_of(tensor: torch.Tensor) -> Ledger | None:

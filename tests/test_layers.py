@@ -12,7 +12,7 @@ ROOT = pathlib.Path(attnpatch.__file__).parent
 LAYERS = [
     {"errors"},
     {"policy"},
-    {"memory", "heap"},
+    {"memory"},
     {"ledger"},
     {"rows"},
     {"patching", "capture", "hosts"},

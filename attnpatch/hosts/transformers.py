@@ -150,15 +150,16 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     except ImportError as error:
         raise MissingExtraError('this needs transformers: pip install "attnpatch[transformers]"') from error
     folder = pathlib.Path(name)
-    if (folder.exists() or len(folder.parts) != 2) and not (folder / "config.json").is_file():
-        raise ExplainError(
-            f"{name}: no config.json there; give a folder with one, or the name of a model on the hub"
-        )
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ExplainError(f"{name}: no config.json there; give a folder with one, or a name on the hub")
+    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ExplainError(f"{name}: no such folder; give one with a config.json, or a name on the hub")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ExplainError(f"{name}: its config cannot be read: {first}") from error
+        what = "its config cannot be read" if folder.exists() else "no such folder, and not on the hub"
+        raise ExplainError(f"{name}: {what}: {first}") from error
     # A quantised checkpoint's config says how to load it; shapes are those of the model it was made of.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
