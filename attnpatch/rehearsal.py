@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
     accelerate, which would fetch weights, are left out.
     """
     modules = list(model.modules())
-    tables = [table for module in modules for table in _tables(module)]
+    tables = {id(table): table for module in modules for table in _tables(module)}.values()
     before = [(table, table.copy()) for table in tables]
     made: dict[int, torch.Tensor] = {}
     try:
@@ -234,9 +235,22 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
 
 
 def _tables(module: nn.Module) -> list[Any]:
-    """What a forward pass may write to: a module's attributes, and the plain containers among them."""
+    """What a forward pass may write to: attributes of a module, and of what hangs on it and on its parameters."""
     values = vars(module)
-    return [values, *(value for value in values.values() if type(value) in (dict, list))]
+    owned = [tensor for name in ("_parameters", "_buffers") for tensor in values[name].values()]
+    return [values, *_inside([*values.values(), *(vars(t) for t in owned if t is not None)], 3)]
+
+
+def _inside(values: Iterable[Any], depth: int) -> Iterator[Any]:
+    """Containers among some values, attributes of objects among them, and those inside (a quantised weight's state)."""
+    for value in values:
+        table = value if type(value) in (dict, list) else getattr(value, "__dict__", None)
+        # Modules are visited on their own; what belongs to a class is not a model's.
+        if type(table) not in (dict, list) or isinstance(value, (nn.Module, type, types.FunctionType)):
+            continue
+        yield table
+        if depth and len(table) < 100:
+            yield from _inside(table.values() if isinstance(table, dict) else table, depth - 1)
 
 
 def _fake(tensor: torch.Tensor, shapes: Shapes, device: torch.device) -> torch.Tensor:
