@@ -19,10 +19,9 @@ _FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attentio
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """aten's ``_safe_softmax`` (native/transformers/attention.cpp), step by step."""
+    """aten's ``_safe_softmax`` (native/transformers/attention.cpp): beside its result it holds where scores are infinite."""
     out = torch.softmax(scores, dim, dtype=dtype)
-    no_key = torch.all(scores.eq(float("-inf")), dim, keepdim=True)
-    return torch.where(no_key, torch.zeros_like(out), out)
+    return out.masked_fill_(torch.all(torch.isneginf(scores), dim, keepdim=True), 0.0)
 
 
 # Operators that hold more than their result and do not show it on shapes.

@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|explain|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -177,7 +177,9 @@ def finish(results: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "tiles", "rounding", "table"])
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "explain", "table"]
+    )
     parser.add_argument("--only", nargs="*", default=[], help="names of cases, for 'all'")
     options = parser.parse_args()
     if options.what == "all":
@@ -185,6 +187,10 @@ def main() -> None:
         finish(results)
     elif options.what == "table":
         finish(json.loads(RESULTS.read_text()))
+    elif options.what == "explain":
+        from benchmarks import explain
+
+        explain.table()
     else:
         from benchmarks import kernels
 

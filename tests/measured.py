@@ -41,7 +41,7 @@ def t5(attention):
 
 
 class Research(nn.Module):
-    """Hand-written attention over ``[batch, tokens, 256]``, four heads, no word of a host."""
+    """Hand-written attention over ``[batch, tokens, 256]``, four heads; no transformers model."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -61,17 +61,35 @@ class Research(nn.Module):
         return x + self.attention(x)
 
 
+class Dense(nn.Module):
+    """torch's own attention, made to run its dense math."""
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            query = x.unflatten(-1, (4, 64)).transpose(1, 2)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return nn.functional.scaled_dot_product_attention(query, query, query).transpose(1, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.Attention()
+
+    def forward(self, x):
+        return self.attention(x)
+
+
 CASES = {
     "llama eager": lambda: llama("eager"),
     "llama sdpa": lambda: llama("sdpa"),
     "bert eager": lambda: bert("eager"),
     "t5 sdpa": lambda: t5("sdpa"),
     "research": Research,
+    "dense math": Dense,
 }
 
 
 def inputs_of(case, length):
-    if case == "research":
+    if CASES[case] in (Research, Dense):
         return {"x": torch.zeros(1, length, 256)}
     ids = torch.zeros(1, length, dtype=torch.long)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if case.startswith("t5") else {})}
