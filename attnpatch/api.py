@@ -148,7 +148,7 @@ def explain(
     """What each attention site would do and hold in one forward pass, before it runs; prints as a table.
 
     The model's own forward runs twice on shapes, natively and under the policy, in evaluation mode and without
-    gradients: no values are computed, no memory is taken, and the model is afterwards as it was. A model on
+    gradients (called inside ``torch.inference_mode()``, in that): no values are computed, no memory is taken, and the model is afterwards as it was. A model on
     ``meta`` will do. Free memory is what is free now, less what the model would have taken before its attention begins.
 
     Args:
