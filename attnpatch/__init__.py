@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnpatch import errors
-    from attnpatch.api import apply, capture, patched, register, remove, report
+    from attnpatch.api import apply, capture, explain, patched, register, remove, report
     from attnpatch.capture.block_map import BlockMap
     from attnpatch.capture.blocks import Blocks
     from attnpatch.policy import Policy
@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "capture",
     "errors",
+    "explain",
     "patched",
     "register",
     "remove",
@@ -32,7 +33,9 @@ _HOMES = {
     "Blocks": "attnpatch.capture.blocks",
     "Policy": "attnpatch.policy",
     "errors": "attnpatch.errors",
-    **dict.fromkeys(("apply", "capture", "patched", "register", "remove", "report"), "attnpatch.api"),
+    **dict.fromkeys(
+        ("apply", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"
+    ),
 }
 
 
@@ -50,13 +53,13 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps ``attnpatch.capture`` and ``attnpatch.report`` the functions.
+    """Keeps ``attnpatch.capture``, ``attnpatch.explain`` and ``attnpatch.report`` the functions.
 
-    They are also the names of a folder and a file, and importing those would put the modules in the functions' place.
+    They are also the names of a folder and of files, and importing those would put the modules in the functions' place.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in ("capture", "report") and isinstance(value, types.ModuleType)):
+        if not (name in ("capture", "explain", "report") and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -13,6 +13,7 @@ from attnpatch.capture.maps import Maps
 from attnpatch.capture.observer import SiteFacts
 from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
+from attnpatch.explain import Explanation, explanation_of
 from attnpatch.hosts import transformers as host
 from attnpatch.patching.patch import Patch, patch_of, patches_in
 from attnpatch.patching.registry import register
@@ -161,6 +162,44 @@ def report(model: nn.Module) -> Report:
     return report_of(_patch(model))
 
 
+def explain(
+    model: nn.Module,
+    seq_len: int | None = None,
+    batch: int = 1,
+    *,
+    device: Any = None,
+    inputs: Any = None,
+    **policy: Any,
+) -> Explanation:
+    """What each attention site would do and hold in one forward pass, before it runs; prints as a table.
+
+    The model's own forward runs twice on shapes, natively and under the policy, in evaluation mode and without
+    gradients (called inside ``torch.inference_mode()``, in that): no values are computed, no memory is taken, and the model is afterwards as it was. A model on
+    ``meta`` will do. Free memory is what is free now, less what the model would have taken before its attention begins.
+
+    Args:
+        model: Any ``torch.nn.Module`` with attention in it; patched or not.
+        seq_len: Tokens per sequence, on either side of an encoder-decoder model.
+        batch: Sequences.
+        device: Where it would run; ``None``: where it is, and for a model on ``meta`` the accelerator there is, else cpu.
+        inputs: What to call the model with instead of made-up token ids: a dict, a tuple or a tensor; only shapes and
+            dtypes are read.
+        **policy: Fields of ``Policy``, over those of the policy the model is patched with.
+
+    Returns:
+        ``Explanation``; sizes in bytes.
+
+    Raises:
+        ExplainError: The model cannot be run on shapes (it decides by values, or an operation has no implementation
+            for shapes), or its inputs cannot be made from ``seq_len``.
+        PolicyError, PatchError: As ``apply``.
+    """
+    patch = patch_of(_checked(model))
+    Policy.of(policy)  # an unknown field is named before it is mixed with others
+    rule = Policy(**{**(vars(patch.policy) if patch is not None else {}), **policy})
+    return explanation_of(model, rule, seq_len, batch, device, inputs)
+
+
 @contextlib.contextmanager
 def _ensured(model: nn.Module, rule: Policy) -> Iterator[Patch]:
     """The patch of a model; put in for the block if it has none."""
@@ -188,4 +227,4 @@ def _patch(model: nn.Module) -> Patch:
     return patch
 
 
-__all__ = ["apply", "capture", "patched", "register", "remove", "report"]
+__all__ = ["apply", "capture", "explain", "patched", "register", "remove", "report"]

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from attnpatch import __version__
 from attnpatch.errors import AttnpatchError
 from attnpatch.options import with_policy_options
+from attnpatch.policy import Policy
 
 
 class OneLineErrors(TyperGroup):
@@ -140,3 +141,25 @@ def doctor() -> None:
 
     if not examine():
         raise typer.Exit(1)
+
+
+@app.command()
+@with_policy_options
+def explain(
+    policy: dict[str, tuple[str, str]],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder with a config.json, or a name on the hub.")
+    ],
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; as the config says.")] = None,
+    attention: Annotated[str | None, typer.Option(help="eager, sdpa; transformers' choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where it would run; the accelerator, else cpu.")] = None,
+) -> None:
+    """What the attention of a model would do and hold at a length; nothing of it is loaded or run."""
+    fields = vars(Policy.of_texts(policy))
+    import attnpatch
+    from attnpatch.hosts.transformers import built_on_meta
+
+    built = built_on_meta(model, dtype, attention)
+    typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))

@@ -21,6 +21,10 @@ class CaptureError(AttnpatchError):
     """Nothing was captured, or what was captured cannot answer the question."""
 
 
+class ExplainError(AttnpatchError):
+    """A model cannot be explained: it cannot be run on shapes alone, or its inputs cannot be made up."""
+
+
 class BlockMapFileError(AttnpatchError, OSError):
     """A block map file is missing, cut short, damaged or of another version."""
 

@@ -46,6 +46,15 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
     raise PolicyError(f"{name}={value!r} is not a size; give {accepted}")
 
 
+def size_text(size: int | float) -> str:
+    """Bytes as people write them, decimal as ``parse_size`` reads them: ``1.4 GB``."""
+    for unit, least in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        # 999.6 MB would be printed as 1000.
+        if size >= 0.9995 * least:
+            return f"{size / least:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PolicyError(f"{name}={value!r} is not accepted; give a whole number of at least {least}")
@@ -153,6 +162,20 @@ class Policy:
         if q_len <= self.min_tokens:
             return False
         return free < self.min_free_bytes or temporaries > self.headroom * free
+
+    def reason(self, q_len: int, temporaries: int, free: int) -> str:
+        """Why ``by_rows`` answers what it answers, in words."""
+        if self.mode != "auto":
+            return f"mode is {self.mode!r}"
+        if q_len <= self.min_tokens:
+            return f"{q_len} rows are not more than min_tokens {self.min_tokens}"
+        least = size_text(self.min_free_bytes)
+        if free < self.min_free_bytes:
+            return f"{size_text(free)} free is less than min_free {least}"
+        share = f"{self.headroom:g} of {size_text(free)} free"
+        if temporaries > self.headroom * free:
+            return f"temporaries of {size_text(temporaries)} exceed {share}"
+        return f"min_free {least} is free, and temporaries of {size_text(temporaries)} fit into {share}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -178,7 +178,7 @@ def finish(results: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "startup", "table"]
+        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "startup", "explain", "table"]
     )
     parser.add_argument("--only", nargs="*", default=[], help="names of cases, for 'all'")
     options = parser.parse_args()
@@ -191,6 +191,10 @@ def main() -> None:
         from benchmarks.startup import startup
 
         startup()
+    elif options.what == "explain":
+        from benchmarks import explain
+
+        explain.table()
     else:
         from benchmarks import kernels
 

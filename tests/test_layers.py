@@ -15,9 +15,11 @@ LAYERS = [
     {"errors"},
     {"policy"},
     {"memory"},
+    {"ledger"},
     {"rows"},
     {"patching", "capture", "hosts"},
-    {"report"},
+    {"report", "rehearsal"},
+    {"explain"},
     {"api"},
     {"__init__"},
     {"demo", "analysis", "viewing"},
@@ -90,7 +92,7 @@ def test_what_needs_no_torch_imports_none(what):
     ["attnpatch.report", "attnpatch.capture.blocks", "attnpatch.api", "attnpatch.policy", "attnpatch.errors"],
 )
 def test_public_names_are_what_they_are_whatever_is_imported_first(first):
-    """``capture`` and ``report`` are functions, and also a folder and a file."""
+    """``capture``, ``explain`` and ``report`` are functions, and also a folder and files."""
     code = (
         f"import {first}\n"
         "import attnpatch, types\n"
@@ -98,7 +100,7 @@ def test_public_names_are_what_they_are_whatever_is_imported_first(first):
         "names = {name: getattr(attnpatch, name) for name in attnpatch.__all__}\n"
         "assert set(names) <= set(dir(attnpatch))\n"
         "functions = [n for n, value in names.items() if isinstance(value, types.FunctionType)]\n"
-        "assert functions == ['apply', 'capture', 'patched', 'register', 'remove', 'report'], functions\n"
+        "assert functions == ['apply', 'capture', 'explain', 'patched', 'register', 'remove', 'report'], functions\n"
         "from attnpatch import *\n"
         "assert all(globals()[name] is value for name, value in names.items())\n"
         "assert not hasattr(attnpatch, 'nonsense')"

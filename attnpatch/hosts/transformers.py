@@ -1,6 +1,6 @@
 """What transformers models say, in the arguments of a call, about padding, caches and cross-attention.
 
-Nothing here imports transformers: these are the names its models have used for years, read from the call itself.
+Reading a call imports nothing: these are the names its models have used for years. Building a model does.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import dataclasses
 import functools
 import inspect
 import math
+import pathlib
 from typing import Any
 
 import torch
 from torch import nn
+
+from attnpatch.errors import ExplainError, MissingExtraError
 
 
 @dataclasses.dataclass
@@ -116,3 +119,61 @@ def masks_of(call: ModelCall, site_name: str, cross: bool) -> tuple[torch.Tensor
     if "decoder" in site_name and (call.decoder_mask is not None or call.mask is None):
         return call.decoder_mask, call.decoder_mask
     return call.mask, call.mask
+
+
+def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torch.Tensor] | None:
+    """Token ids of a length, as a transformers model takes them, with shapes only; ``None`` where that is not enough.
+
+    An encoder-decoder model gets as many tokens on either side.
+    """
+    names = _parameter_names(type(model))
+    if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in names:
+        return None
+    ids = torch.empty(batch, seq_len, dtype=torch.long, device="meta")
+    config = getattr(model, "config", None)
+    two_sided = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if two_sided else {})}
+
+
+def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Module:
+    """The model of a config, without weights.
+
+    Args:
+        name: A folder with a ``config.json``, or a model's name on the hub.
+        dtype: Such as ``"bfloat16"``; ``None``: as the config says, else float32.
+        attention: transformers' attention implementation; ``None``: its own choice.
+
+    Raises:
+        ExplainError: There is no such config, or no model can be built of it.
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError('this needs transformers: pip install "attnpatch[transformers]"') from error
+    folder = pathlib.Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ExplainError(f"{name}: no config.json there; give a folder with one, or a name on the hub")
+    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ExplainError(f"{name}: no such folder; give one with a config.json, or a name on the hub")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        what = "its config cannot be read" if folder.exists() else "no such folder, and not on the hub"
+        raise ExplainError(f"{name}: {what}: {first}") from error
+    # A quantised checkpoint's config says how to load it; shapes are those of the model it was made of.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = next((getattr(transformers, each, None) for each in config.architectures or []), None)
+    wanted = dtype or getattr(config, "dtype", None) or torch.float32
+    exact = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(exact, torch.dtype) or not exact.is_floating_point:
+        raise ExplainError(f"dtype={dtype!r} is not accepted; give float32, bfloat16 or float16")
+    try:
+        with torch.device("meta"):
+            build = kind._from_config if kind is not None else transformers.AutoModel.from_config
+            return build(config, dtype=exact, **({"attn_implementation": attention} if attention else {}))
+    except (ValueError, ImportError, AttributeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ExplainError(f"{name}: a model cannot be built of its config: {first}") from error

@@ -53,6 +53,10 @@ class Site:
         below: The site of another patch that this one lies on.
     """
 
+    # What a rehearsal does otherwise.
+    call_class: type[SiteCall] = SiteCall
+    mode_class: type[RowsMode] = RowsMode
+
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, is_attention: bool) -> None:
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention = is_root, is_attention
@@ -120,7 +124,7 @@ class Site:
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
-        call = SiteCall(patch.policy, _room(patch), self, observer, self.decisions, again)
+        call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -131,7 +135,7 @@ class Site:
             finally:
                 mode.call = outer
         else:
-            _thread.mode = RowsMode(call)
+            _thread.mode = self.mode_class(call)
             try:
                 with _thread.mode:
                     result = forward(*first, **kwargs)
@@ -151,14 +155,7 @@ class Site:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return False
-        return policy.mode == "always" or _most_rows(args, kwargs) > policy.min_tokens
-
-
-def _room(patch: Patch) -> Room:
-    """What is known of free memory; a part of a model that is called on its own asks anew."""
-    if _thread.patch is patch and _thread.room is not None:
-        return _thread.room
-    return Room()
+        return policy.mode == "always" or most_rows(args, kwargs) > policy.min_tokens
 
 
 class _Blind:
@@ -174,7 +171,7 @@ class _Blind:
 _SEEN = _Blind()
 
 
-def _most_rows(args: Any, kwargs: dict[str, Any]) -> int:
+def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
     """An upper bound on the query rows of a call: positions of its inputs, the batch included.
 
     Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
@@ -213,6 +210,8 @@ class Patch:
         PatchError: There is nothing to patch, or another patch is in the way.
     """
 
+    site_class: type[Site] = Site
+
     def __init__(
         self,
         model: nn.Module,
@@ -250,7 +249,7 @@ class Patch:
 
     def _put_in(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         for name, module in modules.items():
-            site = Site(self, name, module, module is model, is_attention(module))
+            site = self.site_class(self, name, module, module is model, is_attention(module))
             self.sites.append(site)
             put_in(module, site)
 
@@ -277,6 +276,12 @@ class Patch:
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)
         return f"Patch({self.model_kind}, {count} attention modules, {self.policy})"
+
+    def room(self) -> Room:
+        """What is known of free memory; a part of a model that is called on its own asks anew."""
+        if _thread.patch is self and _thread.room is not None:
+            return _thread.room
+        return Room()
 
     def take_out(self, model: nn.Module) -> None:
         """Take every site of this patch out."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch.ledger import ledger_of
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
@@ -185,7 +186,7 @@ class Handle:
     def preserve(self, storage: int) -> None:
         """Keep the present values of what the recipe reads from a storage that is about to be written to."""
         for leaf in tensors_of(self.node):
-            if leaf.tensor is not None and leaf.tensor.untyped_storage().data_ptr() == storage:
+            if leaf.tensor is not None and _memory_of(leaf.tensor) == storage:
                 leaf.preserve()
 
 
@@ -210,9 +211,15 @@ def before_write(tensor: torch.Tensor) -> None:
     The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
     """
     if _thread.pending and not isinstance(tensor, DeferredRows):
-        storage = tensor.untyped_storage().data_ptr()
+        storage = _memory_of(tensor)
         for handle in list(_thread.pending):
             handle.preserve(storage)
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    # Shapes have no data to tell them apart by.
+    return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
 
 
 def secure_escaped() -> None:

@@ -30,13 +30,13 @@ _BLANK_USERS = frozenset([torch.baddbmm, torch.Tensor.baddbmm])
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
-_FAST_PATHS: dict[Any, Callable[..., Any]] = {
+FAST_PATHS: dict[Any, Callable[..., Any]] = {
     torch._native_multi_head_attention: fastpaths.multihead,
     torch._transformer_encoder_layer_fwd: fastpaths.encoder_layer,
 }
 
 
-def _num_heads(func: Callable[..., Any], args: Any) -> int:
+def num_heads(func: Callable[..., Any], args: Any) -> int:
     return args[4] if func is torch._native_multi_head_attention else args[2]
 
 
@@ -77,7 +77,7 @@ class RowsMode(TorchFunctionMode):
                 return fastpaths.opened(func)(*args, **kwargs)
         if func is torch.empty:
             return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
-        if func in _FAST_PATHS:
+        if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
         if pending():
             self._protect(func, args, kwargs)
@@ -89,7 +89,7 @@ class RowsMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        if not fastpaths.goes_by_rows(args[0], _num_heads(func, args), self.call):
+        if not fastpaths.goes_by_rows(args[0], num_heads(func, args), self.call):
             try:
                 return func(*args, **kwargs)
             except RuntimeError as error:
@@ -97,7 +97,7 @@ class RowsMode(TorchFunctionMode):
                     raise
                 self.call.ran_out(error, args[0].device)
         with self:
-            return _FAST_PATHS[func](*args, **kwargs)
+            return FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in _BLANK_USERS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.ledger import is_plain
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
@@ -151,7 +152,7 @@ def _looks_like_scores(product: Product) -> bool:
     left, _, result = product.labels
     operands = (product.left, product.right)
     # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
-    if not all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point() for t in operands):
+    if not all(is_plain(t) and t.is_floating_point() for t in operands):
         return False
     # A layer written as a product: ``hidden @ weight.T``. Scores come from two tensors of the same rank.
     if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in operands):

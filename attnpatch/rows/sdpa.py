@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
@@ -40,6 +41,9 @@ def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def fused_choice(call: dict[str, Any]) -> int:
     """The kernel torch would choose (0: dense math)."""
+    ledger = ledger_of(call["query"])
+    if ledger is not None:
+        return ledger.fused_choice(call)
     return torch._fused_sdp_choice(
         call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
         scale=call["scale"], enable_gqa=call["enable_gqa"],
@@ -114,7 +118,7 @@ def _can_be_cut(call: dict[str, Any]) -> bool:
     # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
     if mask is not None and call["is_causal"]:
         return False  # torch refuses both together, in its own words
-    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    plain = all(map(is_plain, tensors))
     return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
 
 

@@ -1,0 +1,151 @@
+"""Bytes that would be held, counted while torch runs on shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attention")
+
+
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """aten's ``_safe_softmax`` (native/transformers/attention.cpp): beside its result it holds where scores are infinite."""
+    out = torch.softmax(scores, dim, dtype=dtype)
+    return out.masked_fill_(torch.all(torch.isneginf(scores), dim, keepdim=True), 0.0)
+
+
+# Operators that hold more than their result and do not show it on shapes.
+_STEPS: dict[Any, Callable[..., Any]] = {torch.ops.aten._safe_softmax.default: _safe_softmax}
+
+
+@dataclasses.dataclass
+class Span:
+    """What happened inside a part of a run.
+
+    Attributes:
+        entry: Bytes held when it began.
+        peak: Most bytes held at once while it went on.
+        exit: Bytes held when it ended.
+        operators: Names of the operators that ran.
+    """
+
+    entry: int
+    peak: int = 0
+    exit: int = 0
+    operators: set[str] = dataclasses.field(default_factory=set)
+
+    def fused_kernel(self) -> str | None:
+        """Name of torch's fused attention kernel that ran, if one did."""
+        return next((found[1] for name in sorted(self.operators) if (found := _FUSED.search(name))), None)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the storages that operators on fake tensors make, until these are freed.
+
+    What is there before the first operator that reads it (parameters, inputs) is not counted; views add nothing.
+
+    Attributes:
+        live: Bytes held now.
+        peak: Most bytes held at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._spans: list[Span] = []
+        self._is_paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for span in self._spans:
+            span.operators.add(func.__name__)
+        if self._is_paused:
+            return func(*args, **(kwargs or {}))
+        for tensor in _fakes((args, kwargs)):
+            self._enter(tensor, False)
+        steps = _STEPS.get(func)
+        if steps is not None:
+            with self:
+                return steps(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in _fakes(result):
+            self._enter(tensor, True)
+        return result
+
+    def _enter(self, tensor: FakeTensor, is_new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = storage.nbytes() if is_new else 0
+        self._sizes[key] = size
+        weakref.finalize(storage, self._leave, key).atexit = False
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        for span in self._spans:
+            span.peak = max(span.peak, self.live)
+
+    def _leave(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def size_of(self, tensor: torch.Tensor) -> int:
+        """Bytes of the storage of a tensor that an operator made."""
+        return self._sizes.get(tensor.untyped_storage()._cdata, 0) if isinstance(tensor, FakeTensor) else 0
+
+    @contextlib.contextmanager
+    def span(self) -> Iterator[Span]:
+        """Watch a part of a run."""
+        span = Span(self.live, self.live)
+        self._spans.append(span)
+        try:
+            yield span
+        finally:
+            self._spans.pop()
+            span.exit = self.live
+
+    def fused_choice(self, call: dict[str, Any]) -> int:
+        """What ``torch._fused_sdp_choice`` says of real tensors like these: 0 for dense math.
+
+        For tensors without data that function says 0 always; what runs in the call itself is chosen by their device.
+        """
+        spans, self._spans, self._is_paused = self._spans, [], True
+        try:
+            with self.span() as span:
+                F.scaled_dot_product_attention(**call)
+        finally:
+            self._spans, self._is_paused = spans, False
+        return int(span.fused_kernel() is not None)
+
+
+class Shapes(FakeTensorMode):
+    """Tensors made inside have a shape, a dtype and a device, and no memory; ``ledger`` counts what they stand for."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.ledger = Ledger()
+
+
+def ledger_of(tensor: torch.Tensor) -> Ledger | None:
+    """The ledger that counts a tensor, if it is one of a rehearsal."""
+    return getattr(getattr(tensor, "fake_mode", None), "ledger", None)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no more than its elements; a subclass (distributed, quantised) is, but for one of shapes."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) or ledger_of(tensor) is not None
+
+
+def _fakes(value: Any) -> list[FakeTensor]:
+    return [item for item in tree_leaves(value) if isinstance(item, FakeTensor)]

@@ -1,0 +1,78 @@
+"""What explain predicts and what fresh processes take: ``python -m benchmarks explain``.
+
+Twice: with glibc's allocator told to give freed blocks back, which is what tensors hold, and as it comes, which is that
+and the holes it keeps for blocks below 32 MiB.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+
+import torch
+
+import attnpatch
+from benchmarks.models import llama, tokens
+
+LENGTHS = (2048, 4096, 8192)
+ALLOCATORS = {"tensors": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "process": {}}
+
+
+def peak(implementation: str, length: int, way: str) -> int:
+    """Bytes of one forward pass by the kernel's own high-water mark."""
+    model, ids = llama(implementation), tokens(length)
+    if way == "by rows":
+        attnpatch.apply(model, mode="always")
+    with torch.no_grad():
+        model(ids[:, :64])
+        before = _memory("VmRSS")
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")
+        result = model(ids)
+    found = _memory("VmHWM") - before
+    del result
+    return found
+
+
+def _memory(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def _measured(arguments: list[str], environment: dict[str, str], rounds: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.explain", *arguments]
+    env = {**os.environ, **environment}
+    values = [
+        int(subprocess.run(command, env=env, check=True, capture_output=True).stdout) for _ in range(rounds)
+    ]
+    return statistics.median(values)
+
+
+def table(rounds: int = 1) -> None:
+    """Predicted and measured peaks; the exit code says whether all are within a quarter of what tensors hold."""
+    print(
+        f"{'attention':9} {'tokens':>6} {'':8} {'predicted':>10} {'tensors':>10} {'ratio':>6} {'process':>10} {'ratio':>6}"
+    )
+    outside = 0
+    for implementation in ("eager", "sdpa"):
+        with torch.device("meta"):
+            model = llama(implementation)
+        for length in LENGTHS:
+            said = attnpatch.explain(model, length, device="cpu", mode="always")
+            for way, predicted in (("native", said.native_peak), ("by rows", said.peak)):
+                arguments = [implementation, str(length), way]
+                found = [
+                    _measured(arguments, environment, 1 if name == "tensors" else rounds)
+                    for name, environment in ALLOCATORS.items()
+                ]
+                cells = " ".join(f"{value / 1e6:7.0f} MB {predicted / value:6.2f}" for value in found)
+                print(f"{implementation:9} {length:6} {way:8} {predicted / 1e6:7.0f} MB {cells}", flush=True)
+                outside += abs(predicted - found[0]) > 0.25 * found[0]
+    raise SystemExit(1 if outside else 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    print(peak(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
