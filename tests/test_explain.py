@@ -269,4 +269,4 @@ def test_inference_mode_is_explained_in_inference_mode():
     model = on_meta("llama eager")
     plain = attnpatch.explain(model, 2048, device="cpu", mode="always").peak
     with torch.inference_mode():
-        assert attnpatch.explain(model, 2048, device="cpu", mode="always").peak > plain + 2048**2 * 4
+        assert attnpatch.explain(model, 2048, device="cpu", mode="always").peak > plain + 2048**2 * 3
