@@ -174,24 +174,26 @@ def explain(
     """What each attention site would do and hold in one forward pass, before it runs; prints as a table.
 
     The model's own forward runs twice on shapes, natively and under the policy, in evaluation mode and without
-    gradients (called inside ``torch.inference_mode()``, in that): no values are computed, no memory is taken, and the model is afterwards as it was. A model on
-    ``meta`` will do. Free memory is what is free now, less what the model would have taken before its attention begins.
+    gradients (inside ``torch.inference_mode()``, in that mode). No values are computed, no memory is taken, and
+    the model is afterwards as it was. A model on ``meta`` will do. Free memory is what is free now, less what the
+    model would have taken before its attention begins.
 
     Args:
         model: Any ``torch.nn.Module`` with attention in it; patched or not.
         seq_len: Tokens per sequence, on either side of an encoder-decoder model.
         batch: Sequences.
-        device: Where it would run; ``None``: where it is, and for a model on ``meta`` the accelerator there is, else cpu.
-        inputs: What to call the model with instead of made-up token ids: a dict, a tuple or a tensor; only shapes and
-            dtypes are read.
+        device: Where it would run; ``None``: where it is, and for a model on ``meta`` the accelerator there is,
+            else cpu.
+        inputs: What to call the model with instead of made-up token ids: a dict, a tuple or a tensor; only shapes
+            and dtypes are read.
         **policy: Fields of ``Policy``, over those of the policy the model is patched with.
 
     Returns:
         ``Explanation``; sizes in bytes.
 
     Raises:
-        ExplainError: The model cannot be run on shapes (it decides by values, or an operation has no implementation
-            for shapes), or its inputs cannot be made from ``seq_len``.
+        ExplainError: The model cannot be run on shapes (it decides by values, or an operation has no
+            implementation for shapes), or its inputs cannot be made from ``seq_len``.
         PolicyError, PatchError: As ``apply``.
     """
     patch = patch_of(_checked(model))

@@ -1,4 +1,4 @@
-"""What a model's attention would do and hold at a given length, before it runs: a table for people, bytes for programs."""
+"""What a model's attention would do and hold, before it runs: a table for people, bytes for programs."""
 
 from __future__ import annotations
 

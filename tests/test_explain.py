@@ -1,7 +1,6 @@
 """What explain predicts, against the peaks of fresh processes; and that it runs and changes nothing."""
 
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -12,11 +11,10 @@ import torch
 import zoo
 from test_rule import Eager, Fused, Stack
 from torch import nn
-from typer.testing import CliRunner
 
 import attnpatch
 from attnpatch import Policy, errors, memory
-from attnpatch.cli import app
+from attnpatch.ledger import Ledger
 from attnpatch.policy import size_text
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -254,53 +252,21 @@ def test_a_decision_by_value_is_named():
         attnpatch.explain(case.build(), inputs=case.make_inputs("none"))
 
 
-# ---------------------------------------------------------------------------------------------- command line
+def test_a_rehearsal_replays_a_few_tiles_however_many_there_are(monkeypatch):
+    counted = []
+    dispatch = Ledger.__torch_dispatch__
+    monkeypatch.setattr(Ledger, "__torch_dispatch__", lambda *a, **k: counted.append(1) or dispatch(*a, **k))
+    numbers = []
+    for rows in (32, 256):
+        counted.clear()
+        attnpatch.explain(on_meta("llama eager"), 2048, device="cpu", mode="always", rows=rows, heads=2)
+        numbers.append(len(counted))
+    assert numbers[0] == numbers[1] > 100
 
 
-@pytest.fixture
-def folder(tmp_path):
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path / "model")
-    (tmp_path / "empty").mkdir()
-    return tmp_path
-
-
-def run(folder, *arguments):
-    before = pathlib.Path.cwd()
-    os.chdir(folder)
-    try:
-        return CliRunner().invoke(app, ["explain", *arguments])
-    finally:
-        os.chdir(before)
-
-
-def test_command(folder):
-    done = run(folder, "model", "--seq-len", "2048", "--attention", "eager", "--min-free", "900TB", "--rows", "32",
-               "--dtype", "bfloat16", "--batch", "2")  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert "LlamaForCausalLM: 2 x 2048 tokens" in done.output and "less than min_free 900 TB" in done.output
-    assert "32 x " in done.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["empty", "--seq-len", "9"], "empty: no config.json there"),
-        (["./none", "--seq-len", "9"], "./none: no such folder"),
-        (["some/model", "--seq-len", "9"], "some/model: no such folder, and not on the hub"),
-        (["model", "--seq-len", "0"], "seq_len=0"),
-        (["model", "--seq-len", "9", "--dtype", "int7"], "dtype='int7' is not accepted"),
-        (["model", "--seq-len", "9", "--attention", "nix"], "a model cannot be built of its config"),
-        (["model", "--seq-len", "9", "--mode", "fast"], "--mode 'fast' is not accepted"),
-        (["model", "--seq-len", "9", "--device", "abacus"], "device='abacus'"),
-    ],
-)
-def test_command_says_what_is_wrong_in_one_line(folder, arguments, says):
-    done = run(folder, *arguments)
-    assert done.exit_code == 1, done.output
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("attnpatch: ") and says in line
-    assert done.stdout == ""
+def test_inference_mode_is_explained_in_inference_mode():
+    """There the engine keeps copies of what weights that are handed out are computed from: the mask among them."""
+    model = on_meta("llama eager")
+    plain = attnpatch.explain(model, 2048, device="cpu", mode="always").peak
+    with torch.inference_mode():
+        assert attnpatch.explain(model, 2048, device="cpu", mode="always").peak > plain + 2048**2 * 3
