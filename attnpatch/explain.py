@@ -68,6 +68,8 @@ class Explanation:
         policy: The rule in force.
         groups: Attention sites, like ones together.
         native_peak: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
+        assumed: Classes of parts that decide by values (experts), and how often they were called; what they hold beside
+            their output is not counted.
         peak: The same, under the policy. What the allocator keeps beside them for later (on CPU in blocks below 32 MiB,
             on CUDA in its cache) is not in it.
     """
@@ -82,6 +84,7 @@ class Explanation:
     groups: tuple[Group, ...]
     native_peak: int
     peak: int
+    assumed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         later = "" if self.is_loaded else ", not loaded yet"
@@ -105,6 +108,9 @@ class Explanation:
             f"peak beyond parameters and inputs: native {size_text(self.native_peak)}, under the policy "
             f"{size_text(self.peak)}"
         )
+        if self.assumed:
+            parts = ", ".join(f"{count} x {kind}" for kind, count in self.assumed.items())
+            lines.append(f"not counted, because it depends on values: what is held inside {parts}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -138,20 +144,20 @@ def explanation_of(
     free = memory.free_bytes(where)
     is_fixed = bool(os.environ.get(memory.OVERRIDE))
     left = free if is_fixed else max(0, free - missing)
-    native, native_peak = _rehearse(model, Policy(mode="never"), where, inputs, left, is_fixed)
-    now, peak = _rehearse(model, policy, where, inputs, left, is_fixed)
+    native, native_peak, _ = _rehearse(model, Policy(mode="never"), where, inputs, left, is_fixed)
+    now, peak, assumed = _rehearse(model, policy, where, inputs, left, is_fixed)
     return Explanation(
         type(model).__name__, said, where, free, parameters, not missing, policy, _groups(native, now),
-        native_peak, peak,
+        native_peak, peak, dict(assumed),
     )  # fmt: skip
 
 
 def _rehearse(
     model: nn.Module, rule: Policy, device: torch.device, inputs: Any, free: int, is_fixed: bool
-) -> tuple[RehearsalPatch, int]:
-    """One forward pass on shapes, and the most bytes it holds."""
+) -> tuple[RehearsalPatch, int, Counter[str]]:
+    """One forward pass on shapes, the most bytes it holds, and which of its parts were not run."""
     shapes = Shapes()
-    with on_shapes(model, shapes, device):
+    with on_shapes(model, shapes, device) as assumed:
         args, kwargs = fake_inputs(inputs, shapes, device)
         patch = RehearsalPatch(model, rule, shapes.ledger, free, is_fixed)
         try:
@@ -161,7 +167,7 @@ def _rehearse(
             raise ExplainError(_said(model, error)) from error
         finally:
             patch.take_out(model)
-    return patch, shapes.ledger.peak
+    return patch, shapes.ledger.peak, assumed
 
 
 def _said(model: nn.Module, error: Exception) -> str:

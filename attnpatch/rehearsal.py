@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory import Room
 from attnpatch.patching.patch import Patch, Site, most_rows
+from attnpatch.patching.registry import is_attention
 from attnpatch.policy import Policy
 from attnpatch.rows import fastpaths
 from attnpatch.rows.axes import KEY, Tile, all_leaves, extent
@@ -221,12 +225,17 @@ class RehearsalPatch(Patch):
 
 
 @contextlib.contextmanager
-def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterator[None]:
+def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterator[Counter[str]]:
     """Give a model fake parameters and buffers on ``device``; afterwards everything is as it was.
 
     Every attribute is put back, also those that a forward pass writes: what it caches now has no data. Hooks of
-    accelerate, which would fetch weights, are left out.
+    accelerate, which would fetch weights, are left out. A part without attention that decides by values (experts that
+    look up who is asked for) is taken to give back what it is given.
+
+    Yields:
+        Classes of such parts and how often they were called.
     """
+    assumed: Counter[str] = Counter()
     modules = list(model.modules())
     tables = {id(table): table for module in modules for table in _tables(module)}.values()
     before = [(table, table.copy()) for table in tables]
@@ -238,6 +247,8 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
                 values["training"] = False
                 if "_old_forward" in values:
                     values["forward"] = values.pop("_old_forward")
+                if not any(map(is_attention, module.modules())):
+                    values["forward"] = _assuming(module.forward, type(module).__name__, assumed)
                 for name in ("_parameters", "_buffers"):
                     table = values[name]
                     for key, tensor in table.items():
@@ -245,11 +256,28 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
                             if id(tensor) not in made:
                                 made[id(tensor)] = _fake(tensor, shapes, device)
                             table[key] = made[id(tensor)]
-        yield
+        yield assumed
     finally:
         for table, copy in before:
             table.clear()
             table.update(copy) if isinstance(table, dict) else table.extend(copy)
+
+
+def _assuming(forward: Callable[..., Any], kind: str, assumed: Counter[str]) -> Callable[..., Any]:
+    """A forward that gives back something of the shape of its first input where it cannot run on shapes."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+            if not tensors or not tensors[0].is_floating_point():
+                raise
+            assumed[kind] += 1
+            return torch.empty_like(tensors[0])
+
+    return run
 
 
 def _tables(module: nn.Module) -> list[Any]:

@@ -246,10 +246,25 @@ def test_errors_say_what_was_given_and_the_way_out(call, words):
         call()
 
 
+class DecidingAttention(nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x if x.sum().item() > 0 else x
+
+
 def test_a_decision_by_value_is_named():
+    with pytest.raises(errors.ExplainError, match=r"_local_scalar_dense.*attnpatch\.report"):
+        attnpatch.explain(DecidingAttention(), inputs=torch.zeros(1, 9, 4))
+
+
+def test_experts_that_decide_by_value_are_left_out_and_said():
     case = zoo.BY_NAME["gpt_oss"]
-    with pytest.raises(errors.ExplainError, match=r"aten\.nonzero.*attnpatch\.report"):
-        attnpatch.explain(case.build(), inputs=case.make_inputs("none"))
+    model = case.build()
+    before = [dict(vars(module)) for module in model.modules()]
+    said = attnpatch.explain(model, inputs=case.make_inputs("none"), mode="always")
+    assert said.assumed == {"GptOssExperts": 2}
+    assert "not counted, because it depends on values: what is held inside 2 x GptOssExperts" in str(said)
+    assert [(group.decision, group.count) for group in said.groups] == [("by rows", 2)]
+    assert [dict(vars(module)) for module in model.modules()] == before
 
 
 def test_a_rehearsal_replays_a_few_tiles_however_many_there_are(monkeypatch):
