@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -70,7 +71,27 @@ def table(rounds: int = 1) -> None:
                 cells = " ".join(f"{value / 1e6:7.0f} MB {predicted / value:6.2f}" for value in found)
                 print(f"{implementation:9} {length:6} {way:8} {predicted / 1e6:7.0f} MB {cells}", flush=True)
                 outside += abs(predicted - found[0]) > 0.25 * found[0]
+    for implementation in ("eager", "sdpa"):
+        seconds = seventy_billion(implementation)
+        print(
+            f"explaining a 70B Llama on meta at 32768 tokens, {implementation}: {seconds:.1f} s", flush=True
+        )
     raise SystemExit(1 if outside else 0)
+
+
+def seventy_billion(implementation: str) -> float:
+    """Seconds that explaining the shape of a 70B Llama takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=131072, attn_implementation=implementation,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    start = time.perf_counter()
+    attnpatch.explain(model, 32768, device="cpu")
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
