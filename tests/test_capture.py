@@ -1,5 +1,7 @@
 """What capture refuses, and what it says of what it saw."""
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -128,6 +130,27 @@ def test_calls_and_their_maps():
     assert len(maps.sequences) == 2
     assert "2 sequences" in repr(maps)
     assert maps.block_map == maps.sequences[-1]["model.layers.*.self_attn"]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_prefix_computed_once_begins_a_sequence_each_time(implementation):
+    """A copy of a cache is another sequence, whatever was captured before; of the prefix's own rows nothing is known."""
+    model = LLAMA.build(implementation)
+    ids = zoo.tokens(40)
+    with torch.no_grad():
+        with attnpatch.capture(model, blocks=Blocks.fixed(8)) as whole:
+            model(ids)
+        prefix = model(ids[:, :24], use_cache=True).past_key_values
+        with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+            for _ in range(2):
+                cache = copy.deepcopy(prefix)
+                model(ids[:, 24:32], past_key_values=cache)
+                model(ids[:, 32:], past_key_values=cache)
+    assert len(maps.sequences) == 2
+    for found in maps.sequences:
+        (block_map,) = found.values()
+        assert not block_map.mass[:, :3].any()
+        torch.testing.assert_close(block_map.mass[:, 3:], whole.block_map.mass[:, 3:], atol=1e-6, rtol=0)
 
 
 def test_the_model_computes_what_it_would(tmp_path):

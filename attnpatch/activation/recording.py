@@ -63,7 +63,7 @@ class AutomaticRecorder:
         self._thread, self._raised = me, sys.exc_info()[1]
         try:
             inner = self._recorder()
-            goes_on = inner.read_call(args, kwargs, True).past > 0
+            goes_on = inner.goes_on(inner.read_call(args, kwargs, True))
             if not goes_on:
                 if not inner.is_partial:
                     self.finish()

@@ -37,6 +37,9 @@ class HostCall(Protocol):
     batch: int
     past: int
 
+    def continues(self, before: Any) -> bool:
+        """Whether it goes on with the sequence of the call before."""
+
     def go_on(self, before: Any) -> None:
         """Take over what the call before knew of the tokens in the cache."""
 

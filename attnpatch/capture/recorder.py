@@ -115,12 +115,17 @@ class Recorder:
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
         before, self.call = self.last, self.read_call(args, kwargs, True)
+        goes_on = self.goes_on(self.call)
         self.last = self.call
-        if (self.call.past == 0 and not self.is_partial) or not self.sequences:
+        if not self.sequences or not (goes_on or self.is_partial):
             self.sequences.append({})
-        elif self.call.past and before is not None:
+        elif goes_on:
             self.call.go_on(before)
         self.is_partial = False
+
+    def goes_on(self, call: HostCall) -> bool:
+        """Whether a call of the model continues the last sequence."""
+        return self.last is not None and call.continues(self.last)
 
     def end_call(self) -> None:
         self.call = None

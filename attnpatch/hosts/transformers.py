@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import pathlib
+import weakref
 from typing import Any
 
 import torch
@@ -27,12 +28,23 @@ class ModelCall:
         mask: Bool ``[batch, tokens]``, real tokens of the (encoder's) input, the cached ones included; or ``None``.
         decoder_mask: The same for a decoder that has an encoder.
         past: Tokens in the cache when the call began.
+        cache: Reference to the cache that it was handed, or ``None``.
     """
 
     batch: int
     mask: torch.Tensor | None = None
     decoder_mask: torch.Tensor | None = None
     past: int = 0
+    cache: weakref.ref[Any] | None = None
+
+    def continues(self, before: ModelCall) -> bool:
+        """Whether it goes on with the sequence of the call before, as far as can be told.
+
+        Not with a cache that is another than that call was handed (a prefix that was computed once and copied).
+        """
+        if self.past == 0:
+            return False
+        return self.cache is None or before.cache is None or self.cache() is before.cache()
 
     def go_on(self, before: ModelCall) -> None:
         """Take over what the call before knew of the padding among the tokens in the cache."""
@@ -73,6 +85,7 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         mask=_as_mask(given.get("attention_mask"), past),
         decoder_mask=_as_mask(given.get("decoder_attention_mask"), past),
         past=past,
+        cache=None if length is None else weakref.ref(cache),
     )
 
 
