@@ -148,7 +148,8 @@ def recorder_of(
 
     def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
         cross = host.is_cross(kwargs)
-        return SiteFacts(*host.masks_of(call, name, cross), cross, *host.called_with(args, kwargs))
+        masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
+        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others)
 
     return Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
 
