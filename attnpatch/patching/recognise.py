@@ -59,7 +59,7 @@ def _holds_softmax(module: nn.Module) -> bool:
 
 def _words(func: Any, kind: type[nn.Module], depth: int, seen: set[Any]) -> Iterator[str]:
     """Every name in a function's code, and in that of the methods and functions it names."""
-    func = inspect.unwrap(func) if callable(func) else func
+    func = inspect.unwrap(func)
     code = getattr(func, "__code__", None)
     if code is None or code in seen:
         return
@@ -83,20 +83,25 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _called(func: Any, names: set[str], kind: type[nn.Module]) -> Iterator[Callable[..., Any]]:
-    captured = inspect.getclosurevars(func).nonlocals if func.__closure__ else {}
+    cells = zip(func.__code__.co_freevars, func.__closure__ or (), strict=False)
+    captured = {name: value for name, cell in cells if (value := _content(cell)) is not None}
     modules = [func.__globals__[name] for name in names if name in func.__globals__]
     modules = [value for value in modules if inspect.ismodule(value) and not _is_torch(value.__name__)]
     for name in sorted(names):
         own = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-        for value in (
-            own,
-            captured.get(name),
-            func.__globals__.get(name),
-            *(vars(m).get(name) for m in modules),
-        ):
-            value = getattr(value, "__func__", value)
+        spaces = (captured, func.__globals__, *map(vars, modules))
+        for value in (own, *(space.get(name) for space in spaces)):
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
             if inspect.isfunction(value) and not _is_torch(value.__module__):
                 yield value
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None  # a name that is bound later
 
 
 def _is_torch(name: str | None) -> bool:
