@@ -3,9 +3,11 @@
     python examples/environment_variable.py
 
 This file starts that script as ``ATTNPATCH=1 ATTNPATCH_MIN_FREE=900GB ATTNPATCH_REPORT=1 python script.py`` would.
-Where attnpatch is on the path and not installed, ``attnpatch run --min-free 900GB --report script.py`` does the same.
+Where attnpatch is on the path and not installed there is no start-up file to read the variable: ``attnpatch run
+script.py`` does the same with the same variables.
 """
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -29,7 +31,13 @@ with tempfile.TemporaryDirectory() as folder:
     script = pathlib.Path(folder, "script.py")
     script.write_text(SCRIPT)
     variables = {"ATTNPATCH": "1", "ATTNPATCH_MIN_FREE": "900GB", "ATTNPATCH_REPORT": "1"}
+    is_installed = importlib.util.find_spec("attnpatch_boot") is not None
+    launcher = [] if is_installed else ["-m", "attnpatch", "run"]
     done = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | variables, capture_output=True, text=True, check=True
+        [sys.executable, *launcher, str(script)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
     )
 print(done.stdout + done.stderr)

@@ -17,7 +17,7 @@ SAID = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", SAID)
 def test_example(name):
     done = subprocess.run(
