@@ -15,6 +15,7 @@ from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
 from attnpatch.explain import Explanation, explanation_of
 from attnpatch.hosts import transformers as host
+from attnpatch.patching.choice import Sites, checked, choose
 from attnpatch.patching.patch import Patch, patch_of, patches_in
 from attnpatch.patching.registry import register
 from attnpatch.policy import Policy
@@ -23,12 +24,17 @@ from attnpatch.report import Report, report_of
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(model: Model, **policy: Any) -> Model:
+def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
     """Let the attention of a model go by rows when memory is short, and change nothing else.
 
     Args:
         model: Any ``torch.nn.Module`` with attention in it.
-        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy.
+        sites: ``"auto"``: what a class name or ``register`` says is attention, and what is recognised in its first
+            call: a module that computes softmax of a product of its inputs. ``"registered"``: what ``register`` says.
+            Or paths of modules, such as ``["encoder.mixer"]``. ``None``: as they were when applied before, else
+            ``"auto"``.
+        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, and the sites
+            (their counts begin anew) where others are asked for.
 
     Returns:
         The same model.
@@ -39,10 +45,15 @@ def apply(model: Model, **policy: Any) -> Model:
     """
     rule = Policy.of(policy)
     patch = patch_of(_checked(model))
+    chosen = None if sites is None else checked(sites)
     if patch is None:
-        Patch(model, rule)
-    else:
+        Patch(model, rule, chosen=chosen or "auto")
+    elif chosen in (None, patch.chosen):
         patch.policy = rule
+    else:
+        choose(model, chosen)  # before the old patch goes
+        patch.take_out(model)
+        Patch(model, rule, chosen=chosen)
     return model
 
 
@@ -66,16 +77,20 @@ def remove(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, **policy: Any) -> Iterator[Model]:
+def patched(model: Model, sites: Sites | None = None, **policy: Any) -> Iterator[Model]:
     """Patch a model inside a ``with`` block only; also restored when an exception leaves the block.
 
-    A model that is patched already has the given policy inside the block and its own afterwards.
+    A model that is patched already has the given policy inside the block and its own afterwards; its sites stay.
+
+    Args:
+        model: Any ``torch.nn.Module`` with attention in it.
+        sites, **policy: As ``apply`` takes them.
 
     Raises:
         PolicyError, PatchError: As ``apply``.
     """
     rule = Policy.of(policy)
-    with _ensured(model, rule) as patch:
+    with _ensured(model, rule, sites) as patch:
         before, patch.policy = patch.policy, rule
         try:
             yield model
@@ -141,14 +156,17 @@ def recorder_of(
         CaptureError: What was asked for does not fit the model.
     """
     names = [site.name for site in patch.sites if site.is_attention]
-    innermost = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+    # A candidate may turn out to be none, so it hides nobody.
+    sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
+    innermost = [name for name in names if not any(other.startswith(name + ".") for other in sure)]
 
     def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
         return host.read_call(kind if whole else None, args, kwargs)
 
     def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
         cross = host.is_cross(kwargs)
-        return SiteFacts(*host.masks_of(call, name, cross), cross, *host.called_with(args, kwargs))
+        masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
+        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others)
 
     return Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
 
@@ -203,13 +221,18 @@ def explain(
 
 
 @contextlib.contextmanager
-def _ensured(model: nn.Module, rule: Policy) -> Iterator[Patch]:
+def _ensured(model: nn.Module, rule: Policy, sites: Sites | None = None) -> Iterator[Patch]:
     """The patch of a model; put in for the block if it has none."""
     patch = patch_of(_checked(model))
+    chosen = None if sites is None else checked(sites)
     if patch is not None:
+        if chosen not in (None, patch.chosen):
+            raise PatchError(
+                f"this model is patched with sites={patch.chosen!r}; leave sites out, or attnpatch.remove() it first"
+            )
         yield patch
         return
-    patch = Patch(model, rule)
+    patch = Patch(model, rule, chosen=chosen or "auto")
     try:
         yield patch
     finally:

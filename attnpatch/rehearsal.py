@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory import Room
-from attnpatch.patching.patch import Patch, Site, most_rows
+from attnpatch.patching.patch import Patch, Site, most_rows, patch_of
+from attnpatch.patching.recognise import is_candidate
 from attnpatch.patching.registry import is_attention
 from attnpatch.policy import Policy
 from attnpatch.rows import fastpaths
@@ -208,7 +209,9 @@ class RehearsalPatch(Patch):
 
     def __init__(self, model: nn.Module, policy: Policy, ledger: Ledger, free: int, is_fixed: bool) -> None:
         self.ledger, self._room = ledger, _Room(ledger, free, is_fixed)
-        super().__init__(model, policy, on_top=True)
+        patch = patch_of(model)
+        chosen = "auto" if patch is None else patch.chosen
+        super().__init__(model, policy, on_top=True, chosen=chosen)
 
     def innermost(self) -> list[_Site]:
         """Attention sites that were called, without wrappers of one another."""
@@ -247,7 +250,7 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
                 values["training"] = False
                 if "_old_forward" in values:
                     values["forward"] = values.pop("_old_forward")
-                if not any(map(is_attention, module.modules())):
+                if not any(is_attention(part) or is_candidate(part) for part in module.modules()):
                     values["forward"] = _assuming(module.forward, type(module).__name__, assumed)
                 for name in ("_parameters", "_buffers"):
                     table = values[name]

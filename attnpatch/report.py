@@ -11,10 +11,11 @@ from attnpatch.policy import Policy
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One attention module: its path, its class, its counts, and what was materialised by which operation."""
+    """One attention module: path, class, why it is one, counts, and what was materialised by which operation."""
 
     name: str
     kind: str
+    why: str
     counts: dict[str, int]
     materialised_by: dict[str, int]
 
@@ -29,29 +30,33 @@ class Report:
         sites: Every attention module that did something, or is innermost.
         totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
             One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
+        left_alone: Modules whose code could have been attention and whose first call was none.
     """
 
     model: str
     policy: Policy
     sites: tuple[SiteReport, ...]
     totals: dict[str, int]
+    left_alone: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ["site", *TOTALS, "materialised by"]
+        header = ["site", "why", *TOTALS, "materialised by"]
         body = [
-            [site.name, *(str(site.counts[name]) for name in TOTALS), _listed(site.materialised_by)]
+            [site.name, site.why, *(str(site.counts[name]) for name in TOTALS), _listed(site.materialised_by)]
             for site in self.sites
         ]
         total: Counter[str] = Counter()
         for site in self.sites:
             total.update(site.materialised_by)
-        body.append(["total", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
+        body.append(["total", "", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
         lines = [f"{self.model}: {self.policy}"]
         for row in [header, *body]:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+            cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+            cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
+        if self.left_alone:
+            lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -68,14 +73,16 @@ def _listed(operations: dict[str, int]) -> str:
 def report_of(patch: Patch) -> Report:
     """The report of a patch."""
     sites = []
-    names = [site.name for site in patch.sites if site.is_attention]
+    names = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
     for site in patch.sites:
         inner = [other for other in patch.sites if other.name in names and _is_inside(other.name, site.name)]
         did = any(site.counts[name] for name in TOTALS if name != "native")
         # A wrapper's native call is its inner site's, unless nothing reached that one (torch's nested tensors).
         alone = site.counts["native"] and not any(other.counts.total() for other in inner)
-        if site.is_attention and (did or not inner or alone):
+        if site.is_attention and not site.is_candidate and (did or not inner or alone):
             counts = {name: site.counts[name] for name in TOTALS}
-            sites.append(SiteReport(site.name or "(model)", site.kind, counts, dict(site.operations)))
+            sites.append(
+                SiteReport(site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations))
+            )
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
-    return Report(patch.model_kind, patch.policy, tuple(sites), totals)
+    return Report(patch.model_kind, patch.policy, tuple(sites), totals, tuple(patch.left_alone))

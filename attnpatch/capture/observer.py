@@ -52,6 +52,7 @@ class SiteFacts:
         query_mask, key_mask: Bool ``[batch, tokens]``, real tokens on either side; ``None``: all.
         cross: Whether it looks at another sequence.
         sequences, tokens: What it is called with: so many sequences of so many query tokens; ``None``: not known.
+        others: Lengths of the other sequences it is called with.
     """
 
     query_mask: torch.Tensor | None
@@ -59,6 +60,7 @@ class SiteFacts:
     cross: bool
     sequences: int | None
     tokens: int | None
+    others: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass
@@ -160,7 +162,11 @@ class SiteObserver:
         total = self.call.past + passing.q_len
         query_valid = self._valid(self.facts.query_mask, total)
         query = recorder.query_blocks.resolve(query_valid)
-        if self.facts.cross:
+        # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
+        is_context = (
+            self.call.past == 0 and passing.kv_len != passing.q_len and passing.kv_len in self.facts.others
+        )
+        if self.facts.cross or is_context:
             key = recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
         elif recorder.query_blocks == recorder.key_blocks:
             key = query

@@ -120,6 +120,12 @@ def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | No
     return None, None
 
 
+def other_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    """Tokens of the sequences that an attention module is called with beside its first."""
+    given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3]
+    return frozenset(value.shape[1] for value in given[1:])
+
+
 def is_cross(kwargs: dict[str, Any]) -> bool:
     """Whether an attention module was handed another sequence to look at."""
     return any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))

@@ -12,7 +12,9 @@ from torch import nn
 
 from attnpatch.errors import PatchError
 from attnpatch.memory import Room
-from attnpatch.patching.registry import is_attention
+from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
+from attnpatch.patching.recognise import Watch
+from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows.deferred import Passing, SiteCall, pending
@@ -29,11 +31,13 @@ class _Thread(threading.local):
         mode: The rows mode that is active, if any.
         patch: The patch whose model is being called.
         room: What is known of free memory during that call.
+        watch: Who looks at the candidate that runs.
     """
 
     mode: RowsMode | None = None
     patch: Patch | None = None
     room: Room | None = None
+    watch: Watch | None = None
 
 
 _thread = _Thread()
@@ -47,6 +51,7 @@ class Site:
         kind: Name of the module's class.
         is_root: Whether it is the model that was patched.
         is_attention: Whether attention is watched inside it.
+        why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
         previous: What stood in the instance's forward slot, if anything did.
@@ -57,9 +62,9 @@ class Site:
     call_class: type[SiteCall] = SiteCall
     mode_class: type[RowsMode] = RowsMode
 
-    def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, is_attention: bool) -> None:
+    def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
         self.patch, self.name, self.kind = patch, name, type(module).__name__
-        self.is_root, self.is_attention = is_root, is_attention
+        self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.decisions: dict[tuple[int, int], bool] = {}
@@ -72,6 +77,11 @@ class Site:
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether its first call will tell if it is an attention module."""
+        return self.why == CANDIDATE
 
     def count(self, what: str) -> None:
         self.counts[what] += 1
@@ -91,9 +101,7 @@ class Site:
         """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
         first = args if is_bound else (module, *args)
         if not self.is_root or _thread.patch is self.patch:
-            return (
-                self._attend(forward, first, args, kwargs) if self.is_attention else forward(*first, **kwargs)
-            )
+            return self._serve(forward, module, first, args, kwargs)
         if self.patch.first_call is not None and not self.patch.was_called:
             self.patch.was_called = True
             self.patch.first_call(self.patch, module)
@@ -103,13 +111,48 @@ class Site:
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
-            if self.is_attention:
-                return self._attend(forward, first, args, kwargs)
-            return forward(*first, **kwargs)
+            return self._serve(forward, module, first, args, kwargs)
         finally:
             _thread.patch, _thread.room = outer
             if recorder is not None:
                 recorder.end_call()
+
+    def _serve(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if self.is_candidate:
+            return self._judge(forward, module, first, args, kwargs)
+        if self.is_attention:
+            return self._attend(forward, first, args, kwargs)
+        return forward(*first, **kwargs)
+
+    def _judge(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The first call of a candidate: served as attention is, which changes nothing if it is none."""
+        outer, _thread.watch = _thread.watch, Watch((args, kwargs))
+        watch = _thread.watch
+        paused = outer is not None and outer.is_paused
+        if outer is not None:
+            outer.is_paused = True
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with watch:
+                return forward(*args, **kwargs)
+
+        try:
+            result = self._attend(watched, first, args, kwargs)
+        finally:
+            _thread.watch = outer
+            if outer is not None:
+                outer.is_paused = paused
+        if outer is not None:
+            outer.mark(result)
+        if watch.found:
+            self.why = RECOGNISED
+        else:
+            self.patch.reject(self, module)
+        return result
 
     def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         patch = self.patch
@@ -199,8 +242,10 @@ class Patch:
             asks for, which is laid on top of it, and goes into a larger model with the automatic patch of that one.
         on_top: Lie on any patch that is there, for a while.
         first_call: Called with the patch and the model before the model's first call, and again for a copy of it.
+        chosen: Which modules are its sites, as ``apply`` takes it.
 
     Attributes:
+        left_alone: Paths of candidates whose first call was none of attention.
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
         recorder: Captures block maps while set.
@@ -219,37 +264,40 @@ class Patch:
         automatic: bool = False,
         on_top: bool = False,
         first_call: Callable[[Patch, nn.Module], None] | None = None,
+        chosen: Sites = "auto",
     ) -> None:
-        self.policy, self.automatic = policy, automatic
+        self.policy, self.automatic, self.chosen = policy, automatic, chosen
+        self.left_alone: list[str] = []
         self.recorder: Any = None
         self.first_call, self.was_called = first_call, False
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
-        chosen = {name: module for name, module in model.named_modules() if is_attention(module)}
-        if not chosen:
-            raise PatchError(
-                f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
-                "attnpatch.register(MyAttention)"
-            )
+        reasons = choose(model, chosen)
+        if automatic:
+            # Nobody asked: nothing is tried out on a model of theirs.
+            reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
         taken = [name for name, module in model.named_modules() if not all(_gives_way(module))]
         if automatic and "" not in taken:
             self._absorb(model)
-            chosen = {name: module for name, module in chosen.items() if name not in taken}
+            reasons = {name: reason for name, reason in reasons.items() if name not in taken}
         elif taken and not on_top:
             raise PatchError(
                 f"{taken[0] or type(model).__name__!r} is patched already, as a part of another model; "
                 "call attnpatch.remove() on that model first, or patch only the outer one"
             )
-        scripted = [name for name, module in chosen.items() if not can_swap(module)]
+        modules = dict(model.named_modules())
+        scripted = [name for name in reasons if not can_swap(modules[name])]
         if scripted:
             raise PatchError(
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
-        self._put_in(model, {"": model, **chosen})
+        self._put_in(
+            model, {"": (model, reasons.pop("", None))} | {n: (modules[n], reasons[n]) for n in reasons}
+        )
 
-    def _put_in(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        for name, module in modules.items():
-            site = self.site_class(self, name, module, module is model, is_attention(module))
+    def _put_in(self, model: nn.Module, modules: dict[str, tuple[nn.Module, str | None]]) -> None:
+        for name, (module, reason) in modules.items():
+            site = self.site_class(self, name, module, module is model, reason)
             self.sites.append(site)
             put_in(module, site)
 
@@ -263,7 +311,7 @@ class Patch:
     def complete(self, model: nn.Module) -> None:
         """Patch what was added to the model since."""
         new = {
-            name: module
+            name: (module, why(module))
             for name, module in model.named_modules()
             if is_attention(module) and can_swap(module) and next(sites_of(module), None) is None
         }
@@ -282,6 +330,14 @@ class Patch:
         if _thread.patch is self and _thread.room is not None:
             return _thread.room
         return Room()
+
+    def reject(self, site: Site, module: nn.Module) -> None:
+        """A candidate is no attention: as if it had not been looked at."""
+        self.left_alone.append(site.name or "(model)")
+        site.is_attention, site.why = False, None
+        if not site.is_root:
+            self.sites = [other for other in self.sites if other is not site]
+            take_out(module, site)
 
     def take_out(self, model: nn.Module) -> None:
         """Take every site of this patch out."""

@@ -39,8 +39,18 @@ def register(kind: Any) -> Any:
     return kind
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether ``module`` is swapped."""
-    if _NAMES.search(type(module).__name__) or isinstance(module, _CARRIERS):
-        return True
+def is_registered(module: nn.Module) -> bool:
+    """Whether ``register`` was told of the module."""
     return any(isinstance(module, kind) if isinstance(kind, type) else kind(module) for kind in _registered)
+
+
+def why(module: nn.Module) -> str | None:
+    """Why ``module`` is swapped without having been looked at; ``None``: nothing says so."""
+    if _NAMES.search(type(module).__name__) or isinstance(module, _CARRIERS):
+        return "name"
+    return "registered" if is_registered(module) else None
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is swapped without having been looked at."""
+    return why(module) is not None

@@ -279,7 +279,14 @@ class DeferredRows(torch.Tensor):
         """The safety net below everything that Python can intercept."""
         if func is torch.ops.aten.detach.default:
             return args[0]
-        return func(*settle(args, str(func)), **settle(kwargs or {}, str(func)))
+        from attnpatch.rows import rowwise
+
+        # No mode is switched off here as it is inside __torch_function__: a replay would be deferred again.
+        with torch._C.DisableTorchFunction():
+            result = rowwise.below(func, args, kwargs or {})
+            if result is not NotImplemented:
+                return result
+            return func(*settle(args, str(func)), **settle(kwargs or {}, str(func)))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         handle = self.handle

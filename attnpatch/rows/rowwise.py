@@ -39,7 +39,11 @@ CASTS = frozenset("to type type_as float half bfloat16 double".split())
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
-    return next(value for value in _tensors(args, kwargs) if isinstance(value, DeferredRows))
+    return _deferred(args, kwargs)[0]
+
+
+def _deferred(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:
+    return [value for value in _tensors(args, kwargs) if isinstance(value, DeferredRows)]
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -69,6 +73,17 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if writes(name) and args and isinstance(args[0], torch.Tensor):
         return _write(name, func, args, kwargs)
     return func(*settle(args, name), **settle(kwargs, name))
+
+
+def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operator that reached a deferred tensor under everything Python can intercept: a scripted function's."""
+    name = func._schema.name.rpartition("::")[2]
+    if name not in ELEMENTWISE or kwargs.get("out") is not None:
+        return NotImplemented
+    if any(value.requires_grad or not is_pending(value) for value in _deferred(args, kwargs)):
+        # The graph was recorded above already; here only values are missing.
+        return NotImplemented
+    return elementwise(name, func, args, kwargs)
 
 
 def writes(name: str) -> bool:
@@ -343,6 +358,39 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return wrap(call, source.handle.call)
 
 
+def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A convolution of width 1, which mixes heads (channels) and nothing else: talking heads."""
+    source = args[0]
+    weight, bias = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 2, "bias")
+    if (
+        not isinstance(source, DeferredRows)
+        or isinstance(weight, DeferredRows)
+        or isinstance(bias, DeferredRows)
+    ):
+        return NotImplemented
+    node = source.handle.node
+    if weight.dim() != len(node.dims) or any(size != 1 for size in weight.shape[2:]):
+        return NotImplemented
+    stride, padding = _argument(args, kwargs, 3, "stride", 1), _argument(args, kwargs, 4, "padding", 0)
+    if any(step != 1 for step in _each(stride)) or any(
+        edge not in (0, "valid", "same") for edge in _each(padding)
+    ):
+        return NotImplemented
+    mixed = fresh([weight.shape[0]])
+    dims = (node.dims[0], *mixed, *node.dims[2:])
+    dtype = probe(func, (source, weight), {}).dtype
+    places = {"weight": weight, "bias": bias}
+    leaf = {key: None if t is None else Leaf(t, ((),) * t.dim()) for key, t in places.items()}
+    rest = {"stride": stride, "padding": padding, "dilation": _argument(args, kwargs, 5, "dilation", 1)}
+    rest["groups"] = _argument(args, kwargs, 6, "groups", 1)
+    call = Call(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
+    return wrap(call, source.handle.call)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(ALONG, along),
@@ -353,6 +401,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("gather", "index_select"), gather),
     "contiguous": contiguous,
     "dropout": dropout,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,
     **products.HANDLERS,
 }

@@ -1,0 +1,33 @@
+"""Every way in has a script, and each runs as it stands, in a fresh process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+# The script, and what it is to print.
+SAID = {
+    "one_line": ["by_rows", "same to the last bit: True"],
+    "context_manager": ["BlockMap", "share of the last block"],
+    "your_own_module": ["recognised: softmax of a product", "asked for", "same to the last bit: True"],
+    "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", SAID)
+def test_example(name):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in SAID[name]:
+        assert words in done.stdout, done.stdout
+    assert "same to the last bit: False" not in done.stdout
