@@ -25,14 +25,14 @@ class Report:
 
     Attributes:
         model: Class of the model.
-        policy: The rule in force.
+        policy: The rule in force; ``None`` for a pipeline whose components have different ones.
         sites: Every attention module that did something, or is innermost.
         totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
             One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
     """
 
     model: str
-    policy: Policy
+    policy: Policy | None
     sites: tuple[SiteReport, ...]
     totals: dict[str, int]
 
@@ -47,7 +47,7 @@ class Report:
             total.update(site.materialised_by)
         body.append(["total", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        lines = [f"{self.model}: {self.policy}"]
+        lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
         for row in [header, *body]:
             cells = [row[0].ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
@@ -79,3 +79,20 @@ def report_of(patch: Patch) -> Report:
             sites.append(SiteReport(site.name or "(model)", site.kind, counts, dict(site.operations)))
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
     return Report(patch.model_kind, patch.policy, tuple(sites), totals)
+
+
+def joined(model: str, reports: dict[str, Report]) -> Report:
+    """The reports of a pipeline's components as one.
+
+    Args:
+        model: Class of the pipeline.
+        reports: By name of the component.
+    """
+    sites = tuple(
+        dataclasses.replace(site, name=name if site.name == "(model)" else f"{name}.{site.name}")
+        for name, report in reports.items()
+        for site in report.sites
+    )
+    policies = {report.policy for report in reports.values()}
+    totals = {name: sum(report.totals[name] for report in reports.values()) for name in TOTALS}
+    return Report(model, policies.pop() if len(policies) == 1 else None, sites, totals)
