@@ -201,7 +201,16 @@ CASES = {
     "sdxl": (sdxl, {**SIZE, **GUIDED}),
     "sd3": (sd3, {**SIZE, **GUIDED}),
     "flux": (flux, {**SIZE, "num_inference_steps": 2, "max_sequence_length": 40}),
-    "pixart": (pixart, {**SIZE, **GUIDED, "use_resolution_binning": False, "max_sequence_length": 40}),
+    "pixart": (
+        pixart,
+        {
+            **SIZE,
+            **GUIDED,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "max_sequence_length": 40,
+        },
+    ),
     "wan": (wan, {**GUIDED, "height": 32, "width": 48, "num_frames": 9, "max_sequence_length": 40}),
     "ltx": (ltx, {**SIZE, **GUIDED, "num_frames": 9, "max_sequence_length": 40}),
 }

@@ -31,7 +31,9 @@ def when_built(callback: Callable[[Any], None], failed: Callable[[Exception], No
         wrapt.register_post_import_hook(functools.partial(_hook, watch, callback, failed), name)
 
 
-def _hook(watch: Callable[..., None], callback: Any, failed: Callable[[Exception], None], module: Any) -> None:
+def _hook(
+    watch: Callable[..., None], callback: Any, failed: Callable[[Exception], None], module: Any
+) -> None:
     try:
         watch(module, callback)
     except Exception as error:
