@@ -113,6 +113,23 @@ def test_a_class_without_an_init_of_its_own(active):
     assert roots(type(Same())()) == [""]
 
 
+def test_an_init_that_was_replaced_or_raises(active):
+    session = active()
+    kind = part()
+    before = kind.__init__
+
+    def replaced(self):
+        before(self)
+
+    kind.__init__ = replaced
+    assert roots(kind()) == [""]
+    kind.__init__ = before
+    with pytest.raises(TypeError):
+        kind(nonsense=1)
+    assert building._under_way == set()
+    assert session.counts == {}
+
+
 def test_a_model_without_attention_is_noted(active):
     session = active()
 

@@ -57,6 +57,16 @@ def test_images_are_identical(name):
     assert totals["materialised"] == 0
 
 
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan"])
+def test_images_are_identical_in_half_precision(name):
+    pipe = build(name).to(torch.bfloat16)
+    several = {"num_videos_per_prompt" if name == "wan" else "num_images_per_prompt": 2}
+    native = run(pipe, name, **several)
+    with attnpatch.patched(pipe, **ROWS):
+        again = run(pipe, name, **several)
+    assert native.std() > 0.01 and np.array_equal(again, native)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_causal_text_encoders_are_left_to_the_fused_kernel(name):
     pipe = build(name, text="sdpa")
@@ -172,6 +182,22 @@ def test_capture_and_explain_name_the_component_to_give():
         attnpatch.capture(pipe, blocks=Blocks.fixed(8)).__enter__()
     with pytest.raises(errors.PatchError, match=r"pipe\.transformer"):
         attnpatch.explain(pipe, seq_len=8)
+
+
+def test_a_component_of_a_patched_pipeline_is_captured():
+    """Which word each tile of the picture looks at: Flux puts the text before the image."""
+    pipe = build("flux")
+    native = run(pipe, "flux")
+    attnpatch.apply(pipe, **ROWS)
+    tiles = Blocks.tiles(8, 8, 4, start=40)
+    words = Blocks.words(pipe.tokenizer_2, pipelines.PROMPT)
+    with attnpatch.capture(pipe.transformer, blocks=(tiles, words), layers=[0]) as maps:
+        assert np.array_equal(run(pipe, "flux"), native)
+    for found in maps.sequences[-1].values():
+        assert found.query_labels == ("r0c0", "r0c1", "r1c0", "r1c1")
+        assert found.key_labels == tuple(pipelines.PROMPT.split())
+        assert found.mass.shape == (1, 4, 11) and bool((found.mass > 0).all())
+    attnpatch.remove(pipe)
 
 
 def test_a_pipeline_of_transformers():

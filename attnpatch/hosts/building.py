@@ -69,9 +69,19 @@ def _watch_diffusers(module: Any, callback: Callable[[Any], None]) -> None:
 def _told(init: Callable[..., None], callback: Callable[[Any], None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        # Not for the __init__ of a base: the model is not complete then.
-        if type(self).__init__ is __init__:
-            callback(self)
+        # Called by the __init__ of a subclass: the model is not complete then.
+        if id(self) in _under_way:
+            init(self, *args, **kwargs)
+            return
+        _under_way.add(id(self))
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            _under_way.discard(id(self))
+        callback(self)
 
     return __init__
+
+
+# Objects inside their outermost __init__, by id.
+_under_way: set[int] = set()
