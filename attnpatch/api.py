@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
 from attnpatch.explain import Explanation, explanation_of
 from attnpatch.hosts import transformers as host
-from attnpatch.hosts.diffusers import parts_of
+from attnpatch.hosts.diffusers import compiled_in, parts_of
 from attnpatch.patching.patch import Patch, patch_of, patches_in
 from attnpatch.patching.registry import is_attention, register
 from attnpatch.policy import Policy
@@ -172,9 +173,9 @@ def report(model: Any) -> Report:
     patches = {name: patch for name, part in _parts(model).items() if (patch := patch_of(part)) is not None}
     if not patches:
         raise _not_patched(model)
-    if "" in patches:
-        return report_of(patches[""])
-    return joined(type(model).__name__, {name: report_of(patch) for name, patch in patches.items()})
+    reports = {name: report_of(patch) for name, patch in patches.items()}
+    found = reports[""] if "" in reports else joined(type(model).__name__, reports)
+    return dataclasses.replace(found, compiled=compiled_in(model))
 
 
 def explain(

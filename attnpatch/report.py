@@ -29,12 +29,14 @@ class Report:
         sites: Every attention module that did something, or is innermost.
         totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
             One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
+        compiled: Paths of compiled modules: they run their own attention, which is not counted.
     """
 
     model: str
     policy: Policy | None
     sites: tuple[SiteReport, ...]
     totals: dict[str, int]
+    compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ["site", *TOTALS, "materialised by"]
@@ -52,6 +54,9 @@ class Report:
             cells = [row[0].ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
+        if self.compiled:
+            names = ", ".join(name or "the model" for name in self.compiled)
+            lines.append(f"compiled, so that its attention is its own and not counted: {names}")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -102,6 +102,11 @@ def test_with(name, tool):
     # What is compiled keeps its own attention.
     parts = set(modules(first)) - ({denoiser(first)} if tool.startswith("compile") else set())
     assert by_rows(first) == parts
+    report = attnpatch.report(first)
+    assert report.compiled == tuple(sorted(set(modules(first)) - parts))
+    assert ("compiled, so that its attention is its own and not counted: transformer" in str(report)) == (
+        tool.startswith("compile")
+    )
     attnpatch.remove(first)
     assert structure(first) == with_tool
     assert np.array_equal(run(first, name), expected)
