@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,26 +16,29 @@ from attnpatch.capture.recorder import Heads, Recorder
 from attnpatch.errors import PatchError
 from attnpatch.explain import Explanation, explanation_of
 from attnpatch.hosts import transformers as host
+from attnpatch.hosts.diffusers import compiled_in, parts_of
 from attnpatch.patching.choice import Sites, checked, choose
 from attnpatch.patching.patch import Patch, patch_of, patches_in
-from attnpatch.patching.registry import register
+from attnpatch.patching.registry import is_attention, register
 from attnpatch.policy import Policy
-from attnpatch.report import Report, report_of
+from attnpatch.report import Report, joined, report_of
 
-Model = TypeVar("Model", bound=nn.Module)
+# A module, or a pipeline: an object with modules for components.
+Model = TypeVar("Model")
 
 
 def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
     """Let the attention of a model go by rows when memory is short, and change nothing else.
 
     Args:
-        model: Any ``torch.nn.Module`` with attention in it.
+        model: Any ``torch.nn.Module`` with attention in it; or a pipeline of diffusers or transformers, whose components
+            (``unet`` or ``transformer``, ``vae``, text encoders, ...) are patched one by one where they have attention.
         sites: ``"auto"``: what a class name or ``register`` says is attention, and what is recognised in its first
             call: a module that computes softmax of a product of its inputs. ``"registered"``: what ``register`` says.
-            Or paths of modules, such as ``["encoder.mixer"]``. ``None``: as they were when applied before, else
-            ``"auto"``.
-        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, and the sites
-            (their counts begin anew) where others are asked for.
+            Or paths of a model's modules, such as ``["encoder.mixer"]``. ``None``: as they were when applied before,
+            else ``"auto"``.
+        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, of a component
+            that was patched on its own too, and the sites (their counts begin anew) where others are asked for.
 
     Returns:
         The same model.
@@ -44,16 +48,11 @@ def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
         PatchError: Nothing in it is recognised as attention, or a part of it is patched on its own.
     """
     rule = Policy.of(policy)
-    patch = patch_of(_checked(model))
-    chosen = None if sites is None else checked(sites)
-    if patch is None:
-        Patch(model, rule, chosen=chosen or "auto")
-    elif chosen in (None, patch.chosen):
+    with contextlib.ExitStack() as undo:
+        patches = _put_in(model, rule, undo, sites, replaces=True)
+        undo.pop_all()
+    for patch in patches:
         patch.policy = rule
-    else:
-        choose(model, chosen)  # before the old patch goes
-        patch.take_out(model)
-        Patch(model, rule, chosen=chosen)
     return model
 
 
@@ -61,7 +60,7 @@ def remove(model: Model) -> Model:
     """Take the patch out: every touched object is as it was, attribute for attribute.
 
     Of a part of a patched model too, which then is as it was while the rest stays patched: a tool may have taken the
-    model apart since (PEFT's ``unload`` returns what was inside the patched one).
+    model apart since (PEFT's ``unload`` returns what was inside the patched one). Of a pipeline: out of all components.
 
     Returns:
         The same model.
@@ -69,10 +68,14 @@ def remove(model: Model) -> Model:
     Raises:
         PatchError: Nothing in the model is patched.
     """
-    patch = patch_of(_checked(model))
-    found = [patch] if patch is not None else patches_in(model)
-    for each in found or [_patch(model)]:
-        each.take_out(model)
+    parts = _parts(model)
+    whole = {name: patch_of(part) for name, part in parts.items()}
+    found = [(part, [whole[name]] if whole[name] else patches_in(part)) for name, part in parts.items()]
+    if not any(patches for _, patches in found):
+        raise _not_patched(model)
+    for part, patches in found:
+        for patch in patches:
+            patch.take_out(part)
     return model
 
 
@@ -90,12 +93,11 @@ def patched(model: Model, sites: Sites | None = None, **policy: Any) -> Iterator
         PolicyError, PatchError: As ``apply``.
     """
     rule = Policy.of(policy)
-    with _ensured(model, rule, sites) as patch:
-        before, patch.policy = patch.policy, rule
-        try:
-            yield model
-        finally:
-            patch.policy = before
+    with contextlib.ExitStack() as undo:
+        for patch in _put_in(model, rule, undo, sites):
+            undo.callback(setattr, patch, "policy", patch.policy)
+            patch.policy = rule
+        yield model
 
 
 @contextlib.contextmanager
@@ -126,7 +128,8 @@ def capture(
         CaptureError, BlockError: What was asked for does not fit the model or the sequence.
         PatchError: As ``apply``.
     """
-    with _ensured(model, Policy(mode="never")) as patch:
+    with contextlib.ExitStack() as undo:
+        (patch,) = _put_in(_checked(model), Policy(mode="never"), undo)
         before = patch.recorder
         if before is not None and not before.gives_way:
             raise PatchError("this model is being captured already; end the outer capture first")
@@ -171,13 +174,20 @@ def recorder_of(
     return Recorder(blocks, heads, layers, sites, innermost, read_call, site_call, patch.model_kind)
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Any) -> Report:
     """What each attention site did since the model was patched; prints as a table.
+
+    Of a pipeline: one table of all its components, whose names stand before the sites'.
 
     Raises:
         PatchError: The model is not patched.
     """
-    return report_of(_patch(model))
+    patches = {name: patch for name, part in _parts(model).items() if (patch := patch_of(part)) is not None}
+    if not patches:
+        raise _not_patched(model)
+    reports = {name: report_of(patch) for name, patch in patches.items()}
+    found = reports[""] if "" in reports else joined(type(model).__name__, reports)
+    return dataclasses.replace(found, compiled=compiled_in(model))
 
 
 def explain(
@@ -220,36 +230,77 @@ def explain(
     return explanation_of(model, rule, seq_len, batch, device, inputs)
 
 
-@contextlib.contextmanager
-def _ensured(model: nn.Module, rule: Policy, sites: Sites | None = None) -> Iterator[Patch]:
-    """The patch of a model; put in for the block if it has none."""
-    patch = patch_of(_checked(model))
+def _put_in(
+    model: Any, rule: Policy, undo: contextlib.ExitStack, sites: Sites | None = None, replaces: bool = False
+) -> list[Patch]:
+    """The patches of a model or of a pipeline's components; ``undo`` takes out those that were not there before.
+
+    Where other sites are asked for than a patch has, it is replaced, or that is refused.
+    """
+    parts = _parts(model)
     chosen = None if sites is None else checked(sites)
-    if patch is not None:
-        if chosen not in (None, patch.chosen):
+    if "" not in parts:
+        if isinstance(chosen, tuple):
+            raise PatchError("sites by path are those of one model; give a component, such as pipe.unet")
+        attending = {
+            name: part
+            for name, part in parts.items()
+            if any(is_attention(module) for module in part.modules())
+        }
+        if not attending:
             raise PatchError(
-                f"this model is patched with sites={patch.chosen!r}; leave sites out, or attnpatch.remove() it first"
+                f"no component of this {type(model).__name__} has an attention module that attnpatch recognises "
+                f"({', '.join(parts)}); name its class with attnpatch.register(MyAttention)"
             )
-        yield patch
-        return
-    patch = Patch(model, rule, chosen=chosen or "auto")
-    try:
-        yield patch
-    finally:
-        patch.take_out(model)
+        parts = attending
+    patches = []
+    for name, part in parts.items():
+        patch = patch_of(part)
+        if patch is not None and chosen not in (None, patch.chosen):
+            if not replaces:
+                raise PatchError(
+                    f"this model is patched with sites={patch.chosen!r}; leave sites out, or attnpatch.remove() it first"
+                )
+            choose(part, chosen)  # before the old patch goes
+            patch.take_out(part)
+            patch = None
+        if patch is None:
+            try:
+                patch = Patch(part, rule, chosen=chosen or "auto")
+            except PatchError as error:
+                raise PatchError(f"{name}: {error}" if name else str(error)) from error
+            undo.callback(patch.take_out, part)
+        patches.append(patch)
+    return patches
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline by name; a model itself, without one."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    parts = parts_of(model)
+    if parts is None:
+        raise PatchError(
+            f"a torch.nn.Module, or a pipeline with modules for components, is needed, not {type(model).__name__}"
+        )
+    return parts
 
 
 def _checked(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        return model
+    parts = parts_of(model)
+    if parts is None:
         raise PatchError(f"a torch.nn.Module is needed, not {type(model).__name__}")
-    return model
+    first = next((name for name in ("unet", "transformer") if name in parts), next(iter(parts)))
+    raise PatchError(
+        f"a torch.nn.Module is needed, not the pipeline {type(model).__name__}; give one of its components for now, "
+        f"such as pipe.{first}"
+    )
 
 
-def _patch(model: nn.Module) -> Patch:
-    patch = patch_of(_checked(model))
-    if patch is None:
-        raise PatchError(f"this {type(model).__name__} is not patched; call attnpatch.apply(model) first")
-    return patch
+def _not_patched(model: Any) -> PatchError:
+    return PatchError(f"this {type(model).__name__} is not patched; call attnpatch.apply() on it first")
 
 
 __all__ = ["apply", "capture", "explain", "patched", "register", "remove", "report"]

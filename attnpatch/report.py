@@ -26,18 +26,20 @@ class Report:
 
     Attributes:
         model: Class of the model.
-        policy: The rule in force.
+        policy: The rule in force; ``None`` for a pipeline whose components have different ones.
         sites: Every attention module that did something, or is innermost.
         totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
             One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
         left_alone: Modules whose code could have been attention and whose first call was none.
+        compiled: Paths of compiled modules: they run their own attention, which is not counted.
     """
 
     model: str
-    policy: Policy
+    policy: Policy | None
     sites: tuple[SiteReport, ...]
     totals: dict[str, int]
     left_alone: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ["site", "why", *TOTALS, "materialised by"]
@@ -50,13 +52,16 @@ class Report:
             total.update(site.materialised_by)
         body.append(["total", "", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        lines = [f"{self.model}: {self.policy}"]
+        lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
         for row in [header, *body]:
             cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
             cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
         if self.left_alone:
             lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
+        if self.compiled:
+            names = ", ".join(name or "the model" for name in self.compiled)
+            lines.append(f"compiled, so that its attention is its own and not counted: {names}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -85,4 +90,23 @@ def report_of(patch: Patch) -> Report:
                 SiteReport(site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations))
             )
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
-    return Report(patch.model_kind, patch.policy, tuple(sites), totals, tuple(patch.left_alone))
+    left_alone = tuple(patch.left_alone)
+    return Report(patch.model_kind, patch.policy, tuple(sites), totals, left_alone)
+
+
+def joined(model: str, reports: dict[str, Report]) -> Report:
+    """The reports of a pipeline's components as one.
+
+    Args:
+        model: Class of the pipeline.
+        reports: By name of the component.
+    """
+    sites = tuple(
+        dataclasses.replace(site, name=name if site.name == "(model)" else f"{name}.{site.name}")
+        for name, report in reports.items()
+        for site in report.sites
+    )
+    policies = {report.policy for report in reports.values()}
+    totals = {name: sum(report.totals[name] for report in reports.values()) for name in TOTALS}
+    left_alone = tuple(f"{name}.{path}" for name, report in reports.items() for path in report.left_alone)
+    return Report(model, policies.pop() if len(policies) == 1 else None, sites, totals, left_alone)

@@ -10,7 +10,7 @@ from attnpatch.errors import PolicyError
 
 
 def start() -> None:
-    """Read the environment, and wait for transformers to be imported.
+    """Read the environment, and wait for the hosts to be imported.
 
     A value that cannot be used ends the interpreter with one line and exit code 2: better no run than hours of one
     that is not what was asked for. By ``os._exit``, since an exception here is a "Fatal Python error" with a traceback.

@@ -10,40 +10,15 @@ import torch
 from torch import Tensor
 
 from attnpatch.capture.messages import Span, message_spans
+from attnpatch.capture.partition import Partition, blocks_of_tokens, tiled
+from attnpatch.capture.words import text_spans
 from attnpatch.errors import BlockError
-
-
-@dataclass(frozen=True, eq=False)
-class Partition:
-    """The blocks of a batch of sequences whose real (not padding) tokens are known. All tensors on the CPU.
-
-    Attributes:
-        assignment: ``[batch, total]`` int64, the block of each position, -1 for padding and gaps.
-        sizes: ``[batch, num_blocks]`` int64, tokens per block; 0 where a sequence has fewer blocks.
-        starts: ``[batch, num_blocks]`` int64, first token, counted without padding; 0 where size is 0.
-        ends: ``[batch, num_blocks]`` int64, one past the last token, counted without padding.
-        labels: Per sequence, one label for each of its own blocks.
-    """
-
-    assignment: Tensor
-    sizes: Tensor
-    starts: Tensor
-    ends: Tensor
-    labels: tuple[tuple[str, ...], ...]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the sequence that has most of them."""
-        return self.sizes.shape[1]
-
-    def __repr__(self) -> str:
-        batch, total = self.assignment.shape
-        return f"Partition({batch} x {total} positions, {self.num_blocks} blocks)"
 
 
 @dataclass(frozen=True, repr=False)
 class Blocks:
-    """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans`` or ``messages``.
+    """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans``, ``messages``, ``words``,
+    ``tokens`` or ``tiles``.
 
     Blocks are counted in tokens of the unpadded sequence, so the same object serves any padding, and the
     blocks of earlier tokens stay what they are while a sequence grows.
@@ -54,6 +29,7 @@ class Blocks:
     spans_by_sequence: tuple[tuple[Span, ...], ...] = ()
     labels_by_sequence: tuple[tuple[str, ...], ...] = ()
     per_sequence: bool = False
+    grid: tuple[int, int, int, int] | None = None
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -132,6 +108,67 @@ class Blocks:
             labels.append((*names, "assistant (next)") if add_generation_prompt else tuple(names))
         return cls("messages", None, tuple(spans), tuple(labels), per_sequence)
 
+    @classmethod
+    def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
+        """One block per word of a text, labelled with it; a word is what stands between spaces, as written.
+
+        Special tokens belong to no block, nor does padding.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            prompt: The text, or a list of texts for a batch (one of them may be empty, as a negative prompt is).
+            **tokenizer_options: As the model's text is tokenized, such as ``truncation=True, max_length=77``. A word
+                that is cut off has no block.
+
+        Raises:
+            BlockError: The tokenizer gives no offsets, or no text has a word.
+        """
+        return cls._of_text("words", tokenizer, prompt, tokenizer_options)
+
+    @classmethod
+    def tokens(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
+        """One block per token of a text, labelled with its characters; otherwise as ``words``."""
+        return cls._of_text("tokens", tokenizer, prompt, tokenizer_options)
+
+    @classmethod
+    def _of_text(cls, kind: str, tokenizer: Any, prompt: Any, options: dict[str, Any]) -> "Blocks":
+        per_sequence = not isinstance(prompt, str)
+        if per_sequence and not isinstance(prompt, list | tuple):
+            raise BlockError(f"prompt is {prompt!r}; accepted is a string, or a list of them for a batch.")
+        texts = prompt if per_sequence else [prompt]
+        found = [text_spans(tokenizer, text, options, kind == "words") for text in texts]
+        if not any(spans for spans, _ in found):
+            raise BlockError(f"the prompt {prompt!r} has no {kind}; give a text that has.")
+        spans, labels = zip(*found, strict=True)
+        return cls(kind, None, spans, labels, per_sequence)
+
+    @classmethod
+    def tiles(cls, height: int, width: int, tile: int, *, start: int = 0) -> "Blocks":
+        """Square tiles of an image whose tokens come row by row; labelled ``"r0c0"``, ``"r0c1"``, ...
+
+        Tokens of the sequence beside the image belong to no block.
+
+        Args:
+            height, width: Of the image, in tokens (of the latents divided by the patch, not pixels).
+            tile: Edge of a tile, in tokens; tiles at the right and the bottom may be smaller.
+            start: Tokens before the image: 1 with a class token, the text's where it comes first.
+
+        Raises:
+            BlockError: A number is not whole, or too small.
+        """
+        grid = (
+            _whole(height, "the height of the image"),
+            _whole(width, "the width of the image"),
+            _whole(tile, "the edge of a tile"),
+            _whole(start, "the start of the image"),
+        )
+        if min(grid[:3]) < 1 or grid[3] < 0:
+            raise BlockError(
+                f"an image of {height} x {width} tokens in tiles of {tile} from token {start} on; accepted are at "
+                "least 1 token each, and a start of 0 or more."
+            )
+        return cls("tiles", grid=grid)
+
     def resolve(self, valid: Tensor) -> Partition:
         """Find the block of every position of a batch.
 
@@ -147,6 +184,8 @@ class Blocks:
             given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
             raise BlockError(f"valid is {given}; accepted is a bool tensor [batch, total].")
         valid = valid.detach().cpu()
+        if self.grid is not None:
+            return tiled(self.grid, valid)
         lengths = valid.sum(1).tolist()
         spans, labels = self._spans_for(lengths)
         num_blocks = max([1, *(len(s) for s in spans)])
@@ -157,7 +196,7 @@ class Blocks:
             if sequence:
                 bounds = torch.tensor(sequence, dtype=torch.int64)
                 starts[row, : len(sequence)], ends[row, : len(sequence)] = bounds.T
-                of_token = _blocks_of_tokens(bounds, lengths[row])
+                of_token = blocks_of_tokens(bounds, lengths[row])
                 assignment[row, valid[row]] = of_token
         return Partition(assignment, ends - starts, starts, ends, labels)
 
@@ -177,7 +216,7 @@ class Blocks:
         repeat = 1 if self.per_sequence else len(lengths)
         spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
         for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
-            if sequence[-1][1] > length:
+            if sequence and sequence[-1][1] > length:
                 raise BlockError(
                     f"block {len(sequence) - 1} ends at token {sequence[-1][1]}, sequence {row} has {length} "
                     "real tokens; give spans that end there or earlier (padding does not count)."
@@ -187,23 +226,19 @@ class Blocks:
     def __repr__(self) -> str:
         if self.kind == "fixed":
             return f"Blocks.fixed({self.size})"
+        if self.grid is not None:
+            height, width, tile, start = self.grid
+            return f"Blocks.tiles({height}, {width}, {tile}{f', start={start}' if start else ''})"
         shown = []
         for sequence, labels in zip(self.spans_by_sequence, self.labels_by_sequence, strict=True):
             names = [f"{label!r}" for label in labels]
             if len(names) > 6:
                 names = [*names[:3], "...", *names[-2:]]
-            shown.append(f"{len(sequence)} blocks to token {sequence[-1][1]}: {', '.join(names)}")
+            end = sequence[-1][1] if sequence else 0
+            shown.append(f"{len(sequence)} blocks to token {end}: {', '.join(names)}")
         if len(shown) > 3:
             shown = [*shown[:2], f"... {len(shown)} sequences"]
         return f"Blocks.{self.kind}({'; '.join(shown)})"
-
-
-def _blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:
-    """``[length]`` int64: the span each token lies in, -1 in gaps; ``bounds`` is ``[blocks, 2]``, sorted."""
-    tokens = torch.arange(length)
-    block = torch.searchsorted(bounds[:, 0].contiguous(), tokens, right=True) - 1
-    inside = (block >= 0) & (tokens < bounds[block.clamp(min=0), 1])
-    return block.masked_fill(~inside, -1)
 
 
 def _whole(value: Any, what: str) -> int:
