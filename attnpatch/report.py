@@ -55,7 +55,8 @@ class Report:
             cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
         if self.compiled:
-            names = ", ".join(name or "the model" for name in self.compiled)
+            names = ", ".join(name or "the model" for name in self.compiled[:4])
+            names += f", ... {len(self.compiled)} in all" if len(self.compiled) > 4 else ""
             lines.append(f"compiled, so that its attention is its own and not counted: {names}")
         return "\n".join(lines)
 
