@@ -60,7 +60,8 @@ class Report:
         if self.left_alone:
             lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
         if self.compiled:
-            names = ", ".join(name or "the model" for name in self.compiled)
+            names = ", ".join(name or "the model" for name in self.compiled[:4])
+            names += f", ... {len(self.compiled)} in all" if len(self.compiled) > 4 else ""
             lines.append(f"compiled, so that its attention is its own and not counted: {names}")
         return "\n".join(lines)
 
