@@ -195,10 +195,12 @@ def _ids(length: int, config: Any) -> torch.Tensor:
     return ids
 
 
-def _value(name: str, first: torch.Tensor, config: Any, mask_dtype: torch.dtype) -> Any:
+def _value(name: str, first: torch.Tensor, config: Any, mask_dtype: torch.dtype, is_needed: bool) -> Any:
     """An argument of the call by its name; ``NotImplemented`` where none is known."""
-    if name in ("timestep", "timesteps", "t", "r_timestep", "timestep_r", "sigma"):
+    if name in ("timestep", "timesteps", "t"):
         return torch.tensor([500.0])
+    if name in ("r_timestep", "timestep_r"):
+        return torch.tensor([400.0]) if is_needed else None
     if name in ("encoder_hidden_states", "source_hidden_states"):
         return floats(1, TEXT_LEN, _text_width(config), seed=3)
     if name in ("encoder_hidden_states_2", "encoder_hidden_states_t5"):
@@ -258,13 +260,17 @@ def inputs_of(model: nn.Module, special: Special) -> Iterator[dict[str, Any]]:
             for other, parameter in list(parameters.items())[1:]:
                 if other in given or other in special.without:
                     continue
-                value = _value(other, first, config, mask_dtype)
+                value = _value(other, first, config, mask_dtype, parameter.default is inspect.Parameter.empty)
                 if value is NotImplemented or (value is None and parameter.default is None):
                     continue
                 made[other] = value
             yield {**made, **given}
             if not any("mask" in each for each in made):
                 break
+            # Some take no mask of their own making: without one.
+            optional = {each for each in made if "mask" in each and parameters[each].default is None}
+            if optional:
+                yield {key: value for key, value in {**made, **given}.items() if key not in optional}
 
 
 def special_of(name: str) -> Special:
