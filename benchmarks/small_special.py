@@ -23,7 +23,7 @@ def grid(height: int = 8, width: int = 12, axes: int = 3, before: int = 0) -> to
 
 
 def several(
-    name: str, kind: str, first: tuple[int, ...], condition: tuple[int, ...], **inputs: Any
+    name: str, kind: str, first: tuple[int, ...], condition: tuple[int, ...], **inputs: object
 ) -> Special:
     """A class that holds a list of others."""
 
@@ -32,7 +32,12 @@ def several(
 
         return getattr(models, name)([build(kind)])
 
-    given = {"controlnet_cond": [floats(*condition)], "conditioning_scale": [1.0], **inputs}
+    given = {
+        "controlnet_cond": [floats(*condition)],
+        "conditioning_scale": [1.0],
+        "return_dict": False,
+        **inputs,
+    }
     return Special(build=make, first=first, inputs=given)
 
 
@@ -110,7 +115,7 @@ SPECIAL: dict[str, Special] = {
     "BriaFibo2Transformer2DModel": Special(
         config={"injection_layer_ids": (0,), "min_num_gist_tokens": 8, "max_num_gist_tokens": 16, "gist_step": 4,
                 "gist_min_text_len": 8, "gist_max_text_len": 64},
-        inputs={"encoder_hidden_states": [floats(1, TEXT_LEN, TEXT_WIDTH)] * 2},
+        inputs={"encoder_hidden_states": floats(1, 2, TEXT_LEN, TEXT_WIDTH)}, without=("encoder_attention_mask",),
     ),
     "BriaFiboTransformer2DModel": Special(
         config={"text_encoder_dim": WIDTH // 2},
@@ -133,7 +138,8 @@ SPECIAL: dict[str, Special] = {
                 "added_cond_kwargs": {"text_embeds": floats(1, 32), "time_ids": floats(1, 6)}},
     ),
     "CosmosTransformer3DModel": Special(
-        config={"max_size": (8, 16, 16), "concat_padding_mask": False}, first=(1, 16, 5, 16, 24),
+        config={"max_size": (8, 32, 32), "concat_padding_mask": False, "attention_head_dim": 18},
+        first=(1, 16, 5, 16, 24),
     ),
     "CosmosControlNetModel": Special(),
     "DiTTransformer2DModel": Special(config={"sample_size": 16}, first=(1, 4, 16, 16)),
@@ -149,7 +155,7 @@ SPECIAL: dict[str, Special] = {
     "ErnieImageTransformer2DModel": Special(
         inputs={"text_bth": floats(1, TEXT_LEN, TEXT_WIDTH), "text_lens": torch.tensor([TEXT_LEN])},
     ),
-    "FluxMultiControlNetModel": several("FluxMultiControlNetModel", "FluxControlNetModel", (1, 96, 64), (1, 96, 64), controlnet_mode=[None], encoder_hidden_states=floats(1, TEXT_LEN, TEXT_WIDTH), pooled_projections=floats(1, TEXT_WIDTH), img_ids=grid(), txt_ids=grid(0, 0, before=TEXT_LEN)),
+    "FluxMultiControlNetModel": several("FluxMultiControlNetModel", "FluxControlNetModel", (1, 96, 64), (1, 96, 64), controlnet_mode=[torch.zeros(1, dtype=torch.long)], encoder_hidden_states=floats(1, TEXT_LEN, TEXT_WIDTH), pooled_projections=floats(1, TEXT_WIDTH), img_ids=grid(), txt_ids=grid(0, 0, before=TEXT_LEN)),
     "GlmImageTransformer2DModel": Special(
         inputs={"prior_token_id": ids(1, 96), "prior_token_drop": torch.tensor([False])},
     ),
@@ -172,7 +178,14 @@ SPECIAL: dict[str, Special] = {
         config={"text_embed_2_dim": TEXT_WIDTH, "image_embed_dim": TEXT_WIDTH},
         inputs={"image_embeds": floats(1, 9, TEXT_WIDTH)},
     ),
-    "HunyuanVideoFramepackTransformer3DModel": Special(first=(1, 16, 5, 16, 24), inputs={"image_embeds": None, "indices_latents": None}),
+    "HunyuanVideoFramepackTransformer3DModel": Special(
+        config={"has_clean_x_embedder": True, "has_image_proj": True, "image_proj_dim": TEXT_WIDTH},
+        first=(1, 16, 5, 16, 24),
+        inputs={"image_embeds": floats(1, 7, TEXT_WIDTH), "indices_latents": torch.arange(5),
+                "latents_clean": floats(1, 16, 1, 16, 24), "indices_latents_clean": torch.arange(1),
+                "latents_history_2x": floats(1, 16, 2, 16, 24), "indices_latents_history_2x": torch.arange(2),
+                "latents_history_4x": floats(1, 16, 4, 16, 32), "indices_latents_history_4x": torch.arange(4)},
+    ),
     "I2VGenXLUNet": Special(
         first=(1, 4, 3, 16, 24),
         inputs={"image_latents": floats(1, 4, 3, 16, 24), "image_embeddings": floats(1, WIDTH)},
@@ -185,7 +198,7 @@ SPECIAL: dict[str, Special] = {
     "JoyImageEditPlusTransformer3DModel": Special(
         first=(1, TOKENS, 16, 1, 2, 2), inputs={"shape_list": [[(1, 8, 12)]]},
     ),
-    "Kandinsky3UNet": Special(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (64, 64)}),
+    "Kandinsky3UNet": Special(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (16, 32, 64, 128), "time_embedding_dim": 64}),
     "Kandinsky5Transformer3DModel": Special(
         first=(1, 5, 16, 24, 4),
         inputs={"visual_rope_pos": [torch.arange(5), torch.arange(8), torch.arange(12)],
@@ -198,8 +211,8 @@ SPECIAL: dict[str, Special] = {
     ),
     "LuminaNextDiT2DModel": Special(
         config={"num_kv_heads": 2, "num_layers": 2, "cross_attention_dim": TEXT_WIDTH},
-        inputs={"encoder_hidden_states": floats(1, TEXT_LEN, TEXT_WIDTH),
-                "image_rotary_emb": torch.polar(torch.ones(1, 96, 8), floats(1, 96, 8))},
+        inputs={"encoder_hidden_states": floats(1, TEXT_LEN, TEXT_WIDTH), "cross_attention_kwargs": {},
+                "image_rotary_emb": torch.polar(torch.ones(384, 384, 8), floats(384, 384, 8))},
     ),
     "MMAudioVAE": Special(config={"mel_bins": 16, "latent_channels": 8, "hidden_channels": 32}, first=(1, 48000)),
     "MiniMaxH3Transformer3DModel": Special(
@@ -219,10 +232,10 @@ SPECIAL: dict[str, Special] = {
     ),
     "MultiControlNetModel": several("MultiControlNetModel", "ControlNetModel", (1, 4, 16, 24), (1, 3, 128, 192), encoder_hidden_states=floats(1, TEXT_LEN, WIDTH)),
     "OmniGenTransformer2DModel": Special(
-        config={"pad_token_id": 0, "vocab_size": 97,
+        config={"pad_token_id": 0, "vocab_size": 97, "num_key_value_heads": HEADS,
                 "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}},
         inputs={"input_ids": ids(1, 16), "input_img_latents": [], "input_image_sizes": {},
-                "attention_mask": torch.ones(1, 16 + 1 + 96), "position_ids": torch.arange(16 + 1 + 96)[None]},
+                "attention_mask": torch.ones(1, 16 + 1 + 96, 16 + 1 + 96), "position_ids": torch.arange(16 + 1 + 96)[None]},
     ),
     "PRXTransformer2DModel": Special(config={"axes_dim": [8, 8]}),
     "PixArtTransformer2DModel": Special(config={"sample_size": 16}, first=(1, 4, 16, 16)),
@@ -238,8 +251,9 @@ SPECIAL: dict[str, Special] = {
     "QwenImageMultiControlNetModel": several("QwenImageMultiControlNetModel", "QwenImageControlNetModel", (1, 96, 64), (1, 96, 64)),
     "SD3MultiControlNetModel": several("SD3MultiControlNetModel", "SD3ControlNetModel", (1, 16, 16, 24), (1, 16, 16, 24), pooled_projections=floats(1, TEXT_WIDTH)),
     "SanaWMTransformer3DModel": Special(
-        first=(1, 128, 5, 16, 24), without=("mask", "encoder_attention_mask"),
-        inputs={"encoder_hidden_states": floats(1, 1, TEXT_LEN, TEXT_WIDTH)},
+        first=(1, 128, 5, 16, 24), without=("encoder_attention_mask",),
+        inputs={"encoder_hidden_states": floats(1, 1, TEXT_LEN, TEXT_WIDTH), "mask": torch.ones(1, TEXT_LEN),
+                "timestep": torch.full((1, 1, 5), 500.0)},
     ),
     "SparseControlNetModel": Special(
         first=(1, 4, 3, 16, 24),
@@ -303,7 +317,7 @@ SPECIAL: dict[str, Special] = {
         control_type_idx=[[0]], encoder_hidden_states=floats(1, TEXT_LEN, WIDTH),
         added_cond_kwargs={"text_embeds": floats(1, 32), "time_ids": floats(1, 6)},
     ),
-    "Kandinsky6Transformer3DModel": Special(without=("encoder_attention_mask",)),
+    "Kandinsky6Transformer3DModel": Special(config={"visual_cond": False}, first=(1, 5, 16, 24, 16), without=("encoder_attention_mask",)),
     "HunyuanDiT2DControlNetModel": Special(
         config={"in_channels": 4, "patch_size": 2, "sample_size": 16, "text_len": TEXT_LEN, "text_len_t5": TEXT_LEN,
                 "transformer_num_layers": 4, "pooled_projection_dim": TEXT_WIDTH},
@@ -326,6 +340,14 @@ SPECIAL: dict[str, Special] = {
         build=_z_image_control,
         inputs={"x": [floats(16, 1, 16, 24)], "t": torch.tensor([0.5]), "cap_feats": [floats(TEXT_LEN, TEXT_WIDTH)],
                 "control_context": [floats(16, 1, 16, 24)]},
+    ),
+    "LTX2VideoDiffusionDecoderModel": Special(
+        config={"latent_channels": 8, "decoder_stage_channels": (128, 64, 32, 32, 16), "decoder_head_dim": 16, "decoder_stage_depths": (1,) * 5,
+                "decoder_stage_kernels": ((3, 3, 3),) * 4, "decoder_stage5_kernel": (3, 3, 3), "decoder_t_emb_dim": 16},
+        first=(1, 8, 3, 4, 6),
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": Special(
+        first=(1, TOKENS, 128), inputs={"video_rotary_emb": (floats(1, TOKENS, WIDTH), floats(1, TOKENS, WIDTH))},
     ),
 }
 # fmt: on
