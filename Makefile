@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test venv lint bench clean
+.PHONY: demo demo-figures test venv lint bench coverage clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -36,6 +36,9 @@ demo-figures: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+coverage: venv
+	$(BIN)/python -W ignore -m benchmarks coverage
 
 clean:
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache

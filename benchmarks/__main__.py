@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|coverage|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -177,10 +177,11 @@ def finish(results: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    choices = ["all", "tiles", "rounding", "startup", "explain", "coverage", "table"]
+    parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "tiles", "rounding", "startup", "explain", "table"]
+        "--only", nargs="*", default=[], help="names of cases or classes, for 'all' and 'coverage'"
     )
-    parser.add_argument("--only", nargs="*", default=[], help="names of cases, for 'all'")
     options = parser.parse_args()
     if options.what == "all":
         results = run_all(options.only)
@@ -195,6 +196,10 @@ def main() -> None:
         from benchmarks import explain
 
         explain.table()
+    elif options.what == "coverage":
+        from benchmarks import coverage
+
+        raise SystemExit(coverage.main(options.only))
     else:
         from benchmarks import kernels
 

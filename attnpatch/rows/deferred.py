@@ -217,6 +217,10 @@ def before_write(tensor: torch.Tensor) -> None:
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        # vmap hands out tensors without memory of their own.
+        tensor = functorch.get_unwrapped(tensor)
     storage = tensor.untyped_storage()
     # Shapes have no data to tell them apart by.
     return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata

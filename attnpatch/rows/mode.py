@@ -65,6 +65,8 @@ class RowsMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             # A part of the attention that is compiled on its own is traced through this mode.
             return func(*args, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:
             return self._deferred(func, args, kwargs)
         if func in _PRODUCTS:
@@ -86,6 +88,15 @@ class RowsMode(TorchFunctionMode):
     def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self.call.answers_shortage:
             return self.trail.run(func, args, kwargs, self.call)
+        return func(*args, **kwargs)
+
+    def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Inside ``vmap`` or ``torch.func.grad`` tensors are not what they seem: computed as the host asks."""
+        if DeferredRows in types:
+            name = getattr(func, "__name__", "")
+            args, kwargs = settle(args, name), settle(kwargs, name)
+        elif pending():
+            self._protect(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

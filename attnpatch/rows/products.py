@@ -267,7 +267,8 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         ),
     )
     left, right = (node, leaf) if first else (leaf, node)
-    dims = tuple(axes[label] for label in result)
+    # A width of one is in no axis: values of one channel.
+    dims = tuple(axes.get(label, ()) for label in result)
     call = _call(func, product, left, right, dims, (*summed, *added))
     site = deferred.handle.call
     if not any(axis.kind == KEY for axis in leaves(summed)):

@@ -34,6 +34,7 @@ ELEMENTWISE = frozenset(
 ALONG = frozenset("softmax log_softmax cumsum softmin".split())
 # Complete along some dimensions, which vanish or become 1.
 REDUCING = frozenset("sum mean amax amin prod logsumexp argmax argmin any all nansum".split())
+_CASTS = frozenset("to type int long short char byte".split())
 PAIRS = frozenset("max min sort topk".split())
 CASTS = frozenset("to type type_as float half bfloat16 double".split())
 
@@ -69,7 +70,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         if handler is not None and (name not in shaping.HANDLERS or is_pending(args[0])):
             result = handler(name, func, args, kwargs)
             if result is not NotImplemented:
-                return result
+                return _counted(name, result)
     if writes(name) and args and isinstance(args[0], torch.Tensor):
         return _write(name, func, args, kwargs)
     return func(*settle(args, name), **settle(kwargs, name))
@@ -84,6 +85,19 @@ def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # The graph was recorded above already; here only values are missing.
         return NotImplemented
     return elementwise(name, func, args, kwargs)
+
+
+def _counted(name: str, result: Any) -> Any:
+    """``result``, computed if it was made a whole number: who asks for counts or indices wants them, not scores.
+
+    They go to functions that cannot be handed what is pending (the block masks of a compiled FlexAttention).
+    """
+    if name not in _CASTS or not isinstance(result, DeferredRows):
+        return result
+    dtype = result.handle.node.dtype
+    if dtype is torch.bool or dtype.is_floating_point or dtype.is_complex:
+        return result
+    return settle(result, name)
 
 
 def writes(name: str) -> bool:
