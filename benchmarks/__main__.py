@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|coverage|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|coverage|vae|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -28,6 +28,8 @@ PAIRS = [
     ("capture", "off", "on", 5, 1.5, None),
     ("training", "native", "by rows", 3, None, 1 / 4),
 ]
+# Beside the table: the middle of an autoencoder.
+VAE = ("vae", "native", "by rows", 3, 1.0, 1 / 8)
 OVERHEADS = [("prefill 512", 1.02), ("decode", 1.02)]
 
 
@@ -177,7 +179,7 @@ def finish(results: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    choices = ["all", "tiles", "rounding", "startup", "explain", "coverage", "table"]
+    choices = ["all", "tiles", "rounding", "startup", "explain", "coverage", "vae", "table"]
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--only", nargs="*", default=[], help="names of cases or classes, for 'all' and 'coverage'"
@@ -196,6 +198,12 @@ def main() -> None:
         from benchmarks import explain
 
         explain.table()
+    elif options.what == "vae":
+        found = pair(*VAE[:4])
+        print(
+            f"vae: time {found['time_ratio']:.2f}x (asked {VAE[4]:.3g}), peak {found['peak_ratio']:.3f}x (asked {VAE[5]:.3g})"
+        )
+        raise SystemExit(found["time_ratio"] > VAE[4] or found["peak_ratio"] > VAE[5])
     elif options.what == "coverage":
         from benchmarks import coverage
 

@@ -58,6 +58,23 @@ def training(implementation: str, **policy: object) -> dict[str, float]:
         return once(lambda: step(ids), lambda: step(tokens(64)))
 
 
+def vae(**policy: object) -> dict[str, float]:
+    """Attention in the middle of an autoencoder: one head of 512 over 128 x 128 latents, in torch's dense math."""
+    from diffusers.models.attention_processor import Attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.manual_seed(0)
+    attention = Attention(
+        512, heads=1, dim_head=512, bias=True, norm_num_groups=32, eps=1e-6, rescale_output_factor=1,
+        residual_connection=True, upcast_softmax=True, _from_deprecated_attn_block=True,
+    )  # fmt: skip
+    model = torch.nn.Sequential(attention).eval()
+    latents = torch.randn(1, 512, 128, 128, generator=torch.Generator().manual_seed(0))
+    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), around:
+        return once(lambda: model(latents), lambda: model(latents[..., :16, :16].contiguous()))
+
+
 def overhead(kind: str, pairs: int = 60) -> dict[str, float]:
     """Patched and unpatched calls of one model by turns; the patch stays native.
 
@@ -101,6 +118,7 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
     "sdpa": {"native": lambda: forward("sdpa"), "by rows": lambda: forward("sdpa", mode="always")},
     "capture": {"off": lambda: capture(False), "on": lambda: capture(True)},
     "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
+    "vae": {"native": vae, "by rows": lambda: vae(mode="always")},
     "prefill 512": {"pairs": lambda: overhead("prefill")},
     "decode": {"pairs": lambda: overhead("decode", 40)},
 }

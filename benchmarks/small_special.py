@@ -184,7 +184,7 @@ SPECIAL: dict[str, Special] = {
         inputs={"image_embeds": floats(1, 7, TEXT_WIDTH), "indices_latents": torch.arange(5),
                 "latents_clean": floats(1, 16, 1, 16, 24), "indices_latents_clean": torch.arange(1),
                 "latents_history_2x": floats(1, 16, 2, 16, 24), "indices_latents_history_2x": torch.arange(2),
-                "latents_history_4x": floats(1, 16, 4, 16, 32), "indices_latents_history_4x": torch.arange(4)},
+                "latents_history_4x": floats(1, 16, 4, 16, 24), "indices_latents_history_4x": torch.arange(4)},
     ),
     "I2VGenXLUNet": Special(
         first=(1, 4, 3, 16, 24),
@@ -198,7 +198,8 @@ SPECIAL: dict[str, Special] = {
     "JoyImageEditPlusTransformer3DModel": Special(
         first=(1, TOKENS, 16, 1, 2, 2), inputs={"shape_list": [[(1, 8, 12)]]},
     ),
-    "Kandinsky3UNet": Special(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (16, 32, 64, 128), "time_embedding_dim": 64}),
+    "Kandinsky3UNet": Special(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (16, 32, 64, 128), "time_embedding_dim": 64,
+                                     "layers_per_block": 3}),
     "Kandinsky5Transformer3DModel": Special(
         first=(1, 5, 16, 24, 4),
         inputs={"visual_rope_pos": [torch.arange(5), torch.arange(8), torch.arange(12)],
@@ -342,9 +343,10 @@ SPECIAL: dict[str, Special] = {
                 "control_context": [floats(16, 1, 16, 24)]},
     ),
     "LTX2VideoDiffusionDecoderModel": Special(
-        config={"latent_channels": 8, "decoder_stage_channels": (128, 64, 32, 32, 16), "decoder_head_dim": 16, "decoder_stage_depths": (1,) * 5,
-                "decoder_stage_kernels": ((3, 3, 3),) * 4, "decoder_stage5_kernel": (3, 3, 3), "decoder_t_emb_dim": 16},
-        first=(1, 8, 3, 4, 6),
+        config={"latent_channels": 8, "decoder_stage_channels": (128, 64, 32, 32, 16), "decoder_head_dim": 16,
+                "decoder_stage_depths": (1,) * 5, "decoder_stage_kernels": ((3, 3, 3),) * 4,
+                "decoder_stage5_kernel": (3, 3, 3), "decoder_t_emb_dim": 16},
+        first=(1, 8, 2, 3, 3),
     ),
     "SanaWMLTX2RefinerTransformer3DModel": Special(
         first=(1, TOKENS, 128), inputs={"video_rotary_emb": (floats(1, TOKENS, WIDTH), floats(1, TOKENS, WIDTH))},

@@ -111,3 +111,18 @@ def test_values_of_one_channel():
     # A product with one column is a product of a matrix and a vector, whose kernel depends on the shape.
     torch.testing.assert_close(got, native, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
     assert totals["by_rows"] == 1
+
+
+@pytest.mark.parametrize(("kv_len", "width"), [(4, 8), (2, 16), (2, 8), (5, 4)])
+def test_tiny_products(kv_len, width):
+    """Few keys (the image tokens of an IP-Adapter): no step's product is so small that it takes another kernel."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 77, width, generator=generator)
+    key, value = torch.randn(2, 2, 4, kv_len, width, generator=generator).unbind()
+    model = nn.Sequential(NarrowAttention())
+    native = model[0](query, key, value)
+    for rows in (4, 7, 33):
+        with attnpatch.patched(model, mode="always", rows=rows):
+            got = model[0](query, key, value)
+            assert attnpatch.report(model).totals["by_rows"] == 1
+        assert torch.equal(got, native), rows

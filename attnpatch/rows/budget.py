@@ -18,6 +18,9 @@ DEVICE_STEP_BYTES = 256 * 2**20
 # Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.
 LIVE_COPIES = 3
 MOST_CPU_ROWS = 256
+# Below so many multiplications per head torch's CPU bmm takes a loop of its own (aten LinearAlgebra.cpp,
+# bmm_out_or_baddbmm_), which rounds differently.
+LEAST_WORK = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,21 @@ def one_row(tileable: list[Axis]) -> Steps:
     if row is None:
         return Steps([{}], None, [])
     return Steps(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
+
+
+def products_grain(works: list[int], tileable: list[Axis], device: torch.device) -> Grain:
+    """Rows such that no step's product is so small that it takes another kernel than the whole one.
+
+    Args:
+        works: Multiplications per head of each product of the recipe.
+        tileable: As ``choose`` takes them.
+        device: Where it runs.
+    """
+    row, _ = _row_and_lead(tileable)
+    if row is None or device.type != "cpu":
+        return Grain()
+    rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= LEAST_WORK]
+    return Grain(max(LEAST[ROW], *rows, 0))
 
 
 def _row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:

@@ -224,7 +224,11 @@ def _call(
     tiny = product.rebuild(*(_one(t) for t in (product.left, product.right)), _one(product.added))
     with torch.no_grad():
         dtype = func(*tiny[0], **tiny[1]).dtype
-    return Call(func, args, kwargs, dims, dtype, product.left.device, whole)
+    call = Call(func, args, kwargs, dims, dtype, product.left.device, whole)
+    left_labels, right_labels, result = map(set, product.labels)
+    leads = left_labels & right_labels & result
+    call.work = math.prod(size for label, size in product.sizes().items() if label not in leads)
+    return call
 
 
 def _one(tensor: torch.Tensor | None) -> torch.Tensor | None:

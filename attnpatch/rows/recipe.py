@@ -125,7 +125,13 @@ class Context:
 
 
 class Call(Node):
-    """The host's own call, on the tile's part of every tensor it was given."""
+    """The host's own call, on the tile's part of every tensor it was given.
+
+    Attributes:
+        work: Multiplications of one head, if it is a product.
+    """
+
+    work = 0
 
     def __init__(
         self,

@@ -12,9 +12,9 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, Tile, add, all_leaves, put, take
-from attnpatch.rows.budget import Grain, Steps, choose, one_row
+from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
-from attnpatch.rows.recipe import Leaf, Node, tensors_of, unbound
+from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of, unbound
 from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
@@ -87,9 +87,13 @@ class Replay:
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)
-        grain = getattr(self.node, "grain", Grain()) if self.limit is Limit.EXACT else Grain()
         if self.limit is Limit.ONE_ROW:
             return one_row(tileable)
+        grain = getattr(self.node, "grain", None) or products_grain(
+            [node.work for node in run.nodes if isinstance(node, Call)], tileable, self.node.device
+        )
+        if self.limit is not Limit.EXACT:
+            grain = Grain()
         return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free)
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
