@@ -175,6 +175,26 @@ def test_another_error_is_not_answered():
         model(**inputs)
 
 
+@pytest.mark.parametrize("name", ["baddbmm", "gpt2_upcast"])
+def test_memory_set_aside_for_scores_is_not_taken(name):
+    """By rows nothing as large as the scores is allocated, not even the empty tensor that ``baddbmm`` is handed."""
+    case = zoo.BY_NAME[name]
+    model = zoo.shared_model(name, case.implementations[0], torch.float32)
+    inputs = case.inputs(case.paddings[0])
+    with torch.no_grad():
+        native = case.run(model, inputs)
+        with patched(model, case), Shortage() as probe:
+            case.run(model, inputs)
+        with (
+            patched(model, case, mode="always", rows=7, heads=2),
+            Shortage(most=probe.largest // 2) as shortage,
+        ):
+            got = case.run(model, inputs)
+            assert attnpatch.report(model).totals["retried"] == 0
+    assert not shortage.failed
+    assert all(torch.equal(got[key], native[key]) for key in native)
+
+
 @pytest.mark.parametrize("policy", [{"mode": "never"}, {"retry_on_oom": False}])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_it_can_be_turned_off(policy, implementation):
