@@ -1,0 +1,292 @@
+"""Train the models that the heat maps are proven on: captions of two coloured shapes to 32 x 32 pictures.
+
+    python examples/train_shapes.py --model unet
+    python examples/train_shapes.py --model dit
+
+Both start from random weights and see pictures drawn as they train, of captions that are not held out.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import shapes
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+TOKENS = 8
+WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Pictures per step.
+        learning_rate: Peak.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+RECIPES = {
+    "unet": Recipe(steps=3000, batch=16, learning_rate=2e-3),
+    "dit": Recipe(steps=3000, batch=16, learning_rate=1.5e-3),
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, and the comma; a caption has seven, and an end."""
+    places = [place for pair in shapes.PLACES for place in pair]
+    vocabulary = [PAD, END, UNKNOWN, ",", *shapes.COLOURS, *shapes.SHAPES, *places]
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(vocabulary)}, UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocabulary.index(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_text_encoder(vocabulary: int) -> T5EncoderModel:
+    """One layer: enough for a colour to learn from its neighbours where its shape is."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=128,
+            num_layers=1,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=16,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Convolutions at 32 x 32, attention at 16 x 16 and 8 x 8."""
+    return UNet2DConditionModel(
+        sample_size=shapes.SIZE,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def build_dit() -> PixArtTransformer2DModel:
+    """256 tiles of 2 x 2 pixels."""
+    return PixArtTransformer2DModel(
+        sample_size=shapes.SIZE,
+        in_channels=3,
+        out_channels=3,
+        patch_size=2,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        num_layers=4,
+        cross_attention_dim=WIDTH,
+        caption_channels=None,
+        use_additional_conditions=False,
+    )
+
+
+def build(model: str, seed: int) -> shapes.ShapesPipeline:
+    """The untrained pipeline, ``"unet"`` or ``"dit"``."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    parts = {"unet": build_unet()} if model == "unet" else {"transformer": build_dit()}
+    return shapes.ShapesPipeline(
+        tokenizer, build_text_encoder(len(tokenizer)), FlowMatchEulerDiscreteScheduler(), **parts
+    )
+
+
+class Trainer:
+    """The training state and how it is kept on disk.
+
+    Args:
+        model: ``"unet"`` or ``"dit"``.
+        recipe: How it is trained.
+        seed: Of the weights, and with the step of each batch.
+        out: Folder for the pipeline; the checkpoint lies beside it.
+    """
+
+    def __init__(self, model: str, recipe: Recipe, seed: int, out: Path):
+        self.recipe = recipe
+        self.arguments = {"model": model, "seed": seed, **asdict(recipe)}
+        self.seed = seed
+        self.out = out
+        self.checkpoint = out.with_name(out.name + ".checkpoint.pt")
+        self.pipe = build(model, seed)
+        self.trained = nn.ModuleList([self.pipe.denoiser, self.pipe.text_encoder]).train()
+        self.average = copy.deepcopy(self.trained).requires_grad_(False)
+        self.captions, _ = shapes.captions()
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.step = 0
+        self.seconds = 0.0
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pictures, token ids, noise and noise levels of one step, drawn from the seed and the step alone."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        size = self.recipe.batch
+        chosen = torch.randint(len(self.captions), (size,), generator=generator).tolist()
+        pictures = torch.stack([shapes.draw(self.captions[at], generator)[0] for at in chosen])
+        dropped = torch.rand(size, generator=generator) < 0.1
+        texts = ["" if drop else shapes.text(self.captions[at]) for at, drop in zip(chosen, dropped, strict=True)]
+        ids = self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        noise = torch.randn(pictures.shape, generator=generator)
+        # More of the middle, where what is drawn is decided, than of the ends.
+        level = torch.sigmoid(torch.randn(size, generator=generator) + 0.4)
+        return pictures, ids, noise, level
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up over 100 steps, then down along a half cosine."""
+        return (
+            self.recipe.learning_rate
+            * min(1.0, (step + 1) / 100)
+            * (0.51 + 0.49 * math.cos(math.pi * step / self.recipe.steps))
+        )
+
+    def train_step(self) -> float:
+        """One optimizer step; returns the loss."""
+        pictures, ids, noise, level = self.batch(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        mixed = torch.lerp(pictures, noise, level[:, None, None, None])
+        denoiser, text_encoder = self.trained
+        words = text_encoder(ids).last_hidden_state
+        velocity = denoiser(
+            mixed, timestep=level * 1000, encoder_hidden_states=words, return_dict=False
+        )[0]
+        loss = F.mse_loss(velocity, noise - pictures)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(0.999, self.step / (self.step + 10))
+        with torch.no_grad():
+            for mean, value in zip(self.average.parameters(), self.trained.parameters(), strict=True):
+                mean.lerp_(value, 1 - keep)
+        return loss.item()
+
+    def save_checkpoint(self) -> None:
+        """Everything :meth:`resume` needs; whole or not at all."""
+        state = {name: getattr(self, name) for name in ("arguments", "step", "seconds")}
+        state |= {name: getattr(self, name).state_dict() for name in ("trained", "average", "optimizer")}
+        unfinished = self.checkpoint.with_suffix(".partial")
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.checkpoint)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["arguments"] != self.arguments:
+            raise SystemExit(f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew.")
+        self.step, self.seconds = state["step"], state["seconds"]
+        for name in ("trained", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        print(f"continuing at step {self.step} of {self.recipe.steps}", flush=True)
+
+    def save(self) -> None:
+        """Write the pipeline with the averaged weights in float16, and the record of the training."""
+        denoiser, text_encoder = copy.deepcopy(self.average).eval().half()
+        name = "unet" if self.pipe.unet is not None else "transformer"
+        pipe = shapes.ShapesPipeline(
+            self.pipe.tokenizer, text_encoder, self.pipe.scheduler, **{name: denoiser}
+        )
+        pipe.save_pretrained(self.out)
+        record = {
+            **self.arguments,
+            "stopped_at": self.step,
+            "threads": torch.get_num_threads(),
+            "wall_minutes": round(self.seconds / 60, 1),
+        }
+        (self.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def train(trainer: Trainer, every: int, keep_every: float) -> None:
+    """Run to the last step, with a line of progress now and then.
+
+    Args:
+        trainer: Fresh or resumed.
+        every: Steps per printed line.
+        keep_every: Seconds between checkpoints.
+    """
+    losses = []
+    kept = clock = time.monotonic()
+    while trainer.step < trainer.recipe.steps:
+        losses.append(trainer.train_step())
+        now = time.monotonic()
+        trainer.seconds += now - clock
+        clock = now
+        if trainer.step % every == 0 or trainer.step == trainer.recipe.steps:
+            mean = sum(losses) / len(losses)
+            print(
+                f"step {trainer.step}/{trainer.recipe.steps}  loss {mean:.4f}  {trainer.seconds / 60:.1f} min",
+                flush=True,
+            )
+            losses = []
+        if now - kept > keep_every:
+            trainer.save_checkpoint()
+            trainer.save()
+            kept = now
+
+
+def main() -> None:
+    """Read the command line, train, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--out", type=Path, help="folder for the pipeline, by default in shapes_models")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--print-every", type=int, default=50, help="steps per line of progress")
+    parser.add_argument("--keep-every", type=float, default=60.0, help="seconds between checkpoints")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = RECIPES[options.model]
+    if options.steps:
+        recipe = Recipe(options.steps, recipe.batch, recipe.learning_rate)
+    trainer = Trainer(options.model, recipe, options.seed, options.out or shapes.MODELS / options.model)
+    trainer.resume()
+    train(trainer, options.print_every, options.keep_every)
+    trainer.save()
+    trainer.checkpoint.unlink(missing_ok=True)
+    print(f"saved {trainer.out}")
+
+
+if __name__ == "__main__":
+    main()
