@@ -9,6 +9,7 @@ Every caption counts; a shape that was not drawn counts as an overlap of 0.
 """
 
 import argparse
+import collections
 import contextlib
 import time
 from pathlib import Path
@@ -20,6 +21,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 SIZE = shapes.SIZE
+# What is measured, and what it is called in the table.
+LABELS = {
+    "words": "all words of a shape",
+    "colour": "its colour alone",
+    "shape": "its shape alone",
+    "place": "its place alone",
+}
 
 
 class Recorder:
@@ -29,7 +37,7 @@ class Recorder:
         self.maps: list[torch.Tensor] = []
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **others):
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states.flatten(2).mT if hidden_states.ndim == 4 else hidden_states))
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         # The batch is the negative captions, then the captions.
         seen = attn.get_attention_scores(query, key).unflatten(0, (len(hidden_states), -1))[-1].mean(0)
@@ -84,28 +92,35 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one & other).sum() / (one | other).sum().clamp(min=1)).item()
 
 
-def measure(pipe, number: int, **how) -> tuple[dict, list]:
-    """Figures over the first ``number`` held-out captions, and the pictures and maps they are of."""
-    own, others, right, areas, kept = [], [], [], [], []
+def measure(pipe, number: int, **how) -> tuple[dict[str, float], list]:
+    """Figures over the first ``number`` held-out captions, and the pictures and heat maps they are of.
+
+    Returns:
+        Means over shapes: the overlap of a shape with its words ("own") and with the other shape's ("others"), for
+        all its words and for each alone; the share drawn in place ("in place"); and its size in pixels ("pixels").
+        And for each caption its picture and the heat maps of all words of its shapes.
+    """
+    found, kept = collections.defaultdict(list), []
     for seed, caption in enumerate(shapes.captions()[1][:number]):
-        picture, heats = heat(pipe, shapes.text(caption), [thing.words for thing in caption], seed, **how)
-        masks = [shapes.drawn(picture, thing) for thing in caption]
-        for at, (thing, mask) in enumerate(zip(caption, masks, strict=True)):
-            own.append(overlap(hot(heats[at]), mask))
-            others.append(overlap(hot(heats[1 - at]), mask))
-            right.append(shapes.in_place(mask, thing))
-            areas.append(mask.float().sum().item())
-        kept.append((caption, picture, heats, masks))
-    figures = {"captions": len(kept), "own": own, "others": others, "right": right, "area": areas}
-    return {
-        name: sum(value) / len(value) if isinstance(value, list) else value for name, value in figures.items()
-    }, kept
+        groups = [group for thing in caption for group in (thing.words, *zip(thing.words))]
+        picture, maps = heat(pipe, shapes.text(caption), groups, seed, **how)
+        half = len(LABELS)
+        heats = [dict(zip(LABELS, maps[at : at + half], strict=True)) for at in (0, half)]
+        for at, thing in enumerate(caption):
+            mask = shapes.drawn(picture, thing)
+            for kind in LABELS:
+                found[f"own {kind}"].append(overlap(hot(heats[at][kind]), mask))
+                found[f"others {kind}"].append(overlap(hot(heats[1 - at][kind]), mask))
+            found["in place"].append(shapes.in_place(mask, thing))
+            found["pixels"].append(int(mask.sum()))
+        kept.append((picture, [of_thing["words"] for of_thing in heats]))
+    return {name: sum(values) / len(values) for name, values in found.items()}, kept
 
 
 def sheet(kept: list, scale: int = 4) -> Image.Image:
     """One row per caption: the picture, then for each shape its heat map and where that is hot on the picture."""
     rows = []
-    for _, picture, heats, _ in kept:
+    for picture, heats in kept:
         row = [picture]
         for heat_map in heats:
             low, high = heat_map.min(), heat_map.max()
@@ -122,7 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["unet", "dit"])
     parser.add_argument("--folder", type=Path, default=shapes.MODELS, help="where the models are")
-    parser.add_argument("--captions", type=int, default=shapes.HELD_OUT, help="how many of the held-out captions")
+    parser.add_argument(
+        "--captions", type=int, default=shapes.HELD_OUT, help="how many of the held-out captions"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("heat_maps"), help="folder for the pictures")
@@ -137,12 +154,15 @@ def main() -> None:
             guidance_scale=options.guidance,
         )
         print(
-            f"{name}: {figures['captions']} held-out captions, {options.steps} steps, guidance {options.guidance:g}:"
-            f" a shape's own words overlap it by {figures['own']:.3f}, the other shape's words by"
-            f" {figures['others']:.3f}; shapes drawn in their place {figures['right']:.1%},"
-            f" {figures['area']:.0f} pixels each; {time.monotonic() - started:.0f} s",
-            flush=True,
+            f"{name}: {len(kept)} held-out captions, {options.steps} steps, guidance {options.guidance:g}, "
+            f"{time.monotonic() - started:.0f} s. {figures['in place']:.1%} of the shapes are drawn in their place, "
+            f"with {figures['pixels']:.0f} pixels on average."
         )
+        print(f"  {'heat of':<24}{'the shape itself':>18}{'the other shape':>18}")
+        for kind, label in LABELS.items():
+            print(
+                f"  {label:<24}{figures[f'own {kind}']:>18.3f}{figures[f'others {kind}']:>18.3f}", flush=True
+            )
         sheet(kept[:12]).save(options.out / f"{name}.png")
 
 

@@ -8,6 +8,7 @@ import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
@@ -157,7 +158,7 @@ class ShapesPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->transformer"
-    _optional_components = ["unet", "transformer"]
+    _optional_components: ClassVar[list[str]] = ["unet", "transformer"]
 
     def __init__(
         self, tokenizer, text_encoder, scheduler: FlowMatchEulerDiscreteScheduler, unet=None, transformer=None

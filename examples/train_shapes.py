@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 TOKENS = 8
@@ -68,22 +68,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """One layer: enough for a colour to learn from its neighbours where its shape is."""
-    return T5EncoderModel(
-        T5Config(
+def build_text_encoder(vocabulary: int) -> CLIPTextModel:
+    """Words and their places in the caption, and no layer: each token stands for its own word alone."""
+    return CLIPTextModel(
+        CLIPTextConfig(
             vocab_size=vocabulary,
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=128,
-            num_layers=1,
-            num_heads=4,
-            relative_attention_num_buckets=32,
-            relative_attention_max_distance=16,
-            dropout_rate=0.0,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=0,
+            num_attention_heads=1,
+            max_position_embeddings=TOKENS,
             pad_token_id=0,
+            bos_token_id=None,
             eos_token_id=1,
-            decoder_start_token_id=0,
         )
     )
 
@@ -150,7 +147,9 @@ class Trainer:
         self.trained = nn.ModuleList([self.pipe.denoiser, self.pipe.text_encoder]).train()
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
         self.captions, _ = shapes.captions()
-        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.trained.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01
+        )
         self.step = 0
         self.seconds = 0.0
 
@@ -161,7 +160,9 @@ class Trainer:
         chosen = torch.randint(len(self.captions), (size,), generator=generator).tolist()
         pictures = torch.stack([shapes.draw(self.captions[at], generator)[0] for at in chosen])
         dropped = torch.rand(size, generator=generator) < 0.1
-        texts = ["" if drop else shapes.text(self.captions[at]) for at, drop in zip(chosen, dropped, strict=True)]
+        texts = [
+            "" if drop else shapes.text(self.captions[at]) for at, drop in zip(chosen, dropped, strict=True)
+        ]
         ids = self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         noise = torch.randn(pictures.shape, generator=generator)
         # More of the middle, where what is drawn is decided, than of the ends.
@@ -184,9 +185,7 @@ class Trainer:
         mixed = torch.lerp(pictures, noise, level[:, None, None, None])
         denoiser, text_encoder = self.trained
         words = text_encoder(ids).last_hidden_state
-        velocity = denoiser(
-            mixed, timestep=level * 1000, encoder_hidden_states=words, return_dict=False
-        )[0]
+        velocity = denoiser(mixed, timestep=level * 1000, encoder_hidden_states=words, return_dict=False)[0]
         loss = F.mse_loss(velocity, noise - pictures)
         self.optimizer.zero_grad()
         loss.backward()
@@ -214,7 +213,9 @@ class Trainer:
             return
         state = torch.load(self.checkpoint, weights_only=True)
         if state["arguments"] != self.arguments:
-            raise SystemExit(f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew.")
+            raise SystemExit(
+                f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew."
+            )
         self.step, self.seconds = state["step"], state["seconds"]
         for name in ("trained", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])

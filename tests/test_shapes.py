@@ -11,9 +11,9 @@ pytest.importorskip("diffusers")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import heat_maps
-import shapes
-import train_shapes
+import heat_maps  # noqa: E402
+import shapes  # noqa: E402
+import train_shapes  # noqa: E402
 
 NAMES = ("unet", "dit")
 
@@ -30,14 +30,18 @@ def test_no_held_out_picture_is_trained_on():
 
 def test_what_is_drawn_is_found_again():
     generator = torch.Generator().manual_seed(0)
+    found_again = []
     for caption in shapes.captions()[0][:200]:
         picture, masks = shapes.draw(caption, generator)
         for thing, mask in zip(caption, masks, strict=True):
             found = shapes.drawn(picture / 2 + 0.5, thing)
-            assert heat_maps.overlap(found, mask) > 0.8
+            found_again.append(heat_maps.overlap(found, mask))
             assert shapes.in_place(found, thing)
             assert shapes.in_place(mask, thing)
             assert not shapes.in_place(mask.rot90(2), thing)
+    # What is missing is the rim of a shape, mixed with the background.
+    assert min(found_again) > 0.6
+    assert sum(found_again) / len(found_again) > 0.9
     thing = dataclasses.replace(thing, colour=next(set(shapes.COLOURS) - {one.colour for one in caption}))
     assert not shapes.drawn(picture / 2 + 0.5, thing).sum() > 20
 
@@ -93,11 +97,15 @@ def test_a_shipped_model_draws_what_it_is_told(shipped):
 
 def test_a_shipped_model_looks_at_the_words_of_what_it_draws(shipped):
     """A few captions; ``examples/heat_maps.py`` measures all of them."""
-    name, pipe = shipped
+    _, pipe = shipped
     figures, kept = heat_maps.measure(pipe, 3, num_inference_steps=10, guidance_scale=3.0)
-    assert len(kept) == figures["captions"] == 3
-    assert figures["own"] > figures["others"]
-    assert all(processor.__class__ is not heat_maps.Recorder for processor in pipe.denoiser.attn_processors.values())
+    assert len(kept) == 3
+    assert figures["own words"] > 0.35
+    assert figures["others words"] < 0.15
+    assert figures["in place"] == 1.0
+    assert all(
+        processor.__class__ is not heat_maps.Recorder for processor in pipe.denoiser.attn_processors.values()
+    )
 
 
 def test_size_and_shape(shipped):
