@@ -135,7 +135,7 @@ def sheet(kept: list, scale: int = 4) -> Image.Image:
 def main() -> None:
     """Measure the models, print the figures, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--models", nargs="+", help="by default all there are")
     parser.add_argument("--folder", type=Path, default=shapes.MODELS, help="where the models are")
     parser.add_argument(
         "--captions", type=int, default=shapes.HELD_OUT, help="how many of the held-out captions"
@@ -145,7 +145,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("heat_maps"), help="folder for the pictures")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.models:
+    for name in options.models or sorted(
+        path.parent.name for path in options.folder.glob("*/model_index.json")
+    ):
         started = time.monotonic()
         figures, kept = measure(
             shapes.load(name, options.folder),
