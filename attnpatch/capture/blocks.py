@@ -29,7 +29,7 @@ class Blocks:
     spans_by_sequence: tuple[tuple[Span, ...], ...] = ()
     labels_by_sequence: tuple[tuple[str, ...], ...] = ()
     per_sequence: bool = False
-    grid: tuple[int, int, int, int] | None = None
+    image: tuple[int, int, int, int, int] | None = None
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -143,31 +143,34 @@ class Blocks:
         return cls(kind, None, spans, labels, per_sequence)
 
     @classmethod
-    def tiles(cls, height: int, width: int, tile: int, *, start: int = 0) -> "Blocks":
+    def tiles(cls, height: int, width: int, tile: int, *, start: int = 0, frames: int = 1) -> "Blocks":
         """Square tiles of an image whose tokens come row by row; labelled ``"r0c0"``, ``"r0c1"``, ...
 
-        Tokens of the sequence beside the image belong to no block.
+        Tokens of the sequence beside the image belong to no block. For a model of diffusers these are parts of the
+        image, not of a sequence: sites of any resolution are brought to this grid.
 
         Args:
             height, width: Of the image, in tokens (of the latents divided by the patch, not pixels).
             tile: Edge of a tile, in tokens; tiles at the right and the bottom may be smaller.
             start: Tokens before the image: 1 with a class token, the text's where it comes first.
+            frames: Of a video, one after the other; labelled ``"f0r0c0"``, ... if there are several.
 
         Raises:
             BlockError: A number is not whole, or too small.
         """
-        grid = (
+        image = (
             _whole(height, "the height of the image"),
             _whole(width, "the width of the image"),
             _whole(tile, "the edge of a tile"),
             _whole(start, "the start of the image"),
+            _whole(frames, "the number of frames"),
         )
-        if min(grid[:3]) < 1 or grid[3] < 0:
+        if min(*image[:3], image[4]) < 1 or image[3] < 0:
             raise BlockError(
                 f"an image of {height} x {width} tokens in tiles of {tile} from token {start} on; accepted are at "
-                "least 1 token each, and a start of 0 or more."
+                "least 1 token each, a start of 0 or more, and 1 frame or more."
             )
-        return cls("tiles", grid=grid)
+        return cls("tiles", image=image)
 
     def resolve(self, valid: Tensor) -> Partition:
         """Find the block of every position of a batch.
@@ -184,8 +187,8 @@ class Blocks:
             given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
             raise BlockError(f"valid is {given}; accepted is a bool tensor [batch, total].")
         valid = valid.detach().cpu()
-        if self.grid is not None:
-            return tiled(self.grid, valid)
+        if self.image is not None:
+            return tiled(self.image, valid)
         lengths = valid.sum(1).tolist()
         spans, labels = self._spans_for(lengths)
         num_blocks = max([1, *(len(s) for s in spans)])
@@ -226,9 +229,10 @@ class Blocks:
     def __repr__(self) -> str:
         if self.kind == "fixed":
             return f"Blocks.fixed({self.size})"
-        if self.grid is not None:
-            height, width, tile, start = self.grid
-            return f"Blocks.tiles({height}, {width}, {tile}{f', start={start}' if start else ''})"
+        if self.image is not None:
+            height, width, tile, start, frames = self.image
+            more = f", start={start}" * (start > 0) + f", frames={frames}" * (frames > 1)
+            return f"Blocks.tiles({height}, {width}, {tile}{more})"
         shown = []
         for sequence, labels in zip(self.spans_by_sequence, self.labels_by_sequence, strict=True):
             names = [f"{label!r}" for label in labels]
