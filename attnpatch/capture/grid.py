@@ -154,4 +154,3 @@ class Tiles:
     def _axes(self, site: Grid) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pairs = ((self.frames, site.frames), (self.height, site.height), (self.width, site.width))
         return [edges.cells(tokens) for edges, tokens in pairs]
-
