@@ -1,4 +1,4 @@
-"""The picture of one block map. The only file of ``capture`` that knows matplotlib, and imports it late."""
+"""The picture of one block map. With ``page`` the only file that knows matplotlib, and imports it late."""
 
 import io
 import os
@@ -53,7 +53,7 @@ def draw(
     """
     if scale not in SCALES:
         raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt' and 'linear'.")
-    figure_class, canvas_class, colormaps, colors = _matplotlib()
+    figure_class, canvas_class, colormaps, colors = load_matplotlib()
     rows, columns = values.shape
     figure = figure_class(figsize=_figure_size(rows, columns), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -119,7 +119,7 @@ def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150
         figure.savefig(target, format=kind, dpi=dpi)
 
 
-def _matplotlib() -> tuple:
+def load_matplotlib() -> tuple:
     """The parts of matplotlib used here; never pyplot, whose figures are global and need closing."""
     try:
         from matplotlib import colormaps, colors
