@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from attnpatch.activation.files import Folder
-from attnpatch.api import recorder_of
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.observer import SiteObserver
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capturing import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.patching.patch import Patch
 

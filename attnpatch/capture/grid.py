@@ -122,19 +122,23 @@ class Tiles:
         return self.frames.count, self.height.count, self.width.count
 
     def labels(self) -> tuple[str, ...]:
-        frames, height, width = self.shape
-        places = [f"r{i}c{j}" for i in range(height) for j in range(width)]
-        return tuple(places) if frames == 1 else tuple(f"f{k}{p}" for k in range(frames) for p in places)
+        """``"r0c0"``, ...; of a video ``"f0r0c0"``, ..."""
+        return labels_of(self.shape)
 
     def sizes(self) -> torch.Tensor:
         """int64 ``[tiles]``, tokens of the image they were cut from."""
         frames, height, width = (edges.sizes() for edges in (self.frames, self.height, self.width))
         return (frames[:, None, None] * height[:, None] * width).flatten()
 
+    def cell_shape(self, site: Grid) -> tuple[int, int, int]:
+        """Frames, rows and columns of cells of a site."""
+        frames, height, width = (shared.shape[1] for _, shared in self._axes(site))
+        return frames, height, width
+
     def cells(self, site: Grid) -> torch.Tensor:
         """int64 ``[tokens]``: the cell of each token of a site."""
-        cells, counts = zip(*((cell, shared.shape[1]) for cell, shared in self._axes(site)), strict=True)
-        frame, row, column = cells
+        frame, row, column = (cell for cell, _ in self._axes(site))
+        counts = self.cell_shape(site)
         return ((frame[:, None, None] * counts[1] + row[:, None]) * counts[2] + column).flatten()
 
     def average(self, values: torch.Tensor, site: Grid) -> torch.Tensor:
@@ -154,3 +158,10 @@ class Tiles:
     def _axes(self, site: Grid) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pairs = ((self.frames, site.frames), (self.height, site.height), (self.width, site.width))
         return [edges.cells(tokens) for edges, tokens in pairs]
+
+
+def labels_of(shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Labels of so many frames, rows and columns."""
+    frames, height, width = shape
+    places = [f"r{i}c{j}" for i in range(height) for j in range(width)]
+    return tuple(places) if frames == 1 else tuple(f"f{k}{place}" for k in range(frames) for place in places)

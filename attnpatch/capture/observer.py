@@ -5,19 +5,19 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from attnpatch.capture.blocks import Partition
-from attnpatch.capture.mass import accumulate_block_mass, add_run
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.mass import accumulate_block_mass, add_rows, add_run
+from attnpatch.capture.partition import Partition
 from attnpatch.errors import CaptureError
-
-if TYPE_CHECKING:
-    from attnpatch.capture.recorder import Recorder
 
 # Blocks of fewer rows than this in a tile are summed together by one product.
 _SHORT_RUN = 8
+# Of fewer than this there is so little to sum that columns are taken together first.
+_SINGLE_RUN = 4
 
 
 class Passing(Protocol):
@@ -42,6 +42,17 @@ class HostCall(Protocol):
 
     def go_on(self, before: Any) -> None:
         """Take over what the call before knew of the tokens in the cache."""
+
+
+class Collecting(Protocol):
+    """Who holds the sums (``Recorder``)."""
+
+    heads: Any
+    query_blocks: Blocks
+    key_blocks: Blocks
+
+    def head_numbers(self, num_heads: int) -> list[int]:
+        """The heads that are kept apart."""
 
 
 @dataclasses.dataclass
@@ -84,8 +95,11 @@ class Record:
 class SiteObserver:
     """Adds the tiles of one call of one site to its record."""
 
-    def __init__(self, recorder: Recorder, name: str, call: HostCall, facts: SiteFacts) -> None:
+    def __init__(
+        self, recorder: Collecting, name: str, call: HostCall, facts: SiteFacts, records: dict[str, Any]
+    ) -> None:
         self.recorder, self.name, self.call, self.facts = recorder, name, call, facts
+        self.records = records
         self.record: Record | None = None
         self.before: Record | None = None
 
@@ -102,10 +116,11 @@ class SiteObserver:
         # A host that puts tokens first calls it with other numbers, which say nothing of windows.
         is_cut = self.facts.tokens == passing.q_len and self.facts.sequences != batch
         if is_cut or passing.lead_count % batch:
-            raise CaptureError(
-                f"{self.name} attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: "
-                "its sequence is cut into windows, which block maps over the sequence cannot show"
+            self._refuse(
+                f"attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: its sequence "
+                "is cut into windows, which block maps over the sequence cannot show"
             )
+            return
         num_heads = passing.lead_count // batch
         if self.record is None:
             self.record = self._open(passing, num_heads)
@@ -124,6 +139,9 @@ class SiteObserver:
             for place, chosen in self._places(numbers, num_heads):
                 some = None if weights is None else weights[chosen]
                 self._add(b, place, tile[chosen], some, low, high)
+
+    def _refuse(self, reason: str) -> None:
+        raise CaptureError(f"{self.name} {reason}")
 
     def _places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
         """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
@@ -151,27 +169,18 @@ class SiteObserver:
                 rows = slice(max(start, low) - low, min(stop, high) - low)
                 add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
             return
+        query = self.record.query.assignment[b : b + 1, low:high]
+        if (last - first) * _SINGLE_RUN > high - low:
+            add_rows(sums, tile, query[0], columns, weights)
+            return
         if weights is not None:
             tile = tile * weights.unsqueeze(-1)
-        query = self.record.query.assignment[b : b + 1, low:high]
         accumulate_block_mass(sums[None], tile[None], query, columns[None])
 
     def _open(self, passing: Passing, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
         recorder, batch = self.recorder, self.call.batch
-        total = self.call.past + passing.q_len
-        query_valid = self._valid(self.facts.query_mask, total)
-        query = recorder.query_blocks.resolve(query_valid)
-        # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
-        is_context = (
-            self.call.past == 0 and passing.kv_len != passing.q_len and passing.kv_len in self.facts.others
-        )
-        if self.facts.cross or is_context:
-            key = recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
-        elif recorder.query_blocks == recorder.key_blocks:
-            key = query
-        else:
-            key = recorder.key_blocks.resolve(query_valid)
+        query, key = self._partitions(passing)
         # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
         assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
         room = passing.kv_len - assignment.shape[1]
@@ -182,8 +191,7 @@ class SiteObserver:
         width = 1 if recorder.heads == "mean" else len(recorder.head_numbers(num_heads))
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
-        records = recorder.sequences[-1]
-        self.before = old = records.get(self.name)
+        self.before = old = self.records.get(self.name)
         if old is not None:
             if old.sums.shape[:2] != sums.shape[:2]:
                 raise CaptureError(
@@ -192,19 +200,34 @@ class SiteObserver:
                 )
             sums[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.sums[..., :-1]
             counts[:, : old.counts.shape[1]] = old.counts
-        records[self.name] = Record(query, key, sums, counts, num_heads)
-        return records[self.name]
+        self.records[self.name] = Record(query, key, sums, counts, num_heads)
+        return self.records[self.name]
 
     def restart(self) -> None:
         """Forget the tiles of this call."""
         if self.record is None:
             return
-        records = self.recorder.sequences[-1]
         if self.before is None:
-            del records[self.name]
+            del self.records[self.name]
         else:
-            records[self.name] = self.before
+            self.records[self.name] = self.before
         self.record = None
+
+    def _partitions(self, passing: Passing) -> tuple[Partition, Partition]:
+        """Blocks of the queries and of the keys, of all tokens that the sequence has now."""
+        recorder = self.recorder
+        total = self.call.past + passing.q_len
+        query_valid = self._valid(self.facts.query_mask, total)
+        query = recorder.query_blocks.resolve(query_valid)
+        # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
+        is_context = (
+            self.call.past == 0 and passing.kv_len != passing.q_len and passing.kv_len in self.facts.others
+        )
+        if self.facts.cross or is_context:
+            return query, recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
+        if recorder.query_blocks == recorder.key_blocks:
+            return query, query
+        return query, recorder.key_blocks.resolve(query_valid)
 
     def _valid(self, mask: torch.Tensor | None, total: int) -> torch.Tensor:
         """Which of ``total`` positions are real tokens; all, unless a mask of that length says otherwise."""

@@ -75,7 +75,7 @@ class Recorder:
                 "Blocks.messages(...), or a pair of them for queries and keys"
             )
         self.query_blocks, self.key_blocks = pair
-        self.heads = _checked_heads(heads)
+        self.heads = checked_heads(heads)
         self.places = pattern_of(names)
         self.wanted = self._chosen(names, layers, sites)
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
@@ -142,7 +142,8 @@ class Recorder:
             call = self.read_call(args, kwargs, False)
             if not self.sequences or site.name in self.sequences[-1]:
                 self.sequences.append({})
-        return SiteObserver(self, site.name, call, self.site_call(call, site.name, args, kwargs))
+        facts = self.site_call(call, site.name, args, kwargs)
+        return SiteObserver(self, site.name, call, facts, self.sequences[-1])
 
     def maps(self, sequence: int = -1) -> dict[str, BlockMap]:
         """Block maps of one captured sequence, by group of like sites.
@@ -205,18 +206,32 @@ class Recorder:
         Raises:
             CaptureError: One was asked for that there is not.
         """
-        if self.heads == "all":
-            return list(range(num_heads))
-        assert not isinstance(self.heads, str)
-        outside = [head for head in self.heads if not -num_heads <= head < num_heads]
-        if outside:
-            raise CaptureError(
-                f"heads={list(self.heads)!r}: there are {num_heads} heads; give numbers below {num_heads}"
-            )
-        return [head % num_heads for head in self.heads]
+        return chosen_heads(self.heads, num_heads)
 
 
-def _checked_heads(heads: Any) -> Heads:
+def chosen_heads(heads: Heads, num_heads: int) -> list[int]:
+    """The heads that are kept apart.
+
+    Raises:
+        CaptureError: One was asked for that there is not.
+    """
+    if heads == "all":
+        return list(range(num_heads))
+    assert not isinstance(heads, str)
+    outside = [head for head in heads if not -num_heads <= head < num_heads]
+    if outside:
+        raise CaptureError(
+            f"heads={list(heads)!r}: there are {num_heads} heads; give numbers below {num_heads}"
+        )
+    return [head % num_heads for head in heads]
+
+
+def checked_heads(heads: Any) -> Heads:
+    """``"mean"``, ``"all"`` or a list of numbers.
+
+    Raises:
+        CaptureError: It is something else.
+    """
     if isinstance(heads, str) and heads in ("mean", "all"):
         return heads
     numbers = isinstance(heads, (list, tuple)) and heads and all(type(head) is int for head in heads)
