@@ -324,6 +324,12 @@ def test_a_small_image_is_drawn_large_and_pixel_by_pixel(plot):
     assert ((inner < 0.02) | (inner > 0.98)).mean() > 0.85  # black or white, not blurred to grey
 
 
+def test_images_are_fitted():
+    checks = np.indices((512, 512)).sum(0)[:, :, None] % 2 * np.ones(3, np.float32)
+    np.testing.assert_allclose(images.fitted(checks.astype(np.float32), 128), 0.5)  # averaged, not picked
+    assert images.fitted(photo(32, 16), 500).shape == (480, 240, 3)  # so that heat is smooth within a pixel
+
+
 def test_a_large_image_makes_no_large_figure(plot):
     figure = overlay.overlay(photo(1024, 1024), {str(i): spot(1, 1) for i in range(12)})
     assert sum(axes.images[0].get_array().nbytes for axes in figure.axes) < 20e6
