@@ -33,6 +33,9 @@ def capture(
     layers: Sequence[int] | None = None,
     sites: str | None = None,
     steps: Steps = "mean",
+    measures: Sequence[str] = (),
+    sample_rows: int | None = None,
+    seed: int = 0,
 ) -> Iterator[Any]:
     """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
 
@@ -53,6 +56,11 @@ def capture(
         sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
             the component's name, as in ``report``.
         steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers.
+        measures: What else to measure while the rows pass: ``"received"``, ``"entropy"``, ``"sink"``
+            (``maps.measured()``). Not of images.
+        sample_rows: Look at so many query rows of each block only, exactly over all keys: the map is an unbiased
+            estimate, ``block_map.error`` its standard error. ``None``: all rows. Not of images.
+        seed: Of the sample.
 
     Yields:
         ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
@@ -66,6 +74,8 @@ def capture(
     parts = parts_in(model)
     images = {name: part for name, part in parts.items() if denoisers.is_denoiser(part)}
     if images and ("" not in parts or _of_image(blocks)):
+        if measures or sample_rows is not None:
+            raise CaptureError("measures and sample_rows are for text, not for images; leave them out")
         with _capture_image(model, images, blocks, heads, layers, sites, steps) as maps:
             yield maps
         return
@@ -79,7 +89,8 @@ def capture(
     (part,) = parts.values()
     with contextlib.ExitStack() as undo:
         (patch,) = put_in_place(part, Policy(mode="never"), undo)
-        recorder = recorder_of(patch, type(part), blocks, heads, layers, sites)
+        more = {"measures": measures, "sample_rows": sample_rows, "seed": seed}
+        recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
         with _recording(patch, recorder):
             yield Maps(recorder)
 
@@ -201,13 +212,14 @@ def recorder_of(
     heads: Heads = "mean",
     layers: Sequence[int] | None = None,
     sites: str | None = None,
+    **more: Any,
 ) -> Recorder:
     """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
 
     Args:
         patch: The patch of a model.
         kind: The model's class.
-        blocks, heads, layers, sites: As ``capture`` takes them.
+        blocks, heads, layers, sites, **more: As ``capture`` takes them.
 
     Raises:
         CaptureError: What was asked for does not fit the model.
@@ -221,4 +233,6 @@ def recorder_of(
         masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
         return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others)
 
-    return Recorder(blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind)
+    return Recorder(
+        blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
+    )

@@ -191,6 +191,12 @@ class _Guarded:
             except Exception as error:
                 self.recorder.fail(error)
 
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> None:
+        return None
+
+    def finish(self) -> None:
+        pass
+
     def restart(self) -> None:
         if not self.recorder.is_out:
             try:

@@ -1,7 +1,7 @@
 """BlockMap: which block attends to which, labelled, and saved without pickle."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-_TENSORS = ("mass", "query_sizes", "key_sizes")
+_TENSORS = ("mass", "query_sizes", "key_sizes", "error")
 _MEANING = {
     "none": "attention mass, mean over the query tokens",
     "row": "share of the query block's attention mass",
@@ -54,6 +54,8 @@ class BlockMap:
         normalization: What ``values`` holds: ``"none"``, ``"row"``, ``"density"`` or ``"column"``.
         metadata: Facts about the capture (model, sequence length, ...), anything JSON can hold.
         steps: Number or name of each step that was kept apart (of a sampler, of a generation); empty without.
+        error: Standard error of ``mass``, shaped like it, where a sample of the query rows was looked at; NaN where one
+            row of several was. ``None``: all rows were.
 
     Raises:
         CaptureError: The fields do not fit each other.
@@ -69,6 +71,7 @@ class BlockMap:
     normalization: str = "none"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     steps: Sequence[int | str] = ()
+    error: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in checked_fields(self).items():
@@ -132,18 +135,21 @@ class BlockMap:
         Raises:
             CaptureError: There is no such layer, head, sequence or step.
         """
-        changes: dict[str, Any] = {"mass": self.mass}
+        changes: dict[str, Any] = {"mass": self.mass, "error": self.error}
         batch, split = int(self._batched), self.heads != "mean"
         of_layers = batch + bool(self.steps)
         if head == "mean" and split:
-            changes.update(mass=changes["mass"].mean(of_layers + 1), heads="mean")
+            # The heads of a row were drawn together: no less uncertain than on average.
+            _change(changes, lambda mass: mass.mean(of_layers + 1), lambda error: error.mean(of_layers + 1))
+            changes["heads"] = "mean"
         elif head is not None and head != "mean":
             if not split:
                 raise CaptureError(
                     f"no head {head!r} in this map, heads were averaged; capture with heads='all'."
                 )
             found = position(head, self.heads, "head")
-            changes.update(mass=changes["mass"].narrow(of_layers + 1, found, 1), heads=(self.heads[found],))
+            _change(changes, lambda values: values.narrow(of_layers + 1, found, 1))
+            changes["heads"] = (self.heads[found],)
         if layer is not None:
             _choose(changes, layer, of_layers, self.layers, "layer")
         if step is not None and (self.steps or step != "mean"):
@@ -154,7 +160,7 @@ class BlockMap:
                 per_sequence = ("query_labels", "key_labels", "query_sizes", "key_sizes")
                 changes.update({name: getattr(self, name)[found] for name in per_sequence})
                 queries, keys = len(changes["query_labels"]), len(changes["key_labels"])
-                changes["mass"] = changes["mass"][found, ..., :queries, :keys]
+                _change(changes, lambda values: values[found, ..., :queries, :keys])
                 changes["query_sizes"] = changes["query_sizes"][:queries]
                 changes["key_sizes"] = changes["key_sizes"][:keys]
         return replace(self, **changes)
@@ -233,6 +239,7 @@ class BlockMap:
                 f"mean of {len(self.steps)} steps" if one.steps == ("mean",) else f"step {(*one.steps, 0)[0]}"
             )
             parts = [self.metadata.get("model"), layers, heads]
+            parts += [_sampling(one)]
             parts += [steps * bool(self.steps), f"sequence {sequence}" * self._batched]
             title = ", ".join(str(part) for part in parts if part)
         values = one.to_numpy().reshape(one.mass.shape[-2:])
@@ -243,6 +250,9 @@ class BlockMap:
             title=title,
             colour_label=_MEANING[self.normalization],
             scale=scale,
+            errors=None
+            if one.error is None or self.normalization != "none"
+            else one.error.reshape(values.shape).numpy(),
         )
         return figure if path is None else picture.write(figure, path)
 
@@ -263,7 +273,8 @@ class BlockMap:
             BlockMapFileError: The file cannot be written.
         """
         names = [f.name for f in fields(self) if f.name not in _TENSORS]
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        found = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
         return storage.write(Path(path), tensors, {name: getattr(self, name) for name in names})
 
     @classmethod
@@ -273,7 +284,7 @@ class BlockMap:
         Raises:
             BlockMapFileError: The file is missing, cut short, of another kind or version, or incomplete.
         """
-        content = {"steps": (), **storage.read(Path(path))}  # files written before there were steps have none
+        content = {"steps": (), "error": None, **storage.read(Path(path))}  # not in every file
         try:
             return cls(**{f.name: content[f.name] for f in fields(cls)})
         except KeyError as error:
@@ -317,13 +328,37 @@ class BlockMap:
         return "\n".join(lines)
 
 
+def _sampling(one: BlockMap) -> str:
+    """How far off a drawn map may be, for its title."""
+    if one.error is None:
+        return ""
+    known = one.error[~one.error.isnan()]
+    return f"sampled, standard error up to {known.max():.2g}" if known.numel() else "sampled, error unknown"
+
+
+def _change(
+    changes: dict[str, Any],
+    change: Callable[[Tensor], Tensor],
+    change_error: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    changes["mass"] = change(changes["mass"])
+    if changes["error"] is not None:
+        changes["error"] = (change_error or change)(changes["error"])
+
+
 def _choose(changes: dict[str, Any], wanted: Any, axis: int, among: Sequence, what: str) -> None:
     """Cut an axis of the mass to one entry, to several, or to their mean."""
     if wanted == "mean" and "mean" not in among:
-        changes.update(mass=changes["mass"].mean(axis, keepdim=True), **{what + "s": ("mean",)})
+        # Rows are drawn for each layer and step on its own.
+        _change(
+            changes,
+            lambda mass: mass.mean(axis, keepdim=True),
+            lambda error: error.square().sum(axis, keepdim=True).sqrt() / error.shape[axis],
+        )
+        changes[what + "s"] = ("mean",)
         return
     listed = wanted if isinstance(wanted, list | tuple) else [wanted]
     found = [position(one, among, what) for one in listed]
     index = torch.tensor(found, dtype=torch.int64)
-    names = {what + "s": tuple(among[i] for i in found)}
-    changes.update(mass=changes["mass"].index_select(axis, index), **names)
+    _change(changes, lambda values: values.index_select(axis, index))
+    changes[what + "s"] = tuple(among[i] for i in found)

@@ -71,6 +71,13 @@ def checked_fields(given: Any) -> dict[str, Any]:
         checked[f"{side}_sizes"], checked[f"{side}_labels"] = _checked_side(side, sizes, labels, count, batch)
     empty = over_rows(checked["query_sizes"] == 0, mass[..., 0])
     checked["mass"] = mass.masked_fill(empty[..., None], 0)
+    if given.error is not None:
+        error = given.error.detach().to("cpu", torch.float32)
+        if error.numel() != mass.numel():
+            raise CaptureError(
+                f"error is {list(error.shape)}, mass {list(mass.shape)}; give one for each mass."
+            )
+        checked["error"] = error.reshape(mass.shape).masked_fill(empty[..., None], 0)
     try:
         checked["metadata"] = json.loads(json.dumps(dict(given.metadata)))
     except (TypeError, ValueError) as error:

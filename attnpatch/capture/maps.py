@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.recorder import Recorder
 from attnpatch.errors import CaptureError
@@ -32,6 +34,33 @@ class Maps:
         found = self._recorder.maps()
         if sites not in found:
             raise CaptureError(f"nothing was captured at {sites!r}; there are: {', '.join(map(repr, found))}")
+        return found[sites]
+
+    def measured(self, sites: str | None = None) -> dict[str, torch.Tensor]:
+        """What else was asked for with ``measures``, of the last sequence.
+
+        Args:
+            sites: The kind of sites, where there are several.
+
+        Returns:
+            By name, float32, the batch first where there are several sequences:
+            ``"received"`` ``[layers, tokens]``: attention each token receives, summed over the query tokens and averaged
+            over heads (the score that H2O evicts by; Zhang et al. 2023);
+            ``"entropy"`` ``[layers, heads]``: mean over query tokens of ``-sum p log p``, in nats;
+            ``"sink"`` ``[layers, heads]``: mean mass on the first token (attention sinks; Xiao et al. 2023).
+
+        Raises:
+            CaptureError: Nothing was measured, or there are several kinds of sites.
+        """
+        found = self._recorder.measured()
+        if sites is None and len(found) == 1:
+            return next(iter(found.values()))
+        if sites not in found:
+            known = (
+                ", ".join(map(repr, found))
+                or "nothing; capture with measures=('received', 'entropy', 'sink')"
+            )
+            raise CaptureError(f"measured at {sites!r} was nothing; there is: {known}")
         return found[sites]
 
     def keys(self) -> list[str]:

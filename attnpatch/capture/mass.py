@@ -154,6 +154,11 @@ def add_rows(
         kept = (blocks >= 0).nonzero().flatten()
         blocks, kept = blocks[kept], kept.to(rows.device)
         rows, weights = rows[:, kept], None if weights is None else weights[:, kept]
+    sums.index_add_(1, blocks, key_sums(sums, rows, columns, weights))
+
+
+def key_sums(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows with their keys summed into blocks, ``[1 or H, rows, key_blocks + 1]`` like ``sums``; as ``add_rows``."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if weights is not None:
         rows = rows * weights.unsqueeze(-1)
@@ -161,8 +166,7 @@ def add_rows(
         rows = rows.sum(0, keepdim=True)
     rows = rows.to(sums.device, sums.dtype)
     bins = sums.new_zeros(*rows.shape[:2], sums.shape[2])
-    bins.scatter_add_(2, columns.expand(rows.shape), rows)
-    sums.index_add_(1, blocks, bins)
+    return bins.scatter_add_(2, columns.expand(rows.shape), rows)
 
 
 def _tile_mass(

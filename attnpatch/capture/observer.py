@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.mass import accumulate_block_mass, add_rows, add_run
+from attnpatch.capture.mass import accumulate_block_mass, add_rows, add_run, key_sums
+from attnpatch.capture.measures import Measures
 from attnpatch.capture.partition import Partition
+from attnpatch.capture.row_sample import RowSample, draw, generator_for
 from attnpatch.errors import CaptureError
 
 # Blocks of fewer rows than this in a tile are summed together by one product.
@@ -29,6 +31,7 @@ class Passing(Protocol):
     q_len: int
     kv_len: int
     weights: torch.Tensor | None
+    positions: torch.Tensor | None
 
 
 class HostCall(Protocol):
@@ -50,6 +53,9 @@ class Collecting(Protocol):
     heads: Any
     query_blocks: Blocks
     key_blocks: Blocks
+    sample_rows: int | None
+    seed: int
+    measures: tuple[str, ...]
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart."""
@@ -83,6 +89,8 @@ class Record:
         sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
         counts: float64 ``[batch, query_blocks]``, query tokens summed.
         num_heads: Heads that were summed into one, or kept apart.
+        variance: Of ``sums``, where only a sample of the rows was looked at.
+        measures: What else was asked for.
     """
 
     query: Partition
@@ -90,6 +98,8 @@ class Record:
     sums: torch.Tensor
     counts: torch.Tensor
     num_heads: int
+    variance: torch.Tensor | None = None
+    measures: Measures | None = None
 
 
 class SiteObserver:
@@ -102,6 +112,28 @@ class SiteObserver:
         self.records = records
         self.record: Record | None = None
         self.before: Record | None = None
+        self.sample: RowSample | None = None
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
+        """Which query rows of a call need to be shown, ascending; ``None``: all."""
+        if self.recorder.sample_rows is None or self.facts.tokens == 1 or lead_count % self.call.batch:
+            return None
+        if self.record is None:
+            self.record = self._open(q_len, kv_len, lead_count // self.call.batch)
+        assert self.sample is not None
+        return self.sample.positions() - self.call.past
+
+    def finish(self) -> None:
+        """The call of the site has ended."""
+        if self.record is None or self.sample is None:
+            return
+        for b in range(len(self.sample.drawn)):
+            sums, variance, sizes = self.sample.estimate(b)
+            self.record.sums[b] += sums
+            self.record.counts[b] += sizes
+            assert self.record.variance is not None
+            self.record.variance[b] += variance
+        self.sample = None
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
@@ -123,7 +155,9 @@ class SiteObserver:
             return
         num_heads = passing.lead_count // batch
         if self.record is None:
-            self.record = self._open(passing, num_heads)
+            self.record = self._open(passing.q_len, passing.kv_len, num_heads)
+        rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
+        rows = rows + self.call.past
         low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
@@ -133,12 +167,34 @@ class SiteObserver:
             if len(numbers) < len(mine):
                 mine = mine.to(probabilities.device)
                 tile, weights = tile[mine], None if weights is None else weights[mine]
-            if 0 in numbers:
+            if self.record.measures is not None:
+                self._measure(b, numbers, tile, weights, rows)
+            if 0 in numbers and self.sample is None:
                 block = self.record.query.assignment[b, low:high]
                 self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
             for place, chosen in self._places(numbers, num_heads):
                 some = None if weights is None else weights[chosen]
-                self._add(b, place, tile[chosen], some, low, high)
+                if self.sample is None:
+                    self._add(b, place, tile[chosen], some, low, high)
+                else:
+                    columns = self._columns[b, : tile.shape[-1]]
+                    bins = key_sums(self.record.sums[b, place], tile[chosen], columns, some)
+                    self.sample.add(b, place, bins, rows)
+
+    def _measure(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor
+    ) -> None:
+        """Whatever else was asked for, of the real tokens among some rows."""
+        assert self.record is not None and self.record.measures is not None
+        if self.sample is not None:
+            counted = self.sample.weights(b, rows)
+        else:
+            counted = self._real[0][b, rows].double()
+        factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
+        start = int(self._real[1][b].int().argmax())
+        self.record.measures.add(
+            self.recorder.measures, b, numbers, tile, factors, counted, self._first_key, start
+        )
 
     def _refuse(self, reason: str) -> None:
         raise CaptureError(f"{self.name} {reason}")
@@ -177,13 +233,14 @@ class SiteObserver:
             tile = tile * weights.unsqueeze(-1)
         accumulate_block_mass(sums[None], tile[None], query, columns[None])
 
-    def _open(self, passing: Passing, num_heads: int) -> Record:
+    def _open(self, q_len: int, kv_len: int, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
         recorder, batch = self.recorder, self.call.batch
-        query, key = self._partitions(passing)
+        query, key = self._partitions(q_len, kv_len)
         # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
-        assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
-        room = passing.kv_len - assignment.shape[1]
+        self._first_key = max(0, key.assignment.shape[1] - kv_len)
+        assignment = key.assignment[:, self._first_key :]
+        room = kv_len - assignment.shape[1]
         # The last bin takes the keys of no block, so that none has to be left out of a sum.
         columns = torch.nn.functional.pad(assignment, (0, room), value=-1)
         self._columns = torch.where(columns < 0, key.num_blocks, columns)
@@ -200,8 +257,31 @@ class SiteObserver:
                 )
             sums[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.sums[..., :-1]
             counts[:, : old.counts.shape[1]] = old.counts
-        self.records[self.name] = Record(query, key, sums, counts, num_heads)
+        variance = None
+        if recorder.sample_rows is not None:
+            variance = torch.zeros_like(sums)
+            if old is not None:
+                variance[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.variance[..., :-1]
+            self.sample = self._drawn(query, q_len, key.num_blocks + 1, width)
+        measures = self._measures(old, q_len, kv_len, num_heads) if recorder.measures else None
+        self.records[self.name] = Record(query, key, sums, counts, num_heads, variance, measures)
         return self.records[self.name]
+
+    def _drawn(self, query: Partition, q_len: int, bins: int, width: int) -> RowSample:
+        past, most = self.call.past, self.recorder.sample_rows
+        numbers = generator_for(self.recorder.seed, self.name, past)
+        parts = query.assignment[:, past : past + q_len]
+        return RowSample([draw(part, past, most, query.num_blocks, numbers) for part in parts], width, bins)
+
+    def _measures(self, old: Record | None, q_len: int, kv_len: int, num_heads: int) -> Measures:
+        total = self.call.past + q_len
+        queries = self._valid(self.facts.query_mask, total)
+        keys = self._valid(self.facts.key_mask, kv_len) if self.facts.cross else queries
+        self._real = queries, keys
+        tokens = max(keys.shape[1], kv_len)
+        if old is None or old.measures is None:
+            return Measures.empty(self.call.batch, num_heads, tokens)
+        return old.measures.grown(tokens)
 
     def restart(self) -> None:
         """Forget the tiles of this call."""
@@ -211,20 +291,18 @@ class SiteObserver:
             del self.records[self.name]
         else:
             self.records[self.name] = self.before
-        self.record = None
+        self.record = self.sample = None
 
-    def _partitions(self, passing: Passing) -> tuple[Partition, Partition]:
+    def _partitions(self, q_len: int, kv_len: int) -> tuple[Partition, Partition]:
         """Blocks of the queries and of the keys, of all tokens that the sequence has now."""
         recorder = self.recorder
-        total = self.call.past + passing.q_len
+        total = self.call.past + q_len
         query_valid = self._valid(self.facts.query_mask, total)
         query = recorder.query_blocks.resolve(query_valid)
         # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
-        is_context = (
-            self.call.past == 0 and passing.kv_len != passing.q_len and passing.kv_len in self.facts.others
-        )
+        is_context = self.call.past == 0 and kv_len != q_len and kv_len in self.facts.others
         if self.facts.cross or is_context:
-            return query, recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
+            return query, recorder.key_blocks.resolve(self._valid(self.facts.key_mask, kv_len))
         if recorder.query_blocks == recorder.key_blocks:
             return query, query
         return query, recorder.key_blocks.resolve(query_valid)

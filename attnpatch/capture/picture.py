@@ -33,6 +33,7 @@ def draw(
     title: str,
     colour_label: str,
     scale: str = "sqrt",
+    errors: np.ndarray | None = None,
 ) -> "Figure":
     """A heat map with query blocks downwards and key blocks across.
 
@@ -46,6 +47,7 @@ def draw(
         title: Over the picture.
         colour_label: What the number is.
         scale: ``"sqrt"`` or ``"linear"`` colours.
+        errors: Standard errors of the values, written beneath them; NaN: not known.
 
     Raises:
         CaptureError: The scale is another.
@@ -79,7 +81,7 @@ def draw(
     if max(rows, columns) <= _MOST_TICKS:
         _separate_cells(axes, rows, columns)
     if max(rows, columns) <= _MOST_NUMBERS:
-        _write_numbers(axes, values, norm)
+        _write_numbers(axes, values, norm, errors)
     bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
     notes = ["square-root scale"] * (scale == "sqrt") + ["grey: exactly 0"] * bool((values == 0).any())
     bar.set_label(f"{colour_label}\n({', '.join(notes)})" if notes else colour_label)
@@ -155,9 +157,11 @@ def _separate_cells(axes: "Axes", rows: int, columns: int) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _write_numbers(axes: "Axes", values: np.ndarray, norm) -> None:
+def _write_numbers(axes: "Axes", values: np.ndarray, norm, errors: np.ndarray | None) -> None:
     for (row, column), value in np.ndenumerate(values):
         if value:
             colour = "black" if norm(value) > 0.6 else "white"
             text = f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+            if errors is not None and not np.isnan(errors[row, column]):
+                text += f"\n\u00b1{errors[row, column]:.1g}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)

@@ -11,6 +11,7 @@ import torch
 
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.measures import Measures, checked_measures
 from attnpatch.capture.observer import HostCall, Record, SiteFacts, SiteObserver
 from attnpatch.errors import CaptureError
 
@@ -49,9 +50,12 @@ class Recorder:
         read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
         site_call: Says what is known of a call of a site.
         model_name: For the metadata.
+        measures: What else to measure, of ``MEASURES``.
+        sample_rows: Look at so many query rows of each block; ``None``: at all of them.
+        seed: Of the sample.
 
     Raises:
-        CaptureError: No such layer, head or site.
+        CaptureError: No such layer, head or site, or one of the others cannot be used.
     """
 
     # Whether a capture that somebody asks for takes its place.
@@ -67,6 +71,9 @@ class Recorder:
         read_call: Callable[[Any, Any, bool], HostCall],
         site_call: Callable[[HostCall, str, Any, Any], SiteFacts],
         model_name: str,
+        measures: Sequence[str] = (),
+        sample_rows: int | None = None,
+        seed: int = 0,
     ) -> None:
         pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
         if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
@@ -75,7 +82,12 @@ class Recorder:
                 "Blocks.messages(...), or a pair of them for queries and keys"
             )
         self.query_blocks, self.key_blocks = pair
-        self.heads = checked_heads(heads)
+        self.heads, self.measures = checked_heads(heads), checked_measures(measures)
+        if sample_rows is not None and (type(sample_rows) is not int or sample_rows < 1):
+            raise CaptureError(
+                f"sample_rows={sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"
+            )
+        self.sample_rows, self.seed = sample_rows, seed
         self.places = pattern_of(names)
         self.wanted = self._chosen(names, layers, sites)
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
@@ -172,15 +184,16 @@ class Recorder:
                 f"layers of {group} differ in heads or blocks and do not fit one map; capture them one by one with "
                 "layers=[...]"
             )
-        means = [
-            record.sums[..., :-1]
-            / (1 if self.heads != "mean" else record.num_heads)
-            / record.counts.clamp(min=1)[:, None, :, None]
+        shares = [
+            (1 if self.heads != "mean" else record.num_heads) * record.counts.clamp(min=1)[:, None, :, None]
             for record in records
         ]
-        mass = torch.stack(means, 1).float()
-        if self.heads == "mean":
-            mass = mass.squeeze(2)
+        mass = [record.sums[..., :-1] / share for record, share in zip(records, shares, strict=True)]
+        error = None
+        if self.sample_rows is not None:
+            both = zip(records, shares, strict=True)
+            error = self._stacked([record.variance[..., :-1].sqrt() / share for record, share in both])
+        mass = self._stacked(mass)
         one = mass.shape[0] == 1
         # Asked for and not seen: attention that no door serves (nested tensors, a kernel of its own).
         missing = sorted(n for n in self.wanted if self.places[n][0] == group and n not in names)
@@ -192,13 +205,40 @@ class Recorder:
             query_sizes=first.counts[0].long() if one else first.counts.long(),
             key_sizes=first.key.sizes[0] if one else first.key.sizes,
             heads="mean" if self.heads == "mean" else self.head_numbers(first.num_heads),
+            error=error[0] if one and error is not None else error,
             metadata={
                 "model": self.model_name,
                 "sites": group,
+                **({} if self.sample_rows is None else {"sample_rows": self.sample_rows, "seed": self.seed}),
                 "tokens": int(first.key.assignment.shape[1]),
                 **({"not_captured": missing} if missing else {}),
             },
         )
+
+    def _stacked(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        values = torch.stack(layers, 1).float()
+        return values.squeeze(2) if self.heads == "mean" else values
+
+    def measured(self, sequence: int = -1) -> dict[str, dict[str, torch.Tensor]]:
+        """What else was measured of one captured sequence, by group of like sites and by name; see ``Maps.measured``."""
+        kept = [records for records in self.sequences if records]
+        groups: dict[str, list[Measures]] = {}
+        heads: dict[str, int] = {}
+        for name, record in kept[sequence].items() if kept else ():
+            if record.measures is not None:
+                groups.setdefault(self.places[name][0], []).append(record.measures)
+                heads[self.places[name][0]] = record.num_heads
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for group, each in groups.items():
+            rows = torch.stack([one.rows for one in each], 1).clamp(min=1)[..., None]
+            values = {
+                "received": torch.stack([one.received for one in each], 1) / heads[group],
+                "entropy": torch.stack([one.entropy for one in each], 1) / rows,
+                "sink": torch.stack([one.sink for one in each], 1) / rows,
+            }
+            one = rows.shape[0] == 1
+            found[group] = {n: (values[n][0] if one else values[n]).float() for n in self.measures}
+        return found
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart.

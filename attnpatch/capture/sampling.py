@@ -261,6 +261,8 @@ class ImageRecorder:
 
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
+    # Every row is looked at, and nothing else is measured.
+    sample_rows, seed, measures = None, 0, ()
 
     def __init__(
         self,
@@ -405,7 +407,7 @@ class ImageObserver(SiteObserver):
                 return found
         return None
 
-    def _partitions(self, passing: Passing) -> tuple[Partition, Partition]:
+    def _partitions(self, q_len: int, kv_len: int) -> tuple[Partition, Partition]:
         sampling = self.recorder.sampling
         query, self.query_side = self._side(self.segments[0], sampling.plan.queries, QUERY_TILES)
         key, self.key_side = self._side(self.segments[1], sampling.plan.keys, KEY_TILES)
@@ -432,8 +434,8 @@ class ImageObserver(SiteObserver):
         sizes = torch.stack([torch.bincount(row[row >= 0], minlength=count) for row in assignment])
         return Partition(assignment, sizes, sizes, sizes, ((),) * self.call.batch), side
 
-    def _open(self, passing: Passing, num_heads: int) -> Record:
-        record = super()._open(passing, num_heads)
+    def _open(self, q_len: int, kv_len: int, num_heads: int) -> Record:
+        record = super()._open(q_len, kv_len, num_heads)
         found = ImageRecord(**vars(record), query_side=self.query_side, key_side=self.key_side)
         self.records[self.name] = found
         return found

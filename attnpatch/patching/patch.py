@@ -184,6 +184,8 @@ class Site:
                     result = forward(*first, **kwargs)
             finally:
                 _thread.mode = None
+        if observer is not None:
+            observer.finish()
         if self.counts.total() == before:
             self.counts["native"] += 1
         return result
@@ -207,7 +209,13 @@ class _Blind:
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass
 
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
     def restart(self) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
 

@@ -89,6 +89,15 @@ def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, el
     key = key.expand(*outer, *key.shape[-2:])
     mask = None if mask is None else mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
+    rows = observer.rows(math.prod(lead), q_len, kv_len)
+    if rows is not None:
+        at_rows = rows.to(query.device)
+        query = query[..., at_rows, :]
+        mask, lse = (
+            None if each is None else each.index_select(axis, at_rows)
+            for each, axis in ((mask, -2), (lse, -1))
+        )
+    count = q_len if rows is None else len(rows)
     for number, where in enumerate(
         torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
     ):
@@ -96,13 +105,16 @@ def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, el
         leads = torch.arange(number * group, (number + 1) * group)
         head = _Head(query[at], key[at], None if lse is None else lse[at], scale)
         low = 0
-        while low < q_len:
+        while low < count:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
-            seen = min(kv_len, max(low, 256)) if call["is_causal"] else kv_len
-            high = min(q_len, low + _tile_rows(elements // group, seen))
+            first = low if rows is None else int(rows[low])
+            seen = min(kv_len, max(first, 256)) if call["is_causal"] else kv_len
+            high = min(count, low + _tile_rows(elements // group, seen))
             tile_mask = None if mask is None else mask[at][:, low:high]
-            powers, weights = head.powers(low, high, tile_mask, call["is_causal"])
-            observer.observe(powers, Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights))
+            places = None if rows is None else rows[low:high]
+            powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
+            where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
+            observer.observe(powers, where_from)
             low = high
 
 
@@ -142,13 +154,25 @@ class _Head:
             self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
 
     def powers(
-        self, low: int, high: int, mask: torch.Tensor | None, is_causal: bool
+        self,
+        low: int,
+        high: int,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``[group, rows, keys]``, and the ``[group, rows]`` factors that make probabilities of them.
 
-        A causal call leaves out the keys after its last row.
+        A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
         """
-        query, key = self.query[:, low:high], self.key[:high] if is_causal else self.key
+        if is_causal and places is not None:
+            end = int(places[-1]) + 1
+            mask = torch.arange(min(end, len(self.key))) <= places[:, None]
+            mask = mask.to(self.key.device).expand(len(self.query), -1, -1)
+        else:
+            end = high
+        query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
+        is_causal = is_causal and places is None
         with torch.autocast(query.device.type, enabled=False):
             scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
         if mask is not None and mask.dtype == torch.bool:
