@@ -14,6 +14,7 @@ from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
@@ -145,6 +146,8 @@ def recipe(call: dict[str, Any]) -> Node:
     fused = fused_choice(call) != MATH_KERNEL
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
     whole = (*width, *inner, *([axis for dim in lead for axis in dim] if fused else []))
+    if not fused and is_simple(call):
+        return Dense(leaves, dims, whole, call)
     return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
 
 
