@@ -10,10 +10,11 @@ from torch import nn
 
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.grid import Grid
+from attnpatch.capture.heads import Heads
 from attnpatch.capture.image_maps import ImageMaps, Steps
 from attnpatch.capture.maps import Maps
 from attnpatch.capture.observer import SiteFacts
-from attnpatch.capture.recorder import Heads, Recorder
+from attnpatch.capture.recorder import Recorder
 from attnpatch.capture.sampling import ImageRecorder, Plan, Sampling
 from attnpatch.errors import CaptureError, PatchError
 from attnpatch.hosts import denoisers
@@ -36,6 +37,7 @@ def capture(
     measures: Sequence[str] = (),
     sample_rows: int | None = None,
     seed: int = 0,
+    weighting: str = "probability",
 ) -> Iterator[Any]:
     """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
 
@@ -55,12 +57,17 @@ def capture(
         layers: Positions among like sites, negative from the end; ``None``: all. Not of images: give ``sites``.
         sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
             the component's name, as in ``report``.
-        steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers.
+        steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers. Of text each call of the
+            model that continues a cache is a step: ``"all"`` gives a map of every generated token.
         measures: What else to measure while the rows pass: ``"received"``, ``"entropy"``, ``"sink"``
             (``maps.measured()``). Not of images.
         sample_rows: Look at so many query rows of each block only, exactly over all keys: the map is an unbiased
             estimate, ``block_map.error`` its standard error. ``None``: all rows. Not of images.
         seed: Of the sample.
+        weighting: ``"gradient"``: each probability times the gradient of whatever ``backward()`` is called on, inside the
+            ``with`` block, after one call of the model (attention times gradient; Barkan et al. 2021, Chefer et al.
+            2021). Of attention through ``F.scaled_dot_product_attention``; the rows of the gradient are computed some at
+            a time. Signed.
 
     Yields:
         ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
@@ -74,8 +81,8 @@ def capture(
     parts = parts_in(model)
     images = {name: part for name, part in parts.items() if denoisers.is_denoiser(part)}
     if images and ("" not in parts or _of_image(blocks)):
-        if measures or sample_rows is not None:
-            raise CaptureError("measures and sample_rows are for text, not for images; leave them out")
+        if measures or sample_rows is not None or weighting != "probability":
+            raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
         with _capture_image(model, images, blocks, heads, layers, sites, steps) as maps:
             yield maps
         return
@@ -89,10 +96,16 @@ def capture(
     (part,) = parts.values()
     with contextlib.ExitStack() as undo:
         (patch,) = put_in_place(part, Policy(mode="never"), undo)
-        more = {"measures": measures, "sample_rows": sample_rows, "seed": seed}
+        more = {
+            "is_kept_apart": _checked_steps(steps),
+            "measures": measures,
+            "sample_rows": sample_rows,
+            "seed": seed,
+            "weighting": weighting,
+        }
         recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
         with _recording(patch, recorder):
-            yield Maps(recorder)
+            yield Maps(recorder, None if isinstance(steps, str) else steps)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class AutomaticRecorder:
     """
 
     gives_way = True
+    is_of_gradient = False
 
     def __init__(
         self,
@@ -180,6 +181,8 @@ class AutomaticRecorder:
 
 class _Guarded:
     """An observer whose errors end the capture of a sequence instead of the model's call."""
+
+    is_of_gradient = False
 
     def __init__(self, recorder: AutomaticRecorder, observer: SiteObserver) -> None:
         self.recorder, self.observer = recorder, observer

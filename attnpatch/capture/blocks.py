@@ -30,6 +30,7 @@ class Blocks:
     labels_by_sequence: tuple[tuple[str, ...], ...] = ()
     per_sequence: bool = False
     image: tuple[int, int, int, int, int] | None = None
+    grows: bool = False
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -51,6 +52,8 @@ class Blocks:
         cls,
         spans: Sequence[Span] | Sequence[Sequence[Span]],
         labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        grows: bool = False,
     ) -> "Blocks":
         """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
 
@@ -58,6 +61,7 @@ class Blocks:
             spans: ``[(start, end), ...]``, sorted, without overlap; a gap belongs to no block. For a batch of
                 different sequences a list of such lists, one per sequence.
             labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
+            grows: The last block takes all tokens from its first one on, those generated later too.
 
         Raises:
             BlockError: Spans are empty, negative, unsorted or overlap, or labels do not match them.
@@ -68,7 +72,7 @@ class Blocks:
             named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
         else:
             named = _check_labels(labels if per_sequence else [labels], by_sequence)
-        return cls("spans", None, by_sequence, named, per_sequence)
+        return cls("spans", None, by_sequence, named, per_sequence, grows=grows)
 
     @classmethod
     def messages(
@@ -84,13 +88,14 @@ class Blocks:
         The conversation is rendered with the tokenizer's chat template, as
         ``tokenizer.apply_chat_template(messages)`` does, once per prefix; where a prefix ends a message ends,
         and character offsets say which tokens that is. What the template puts before the first message
-        belongs to the first block. Tokens generated later belong to no block.
+        belongs to the first block.
 
         Args:
             tokenizer: A fast tokenizer of transformers with a chat template.
             messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
             add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
-                becomes a last block ``"assistant (next)"``.
+                becomes a last block ``"assistant (next)"``, which grows with the tokens that are generated. Without it
+                these belong to no block.
             **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
 
         Raises:
@@ -106,7 +111,7 @@ class Blocks:
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
             spans.append(_check_spans(found))
             labels.append((*names, "assistant (next)") if add_generation_prompt else tuple(names))
-        return cls("messages", None, tuple(spans), tuple(labels), per_sequence)
+        return cls("messages", None, tuple(spans), tuple(labels), per_sequence, grows=add_generation_prompt)
 
     @classmethod
     def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
@@ -219,7 +224,9 @@ class Blocks:
         repeat = 1 if self.per_sequence else len(lengths)
         spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
         for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
-            if sequence and sequence[-1][1] > length:
+            if self.grows and sequence and sequence[-1][0] < length:
+                spans = (*spans[:row], (*sequence[:-1], (sequence[-1][0], length)), *spans[row + 1 :])
+            elif sequence and sequence[-1][1] > length:
                 raise BlockError(
                     f"block {len(sequence) - 1} ends at token {sequence[-1][1]}, sequence {row} has {length} "
                     "real tokens; give spans that end there or earlier (padding does not count)."

@@ -14,8 +14,8 @@ import torch
 
 from attnpatch.capture import overlay, picture
 from attnpatch.capture.block_map import BlockMap
+from attnpatch.capture.heads import Heads
 from attnpatch.capture.reading import Reading, kind_of
-from attnpatch.capture.recorder import Heads
 from attnpatch.capture.sampling import Run, Sampling
 from attnpatch.errors import CaptureError
 

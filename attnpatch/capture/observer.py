@@ -56,6 +56,7 @@ class Collecting(Protocol):
     sample_rows: int | None
     seed: int
     measures: tuple[str, ...]
+    is_of_gradient: bool
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart."""
@@ -113,6 +114,11 @@ class SiteObserver:
         self.record: Record | None = None
         self.before: Record | None = None
         self.sample: RowSample | None = None
+
+    @property
+    def is_of_gradient(self) -> bool:
+        """Whether it is shown probabilities times their gradients."""
+        return self.recorder.is_of_gradient
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """Which query rows of a call need to be shown, ascending; ``None``: all."""

@@ -8,7 +8,7 @@ import torch
 
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.grid import labels_of
-from attnpatch.capture.recorder import Heads, chosen_heads
+from attnpatch.capture.heads import Heads, chosen_heads
 from attnpatch.capture.sampling import (
     KEY_TILES,
     QUERY_TILES,

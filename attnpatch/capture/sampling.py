@@ -14,10 +14,10 @@ import torch
 
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.grid import Grid, Tiles
+from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
 from attnpatch.capture.observer import Passing, Record, SiteFacts, SiteObserver
 from attnpatch.capture.origins import IMAGE, TEXT, Origin, Origins
 from attnpatch.capture.partition import Partition
-from attnpatch.capture.recorder import Heads, checked_heads, chosen_heads
 from attnpatch.errors import CaptureError
 
 # Tiles along either edge of an image where nobody says how many, as queries and as keys.
@@ -262,7 +262,7 @@ class ImageRecorder:
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
     # Every row is looked at, and nothing else is measured.
-    sample_rows, seed, measures = None, 0, ()
+    sample_rows, seed, measures, is_of_gradient = None, 0, (), False
 
     def __init__(
         self,

@@ -161,7 +161,8 @@ class Site:
         again = torch._C._current_graph_task_id() != -1
         observer = None
         if recorder is not None and recorder.wants(self.name):
-            observer = _SEEN if again else recorder.observer(self, args, kwargs)
+            is_seen = again and not recorder.is_of_gradient
+            observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
         if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
@@ -205,6 +206,8 @@ class Site:
 
 class _Blind:
     """Stands for an observer that has seen this call already."""
+
+    is_of_gradient = False
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass

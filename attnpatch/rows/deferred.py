@@ -51,7 +51,13 @@ class Passing:
 
 
 class Observer(Protocol):
-    """Who looks at attention probabilities while they pass by."""
+    """Who looks at attention probabilities while they pass by.
+
+    Attributes:
+        is_of_gradient: Whether to show each probability times its gradient instead, in the backward pass.
+    """
+
+    is_of_gradient: bool
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.

@@ -59,6 +59,11 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.observer is None:
         return _attend(call, args, kwargs, site)
+    if site.observer.is_of_gradient:
+        result = _attend(call, args, kwargs, site)
+        if result.requires_grad:
+            result.register_hook(functools.partial(_show_gradient, call, site))
+        return result
     site.tally.count("captured")
     if site.policy.mode != "always" and keeps_lse(call):
         result, lse = with_lse(call)
@@ -67,6 +72,13 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         result, lse = _attend(call, args, kwargs, site), None
     show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
     return result
+
+
+def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
+    """In the backward pass: an observer sees each probability times its gradient."""
+    site.tally.count("captured")
+    assert site.observer is not None
+    show(call, site.observer, None, site.retried if site.policy.retry_on_oom else None, grad)
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
