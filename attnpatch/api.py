@@ -12,7 +12,7 @@ from torch import nn
 from attnpatch.capturing import capture
 from attnpatch.errors import PatchError
 from attnpatch.explain import Explanation, explanation_of
-from attnpatch.hosts.diffusers import compiled_in
+from attnpatch.hosts.diffusers import compiled_in, parts_of
 from attnpatch.patching.choice import Sites
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
@@ -156,7 +156,9 @@ def explain(
 def _one_model(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    parts = parts_in(model)
+    parts = parts_of(model)
+    if parts is None:
+        raise PatchError(f"a torch.nn.Module is needed, not {type(model).__name__}")
     first = next((name for name in ("unet", "transformer") if name in parts), next(iter(parts)))
     raise PatchError(
         f"a torch.nn.Module is needed, not the pipeline {type(model).__name__}; give one of its components, such as "

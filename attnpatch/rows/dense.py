@@ -32,7 +32,6 @@ def is_simple(call: dict[str, Any]) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not (call["is_causal"] or call["enable_gqa"] or call["dropout_p"] > 0)
         and all(tensor.dtype == query.dtype and tensor.dim() == query.dim() for tensor in tensors)
-        and ledger_of(query) is None
         and query.dtype in _DTYPES
         and (mask is None or mask.dtype in (torch.bool, query.dtype))
         and math.isfinite(call["scale"] or 0.0)
@@ -73,7 +72,8 @@ class Dense(Node):
             # Rows in which nothing is seen are zeros (aten _safe_softmax).
             blind = scores.amax(-1, keepdim=True) == -math.inf
             probabilities = torch.softmax(scores, -1, out=scores)
-            if blind.any():
+            # On shapes alone nobody knows, and nothing is lost.
+            if ledger_of(scores) is not None or blind.any():
                 probabilities.masked_fill_(blind, 0.0)
             return torch.matmul(probabilities, value)
 
