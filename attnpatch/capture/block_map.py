@@ -272,10 +272,13 @@ class BlockMap:
         Raises:
             BlockMapFileError: The file cannot be written.
         """
-        names = [f.name for f in fields(self) if f.name not in _TENSORS]
+        return storage.write(Path(path), *self.content())
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``save`` writes: tensors, and what JSON can hold."""
         found = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
-        return storage.write(Path(path), tensors, {name: getattr(self, name) for name in names})
+        return tensors, {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BlockMap":

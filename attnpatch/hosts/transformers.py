@@ -196,3 +196,10 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     except (ValueError, ImportError, AttributeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExplainError(f"{name}: a model cannot be built of its config: {first}") from error
+
+
+def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
+    """An empty KV cache for a model of transformers; ``offloaded``: layers that do not run wait in the host's memory."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config, offloading=offloaded)
