@@ -4,9 +4,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from attnpatch.analysis.records import BadRecord, is_message, is_record, messages_of
 from attnpatch.errors import AnalysisError
@@ -73,10 +74,15 @@ def read_conversations(path: str | Path) -> Iterator[Conversation | Refused]:
 
 
 def _unreadable(path: Path, error: Exception) -> AnalysisError:
-    return AnalysisError(f"{path}: {getattr(error, 'strerror', None) or error}")
+    return AnalysisError(f"{_printable(str(path))}: {getattr(error, 'strerror', None) or error}")
 
 
-def _conversations(path: Path, file: BinaryIO) -> Iterator[Conversation | Refused]:
+def _printable(name: str) -> str:
+    """A file's name without the bytes that are no text."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _conversations(path: Path, file: BufferedReader) -> Iterator[Conversation | Refused]:
     names = _Names(path.stem)
     with file:
         try:
@@ -101,13 +107,13 @@ def _conversation(source: str, record: Any, names: "_Names") -> Conversation | R
     return Conversation(messages, names.name(record), source, tools)
 
 
-def _records(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _records(path: Path, file: BufferedReader) -> Iterator[tuple[str, Any]]:
     """Where each record stands, and the record or why there is none."""
-    name = path.name
-    begin = file.read(3)
-    begin = b"" if begin == b"\xef\xbb\xbf" else begin
+    name = _printable(path.name)
+    if file.peek(3)[:3] == b"\xef\xbb\xbf":
+        file.read(3)
     by_suffix = path.suffix.lower() in _LINE_SUFFIXES
-    lines = _lines(file, begin, LINE_LIMIT if by_suffix else DOCUMENT_LIMIT)
+    lines = _lines(file, LINE_LIMIT if by_suffix else DOCUMENT_LIMIT)
     head: list[tuple[int, bytes | None]] = []
     for number, line in lines:
         head.append((number, line))
@@ -135,13 +141,12 @@ def _not_text(first: bytes) -> str | None:
     return None
 
 
-def _lines(file: BinaryIO, begin: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: BufferedReader, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Lines that are not blank, with their numbers; None for one that is longer than the limit."""
     number = 0
     while True:
         number += 1
-        line = begin if begin.endswith(b"\n") else begin + file.readline(limit + 1)
-        begin = b""
+        line = file.readline(limit + 1)
         if not line:
             return
         if len(line.rstrip(b"\r\n")) > limit:
@@ -159,22 +164,23 @@ def _is_lines(head: list[tuple[int, bytes | None]], by_suffix: bool) -> bool:
         return by_suffix
     whole, unfinished = _whole(first)
     if len(head) == 1:
-        return by_suffix and not (whole or unfinished)
-    if whole:
+        return by_suffix and not (isinstance(whole, list) and any(map(is_record, whole)))
+    if whole is not None:
         return True
     if unfinished and first.strip(_BLANK) in (b"[", b"{"):
         return False
-    return by_suffix or (second is not None and _whole(second)[0])
+    return by_suffix or (second is not None and _whole(second)[0] is not None)
 
 
-def _whole(line: bytes) -> tuple[bool, bool]:
-    """Whether a line is JSON by itself, and else whether it is the beginning of some."""
+def _whole(line: bytes) -> tuple[list | dict | None, bool]:
+    """What a line is as JSON by itself, and if it is none, whether it is the beginning of some."""
     try:
-        return isinstance(json.loads(line), list | dict), False
+        value = json.loads(line.decode())
+        return value if isinstance(value, list | dict) else None, False
     except json.JSONDecodeError as error:
-        return False, error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+        return None, error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
     except (ValueError, RecursionError):
-        return False, False
+        return None, False
 
 
 def _parse(text: bytes) -> Any:

@@ -187,7 +187,8 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
             yield path or "text", value
         elif isinstance(value, Mapping):
             for key, item in value.items():
-                waiting += [(item, path or str(key)), (key, path or "keys")]
+                named = key if isinstance(key, str) and key.isprintable() else "keys"
+                waiting += [(item, path or named), (key, path or "keys")]
         elif isinstance(value, list | tuple):
             waiting += [(item, path) for item in value]
 
