@@ -6,7 +6,7 @@ second text must equal the first, character for character; only then is it belie
 are places of the messages. So nothing is ever searched for: a message may quote the template or another message,
 and turns that the template writes differently once later ones follow (thinking kept in the last turn only) are
 found where they really are. Messages that a template looks into (and then renders differently) are found by
-halving and marked in their middle only.
+halving and marked elsewhere, at last in their middle only.
 
 What stands between two contents, such as ``<|im_end|>\n<|im_start|>user\n``, is the closing of one message and
 the header of the next. Where the closing ends is learnt from the conversation cut off after that message: what
@@ -131,6 +131,10 @@ class _Work:
 
     def divided(self) -> Division:
         """The pieces, with notes about all that is not one message, one piece."""
+        if not self.places and any(kinds - {"blank"} for kinds in self.placed.values()):
+            raise BlockError(
+                "the chat template gives no text for any of these messages; use another template."
+            )
         self._check_order()
         ends = self._ends()
         absent = self._absent(ends)
@@ -187,7 +191,8 @@ class _Work:
 
     def _check_own_text(self, ends: list[int | None], absent: set[int]) -> None:
         for index, end in enumerate(ends):
-            if index in absent or (index in self.placed and index not in self.places):
+            lost = index not in self.places and self.placed.get(index, set()) - {"blank"}
+            if index in absent or lost:
                 self._refuse(index, "drops")
             if end is None:
                 self._refuse(index, "merges")
@@ -314,7 +319,7 @@ class _Work:
     def _same_without(self, indexes: set[int]) -> bool:
         rest = [message for index, message in enumerate(self.messages) if index not in indexes]
         try:
-            return bool(rest) and self.render(rest) == self.text
+            return self.render(rest) == self.text
         except Exception:  # the template refuses what is left: it does look at them
             return False
 

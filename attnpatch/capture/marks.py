@@ -1,9 +1,10 @@
 """Marks put into messages before a chat template renders them, to see where their text comes out."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 # One private-use character per mark: no template treats them specially and no trimming removes them.
 _RANGES = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
@@ -12,10 +13,13 @@ _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd]
 _THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Marks inside the content; the others are in the reasoning and in the arguments of tool calls.
-CONTENT = ("start", "thought", "answer", "inner", "end")
+CONTENT = ("start", "thought", "answer", "inner", "end", "blank", "empty")
 
 Messages = Sequence[Mapping]
 Owner = tuple[int, str]
+Layout = Literal["beside", "outside", "inside"]
+# A new mark of a kind for the message at hand.
+New = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Marked:
     Attributes:
         messages: Copies with the marks in their strings; the others are the caller's own.
         owners: Of each mark character, the message it was put into and where: ``"start"`` and ``"end"`` of the
-            content without the white space around it, ``"thought"`` and ``"answer"`` where it has thinking,
-            ``"inner"`` for its middle, ``"reasoning"`` and ``"call"`` for the fields beside it.
+            content without the white space around it, ``"thought"`` and ``"answer"`` where it has thinking, ``"empty"`` for
+            the start where that is empty and so cannot be lost,
+            ``"inner"`` for its middle, ``"blank"`` where it has no text, ``"reasoning"`` and ``"call"`` for the fields beside it.
     """
 
     messages: list[Mapping]
@@ -65,8 +70,18 @@ class Marker:
         self.messages = messages
         self._taken = {char for text in _strings([list(messages), also]) for char in _PRIVATE.findall(text)}
 
-    def mark(self, indexes: Sequence[int], inner: Sequence[int] = ()) -> Marked | None:
-        """Marks in the messages of ``indexes``, in those of ``inner`` only in the middle of the content.
+    def blank(self) -> list[int]:
+        """The messages whose content is empty or white space."""
+        contents = [message.get("content") for message in self.messages]
+        return [index for index, text in enumerate(contents) if isinstance(text, str) and not _has_text(text)]
+
+    def mark(self, layouts: Mapping[int, Layout]) -> Marked | None:
+        """Marks in some messages.
+
+        Args:
+            layouts: Where the marks of each message are put: ``"beside"`` the white space around its text, inside of
+                which templates trim, with more marks around thinking; ``"outside"`` of the white space, also where
+                there is no text; or one ``"inside"``, in its middle.
 
         Returns:
             None when there are more marks than private-use characters (137,468).
@@ -83,10 +98,8 @@ class Marker:
 
         marked = list(self.messages)
         try:
-            for index in indexes:
-                marked[index] = _in_message(marked[index], lambda kind, index=index: new(index, kind))
-            for index in inner:
-                marked[index] = _in_middle(marked[index], lambda kind, index=index: new(index, kind))
+            for index, layout in layouts.items():
+                marked[index] = _in_message(marked[index], layout, partial(new, index))
         except StopIteration:
             return None
         return Marked(marked, owners)
@@ -106,13 +119,16 @@ def came_out(
     content = message.get("content")
     kinds, lost = {kind for _, kind in found}, []
     inside = [place for place, kind in found if kind in CONTENT]
-    wanted, missing = placed & {*CONTENT}, (placed & {*CONTENT}) - kinds
+    wanted = placed & {*CONTENT}
+    missing = wanted - kinds - {"empty"}
     if "call" in placed - kinds:
         lost.append("its tool calls are left out")
     if "reasoning" in placed - kinds:
         lost.append("its thinking is left out")
     if "inner" in kinds or not wanted:
         return content if isinstance(content, str) else "", lost
+    if "blank" in wanted:
+        return "", lost
     if not inside:
         return "", ["its text is left out", *lost]
     # Thinking that a template takes apart and writes anew begins elsewhere; it is lost if its own mark is.
@@ -138,12 +154,15 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _in_message(message: Mapping, new: Any) -> Mapping:
+def _in_message(message: Mapping, layout: Layout, new: New) -> Mapping:
     changed = dict(message)
     content = message.get("content")
     if isinstance(content, str):
-        changed["content"] = _in_content(content, new)
-    elif isinstance(content, list | tuple):
+        kinds = _kinds(content, layout)
+        changed["content"] = _insert(content, {place: new(kinds[place]) for place in sorted(kinds)})
+    if layout == "inside":
+        return changed
+    if isinstance(content, list | tuple):
         changed["content"] = _in_parts(content, new)
     reasoning = {key: message[key] for key in _REASONING_FIELDS if _has_text(message.get(key))}
     if reasoning:
@@ -156,42 +175,33 @@ def _in_message(message: Mapping, new: Any) -> Mapping:
     return changed
 
 
-def _in_middle(message: Mapping, new: Any) -> Mapping:
-    content = message.get("content")
-    if not _has_text(content):
-        return message
-    return {
-        **message,
-        "content": _insert(content, {(_begin(content) + len(content.rstrip())) // 2: new("inner")}),
-    }
-
-
-def _in_content(text: str, new: Any) -> str:
-    """Marks beside the white space, where templates trim, and around the thinking, which they cut out."""
+def _kinds(text: str, layout: Layout) -> dict[int, str]:
+    """Which marks go where in a content."""
     if not _has_text(text):
-        return text
-    kinds = {_begin(text): "start", len(text.rstrip()): "end"}
-    for opening, closing in _THINKING:
-        close = text.rfind(closing)
-        if close < 0:
-            continue
-        open_ = text.find(opening)
-        if 0 <= open_ < close and (thought := _begin(text, open_ + len(opening))) < close:
+        return {len(text): "blank"} if layout == "outside" else {}
+    first, last = _begin(text), len(text.rstrip())
+    if layout == "inside":
+        return {(first + last) // 2: "inner"}
+    if layout == "outside":
+        return {0: "start", len(text): "end"}
+    kinds = {first: "start", last: "end"}
+    opening, closing = next((tags for tags in _THINKING if tags[1] in text), (None, None))
+    if closing is None:
+        return kinds
+    close = text.rfind(closing)
+    open_ = text.find(opening, 0, close)
+    if open_ >= 0:
+        thought = _begin(text, open_ + len(opening))
+        if thought < close:
             kinds[thought] = "thought"
-        if 0 <= open_ < close and not text[open_ + len(opening) : close].strip():
-            kinds = {place: kind for place, kind in kinds.items() if place > close}  # nothing is lost with it
-        answer = _begin(text, close + len(closing))
-        if answer < len(text):
-            kinds[answer] = "answer"
-        elif text[:close].strip():
-            # No answer: a mark behind the thinking would make one.
-            kinds = {place: kind for place, kind in kinds.items() if kind != "end"}
-            kinds.setdefault(len(text[:close].rstrip()), "end")
-        break
-    return _insert(text, {place: new(kind) for place, kind in sorted(kinds.items())})
+    if (answer := _begin(text, close + len(closing))) < len(text):
+        kinds[answer] = "answer"
+        if open_ >= 0 and "thought" not in kinds.values():
+            kinds[first] = "empty"
+    return kinds
 
 
-def _in_parts(parts: Sequence[Any], new: Any) -> list[Any]:
+def _in_parts(parts: Sequence[Any], new: New) -> list[Any]:
     """A start in the first part that has text, an end in the last one."""
     parts = list(parts)
     places = [
@@ -237,9 +247,9 @@ def _begin(text: str, start: int = 0) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
-def _insert(text: str, chars: dict[int, str]) -> str:
-    edges = sorted(chars)
-    pieces = [text[: edges[0]] if edges else text]
-    for edge, stop in zip(edges, [*edges[1:], len(text)], strict=True):
-        pieces += [chars[edge], text[edge:stop]]
-    return "".join(pieces)
+def _insert(text: str, chars: Mapping[int, str]) -> str:
+    pieces, begin = [], 0
+    for edge in sorted(chars):
+        pieces += [text[begin:edge], chars[edge]]
+        begin = edge
+    return "".join([*pieces, text[begin:]])
