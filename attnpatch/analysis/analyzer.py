@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from attnpatch.analysis.gradient import attributed, target_positions
-from attnpatch.analysis.rendering import Rendered, render
+from attnpatch.analysis.rendering import NEXT, Rendered, render
 from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
 from attnpatch.capture.blocks import Blocks
@@ -314,7 +314,12 @@ class BlockAttentionAnalyzer:
             metadata["texts"] = [*texts[:-1], facts["answer"]]
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
         return Analysis(
-            block_map, **measured, seconds=seconds, peak_bytes=meter.peak, memory=meter.curve, notes=tuple(notes)
+            block_map,
+            **measured,
+            seconds=seconds,
+            peak_bytes=meter.peak,
+            memory=meter.curve,
+            notes=tuple(notes),
         )
 
 
@@ -356,19 +361,25 @@ def _feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]]
             model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=False, **more)
         else:
             model(
-                input_ids=ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True, **more
+                input_ids=ids[:, start:end],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **more,
             )
 
 
-def _blocks_of(
-    kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool
-) -> tuple[Blocks, list[str]]:
+def _blocks_of(kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool) -> tuple[Blocks, list[str]]:
     """Blocks, and what each says."""
     if kind == "messages":
-        return Blocks.spans(rendered.spans, rendered.labels, grows=grows), list(rendered.texts)
+        if grows and rendered.labels[-1] != NEXT:
+            raise AnalysisError(
+                "the chat template has no opening of an answer, so it has no block; use another"
+            )
+        return Blocks.spans(rendered.spans, rendered.labels, grows=grows, ahead=True), list(rendered.texts)
     if kind == "words":
         spans, labels = words_of(rendered, tokenizer)
-        return Blocks.spans(spans, labels), list(labels)
+        return Blocks.spans(spans, labels, ahead=True), list(labels)
     size = int(kind)
     pieces = [rendered.ids[i : i + size] for i in range(0, len(rendered.ids), size)]
     return Blocks.fixed(size), [tokenizer.decode(piece) for piece in pieces]

@@ -57,7 +57,9 @@ def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkp
         The log-probability, summed.
     """
     before = torch.tensor(positions, device=ids.device) - 1
-    more = {"logits_to_keep": before} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    more = (
+        {"logits_to_keep": before} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_frozen(model))
         if checkpointing:

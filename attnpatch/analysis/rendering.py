@@ -10,6 +10,8 @@ from attnpatch.capture.messages import Span, prompted, template_of, token_counts
 from attnpatch.errors import AnalysisError, BlockError
 
 Side = Literal["left", "right"]
+# The label of an answer that is still to be written.
+NEXT = "assistant (next)"
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _in_tokens(
 
 
 def _label(messages: list[Mapping], who: tuple[int, ...]) -> str:
-    return " + ".join(f"{index} {messages[index]['role']}" for index in who) or "assistant (next)"
+    return " + ".join(f"{index} {messages[index]['role']}" for index in who) or NEXT
 
 
 def _said(messages: list[Mapping], who: tuple[int, ...], division: Division) -> str:

@@ -95,7 +95,9 @@ class Analysis:
         for layer in mass:
             total = layer.sum(-1, keepdim=True)
             shares = torch.where(total > 0, layer / total, torch.eye(len(layer), dtype=torch.float64))
-            rolled = (residual * torch.eye(len(layer), dtype=torch.float64) + (1 - residual) * shares) @ rolled
+            rolled = (
+                residual * torch.eye(len(layer), dtype=torch.float64) + (1 - residual) * shares
+            ) @ rolled
         return rolled.float()
 
     def plot(self, path: str | os.PathLike | None = None, **options: Any) -> Figure | Path:
@@ -143,7 +145,9 @@ class Analysis:
         measured = {name: getattr(self, name) for name in _MEASURED}
         tensors |= {name: each.contiguous() for name, each in measured.items() if each is not None}
         more = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "memory": list(self.memory)}
-        return storage.write(Path(path), tensors, {**content, "analysis": {**more, "notes": list(self.notes)}})
+        return storage.write(
+            Path(path), tensors, {**content, "analysis": {**more, "notes": list(self.notes)}}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Analysis:
@@ -176,7 +180,9 @@ class Analysis:
                 return found[0]
         elif -len(labels) <= row < len(labels):
             return row % len(labels)
-        raise AnalysisError(f"there is no block {row!r}; there are 0 to {len(labels) - 1}: {', '.join(labels[:8])}")
+        raise AnalysisError(
+            f"there is no block {row!r}; there are 0 to {len(labels) - 1}: {', '.join(labels[:8])}"
+        )
 
 
 def _written(figure: Figure, path: str | os.PathLike | None) -> Figure | Path:

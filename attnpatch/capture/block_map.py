@@ -327,7 +327,7 @@ class BlockMap:
             f"  queries   {shortened(labels)} ({tokens} tokens)",
             f"  mass      {rows}; normalization {self.normalization!r}",
         ]
-        lines += [f"  {name}: {value}" for name, value in self.metadata.items()]
+        lines += [f"  {name}: {picture.shorten(str(value), 160)}" for name, value in self.metadata.items()]
         return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ class Blocks:
     per_sequence: bool = False
     image: tuple[int, int, int, int, int] | None = None
     grows: bool = False
+    ahead: bool = False
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -54,6 +55,7 @@ class Blocks:
         labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         grows: bool = False,
+        ahead: bool = False,
     ) -> "Blocks":
         """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
 
@@ -62,6 +64,7 @@ class Blocks:
                 different sequences a list of such lists, one per sequence.
             labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
             grows: The last block takes all tokens from its first one on, those generated later too.
+            ahead: The sequence comes in pieces through a cache: blocks that it has not reached yet are no mistake.
 
         Raises:
             BlockError: Spans are empty, negative, unsorted or overlap, or labels do not match them.
@@ -72,7 +75,7 @@ class Blocks:
             named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
         else:
             named = _check_labels(labels if per_sequence else [labels], by_sequence)
-        return cls("spans", None, by_sequence, named, per_sequence, grows=grows)
+        return cls("spans", None, by_sequence, named, per_sequence, grows=grows, ahead=ahead)
 
     @classmethod
     def messages(
@@ -224,7 +227,12 @@ class Blocks:
         repeat = 1 if self.per_sequence else len(lengths)
         spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
         for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
-            if self.grows and sequence and sequence[-1][0] < length:
+            whole = sequence
+            if self.ahead:
+                sequence = tuple((start, min(end, length)) for start, end in sequence if start < length)
+                spans = (*spans[:row], sequence, *spans[row + 1 :])
+            is_last = bool(sequence) and len(sequence) == len(whole)
+            if self.grows and is_last and sequence[-1][0] < length:
                 spans = (*spans[:row], (*sequence[:-1], (sequence[-1][0], length)), *spans[row + 1 :])
             elif sequence and sequence[-1][1] > length:
                 raise BlockError(
