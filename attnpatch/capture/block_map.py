@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TENSORS = ("mass", "query_sizes", "key_sizes", "error")
-_MEANING = {
-    "none": "attention mass, mean over the query tokens",
-    "row": "share of the query block's attention mass",
-    "density": "attention mass per key token",
-    "column": "share of the mass the key block receives",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,7 +242,7 @@ class BlockMap:
             query_labels=one.query_labels,
             key_labels=one.key_labels,
             title=title,
-            colour_label=_MEANING[self.normalization],
+            colour_label=_meaning(self),
             scale=scale,
             errors=None
             if one.error is None or self.normalization != "none"
@@ -329,6 +323,12 @@ class BlockMap:
         ]
         lines += [f"  {name}: {picture.shorten(str(value), 160)}" for name, value in self.metadata.items()]
         return "\n".join(lines)
+
+
+def _meaning(one: BlockMap) -> str:
+    if one.metadata.get("weighting") == "gradient" and one.normalization == "none":
+        return "probability x gradient, mean over the query tokens"
+    return picture.MEANING[one.normalization]
 
 
 def _sampling(one: BlockMap) -> str:
