@@ -618,15 +618,38 @@ def test_what_no_tokenizer_can_do():
             render(tokenizer_of(template), [said("user", "\ud83d")])
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, TURNS])
+def test_special_tokens_are_the_chat_templates_own():
+    tokenizer = make_tokenizer(CHATML, bos=True)
+    assert render(tokenizer, TALK).ids == whole(CHATML, TALK)
+
+
+@pytest.mark.parametrize("content", ["", " ", "<think>\n\n</think>\n\n"])
+def test_messages_without_text_that_are_written_otherwise_while_they_are_last(content):
+    messages = [said("user", ""), said("assistant", content), said("user", "")]
+    rest = content if content == " " else ""
+    assert decoded(render(tokenizer_of(THINKING), messages), tokenizer_of(THINKING)) == [
+        "<|im_start|>user\n<|im_end|>\n",
+        f"<|im_start|>assistant\n{rest}<|im_end|>\n",
+        "<|im_start|>user\n<|im_end|>\n",
+    ]
+
+
+# What stands between messages is another text each time.
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call {{ call.id }} {{ call.function.arguments | tojson }}>{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, TURNS, CALLS])
 def test_long_conversations_take_few_renderings(template, monkeypatch):
     tokenizer = make_tokenizer(template)
     messages = [said("system", "be brief")]
     for index in range(1000):
-        messages += [
-            said("user", f"the key is {index}"),
-            said("assistant", f"<think>\nhm {index}\n</think>\n\nfine " * 3),
-        ]
+        call = {"id": f"c{index}", "function": {"name": "f", "arguments": {"n": index}}}
+        more = {"tool_calls": [call]} if template is CALLS else {}
+        thought = f"<think>\nhm {index}\n</think>\n\nfine " * 3
+        messages += [said("user", f"the key is {index}"), said("assistant", thought, **more)]
     calls, original = [], type(tokenizer).apply_chat_template
 
     def counted(self, some, *args, **more):
@@ -641,17 +664,14 @@ def test_long_conversations_take_few_renderings(template, monkeypatch):
     assert time.perf_counter() - began < 10
 
 
-# What stands between messages is another text each time.
-CALLS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
-    "<call {{ call.id }} {{ call.function.arguments | tojson }}>{% endfor %}<|im_end|>\n{% endfor %}"
-)
 # The header of later messages says which they are; and of some of them something that no other has.
 NUMBERED = CALLS.replace("{{ m.role }}\n", "{{ m.role }} {{ loop.index if loop.index > 30 else '' }}\n")
 LATE = CALLS.replace("<|im_start|>", "{{ '(tools)<|im_end|>\n' if loop.index == 41 else '' }}<|im_start|>")
+# From some message on, what looks like a closing and a header is all header.
+LATER = CALLS.replace("<|im_start|>", "{{ '}><|im_end|>\n' if loop.index > 40 else '' }}<|im_start|>")
 
 
-@pytest.mark.parametrize("template", [CALLS, NUMBERED, LATE])
+@pytest.mark.parametrize("template", [CALLS, NUMBERED, LATE, LATER])
 def test_calls_that_are_all_different(template):
     tokenizer = tokenizer_of(template)
     messages = []
