@@ -207,7 +207,10 @@ class Sequence:
 
 
 def sequences(name, prompt=pipelines.PROMPT, images=1, negative=pipelines.NEGATIVE):
-    """The prompts' images first, then those of guidance; ``negative=None``: there is no guidance."""
+    """The prompts' images first, then those of guidance; ``negative=None``: there is no guidance.
+
+    Diffusers repeats each prompt for its images, and takes one negative prompt for all.
+    """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     texts = [text for text in prompts for _ in range(images)]
     count, apart = len(texts), FACTS[name].apart
@@ -280,6 +283,10 @@ class Blocks:
     own_grid: bool = False
     labelled: str | None = None
 
+    @property
+    def kinds(self):
+        return {kind for kind, shown in ((TEXT, self.words), (IMAGE, self.tiling is not None)) if shown}
+
 
 def grid_of(facts, site):
     return next(grid for part, grid in facts.site.items() if part in site)
@@ -295,9 +302,10 @@ def segments_of(facts, site, length):
     return [(kind, count) for kind, count in parts.items() if count == length]
 
 
-def operator(facts, site, length, blocks, words, is_query):
+@functools.cache
+def operator(name, site, length, blocks, words, is_query):
     """``[blocks, tokens]``: what brings rows (means) or columns (sums) of probabilities to blocks."""
-    pieces, heights = [], []
+    facts, tables, start = FACTS[name], {}, 0
     for kind, count in segments_of(facts, site, length):
         if kind == TEXT and blocks.words:
             table = np.eye(count)[facts.first_word : facts.first_word + words]
@@ -307,19 +315,10 @@ def operator(facts, site, length, blocks, words, is_query):
             table = table / table.sum(1 if is_query else 0, keepdims=True)
         else:
             table = np.zeros((0, count))
-        pieces.append((kind, table))
-        heights.append(count)
-    assert sum(heights) == length
-    ordered = [table for wanted in (TEXT, IMAGE) for kind, table in pieces if kind == wanted]
-    result = np.zeros((sum(len(table) for table in ordered), length))
-    start = {kind: sum(heights[:i]) for i, (kind, _) in enumerate(pieces)}
-    low = 0
-    for wanted in (TEXT, IMAGE):
-        for kind, table in pieces:
-            if kind == wanted:
-                result[low : low + len(table), start[kind] : start[kind] + table.shape[1]] = table
-                low += len(table)
-    return result
+        tables[kind] = np.pad(table, ((0, 0), (start, length - start - count)))
+        start += count
+    assert start == length
+    return np.concatenate([tables[kind] for kind in (TEXT, IMAGE) if kind in tables])
 
 
 def dense_map(name, calls, found, sites, query, key, heads="mean", steps="mean"):
@@ -333,21 +332,20 @@ def dense_map(name, calls, found, sites, query, key, heads="mean", steps="mean")
         query, key: ``Blocks`` of either side.
         heads, steps: As ``capture`` takes them.
     """
-    facts, per_step = FACTS[name], max(each.call for each in found) + 1
+    per_step = max(each.call for each in found) + 1
     of_steps = [calls[i : i + per_step] for i in range(0, len(calls), per_step)]
     per_sequence = []
     for sequence in found:
         layers = []
         for site in sites:
             whole = np.stack([step[sequence.call].sites[site][sequence.row] for step in of_steps])
-            rows = operator(facts, site, whole.shape[-2], query, num_words(sequence, query), True)
-            columns = operator(facts, site, whole.shape[-1], key, num_words(sequence, key), False)
+            # [steps, heads, q_len, kv_len]
+            whole = whole.mean(1) if heads == "mean" else whole if heads == "all" else whole[:, heads]
+            whole = whole.mean(0) if steps == "mean" else whole if steps == "all" else whole[steps]
+            rows = operator(name, site, whole.shape[-2], query, num_words(sequence, query), True)
+            columns = operator(name, site, whole.shape[-1], key, num_words(sequence, key), False)
             layers.append(rows @ whole @ columns.T)
-        # [steps, layers, heads, query blocks, key blocks]
-        values = np.stack(layers, 1)
-        values = values.mean(2) if heads == "mean" else values if heads == "all" else values[:, :, heads]
-        values = values.mean(0) if steps == "mean" else values if steps == "all" else values[steps]
-        per_sequence.append(values)
+        per_sequence.append(np.stack(layers, 0 if steps == "mean" else 1))
     height, width = (max(each.shape[axis] for each in per_sequence) for axis in (-2, -1))
     result = np.full((len(found), *per_sequence[0].shape[:-2], height, width), np.nan)
     for row, values in zip(result, per_sequence, strict=True):

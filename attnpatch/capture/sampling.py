@@ -229,12 +229,20 @@ class Sampling:
         if self.find_texts is not None:
             found = [row or numbered for row, numbered in zip(self.find_texts(text), found, strict=True)]
         if self.plan.text is not None:
-            asked = self.plan.text.resolve(
-                torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
-            )
-            for row, labels, assignment in zip(found, asked.labels, asked.assignment, strict=True):
-                row.labels, row.assignment = labels, assignment
+            self._name(found, torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask)
         return found
+
+    def _name(self, found: list[TextRow], valid: torch.Tensor) -> None:
+        """Take the blocks asked for. Those of a prompt are not guidance's, which keeps its own words."""
+        blocks, chosen = self.plan.text, list(range(len(found)))
+        prompts = [place for place in chosen if found[place].role != "negative"]
+        for_all = blocks.per_sequence and len(blocks.spans_by_sequence) == len(found) and prompts
+        if blocks.kind in ("words", "tokens") and not for_all:
+            chosen = prompts
+        if chosen:
+            asked = blocks.resolve(valid[chosen])
+            for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
+                found[place].labels, found[place].assignment = labels, assignment
 
     def _number(self, key: bytes, row: TextRow | None) -> int:
         if key not in self._known:
