@@ -7,6 +7,7 @@ down here for every pipeline, as it stands in the source of diffusers; nothing i
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -71,8 +72,9 @@ def recording(denoiser):
 
     def called(module, args, kwargs):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        sample = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        doors.calls.append(Call(float(torch.as_tensor(timestep).flatten()[0]), sample.shape[0], {}))
+        given = {"first": args[0]} if args else kwargs
+        image = next(given[name] for name in ("first", "sample", "hidden_states") if name in given)
+        doors.calls.append(Call(float(torch.as_tensor(timestep).flatten()[0]), image.shape[0], {}))
 
     handles = [denoiser.register_forward_pre_hook(called, with_kwargs=True)]
     for name, module in denoiser.named_modules():
@@ -141,6 +143,34 @@ FACTS = {
         },
     ),
 }
+# Images that are no squares, and guidance of Flux, which is a call of its own.
+FACTS["flux wide"] = dataclasses.replace(FACTS["flux"], image=(1, 8, 12), site={"": (1, 8, 12)})
+FACTS["flux guided"] = dataclasses.replace(FACTS["flux"], apart=True)
+FACTS["pixart high"] = dataclasses.replace(FACTS["pixart"], image=(1, 24, 16), site={"": (1, 12, 8)})
+FACTS["sd3 wide"] = dataclasses.replace(FACTS["sd3"], image=(1, 16, 24), site={"": (1, 16, 24)})
+# As many tokens of text as of the image.
+FACTS["flux even"] = dataclasses.replace(FACTS["flux"], text_tokens=64)
+FACTS["pixart even"] = dataclasses.replace(FACTS["pixart"], text_tokens=64)
+FACTS["wan even"] = dataclasses.replace(FACTS["wan"], text_tokens=18)
+FACTS["sd3 even"] = dataclasses.replace(FACTS["sd3"], text_tokens=16 * 16)
+FACTS["ltx wide"] = dataclasses.replace(FACTS["ltx"], image=(3, 8, 16), site={"": (3, 8, 16)})
+MORE = {
+    "flux wide": ("flux", {"width": 48}),
+    "flux guided": ("flux", {"true_cfg_scale": 2.0, "negative_prompt": pipelines.NEGATIVE}),
+    "pixart high": ("pixart", {"height": 48}),
+    "sd3 wide": ("sd3", {"width": 48}),
+    "flux even": ("flux", {"max_sequence_length": 64}),
+    "pixart even": ("pixart", {"max_sequence_length": 64}),
+    "wan even": ("wan", {"max_sequence_length": 18}),
+    "sd3 even": ("sd3", {"max_sequence_length": 16 * 16 - 72}),
+    "ltx wide": ("ltx", {"width": 64}),
+}
+pipelines.CASES.update(
+    {
+        name: (pipelines.CASES[base][0], {**pipelines.CASES[base][1], **more})
+        for name, (base, more) in MORE.items()
+    }
+)
 
 
 def levels():
@@ -163,6 +193,8 @@ pipelines.CASES["levels"] = (levels, {**pipelines.GUIDED, "height": 88, "width":
 @functools.cache
 def pipe_of(name, processor="fused"):
     """One pipeline for all tests, which must leave it as it was."""
+    if name in MORE:
+        return pipe_of(MORE[name][0], processor)
     pipe = pipelines.build(name)
     if processor == "by hand":
         pipe.unet.set_attn_processor(AttnProcessor())
@@ -273,15 +305,11 @@ def cells_of(tiling, grid):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The blocks of one side: words, tiles or both; ``own_grid`` leaves cells.
-
-    ``labelled``: the text whose words are meant, where it is not the sequence's own.
-    """
+    """The blocks of one side: words, tiles or both; ``own_grid`` leaves cells."""
 
     words: bool
     tiling: Tiling | None
     own_grid: bool = False
-    labelled: str | None = None
 
     @property
     def kinds(self):
@@ -292,21 +320,24 @@ def grid_of(facts, site):
     return next(grid for part, grid in facts.site.items() if part in site)
 
 
-def segments_of(facts, site, length):
-    """What the tokens on one side of a site are, in order."""
-    image = math.prod(grid_of(facts, site))
-    parts = {IMAGE: image, TEXT: facts.text_tokens}
-    if length == image + facts.text_tokens:
-        return [(kind, parts[kind]) for kind in facts.joint]
-    assert image != facts.text_tokens
-    return [(kind, count) for kind, count in parts.items() if count == length]
+def segments_of(name, site, is_query):
+    """What the tokens on one side of a site are, in order, and how many."""
+    facts = FACTS[name]
+    counts = {IMAGE: math.prod(grid_of(facts, site)), TEXT: facts.text_tokens}
+    if site.endswith(".attn"):
+        order = facts.joint
+    elif site.endswith(".attn2") and not facts.joint and not is_query:
+        order = (TEXT,)
+    else:
+        order = (IMAGE,)
+    return [(kind, counts[kind]) for kind in order]
 
 
 @functools.cache
 def operator(name, site, length, blocks, words, is_query):
     """``[blocks, tokens]``: what brings rows (means) or columns (sums) of probabilities to blocks."""
     facts, tables, start = FACTS[name], {}, 0
-    for kind, count in segments_of(facts, site, length):
+    for kind, count in segments_of(name, site, is_query):
         if kind == TEXT and blocks.words:
             table = np.eye(count)[facts.first_word : facts.first_word + words]
         elif kind == IMAGE and blocks.tiling is not None:
@@ -342,8 +373,8 @@ def dense_map(name, calls, found, sites, query, key, heads="mean", steps="mean")
             # [steps, heads, q_len, kv_len]
             whole = whole.mean(1) if heads == "mean" else whole if heads == "all" else whole[:, heads]
             whole = whole.mean(0) if steps == "mean" else whole if steps == "all" else whole[steps]
-            rows = operator(name, site, whole.shape[-2], query, num_words(sequence, query), True)
-            columns = operator(name, site, whole.shape[-1], key, num_words(sequence, key), False)
+            rows = operator(name, site, whole.shape[-2], query, len(sequence.text.split()), True)
+            columns = operator(name, site, whole.shape[-1], key, len(sequence.text.split()), False)
             layers.append(rows @ whole @ columns.T)
         per_sequence.append(np.stack(layers, 0 if steps == "mean" else 1))
     height, width = (max(each.shape[axis] for each in per_sequence) for axis in (-2, -1))
@@ -353,21 +384,16 @@ def dense_map(name, calls, found, sites, query, key, heads="mean", steps="mean")
     return result[0] if len(found) == 1 else result
 
 
-def num_words(sequence, blocks):
-    return len((sequence.text if blocks.labelled is None else blocks.labelled).split())
-
-
-def labels_of(facts, site, length, blocks, sequence):
+def labels_of(name, site, is_query, blocks, sequence):
     """Labels of the blocks of one side, words first, and how many tokens each has."""
-    kinds = {kind for kind, _ in segments_of(facts, site, length)}
-    text = sequence.text if blocks.labelled is None else blocks.labelled
-    labels = text.split() if TEXT in kinds and blocks.words else []
+    kinds = {kind for kind, _ in segments_of(name, site, is_query)}
+    labels = sequence.text.split() if TEXT in kinds and blocks.words else []
     sizes = [1] * len(labels)
     if IMAGE in kinds and blocks.tiling is not None:
         pieces = []
         for length_, step in blocks.tiling.axes():
             edges = [*range(0, length_, step), length_]
-            pieces.append([high - low for low, high in zip(edges, edges[1:], strict=False)])
+            pieces.append([high - low for low, high in itertools.pairwise(edges)])
         for frame, depth in enumerate(pieces[0]):
             for row, height in enumerate(pieces[1]):
                 for column, width in enumerate(pieces[2]):

@@ -5,11 +5,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 
 import dense_images as dense
-from dense_images import FACTS, Tiling, pipe_of, recorded, sample, sequences
+from dense_images import FACTS, Tiling, pipe_of, recorded, recording, sample, sequences
 from pipelines import NEGATIVE, PROMPT
 
 import attnpatch
@@ -35,10 +36,10 @@ class Sampled:
     def sites(self, kind, query, key):
         """Names of the sites of one kind, by what of them is shown; without the component's."""
         names = []
-        for site, matrix in self.calls[0].sites.items():
+        for site in self.calls[0].sites:
             shown = []
-            for length, blocks in zip(matrix.shape[-2:], (query, key), strict=True):
-                kinds = {each for each, _ in dense.segments_of(FACTS[self.name], site, length)}
+            for is_query, blocks in ((True, query), (False, key)):
+                kinds = {each for each, _ in dense.segments_of(self.name, site, is_query)}
                 shown.append(kinds & blocks.kinds)
             if shown == KINDS[kind]:
                 names.append(site)
@@ -53,7 +54,9 @@ KINDS = {
 }
 
 
-def captured(name, processor="fused", way="native", prompt=PROMPT, negative=NEGATIVE, images=1, call=None, **kw):
+def captured(
+    name, processor="fused", way="native", prompt=PROMPT, negative=NEGATIVE, images=1, call=None, **kw
+):
     """Capture a pipeline's images; they are those of the pipeline without attnpatch."""
     call = dict(call or {})
     if prompt is not PROMPT:
@@ -75,7 +78,7 @@ def captured(name, processor="fused", way="native", prompt=PROMPT, negative=NEGA
         made = sample(pipe, name, **call)
     assert np.array_equal(made, native), "capturing changed the images"
     assert maps.left_out == {}
-    if name == "flux":
+    if name in ("flux", "flux wide", "flux even"):
         negative = None
     return Sampled(name, maps, calls, sequences(name, prompt, images, negative))
 
@@ -104,9 +107,8 @@ def check(sampled, kind, query, key, block_map=None, sites=None, heads="mean", s
     assert described == [(each.role, each.text) for each in found]
     for place, sequence in enumerate(found):
         one = block_map.select(sequence=place)
-        lengths = sampled.calls[0].sites[sites[0]].shape[-2:]
-        for side, blocks, length in zip(("query", "key"), (query, key), lengths, strict=True):
-            labels, sizes = dense.labels_of(facts, sites[0], length, blocks, sequence)
+        for side, blocks in (("query", query), ("key", key)):
+            labels, sizes = dense.labels_of(sampled.name, sites[0], side == "query", blocks, sequence)
             if not blocks.own_grid:
                 assert list(getattr(one, f"{side}_labels")) == labels
                 assert getattr(one, f"{side}_sizes").tolist() == sizes
@@ -116,6 +118,12 @@ def check(sampled, kind, query, key, block_map=None, sites=None, heads="mean", s
 def tiles(name, tile=1):
     """An image cut in the unit that maps have by default."""
     return dense.Blocks(True, Tiling(FACTS[name].image, tile))
+
+
+def default(name):
+    """Blocks where nobody says which: the words, and tiles of which at most 32 lie along an edge, 16 as keys."""
+    longest = max(FACTS[name].image[1:])
+    return tiles(name, -(-longest // 32)), tiles(name, -(-longest // 16))
 
 
 def only_tiles(name, tile):
@@ -137,7 +145,7 @@ def asked(blocks):
 
 
 def kinds_of(name):
-    return {"sd3": ("joint", "self"), "flux": ("joint",)}.get(name, ("cross", "self"))
+    return {"sd3": ("joint", "self"), "flux": ("joint",)}.get(name.split()[0], ("cross", "self"))
 
 
 # ------------------------------------------------------------------------------------------------------ every pipeline
@@ -198,7 +206,8 @@ LEVELS = {"*down_blocks.1*": (1, 22, 14), "*down_blocks.2*": (1, 11, 7), "*mid_b
 def test_sites_of_different_resolution(way, processor):
     """22 x 14, 11 x 7 and 6 x 4 tokens of 44 x 28 latents, in tiles of two latents as queries and three as keys."""
     sampled = captured("levels", processor, way)
-    query, key = tiles("levels", 2), tiles("levels", 3)
+    query, key = default("levels")
+    assert (query.tiling.tile, key.tiling.tile) == (2, 3)
     for kind in ("cross", "self"):
         block_map = check(sampled, kind, query, key)
         assert len(block_map.layers) == 7
@@ -217,7 +226,7 @@ def test_tiles_of_any_unit(image, heads):
 def test_own_grid(pattern, site):
     """Sites of one resolution in their own cells: single tokens, or those inside one tile."""
     sampled = captured("levels")
-    query, key = (dataclasses.replace(tiles("levels", edge), own_grid=True) for edge in (2, 3))
+    query, key = (dataclasses.replace(each, own_grid=True) for each in default("levels"))
     for end, kind in ((".attn1", "self"), (".attn2", "cross")):
         block_map = sampled.maps.map(pattern + end, own_grid=True)
         names = [n for n in sampled.sites(kind, query, key) if pattern.strip("*") in n]
@@ -225,6 +234,31 @@ def test_own_grid(pattern, site):
         if site[1] <= 11:
             assert block_map.metadata["query_tiles"] == list(site)
             assert block_map.query_labels[0][-1] == f"r{site[1] - 1}c{site[2] - 1}"
+
+
+@pytest.mark.parametrize("edge", [1, 3])
+@pytest.mark.parametrize("name", ["flux wide", "pixart high", "sd3 wide", "wan", "ltx wide"])
+def test_images_that_are_no_squares(name, edge):
+    """All of it, and in tiles; of a video every frame."""
+    if edge == 1:
+        sampled = captured(name)
+        for kind in kinds_of(name):
+            check(sampled, kind, *default(name))
+    else:
+        image = only_tiles(name, edge)
+        sampled = captured(name, blocks=asked(image))
+        check(sampled, "self", image, image)
+
+
+@pytest.mark.parametrize("name", ["flux even", "pixart even", "sd3 even", "wan even"])
+def test_as_many_tokens_of_text_as_of_the_image(name):
+    """Which is which does not show in how many they are."""
+    sampled = captured(name)
+    for kind in kinds_of(name):
+        check(sampled, kind, *default(name))
+    image = only_tiles(name, 3)
+    sampled = captured(name, blocks=(asked(image), words_of(name.split()[0])))
+    check(sampled, "cross", image, WORDS)
 
 
 # ------------------------------------------------------------------------------------------------- batches of all sorts
@@ -251,3 +285,130 @@ def test_two_prompts(name):
 def test_guidance_off_or_of_nothing(name, negative):
     sampled = captured(name, negative=negative)
     check(sampled, kinds_of(name)[0], tiles(name), tiles(name))
+
+
+def test_guidance_of_flux():
+    """A second call at the same step."""
+    sampled = captured("flux guided", steps="all")
+    assert len(sampled.calls) == 4
+    check(sampled, "joint", tiles("flux"), tiles("flux"), steps="all")
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan", "ltx"])
+def test_words_of_two_prompts(name):
+    """A list of texts is of the prompts; guidance keeps its own words."""
+    image = only_tiles(name, 3)
+    texts = [PROMPT, OTHER]
+    sampled = captured(name, prompt=texts, blocks=(asked(image), words_of(name, texts)))
+    check(sampled, "cross", image, WORDS)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("sd15", 70), ("flux", 39)])
+def test_a_prompt_that_is_cut_off(name, kept):
+    """Only what the encoder was given has blocks: 72 tokens with start and end, 40 with an end."""
+    words = (PROMPT + " ") * 8
+    sampled = captured(name, prompt=words.strip())
+    first = sampled.found[0] = dataclasses.replace(sampled.found[0], text=" ".join(words.split()[:kept]))
+    block_map = sampled.maps[kinds_of(name)[0]]
+    assert block_map.metadata["sequences"][0]["text"] == words.strip()
+    expected = dense.dense_map(
+        name,
+        sampled.calls,
+        [first],
+        sampled.sites(kinds_of(name)[0], tiles(name), tiles(name)),
+        *[tiles(name)] * 2,
+    )
+    assert_same(block_map.select(sequence=0), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ heat maps
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux wide", "pixart high", "wan", "levels"])
+def test_heat_maps(name):
+    """The mean over layers of a word's column, by step and head; a word that stands twice has both places."""
+    sampled = captured(name, heads="all", steps="all")
+    kind = kinds_of(name)[0]
+    query, _ = default(name)
+    sites = sampled.sites(kind, query, query)
+    every = dense.dense_map(name, sampled.calls, sampled.found, sites, query, WORDS, "all", "all")
+    expected = (every if name == "flux wide" else every[0]).mean(1)
+    frames, height, width = (-(-length // edge) for length, edge in query.tiling.axes())
+    expected = expected[..., -frames * height * width :, :]
+    shape = (height, width) if frames == 1 else (frames, height, width)
+    for word, places in (("red", [1]), ("Table,", [6]), ("a", [0, 8]), (3, [3])):
+        heat = sampled.maps.heat_map(word)
+        assert heat.shape == shape
+        assert np.abs(heat - expected[..., places].mean((0, 1, -1)).reshape(shape)).max() <= TOLERANCE
+    one = sampled.maps.heat_map("cube", step=1, head=0)
+    assert np.abs(one - expected[1, 0, :, 2].reshape(shape)).max() <= TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------------- denoisers alone
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
+def test_a_denoiser_by_itself(name):
+    """Called directly: each call with another timestep is a step, rows of the batch are sequences in order."""
+    denoiser = getattr(pipe_of(name), FACTS[name].denoiser)
+    inputs = {"sd15": unet_inputs, "sd3": sd3_inputs, "flux": flux_inputs, "wan": wan_inputs}[name]
+    steps = [inputs(900.0, 0), inputs(400.0, 1)]
+    image = only_tiles(name, 3)
+
+    def call():
+        with torch.no_grad():
+            return [denoiser(**each, return_dict=False)[0] for each in steps]
+
+    with recording(denoiser) as calls:
+        native = call()
+    with attnpatch.capture(denoiser, blocks=(asked(image), words_of(name)), steps="all") as maps:
+        made = call()
+    assert all(torch.equal(a, b) for a, b in zip(native, made, strict=True))
+    found = [dense.Sequence("", PROMPT, 0, row) for row in range(2)]
+    sampled = Sampled(name, maps, calls, found)
+    sites = sampled.sites("cross", image, WORDS)
+    assert list(maps.block_map.layers) == sites
+    expected = dense.dense_map(name, calls, found, sites, image, WORDS, steps="all")
+    assert_same(maps.block_map, expected)
+    assert list(maps.block_map.key_labels[0]) == PROMPT.split()
+
+
+def numbers(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unet_inputs(timestep, seed):
+    return {
+        "sample": numbers(seed, 2, 4, 16, 16),
+        "timestep": timestep,
+        "encoder_hidden_states": numbers(7, 2, 72, 32),
+    }
+
+
+def sd3_inputs(timestep, seed):
+    return {
+        "hidden_states": numbers(seed, 2, 4, 16, 16),
+        "timestep": torch.full((2,), timestep),
+        "encoder_hidden_states": numbers(7, 2, 72 + 256, 64),
+        "pooled_projections": numbers(8, 2, 64),
+    }
+
+
+def flux_inputs(timestep, seed):
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    return {
+        "hidden_states": numbers(seed, 2, 64, 16),
+        "timestep": torch.full((2,), timestep / 1000),
+        "encoder_hidden_states": numbers(7, 2, 40, 32),
+        "pooled_projections": numbers(8, 2, 32),
+        "img_ids": torch.stack([torch.zeros(8, 8), rows, columns], -1).reshape(64, 3),
+        "txt_ids": torch.zeros(40, 3),
+    }
+
+
+def wan_inputs(timestep, seed):
+    return {
+        "hidden_states": numbers(seed, 2, 16, 3, 4, 6),
+        "timestep": torch.full((2,), timestep),
+        "encoder_hidden_states": numbers(7, 2, 40, 32),
+    }
