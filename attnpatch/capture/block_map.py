@@ -147,6 +147,10 @@ class BlockMap:
         if layer is not None:
             _choose(changes, layer, of_layers, self.layers, "layer")
         if step is not None and (self.steps or step != "mean"):
+            if not self.steps:
+                raise CaptureError(
+                    f"no step {step!r} in this map, steps were averaged or there are none; capture with steps='all'."
+                )
             _choose(changes, step, batch, self.steps, "step")
         if sequence is not None:
             found = position(sequence, range(self.num_sequences), "sequence")

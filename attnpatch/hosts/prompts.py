@@ -68,8 +68,8 @@ class Prompts:
                 handle.remove()
 
     def begin(self, texts: list[tuple[str, str]]) -> None:
-        """A pipeline is called with these texts and their roles."""
-        self.texts, self.encoded = texts, []
+        """A pipeline is called with these texts and their roles; what was encoded before it may be given to it."""
+        self.texts = texts
 
     def end(self) -> None:
         """What encoders returned is let go."""
