@@ -77,7 +77,10 @@ def captured(
         maps = stack.enter_context(attnpatch.capture(pipe, **kw))
         made = sample(pipe, name, **call)
     assert np.array_equal(made, native), "capturing changed the images"
-    assert maps.left_out == {}
+    # The attention to an image prompt, of so many keys, is not that to the text.
+    assert set(maps.left_out.values()) == (
+        {"attends a second time, to 4 keys"} if name == "image prompt" else set()
+    )
     if name in ("flux", "flux wide", "flux even"):
         negative = None
     return Sampled(name, maps, calls, sequences(name, prompt, images, negative))
@@ -292,6 +295,15 @@ def test_guidance_of_flux():
     sampled = captured("flux guided", steps="all")
     assert len(sampled.calls) == 4
     check(sampled, "joint", tiles("flux"), tiles("flux"), steps="all")
+
+
+@pytest.mark.parametrize("way", ["native", "rows"])
+def test_an_image_prompt(way):
+    """Attention to the text, beside which there is another."""
+    sampled = captured("image prompt", way=way)
+    for kind in ("cross", "self"):
+        check(sampled, kind, tiles("sd15"), tiles("sd15"))
+    assert len(sampled.maps.left_out) == 4
 
 
 @pytest.mark.parametrize("name", ["sd15", "wan", "ltx"])

@@ -317,7 +317,9 @@ class ImageRecorder:
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """Who looks at the call of a site that is about to be made."""
-        given = [(self.origins.of(t), t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        # Beside an image prompt the text is the first of a tuple.
+        values = [v for v in (*args, *kwargs.values()) for v in (v if isinstance(v, tuple) else (v,))]
+        given = [(self.origins.of(t), t) for t in values if isinstance(t, torch.Tensor)]
         inputs = [(origin, _lengths(t)) for origin, t in given if origin is not None]
         facts = self.site_call(args, kwargs)
         return ImageObserver(self, self.prefix + site.name, self.call, facts, self.records, inputs)
