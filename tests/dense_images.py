@@ -228,6 +228,8 @@ def pipe_of(name, processor="fused"):
     pipe = pipelines.build(name)
     if processor == "by hand":
         pipe.unet.set_attn_processor(AttnProcessor())
+    elif processor == "half":
+        pipe.to(torch.bfloat16)
     return pipe
 
 

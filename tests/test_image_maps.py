@@ -317,6 +317,35 @@ def test_frames_as_rows_of_a_batch_are_left_out():
         maps.keys()
 
 
+def test_attention_of_some_rows_of_a_batch_is_left_out():
+    """Perturbed attention guidance: one of two rows attends, whose heads are not those of two images."""
+    parts = {**pipe_of("sd15").components, "safety_checker": None, "feature_extractor": None}
+    pipe = diffusers.StableDiffusionPAGPipeline(
+        **parts, requires_safety_checker=False, pag_applied_layers=["mid"]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    processors = dict(pipe.unet.attn_processors)
+    with attnpatch.capture(pipe) as maps:
+        pipe(PROMPT, guidance_scale=1.0, num_inference_steps=1, output_type="np", **pipelines.SIZE)
+    pipe.unet.set_attn_processor(processors)
+    assert len(maps.sites) == 7
+    (site,) = maps.left_out
+    assert site == "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert maps.left_out[site] == "attends in 8 pieces, not in the 16 of its batch and heads"
+
+
+def test_attention_in_slices_of_heads_is_left_out():
+    """Whose heads are which does not show; what is not sliced would be mixed with it."""
+    pipe = pipe_of("sd15", "by hand")
+    processors = dict(pipe.unet.attn_processors)
+    pipe.unet.set_attention_slice("auto")
+    with attnpatch.capture(pipe) as maps:
+        run(pipe, "sd15")
+    pipe.unet.set_attn_processor(processors)
+    assert set(maps.left_out.values()) == {"attends in 4 pieces, not in the 16 of its batch and heads"}
+    assert len(maps.left_out) == 8
+
+
 def test_an_image_without_text():
     """A UNet of its own: the image to itself."""
     torch.manual_seed(0)

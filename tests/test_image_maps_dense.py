@@ -164,7 +164,7 @@ def test_every_pipeline(name, way):
         check(sampled, kind, tiles(name), tiles(name))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan"])
 def test_heads_and_steps(name):
     """Every head and step apart, in words and in tiles that do not divide the image; in Wan a step is two calls."""
     sampled = captured(name, heads="all", steps="all")
@@ -275,7 +275,7 @@ def test_two_images(name):
         check(sampled, kind, tiles(name), tiles(name))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan", "ltx"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
 def test_two_prompts(name):
     """Each with its own words, of which one has fewer."""
     sampled = captured(name, prompt=[PROMPT, OTHER])
@@ -333,10 +333,18 @@ def test_a_prompt_that_is_cut_off(name, kept):
     assert_same(block_map.select(sequence=0), expected)
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_half_precision(name):
+    """The probabilities of bfloat16 queries and keys, computed and summed in float32 or better."""
+    sampled = captured(name, "half")
+    kind = kinds_of(name)[0]
+    check(sampled, kind, tiles(name), tiles(name))
+
+
 # ------------------------------------------------------------------------------------------------------------ heat maps
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux wide", "pixart high", "wan", "levels"])
+@pytest.mark.parametrize("name", ["sd15", "flux wide", "wan", "levels"])
 def test_heat_maps(name):
     """The mean over layers of a word's column, by step and head; a word that stands twice has both places."""
     sampled = captured(name, heads="all", steps="all")

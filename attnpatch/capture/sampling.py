@@ -262,6 +262,7 @@ class ImageRecorder:
         sites: Pattern of site names, ``None``: all.
         read_call: Makes a ``DenoiserCall`` of arguments.
         site_call: Says what is known of a call of a site.
+        num_heads: Of sites, where it is known.
 
     Raises:
         CaptureError: There is no such site, or these are no heads.
@@ -279,8 +280,10 @@ class ImageRecorder:
         sites: str | None,
         read_call: Callable[[Any, Any], DenoiserCall],
         site_call: Callable[[Any, Any], SiteFacts],
+        num_heads: dict[str, int],
     ) -> None:
         self.sampling, self.prefix, self.heads = sampling, prefix, checked_heads(heads)
+        self.num_heads = {prefix + name: count for name, count in num_heads.items()}
         self.read_call, self.site_call = read_call, site_call
         self.wanted = {name for name in names if sites is None or fnmatch.fnmatchcase(prefix + name, sites)}
         self.call: DenoiserCall | None = None
@@ -351,7 +354,14 @@ class ImageObserver(SiteObserver):
         lengths = (passing.q_len, passing.kv_len)
         if self.lengths is None:
             self.lengths = lengths
-            self._place(*lengths)
+            whole = self.call.batch * self.recorder.num_heads.get(self.name, 0)
+            if whole and passing.lead_count != whole:
+                # Some rows of the batch only (perturbed attention guidance), some heads, or other rows than images.
+                self._refuse(
+                    f"attends in {passing.lead_count} pieces, not in the {whole} of its batch and heads"
+                )
+            else:
+                self._place(*lengths)
         elif self.lengths != lengths:
             # A second attention inside the module, as an image prompt's: shown it would be mixed with the first.
             self._leave_out(f"attends a second time, to {passing.kv_len} keys", f" ({passing.kv_len} keys)")
