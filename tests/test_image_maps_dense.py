@@ -204,9 +204,10 @@ def test_tiles_and_words(name):
 LEVELS = {"*down_blocks.1*": (1, 22, 14), "*down_blocks.2*": (1, 11, 7), "*mid_block*": (1, 6, 4)}
 
 
-@pytest.mark.parametrize("processor", ["fused", "by hand"])
-@pytest.mark.parametrize("way", ["native", "rows"])
-def test_sites_of_different_resolution(way, processor):
+@pytest.mark.parametrize(
+    ("processor", "way"), [("fused", "native"), ("by hand", "native"), ("by hand", "rows")]
+)
+def test_sites_of_different_resolution(processor, way):
     """22 x 14, 11 x 7 and 6 x 4 tokens of 44 x 28 latents, in tiles of two latents as queries and three as keys."""
     sampled = captured("levels", processor, way)
     query, key = default("levels")
@@ -216,8 +217,10 @@ def test_sites_of_different_resolution(way, processor):
         assert len(block_map.layers) == 7
 
 
-@pytest.mark.parametrize("image", [Tiling((1, 44, 28), 5), Tiling((1, 11, 7), 2), Tiling((1, 22, 14), 1)])
-@pytest.mark.parametrize("heads", ["mean", "all"])
+@pytest.mark.parametrize(
+    ("image", "heads"),
+    [(Tiling((1, 44, 28), 5), "all"), (Tiling((1, 11, 7), 2), "mean"), (Tiling((1, 22, 14), 1), "mean")],
+)
 def test_tiles_of_any_unit(image, heads):
     """The image in latents, or in tokens of one of its levels; tiles that fit no level."""
     blocks = dense.Blocks(False, image)
