@@ -147,6 +147,10 @@ class BlockMap:
         if layer is not None:
             _choose(changes, layer, of_layers, self.layers, "layer")
         if step is not None and (self.steps or step != "mean"):
+            if not self.steps:
+                raise CaptureError(
+                    f"no step {step!r} in this map, steps were averaged or there are none; capture with steps='all'."
+                )
             _choose(changes, step, batch, self.steps, "step")
         if sequence is not None:
             found = position(sequence, range(self.num_sequences), "sequence")
@@ -312,7 +316,8 @@ class BlockMap:
             size.insert(0, f"{self.num_sequences} sequences")
         labels = self.query_labels[0] if self._batched else self.query_labels
         tokens = self.query_sizes.sum(-1).tolist()
-        sums = self.mass.sum(-1)[over_rows(self.query_sizes > 0, self.mass[..., 0])]
+        sums = self.mass.sum(-1)
+        sums = sums[over_rows(self.query_sizes > 0, sums)]
         rows = f"rows sum to {sums.min():.4g} to {sums.max():.4g}" if sums.numel() else "no rows"
         lines = [
             f"BlockMap: {', '.join(size)}",
