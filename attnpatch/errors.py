@@ -25,6 +25,10 @@ class ExplainError(AttnpatchError):
     """A model cannot be explained: it cannot be run on shapes alone, or its inputs cannot be made up."""
 
 
+class AnalysisError(AttnpatchError):
+    """What is to be analysed cannot be read, or does not fit."""
+
+
 class BlockMapFileError(AttnpatchError, OSError):
     """A block map file is missing, cut short, damaged or of another version."""
 

@@ -18,15 +18,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from attnpatch.capture.block_map import NORMALIZATIONS, BlockMap
+from attnpatch.capture.block_map import BlockMap
+from attnpatch.capture.map_fields import NORMALIZATIONS
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
 
 
-def make_map(num_layers=2, num_heads=None, queries=3, keys=4, batch=None, labels=None, **more):
+def make_map(
+    num_layers=2, num_heads=None, queries=3, keys=4, batch=None, labels=None, num_steps=None, **more
+):
     torch.manual_seed(0)
     shape = [num_layers, queries, keys]
     if num_heads is not None:
         shape.insert(1, num_heads)
+    if num_steps is not None:
+        shape.insert(0, num_steps)
+        more = {"steps": range(num_steps), **more}
     if batch is not None:
         shape.insert(0, batch)
     mass = (2 * torch.randn(shape)).softmax(-1)
@@ -54,6 +60,8 @@ def ragged():
 
 VARIANTS = {
     "mean": {},
+    "steps": {"num_steps": 4},
+    "steps, heads and batch": {"num_steps": 4, "num_heads": 3, "batch": 2},
     "heads": {"num_heads": 3},
     "batch": {"batch": 2},
     "heads and batch": {"num_heads": 3, "batch": 2},
@@ -235,12 +243,40 @@ def test_pickle_and_equality(any_map):
     assert make_map() != make_map(key_sizes=torch.ones(4))
 
 
+def test_steps_are_an_axis():
+    whole = make_map(num_steps=4, num_heads=3, batch=2)
+    one = whole.select(step=2)
+    assert one.steps == (2,) and torch.equal(one.mass, whole.mass[:, 2:3])
+    mean = whole.select(step="mean", layer="mean", head="mean")
+    assert mean.steps == ("mean",)
+    torch.testing.assert_close(mean.mass, whole.mass.mean((1, 2, 3))[:, None, None])
+    assert whole.select(step=[0, -1]).steps == (0, 3)
+    assert torch.equal(make_map().select(step="mean").mass, make_map().mass)
+    with pytest.raises(CaptureError, match="no step 4"):
+        whole.select(step=4)
+    with pytest.raises(CaptureError, match="4 steps in one picture"):
+        whole.plot(step=[0, 1, 2, 3])
+    with pytest.raises(CaptureError, match="2 layers, 3 steps"):
+        make_map(num_steps=4, steps=range(3))
+
+
+def test_files_without_steps_are_read(tmp_path):
+    path = make_map().save(tmp_path / "map.safetensors")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    content = json.loads(header["block_map"])
+    assert content.pop("steps") == []
+    save_file(tensors, path, header | {"block_map": json.dumps(content)})
+    assert BlockMap.load(path) == make_map()
+
+
 def test_dataframe_has_a_row_per_cell(any_map):
     pytest.importorskip("pandas")
     frame = any_map.normalize("density").to_dataframe()
     assert len(frame) == any_map.mass.numel()
     batched, split = any_map.num_sequences > 1, any_map.heads != "mean"
-    columns = ["sequence"] * batched + ["layer"] + ["head"] * split
+    columns = ["sequence"] * batched + ["step"] * bool(any_map.steps) + ["layer"] + ["head"] * split
     assert list(frame.columns) == [*columns, "query", "key", "query_label", "key_label", "mass", "value"]
     row = frame.iloc[-1]
     where = (-1,) * any_map.mass.ndim

@@ -210,3 +210,34 @@ def test_workspace_bounds_the_step(workspace):
     taken = max(high - low for low, high in steps.rows) * (steps.lead[0][heads][1] - steps.lead[0][heads][0])
     least = LEAST[ROW] * LEAST[LEAD] * 8192 * 4 * 3
     assert taken * 8192 * 4 * 3 <= max(parse_size(workspace), least)
+
+
+def largest(heads, q_len, reads, **options):
+    axes = [Axis(heads, LEAD), Axis(q_len, ROW)] if heads > 1 else [Axis(q_len, ROW)]
+    policy = Policy(workspace=options.pop("workspace", None))
+    return choose(axes, q_len, 4, policy, torch.device("cpu"), reads=reads, **options).largest()
+
+
+def test_no_more_heads_than_there_are():
+    """8 MiB of scores are 128 rows of the one head, not 64 of two."""
+    assert largest(1, 16384, 0) == (128, 1)
+    assert largest(4, 16384, 0) == (64, 2)
+
+
+def test_a_step_is_as_long_as_what_it_reads_beside_its_rows():
+    """Keys and values of 512: 1024 elements for every column of the scores."""
+    assert largest(1, 16384, 2 * 512 * 16384) == (1024, 1)
+    assert largest(1, 16384, 2 * 512 * 16384, shrink=4) == (256, 1)
+    assert largest(16, 8192, 2 * 64 * 8192) == (128, 2)
+
+
+def test_a_long_step_is_a_small_part_of_all_scores():
+    assert largest(1, 8192, 2 * 512 * 8192) == (512, 1)
+
+
+def test_a_long_step_respects_the_workspace_and_free_memory():
+    limit = 48 * 2**20
+    for options in ({"workspace": limit}, {"free": 2 * limit}):
+        rows, heads = largest(1, 16384, 2 * 512 * 16384, **options)
+        assert rows * heads > 128
+        assert rows * heads * 16384 * 4 * 3 <= limit

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from attnpatch.activation.files import Folder
-from attnpatch.api import recorder_of
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.observer import SiteObserver
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capturing import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.patching.patch import Patch
 
@@ -34,6 +34,7 @@ class AutomaticRecorder:
     """
 
     gives_way = True
+    is_of_gradient = False
 
     def __init__(
         self,
@@ -181,6 +182,8 @@ class AutomaticRecorder:
 class _Guarded:
     """An observer whose errors end the capture of a sequence instead of the model's call."""
 
+    is_of_gradient = False
+
     def __init__(self, recorder: AutomaticRecorder, observer: SiteObserver) -> None:
         self.recorder, self.observer = recorder, observer
 
@@ -190,6 +193,12 @@ class _Guarded:
                 self.observer.observe(probabilities, passing)
             except Exception as error:
                 self.recorder.fail(error)
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> None:
+        return None
+
+    def finish(self) -> None:
+        pass
 
     def restart(self) -> None:
         if not self.recorder.is_out:

@@ -29,7 +29,9 @@ class Blocks:
     spans_by_sequence: tuple[tuple[Span, ...], ...] = ()
     labels_by_sequence: tuple[tuple[str, ...], ...] = ()
     per_sequence: bool = False
-    grid: tuple[int, int, int, int] | None = None
+    image: tuple[int, int, int, int, int] | None = None
+    grows: bool = False
+    ahead: bool = False
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -51,6 +53,9 @@ class Blocks:
         cls,
         spans: Sequence[Span] | Sequence[Sequence[Span]],
         labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        grows: bool = False,
+        ahead: bool = False,
     ) -> "Blocks":
         """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
 
@@ -58,6 +63,8 @@ class Blocks:
             spans: ``[(start, end), ...]``, sorted, without overlap; a gap belongs to no block. For a batch of
                 different sequences a list of such lists, one per sequence.
             labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
+            grows: The last block takes all tokens from its first one on, those generated later too.
+            ahead: The sequence comes in pieces through a cache: blocks that it has not reached yet are no mistake.
 
         Raises:
             BlockError: Spans are empty, negative, unsorted or overlap, or labels do not match them.
@@ -68,7 +75,7 @@ class Blocks:
             named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
         else:
             named = _check_labels(labels if per_sequence else [labels], by_sequence)
-        return cls("spans", None, by_sequence, named, per_sequence)
+        return cls("spans", None, by_sequence, named, per_sequence, grows=grows, ahead=ahead)
 
     @classmethod
     def messages(
@@ -82,15 +89,17 @@ class Blocks:
         """One block per chat message, labelled ``"0 system"``, ``"1 user"``, ...
 
         The conversation is rendered with the tokenizer's chat template, as
-        ``tokenizer.apply_chat_template(messages)`` does, once per prefix; where a prefix ends a message ends,
-        and character offsets say which tokens that is. What the template puts before the first message
-        belongs to the first block. Tokens generated later belong to no block.
+        ``tokenizer.apply_chat_template(messages)`` does, and once more with marks that say where each message
+        came out; where the conversation cut off after a message ends, that message ends, and character offsets
+        say which tokens that is (``attnpatch.capture.division`` tells how). What the template puts before the
+        first message belongs to the first block.
 
         Args:
             tokenizer: A fast tokenizer of transformers with a chat template.
             messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
             add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
-                becomes a last block ``"assistant (next)"``.
+                becomes a last block ``"assistant (next)"``, which grows with the tokens that are generated. Without it
+                these belong to no block.
             **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
 
         Raises:
@@ -106,7 +115,7 @@ class Blocks:
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
             spans.append(_check_spans(found))
             labels.append((*names, "assistant (next)") if add_generation_prompt else tuple(names))
-        return cls("messages", None, tuple(spans), tuple(labels), per_sequence)
+        return cls("messages", None, tuple(spans), tuple(labels), per_sequence, grows=add_generation_prompt)
 
     @classmethod
     def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
@@ -143,31 +152,34 @@ class Blocks:
         return cls(kind, None, spans, labels, per_sequence)
 
     @classmethod
-    def tiles(cls, height: int, width: int, tile: int, *, start: int = 0) -> "Blocks":
+    def tiles(cls, height: int, width: int, tile: int, *, start: int = 0, frames: int = 1) -> "Blocks":
         """Square tiles of an image whose tokens come row by row; labelled ``"r0c0"``, ``"r0c1"``, ...
 
-        Tokens of the sequence beside the image belong to no block.
+        Tokens of the sequence beside the image belong to no block. For a model of diffusers these are parts of the
+        image, not of a sequence: sites of any resolution are brought to this grid.
 
         Args:
             height, width: Of the image, in tokens (of the latents divided by the patch, not pixels).
             tile: Edge of a tile, in tokens; tiles at the right and the bottom may be smaller.
             start: Tokens before the image: 1 with a class token, the text's where it comes first.
+            frames: Of a video, one after the other; labelled ``"f0r0c0"``, ... if there are several.
 
         Raises:
             BlockError: A number is not whole, or too small.
         """
-        grid = (
+        image = (
             _whole(height, "the height of the image"),
             _whole(width, "the width of the image"),
             _whole(tile, "the edge of a tile"),
             _whole(start, "the start of the image"),
+            _whole(frames, "the number of frames"),
         )
-        if min(grid[:3]) < 1 or grid[3] < 0:
+        if min(*image[:3], image[4]) < 1 or image[3] < 0:
             raise BlockError(
                 f"an image of {height} x {width} tokens in tiles of {tile} from token {start} on; accepted are at "
-                "least 1 token each, and a start of 0 or more."
+                "least 1 token each, a start of 0 or more, and 1 frame or more."
             )
-        return cls("tiles", grid=grid)
+        return cls("tiles", image=image)
 
     def resolve(self, valid: Tensor) -> Partition:
         """Find the block of every position of a batch.
@@ -184,8 +196,8 @@ class Blocks:
             given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
             raise BlockError(f"valid is {given}; accepted is a bool tensor [batch, total].")
         valid = valid.detach().cpu()
-        if self.grid is not None:
-            return tiled(self.grid, valid)
+        if self.image is not None:
+            return tiled(self.image, valid)
         lengths = valid.sum(1).tolist()
         spans, labels = self._spans_for(lengths)
         num_blocks = max([1, *(len(s) for s in spans)])
@@ -216,7 +228,14 @@ class Blocks:
         repeat = 1 if self.per_sequence else len(lengths)
         spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
         for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
-            if sequence and sequence[-1][1] > length:
+            whole = sequence
+            if self.ahead:
+                sequence = tuple((start, min(end, length)) for start, end in sequence if start < length)
+                spans = (*spans[:row], sequence, *spans[row + 1 :])
+            is_last = bool(sequence) and len(sequence) == len(whole)
+            if self.grows and is_last and sequence[-1][0] < length:
+                spans = (*spans[:row], (*sequence[:-1], (sequence[-1][0], length)), *spans[row + 1 :])
+            elif sequence and sequence[-1][1] > length:
                 raise BlockError(
                     f"block {len(sequence) - 1} ends at token {sequence[-1][1]}, sequence {row} has {length} "
                     "real tokens; give spans that end there or earlier (padding does not count)."
@@ -226,9 +245,10 @@ class Blocks:
     def __repr__(self) -> str:
         if self.kind == "fixed":
             return f"Blocks.fixed({self.size})"
-        if self.grid is not None:
-            height, width, tile, start = self.grid
-            return f"Blocks.tiles({height}, {width}, {tile}{f', start={start}' if start else ''})"
+        if self.image is not None:
+            height, width, tile, start, frames = self.image
+            more = f", start={start}" * (start > 0) + f", frames={frames}" * (frames > 1)
+            return f"Blocks.tiles({height}, {width}, {tile}{more})"
         shown = []
         for sequence, labels in zip(self.spans_by_sequence, self.labels_by_sequence, strict=True):
             names = [f"{label!r}" for label in labels]

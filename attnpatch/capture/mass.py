@@ -138,6 +138,37 @@ def add_run(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None 
     sums.scatter_add_(1, columns.expand(summed.shape), summed.to(sums.device, sums.dtype))
 
 
+def add_rows(
+    sums: Tensor, rows: Tensor, blocks: Tensor, columns: Tensor, weights: Tensor | None = None
+) -> None:
+    """Add rows that hardly share blocks, as an image's tokens do: columns first, where there is little to sum in rows.
+
+    Args:
+        sums: float64 ``[1 or H, query_blocks, key_blocks + 1]``; the last bin is "no block".
+        rows: ``[H, rows, kv_len]``, any float dtype.
+        blocks: int64 ``[rows]``, the block of each row, -1 for none (its values are never looked at).
+        columns: int64 ``[kv_len]``, the bin of each key.
+        weights: ``[H, rows]`` factors; 1 when left out.
+    """
+    if bool((blocks < 0).any()):
+        kept = (blocks >= 0).nonzero().flatten()
+        blocks, kept = blocks[kept], kept.to(rows.device)
+        rows, weights = rows[:, kept], None if weights is None else weights[:, kept]
+    sums.index_add_(1, blocks, key_sums(sums, rows, columns, weights))
+
+
+def key_sums(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows with their keys summed into blocks, ``[1 or H, rows, key_blocks + 1]`` like ``sums``; as ``add_rows``."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if weights is not None:
+        rows = rows * weights.unsqueeze(-1)
+    if sums.shape[0] == 1:
+        rows = rows.sum(0, keepdim=True)
+    rows = rows.to(sums.device, sums.dtype)
+    bins = sums.new_zeros(*rows.shape[:2], sums.shape[2])
+    return bins.scatter_add_(2, columns.expand(rows.shape), rows)
+
+
 def _tile_mass(
     tile: Tensor, member: Tensor, columns: Tensor, sums: Tensor, scratch: int, split_heads: bool
 ) -> Tensor:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from attnpatch.capture.blocks import Partition
-from attnpatch.capture.mass import accumulate_block_mass, add_run
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.mass import accumulate_block_mass, add_rows, add_run, key_sums
+from attnpatch.capture.measures import Measures
+from attnpatch.capture.partition import Partition
+from attnpatch.capture.row_sample import RowSample, draw, generator_for
 from attnpatch.errors import CaptureError
-
-if TYPE_CHECKING:
-    from attnpatch.capture.recorder import Recorder
 
 # Blocks of fewer rows than this in a tile are summed together by one product.
 _SHORT_RUN = 8
+# Of fewer than this there is so little to sum that columns are taken together first.
+_SINGLE_RUN = 4
 
 
 class Passing(Protocol):
@@ -29,6 +31,7 @@ class Passing(Protocol):
     q_len: int
     kv_len: int
     weights: torch.Tensor | None
+    positions: torch.Tensor | None
 
 
 class HostCall(Protocol):
@@ -42,6 +45,21 @@ class HostCall(Protocol):
 
     def go_on(self, before: Any) -> None:
         """Take over what the call before knew of the tokens in the cache."""
+
+
+class Collecting(Protocol):
+    """Who holds the sums (``Recorder``)."""
+
+    heads: Any
+    query_blocks: Blocks
+    key_blocks: Blocks
+    sample_rows: int | None
+    seed: int
+    measures: tuple[str, ...]
+    is_of_gradient: bool
+
+    def head_numbers(self, num_heads: int) -> list[int]:
+        """The heads that are kept apart."""
 
 
 @dataclasses.dataclass
@@ -72,6 +90,8 @@ class Record:
         sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
         counts: float64 ``[batch, query_blocks]``, query tokens summed.
         num_heads: Heads that were summed into one, or kept apart.
+        variance: Of ``sums``, where only a sample of the rows was looked at.
+        measures: What else was asked for.
     """
 
     query: Partition
@@ -79,15 +99,47 @@ class Record:
     sums: torch.Tensor
     counts: torch.Tensor
     num_heads: int
+    variance: torch.Tensor | None = None
+    measures: Measures | None = None
 
 
 class SiteObserver:
     """Adds the tiles of one call of one site to its record."""
 
-    def __init__(self, recorder: Recorder, name: str, call: HostCall, facts: SiteFacts) -> None:
+    def __init__(
+        self, recorder: Collecting, name: str, call: HostCall, facts: SiteFacts, records: dict[str, Any]
+    ) -> None:
         self.recorder, self.name, self.call, self.facts = recorder, name, call, facts
+        self.records = records
         self.record: Record | None = None
         self.before: Record | None = None
+        self.sample: RowSample | None = None
+
+    @property
+    def is_of_gradient(self) -> bool:
+        """Whether it is shown probabilities times their gradients."""
+        return self.recorder.is_of_gradient
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
+        """Which query rows of a call need to be shown, ascending; ``None``: all."""
+        if self.recorder.sample_rows is None or self.facts.tokens == 1 or lead_count % self.call.batch:
+            return None
+        if self.record is None:
+            self.record = self._open(q_len, kv_len, lead_count // self.call.batch)
+        assert self.sample is not None
+        return self.sample.positions() - self.call.past
+
+    def finish(self) -> None:
+        """The call of the site has ended."""
+        if self.record is None or self.sample is None:
+            return
+        for b in range(len(self.sample.drawn)):
+            sums, variance, sizes = self.sample.estimate(b)
+            self.record.sums[b] += sums
+            self.record.counts[b] += sizes
+            assert self.record.variance is not None
+            self.record.variance[b] += variance
+        self.sample = None
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
@@ -102,13 +154,16 @@ class SiteObserver:
         # A host that puts tokens first calls it with other numbers, which say nothing of windows.
         is_cut = self.facts.tokens == passing.q_len and self.facts.sequences != batch
         if is_cut or passing.lead_count % batch:
-            raise CaptureError(
-                f"{self.name} attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: "
-                "its sequence is cut into windows, which block maps over the sequence cannot show"
+            self._refuse(
+                f"attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: its sequence "
+                "is cut into windows, which block maps over the sequence cannot show"
             )
+            return
         num_heads = passing.lead_count // batch
         if self.record is None:
-            self.record = self._open(passing, num_heads)
+            self.record = self._open(passing.q_len, passing.kv_len, num_heads)
+        rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
+        rows = rows + self.call.past
         low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
@@ -118,12 +173,37 @@ class SiteObserver:
             if len(numbers) < len(mine):
                 mine = mine.to(probabilities.device)
                 tile, weights = tile[mine], None if weights is None else weights[mine]
-            if 0 in numbers:
+            if self.record.measures is not None:
+                self._measure(b, numbers, tile, weights, rows)
+            if 0 in numbers and self.sample is None:
                 block = self.record.query.assignment[b, low:high]
                 self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
             for place, chosen in self._places(numbers, num_heads):
                 some = None if weights is None else weights[chosen]
-                self._add(b, place, tile[chosen], some, low, high)
+                if self.sample is None:
+                    self._add(b, place, tile[chosen], some, low, high)
+                else:
+                    columns = self._columns[b, : tile.shape[-1]]
+                    bins = key_sums(self.record.sums[b, place], tile[chosen], columns, some)
+                    self.sample.add(b, place, bins, rows)
+
+    def _measure(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor
+    ) -> None:
+        """Whatever else was asked for, of the real tokens among some rows."""
+        assert self.record is not None and self.record.measures is not None
+        if self.sample is not None:
+            counted = self.sample.weights(b, rows)
+        else:
+            counted = self._real[0][b, rows].double()
+        factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
+        start = int(self._real[1][b].int().argmax())
+        self.record.measures.add(
+            self.recorder.measures, b, numbers, tile, factors, counted, self._first_key, start
+        )
+
+    def _refuse(self, reason: str) -> None:
+        raise CaptureError(f"{self.name} {reason}")
 
     def _places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
         """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
@@ -151,30 +231,22 @@ class SiteObserver:
                 rows = slice(max(start, low) - low, min(stop, high) - low)
                 add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
             return
+        query = self.record.query.assignment[b : b + 1, low:high]
+        if (last - first) * _SINGLE_RUN > high - low:
+            add_rows(sums, tile, query[0], columns, weights)
+            return
         if weights is not None:
             tile = tile * weights.unsqueeze(-1)
-        query = self.record.query.assignment[b : b + 1, low:high]
         accumulate_block_mass(sums[None], tile[None], query, columns[None])
 
-    def _open(self, passing: Passing, num_heads: int) -> Record:
+    def _open(self, q_len: int, kv_len: int, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
         recorder, batch = self.recorder, self.call.batch
-        total = self.call.past + passing.q_len
-        query_valid = self._valid(self.facts.query_mask, total)
-        query = recorder.query_blocks.resolve(query_valid)
-        # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
-        is_context = (
-            self.call.past == 0 and passing.kv_len != passing.q_len and passing.kv_len in self.facts.others
-        )
-        if self.facts.cross or is_context:
-            key = recorder.key_blocks.resolve(self._valid(self.facts.key_mask, passing.kv_len))
-        elif recorder.query_blocks == recorder.key_blocks:
-            key = query
-        else:
-            key = recorder.key_blocks.resolve(query_valid)
+        query, key = self._partitions(q_len, kv_len)
         # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
-        assignment = key.assignment[:, max(0, key.assignment.shape[1] - passing.kv_len) :]
-        room = passing.kv_len - assignment.shape[1]
+        self._first_key = max(0, key.assignment.shape[1] - kv_len)
+        assignment = key.assignment[:, self._first_key :]
+        room = kv_len - assignment.shape[1]
         # The last bin takes the keys of no block, so that none has to be left out of a sum.
         columns = torch.nn.functional.pad(assignment, (0, room), value=-1)
         self._columns = torch.where(columns < 0, key.num_blocks, columns)
@@ -182,8 +254,7 @@ class SiteObserver:
         width = 1 if recorder.heads == "mean" else len(recorder.head_numbers(num_heads))
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
-        records = recorder.sequences[-1]
-        self.before = old = records.get(self.name)
+        self.before = old = self.records.get(self.name)
         if old is not None:
             if old.sums.shape[:2] != sums.shape[:2]:
                 raise CaptureError(
@@ -192,19 +263,55 @@ class SiteObserver:
                 )
             sums[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.sums[..., :-1]
             counts[:, : old.counts.shape[1]] = old.counts
-        records[self.name] = Record(query, key, sums, counts, num_heads)
-        return records[self.name]
+        variance = None
+        if recorder.sample_rows is not None:
+            variance = torch.zeros_like(sums)
+            if old is not None:
+                variance[:, :, : old.sums.shape[2], : old.sums.shape[3] - 1] = old.variance[..., :-1]
+            self.sample = self._drawn(query, q_len, key.num_blocks + 1, width)
+        measures = self._measures(old, q_len, kv_len, num_heads) if recorder.measures else None
+        self.records[self.name] = Record(query, key, sums, counts, num_heads, variance, measures)
+        return self.records[self.name]
+
+    def _drawn(self, query: Partition, q_len: int, bins: int, width: int) -> RowSample:
+        past, most = self.call.past, self.recorder.sample_rows
+        numbers = generator_for(self.recorder.seed, self.name, past)
+        parts = query.assignment[:, past : past + q_len]
+        return RowSample([draw(part, past, most, query.num_blocks, numbers) for part in parts], width, bins)
+
+    def _measures(self, old: Record | None, q_len: int, kv_len: int, num_heads: int) -> Measures:
+        total = self.call.past + q_len
+        queries = self._valid(self.facts.query_mask, total)
+        keys = self._valid(self.facts.key_mask, kv_len) if self.facts.cross else queries
+        self._real = queries, keys
+        tokens = max(keys.shape[1], kv_len)
+        if old is None or old.measures is None:
+            return Measures.empty(self.call.batch, num_heads, tokens)
+        return old.measures.grown(tokens)
 
     def restart(self) -> None:
         """Forget the tiles of this call."""
         if self.record is None:
             return
-        records = self.recorder.sequences[-1]
         if self.before is None:
-            del records[self.name]
+            del self.records[self.name]
         else:
-            records[self.name] = self.before
-        self.record = None
+            self.records[self.name] = self.before
+        self.record = self.sample = None
+
+    def _partitions(self, q_len: int, kv_len: int) -> tuple[Partition, Partition]:
+        """Blocks of the queries and of the keys, of all tokens that the sequence has now."""
+        recorder = self.recorder
+        total = self.call.past + q_len
+        query_valid = self._valid(self.facts.query_mask, total)
+        query = recorder.query_blocks.resolve(query_valid)
+        # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
+        is_context = self.call.past == 0 and kv_len != q_len and kv_len in self.facts.others
+        if self.facts.cross or is_context:
+            return query, recorder.key_blocks.resolve(self._valid(self.facts.key_mask, kv_len))
+        if recorder.query_blocks == recorder.key_blocks:
+            return query, query
+        return query, recorder.key_blocks.resolve(query_valid)
 
     def _valid(self, mask: torch.Tensor | None, total: int) -> torch.Tensor:
         """Which of ``total`` positions are real tokens; all, unless a mask of that length says otherwise."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnpatch.capture.grid import Tiles
 from attnpatch.errors import BlockError
 
 
@@ -37,27 +38,27 @@ class Partition:
         return f"Partition({batch} x {total} positions, {self.num_blocks} blocks)"
 
 
-def tiled(grid: tuple[int, int, int, int], valid: Tensor) -> Partition:
-    """The partition of images of one size; ``valid`` as for ``Blocks.resolve``."""
-    height, width, tile, start = grid
-    down, across = -(-height // tile), -(-width // tile)
-    block = (torch.arange(height)[:, None] // tile * across + torch.arange(width) // tile).flatten()
+def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
+    """The partition of images of one size; ``image`` as in ``Blocks.image``, ``valid`` as for ``Blocks.resolve``."""
+    height, width, _, start, frames = image
+    tiles = Tiles.of_blocks(image)
+    block = tiles.cells(tiles.image)
     tokens = start + torch.arange(len(block))
     assignment = torch.full(valid.shape, -1, dtype=torch.int64)
     for row, real in enumerate(valid):
         positions = real.nonzero().flatten()
         if len(positions) < start + len(block):
+            shape = f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
             raise BlockError(
-                f"{height} x {width} image tokens from token {start} on need {start + len(block)}, sequence {row} has "
+                f"{shape} image tokens from token {start} on need {start + len(block)}, sequence {row} has "
                 f"{len(positions)} real tokens; give height and width in tokens, not pixels."
             )
         assignment[row, positions[tokens]] = block
-    none = torch.zeros(down * across, dtype=torch.int64)
+    none = torch.zeros(len(tiles.sizes()), dtype=torch.int64)
     starts = none.scatter_reduce(0, block, tokens, "amin", include_self=False)
     ends = none.scatter_reduce(0, block, tokens + 1, "amax", include_self=False)
-    labels = tuple(f"r{i}c{j}" for i in range(down) for j in range(across))
-    sizes, starts, ends = (each.repeat(len(valid), 1) for each in (block.bincount(), starts, ends))
-    return Partition(assignment, sizes, starts, ends, (labels,) * len(valid))
+    sizes, starts, ends = (each.repeat(len(valid), 1) for each in (tiles.sizes(), starts, ends))
+    return Partition(assignment, sizes, starts, ends, (tiles.labels(),) * len(valid))
 
 
 def blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:

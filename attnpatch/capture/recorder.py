@@ -11,10 +11,11 @@ import torch
 
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.collected import block_map, measured, together
+from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
+from attnpatch.capture.measures import checked_measures
 from attnpatch.capture.observer import HostCall, Record, SiteFacts, SiteObserver
 from attnpatch.errors import CaptureError
-
-Heads = str | Sequence[int]
 
 
 def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
@@ -37,6 +38,14 @@ def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
     return found
 
 
+class Calls(dict[str, Record]):
+    """The records of one sequence by site; where calls are kept apart, those of each call instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart: list[dict[str, Record]] = []
+
+
 class Recorder:
     """Holds what a capture asked for and what it has seen.
 
@@ -49,9 +58,14 @@ class Recorder:
         read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
         site_call: Says what is known of a call of a site.
         model_name: For the metadata.
+        measures: What else to measure, of ``MEASURES``.
+        sample_rows: Look at so many query rows of each block; ``None``: at all of them.
+        seed: Of the sample.
+        weighting: ``"gradient"``: each probability times its gradient, which the backward pass shows.
+        is_kept_apart: Whether the calls of a sequence are, as steps.
 
     Raises:
-        CaptureError: No such layer, head or site.
+        CaptureError: No such layer, head or site, or one of the others cannot be used.
     """
 
     # Whether a capture that somebody asks for takes its place.
@@ -67,6 +81,11 @@ class Recorder:
         read_call: Callable[[Any, Any, bool], HostCall],
         site_call: Callable[[HostCall, str, Any, Any], SiteFacts],
         model_name: str,
+        measures: Sequence[str] = (),
+        sample_rows: int | None = None,
+        seed: int = 0,
+        weighting: str = "probability",
+        is_kept_apart: bool = False,
     ) -> None:
         pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
         if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
@@ -75,13 +94,25 @@ class Recorder:
                 "Blocks.messages(...), or a pair of them for queries and keys"
             )
         self.query_blocks, self.key_blocks = pair
-        self.heads = _checked_heads(heads)
+        self.heads, self.measures = checked_heads(heads), checked_measures(measures)
+        if sample_rows is not None and (type(sample_rows) is not int or sample_rows < 1):
+            raise CaptureError(
+                f"sample_rows={sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"
+            )
+        if weighting not in ("probability", "gradient"):
+            raise CaptureError(f"weighting={weighting!r} is not accepted; give 'probability' or 'gradient'")
+        self.is_kept_apart = is_kept_apart
+        self.sample_rows, self.seed, self.is_of_gradient = sample_rows, seed, weighting == "gradient"
+        if self.is_of_gradient and (self.measures or sample_rows is not None):
+            raise CaptureError(
+                "measures and sample_rows are of probabilities; leave them out with weighting='gradient'"
+            )
         self.places = pattern_of(names)
         self.wanted = self._chosen(names, layers, sites)
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
         self.call: HostCall | None = None
         self.last: HostCall | None = None
-        self.sequences: list[dict[str, Record]] = []
+        self.sequences: list[Calls] = []
         # Whether the last sequence has only been seen by a part of the model, as generate() runs an encoder first.
         self.is_partial = False
 
@@ -118,9 +149,11 @@ class Recorder:
         goes_on = self.goes_on(self.call)
         self.last = self.call
         if not self.sequences or not (goes_on or self.is_partial):
-            self.sequences.append({})
+            self.sequences.append(Calls())
         elif goes_on:
             self.call.go_on(before)
+        if self.is_kept_apart:
+            self.sequences[-1].apart.append({})
         self.is_partial = False
 
     def goes_on(self, call: HostCall) -> bool:
@@ -128,7 +161,9 @@ class Recorder:
         return self.last is not None and call.continues(self.last)
 
     def end_call(self) -> None:
-        self.call = None
+        # The backward pass may run parts of the call again (gradient checkpointing).
+        if not self.is_of_gradient:
+            self.call = None
 
     def wants(self, name: str) -> bool:
         """Whether a site was asked for."""
@@ -141,63 +176,75 @@ class Recorder:
             self.is_partial = True
             call = self.read_call(args, kwargs, False)
             if not self.sequences or site.name in self.sequences[-1]:
-                self.sequences.append({})
-        return SiteObserver(self, site.name, call, self.site_call(call, site.name, args, kwargs))
+                self.sequences.append(Calls())
+        facts = self.site_call(call, site.name, args, kwargs)
+        calls = self.sequences[-1]
+        return SiteObserver(self, site.name, call, facts, calls.apart[-1] if calls.apart else calls)
 
     def maps(self, sequence: int = -1) -> dict[str, BlockMap]:
         """Block maps of one captured sequence, by group of like sites.
 
         Raises:
-            CaptureError: Nothing was captured.
+            CaptureError: Nothing was captured, or the sites of a group do not fit one map.
         """
-        kept = [records for records in self.sequences if records]
-        if not kept:
+        found = self._records(sequence)
+        if found is None:
             raise CaptureError(
                 "nothing was captured: call the model inside the with block, and see attnpatch.report(model) for "
                 "what its attention sites did"
             )
-        groups: dict[str, list[str]] = {}
-        for name in kept[sequence]:
-            groups.setdefault(self.places[name][0], []).append(name)
+        records, apart = found
+        facts: dict[str, Any] = {"model": self.model_name}
+        if self.is_of_gradient:
+            facts["weighting"] = "gradient"
+        if self.sample_rows is not None:
+            facts |= {"sample_rows": self.sample_rows, "seed": self.seed}
+        maps = {}
+        for group, names in self._groups(records).items():
+            # Asked for and not seen: attention that no door serves (nested tensors, a kernel of its own).
+            missing = sorted(n for n in self.wanted if self.places[n][0] == group and n not in names)
+            more = {"not_captured": missing} if missing else {}
+            maps[group] = block_map(
+                [records[name] for name in names],
+                [[call.get(name) for name in names] for call in apart],
+                layers=[self.places[name][1] for name in names],
+                heads=self.heads,
+                metadata={**facts, "sites": group, **more},
+            )
+        return maps
+
+    def measured(self, sequence: int = -1) -> dict[str, dict[str, torch.Tensor]]:
+        """What else was measured of one captured sequence, by group of like sites and by name; see ``Maps.measured``."""
+        found = self._records(sequence) if self.measures else None
+        if found is None:
+            return {}
+        groups = self._groups(found[0])
         return {
-            group: self._map(group, [kept[sequence][n] for n in names], names)
+            group: measured([found[0][name] for name in names], self.measures)
             for group, names in groups.items()
         }
 
-    def _map(self, group: str, records: list[Record], names: list[str]) -> BlockMap:
-        first = records[0]
-        if any(record.sums.shape != first.sums.shape for record in records):
-            raise CaptureError(
-                f"layers of {group} differ in heads or blocks and do not fit one map; capture them one by one with "
-                "layers=[...]"
-            )
-        means = [
-            record.sums[..., :-1]
-            / (1 if self.heads != "mean" else record.num_heads)
-            / record.counts.clamp(min=1)[:, None, :, None]
-            for record in records
-        ]
-        mass = torch.stack(means, 1).float()
-        if self.heads == "mean":
-            mass = mass.squeeze(2)
-        one = mass.shape[0] == 1
-        # Asked for and not seen: attention that no door serves (nested tensors, a kernel of its own).
-        missing = sorted(n for n in self.wanted if self.places[n][0] == group and n not in names)
-        return BlockMap(
-            mass=mass[0] if one else mass,
-            layers=[self.places[name][1] for name in names],
-            query_labels=first.query.labels[0] if one else first.query.labels,
-            key_labels=first.key.labels[0] if one else first.key.labels,
-            query_sizes=first.counts[0].long() if one else first.counts.long(),
-            key_sizes=first.key.sizes[0] if one else first.key.sizes,
-            heads="mean" if self.heads == "mean" else self.head_numbers(first.num_heads),
-            metadata={
-                "model": self.model_name,
-                "sites": group,
-                "tokens": int(first.key.assignment.shape[1]),
-                **({"not_captured": missing} if missing else {}),
-            },
-        )
+    @property
+    def num_sequences(self) -> int:
+        """How many were captured."""
+        return sum(bool(calls) or any(calls.apart) for calls in self.sequences)
+
+    def _records(self, sequence: int) -> tuple[dict[str, Record], list[dict[str, Record]]] | None:
+        """The records of a captured sequence, and those of each of its calls where they were kept apart."""
+        kept = [calls for calls in self.sequences if calls or any(calls.apart)]
+        if not kept:
+            return None
+        calls = kept[sequence]
+        apart = [call for call in calls.apart if call]
+        return (together(apart) if apart else dict(calls)), apart
+
+    def _groups(self, records: dict[str, Record]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        # In the model's order: a backward pass shows the last layer first.
+        order = {name: place for place, name in enumerate(self.places)}
+        for name in sorted(records, key=order.__getitem__):
+            groups.setdefault(self.places[name][0], []).append(name)
+        return groups
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart.
@@ -205,23 +252,4 @@ class Recorder:
         Raises:
             CaptureError: One was asked for that there is not.
         """
-        if self.heads == "all":
-            return list(range(num_heads))
-        assert not isinstance(self.heads, str)
-        outside = [head for head in self.heads if not -num_heads <= head < num_heads]
-        if outside:
-            raise CaptureError(
-                f"heads={list(self.heads)!r}: there are {num_heads} heads; give numbers below {num_heads}"
-            )
-        return [head % num_heads for head in self.heads]
-
-
-def _checked_heads(heads: Any) -> Heads:
-    if isinstance(heads, str) and heads in ("mean", "all"):
-        return heads
-    numbers = isinstance(heads, (list, tuple)) and heads and all(type(head) is int for head in heads)
-    if not numbers:
-        raise CaptureError(
-            f"heads={heads!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, 3]"
-        )
-    return list(heads)
+        return chosen_heads(self.heads, num_heads)

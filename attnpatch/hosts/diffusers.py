@@ -23,6 +23,11 @@ def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
     return parts or None
 
 
+def tokenizers_of(pipeline: Any) -> dict[str, Any]:
+    """The tokenizers of a pipeline by name."""
+    return {name: part for name, part in _components(pipeline).items() if name.startswith("tokenizer")}
+
+
 def compiled_in(model: Any) -> tuple[str, ...]:
     """What is compiled in a model or a pipeline: paths, without those inside others."""
     parts = {"": model} if isinstance(model, nn.Module) else _components(model)

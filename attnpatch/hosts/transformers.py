@@ -60,7 +60,7 @@ def _continued(mask: torch.Tensor | None, before: torch.Tensor | None, past: int
 
 
 @functools.lru_cache(maxsize=64)
-def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
@@ -72,7 +72,7 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         args: Positional arguments.
         kwargs: Keyword arguments.
     """
-    names = _parameter_names(kind) if kind is not None else ()
+    names = parameter_names(kind) if kind is not None else ()
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = given.get("past_key_values")
     length = getattr(cache, "get_seq_length", None)
@@ -145,7 +145,7 @@ def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torc
 
     An encoder-decoder model gets as many tokens on either side.
     """
-    names = _parameter_names(type(model))
+    names = parameter_names(type(model))
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in names:
         return None
     ids = torch.empty(batch, seq_len, dtype=torch.long, device="meta")
@@ -196,3 +196,10 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     except (ValueError, ImportError, AttributeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExplainError(f"{name}: a model cannot be built of its config: {first}") from error
+
+
+def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
+    """An empty KV cache for a model of transformers; ``offloaded``: layers that do not run wait in the host's memory."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config, offloading=offloaded)

@@ -54,6 +54,7 @@ class Site:
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
+        unseen: Calls that were watched and in which no attention was seen.
         previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
     """
@@ -67,13 +68,14 @@ class Site:
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
         self.below: Site | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), "counts": Counter(), "operations": Counter(), "decisions": {}}
+        return {**vars(self), "counts": Counter(), "operations": Counter(), "unseen": 0, "decisions": {}}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -161,7 +163,8 @@ class Site:
         again = torch._C._current_graph_task_id() != -1
         observer = None
         if recorder is not None and recorder.wants(self.name):
-            observer = _SEEN if again else recorder.observer(self, args, kwargs)
+            is_seen = again and not recorder.is_of_gradient
+            observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
         if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
@@ -184,8 +187,11 @@ class Site:
                     result = forward(*first, **kwargs)
             finally:
                 _thread.mode = None
+        if observer is not None:
+            observer.finish()
         if self.counts.total() == before:
             self.counts["native"] += 1
+            self.unseen += 1
         return result
 
     def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -204,10 +210,18 @@ class Site:
 class _Blind:
     """Stands for an observer that has seen this call already."""
 
+    is_of_gradient = False
+
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass
 
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
     def restart(self) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
 

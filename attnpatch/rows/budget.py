@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 
 import torch
 
@@ -18,6 +19,9 @@ DEVICE_STEP_BYTES = 256 * 2**20
 # Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.
 LIVE_COPIES = 3
 MOST_CPU_ROWS = 256
+# A step that is made longer than the cache holds, because it reads so much beside its rows (a wide head's keys are
+# scaled and packed again for every step), still holds at most this part of all scores.
+MOST_SHARE = 16
 # Below so many multiplications per head torch's CPU bmm takes a loop of its own (aten LinearAlgebra.cpp,
 # bmm_out_or_baddbmm_), which rounds differently.
 LEAST_WORK = 400
@@ -79,6 +83,7 @@ def choose(
     shrink: int = 1,
     grain: Grain = Grain(),
     free: int | None = None,
+    reads: int = 0,
 ) -> Steps:
     """Steps for a recipe.
 
@@ -91,6 +96,7 @@ def choose(
         shrink: Divides the step, also a fixed one; doubled after an out-of-memory error.
         grain: Where rows may be cut.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
+        reads: Elements that each step reads of one head however few its rows (its keys and values).
 
     Returns:
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
@@ -99,24 +105,33 @@ def choose(
     row, lead = _row_and_lead(tileable)
     if row is None:
         return Steps([{}], None, [])
-    elements = (CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize
-    if free is not None:
-        elements = min(elements, free // (2 * LIVE_COPIES * itemsize))
-    if policy.workspace_bytes is not None:
-        elements = min(elements, policy.workspace_bytes // (LIVE_COPIES * itemsize))
-    elements = max(1, elements // shrink)
+    width = max(1, width)
+    present = math.prod(axis.size for axis in lead)
+    ceiling = _ceiling(itemsize, policy, free)
+    elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
     heads, rows = _fixed(policy, shrink)
     if heads is None:
-        heads = LEAST[LEAD] if on_cpu else math.prod(axis.size for axis in lead)
-        heads = max(LEAST[LEAD], min(heads, elements // max(1, width * min(row.size, 16))))
+        heads = LEAST[LEAD] if on_cpu else present
+        heads = max(LEAST[LEAD], min(heads, elements // (width * min(row.size, 16))))
         if on_cpu:
             # Short sequences: as many heads as the step holds, so that a step is worth its overhead.
-            heads = max(heads, elements // max(1, width * min(row.size, MOST_CPU_ROWS)))
+            heads = max(heads, elements // (width * min(row.size, MOST_CPU_ROWS)))
+        heads = min(heads, present)
     if rows is None:
-        rows = max(LEAST[ROW], elements // max(1, width * heads))
+        rows = max(LEAST[ROW], elements // (width * heads))
         if on_cpu:
-            rows = min(rows, MOST_CPU_ROWS)
+            share = row.size * present // (heads * MOST_SHARE)
+            worth = min(-(-reads // width), share, ceiling // (width * heads)) // shrink
+            rows = max(min(rows, MOST_CPU_ROWS), worth)
     return Steps(_lead_tiles(lead, heads), row, grain.cut(row.size, rows))
+
+
+def _ceiling(itemsize: int, policy: Policy, free: int | None) -> int:
+    """Scores that one step may hold at most, whatever would be fast."""
+    limits = [sys.maxsize if free is None else free // 2]
+    if policy.workspace_bytes is not None:
+        limits.append(policy.workspace_bytes)
+    return min(limits) // (LIVE_COPIES * itemsize)
 
 
 def one_row(tileable: list[Axis]) -> Steps:

@@ -38,6 +38,7 @@ class Passing:
         lead_count: How many leads the call has in all.
         q_len, kv_len: Query rows and keys of the call.
         weights: Float ``[leads, rows]``, a factor that each row still has to be multiplied by; ``None``: 1.
+        positions: int64, the query rows of the tile where they are no neighbours; ``rows`` counts among those shown.
     """
 
     leads: torch.Tensor
@@ -46,10 +47,17 @@ class Passing:
     q_len: int
     kv_len: int
     weights: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 class Observer(Protocol):
-    """Who looks at attention probabilities while they pass by."""
+    """Who looks at attention probabilities while they pass by.
+
+    Attributes:
+        is_of_gradient: Whether to show each probability times its gradient instead, in the backward pass.
+    """
+
+    is_of_gradient: bool
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
@@ -57,8 +65,14 @@ class Observer(Protocol):
         Keys that no row of the tile may look at can be left out at the end.
         """
 
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
+        """Query rows that need to be shown, int64, ascending; ``None``: all. More may be."""
+
     def restart(self) -> None:
         """Forget the tiles of this call: it ran out of memory and begins again."""
+
+    def finish(self) -> None:
+        """The call has ended."""
 
 
 @dataclasses.dataclass

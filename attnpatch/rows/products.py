@@ -289,7 +289,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
     """What to show an observer: the probabilities before dropout and casts, if these are probabilities at all."""
     observer = site.observer
-    if observer is None:
+    if observer is None or observer.is_of_gradient:
         return None
     node = probabilities
     while isinstance(node, Dropout) or (

@@ -62,7 +62,7 @@ class Leaf(Node):
     def __init__(self, tensor: torch.Tensor, dims: Dims) -> None:
         self.tensor: torch.Tensor | None = tensor
         self.dims = dims
-        self.dtype, self.device = tensor.dtype, tensor.device
+        self.dtype, self.device, self.count = tensor.dtype, tensor.device, tensor.numel()
         self.version = None if tensor.is_inference() else tensor._version
         self.is_secured = False
 

@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.policy import Policy
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
-from attnpatch.rows.axes import KEY, Tile, add, all_leaves, put, take
+from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
 from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of, unbound
@@ -94,7 +94,10 @@ class Replay:
         )
         if self.limit is not Limit.EXACT:
             grain = Grain()
-        return choose(tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free)
+        return choose(
+            tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
+            _reads(run, tileable),
+        )  # fmt: skip
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
         steps = self._steps(run)
@@ -210,6 +213,16 @@ class Replay:
         value = Run(self.node, dict(zip(copies, tensors, strict=True))).value(self.node, {})
         found = iter(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
         return [next(found) if want else None for want in wanted]
+
+
+def _reads(run: Run, tileable: list[Axis]) -> int:
+    """Elements that a step of one head reads however few its rows: keys, values, a bias that is the same in every row."""
+    found = 0
+    for node in run.nodes:
+        axes = all_leaves(node.dims)
+        if isinstance(node, Leaf) and not any(axis.kind == ROW for axis in axes):
+            found += node.count // math.prod(axis.size for axis in axes if axis in tileable)
+    return found
 
 
 def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:

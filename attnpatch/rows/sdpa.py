@@ -14,6 +14,7 @@ from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
@@ -58,6 +59,11 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.observer is None:
         return _attend(call, args, kwargs, site)
+    if site.observer.is_of_gradient:
+        result = _attend(call, args, kwargs, site)
+        if result.requires_grad:
+            result.register_hook(functools.partial(_show_gradient, call, site))
+        return result
     site.tally.count("captured")
     if site.policy.mode != "always" and keeps_lse(call):
         result, lse = with_lse(call)
@@ -66,6 +72,13 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         result, lse = _attend(call, args, kwargs, site), None
     show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
     return result
+
+
+def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
+    """In the backward pass: an observer sees each probability times its gradient."""
+    site.tally.count("captured")
+    assert site.observer is not None
+    show(call, site.observer, None, site.retried if site.policy.retry_on_oom else None, grad)
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
@@ -145,6 +158,8 @@ def recipe(call: dict[str, Any]) -> Node:
     fused = fused_choice(call) != MATH_KERNEL
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
     whole = (*width, *inner, *([axis for dim in lead for axis in dim] if fused else []))
+    if not fused and is_simple(call):
+        return Dense(leaves, dims, whole, call)
     return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
 
 

@@ -48,6 +48,7 @@ def show(
     observer: Observer,
     lse: torch.Tensor | None = None,
     on_retry: Callable[[], None] | None = None,
+    grad: torch.Tensor | None = None,
 ) -> None:
     """Show an observer the probabilities of an SDPA call, in float32 or better.
 
@@ -57,6 +58,8 @@ def show(
         lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
         on_retry: Called when there is no memory for a tile, and all begins again with half of it; ``None``: the error
             is raised, as it is when a single row does not fit.
+        grad: ``[..., heads, q_len, value_dim]``, the gradient of the call's result: each probability is multiplied by
+            its own gradient, which is the product of a row of this and a value (Q K' = S, P = softmax S, O = P V).
     """
     query, kv_len = call["query"], call["key"].shape[-2]
     on_cpu = query.device.type == "cpu"
@@ -64,7 +67,9 @@ def show(
     elements = max(elements, 16 * kv_len * _group(call))
     while True:
         try:
-            return _show(call, observer, lse, elements)
+            # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
+            with torch._C.DisableTorchFunction():
+                return _show(call, observer, lse, elements, grad)
         except RuntimeError as error:
             if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
                 raise
@@ -73,11 +78,18 @@ def show(
         observer.restart()
 
 
-def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, elements: int) -> None:
+def _show(
+    call: dict[str, Any],
+    observer: Observer,
+    lse: torch.Tensor | None,
+    elements: int,
+    grad: torch.Tensor | None,
+) -> None:
     """Tiles of about so many scores."""
-    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     if query.dim() == 2:
-        query, key = query[None], key[None]
+        query, key, value = query[None], key[None], value[None]
+        grad = None if grad is None else grad[None]
     q_len, kv_len = query.shape[-2], key.shape[-2]
     group = _group(call)
     lead = (
@@ -89,6 +101,20 @@ def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, el
     key = key.expand(*outer, *key.shape[-2:])
     mask = None if mask is None else mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
+    if grad is not None:
+        value = value.expand(*outer, *value.shape[-2:])
+        grad = grad.unflatten(-3, (outer[-1], group))
+    rows = observer.rows(math.prod(lead), q_len, kv_len)
+    if rows is not None:
+        at_rows = rows.to(query.device)
+        query = query[..., at_rows, :]
+        mask, lse = (
+            None if each is None else each.index_select(axis, at_rows)
+            for each, axis in ((mask, -2), (lse, -1))
+        )
+    count = q_len if rows is None else len(rows)
+    if not count:
+        return
     for number, where in enumerate(
         torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
     ):
@@ -96,13 +122,19 @@ def _show(call: dict[str, Any], observer: Observer, lse: torch.Tensor | None, el
         leads = torch.arange(number * group, (number + 1) * group)
         head = _Head(query[at], key[at], None if lse is None else lse[at], scale)
         low = 0
-        while low < q_len:
+        while low < count:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
-            seen = min(kv_len, max(low, 256)) if call["is_causal"] else kv_len
-            high = min(q_len, low + _tile_rows(elements // group, seen))
+            first = low if rows is None else int(rows[low])
+            seen = min(kv_len, max(first, 256)) if call["is_causal"] else kv_len
+            high = min(count, low + _tile_rows(elements // group, seen))
             tile_mask = None if mask is None else mask[at][:, low:high]
-            powers, weights = head.powers(low, high, tile_mask, call["is_causal"])
-            observer.observe(powers, Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights))
+            places = None if rows is None else rows[low:high]
+            powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
+            if grad is not None:
+                seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
+                powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
+            where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
+            observer.observe(powers, where_from)
             low = high
 
 
@@ -142,13 +174,25 @@ class _Head:
             self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
 
     def powers(
-        self, low: int, high: int, mask: torch.Tensor | None, is_causal: bool
+        self,
+        low: int,
+        high: int,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``[group, rows, keys]``, and the ``[group, rows]`` factors that make probabilities of them.
 
-        A causal call leaves out the keys after its last row.
+        A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
         """
-        query, key = self.query[:, low:high], self.key[:high] if is_causal else self.key
+        if is_causal and places is not None:
+            end = int(places[-1]) + 1
+            mask = torch.arange(min(end, len(self.key))) <= places[:, None]
+            mask = mask.to(self.key.device).expand(len(self.query), -1, -1)
+        else:
+            end = high
+        query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
+        is_causal = is_causal and places is None
         with torch.autocast(query.device.type, enabled=False):
             scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
         if mask is not None and mask.dtype == torch.bool:

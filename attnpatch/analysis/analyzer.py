@@ -1,0 +1,422 @@
+"""BlockAttentionAnalyzer: a model as its user can afford it, a conversation in, a map of which message attends to which."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.analysis.gradient import attributed, target_positions
+from attnpatch.analysis.rendering import NEXT, Rendered, render
+from attnpatch.analysis.result import Analysis
+from attnpatch.api import capture, patched, report
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.map_fields import NORMALIZATIONS
+from attnpatch.capture.measures import MEASURES
+from attnpatch.errors import AnalysisError
+from attnpatch.hosts.loading import load_model, load_tokenizer
+from attnpatch.memory import PeakMeter
+
+# Tokens of a piece where nobody says how many.
+CHUNK = 2048
+CHECKPOINTING_NOTE = (
+    "gradient checkpointing saves nothing here: in a pass without gradients nothing is kept for a backward pass; it "
+    "matters for weighting='gradient'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to look at, and how. Every ``analyze_...`` method takes them by name, over those of the analyzer.
+
+    Attributes:
+        blocks: ``"messages"``, a number of tokens, or ``"words"``.
+        layers: ``None`` or ``"all"``: all; ``"last"``; or numbers, negative from the last.
+        heads: ``"mean"``, ``"all"`` or numbers.
+        measures: Also ``"received"``, ``"entropy"``, ``"sink"``.
+        sample_rows: Look at so many query rows of each block; ``None``: at all.
+        seed: Of the sample.
+        weighting: ``"probability"``, or ``"gradient"``: probability times the gradient of the log-probability of
+            ``target`` (single pass only).
+        target: ``"answer"``, the last message of the assistant, or positions of tokens.
+        max_tokens: The most a conversation may have.
+        truncate: What is cut off a longer one, ``"left"`` or ``"right"``; ``None``: it is refused.
+        chunk_size: Tokens of a piece of ``analyze_conversation_chunked``.
+        template_options: For the chat template.
+    """
+
+    blocks: str | int = "messages"
+    layers: str | Sequence[int] | None = None
+    heads: str | Sequence[int] = "mean"
+    measures: Sequence[str] = ()
+    sample_rows: int | None = None
+    seed: int = 0
+    weighting: str = "probability"
+    target: str | Sequence[int] = "answer"
+    max_tokens: int | None = None
+    truncate: str | None = None
+    chunk_size: int = CHUNK
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def changed(self, given: Mapping[str, Any]) -> Options:
+        """With some of them replaced.
+
+        Raises:
+            AnalysisError: There is no such option, or its value cannot be used.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise AnalysisError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        found = dataclasses.replace(self, **given)
+        is_size = type(found.blocks) is int and found.blocks > 0
+        if not is_size and found.blocks not in ("messages", "words"):
+            raise AnalysisError(
+                f"blocks={found.blocks!r} is not accepted; give 'messages', 'words' or a number of tokens"
+            )
+        if type(found.chunk_size) is not int or found.chunk_size < 1:
+            raise AnalysisError(f"chunk_size={found.chunk_size!r} is not accepted; give 1 token or more")
+        unknown = [name for name in found.measures if name not in MEASURES]
+        if unknown:
+            raise AnalysisError(f"measures={unknown!r} is not accepted; there are {', '.join(MEASURES)}")
+        return found
+
+    @property
+    def chosen_layers(self) -> list[int] | None:
+        """As ``capture`` takes them."""
+        if self.layers in (None, "all"):
+            return None
+        return [-1] if self.layers == "last" else list(self.layers)  # type: ignore[arg-type]
+
+
+class BlockAttentionAnalyzer:
+    """Maps of which message of a conversation attends to which.
+
+    Args:
+        model_name_or_path: A folder or a name on the hub; or leave it out and give ``model`` and ``tokenizer``.
+        device_map, torch_dtype, load_in_4bit, load_in_8bit, max_memory: How the model is loaded; see
+            ``attnpatch.hosts.loading.load_model``. The weights' bits say how exact the model is; maps are of the model as
+            it was loaded.
+        use_gradient_checkpointing: Where a backward pass is made (``weighting="gradient"``), keep less for it and compute
+            more. In a pass without gradients it saves nothing, and the result's notes say so.
+        model, tokenizer: What is loaded already; afterwards the model is as it was.
+        head_chunk_size: Heads of one step where attention goes by rows; ``None``: chosen.
+        policy: Fields of ``attnpatch.Policy``, such as ``{"min_free": "8GB"}``.
+        **options: Fields of ``Options``.
+
+    Raises:
+        AnalysisError: The model cannot be loaded, or an option cannot be used.
+        MissingExtraError: transformers, accelerate or bitsandbytes is needed and not installed.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike | None = None,
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        use_gradient_checkpointing: bool = False,
+        max_memory: dict[Any, Any] | None = None,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        head_chunk_size: int | None = None,
+        policy: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = Options().changed(options)
+        if (model is None) == (model_name_or_path is None):
+            raise AnalysisError("give model_name_or_path, or a model and its tokenizer")
+        name = None if model_name_or_path is None else os.fspath(model_name_or_path)
+        if tokenizer is None and name is None:
+            raise AnalysisError("a model was given without its tokenizer; give tokenizer=...")
+        self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        self.model = model if model is not None else load_model(
+            name, device_map=device_map, dtype=torch_dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
+            max_memory=max_memory,
+        )  # fmt: skip
+        self.name = Path(name).name if name is not None else type(self.model).__name__
+        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}
+
+    def analyze_conversation(
+        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+    ) -> Analysis:
+        """One pass over the whole conversation.
+
+        Args:
+            messages: ``[{"role": ..., "content": ...}, ...]``.
+            normalize: Of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``.
+            **options: Fields of ``Options``, for this conversation.
+
+        Returns:
+            ``Analysis``.
+
+        Raises:
+            AnalysisError, BlockError, CaptureError: Something cannot be used; one line says what and the way out.
+        """
+        chosen = self._options(options, normalize)
+        rendered = self._rendered(messages, chosen)
+        if chosen.weighting == "gradient":
+            return self._run(rendered, chosen, normalize, "gradient", messages)
+        return self._run(rendered, chosen, normalize, "single pass")
+
+    def analyze_conversation_sequential(
+        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+    ) -> Analysis:
+        """Message by message through the KV cache: the same map, and memory that follows the longest message.
+
+        Args, Returns, Raises: As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        return self._run(self._rendered(messages, chosen), chosen, normalize, "sequential")
+
+    def analyze_conversation_chunked(
+        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+    ) -> Analysis:
+        """Pieces of ``chunk_size`` tokens through the KV cache, which on CUDA waits in the host's memory: for a
+        conversation of which one message is too long already.
+
+        Args, Returns, Raises: As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        return self._run(self._rendered(messages, chosen), chosen, normalize, "chunked")
+
+    def analyze_generation(
+        self,
+        messages: Sequence[Mapping],
+        normalize: str = "row",
+        *,
+        max_new_tokens: int = 64,
+        steps: bool = False,
+        generate: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Analysis:
+        """Let the model answer; each token it writes is a query row, and the answer's block grows.
+
+        Args:
+            messages: The conversation so far.
+            normalize, **options: As ``analyze_conversation``.
+            max_new_tokens: The most it may write.
+            steps: Keep a map of every step; the first is of the prompt.
+            generate: More for the model's ``generate``.
+
+        Returns:
+            ``Analysis``; ``block_map.metadata["answer"]`` is what was written. The last token that was written has not
+            been looked up by anything yet, so it is no row.
+
+        Raises:
+            As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        rendered = self._rendered(messages, chosen, add_generation_prompt=True)
+        more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
+        return self._run(rendered, chosen, normalize, "generation", steps=steps, generate=more)
+
+    def visualize_results(
+        self, result: Analysis, save_dir: str | os.PathLike = "./attention_maps"
+    ) -> list[Path]:
+        """Write the pictures of a result, its page and its numbers into a folder.
+
+        Returns:
+            What was written: ``block_map.png``, ``layers.png``, ``last_message.png``, ``memory.png`` (of runs long enough
+            to be measured), ``page.html`` and ``analysis.safetensors``.
+        """
+        from attnpatch.viewing.page import write_page
+
+        folder = Path(save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [result.plot(folder / "block_map.png"), result.plot_layers(folder / "layers.png")]
+        written.append(result.plot_row(-1, folder / "last_message.png"))
+        if len(result.memory) > 1:
+            written.append(result.plot_memory(folder / "memory.png"))
+        written.append(write_page({self.name: result.block_map}, folder / "page.html"))
+        written.append(result.save(folder / "analysis.safetensors"))
+        return [Path(str(path)) for path in written]
+
+    # ------------------------------------------------------------------------------------------------------- inside
+
+    def _options(self, options: Mapping[str, Any], normalize: str) -> Options:
+        if normalize not in NORMALIZATIONS:
+            raise AnalysisError(
+                f"normalize={normalize!r} is not accepted; give {', '.join(map(repr, NORMALIZATIONS))}"
+            )
+        return self.options.changed(options)
+
+    def _rendered(
+        self, messages: Sequence[Mapping], options: Options, add_generation_prompt: bool = False
+    ) -> Rendered:
+        limit = options.max_tokens
+        if limit is None:
+            limit = getattr(_text_config(self.model), "max_position_embeddings", None)
+        return render(
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, max_tokens=limit,
+            truncate=options.truncate, **options.template_options,
+        )  # fmt: skip
+
+    def _run(
+        self,
+        rendered: Rendered,
+        options: Options,
+        normalize: str,
+        method: str,
+        messages: Sequence[Mapping] = (),
+        *,
+        steps: bool = False,
+        generate: Mapping[str, Any] | None = None,
+    ) -> Analysis:
+        if options.weighting == "gradient" and method != "gradient":
+            raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
+        device = _input_device(self.model)
+        ids = torch.tensor([rendered.ids], device=device)
+        blocks, texts = _blocks_of(options.blocks, rendered, self.tokenizer, generate is not None)
+        notes = list(rendered.notes)
+        facts: dict[str, Any] = {"method": method, "template": rendered.template}
+        if self.use_gradient_checkpointing and method != "gradient":
+            notes.append(CHECKPOINTING_NOTE)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patched(self.model, **self.policy))
+            maps = stack.enter_context(
+                capture(
+                    self.model, blocks, options.heads, options.chosen_layers,
+                    measures=options.measures, sample_rows=options.sample_rows, seed=options.seed,
+                    weighting=options.weighting, steps="all" if steps else "mean",
+                )
+            )  # fmt: skip
+            meter = stack.enter_context(PeakMeter(device, curve=True))
+            start = time.perf_counter()
+            if method == "gradient":
+                positions = target_positions(options.target, rendered, messages)
+                attributed(self.model, ids, positions, self.use_gradient_checkpointing)
+                facts["target"] = f"log-probability of {len(positions)} tokens"
+            elif generate is not None:
+                with torch.inference_mode():
+                    written = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate)
+                facts["answer"] = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+            else:
+                _feed(self.model, ids, _pieces(method, rendered, options.chunk_size))
+            seconds = time.perf_counter() - start
+            counts = report(self.model).totals
+        sites = _main_sites(maps)
+        found = maps[sites]
+        measured = maps.measured(sites) if options.measures else {}
+        metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
+        if "answer" in facts and options.blocks == "messages":
+            metadata["texts"] = [*texts[:-1], facts["answer"]]
+        block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
+        return Analysis(
+            block_map,
+            **measured,
+            seconds=seconds,
+            peak_bytes=meter.peak,
+            memory=meter.curve,
+            notes=tuple(notes),
+        )
+
+
+def _main_sites(maps: Any) -> str:
+    """The kind of attention that most layers have."""
+    return max(maps.keys(), key=lambda sites: len(maps[sites].layers))
+
+
+def _pieces(method: str, rendered: Rendered, chunk_size: int) -> Iterator[tuple[int, int]]:
+    """Where each pass begins and ends."""
+    if method == "sequential":
+        yield from rendered.spans
+    elif method == "chunked":
+        for start in range(0, len(rendered.ids), chunk_size):
+            yield start, min(start + chunk_size, len(rendered.ids))
+    else:
+        yield 0, len(rendered.ids)
+
+
+@torch.inference_mode()
+def _feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]]) -> None:
+    """Pass the pieces of a sequence through a model, with a cache if there are several."""
+    spans = list(pieces)
+    names = inspect.signature(model.forward).parameters
+    # Nobody looks at the logits, which for 32k tokens would take more memory than anything else.
+    more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+    cache = None
+    if len(spans) > 1:
+        if "past_key_values" not in names:
+            raise AnalysisError(
+                f"{type(model).__name__} has no KV cache; analyze it in a single pass, with analyze_conversation"
+            )
+        from attnpatch.hosts.transformers import new_cache
+
+        cache = new_cache(model, offloaded=ids.device.type == "cuda" and len(spans) > 1)
+    for start, end in spans:
+        mask = torch.ones(1, end, dtype=torch.long, device=ids.device)
+        if cache is None:
+            model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=False, **more)
+        else:
+            model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **more,
+            )
+
+
+def _blocks_of(kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool) -> tuple[Blocks, list[str]]:
+    """Blocks, and what each says."""
+    if kind == "messages":
+        if grows and rendered.labels[-1] != NEXT:
+            raise AnalysisError(
+                "the chat template has no opening of an answer, so it has no block; use another"
+            )
+        return Blocks.spans(rendered.spans, rendered.labels, grows=grows, ahead=True), list(rendered.texts)
+    if kind == "words":
+        spans, labels = words_of(rendered, tokenizer)
+        return Blocks.spans(spans, labels, ahead=True), list(labels)
+    size = int(kind)
+    pieces = [rendered.ids[i : i + size] for i in range(0, len(rendered.ids), size)]
+    return Blocks.fixed(size), [tokenizer.decode(piece) for piece in pieces]
+
+
+def words_of(rendered: Rendered, tokenizer: Any) -> tuple[list[tuple[int, int]], list[str]]:
+    """Spans of words in tokens, and the words: a token that brings white space with it begins one, as does a block."""
+    starts = {start for start, _ in rendered.spans}
+    spans: list[tuple[int, int]] = []
+    labels: list[str] = []
+    text = ""
+    for place in range(len(rendered.ids)):
+        # Decoded together with the one before: alone, a token's leading space may be left out.
+        pair = tokenizer.decode(rendered.ids[max(0, place - 1) : place + 1])
+        before = tokenizer.decode(rendered.ids[max(0, place - 1) : place])
+        piece = pair[len(before) :] if pair.startswith(before) else pair
+        if not spans or place in starts or (piece[:1].isspace() and text.strip()):
+            spans.append((place, place + 1))
+            labels.append(piece.strip())
+            text = piece
+        else:
+            text += piece
+            spans[-1] = (spans[-1][0], place + 1)
+            labels[-1] = text.strip()
+    return spans, [label or "\u2423" for label in labels]
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get() if get is not None else config
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    first = next((embeddings if embeddings is not None else model).parameters(), None)
+    hook = getattr(embeddings, "_hf_hook", None)
+    if hook is not None and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return first.device if first is not None else torch.device("cpu")

@@ -1,0 +1,206 @@
+"""One record of a file as a list of chat messages, whichever of the usual shapes it has."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attnpatch.errors import AnalysisError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = ("human", "gpt", "system", "tool", "function_call", "observation")
+_SAME_ROLE = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+_LISTS = ("messages", "conversations", "conversation")
+_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+ACCEPTED = 'accepted are a list of {"role", "content"}, {"messages": [...]} and {"conversations": [{"from", "value"}]}'
+
+
+class BadRecord(AnalysisError):
+    """A record is not a conversation; the message is the reason alone."""
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value looks like a message, however wrong, and not like a conversation."""
+    return isinstance(value, Mapping) and ("role" in value or "from" in value) and not is_record(value)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value looks like a conversation with its list of messages."""
+    return isinstance(value, list) or (isinstance(value, Mapping) and any(key in value for key in _LISTS))
+
+
+def messages_of(record: Any) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
+    """The messages of a record in one shape, and the tools it offers.
+
+    Returns:
+        Messages ``{"role": str, "content": str}``, with ``"tool_calls"``, ``"name"``, ``"tool_call_id"`` and
+        reasoning where they have them; tools as in the record.
+
+    Raises:
+        BadRecord: It is not a conversation, or not one of text only.
+    """
+    found, tools = record, ()
+    if isinstance(record, Mapping):
+        key = next((key for key in _LISTS if key in record), None)
+        if key is None:
+            keys = ", ".join(shown(name) for name in list(record)[:6]) or "none"
+            raise BadRecord(f"no messages in it (its keys: {keys}); {ACCEPTED}")
+        found, tools = record[key], _tools(record.get("tools"))
+    if not isinstance(found, list):
+        raise BadRecord(f"its messages are {_kind(found)}; {ACCEPTED}")
+    if not found:
+        raise BadRecord("it is empty: no messages")
+    messages = [_message(index, message) for index, message in enumerate(found)]
+    system = record.get("system") if isinstance(record, Mapping) else None
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        raise BadRecord("it is empty: no message has text")
+    for index, message in enumerate(messages):
+        _check_text(f"message {index} ({message['role']})", message)
+    _check_text("its tools", list(tools))
+    return tuple(messages), tools
+
+
+def _message(index: int, message: Any) -> dict:
+    where = f"message {index}"
+    if not isinstance(message, Mapping):
+        raise BadRecord(f"{where} is {_kind(message)}; {ACCEPTED}")
+    if "role" not in message and "from" not in message:
+        raise BadRecord(f"{where} has neither a role nor a 'from'; {ACCEPTED}")
+    given = message["role"] if "role" in message else message["from"]
+    role = _SAME_ROLE.get(given, given) if isinstance(given, str) else given
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRecord(
+            f"{where} has the role {shown(given)}; accepted are {', '.join(ROLES)}, and of ShareGPT "
+            f"{', '.join(name for name in SHAREGPT_ROLES if name not in ROLES)}"
+        )
+    where = f"{where} ({role})"
+    content = message.get("content", message.get("value"))
+    calls = message.get("tool_calls")
+    if given == "function_call":
+        content, calls = "", _parsed(where, content)
+    elif isinstance(message.get("function_call"), Mapping):  # before there were several calls
+        calls = [message["function_call"]]
+    if content is None and not calls and not any(message.get(key) for key in _KEPT[2:]):
+        raise BadRecord(f"{where} has no content")
+    normal: dict[str, Any] = {"role": role, "content": _text(where, content)}
+    if calls:
+        normal["tool_calls"] = _calls(where, calls)
+    for key in _KEPT:
+        if isinstance(message.get(key), str):
+            normal[key] = message[key]
+    return normal
+
+
+def _text(where: str, content: Any) -> str:
+    """A content's text; parts follow each other as chat templates write them."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list):
+        raise BadRecord(f"{where} has {_kind(content)} as content; accepted is text or a list of text parts")
+    texts = []
+    for number, part in enumerate(content):
+        if isinstance(part, Mapping):
+            kind = part.get("type", "text")
+            text = part.get("text")
+            if kind not in ("text", "input_text", "output_text"):
+                raise BadRecord(f"{where}: its part {number} is of type {shown(kind)}; only text is analysed")
+        else:
+            text = part
+        if not isinstance(text, str):
+            raise BadRecord(f"{where}: its part {number} has no text; only text is analysed")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _parsed(where: str, value: Any) -> list[Any]:
+    """The calls that a ShareGPT ``function_call`` turn holds as JSON."""
+    calls = _from_json(value)
+    if not isinstance(calls, Mapping | list) or not calls:
+        raise BadRecord(f'{where}: its function_call is not JSON of {{"name", "arguments"}}')
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _calls(where: str, calls: Any) -> list[dict]:
+    """Tool calls as chat templates expect them: arguments are a dict where they can be."""
+    if not isinstance(calls, list):
+        raise BadRecord(f"{where}: its tool_calls are {_kind(calls)}; accepted is a list")
+    normal = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRecord(f"{where}: its tool call {number} has no function name")
+        arguments = function.get("arguments", {})
+        parsed = _from_json(arguments)
+        arguments = parsed if isinstance(parsed, Mapping) else arguments
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        normal.append(
+            {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
+    return normal
+
+
+def _tools(tools: Any) -> tuple[dict, ...]:
+    tools = _from_json(tools) if isinstance(tools, str) and tools.strip() else tools
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRecord("its tools are no list of tool descriptions")
+    return tuple(tools)
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_text(where: str, value: Any) -> None:
+    """Lone surrogates, halves of characters that JSON can spell, have no UTF-8 and no token."""
+    for path, text in _strings(value, ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRecord(
+                f"{where}: a lone surrogate (\\u{ord(text[error.start]):04x}) at character {error.start} of its {path}"
+            ) from None
+
+
+def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    waiting = [(value, path)]
+    while waiting:
+        value, path = waiting.pop()
+        if isinstance(value, str):
+            yield path or "text", value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                named = key if isinstance(key, str) and key.isprintable() else "keys"
+                waiting += [(item, path or named), (key, path or "keys")]
+        elif isinstance(value, list | tuple):
+            waiting += [(item, path) for item in value]
+
+
+def shown(value: Any) -> str:
+    """A value in a message to people: short, on one line, and printable whatever it is."""
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object")

@@ -1,0 +1,122 @@
+"""Whose tokens a tensor holds, text's or the image's: followed from a model's inputs through its functions.
+
+Joint attention puts both into one sequence, text first in one model and last in the next. Which it is shows where
+they are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+IMAGE, TEXT, OTHER = "image", "text", "other"
+
+# Kinds of tokens and how many, in order; of one kind, however many there are, ``None``.
+Origin = tuple[tuple[str, int | None], ...]
+
+_JOINING = frozenset([torch.cat, torch.concat, torch.concatenate])
+# Products, and which argument's rows are the rows of the result.
+_ROWS_OF = {"addmm": 1, "baddbmm": 1, "addbmm": 1, "einsum": 1}
+_PRODUCTS = frozenset(
+    ["matmul", "__matmul__", "bmm", "mm", "linear", "scaled_dot_product_attention", *_ROWS_OF]
+)
+
+
+class Origins(TorchFunctionMode):
+    """Follows tokens while it is active.
+
+    Attributes:
+        joined: What the latest sequence of each length was put together from, where it is of several kinds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[int, Origin] = {}
+        self._known: Any = WeakIdKeyDictionary()
+
+    def mark(self, tensor: torch.Tensor, kind: str) -> None:
+        """All tokens of a tensor are of one kind."""
+        self._known[tensor] = ((kind, None),)
+
+    def of(self, tensor: torch.Tensor) -> Origin | None:
+        """What is known of a tensor."""
+        return self._known.get(tensor)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if torch.compiler.is_compiling() or not isinstance(result, (torch.Tensor, tuple, list)):
+            return result
+        if isinstance(result, torch.Size):
+            return result
+        if func in _JOINING:
+            self._join(result, *_pieces(args, kwargs))
+            return result
+        source = self._source(func, args, kwargs)
+        if source is not None:
+            origin = self._known[source]
+            for one in [result] if isinstance(result, torch.Tensor) else result:
+                if isinstance(one, torch.Tensor) and one is not source:
+                    self._hand_on(origin, source, one)
+        return result
+
+    def _source(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The first argument whose origin is known; of a product, the one whose rows the result has."""
+        name = getattr(func, "__name__", "")
+        if name in _PRODUCTS:
+            args, kwargs = [a for a in args if isinstance(a, (torch.Tensor, str))], {}
+            args = args[_ROWS_OF.get(name, 0) :][:1]
+        return next((t for t in _tensors((*args, *kwargs.values())) if t in self._known), None)
+
+    def _join(self, result: torch.Tensor, pieces: list[torch.Tensor], dim: int) -> None:
+        if not any(piece in self._known for piece in pieces):
+            return
+        segments: list[tuple[str, int]] = []
+        for piece in pieces:
+            size = piece.shape[dim]
+            found = self._known.get(piece, ((OTHER, None),))
+            found = ((found[0][0], size),) if len(found) == 1 else found
+            if sum(length for _, length in found) != size:
+                return  # joined along another axis than that of tokens
+            for kind, length in found:
+                if segments and segments[-1][0] == kind:
+                    length += segments.pop()[1]
+                segments.append((kind, length))
+        if len({kind for kind, _ in segments}) == 1:
+            self._known[result] = ((segments[0][0], None),)
+        else:
+            self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
+
+    def _hand_on(self, origin: Origin, source: torch.Tensor, result: torch.Tensor) -> None:
+        """A result is of its source's kind; or of the part of a joined sequence that its length says."""
+        if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
+            self._known[result] = origin
+            return
+        parts = [kind for kind, length in origin if length in result.shape]
+        if len(set(parts)) > 1:
+            # As many tokens of either kind: a view of the first of them begins where its source does.
+            shares = result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+            is_first = shares and result.storage_offset() == source.storage_offset()
+            parts = parts[:1] if is_first else parts[-1:] if shares else []
+        if parts:
+            self._known[result] = ((parts[0], None),)
+
+
+def _pieces(args: Any, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
+    pieces = list(args[0] if args else kwargs["tensors"])
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return pieces, dim
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (one for one in value if isinstance(one, torch.Tensor))

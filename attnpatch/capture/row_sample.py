@@ -1,0 +1,126 @@
+"""A sample of the query rows of each block, exact over all keys: cheaper, unbiased, and with a standard error.
+
+Of the ``n`` rows that a block has in a call, ``m`` are drawn: the block is cut into ``m`` equal parts and one row is
+drawn from each, uniformly, so that every row is as likely as any other and no stretch of the block is missed
+(stratified sampling; Cochran, Sampling Techniques, chapter 5). The mean over the rows that were drawn is an unbiased
+estimate of the block's. Its standard error is the one of a simple random sample, which a stratified one is at most as
+wide as where rows of one part are like each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Rows of one sequence that were drawn in one call.
+
+    Attributes:
+        positions: int64 ``[rows]``, places in the sequence, ascending.
+        times: float64 ``[rows]``, how often each was drawn.
+        blocks: int64 ``[rows]``, the block each lies in.
+        taken: float64 ``[blocks]``, how many were drawn from a block, a row that was drawn twice counted twice.
+        sizes: float64 ``[blocks]``, how many rows a block has in this call.
+    """
+
+    positions: torch.Tensor
+    times: torch.Tensor
+    blocks: torch.Tensor
+    taken: torch.Tensor
+    sizes: torch.Tensor
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """float64 ``[rows]``: how many rows of the sequence each stands for."""
+        return self.times * (self.sizes / self.taken.clamp(min=1))[self.blocks]
+
+
+def draw(assignment: torch.Tensor, low: int, most: int, num_blocks: int, generator: torch.Generator) -> Drawn:
+    """Draw up to ``most`` rows of each block.
+
+    Args:
+        assignment: int64 ``[rows]``, the block of each row of a call, -1 for none.
+        low: Place of the first of them in the sequence.
+        most: Rows per block; a block that has no more is taken whole.
+        num_blocks: Blocks there are.
+        generator: Of random numbers.
+    """
+    inside = (assignment >= 0).nonzero().flatten()
+    order = inside[assignment[inside].argsort(stable=True)]
+    sizes = torch.bincount(assignment[inside], minlength=num_blocks)
+    starts = sizes.cumsum(0) - sizes
+    parts = (
+        torch.arange(most) + torch.rand(num_blocks, most, generator=generator, dtype=torch.float64)
+    ) / most
+    picked = (parts * sizes[:, None]).long().clamp(max=(sizes[:, None] - 1).clamp(min=0))
+    places = []
+    for block in sizes.nonzero().flatten().tolist():
+        size = int(sizes[block])
+        places.append(starts[block] + (torch.arange(size) if size <= most else picked[block]))
+    rows = order[torch.cat(places)] if places else order[:0]
+    rows, times = rows.unique(return_counts=True)
+    blocks = assignment[rows]
+    taken = torch.zeros(num_blocks, dtype=torch.float64).index_add_(0, blocks, times.double())
+    return Drawn(rows + low, times.double(), blocks, taken, sizes.double())
+
+
+def generator_for(seed: int, *what: Any) -> torch.Generator:
+    """Random numbers of their own for each site and call, the same whenever it is run again."""
+    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *what)).encode()))
+
+
+class RowSample:
+    """What was drawn in one call of one site, until the call ends.
+
+    Args:
+        drawn: Per sequence.
+        heads: Heads that are summed apart; 1: all together.
+        bins: Key blocks, and one for no block.
+    """
+
+    def __init__(self, drawn: list[Drawn], heads: int, bins: int) -> None:
+        self.drawn = drawn
+        self.rows = [torch.zeros(heads, len(one.positions), bins, dtype=torch.float64) for one in drawn]
+
+    def positions(self) -> torch.Tensor:
+        """int64: places that were drawn in any sequence, ascending."""
+        return torch.cat([one.positions for one in self.drawn]).unique()
+
+    def weights(self, b: int, positions: torch.Tensor) -> torch.Tensor:
+        """float64: how many rows of sequence ``b`` the row at each place stands for, 0 where none was drawn."""
+        found, is_there = self._find(b, positions)
+        return torch.where(is_there, self.drawn[b].weights[found], 0.0) if len(found) else found.double()
+
+    def add(self, b: int, place: slice, bins: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add rows whose keys are summed already, ``[heads, rows, bins]``, where they were drawn."""
+        found, is_there = self._find(b, positions)
+        if bool(is_there.any()):
+            kept = is_there.nonzero().flatten()
+            self.rows[b][place].index_add_(1, found[kept], bins[:, kept])
+
+    def estimate(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of sequence ``b``: sums over all rows of each block, their variances, and how many rows blocks have.
+
+        Returns:
+            float64 ``[heads, blocks, bins]`` twice, and ``[blocks]``. A single row of several has no variance: NaN.
+        """
+        one, rows = self.drawn[b], self.rows[b]
+        taken, sizes = one.taken[:, None], one.sizes[:, None]
+        empty = torch.zeros(rows.shape[0], len(one.sizes), rows.shape[2], dtype=torch.float64)
+        mean = empty.index_add(1, one.blocks, rows * one.times[:, None]) / taken.clamp(min=1)
+        apart = (rows - mean[:, one.blocks]).square() * one.times[:, None]
+        spread = empty.index_add(1, one.blocks, apart) / (taken - 1).clamp(min=1)
+        variance = torch.where(taken > 1, sizes.square() * spread / taken.clamp(min=1), torch.nan)
+        return mean * sizes, torch.where(taken >= sizes, 0.0, variance), one.sizes
+
+    def _find(self, b: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        known = self.drawn[b].positions
+        if not len(known):
+            return positions[:0], positions[:0].bool()
+        found = torch.searchsorted(known, positions).clamp(max=len(known) - 1)
+        return found, known[found] == positions

@@ -1,0 +1,253 @@
+"""Collects block sums while an image is sampled: over steps, told apart by whose text a row of the batch is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.grid import Grid, Tiles
+from attnpatch.capture.observer import Record
+from attnpatch.capture.origins import IMAGE, TEXT
+from attnpatch.errors import CaptureError
+
+# Tiles along either edge of an image where nobody says how many, as queries and as keys.
+QUERY_TILES, KEY_TILES = 32, 16
+
+
+@dataclasses.dataclass
+class TextRow:
+    """The text of one row of a batch (``attnpatch.hosts`` finds it).
+
+    Attributes:
+        labels: One per word.
+        assignment: int64 ``[tokens]``, the word of each text token the denoiser is given, -1 for none.
+        text: As it was given; ``None``: not known.
+        role: ``"prompt"``, ``"negative"``, or ``""``: not known.
+    """
+
+    labels: tuple[str, ...]
+    assignment: torch.Tensor
+    text: str | None = None
+    role: str = ""
+
+
+class DenoiserCall(Protocol):
+    """What is known of a call of a denoiser (``attnpatch.hosts`` reads it).
+
+    Attributes:
+        batch: Rows of its batch.
+        images, texts: What it is given of either.
+        text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
+        timestep: Of the sampler, ``None`` if it has none.
+        grids: Shapes that the image may have, the likeliest first.
+    """
+
+    batch: int
+    past: int
+    images: list[torch.Tensor]
+    texts: list[torch.Tensor]
+    text_mask: torch.Tensor | None
+    timestep: float | None
+    grids: list[Grid]
+
+
+# A row of a batch: which text it was given, and the how manyth row with that text it is.
+Row = tuple[int, int]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What of an image to show.
+
+    Attributes:
+        query_tiles, key_tiles: How the image is cut; ``None``: as its size suggests.
+        text: Blocks of the text; ``None``: its words.
+        queries, keys: Kinds of tokens on either side.
+    """
+
+    query_tiles: Tiles | None = None
+    key_tiles: Tiles | None = None
+    text: Blocks | None = None
+    queries: frozenset[str] = frozenset({IMAGE, TEXT})
+    keys: frozenset[str] = frozenset({IMAGE, TEXT})
+
+    @classmethod
+    def of(cls, blocks: Blocks | tuple[Blocks, Blocks] | None) -> Plan:
+        """As ``capture`` is given it.
+
+        Raises:
+            CaptureError: These are no blocks of an image.
+        """
+        if blocks is None:
+            return cls()
+        pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
+        tiled = [isinstance(side, Blocks) and side.image is not None for side in pair]
+        if len(pair) != 2 or not all(isinstance(side, Blocks) for side in pair) or not any(tiled):
+            raise CaptureError(
+                f"blocks={blocks!r} is not accepted for an image; give Blocks.tiles(height, width, tile), a pair of "
+                "blocks for queries and keys such as (Blocks.tiles(...), Blocks.words(...)), or None: tiles and words"
+            )
+        tiles = [Tiles.of_blocks(side.image) if side.image else None for side in pair]
+        if any(side.image and side.image[3] for side in pair):
+            raise CaptureError(
+                "where the image begins in a sequence of text and image is found; leave start out"
+            )
+        text = next((side for side in pair if side.image is None), None)
+        kinds = [frozenset({IMAGE if is_tiled else TEXT}) for is_tiled in tiled]
+        return cls(tiles[0], tiles[1], text, *kinds)
+
+
+@dataclasses.dataclass
+class Side:
+    """The blocks on one side of a site: words first, then the image's cells.
+
+    Attributes:
+        has_text: Whether there are words.
+        words: Blocks of words, as many as the row with most of them has.
+        grid: The image's tokens at this site, if it has any.
+    """
+
+    has_text: bool = False
+    words: int = 0
+    grid: Grid | None = None
+
+    def of_row(self, words: int, count: int) -> torch.Tensor:
+        """Which of ``count`` blocks a row with so many words has."""
+        own = words if self.has_text else 0
+        return torch.cat([torch.arange(own), torch.arange(self.words, count)])
+
+
+@dataclasses.dataclass
+class ImageRecord(Record):
+    """Sums of one site, and what its blocks are."""
+
+    query_side: Side = dataclasses.field(default_factory=Side)
+    key_side: Side = dataclasses.field(default_factory=Side)
+
+
+class Run:
+    """One sampling: an image, or a batch of them.
+
+    Attributes:
+        timesteps: In order; a sampler's step may call the denoiser several times.
+        texts: Every text that rows were given.
+        rows: Every row there was.
+        image: The shape of the image; known when the first site has run.
+        records: By step and rows of the batch, then by site.
+    """
+
+    def __init__(self, hint: Grid | None = None) -> None:
+        self.hint = hint
+        self.timesteps: list[float | None] = []
+        self.texts: list[TextRow] = []
+        self.rows: dict[Row, None] = {}
+        self.image: Grid | None = None
+        self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
+
+    def step_of(self, timestep: float | None) -> int:
+        """Number of the step: a new one for each timestep that differs from the one before."""
+        if not self.timesteps or timestep is None or self.timesteps[-1] != timestep:
+            self.timesteps.append(timestep)
+        return len(self.timesteps) - 1
+
+
+class Sampling:
+    """All runs of a capture, which several denoisers of one pipeline may share.
+
+    Args:
+        plan: What to show.
+        is_kept_apart: Whether steps are.
+        find_texts: Says whose text each row of a text is; ``None``: nobody knows.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        is_kept_apart: bool = False,
+        find_texts: Callable[[torch.Tensor], list[TextRow | None]] | None = None,
+    ) -> None:
+        self.plan, self.is_kept_apart, self.find_texts = plan, is_kept_apart, find_texts
+        self.runs: list[Run] = []
+        self.left_out: dict[str, str] = {}
+        self._is_open = False
+        self._known: dict[bytes, int] = {}
+        self._last: tuple[Any, int, tuple[Row, ...]] | None = None
+
+    def begin_run(self, hint: Grid | None = None) -> None:
+        self.runs.append(Run(hint))
+        self._is_open = True
+        self._known, self._last = {}, None
+
+    def end_run(self) -> None:
+        self._is_open = False
+        if self.runs and not self.runs[-1].records:
+            self.runs.pop()
+
+    @property
+    def run(self) -> Run:
+        """The run that goes on; without a pipeline that says where it begins, all calls are one."""
+        if not self.runs:
+            self.begin_run()
+        return self.runs[-1]
+
+    def rows_of(self, call: DenoiserCall) -> tuple[Row, ...]:
+        """Which rows a batch holds: those with one and the same text are one image after the other."""
+        run, text = self.run, call.texts[0] if call.texts else None
+        if text is None or text.shape[0] != call.batch:
+            numbers = [self._number(b"", None)] * call.batch
+        else:
+            if self._last is not None and self._last[0]() is text and self._last[1] == text._version:
+                return self._last[2]
+            numbers = self._numbers(text, call.text_mask)
+        rows = tuple((number, numbers[:place].count(number)) for place, number in enumerate(numbers))
+        run.rows.update(dict.fromkeys(rows))
+        self._last = None if text is None else (weakref.ref(text), text._version, rows)
+        return rows
+
+    def _numbers(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+        given = text.detach().float().cpu().contiguous()
+        keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in given]
+        if any(key not in self._known for key in keys):
+            for key, row in zip(keys, self._texts(text, mask), strict=True):
+                self._number(key, row)
+        return [self._known[key] for key in keys]
+
+    def _texts(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[TextRow]:
+        """The text of each row, in the blocks asked for, else in its words, else in its tokens by number."""
+        tokens = text.shape[1]
+        found = [TextRow(tuple(map(str, range(tokens))), torch.arange(tokens)) for _ in text]
+        if self.find_texts is not None:
+            found = [row or numbered for row, numbered in zip(self.find_texts(text), found, strict=True)]
+        if self.plan.text is not None:
+            self._name(found, torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask)
+        return found
+
+    def _name(self, found: list[TextRow], valid: torch.Tensor) -> None:
+        """Take the blocks asked for. Those of a prompt are not guidance's, which keeps its own words."""
+        blocks, chosen = self.plan.text, list(range(len(found)))
+        prompts = [place for place in chosen if found[place].role != "negative"]
+        for_all = blocks.per_sequence and len(blocks.spans_by_sequence) == len(found) and prompts
+        if blocks.kind in ("words", "tokens") and not for_all:
+            chosen = prompts
+        if chosen:
+            asked = blocks.resolve(valid[chosen])
+            for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
+                found[place].labels, found[place].assignment = labels, assignment
+
+    def _number(self, key: bytes, row: TextRow | None) -> int:
+        if key not in self._known:
+            self._known[key] = len(self.run.texts)
+            self.run.texts.append(row or TextRow((), torch.zeros(0, dtype=torch.int64)))
+        return self._known[key]
+
+
+def tiles_of(sampling: Sampling, run: Run, most: int) -> Tiles:
+    """How the image of a run is cut, as queries or as keys."""
+    asked = sampling.plan.query_tiles if most == QUERY_TILES else sampling.plan.key_tiles
+    return asked if asked is not None else Tiles.of(run.image, most)

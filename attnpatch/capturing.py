@@ -1,0 +1,253 @@
+"""``capture``: who looks at which model, and what a host says about its calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.grid import Grid
+from attnpatch.capture.heads import Heads
+from attnpatch.capture.image_maps import ImageMaps, Steps
+from attnpatch.capture.image_observer import ImageRecorder
+from attnpatch.capture.maps import Maps
+from attnpatch.capture.observer import SiteFacts
+from attnpatch.capture.recorder import Recorder
+from attnpatch.capture.sampling import Plan, Sampling
+from attnpatch.errors import CaptureError, PatchError
+from attnpatch.hosts import denoisers
+from attnpatch.hosts import transformers as host
+from attnpatch.hosts.diffusers import tokenizers_of
+from attnpatch.hosts.prompts import Prompts
+from attnpatch.patching.patch import Patch
+from attnpatch.placing import parts_in, put_in_place
+from attnpatch.policy import Policy
+
+
+@contextlib.contextmanager
+def capture(
+    model: Any,
+    blocks: Blocks | tuple[Blocks, Blocks] | None = None,
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+    steps: Steps = "mean",
+    measures: Sequence[str] = (),
+    sample_rows: int | None = None,
+    seed: int = 0,
+    weighting: str = "probability",
+) -> Iterator[Any]:
+    """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
+
+    No N x N matrix is held: hand-written attention goes by rows and its probabilities are summed as they pass; beside
+    fused attention they are recomputed some rows at a time.
+
+    Of a pipeline of diffusers its denoiser is captured, ``unet`` or ``transformer``: every call is one image, or one
+    batch of them, with the steps of its sampler; rows that are given another text (guidance) are kept apart. A denoiser
+    on its own is captured in the same way, where all calls inside the block are steps of one image.
+
+    Args:
+        model: A model or a pipeline; patched or not, it is afterwards as it was before.
+        blocks: What a block is; a pair for queries and keys where they differ (cross-attention). For an image
+            ``Blocks.tiles(height, width, tile)``, of any unit: tiles attending to tiles, or in a pair with words. ``None``
+            for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
+        heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
+        layers: Positions among like sites, negative from the end; ``None``: all. Not of images: give ``sites``.
+        sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
+            the component's name, as in ``report``.
+        steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers. Of text each call of the
+            model that continues a cache is a step: ``"all"`` gives a map of every generated token.
+        measures: What else to measure while the rows pass: ``"received"``, ``"entropy"``, ``"sink"``
+            (``maps.measured()``). Not of images.
+        sample_rows: Look at so many query rows of each block only, exactly over all keys: the map is an unbiased
+            estimate, ``block_map.error`` its standard error. ``None``: all rows. Not of images.
+        seed: Of the sample.
+        weighting: ``"gradient"``: each probability times the gradient of whatever ``backward()`` is called on, inside the
+            ``with`` block, after one call of the model (attention times gradient; Barkan et al. 2021, Chefer et al.
+            2021). Of attention through ``F.scaled_dot_product_attention``; the rows of the gradient are computed some at
+            a time. Signed.
+
+    Yields:
+        ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
+        sequence, every other call begins a new one. Of an image ``ImageMaps``: ``maps.heat_map("cat")``,
+        ``maps["cross"]``.
+
+    Raises:
+        CaptureError, BlockError: What was asked for does not fit the model or the sequence.
+        PatchError: As ``apply``.
+    """
+    parts = parts_in(model)
+    images = {name: part for name, part in parts.items() if denoisers.is_denoiser(part)}
+    if images and ("" not in parts or _of_image(blocks)):
+        if measures or sample_rows is not None or weighting != "probability":
+            raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
+        with _capture_image(model, images, blocks, heads, layers, sites, steps) as maps:
+            yield maps
+        return
+    if len(parts) > 1:
+        raise PatchError(
+            f"no component of this {type(model).__name__} takes an image and a timestep; capture one of them: "
+            f"{', '.join(parts)}"
+        )
+    if blocks is None:
+        raise CaptureError("say what a block is, such as blocks=Blocks.fixed(128) or Blocks.messages(...)")
+    (part,) = parts.values()
+    with contextlib.ExitStack() as undo:
+        (patch,) = put_in_place(part, Policy(mode="never"), undo)
+        more = {
+            "is_kept_apart": _checked_steps(steps),
+            "measures": measures,
+            "sample_rows": sample_rows,
+            "seed": seed,
+            "weighting": weighting,
+        }
+        recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
+        with _recording(patch, recorder):
+            yield Maps(recorder, None if isinstance(steps, str) else steps)
+
+
+@contextlib.contextmanager
+def _recording(patch: Patch, recorder: Any) -> Iterator[None]:
+    before = patch.recorder
+    if before is not None and not before.gives_way:
+        raise PatchError("this model is being captured already; end the outer capture first")
+    patch.recorder = recorder
+    try:
+        yield
+    finally:
+        patch.recorder = before
+
+
+def _of_image(blocks: Any) -> bool:
+    """Whether blocks are of an image wherever it lies in a sequence: none said, or tiles without a start."""
+    sides = blocks if isinstance(blocks, tuple) else (blocks,)
+    images = [side.image for side in sides if isinstance(side, Blocks) and side.image is not None]
+    return blocks is None or (bool(images) and not any(image[3] for image in images))
+
+
+@contextlib.contextmanager
+def _capture_image(
+    model: Any,
+    parts: dict[str, nn.Module],
+    blocks: Blocks | tuple[Blocks, Blocks] | None,
+    heads: Heads,
+    layers: Sequence[int] | None,
+    sites: str | None,
+    steps: Steps,
+) -> Iterator[ImageMaps]:
+    if layers is not None:
+        raise CaptureError(
+            "layers of a denoiser are not numbered alike; give sites='*.attn2' or another pattern"
+        )
+    whole = parts_in(model)
+    prompts = Prompts(whole, tokenizers_of(model))
+    plan, kept = Plan.of(blocks), _checked_steps(steps)
+    with contextlib.ExitStack() as undo:
+        sampling = Sampling(plan, kept, prompts.find if "" not in whole else None)
+        hints: list[Grid | None] = [None]
+        if "" not in whole:
+            undo.enter_context(prompts.watching())
+            undo.enter_context(_runs(model, sampling, prompts, hints))
+        recorders = []
+        for name, part in parts.items():
+            (patch,) = put_in_place(part, Policy(mode="never"), undo)
+            prefix = f"{name}." if name else ""
+            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites, hints)
+            undo.enter_context(_recording(patch, recorder))
+            recorders.append(recorder)
+        if not any(recorder.wanted for recorder in recorders):
+            raise CaptureError(f"no attention site matches {sites!r}; see attnpatch.report() for their names")
+        yield ImageMaps(sampling, heads, steps, type(model).__name__)
+
+
+def _runs(
+    pipeline: Any, sampling: Sampling, prompts: Prompts, hints: list[Grid | None]
+) -> contextlib.AbstractContextManager[None]:
+    """Every call of a pipeline is a run."""
+
+    def begin(given: dict[str, Any]) -> None:
+        prompts.begin(denoisers.texts_given(given))
+        hints[0] = denoisers.image_size(given)
+        sampling.begin_run()
+
+    def end() -> None:
+        sampling.end_run()
+        prompts.end()
+
+    return denoisers.watching(pipeline, begin, end)
+
+
+def image_recorder_of(
+    patch: Patch,
+    part: nn.Module,
+    sampling: Sampling,
+    prefix: str,
+    heads: Heads,
+    sites: str | None,
+    hints: list[Grid | None],
+) -> ImageRecorder:
+    """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
+
+    def read_call(args: Any, kwargs: Any) -> denoisers.DenoiserCall:
+        return denoisers.read_denoiser_call(type(part), args, kwargs, hints[0])
+
+    def site_call(args: Any, kwargs: Any) -> SiteFacts:
+        return SiteFacts(None, None, host.is_cross(kwargs), *host.called_with(args, kwargs))
+
+    num_heads = denoisers.num_heads_of(part)
+    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, site_call, num_heads)
+
+
+def _checked_steps(steps: Any) -> bool:
+    """Whether steps are kept apart."""
+    if isinstance(steps, str) and steps in ("mean", "all"):
+        return steps == "all"
+    if not isinstance(steps, (list, tuple)) or not steps or not all(type(step) is int for step in steps):
+        raise CaptureError(
+            f"steps={steps!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, -1]"
+        )
+    return True
+
+
+def _innermost(patch: Patch) -> list[str]:
+    """Names of the attention sites that hold no other."""
+    names = [site.name for site in patch.sites if site.is_attention]
+    # A candidate may turn out to be none, so it hides nobody.
+    sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
+    return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
+
+
+def recorder_of(
+    patch: Patch,
+    kind: type[nn.Module],
+    blocks: Blocks | tuple[Blocks, Blocks],
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+    **more: Any,
+) -> Recorder:
+    """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
+
+    Args:
+        patch: The patch of a model.
+        kind: The model's class.
+        blocks, heads, layers, sites, **more: As ``capture`` takes them.
+
+    Raises:
+        CaptureError: What was asked for does not fit the model.
+    """
+
+    def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
+        return host.read_call(kind if whole else None, args, kwargs)
+
+    def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
+        cross = host.is_cross(kwargs)
+        masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
+        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others)
+
+    return Recorder(
+        blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
+    )

@@ -1,0 +1,166 @@
+"""What the denoiser of an image or a video is called with, and where a pipeline's sampling begins and ends.
+
+These are names that diffusers' models have in common; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.capture.grid import Grid
+from attnpatch.hosts.transformers import parameter_names
+
+_IMAGES = ("sample", "hidden_states", "x")
+_TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
+_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
+
+
+@dataclasses.dataclass
+class DenoiserCall:
+    """One call of a denoiser; see ``attnpatch.capture.sampling.DenoiserCall``."""
+
+    batch: int
+    images: list[torch.Tensor]
+    texts: list[torch.Tensor]
+    text_mask: torch.Tensor | None
+    timestep: float | None
+    grids: list[Grid]
+    past: int = 0
+
+
+def is_denoiser(module: Any) -> bool:
+    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else)."""
+    if not isinstance(module, nn.Module):
+        return False
+    names = parameter_names(type(module))
+    return "timestep" in names and "controlnet_cond" not in names and any(name in names for name in _IMAGES)
+
+
+def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
+    """How many heads an attention module has, by its name, where it says so."""
+    found = {name: getattr(module, "heads", None) for name, module in denoiser.named_modules()}
+    return {name: heads for name, heads in found.items() if type(heads) is int}
+
+
+def read_denoiser_call(
+    kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], hint: Grid | None = None
+) -> DenoiserCall:
+    """What a denoiser is called with.
+
+    Args:
+        kind: Its class.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        hint: The shape of the image, if its pipeline has said it.
+    """
+    given = {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
+    images = [tensor for name in _IMAGES for tensor in _tensors(given.get(name))]
+    texts = [tensor for name in _TEXTS for tensor in _tensors(given.get(name)) if tensor.dim() == 3]
+    mask = next((given[name] for name in _MASKS if isinstance(given.get(name), torch.Tensor)), None)
+    timestep = given.get("timestep")
+    if isinstance(timestep, torch.Tensor):
+        timestep = timestep.flatten()[0].item() if timestep.numel() else None
+    return DenoiserCall(
+        batch=images[0].shape[0] if images else 1,
+        images=images,
+        texts=texts,
+        text_mask=(mask != 0).cpu() if mask is not None and mask.dim() == 2 else None,
+        timestep=None if timestep is None else float(timestep),
+        grids=_grids(given, images, hint),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """A tensor, or those of a list; not a list of lists."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [one for one in values if isinstance(one, torch.Tensor)]
+
+
+def _grids(given: dict[str, Any], images: list[torch.Tensor], hint: Grid | None) -> list[Grid]:
+    """Shapes that the image may have: as latents show it, as the call says it, as the pipeline does, or a square."""
+    found: list[tuple[int, int, int]] = []
+    shape = images[0].shape if images else ()
+    if len(shape) == 4:
+        found.append((1, shape[2], shape[3]))
+    elif len(shape) == 5:
+        # Channels before frames, or after.
+        found += [(shape[2], shape[3], shape[4]), (shape[1], shape[3], shape[4])]
+    height, width = given.get("height"), given.get("width")
+    if type(height) is int and type(width) is int:
+        found.append((given.get("num_frames") or 1, height, width))
+    ids = given.get("img_ids")
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] >= 3:
+        last = ids.reshape(-1, ids.shape[-1]).max(0).values.tolist()
+        found.append((1, int(last[1]) + 1, int(last[2]) + 1))
+    shapes = given.get("img_shapes")
+    while isinstance(shapes, (list, tuple)) and shapes and isinstance(shapes[0], (list, tuple)):
+        shapes = shapes[0]
+    if isinstance(shapes, (list, tuple)) and len(shapes) == 3:
+        found.append(tuple(int(each) for each in shapes))
+    if hint is not None:
+        found.append((hint.frames, hint.height, hint.width))
+    return [Grid(*each) for each in found] or [Grid(1, 1, 1)]
+
+
+@contextlib.contextmanager
+def watching(
+    pipeline: Any, begin: Callable[[dict[str, Any]], None], end: Callable[[], None]
+) -> Iterator[None]:
+    """Say when a pipeline is called, and with what.
+
+    The object gets a class of its own for as long as that, since calling looks at the class and not at the object.
+
+    Args:
+        pipeline: It keeps its class's name, and is an instance of it.
+        begin: Called with the arguments by name.
+        end: Called when the call returns or fails.
+    """
+    kind = type(pipeline)
+
+    @functools.wraps(kind.__call__)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            given = inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments
+        except TypeError:
+            return kind.__call__(self, *args, **kwargs)  # which says what is wrong
+        begin({**given, **given.get("kwargs", {})})
+        try:
+            return kind.__call__(self, *args, **kwargs)
+        finally:
+            end()
+
+    names = {"__call__": called, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    object.__setattr__(pipeline, "__class__", type(kind.__name__, (kind,), names))
+    try:
+        yield
+    finally:
+        object.__setattr__(pipeline, "__class__", kind)
+
+
+def image_size(given: dict[str, Any]) -> Grid | None:
+    """The size of the image that a pipeline is called for, in pixels, if the call says it."""
+    height, width = given.get("height"), given.get("width")
+    if type(height) is int and type(width) is int:
+        return Grid(1, height, width)
+    return None
+
+
+def texts_given(given: dict[str, Any]) -> list[tuple[str, str]]:
+    """Prompts that a pipeline is called with: ``"prompt"`` or ``"negative"``, and the text."""
+    found: list[tuple[str, str]] = []
+    for name, value in given.items():
+        if "prompt" in name:
+            role = "negative" if "negative" in name else "prompt"
+            values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+            found += [(role, text) for text in values if isinstance(text, str)]
+    if not any(role == "negative" for role, _ in found):
+        found.append(("negative", ""))
+    return found

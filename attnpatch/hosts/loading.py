@@ -1,0 +1,121 @@
+"""Models and tokenizers from folders or the hub, as their user can afford them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.errors import AnalysisError, MissingExtraError
+
+
+def load_model(
+    name: str,
+    *,
+    device_map: Any = None,
+    dtype: Any = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    max_memory: dict[Any, Any] | None = None,
+    attention: str = "sdpa",
+) -> nn.Module:
+    """A causal language model of transformers, in evaluation mode.
+
+    Args:
+        name: A folder, or a name on the hub.
+        device_map: As transformers takes it, such as ``"auto"``.
+        dtype: ``torch.dtype`` or its name; ``None``: as the checkpoint has it.
+        load_in_4bit, load_in_8bit: Quantised by bitsandbytes.
+        max_memory: Bytes per device, as accelerate takes them.
+        attention: transformers' attention implementation; a model that has it not gets eager attention.
+
+    Raises:
+        AnalysisError: There is no such model, or it cannot be loaded this way.
+        MissingExtraError: transformers, accelerate or bitsandbytes is not installed.
+    """
+    transformers = _transformers()
+    if load_in_4bit and load_in_8bit:
+        raise AnalysisError("load_in_4bit and load_in_8bit were both given; choose one")
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else _dtype(dtype)}
+    if device_map is not None or max_memory is not None:
+        options["device_map"] = device_map or "auto"
+    if max_memory is not None:
+        options["max_memory"] = max_memory
+    if load_in_4bit or load_in_8bit:
+        _needs("bitsandbytes", "quantization")
+        compute = torch.float32 if options["dtype"] == "auto" else options["dtype"]
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_type="nf4",
+        )  # fmt: skip
+    if "device_map" in options:
+        _needs("accelerate", "all")
+    _check_folder(name)
+    try:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation=attention, **options
+            )
+        except ValueError as error:
+            if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
+                raise
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation="eager", **options
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise AnalysisError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        AnalysisError: There is none.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = _transformers()
+    _check_folder(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise AnalysisError(f"model {name!r} has no tokenizer that loads: {_first_line(error)}") from error
+
+
+def _check_folder(name: str) -> None:
+    folder = pathlib.Path(name)
+    if folder.is_file():
+        raise AnalysisError(f"model {name!r} is a file; give the folder that save_pretrained wrote")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise AnalysisError(f"model {name!r} has no config.json; give the folder that save_pretrained wrote")
+    looks_like_path = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if not folder.exists() and looks_like_path:
+        raise AnalysisError(f"model {name!r}: there is no such folder; give one, or a name on the hub")
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise AnalysisError(f"torch_dtype={dtype!r} is not accepted; give float32, bfloat16 or float16")
+    return found
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError('this needs transformers: pip install "attnpatch[transformers]"') from error
+    return transformers
+
+
+def _needs(name: str, extra: str) -> None:
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise MissingExtraError(f'this needs {name}: pip install "attnpatch[{extra}]"') from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
