@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+import torch.nn.functional as F
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
 
 MODELS = Path(__file__).parent / "shapes_models"
 SIZE = 32
@@ -118,7 +125,10 @@ def draw(caption: Caption, generator: torch.Generator) -> tuple[torch.Tensor, to
 
 
 def drawn(picture: torch.Tensor, thing: Thing) -> torch.Tensor:
-    """Where a picture shows the colour of a thing: nearer to it than to the background and all other colours.
+    """Where a picture shows a thing: pixels that are more than half its colour, the rest background.
+
+    The rim of a shape is a mixture too, and one of black and background lies near purple; so a pixel is of the colour
+    whose mixtures with the background come nearest to it, of all colours there are.
 
     Args:
         picture: ``[3, SIZE, SIZE]`` from 0 to 1, as a pipeline returns it.
@@ -127,9 +137,13 @@ def drawn(picture: torch.Tensor, thing: Thing) -> torch.Tensor:
     Returns:
         ``[SIZE, SIZE]`` bool; all False if the model did not draw it.
     """
-    palette = torch.tensor([COLOURS[thing.colour], BACKGROUND, *COLOURS.values()])
-    distance = (picture[None] - palette[:, :, None, None]).square().sum(1)
-    return distance.argmin(0) == 0
+    background = torch.tensor(BACKGROUND)[:, None, None]
+    away = torch.tensor(list(COLOURS.values()))[:, :, None, None] - background
+    share = ((picture - background) * away).sum(1) / away.square().sum(1)
+    share = share.clamp(0, 1)
+    distance = (picture - background - share[:, None] * away).square().sum(1)
+    own = list(COLOURS).index(thing.colour)
+    return (distance.argmin(0) == own) & (share[own] > 0.5)
 
 
 def in_place(mask: torch.Tensor, thing: Thing) -> bool:
@@ -146,21 +160,44 @@ def in_place(mask: torch.Tensor, thing: Thing) -> bool:
     return 30 <= area <= 180 and int(side[thing.place].sum()) >= 0.9 * area
 
 
-def with_places(pictures: torch.Tensor, channels: int) -> torch.Tensor:
-    """Pictures as a denoiser takes them: the UNet's have two more channels, how far down and how far across.
+def places(count: int) -> torch.Tensor:
+    """How far down and how far across each tile of 2 x 2 pixels is, for a UNet.
 
-    A transformer adds to each tile where it is. Convolutions know only how far the border is, if it is near. It is
-    not yet shown that this helps: with or without these channels, no UNet so far learned which shape goes where.
+    A transformer adds to each tile where it is; convolutions know only how far the border is, if it is near.
+
+    Returns:
+        ``[count, 8, SIZE / 2, SIZE / 2]``: sines and cosines, larger than the noise, or they are lost in it.
+    """
+    along = torch.linspace(-1, 1, SIZE // 2)
+    waves = [(0.5 * torch.pi * along).sin(), *((k * torch.pi * along).sin() for k in (1, 2))]
+    waves = 4 * torch.stack([*waves, (torch.pi * along).cos()])
+    down, across = waves[:, :, None].expand(-1, -1, SIZE // 2), waves[:, None].expand(-1, SIZE // 2, -1)
+    return torch.cat([down, across])[None].expand(count, -1, -1, -1)
+
+
+def predict(
+    denoiser: nn.Module, noisy: torch.Tensor, level: torch.Tensor, words: torch.Tensor
+) -> torch.Tensor:
+    """What a denoiser takes for noise minus picture.
+
+    A transformer says that itself. A UNet is given tiles of 2 x 2 pixels too, with where they are, and says what the
+    picture is: it need not carry the noise through, and most of its loss is which colour goes where.
 
     Args:
-        pictures: ``[B, 3, SIZE, SIZE]``.
-        channels: How many the denoiser takes, 3 or 5.
+        denoiser: The UNet or the transformer.
+        noisy: ``[B, 3, SIZE, SIZE]``, ``(1 - level) * picture + level * noise``.
+        level: ``[B]``, above 0 to 1.
+        words: ``[B, tokens, hidden]``.
+
+    Returns:
+        ``[B, 3, SIZE, SIZE]``.
     """
-    if channels == pictures.shape[1]:
-        return pictures
-    along = torch.linspace(-4, 4, SIZE, dtype=pictures.dtype, device=pictures.device)
-    places = torch.stack(torch.meshgrid(along, along, indexing="ij"))
-    return torch.cat([pictures, places.expand(len(pictures), -1, -1, -1)], dim=1)
+    told = {"timestep": level * 1000, "encoder_hidden_states": words, "return_dict": False}
+    if not isinstance(denoiser, UNet2DConditionModel):
+        return denoiser(noisy, **told)[0]
+    tiles = torch.cat([F.pixel_unshuffle(noisy, 2), places(len(noisy)).to(noisy)], dim=1)
+    picture = F.pixel_shuffle(denoiser(tiles, **told)[0], 2)
+    return (noisy - picture) / level[:, None, None, None]
 
 
 class ShapesPipeline(DiffusionPipeline):
@@ -169,7 +206,7 @@ class ShapesPipeline(DiffusionPipeline):
     Args:
         tokenizer: One token per word.
         text_encoder: Its ``last_hidden_state`` is what the denoiser attends to, as it is.
-        scheduler: Flow matching: the denoiser predicts noise minus picture.
+        scheduler: Flow matching: it is given noise minus picture.
         unet: The denoiser, or None if it is a transformer.
         transformer: The denoiser, or None if it is a UNet.
     """
@@ -253,12 +290,8 @@ class ShapesPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             inputs = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
-            velocity = self.denoiser(
-                with_places(inputs, self.denoiser.config.in_channels),
-                timestep=timestep.expand(len(inputs)),
-                encoder_hidden_states=words,
-                return_dict=False,
-            )[0]
+            level = (timestep / self.scheduler.config.num_train_timesteps).expand(len(inputs))
+            velocity = predict(self.denoiser, inputs, level, words)
             if self.do_classifier_free_guidance:
                 without, with_caption = velocity.chunk(2)
                 velocity = without + guidance_scale * (with_caption - without)

@@ -14,14 +14,16 @@ SAID = {
     "context_manager": ["BlockMap", "share of the last block"],
     "your_own_module": ["recognised: softmax of a product", "asked for", "same to the last bit: True"],
     "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
+    "heat_maps": ["4 held-out captions", "all words of a shape", "dit_steps.png"],
 }
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", SAID)
-def test_example(name):
+def test_example(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
         text=True,

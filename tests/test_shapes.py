@@ -16,8 +16,8 @@ import shapes  # noqa: E402
 import train_shapes  # noqa: E402
 
 NAMES = ("unet", "dit")
-# The UNet is not trained to the end yet.
-SHIPPED = ("dit",)
+# Which models there are, and how many of their shapes must be in place; they draw more of 100 captions there.
+IN_PLACE = {"dit": 0.75}
 
 
 def test_no_held_out_picture_is_trained_on():
@@ -41,11 +41,11 @@ def test_what_is_drawn_is_found_again():
             assert shapes.in_place(found, thing)
             assert shapes.in_place(mask, thing)
             assert not shapes.in_place(mask.rot90(2), thing)
-    # What is missing is the rim of a shape, mixed with the background.
-    assert min(found_again) > 0.6
-    assert sum(found_again) / len(found_again) > 0.9
-    thing = dataclasses.replace(thing, colour=next(set(shapes.COLOURS) - {one.colour for one in caption}))
-    assert not shapes.drawn(picture / 2 + 0.5, thing).sum() > 20
+        for colour in set(shapes.COLOURS) - {thing.colour for thing in caption}:
+            absent = dataclasses.replace(caption[0], colour=colour)
+            assert not shapes.drawn(picture / 2 + 0.5, absent).any()
+    # A pixel that is half covered to the last bit may fall on either side.
+    assert min(found_again) > 0.98
 
 
 def test_overlap_and_threshold():
@@ -79,35 +79,32 @@ def test_training_repeats(name, tmp_path):
     assert other_seed.train_step() != losses[0]
 
 
-@pytest.fixture(scope="module", params=SHIPPED)
+@pytest.fixture(scope="module", params=IN_PLACE)
 def shipped(request):
     return request.param, shapes.load(request.param)
 
 
 def test_a_shipped_model_draws_what_it_is_told(shipped):
-    _, pipe = shipped
-    chosen = [
-        (shapes.Thing("red", "circle", "left"), shapes.Thing("blue", "square", "right")),
-        (shapes.Thing("yellow", "diamond", "bottom"), shapes.Thing("purple", "triangle", "top")),
-    ]
+    name, pipe = shipped
+    chosen = shapes.captions()[1][:8]
+    noise = [torch.Generator().manual_seed(seed) for seed in range(8)]
     prompts = [shapes.text(caption) for caption in chosen]
-    pictures = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    for caption, picture in zip(chosen, pictures, strict=True):
-        for thing in caption:
-            assert shapes.in_place(shapes.drawn(picture, thing), thing), thing
+    pictures = pipe(prompts, num_inference_steps=10, generator=noise, output_type="pt").images
+    told = [
+        shapes.in_place(shapes.drawn(picture, thing), thing)
+        for caption, picture in zip(chosen, pictures, strict=True)
+        for thing in caption
+    ]
+    assert sum(told) / len(told) >= IN_PLACE[name]
 
 
 def test_a_shipped_model_looks_at_the_words_of_what_it_draws(shipped):
     """A few captions; ``examples/heat_maps.py`` measures all of them."""
     _, pipe = shipped
-    figures, kept = heat_maps.measure(pipe, 3, num_inference_steps=10, guidance_scale=3.0)
-    assert len(kept) == 3
-    assert figures["own words"] > 0.35
-    assert figures["others words"] < 0.15
-    assert figures["in place"] == 1.0
-    assert all(
-        processor.__class__ is not heat_maps.Recorder for processor in pipe.denoiser.attn_processors.values()
-    )
+    figures = heat_maps.measure(pipe, 3, num_inference_steps=6, guidance_scale=3.0)
+    assert figures["own words"] > 0.5
+    assert figures["others words"] < 0.05
+    assert figures["own colour"] > figures["own place"]
 
 
 def test_size_and_shape(shipped):
