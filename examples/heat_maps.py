@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument(
-        "--pictures", type=int, default=2, help="captions that are drawn with their heat maps"
+        "--pictures", type=int, default=1, help="captions that are drawn with their heat maps"
     )
     parser.add_argument("--out", type=Path, default=Path("heat_maps"), help="folder for the pictures")
     options = parser.parse_args()

@@ -16,8 +16,9 @@ import shapes  # noqa: E402
 import train_shapes  # noqa: E402
 
 NAMES = ("unet", "dit")
-# Which models there are, and how many of their shapes must be in place; they draw more of 100 captions there.
-IN_PLACE = {"dit": 0.75}
+# The share of shapes in place, the overlap with a shape's own words and with another's: what each shipped model must
+# reach with few steps and captions, somewhat short of what it reaches on 100 (examples/shapes_models/README.md).
+REACHED = {"dit": (0.75, 0.5, 0.05), "unet": (0.75, 0.3, 0.1)}
 
 
 def test_no_held_out_picture_is_trained_on():
@@ -79,7 +80,7 @@ def test_training_repeats(name, tmp_path):
     assert other_seed.train_step() != losses[0]
 
 
-@pytest.fixture(scope="module", params=IN_PLACE)
+@pytest.fixture(scope="module", params=REACHED)
 def shipped(request):
     return request.param, shapes.load(request.param)
 
@@ -95,15 +96,16 @@ def test_a_shipped_model_draws_what_it_is_told(shipped):
         for caption, picture in zip(chosen, pictures, strict=True)
         for thing in caption
     ]
-    assert sum(told) / len(told) >= IN_PLACE[name]
+    assert sum(told) / len(told) >= REACHED[name][0]
 
 
 def test_a_shipped_model_looks_at_the_words_of_what_it_draws(shipped):
     """A few captions; ``examples/heat_maps.py`` measures all of them."""
-    _, pipe = shipped
+    name, pipe = shipped
     figures = heat_maps.measure(pipe, 3, num_inference_steps=6, guidance_scale=3.0)
-    assert figures["own words"] > 0.5
-    assert figures["others words"] < 0.05
+    _, own, other = REACHED[name]
+    assert figures["own words"] > own
+    assert figures["others words"] < other
     assert figures["own colour"] > figures["own place"]
 
 
