@@ -90,7 +90,8 @@ def demo(
 @app.command()
 def view(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR|FILE", help="A block map, or a folder of them, as BlockMap.save writes.")
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="A block map, or a folder of them, as BlockMap.save writes."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
 ) -> None:
@@ -110,6 +111,8 @@ def view(
     counted = [f"{len(maps)} block map{'s' * (len(maps) != 1)}", f"{written.stat().st_size / 1e6:.1f} MB"]
     counted += [f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped"] * bool(skipped)
     typer.echo(f"{written}: {', '.join(counted)}")
+    if written.stat().st_size > 200e6:
+        typer.echo("attnpatch: a page of this size opens slowly; give fewer maps, layers or heads", err=True)
 
 
 class OptionsFirst(TyperCommand):

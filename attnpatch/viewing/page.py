@@ -58,7 +58,8 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        # Half of a character, as names of files can hold on Linux, would not fit utf-8.
+        with open(temporary, "x", encoding="utf-8", errors="replace", newline="\n") as file:
             file.writelines(_page(maps))
         os.replace(temporary, path)
     except OSError as error:
@@ -135,7 +136,14 @@ def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
             "sizes": getattr(one, f"{side}_sizes").tolist(),
             "texts": _texts(one.metadata.get("texts"), index, len(labels)),
         }
-    return {**sides, "profile": _profiles(one)}
+    return {"name": _name(one.metadata.get("sequences"), index), **sides, "profile": _profiles(one)}
+
+
+def _name(sequences: Any, index: int) -> str:
+    """The number of a sequence, and whose text it was given where the capture of a pipeline says so."""
+    known = sequences[index] if isinstance(sequences, list) and index < len(sequences) else None
+    role = known.get("role") if isinstance(known, dict) else None
+    return f"{index} ({role})" if role else str(index)
 
 
 def _texts(texts: Any, sequence: int, blocks: int) -> list[str] | None:
@@ -198,11 +206,13 @@ def _profiles(one: BlockMap) -> list[list[dict[str, list[float | None]]]]:
     to the first block, ``largest`` what it gives to the block it attends to most.
     """
     mass = _by_axes(one)
-    mass = mass[..., (one.query_sizes > 0).numpy(), :] if mass.shape[-1] else mass
-    measured = {"first": mass[..., 0], "largest": mass.max(-1)}
-    if one.query_labels == one.key_labels:
-        own = np.nonzero((one.query_sizes > 0).numpy())[0]
-        measured["own"] = mass[..., np.arange(len(own)), own]
+    rows = np.flatnonzero((one.query_sizes > 0).numpy())
+    measured = {}
+    if len(rows) and mass.shape[-1]:
+        mass = mass[..., rows, :]
+        measured = {"first": mass[..., 0], "largest": mass.max(-1)}
+        if one.query_labels == one.key_labels:
+            measured["own"] = mass[..., np.arange(len(rows)), rows]
     by_layer = {name: values.mean(-1, dtype=np.float64) for name, values in measured.items()}
     return [
         [

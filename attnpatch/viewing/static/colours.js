@@ -26,15 +26,21 @@ function pixel(colour) {
   return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
+const DECADES = 4; // from the largest value down, on the logarithmic scale
+
 // Where a value is on the bar, 0 to 1.
 function onScale(value, top, scale) {
   const part = Math.min(1, Math.max(0, value / top));
+  if (scale === "log") return part > 0 ? Math.max(0, 1 + Math.log10(part) / DECADES) : 0;
   return scale === "sqrt" ? Math.sqrt(part) : part;
 }
 
 function valueOnScale(part, top, scale) {
+  if (scale === "log") return top * 10 ** (DECADES * (part - 1));
   return top * (scale === "sqrt" ? part * part : part);
 }
+
+const SCALES = { sqrt: "square-root scale", linear: "", log: "logarithmic scale" };
 
 const colourIndex = (part) => Math.min(255, Math.floor(part * 256));
 

@@ -1,3 +1,5 @@
+"use strict";
+
 // What the page holds: facts as JSON, and one deflated piece of numbers per sequence, step, layer and head.
 
 const maps = JSON.parse(document.getElementById("data").textContent);
@@ -33,9 +35,11 @@ function unpacked(bytes) {
   return new Float32Array(bits.buffer);
 }
 
+const planeId = (at) => `n${at.map}-${at.sequence}-${at.step}-${at.layer}-${at.head}`;
+
 // Numbers of one picture: {id, rows, columns, mass, keySizes, sums}. Asked for twice it is inflated once.
 function plane(at) {
-  const id = `n${at.map}-${at.sequence}-${at.step}-${at.layer}-${at.head}`;
+  const id = planeId(at);
   const entry = held.get(id) ?? readPlane(id, maps[at.map].sequences[at.sequence]);
   held.delete(id);
   held.set(id, entry); // the last in order is the last that was looked at
@@ -105,6 +109,11 @@ function shown(value) {
   if (!Number.isFinite(value)) return "no number";
   if (value === 0) return "0";
   return Math.abs(value) >= 0.001 && Math.abs(value) < 1000 ? value.toPrecision(3) : value.toExponential(2);
+}
+
+// At most three significant digits.
+function compact(value) {
+  return value === 0 || Math.abs(value) >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toExponential(0);
 }
 
 function shortened(text, longest) {

@@ -53,7 +53,7 @@ function chartFrame(canvas, height, top, positions) {
   const context = sized(canvas, width, height);
   const ticks = roundTicks(top);
   context.font = font(12);
-  const names = ticks.map((tick) => (tick === 0 || tick >= 0.001 ? String(tick) : tick.toExponential(0)));
+  const names = ticks.map((tick) => compact(tick));
   const left = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 8;
   const box = { left, top: 8, right: width - 6, bottom: height - 22 };
   const highest = ticks[ticks.length - 1];

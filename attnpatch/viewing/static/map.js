@@ -17,16 +17,19 @@ function layOut(one, sequence, zoom) {
   context.font = font(12);
   const widest = (labels, most) =>
     Math.min(most, Math.ceil(Math.max(8, ...labels.map((label) => context.measureText(oneLine(label.slice(0, 60))).width))));
-  const left = widest(sequence.query.labels, narrow ? 76 : 150) + 12;
+  const left = widest(sequence.query.labels, narrow ? 76 : 150) + 18;
   const below = widest(sequence.key.labels, narrow ? 76 : 110) + 14;
-  const height = Math.max(300, Math.min(window.innerHeight - 150, 900) - below);
+  // The help, when it is open, is not to make the map smaller.
+  const help = document.getElementById("help").offsetHeight;
+  const above = frameElement.getBoundingClientRect().top + window.scrollY - help;
+  const height = Math.max(300, Math.min(window.innerHeight - above - 24, 1000) - below);
   const room = width - left - 2;
   let [cellWidth, cellHeight] = [room / one.columns, height / one.rows];
   const ratio = one.rows / one.columns;
   if (ratio <= 3 && ratio >= 1 / 3) cellWidth = cellHeight = Math.min(cellWidth, cellHeight);
   [cellWidth, cellHeight] = [Math.min(cellWidth, LARGEST_CELL), Math.min(cellHeight, LARGEST_CELL)];
   place = {
-    left, below, top: 1, width: cellWidth * one.columns, height: cellHeight * one.rows,
+    left, below, top: 8, width: cellWidth * one.columns, height: cellHeight * one.rows,
     cellWidth: cellWidth * zoom.factor, cellHeight: cellHeight * zoom.factor,
     rows: one.rows, columns: one.columns,
   };
@@ -91,6 +94,8 @@ function paint(one, kind, scale, key) {
 }
 
 function drawCells(one, sequence, kind, scale, zoom, key) {
+  // Before the map is laid out: what stands above it decides how much height is left.
+  document.getElementById("meaning").textContent = MEANING[kind] + (SCALES[scale] ? ` (${SCALES[scale]})` : "");
   layOut(one, sequence, zoom);
   paint(one, kind, scale, key);
   const width = place.left + place.width + 2;
@@ -156,7 +161,7 @@ function drawLabels(context, sequence, { rows, columns }, zoom) {
   for (let r = Math.ceil(rows[0] / rowStep) * rowStep; r < rows[1]; r += rowStep) {
     const y = cellTop(r + 0.5, zoom);
     if (y < place.top || y > place.top + place.height) continue;
-    context.fillText(fitted(context, sequence.query.labels[r], place.left - 10), place.left - 7, Math.max(7, y));
+    context.fillText(fitted(context, sequence.query.labels[r], place.left - 15), place.left - 12, y);
   }
   const labels = sequence.key.labels;
   const bottom = place.top + place.height + 7;
@@ -223,7 +228,7 @@ function outline(context, x, y, width, height, thickness) {
 }
 
 // The bar of colours with its numbers.
-function drawLegend(kind, scale) {
+function drawLegend(scale) {
   const bar = document.getElementById("bar");
   const width = bar.parentElement.clientWidth;
   const context = sized(bar, width, 14);
@@ -234,11 +239,10 @@ function drawLegend(kind, scale) {
   }
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
     const tick = document.createElement("span");
-    tick.textContent = shown(valueOnScale(part, painted.top, scale));
+    const below = part === 0 && scale === "log" ? "\u2264 " : "";
+    tick.textContent = below + compact(valueOnScale(part, painted.top, scale));
     tick.style.left = `${100 * part}%`;
     return tick;
   });
   document.getElementById("ticks").replaceChildren(...ticks);
-  document.getElementById("meaning").textContent =
-    MEANING[kind] + (scale === "sqrt" ? " (square-root scale)" : "");
 }

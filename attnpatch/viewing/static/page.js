@@ -2,6 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const AXES = ["step", "layer", "head"];
+const MANY = 100; // blocks
 const axisOf = { step: "steps", layer: "layers", head: "heads" };
 
 const state = {
@@ -29,11 +30,16 @@ async function refresh() {
   if (mine !== asked) return;
   current = one;
   const { normalization, scale } = state;
-  const key = [one.id, normalization, scale, isDark()].join(" ");
-  drawCells(one, theSequence(), normalization, scale, state.zoom, key);
-  drawLegend(normalization, scale);
+  drawCells(one, theSequence(), normalization, scale, state.zoom, shownNow());
+  drawLegend(scale);
   mark();
-  document.documentElement.dataset.shown = [one.id, normalization, scale].join(" ");
+  document.documentElement.dataset.shown = shownNow();
+}
+
+// What is asked for, in words; the root element says what is drawn.
+function shownNow() {
+  const { normalization, scale } = state;
+  return [planeId(state), normalization, scale, document.documentElement.dataset.theme].join(" ");
 }
 
 // What follows from the cell and the row, on the picture that is there.
@@ -117,8 +123,8 @@ function setAxis(axis, position) {
 
 function openMap(index) {
   const map = maps[index];
-  Object.assign(state, { map: index, sequence: 0, normalization: map.normalization, row: null, cursor: null, hover: null });
-  byId("normalization").value = map.normalization;
+  Object.assign(state, { map: index, sequence: 0, row: null, cursor: null, hover: null });
+  setChoice("normalization", map.normalization);
   for (const axis of AXES) {
     const count = map[axisOf[axis]].length;
     byId(`${axis}-field`).hidden = count < 2;
@@ -126,7 +132,7 @@ function openMap(index) {
     setAxis(axis, 0);
   }
   byId("sequence-field").hidden = map.sequences.length < 2;
-  byId("sequence").replaceChildren(...map.sequences.map((_, i) => new Option(String(i), i)));
+  byId("sequence").replaceChildren(...map.sequences.map((one, i) => new Option(one.name, i)));
   byId("facts-box").hidden = !Object.keys(map.facts).length;
   byId("facts").replaceChildren(...Object.entries(map.facts).map(([name, value]) => {
     const line = make("div");
@@ -141,8 +147,14 @@ function openSequence(index) {
   const { query, key } = theSequence();
   const layers = realLayers().length;
   byId("shape").textContent =
-    `${query.labels.length} \u00d7 ${key.labels.length} blocks, ${layers} layer${layers === 1 ? "" : "s"}`;
+    `${query.labels.length} \u00d7 ${key.labels.length} blocks, ${layers} layer${layers === 1 ? "" : "s"}; rows attend to columns`;
+  // With many blocks most masses are small beside the first row's: square roots would show them all alike.
+  setChoice("scale", Math.max(query.labels.length, key.labels.length) > MANY ? "log" : "sqrt");
   zoomTo(1);
+}
+
+function setChoice(name, value) {
+  state[name] = byId(name).value = value;
 }
 
 function zoomTo(factor, around) {
@@ -301,7 +313,9 @@ frameElement.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.target.closest("select")) return;
+  // AltGr, with which some keyboards write brackets, comes as Ctrl too.
+  const shortcut = (event.ctrlKey && !event.getModifierState("AltGraph")) || event.metaKey;
+  if (shortcut || event.target.closest("select")) return;
   const steps = { "[": ["layer", -1], "]": ["layer", 1], "{": ["head", -1], "}": ["head", 1] };
   if (event.key in steps) {
     const [axis, by] = steps[event.key];
