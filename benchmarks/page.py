@@ -33,7 +33,9 @@ def conversation() -> BlockMap:
     labels = [f"{i} {('user', 'assistant')[i % 2]}" for i in range(BLOCKS)]
     sizes = torch.full((BLOCKS,), 128)
     texts = [f"message {i}: " + "a few words, " * 40 for i in range(BLOCKS)]
-    return BlockMap(scores.softmax(-1), range(LAYERS), labels, labels, sizes, sizes, metadata={"texts": texts})
+    return BlockMap(
+        scores.softmax(-1), range(LAYERS), labels, labels, sizes, sizes, metadata={"texts": texts}
+    )
 
 
 def opened(browser: str, page_file: Path) -> tuple[float, float]:

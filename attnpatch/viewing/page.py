@@ -25,7 +25,7 @@ import numpy as np
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.errors import PageError
 
-_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js")
+_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
 _MEAN = "mean"
 _MOST_OF_A_FACT = 300  # characters of one entry of the metadata
 _POLICY = (
