@@ -76,11 +76,14 @@ function chartFrame(canvas, height, top, positions) {
   context.textBaseline = "top";
   const widest = Math.max(...positions.map((name) => Math.min(70, context.measureText(name).width)), 8);
   const step = labelStep(slot, widest + 10);
-  for (let i = 0; i < positions.length; i += step) {
+  for (let i = 0, free = 0; i < positions.length; i += step) {
     const name = fitted(context, positions[i], Math.max(70, step * slot - 10));
     const half = context.measureText(name).width / 2;
     const middle = Math.max(half, Math.min(x(i), width - half));
-    if (i + step < positions.length || middle + half <= width) context.fillText(name, middle, box.bottom + 6);
+    // The last one, moved in from the edge, may not reach into the one before.
+    if (middle - half < free) continue;
+    context.fillText(name, middle, box.bottom + 6);
+    free = middle + half + 8;
   }
   const at = (px) => Math.floor((px - box.left) / slot);
   return { context, box, slot, x, y, at };

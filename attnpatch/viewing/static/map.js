@@ -17,8 +17,8 @@ function layOut(one, sequence, zoom) {
   context.font = font(12);
   const widest = (labels, most) =>
     Math.min(most, Math.ceil(Math.max(8, ...labels.map((label) => context.measureText(oneLine(label.slice(0, 60))).width))));
-  const left = widest(sequence.query.labels, narrow ? 76 : 150) + 18;
-  const below = widest(sequence.key.labels, narrow ? 76 : 110) + 14;
+  const left = widest(sequence.query.labels, narrow ? 92 : 150) + 18;
+  const below = widest(sequence.key.labels, narrow ? 92 : 110) + 14;
   // The help, when it is open, is not to make the map smaller.
   const help = document.getElementById("help").offsetHeight;
   const above = frameElement.getBoundingClientRect().top + window.scrollY - help;
