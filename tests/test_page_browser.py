@@ -491,6 +491,15 @@ def test_nothing_is_cut_off_or_overlaps(opened, viewport, count):
     assert page.evaluate("document.querySelectorAll('*').length") < 600
 
 
+def test_a_window_without_room_does_not_hang(opened):
+    page = opened(block_map(), viewport={"width": 30, "height": 30})
+    page.evaluate("document.body.style.width = 0, refresh()")
+    page.evaluate("select({ row: 3, column: 1 }, 3), state.order = 'order', refresh()")
+    page.evaluate("document.body.style.width = ''")
+    page.set_viewport_size(DESKTOP)
+    until(page, "frameElement.clientWidth > 300")
+
+
 def test_the_largest_mass_of_a_crowded_picture_is_seen(opened):
     """Where cells are smaller than pixels, one strong cell among 800 x 800 must not fall between them."""
     mass = torch.full((1, 800, 800), 1e-6)

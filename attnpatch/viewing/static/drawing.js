@@ -32,6 +32,7 @@ function fitted(context, text, width) {
 
 // The smallest of 1, 2, 5, 10, ... whose labels are at least so far apart.
 function labelStep(distance, needed) {
+  if (!(distance > 0)) return Infinity;
   for (let power = 1; ; power *= 10) {
     for (const step of [1, 2, 5]) if (step * power * distance >= needed) return step * power;
   }
@@ -49,7 +50,7 @@ function roundTicks(top) {
 
 // Frame of a chart: values upwards, positions across. Returns where things are.
 function chartFrame(canvas, height, top, positions) {
-  const width = canvas.parentElement.clientWidth - 28;
+  const width = Math.max(120, canvas.parentElement.clientWidth - 28); // a window may have no room at all
   const context = sized(canvas, width, height);
   const ticks = roundTicks(top);
   context.font = font(12);

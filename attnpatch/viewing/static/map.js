@@ -23,7 +23,7 @@ function layOut(one, sequence, zoom) {
   const help = document.getElementById("help").offsetHeight;
   const above = frameElement.getBoundingClientRect().top + window.scrollY - help;
   const height = Math.max(300, Math.min(window.innerHeight - above - 24, 1000) - below);
-  const room = width - left - 2;
+  const room = Math.max(20, width - left - 2); // a window may have no room at all
   let [cellWidth, cellHeight] = [room / one.columns, height / one.rows];
   const ratio = one.rows / one.columns;
   if (ratio <= 3 && ratio >= 1 / 3) cellWidth = cellHeight = Math.min(cellWidth, cellHeight);
