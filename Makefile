@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
-		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling peft hqq \
+		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling playwright peft hqq \
 		einops x-transformers perceiver-pytorch mkdocs-material "mkdocstrings[python]"
 	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
