@@ -25,6 +25,7 @@ LAYERS = [
     {"__init__"},
     {"demo", "analysis", "viewing"},
     {"options"},
+    {"commands"},
     {"cli", "activation"},
     {"__main__"},
 ]
