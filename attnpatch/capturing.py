@@ -154,7 +154,7 @@ def _capture_image(
         for name, part in parts.items():
             (patch,) = put_in_place(part, Policy(mode="never"), undo)
             prefix = f"{name}." if name else ""
-            recorder = image_recorder_of(patch, type(part), sampling, prefix, heads, sites, hints)
+            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites, hints)
             undo.enter_context(_recording(patch, recorder))
             recorders.append(recorder)
         if not any(recorder.wanted for recorder in recorders):
@@ -181,7 +181,7 @@ def _runs(
 
 def image_recorder_of(
     patch: Patch,
-    kind: type[nn.Module],
+    part: nn.Module,
     sampling: Sampling,
     prefix: str,
     heads: Heads,
@@ -191,12 +191,13 @@ def image_recorder_of(
     """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
 
     def read_call(args: Any, kwargs: Any) -> denoisers.DenoiserCall:
-        return denoisers.read_denoiser_call(kind, args, kwargs, hints[0])
+        return denoisers.read_denoiser_call(type(part), args, kwargs, hints[0])
 
     def site_call(args: Any, kwargs: Any) -> SiteFacts:
         return SiteFacts(None, None, host.is_cross(kwargs), *host.called_with(args, kwargs))
 
-    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, site_call)
+    num_heads = denoisers.num_heads_of(part)
+    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, site_call, num_heads)
 
 
 def _checked_steps(steps: Any) -> bool:

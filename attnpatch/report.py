@@ -11,13 +11,17 @@ from attnpatch.policy import Policy
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One attention module: path, class, why it is one, counts, and what was materialised by which operation."""
+    """One attention module: path, class, why it is one, counts, and what was materialised by which operation.
+
+    ``unseen``: native calls in which attention would have been served and none was seen.
+    """
 
     name: str
     kind: str
     why: str
     counts: dict[str, int]
     materialised_by: dict[str, int]
+    unseen: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,13 @@ class Report:
             cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
             cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
+        unseen = [site.name for site in self.sites if site.unseen]
+        if unseen:
+            names = ", ".join(unseen[:4]) + (f", ... {len(unseen)} in all" if len(unseen) > 4 else "")
+            lines.append(
+                "left as it is, since its attention is no function of torch (a kernel of flash-attn, sage or xformers, "
+                f"FlexAttention) or it had none: {names}"
+            )
         if self.left_alone:
             lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
         if self.compiled:
@@ -88,8 +99,10 @@ def report_of(patch: Patch) -> Report:
         if site.is_attention and not site.is_candidate and (did or not inner or alone):
             counts = {name: site.counts[name] for name in TOTALS}
             sites.append(
-                SiteReport(site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations))
-            )
+                SiteReport(
+                    site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations), site.unseen
+                )
+            )  # fmt: skip
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
     left_alone = tuple(patch.left_alone)
     return Report(patch.model_kind, patch.policy, tuple(sites), totals, left_alone)

@@ -120,3 +120,20 @@ def test_with(name, tool):
     attnpatch.remove(second)
     assert structure(second) == structure(plain)
     assert np.array_equal(run(second, name), expected)
+
+
+def test_attention_of_no_torch_function_is_left_and_said():
+    """FlexAttention is an operator of its own, as the kernels of flash-attn, sage and xformers are."""
+    pipe = build("flux")
+    pipe.transformer.set_attention_backend("flex")
+    native = run(pipe, "flux")
+    with attnpatch.patched(pipe.transformer, mode="always"):
+        assert np.array_equal(run(pipe, "flux"), native)
+        report = attnpatch.report(pipe.transformer)
+    assert report.totals["by_rows"] == 0 and report.totals["native"] > 0
+    assert all(site.unseen for site in report.sites)
+    assert "no function of torch" in str(report) and "transformer_blocks.0.attn" in str(report)
+    pipe.transformer.set_attention_backend("native")
+    with attnpatch.patched(pipe.transformer, mode="always"):
+        run(pipe, "flux")
+        assert "no function of torch" not in str(attnpatch.report(pipe.transformer))

@@ -176,9 +176,11 @@ def test_a_module_under_two_names_is_patched_once():
     assert STATE not in vars(attention)
 
 
-def test_capture_and_explain_name_the_component_to_give():
+def test_capture_names_the_blocks_to_give_and_explain_the_component():
     pipe = build("flux")
-    with pytest.raises(errors.PatchError, match=r"not the pipeline FluxPipeline.*pipe\.transformer"):
+    with pytest.raises(
+        errors.CaptureError, match=r"Blocks\.fixed\(8\) is not accepted for an image; give Blocks\.tiles"
+    ):
         attnpatch.capture(pipe, blocks=Blocks.fixed(8)).__enter__()
     with pytest.raises(errors.PatchError, match=r"pipe\.transformer"):
         attnpatch.explain(pipe, seq_len=8)

@@ -95,6 +95,16 @@ REVERSED = "{% for m in messages | reverse %}<|header|>{{ m.role }}\n{{ m.conten
 TWICE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.content }}<|eot|>{% endfor %}"
 # Escapes what is not ASCII, so that no mark comes out as it went in.
 ESCAPES = "{% for m in messages %}<|header|>{{ m.role }} {{ m.content | urlencode }}<|eot|>{% endfor %}"
+# Arguments are put together as text; thinking is cut out of every turn (DeepSeek R1).
+TEXT_ARGUMENTS = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token + ns.system }}"
+    "{% for m in messages %}{% if m.role == 'user' %}<|turn|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|/turn|>{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name + ' ' + call.function.arguments }}<|eot|>{% endfor %}"
+    "{{ m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'tool' %}<|header|>{{ m.content }}<|/header|>"
+    "{% endif %}{% endfor %}"
+)
 SPECIAL = (
     "<|im_start|> <|im_end|> <|begin|> <|end|> <|header|> <|/header|> <|eot|> <|turn|> <|/turn|>".split()
 )
@@ -111,13 +121,16 @@ def make_tokenizer(template=None, kind="bpe", trim_offsets=False, bos=False):
         raw.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim_offsets)
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=320,
+            show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=SPECIAL,
         )
     else:
         raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
         raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["[UNK]", *SPECIAL])
+        trainer = tokenizers.trainers.WordLevelTrainer(
+            show_progress=False, special_tokens=["[UNK]", *SPECIAL]
+        )
     raw.train_from_iterator([SAMPLE], trainer)
     if bos:
         raw.post_processor = tokenizers.processors.TemplateProcessing(
@@ -469,6 +482,17 @@ def test_tool_calls_and_their_answers(tools, prompt):
     assert said_by["2 assistant"] == "\n".join([json.dumps(CALL["function"])] * 2)
 
 
+def test_templates_that_want_arguments_as_text():
+    tokenizer = tokenizer_of(TEXT_ARGUMENTS)
+    found = render(tokenizer, TOOL_TALK)
+    call = 'weather {"city": "Ghent", "days": 2}<|eot|>'
+    assert decoded(found, tokenizer) == [
+        *("<|begin|>be brief", "<|turn|>rain?", f"<|/turn|>{call}{call}<|end|>", "<|header|>yes<|/header|>"),
+        *("<|header|>no<|/header|>", "<|/turn|>It rains.<|end|>", "<|turn|>thanks"),
+    ]
+    assert found.notes == ("the arguments of tool calls are given to the chat template as text",)
+
+
 @pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize("family", ["chatml", "headers"])
 def test_characters_split_over_tokens(family, trim_offsets):
@@ -594,15 +618,38 @@ def test_what_no_tokenizer_can_do():
             render(tokenizer_of(template), [said("user", "\ud83d")])
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, TURNS])
+def test_special_tokens_are_the_chat_templates_own():
+    tokenizer = make_tokenizer(CHATML, bos=True)
+    assert render(tokenizer, TALK).ids == whole(CHATML, TALK)
+
+
+@pytest.mark.parametrize("content", ["", " ", "<think>\n\n</think>\n\n"])
+def test_messages_without_text_that_are_written_otherwise_while_they_are_last(content):
+    messages = [said("user", ""), said("assistant", content), said("user", "")]
+    rest = content if content == " " else ""
+    assert decoded(render(tokenizer_of(THINKING), messages), tokenizer_of(THINKING)) == [
+        "<|im_start|>user\n<|im_end|>\n",
+        f"<|im_start|>assistant\n{rest}<|im_end|>\n",
+        "<|im_start|>user\n<|im_end|>\n",
+    ]
+
+
+# What stands between messages is another text each time.
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call {{ call.id }} {{ call.function.arguments | tojson }}>{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, TURNS, CALLS])
 def test_long_conversations_take_few_renderings(template, monkeypatch):
     tokenizer = make_tokenizer(template)
     messages = [said("system", "be brief")]
     for index in range(1000):
-        messages += [
-            said("user", f"the key is {index}"),
-            said("assistant", f"<think>\nhm {index}\n</think>\n\nfine " * 3),
-        ]
+        call = {"id": f"c{index}", "function": {"name": "f", "arguments": {"n": index}}}
+        more = {"tool_calls": [call]} if template is CALLS else {}
+        thought = f"<think>\nhm {index}\n</think>\n\nfine " * 3
+        messages += [said("user", f"the key is {index}"), said("assistant", thought, **more)]
     calls, original = [], type(tokenizer).apply_chat_template
 
     def counted(self, some, *args, **more):
@@ -615,6 +662,26 @@ def test_long_conversations_take_few_renderings(template, monkeypatch):
     assert sum(map(len, found.members)) == len(messages)
     assert sum(calls) < 8 * len(messages), len(calls)
     assert time.perf_counter() - began < 10
+
+
+# The header of later messages says which they are; and of some of them something that no other has.
+NUMBERED = CALLS.replace("{{ m.role }}\n", "{{ m.role }} {{ loop.index if loop.index > 30 else '' }}\n")
+LATE = CALLS.replace("<|im_start|>", "{{ '(tools)<|im_end|>\n' if loop.index == 41 else '' }}<|im_start|>")
+# From some message on, what looks like a closing and a header is all header.
+LATER = CALLS.replace("<|im_start|>", "{{ '}><|im_end|>\n' if loop.index > 40 else '' }}<|im_start|>")
+
+
+@pytest.mark.parametrize("template", [CALLS, NUMBERED, LATE, LATER])
+def test_calls_that_are_all_different(template):
+    tokenizer = tokenizer_of(template)
+    messages = []
+    for index in range(30):
+        call = {"id": f"c{index}", "function": {"name": "f", "arguments": {"n": index}}}
+        messages += [said("user", "hi"), said("assistant", "", tool_calls=[call])]
+    found = decoded(render(tokenizer, messages), tokenizer)
+    whole_text = tokenizer.apply_chat_template(messages, tokenize=False)
+    prefixes = [tokenizer.apply_chat_template(messages[: n + 1], tokenize=False) for n in range(60)]
+    assert found == [b[len(a) :] for a, b in zip(["", *prefixes], [*prefixes[:-1], whole_text], strict=False)]
 
 
 def test_marks_are_characters_that_nothing_holds():

@@ -121,14 +121,37 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
 
 def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> Rendered:
     template = template_of(tokenizer, options)
-    division = divide(template, messages, options)
-    notes = list(division.notes)
+    notes = []
+    try:
+        division = divide(template, messages, options)
+    except BlockError:
+        # Some templates write arguments as JSON, some put a text of JSON together with their own.
+        messages, changed = _with_arguments_as_text(messages)
+        if not changed:
+            raise
+        division = divide(template, messages, options)
+        notes.append("the arguments of tool calls are given to the chat template as text")
+    notes += division.notes
     longer = None
     if prompt:
         longer = prompted(template, messages, division.text)
         if longer is None:
             notes.append("the chat template has no opening of the assistant's next message: no block for it")
     return _in_tokens(tokenizer, messages, replace(division, notes=tuple(notes)), longer, "chat template")
+
+
+def _with_arguments_as_text(messages: list[Mapping]) -> tuple[list[Mapping], bool]:
+    """Messages whose tool calls have their arguments as JSON text, and whether any had not."""
+    changed = []
+    for message in messages:
+        calls = [dict(call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        for call in calls:
+            function = call.get("function")
+            if isinstance(function, Mapping) and isinstance(function.get("arguments"), Mapping):
+                text = json.dumps(function["arguments"], ensure_ascii=False)
+                call["function"] = {**function, "arguments": text}
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed, changed != messages
 
 
 def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> Rendered:

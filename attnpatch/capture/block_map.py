@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TENSORS = ("mass", "query_sizes", "key_sizes", "error")
-_MEANING = {
-    "none": "attention mass, mean over the query tokens",
-    "row": "share of the query block's attention mass",
-    "density": "attention mass per key token",
-    "column": "share of the mass the key block receives",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,6 +147,10 @@ class BlockMap:
         if layer is not None:
             _choose(changes, layer, of_layers, self.layers, "layer")
         if step is not None and (self.steps or step != "mean"):
+            if not self.steps:
+                raise CaptureError(
+                    f"no step {step!r} in this map, steps were averaged or there are none; capture with steps='all'."
+                )
             _choose(changes, step, batch, self.steps, "step")
         if sequence is not None:
             found = position(sequence, range(self.num_sequences), "sequence")
@@ -248,7 +246,7 @@ class BlockMap:
             query_labels=one.query_labels,
             key_labels=one.key_labels,
             title=title,
-            colour_label=_MEANING[self.normalization],
+            colour_label=_meaning(self),
             scale=scale,
             errors=None
             if one.error is None or self.normalization != "none"
@@ -318,7 +316,8 @@ class BlockMap:
             size.insert(0, f"{self.num_sequences} sequences")
         labels = self.query_labels[0] if self._batched else self.query_labels
         tokens = self.query_sizes.sum(-1).tolist()
-        sums = self.mass.sum(-1)[over_rows(self.query_sizes > 0, self.mass[..., 0])]
+        sums = self.mass.sum(-1)
+        sums = sums[over_rows(self.query_sizes > 0, sums)]
         rows = f"rows sum to {sums.min():.4g} to {sums.max():.4g}" if sums.numel() else "no rows"
         lines = [
             f"BlockMap: {', '.join(size)}",
@@ -329,6 +328,12 @@ class BlockMap:
         ]
         lines += [f"  {name}: {picture.shorten(str(value), 160)}" for name, value in self.metadata.items()]
         return "\n".join(lines)
+
+
+def _meaning(one: BlockMap) -> str:
+    if one.metadata.get("weighting") == "gradient" and one.normalization == "none":
+        return "probability x gradient, mean over the query tokens"
+    return picture.MEANING[one.normalization]
 
 
 def _sampling(one: BlockMap) -> str:

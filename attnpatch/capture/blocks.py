@@ -89,9 +89,10 @@ class Blocks:
         """One block per chat message, labelled ``"0 system"``, ``"1 user"``, ...
 
         The conversation is rendered with the tokenizer's chat template, as
-        ``tokenizer.apply_chat_template(messages)`` does, once per prefix; where a prefix ends a message ends,
-        and character offsets say which tokens that is. What the template puts before the first message
-        belongs to the first block.
+        ``tokenizer.apply_chat_template(messages)`` does, and once more with marks that say where each message
+        came out; where the conversation cut off after a message ends, that message ends, and character offsets
+        say which tokens that is (``attnpatch.capture.division`` tells how). What the template puts before the
+        first message belongs to the first block.
 
         Args:
             tokenizer: A fast tokenizer of transformers with a chat template.

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from attnpatch.capture.ends import Ends
 from attnpatch.capture.locating import Places, locate
 from attnpatch.capture.marks import CONTENT, Marked, Marker, came_out
 from attnpatch.capture.prefixes import ends_of_prefixes
@@ -33,10 +34,6 @@ Render = Callable[..., str]
 # Messages without text that are left out one by one to see whether the template ever looks at them.
 _LEFT_OUT = 64
 _BY_PREFIXES = "the template changes what it writes when messages are marked: each ends where the conversation cut off there does"
-
-
-class _Refused(Exception):
-    """The template refuses a conversation cut off after some message."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,6 @@ def divide(
     return work.divided()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Messages from one with marks in the text up to the next one with marks, and the text between these marks."""
-
-    members: range
-    located: bool
-    base: int
-    limit: int
-    key: tuple
-
-
 @dataclass
 class _Work:
     """The division of one conversation while it is made."""
@@ -120,11 +106,6 @@ class _Work:
     places: Places
     strict: bool
     notes: list[str] = field(default_factory=list)
-    # Ends of a run's messages, counted from its base; by the text and the roles it has.
-    learnt: dict[tuple, list[int | None]] = field(default_factory=dict)
-    # How messages of a role close, for templates that refuse the conversation cut off after some message.
-    closings: dict[Any, set[str]] = field(default_factory=dict)
-    refused: dict[tuple, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.placed = self.marked.placed()
@@ -136,7 +117,7 @@ class _Work:
                 "the chat template gives no text for any of these messages; use another template."
             )
         self._check_order()
-        ends = self._ends()
+        ends = Ends(self.render, self.messages, self.text, self.marked, self.places, self.strict).found()
         absent = self._absent(ends)
         if self.strict:
             self._check_own_text(ends, absent)
@@ -196,108 +177,6 @@ class _Work:
                 self._refuse(index, "drops")
             if end is None:
                 self._refuse(index, "merges")
-
-    def _runs(self) -> list[_Run]:
-        count, known, runs = len(self.messages), sorted(self.places), []
-        roles = [message.get("role") for message in self.messages]
-        for one, other in pairwise([-1, *known, count]):
-            located = one >= 0
-            first, kind = (one, self.places[one][-1][1]) if located else (0, "")
-            base = self._region(one)[1] if located else 0
-            limit = self._region(other)[0] if other < count else len(self.text)
-            key = (located, kind, tuple(roles[first : other + 1]), other == count, self.text[base:limit])
-            runs.append(_Run(range(first, other), located, base, limit, key))
-        return runs
-
-    def _ends(self) -> list[int | None]:
-        """Where each message ends; None where it runs on into the next one."""
-        ends: list[int | None] = [None] * len(self.messages)
-        runs = [run for run in self._runs() if run.members]
-        if runs[-1].located and len(runs[-1].members) == 1:
-            self._learn_closing(runs[-1].members[0], self.text[runs[-1].base :])
-        for run in runs:
-            if run.key not in self.learnt:
-                self.learnt[run.key] = self._ends_in(run)
-        for run in runs:
-            offsets = self.learnt[run.key]
-            if run.key in self.refused:
-                offsets = [self._closed_as_others(run), *offsets[1:]]
-            for index, offset in zip(run.members, offsets, strict=True):
-                ends[index] = None if offset is None else run.base + offset
-        ends[-1] = len(self.text)
-        return ends
-
-    def _ends_in(self, run: _Run) -> list[int | None]:
-        """Ends of a run's messages, counted from its base."""
-        ends: list[int | None] = []
-        last: int | None = run.base
-        for index in run.members:
-            if run.located and index == run.members[0]:
-                end = self._closed(index, run)
-            elif index == len(self.messages) - 1:
-                end = len(self.text)
-            else:
-                end = self._end_without_marks(index, last, run.limit)
-            ends.append(end)
-            last = end if end is not None else last
-        return [None if end is None else end - run.base for end in ends]
-
-    def _prefix(self, count: int, messages: Sequence[Mapping]) -> str:
-        try:
-            return self.render(messages[:count])
-        except Exception as error:  # templates stop with jinja errors: "roles must alternate"
-            raise _Refused(
-                f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
-            ) from error
-
-    def _closed(self, index: int, run: _Run) -> int | None:
-        """Where a message with marks closes: as it does where the conversation is cut off after it."""
-        if index == len(self.messages) - 1:
-            return len(self.text)
-        try:
-            only = [*self.messages[:index], self.marked.messages[index]]
-            prefix, places = self.marked.read(self._prefix(index + 1, only))
-        except _Refused as error:
-            if self.strict:
-                raise BlockError(str(error)) from error
-            self.refused[run.key] = str(error)
-            return None
-        found = [place for place, kind in places.get(index, []) if kind == self.places[index][-1][1]]
-        if not found:
-            return None
-        closing = prefix[found[-1] :]
-        end = run.base + len(closing)
-        if end > run.limit or not self.text.startswith(closing, run.base):
-            return None
-        self._learn_closing(index, closing)
-        return end
-
-    def _learn_closing(self, index: int, closing: str) -> None:
-        if closing.strip():
-            self.closings.setdefault(self.messages[index].get("role"), set()).add(closing)
-
-    def _closed_as_others(self, run: _Run) -> int | None:
-        """The end of a message whose prefix is refused, if it closes as messages of its role, or of any, do."""
-        role = self.messages[run.members[0]].get("role")
-        known = self.closings.get(role) or {text for texts in self.closings.values() for text in texts}
-        gap = self.text[run.base : run.limit]
-        return max((len(closing) for closing in known if gap.startswith(closing)), default=None)
-
-    def _end_without_marks(self, index: int, last: int, limit: int) -> int | None:
-        """Where a message ends that has no text, or none in the rendering: by the text its turn adds."""
-        try:
-            prefix = self._prefix(index + 1, self.messages)
-            if self.text.startswith(prefix) and last <= len(prefix) <= limit:
-                return len(prefix)
-            before = self._prefix(index, self.messages) if index else ""
-        except _Refused as error:
-            if self.strict:
-                raise BlockError(str(error)) from error
-            return None
-        added = prefix[len(before) :]
-        end = last + len(added)
-        fits = prefix.startswith(before) and end <= limit and self.text.startswith(added, last)
-        return end if fits else None
 
     def _absent(self, ends: list[int | None]) -> set[int]:
         """Messages of which nothing is in the text: it is the same without them."""

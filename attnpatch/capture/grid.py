@@ -153,7 +153,9 @@ class Tiles:
         lead = values.shape[:-1]
         values = values.reshape(-1, *(weight.shape[1] for weight in weights))
         frames, height, width = weights
-        return torch.einsum("bfhw,kf,ih,jw->bkij", values.double(), frames, height, width).reshape(*lead, -1)
+        brought = torch.einsum("bfhw,kf,ih,jw->bkij", values.double(), frames, height, width)
+        # Spelled out: a text without words has no values, of which no size can be guessed.
+        return brought.reshape(*lead, math.prod(brought.shape[1:]))
 
     def _axes(self, site: Grid) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pairs = ((self.frames, site.frames), (self.height, site.height), (self.width, site.width))

@@ -69,7 +69,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
         sizes = torch.as_tensor(getattr(given, f"{side}_sizes")).detach().to("cpu", torch.int64)
         labels = getattr(given, f"{side}_labels")
         checked[f"{side}_sizes"], checked[f"{side}_labels"] = _checked_side(side, sizes, labels, count, batch)
-    empty = over_rows(checked["query_sizes"] == 0, mass[..., 0])
+    empty = over_rows(checked["query_sizes"] == 0, mass.new_empty(mass.shape[:-1]))
     checked["mass"] = mass.masked_fill(empty[..., None], 0)
     if given.error is not None:
         error = given.error.detach().to("cpu", torch.float32)

@@ -29,9 +29,9 @@ class Marked:
     Attributes:
         messages: Copies with the marks in their strings; the others are the caller's own.
         owners: Of each mark character, the message it was put into and where: ``"start"`` and ``"end"`` of the
-            content without the white space around it, ``"thought"`` and ``"answer"`` where it has thinking, ``"empty"`` for
-            the start where that is empty and so cannot be lost,
-            ``"inner"`` for its middle, ``"blank"`` where it has no text, ``"reasoning"`` and ``"call"`` for the fields beside it.
+            content; ``"thought"`` and ``"answer"`` where it has thinking, with ``"empty"`` for the start where that
+            is empty and so cannot be lost; ``"inner"`` for its middle; ``"blank"`` where it has no text;
+            ``"reasoning"`` and ``"call"`` for the fields beside it.
     """
 
     messages: list[Mapping]

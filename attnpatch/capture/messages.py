@@ -15,7 +15,8 @@ def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options
     """Token spans of the messages of one conversation, and of the generation prompt if there is one.
 
     Raises:
-        BlockError: A message has no text or no token of its own; ``rendered_division`` says what became of it.
+        BlockError: A message has no text or no token of its own. ``attnpatch.analysis.rendering`` joins or notes
+            these instead.
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise BlockError("a conversation is empty or holds something else than {'role', 'content'} mappings.")

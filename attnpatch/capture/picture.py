@@ -6,7 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SCALES = ("sqrt", "linear")
+
+MEANING = {
+    "none": "attention mass, mean over the query tokens",
+    "row": "share of the query block's attention mass",
+    "density": "attention mass per key token",
+    "column": "share of the mass the key block receives",
+}
 
 _MOST_TICKS = 42  # more labels than this do not fit on an axis at a readable size
 _STEPS = [step * 10**power for power in range(9) for step in (1, 2, 5)]  # every 1st, 2nd, 5th, 10th, ...
@@ -34,14 +41,16 @@ def draw(
     colour_label: str,
     scale: str = "sqrt",
     errors: np.ndarray | None = None,
+    axis_labels: tuple[str, str] = ("query block (attends)", "key block (is attended to)"),
 ) -> "Figure":
     """A heat map with query blocks downwards and key blocks across.
 
     Exact zeros (what a causal mask forbids) are grey, so that they differ from small masses. The colours are
-    viridis, which colour-blind readers and grey printers keep in order.
+    viridis, which colour-blind readers and grey printers keep in order; with negative values (gradients), purple
+    and orange on either side of white.
 
     Args:
-        values: ``[query_blocks, key_blocks]``, not negative.
+        values: ``[query_blocks, key_blocks]``.
         query_labels: One per row; shortened and thinned as needed.
         key_labels: One per column.
         title: Over the picture.
@@ -61,19 +70,18 @@ def draw(
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     canvas_class(figure)
     axes = figure.add_subplot()
-    top = float(np.nanmax(values, initial=0.0)) or 1.0
-    norm = colors.PowerNorm(0.5, 0, top) if scale == "sqrt" else colors.Normalize(0, top)
+    norm, cmap = colours(values, scale, colormaps, colors)
     image = axes.imshow(
         np.ma.masked_where(values == 0, values),
         norm=norm,
-        cmap=colormaps["viridis"].with_extremes(bad=_ZERO_COLOUR),
+        cmap=cmap,
         aspect="equal" if max(rows, columns) <= 3 * min(rows, columns) else "auto",
         interpolation="nearest",
     )
     _label_axis(axes, "y", query_labels)
     _label_axis(axes, "x", key_labels)
-    axes.set_ylabel("query block (attends)")
-    axes.set_xlabel("key block (is attended to)")
+    axes.set_ylabel(axis_labels[0])
+    axes.set_xlabel(axis_labels[1])
     if title:
         # Over the figure, not the axes: beside the labels and the colour bar a small map leaves little room.
         line = int(10 * figure.get_figwidth())
@@ -86,6 +94,22 @@ def draw(
     notes = ["square-root scale"] * (scale == "sqrt") + ["grey: exactly 0"] * bool((values == 0).any())
     bar.set_label(f"{colour_label}\n({', '.join(notes)})" if notes else colour_label)
     return figure
+
+
+def colours(values: np.ndarray, scale: str, colormaps: Any, colors: Any) -> tuple[Any, Any]:
+    """Norm and colour map for some values."""
+    low, top = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
+    if low < 0:
+        most = max(-low, top)
+        power = 0.5 if scale == "sqrt" else 1.0
+        norm = colors.FuncNorm(
+            (lambda x: np.sign(x) * np.abs(x) ** power, lambda x: np.sign(x) * np.abs(x) ** (1 / power)),
+            -most,
+            most,
+        )
+        return norm, colormaps["PuOr_r"].with_extremes(bad=_ZERO_COLOUR)
+    norm = colors.PowerNorm(0.5, 0, top or 1.0) if scale == "sqrt" else colors.Normalize(0, top or 1.0)
+    return norm, colormaps["viridis"].with_extremes(bad=_ZERO_COLOUR)
 
 
 def write(figure: "Figure", path: str | os.PathLike) -> Path:
@@ -160,8 +184,10 @@ def _separate_cells(axes: "Axes", rows: int, columns: int) -> None:
 def _write_numbers(axes: "Axes", values: np.ndarray, norm, errors: np.ndarray | None) -> None:
     for (row, column), value in np.ndenumerate(values):
         if value:
-            colour = "black" if norm(value) > 0.6 else "white"
-            text = f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+            is_light = norm(value) > 0.6 if norm.vmin == 0 else abs(norm(value) - 0.5) < 0.35
+            colour = "black" if is_light else "white"
+            text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
             if errors is not None and not np.isnan(errors[row, column]):
-                text += f"\n\u00b1{errors[row, column]:.1g}"
+                error = errors[row, column]
+                text += f"\n\u00b1{error:.1g}" if error >= 1e-3 else "\n\u00b1<1e-3"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)

@@ -64,13 +64,13 @@ def _changed_region(
     other = render([*messages[:index], marked, *messages[index + 1 :]])
     if other == text:
         return (-1, -1)
-    first = _common_prefix(text, other)
+    first = common_prefix(text, other)
     shortest = min(len(text), len(other)) - first
-    same = _common_prefix(text[::-1][:shortest], other[::-1][:shortest])
+    same = common_prefix(text[::-1][:shortest], other[::-1][:shortest])
     return first, len(text) - same
 
 
-def _common_prefix(one: str, other: str) -> int:
+def common_prefix(one: str, other: str) -> int:
     """Length of the common prefix, by bisection: conversations run to a million characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:

@@ -229,12 +229,20 @@ class Sampling:
         if self.find_texts is not None:
             found = [row or numbered for row, numbered in zip(self.find_texts(text), found, strict=True)]
         if self.plan.text is not None:
-            asked = self.plan.text.resolve(
-                torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
-            )
-            for row, labels, assignment in zip(found, asked.labels, asked.assignment, strict=True):
-                row.labels, row.assignment = labels, assignment
+            self._name(found, torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask)
         return found
+
+    def _name(self, found: list[TextRow], valid: torch.Tensor) -> None:
+        """Take the blocks asked for. Those of a prompt are not guidance's, which keeps its own words."""
+        blocks, chosen = self.plan.text, list(range(len(found)))
+        prompts = [place for place in chosen if found[place].role != "negative"]
+        for_all = blocks.per_sequence and len(blocks.spans_by_sequence) == len(found) and prompts
+        if blocks.kind in ("words", "tokens") and not for_all:
+            chosen = prompts
+        if chosen:
+            asked = blocks.resolve(valid[chosen])
+            for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
+                found[place].labels, found[place].assignment = labels, assignment
 
     def _number(self, key: bytes, row: TextRow | None) -> int:
         if key not in self._known:
@@ -254,6 +262,7 @@ class ImageRecorder:
         sites: Pattern of site names, ``None``: all.
         read_call: Makes a ``DenoiserCall`` of arguments.
         site_call: Says what is known of a call of a site.
+        num_heads: Of sites, where it is known.
 
     Raises:
         CaptureError: There is no such site, or these are no heads.
@@ -273,8 +282,10 @@ class ImageRecorder:
         sites: str | None,
         read_call: Callable[[Any, Any], DenoiserCall],
         site_call: Callable[[Any, Any], SiteFacts],
+        num_heads: dict[str, int],
     ) -> None:
         self.sampling, self.prefix, self.heads = sampling, prefix, checked_heads(heads)
+        self.num_heads = {prefix + name: count for name, count in num_heads.items()}
         self.read_call, self.site_call = read_call, site_call
         self.wanted = {name for name in names if sites is None or fnmatch.fnmatchcase(prefix + name, sites)}
         self.call: DenoiserCall | None = None
@@ -311,7 +322,9 @@ class ImageRecorder:
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """Who looks at the call of a site that is about to be made."""
-        given = [(self.origins.of(t), t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        # Beside an image prompt the text is the first of a tuple.
+        values = [v for v in (*args, *kwargs.values()) for v in (v if isinstance(v, tuple) else (v,))]
+        given = [(self.origins.of(t), t) for t in values if isinstance(t, torch.Tensor)]
         inputs = [(origin, _lengths(t)) for origin, t in given if origin is not None]
         facts = self.site_call(args, kwargs)
         return ImageObserver(self, self.prefix + site.name, self.call, facts, self.records, inputs)
@@ -343,7 +356,14 @@ class ImageObserver(SiteObserver):
         lengths = (passing.q_len, passing.kv_len)
         if self.lengths is None:
             self.lengths = lengths
-            self._place(*lengths)
+            whole = self.call.batch * self.recorder.num_heads.get(self.name, 0)
+            if whole and passing.lead_count != whole:
+                # Some rows of the batch only (perturbed attention guidance), some heads, or other rows than images.
+                self._refuse(
+                    f"attends in {passing.lead_count} pieces, not in the {whole} of its batch and heads"
+                )
+            else:
+                self._place(*lengths)
         elif self.lengths != lengths:
             # A second attention inside the module, as an image prompt's: shown it would be mixed with the first.
             self._leave_out(f"attends a second time, to {passing.kv_len} keys", f" ({passing.kv_len} keys)")

@@ -44,6 +44,12 @@ def is_denoiser(module: Any) -> bool:
     return "timestep" in names and "controlnet_cond" not in names and any(name in names for name in _IMAGES)
 
 
+def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
+    """How many heads an attention module has, by its name, where it says so."""
+    found = {name: getattr(module, "heads", None) for name, module in denoiser.named_modules()}
+    return {name: heads for name, heads in found.items() if type(heads) is int}
+
+
 def read_denoiser_call(
     kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], hint: Grid | None = None
 ) -> DenoiserCall:

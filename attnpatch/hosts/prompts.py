@@ -68,8 +68,8 @@ class Prompts:
                 handle.remove()
 
     def begin(self, texts: list[tuple[str, str]]) -> None:
-        """A pipeline is called with these texts and their roles."""
-        self.texts, self.encoded = texts, []
+        """A pipeline is called with these texts and their roles; what was encoded before it may be given to it."""
+        self.texts = texts
 
     def end(self) -> None:
         """What encoders returned is let go."""
@@ -95,8 +95,9 @@ class Prompts:
         best: dict[int, tuple[int, torch.Tensor, Encoded]] = {}
         for encoded in self.encoded:
             found = max((_where(given, state) for state in encoded.states), key=_count, default=None)
-            # An encoder that looks back only gives the start of any text the same values.
-            if found is None or _count(found) < max(2, min(encoded.real, len(given)) // 2):
+            # An encoder that looks back only gives the start of any text the same values; T5 has one token for no text.
+            least = max(min(2, encoded.real), min(encoded.real, len(given)) // 2)
+            if found is None or _count(found) < least:
                 continue
             number = id(encoded.tokenizer)
             if number not in best or _count(found) > best[number][0]:

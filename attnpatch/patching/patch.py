@@ -54,6 +54,7 @@ class Site:
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
+        unseen: Calls that were watched and in which no attention was seen.
         previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
     """
@@ -67,13 +68,14 @@ class Site:
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
         self.below: Site | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), "counts": Counter(), "operations": Counter(), "decisions": {}}
+        return {**vars(self), "counts": Counter(), "operations": Counter(), "unseen": 0, "decisions": {}}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -189,6 +191,7 @@ class Site:
             observer.finish()
         if self.counts.total() == before:
             self.counts["native"] += 1
+            self.unseen += 1
         return result
 
     def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -46,6 +46,9 @@ def is_registered(module: nn.Module) -> bool:
 
 def why(module: nn.Module) -> str | None:
     """Why ``module`` is swapped without having been looked at; ``None``: nothing says so."""
+    # The processors of diffusers' image prompts are modules that are called without a forward: their owner's runs.
+    if type(module).forward is nn.Module.forward:
+        return None
     if _NAMES.search(type(module).__name__) or isinstance(module, _CARRIERS):
         return "name"
     return "registered" if is_registered(module) else None

@@ -1,0 +1,215 @@
+"""Where messages end in a rendered conversation, given where the marks in them came out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from attnpatch.capture.locating import Places
+from attnpatch.capture.marks import Marked
+from attnpatch.capture.prefixes import common_prefix
+from attnpatch.errors import BlockError
+
+# Texts between messages that are divided by rendering before the next ones may be divided alike.
+_HABIT = 8
+
+
+class _Refused(Exception):
+    """The template refuses a conversation cut off after some message."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Messages from one with marks in the text up to the next one with marks, and the text between these marks."""
+
+    members: range
+    located: bool
+    base: int
+    limit: int
+    key: tuple
+
+
+@dataclass
+class _Habit:
+    """How the texts between messages of the same roles were divided so far.
+
+    Tool calls with a number or an id of their own make every such text another one. When enough of them close with
+    the same words before the same header, the rest that do are not rendered to find out.
+    """
+
+    seen: int = 0
+    closing: str = ""
+    header: str = ""
+    odd: bool = False
+
+    def add(self, gap: str, end: int | None) -> None:
+        """One more that was divided by rendering."""
+        if end is None or (self.seen and gap[end:] != self.header):
+            self.odd = True
+            return
+        common = _common_suffix(self.closing, gap[:end])
+        self.closing, self.header = common if self.seen else gap[:end], gap[end:]
+        self.seen += 1
+
+    def end_of(self, gap: str) -> int | None:
+        """Where the message before ``gap`` ends in it, if that is as usual."""
+        usual = not self.odd and self.seen >= _HABIT and self.closing.strip() and self.header.strip()
+        return len(gap) - len(self.header) if usual and gap.endswith(self.closing + self.header) else None
+
+
+def _common_suffix(one: str, other: str) -> str:
+    length = common_prefix(one[::-1], other[::-1])
+    return one[len(one) - length :]
+
+
+@dataclass
+class Ends:
+    """Finds where each message of a conversation ends.
+
+    Attributes:
+        render: Text of a list of messages.
+        messages: The conversation.
+        text: Its rendering.
+        marked: The same with marks that do not change the rendering.
+        places: Where these came out, in order of the messages.
+        strict: Raise a ``BlockError`` when the template refuses the conversation cut off after some message.
+    """
+
+    render: Callable[..., str]
+    messages: Sequence[Mapping]
+    text: str
+    marked: Marked
+    places: Places
+    strict: bool
+    # Ends of a run's messages, counted from its base; by the text and the roles it has.
+    learnt: dict[tuple, list[int | None]] = field(default_factory=dict)
+    # How messages of a role close, for templates that refuse the conversation cut off after some message.
+    closings: dict[Any, set[str]] = field(default_factory=dict)
+    refused: dict[tuple, str] = field(default_factory=dict)
+
+    def found(self) -> list[int | None]:
+        """Where each message ends; None where it runs on into the next one."""
+        ends: list[int | None] = [None] * len(self.messages)
+        runs = [run for run in self._runs() if run.members]
+        if runs[-1].located and len(runs[-1].members) == 1:
+            self._learn_closing(runs[-1].members[0], self.text[runs[-1].base :])
+        self._learn(runs)
+        for run in runs:
+            offsets = self.learnt[run.key]
+            if run.key in self.refused:
+                offsets = [self._closed_as_others(run), *offsets[1:]]
+            for index, offset in zip(run.members, offsets, strict=True):
+                ends[index] = None if offset is None else run.base + offset
+        ends[-1] = len(self.text)
+        return ends
+
+    def _learn(self, runs: list[_Run]) -> None:
+        """Divide each text between messages that is new, by rendering, or as many like it were divided."""
+        habits: dict[tuple, _Habit] = {}
+        supposed: list[_Run] = []
+        for run in runs:
+            if run.key in self.learnt:
+                continue
+            habit = habits.setdefault(run.key[:-1], _Habit())
+            gap = self.text[run.base : run.limit]
+            single = run.located and len(run.members) == 1
+            end = habit.end_of(gap) if single else None
+            if end is not None:
+                self.learnt[run.key] = [end]
+                supposed.append(run)
+                continue
+            self.learnt[run.key] = self._ends_in(run)
+            if single:
+                habit.add(gap, self.learnt[run.key][0])
+        if supposed and self.learnt[supposed[-1].key] != self._ends_in(supposed[-1]):
+            for run in supposed:
+                self.learnt[run.key] = self._ends_in(run)
+
+    def _ends_in(self, run: _Run) -> list[int | None]:
+        """Ends of a run's messages, counted from its base."""
+        ends: list[int | None] = []
+        last: int | None = run.base
+        for index in run.members:
+            if run.located and index == run.members[0]:
+                end = self._closed(index, run)
+            elif index == len(self.messages) - 1:
+                end = len(self.text)
+            else:
+                end = self._end_without_marks(index, last, run.limit)
+            ends.append(end)
+            last = end if end is not None else last
+        return [None if end is None else end - run.base for end in ends]
+
+    def _prefix(self, count: int, messages: Sequence[Mapping]) -> str:
+        try:
+            return self.render(messages[:count])
+        except Exception as error:  # templates stop with jinja errors: "roles must alternate"
+            raise _Refused(
+                f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
+            ) from error
+
+    def _closed(self, index: int, run: _Run) -> int | None:
+        """Where a message with marks closes: as it does where the conversation is cut off after it."""
+        if index == len(self.messages) - 1:
+            return len(self.text)
+        try:
+            only = [*self.messages[:index], self.marked.messages[index]]
+            prefix, places = self.marked.read(self._prefix(index + 1, only))
+        except _Refused as error:
+            if self.strict:
+                raise BlockError(str(error)) from error
+            self.refused[run.key] = str(error)
+            return None
+        found = [place for place, kind in places.get(index, []) if kind == self.places[index][-1][1]]
+        if not found:
+            return None
+        closing = prefix[found[-1] :]
+        end = run.base + len(closing)
+        if end > run.limit or not self.text.startswith(closing, run.base):
+            return None
+        self._learn_closing(index, closing)
+        return end
+
+    def _learn_closing(self, index: int, closing: str) -> None:
+        if closing.strip():
+            self.closings.setdefault(self.messages[index].get("role"), set()).add(closing)
+
+    def _closed_as_others(self, run: _Run) -> int | None:
+        """The end of a message whose prefix is refused, if it closes as messages of its role, or of any, do."""
+        role = self.messages[run.members[0]].get("role")
+        known = self.closings.get(role) or {text for texts in self.closings.values() for text in texts}
+        gap = self.text[run.base : run.limit]
+        return max((len(closing) for closing in known if gap.startswith(closing)), default=None)
+
+    def _end_without_marks(self, index: int, last: int, limit: int) -> int | None:
+        """Where a message ends that has no text, or none in the rendering: by the text its turn adds."""
+        try:
+            prefix = self._prefix(index + 1, self.messages)
+            if self.text.startswith(prefix) and last <= len(prefix) <= limit:
+                return len(prefix)
+            before = self._prefix(index, self.messages) if index else ""
+        except _Refused as error:
+            if self.strict:
+                raise BlockError(str(error)) from error
+            return None
+        added = prefix[len(before) :]
+        end = last + len(added)
+        fits = prefix.startswith(before) and end <= limit and self.text.startswith(added, last)
+        return end if fits else None
+
+    def _runs(self) -> list[_Run]:
+        count, known, runs = len(self.messages), sorted(self.places), []
+        roles = [message.get("role") for message in self.messages]
+        for one, other in pairwise([-1, *known, count]):
+            located = one >= 0
+            first, kind = (one, self.places[one][-1][1]) if located else (0, "")
+            base = self._region(one)[1] if located else 0
+            limit = self._region(other)[0] if other < count else len(self.text)
+            key = (located, kind, tuple(roles[first : other + 1]), other == count, self.text[base:limit])
+            runs.append(_Run(range(first, other), located, base, limit, key))
+        return runs
+
+    def _region(self, index: int) -> tuple[int, int]:
+        """Characters between the first and the last mark of a message."""
+        found = self.places[index]
+        return found[0][0], found[-1][0]
