@@ -12,10 +12,11 @@ from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.heads import Heads
 from attnpatch.capture.image_maps import ImageMaps, Steps
+from attnpatch.capture.image_observer import ImageRecorder
 from attnpatch.capture.maps import Maps
 from attnpatch.capture.observer import SiteFacts
 from attnpatch.capture.recorder import Recorder
-from attnpatch.capture.sampling import ImageRecorder, Plan, Sampling
+from attnpatch.capture.sampling import Plan, Sampling
 from attnpatch.errors import CaptureError, PatchError
 from attnpatch.hosts import denoisers
 from attnpatch.hosts import transformers as host

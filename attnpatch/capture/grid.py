@@ -80,9 +80,9 @@ class Grid:
             heights = [*small, *(area // edge for edge in small)]
             height = min(heights, key=lambda edge: abs(math.log(edge * edge / (area * ratio))))
             width = area // height
-            # Within the rounding of one of the two; where all is small, only an exact fit says anything.
+            # Within the rounding of one of the two; where all is small, almost anything would be.
             off = min(abs(height - width * ratio), abs(width - height / ratio))
-            if off < (1.0 if min(height, width) >= 4 else 1e-9):
+            if off < (1.0 if min(height, width) >= 4 else 0.5):
                 return cls(frames, height, width)
         return None
 

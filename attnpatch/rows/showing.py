@@ -67,7 +67,9 @@ def show(
     elements = max(elements, 16 * kv_len * _group(call))
     while True:
         try:
-            return _show(call, observer, lse, elements, grad)
+            # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
+            with torch._C.DisableTorchFunction():
+                return _show(call, observer, lse, elements, grad)
         except RuntimeError as error:
             if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
                 raise
@@ -111,6 +113,8 @@ def _show(
             for each, axis in ((mask, -2), (lse, -1))
         )
     count = q_len if rows is None else len(rows)
+    if not count:
+        return
     for number, where in enumerate(
         torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
     ):
