@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from attnpatch.analysis import index, running
-from attnpatch.analysis.conversations import Conversation
+from attnpatch.analysis.conversations import Conversation, Refused
 from attnpatch.analysis.index import RunFolder, read_facts
 from attnpatch.analysis.result import Analysis
 from attnpatch.capture.block_map import BlockMap
@@ -92,6 +92,73 @@ def test_resume_takes_what_is_left_and_tries_failures_again(tmp_path):
     assert again.seen == ["mended", "b", "new"]
     assert (summary.done, summary.skipped, summary.failed) == (3, 1, ())
     assert [line["file"] for line in chats.index_of(tmp_path)] == [f"c{i}.safetensors" for i in (1, 2, 3, 4)]
+
+
+def test_the_index_says_what_is_so_now(tmp_path):
+    """The parts of several processes are in no order of time, and files come and go."""
+    names = lambda: [(line.get("name"), "error" in line) for line in chats.index_of(tmp_path)]
+    refused = Refused("f.jsonl record 2", "not JSON")
+    run(Pretended(), [*said("a"), refused], tmp_path, shard=(0, 2))
+    run(Pretended(), [*said("a"), refused, *said("c", "fail", first=3)], tmp_path, shard=(1, 2))
+    assert names() == [("c1", False), (None, True), ("c4", True)]
+    # By one process: the failures are in a part that is read later.
+    run(Pretended(), said(*"abcd"), tmp_path, resume=True)
+    assert names() == [(name, False) for name in ("c1", "c2", "c3", "c4")]
+    (tmp_path / "c3.safetensors").unlink()
+
+    class Short(Pretended):
+        def analyze_conversation(self, messages, *more, **options):
+            raise CaptureError("no memory")
+
+    run(Short(), said(*"abcd"), tmp_path, resume=True)
+    assert names() == [("c1", False), ("c2", False), ("c3", True), ("c4", False)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_each_step_of_writing(tmp_path):
+    """SIGKILL at each fsync, rename and link of a run, what is being written cut short; then resumed."""
+    records = [*said("a", "fail"), Refused("f.jsonl record 3", "not JSON"), *said("d", first=4)]
+    points = 0
+    for point in range(100):
+        folder = tmp_path / str(point)
+        child = os.fork()
+        if child == 0:
+            die_at(point)
+            run(Pretended(), records, folder)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            break
+        points += 1
+        results = sorted(folder.glob("*.safetensors"))
+        assert all(Analysis.load(path).seconds == 0.5 for path in results), "a result that is not whole"
+        again = Pretended()
+        summary = run(again, records, folder, resume=(folder / "run.json").exists())
+        assert summary.skipped == len(results) and summary.done == 2 - len(results)
+        assert [line["record"] for line in chats.index_of(folder)] == [1, 2, 3, 4]
+        lines = [line for part in folder.glob("index-*.jsonl") for line in part.read_text().splitlines()]
+        assert len(lines) == 4
+    assert points >= 10
+
+
+def die_at(point):
+    """Replace what makes writes last by what kills this process when it is called for the ``point``-th time."""
+    calls = iter(range(1000))
+
+    def deadly(function):
+        def called(*arguments):
+            if next(calls) == point:
+                if function is fsync:
+                    size = os.fstat(arguments[0]).st_size
+                    os.ftruncate(arguments[0], size - 5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return called
+
+    fsync = os.fsync
+    for name in ("fsync", "replace", "link"):
+        setattr(os, name, deadly(getattr(os, name)))
 
 
 def test_a_damaged_result_is_made_again(tmp_path):
@@ -183,12 +250,12 @@ def test_two_at_once_on_one_part_are_refused(tmp_path):
 
 def test_an_index_that_changes_while_it_is_merged_is_merged_again(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, {}, False, (0, 2))
-    folder.append({"record": 1, "source": "one"})
+    folder.append({"record": 1, "source": "one", "error": "bad"})
     replace, other = os.replace, tmp_path / "index-00001.jsonl"
 
     def slow(source, target):
         if not other.exists():
-            other.write_text(json.dumps({"record": 2, "source": "two"}) + "\n")
+            other.write_text(json.dumps({"record": 2, "source": "two", "error": "bad"}) + "\n")
         replace(source, target)
 
     monkeypatch.setattr(index.os, "replace", slow)

@@ -106,7 +106,7 @@ class RunFolder:
         seen = None
         while seen != (now := self._sizes()):
             seen = now
-            lines = sorted(_best(self._lines()), key=lambda line: line["record"])
+            lines = sorted(_best(self._lines(), self.folder), key=lambda line: line["record"])
             with open(temporary, "wb") as file:
                 for line in lines:
                     file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -184,7 +184,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
-                    if isinstance(entry, dict) and "source" in entry and "record" in entry:
+                    if (
+                        isinstance(entry, dict)
+                        and {"source", "record"} <= {*entry}
+                        and ({"error", "file"} & {*entry})
+                    ):
                         yield entry
 
 
@@ -193,11 +197,15 @@ def _key(line: Mapping[str, Any]) -> str:
     return line.get("name") or line["source"]
 
 
-def _best(lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per record: what succeeded once is done, and else the latest reason counts."""
+def _best(lines: Iterator[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """One line per record: done is whose file is there, and else the latest reason counts."""
     best: dict[str, dict[str, Any]] = {}
     for line in lines:
-        if "error" not in line or "error" in best.get(_key(line), line):
+        if "error" in line:
+            # The parts are in no order of time: a failure may be older than what succeeded.
+            if "error" in best.get(_key(line), line):
+                best[_key(line)] = line
+        elif (folder / line["file"]).exists():
             best[_key(line)] = line
     # Of a record that was mended since it was refused.
     done = {line["source"] for line in best.values() if "error" not in line}
@@ -207,7 +215,10 @@ def _best(lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 def _create(path: Path, text: str, rank: int) -> bool:
     """Whether this process was the one that wrote a file; others then find it whole."""
     temporary = path.with_name(f".{path.name}.{rank}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     try:
         os.link(temporary, path)
     except FileExistsError:
