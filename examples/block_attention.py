@@ -10,8 +10,8 @@ It is ``attnpatch analyze``; ``--help`` lists its options.
 
 import sys
 
+from attnpatch import BlockAttentionAnalyzer
 from attnpatch.__main__ import main
-from attnpatch.analysis.analyzer import BlockAttentionAnalyzer
 
 __all__ = ["BlockAttentionAnalyzer"]
 

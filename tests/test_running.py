@@ -336,18 +336,18 @@ def test_killed_at_random_moments_and_resumed(spawning, chat_model, tmp_path):
         if round_number < kills:
             # They begin to work when a second or two have gone into loading; then at any moment.
             before, deadline = len(states(folder)), time.monotonic() + 60
-            wait = rng.choice(["anywhere", "at work", "at work"])
+            last = round_number == kills - 1
+            wait = "at work" if last else rng.choice(["anywhere", "at work", "at work"])
             while wait == "at work" and len(states(folder)) == before and time.monotonic() < deadline:
                 if not any(process.is_alive() for process in processes):
                     break
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.15 if wait == "at work" else 1.5))
-            for process in rng.sample(processes, rng.choice([1, 2])):
-                os.kill(process.pid, signal.SIGKILL)
-        if round_number < kills:
-            time.sleep(rng.uniform(0, 0.1))
-            for process in processes:
-                process.kill()
+            first, second = rng.sample(processes, 2)
+            first.kill()
+            if not last:
+                time.sleep(rng.uniform(0, 0.1))
+                second.kill()
         for process in processes:
             process.join(120)
         after = states(folder)
@@ -355,6 +355,11 @@ def test_killed_at_random_moments_and_resumed(spawning, chat_model, tmp_path):
         progress.append(len(after) - len(known))
         known = after
         codes = [process.exitcode for process in processes]
+        if round_number == kills - 1 and first.exitcode == -signal.SIGKILL:
+            # The one that was left did its share, and says that the other did not.
+            assert second.exitcode == 3
+            logs = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+            assert any("another process ended before its share was done" in log for log in logs)
         if round_number >= kills and codes == [3, 3]:
             break
     assert codes == [3, 3], [(tmp_path / f"log.{rank}").read_text()[-2000:] for rank in range(2)]
