@@ -212,6 +212,28 @@ def test_a_file_in_which_nothing_is_good(chat_model, tmp_path):
         assert len(line) < 300
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_files_that_are_no_text(encoding, chat_model, two, tmp_path):
+    """Bytes that are no UTF-8, and a console that knows few characters: still no traceback."""
+    odd = tmp_path / os.fsdecode(b"o\xffd\xc3\xa9")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("no such names on this file system")
+    source = odd / os.fsdecode(b"t\xffo.jsonl")
+    source.write_text(two.read_text() + "not json\n")
+    arguments = ["--model", chat_model, "--json", source, "--out", odd / "out", "--single-pass"]
+    code = (
+        f"import sys; sys.argv = {['attnpatch', 'analyze', *map(str, arguments)]!r}\n"
+        "from attnpatch.__main__ import main\ntry: main()\nexcept SystemExit as end: assert end.code == 3\n"
+        f"sys.argv = {['attnpatch', 'merge', str(odd / 'out')]!r}\n"
+        "try: main()\nexcept SystemExit as end: assert end.code in (0, 1)\n"
+    )
+    done = fresh("-c", code, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "record 3 (line 3): not JSON" in done.stderr
+
+
 def test_too_long_a_conversation_fails_alone(chat_model, tmp_path):
     long = {"messages": [{"role": "user", "content": "stone " * 3000}]}
     path = tmp_path / "chats.jsonl"
@@ -253,8 +275,8 @@ GUIDE = [
 ]
 
 
-def fresh(*command, cwd=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+def fresh(*command, cwd=None, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), **variables}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,

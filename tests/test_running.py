@@ -20,6 +20,7 @@ from attnpatch.analysis import index, running
 from attnpatch.analysis.conversations import Conversation, Refused
 from attnpatch.analysis.index import RunFolder, read_facts
 from attnpatch.analysis.result import Analysis
+from attnpatch.capture import storage
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.errors import AnalysisError, CaptureError
 
@@ -271,6 +272,19 @@ def test_a_result_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Analysis, "save", full)
     with pytest.raises(OSError, match="No space"):
         run(Pretended(), said("a", "b"), tmp_path)
+
+
+def test_a_header_is_read_of_whole_files_only(tmp_path):
+    run(Pretended(), said("a"), tmp_path)
+    path, cut = tmp_path / "c1.safetensors", tmp_path / "cut.safetensors"
+    whole, facts = path.read_bytes(), read_facts(path)
+    content = storage.read(path)
+    assert facts == {name: value for name, value in content.items() if name in facts}
+    assert facts["metadata"]["conversation"]["name"] == "c1"
+    for other in [whole[:length] for length in range(len(whole))] + [whole + b" ", b"x" * 500]:
+        cut.write_bytes(other)
+        assert read_facts(cut) is None
+    assert read_facts(tmp_path / "nowhere") is None
 
 
 def test_tools_reach_the_template(tmp_path):

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from attnpatch.errors import AnalysisError
 
 try:
@@ -87,7 +85,7 @@ class RunFolder:
             return
         self.entries[_key(entry)] = dict(entry)
         try:
-            self._part.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            self._part.write(_line(entry))
             self._part.flush()
             os.fsync(self._part.fileno())
         except OSError as error:
@@ -109,7 +107,7 @@ class RunFolder:
             lines = sorted(_best(self._lines(), self.folder), key=lambda line: line["record"])
             with open(temporary, "wb") as file:
                 for line in lines:
-                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                    file.write(_line(line))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -192,6 +190,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                         yield entry
 
 
+def _line(entry: Mapping[str, Any]) -> bytes:
+    # Half a character, as names of files can hold, has no UTF-8.
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 def _key(line: Mapping[str, Any]) -> str:
     """Whose line it is: a conversation's, or that of a record which is none."""
     return line.get("name") or line["source"]
@@ -243,10 +246,20 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
-    """What the header of a result says, without reading its tensors; None if the file is none or not whole."""
+    """What the header of a result says, without reading its tensors; None if the file is none or not whole.
+
+    By hand: ``safe_open`` takes no path that is not UTF-8.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})["block_map"])
-        return content if isinstance(content, dict) else None
-    except (SafetensorError, OSError, ValueError, KeyError):
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                return None
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        content = json.loads(metadata["block_map"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
+    return content if isinstance(content, dict) and 8 + length + end == size else None

@@ -30,6 +30,7 @@ from attnpatch.analysis.conversations import Conversation, Refused, read_convers
 from attnpatch.analysis.index import INDEX
 from attnpatch.analysis.running import Step, Summary, analyze_all
 from attnpatch.commands.processes import Processes
+from attnpatch.commands.saying import say
 from attnpatch.errors import AnalysisError, MissingExtraError
 from attnpatch.hosts.quiet import quieten
 from attnpatch.policy import size_text
@@ -90,14 +91,14 @@ def _run(task: Task, processes: Processes) -> int:
         raise MissingExtraError('--pictures needs matplotlib: pip install "attnpatch[plot]"')
     analyzer = _analyzer(task, processes)
     if analyzer.use_gradient_checkpointing and task.options["weighting"] != "gradient" and processes.is_main:
-        _say(errors, f"note: {CHECKPOINTING_NOTE}")
+        say(errors, f"note: {CHECKPOINTING_NOTE}")
     start = time.perf_counter()
     drawn: list[str] = []
     with _progress(errors, own, processes) as advance:
 
         def after(step: Step) -> None:
             if step.outcome == "failed":
-                _say(errors, f"{step.entry['source']}: {step.entry['error']}")
+                say(errors, f"{step.entry['source']}: {step.entry['error']}")
             elif step.analysis is not None and draws:
                 drawn.extend(_draw(analyzer, step, task, errors))
             advance(step)
@@ -108,7 +109,7 @@ def _run(task: Task, processes: Processes) -> int:
         )  # fmt: skip
     gathered = processes.gathered(summary)
     if gathered is None:
-        _say(errors, "attnpatch: another process ended before its share was done; run it again with --resume")
+        say(errors, "attnpatch: another process ended before its share was done; run it again with --resume")
     together = functools.reduce(operator.add, gathered or [summary])
     if processes.is_main:
         _close(shown, task, together, time.perf_counter() - start, drawn)
@@ -154,11 +155,6 @@ def _loaded(task: Task) -> dict[str, Any]:
     return {"model": model, **{name: task.loading[name] for name in kept}}
 
 
-def _say(console: Console, line: str) -> None:
-    """One line, whatever is in it."""
-    console.print(" ".join(line.split()), markup=False, soft_wrap=True)
-
-
 @contextlib.contextmanager
 def _progress(console: Console, total: int, processes: Processes) -> Iterator[Any]:
     """Yields what is to be called after each conversation."""
@@ -189,7 +185,7 @@ def _progress(console: Console, total: int, processes: Processes) -> Iterator[An
         pace.count(step)
         if time.monotonic() - said >= _SAY_EVERY:
             said = time.monotonic()
-            _say(console, f"{what}: {pace.seen} of {total}, {pace.rate}, {pace.left} left")
+            say(console, f"{what}: {pace.seen} of {total}, {pace.rate}, {pace.left} left")
 
     yield tell
 
@@ -229,7 +225,7 @@ def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Cons
         assert step.analysis is not None
         written = analyzer.visualize_results(step.analysis, save_dir=folder)
     except MissingExtraError as error:
-        _say(errors, f"note: no pictures: {error}")
+        say(errors, f"note: no pictures: {error}")
         return []
     except OSError as error:
         raise AnalysisError(f"cannot write pictures into {folder}: {error.strerror or error}") from error
@@ -247,9 +243,9 @@ def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn
     for name, value in rows:
         table.add_row(name, str(value))
     console.print(table)
-    console.print(f"results  {task.out}", markup=False, soft_wrap=True)
-    console.print(f"index    {task.out / INDEX}", markup=False, soft_wrap=True)
+    say(console, f"results: {task.out}")
+    say(console, f"index: {task.out / INDEX}")
     if drawn:
-        console.print(f"pictures {Path(drawn[0]).parent}", markup=False, soft_wrap=True)
+        say(console, f"pictures: {Path(drawn[0]).parent}")
     if task.resume and summary.done == 0 and summary.skipped and not summary.failed:
-        console.print("Everything was done already.")
+        say(console, "Everything was done already.")

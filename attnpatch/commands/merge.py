@@ -41,6 +41,7 @@ def merge(
     from rich.console import Console
 
     from attnpatch.analysis.merging import merge_folder
+    from attnpatch.commands.saying import say
 
     path = folder / "merged" / f"{by}.safetensors" if out is None else out
     if path.suffix != ".safetensors":
@@ -54,19 +55,17 @@ def merge(
         raise AnalysisError(f"cannot write --out {path}: {error.strerror or error}") from error
     shown, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     _show(shown, merged.block_map)
-    shown.print(f"{merged.merged} conversations merged, {len(merged.left_out)} left out", markup=False)
+    say(shown, f"{merged.merged} conversations merged, {len(merged.left_out)} left out")
     if merged.left_out:
-        shown.print(
-            "(their blocks, layers or heads are others; --by role takes other blocks too)", markup=False
-        )
-    shown.print(f"map      {path}", markup=False, soft_wrap=True)
+        say(shown, "(their blocks, layers or heads are others; --by role takes other blocks too)")
+    say(shown, f"map: {path}")
     try:
         picture = merged.block_map.plot(path.with_suffix(".png"))
-        shown.print(f"picture  {picture}", markup=False, soft_wrap=True)
+        say(shown, f"picture: {picture}")
     except MissingExtraError as error:
-        errors.print(f"note: no picture: {error}", markup=False, soft_wrap=True)
+        say(errors, f"note: no picture: {error}")
     for line in merged.damaged:
-        errors.print(line, markup=False, soft_wrap=True)
+        say(errors, line)
     if merged.damaged:
         raise typer.Exit(3)
 
@@ -75,22 +74,24 @@ def _show(console: Console, block_map: BlockMap) -> None:
     """Mean over layers, and spread of each cell as mean over layers of the deviations there."""
     from rich.table import Table
 
+    from attnpatch.commands.saying import say
+
     labels = block_map.query_labels
     shown = len(labels) if len(labels) <= _MOST else 0
     if not shown:
-        console.print(f"{len(labels)} x {len(block_map.key_labels)} blocks: see the picture", markup=False)
+        say(console, f"{len(labels)} x {len(block_map.key_labels)} blocks: see the picture")
         return
     axes = tuple(range(block_map.mass.ndim - 2))
     mass = block_map.mass.double().mean(axes)
     spread = block_map.error.double().mean(axes)  # type: ignore[union-attr]
-    table = Table(
-        "from \\ to", title=f"attention mass \u00b1 {block_map.metadata['spread']}, mean over layers"
-    )
+    sign = "\u00b1" if (console.encoding or "").lower().startswith("utf") else "+-"
+    spread_is = block_map.metadata["spread"]
+    table = Table("from \\ to", title=f"attention mass {sign} {spread_is}, mean over layers")
     for label in block_map.key_labels:
         table.add_column(str(label), justify="right")
     for row, label in enumerate(labels):
         cells = []
         for value, error in zip(mass[row].tolist(), spread[row].tolist(), strict=True):
-            cells.append(f"{value:.3f}" if error != error else f"{value:.3f} \u00b1 {error:.3f}")
+            cells.append(f"{value:.3f}" if error != error else f"{value:.3f} {sign} {error:.3f}")
         table.add_row(str(label), *cells)
     console.print(table)
