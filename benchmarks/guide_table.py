@@ -42,6 +42,7 @@ SHAPES = {
 MESSAGES = 16
 # What the guide estimates at 32k tokens: memory, speed, accuracy.
 GUIDE = {
+    "no maps": ("", "", ""),
     "original": ("~80 GB+ (out of memory)", "baseline", "100 %"),
     "by rows": ("~40 GB (chunks of heads)", "baseline", "100 %"),
     "sequential": ("", "", ""),
@@ -139,7 +140,14 @@ def gradient(model: torch.nn.Module, ids: torch.Tensor, checkpointing: bool) -> 
         attributed(model, ids, list(range(tokens - tokens // MESSAGES, tokens)), checkpointing)
 
 
+def no_maps(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """The same pass without a map: what is left of a row beyond this is what maps cost."""
+    with torch.inference_mode():
+        model(ids, use_cache=False, logits_to_keep=1)
+
+
 CASES: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
+    "no maps": ("sdpa", no_maps),
     "original": ("eager", original),
     "by rows": ("sdpa", lambda model, ids: passes(model, ids, None)),
     "sequential": ("sdpa", lambda model, ids: passes(model, ids, ids.shape[1] // MESSAGES)),
