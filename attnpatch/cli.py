@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attnpatch import __version__
+from attnpatch.commands.analyze import EXIT_CODES, analyze
+from attnpatch.commands.merge import merge
 from attnpatch.errors import AttnpatchError
 from attnpatch.options import with_policy_options
 from attnpatch.policy import Policy
@@ -191,3 +193,7 @@ def explain(
 
     built = built_on_meta(model, dtype, attention)
     typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))
+
+
+app.command(epilog=EXIT_CODES)(analyze)
+app.command()(merge)

@@ -26,6 +26,7 @@ LAYERS = [
     {"__init__"},
     {"demo"},
     {"options"},
+    {"commands"},
     {"cli", "activation"},
     {"__main__"},
 ]
