@@ -415,7 +415,10 @@ def test_the_theme_is_the_systems_until_it_is_chosen(opened, scheme):
     page = opened(block_map(), color_scheme=scheme)
     other = {"light": "dark", "dark": "light"}[scheme]
 
-    def theme():
+    def theme(awaited=None):
+        if awaited is not None:
+            # The system's change arrives as an event, some time after it was made.
+            page.wait_for_function("name => document.documentElement.dataset.theme === name", arg=awaited)
         settled(page)
         return page.evaluate(
             "[document.documentElement.dataset.theme, getComputedStyle(document.body).backgroundColor]"
@@ -424,10 +427,11 @@ def test_the_theme_is_the_systems_until_it_is_chosen(opened, scheme):
     before, first = theme(), picture(page)
     assert before[0] == scheme
     page.emulate_media(color_scheme=other)
-    assert theme()[0] == other
+    assert theme(other)[0] == other
     page.emulate_media(color_scheme=scheme)
+    theme(scheme)
     page.click("#theme")
-    after = theme()
+    after = theme(other)
     assert after[0] == other and after[1] != before[1]
     assert picture(page) != first
     page.emulate_media(color_scheme=other)
