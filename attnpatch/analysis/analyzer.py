@@ -20,7 +20,7 @@ from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
 from attnpatch.capture.map_fields import NORMALIZATIONS
 from attnpatch.capture.measures import MEASURES
-from attnpatch.errors import AnalysisError
+from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.loading import load_model, load_tokenizer
 from attnpatch.memory import PeakMeter
 
@@ -305,7 +305,15 @@ class BlockAttentionAnalyzer:
                 feed(self.model, ids, pieces(method, rendered, options.chunk_size))
             seconds = time.perf_counter() - start
             counts = report(self.model).totals
-        sites = main_sites(maps)
+        try:
+            sites = main_sites(maps)
+        except CaptureError as error:
+            if method != "gradient":
+                raise
+            raise AnalysisError(
+                "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
+                "not; load it with attn_implementation='sdpa'"
+            ) from error
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
