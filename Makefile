@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test venv lint bench coverage clean
+.PHONY: demo demo-figures test venv lint bench coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
-		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling peft hqq \
-		einops x-transformers perceiver-pytorch
+		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling playwright peft hqq \
+		einops x-transformers perceiver-pytorch mkdocs-material "mkdocstrings[python]"
 	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		timm denoising-diffusion-pytorch
@@ -40,5 +40,9 @@ bench: venv
 coverage: venv
 	$(BIN)/python -W ignore -m benchmarks coverage
 
+# Strict: a broken link or a missing page fails.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv site build dist .pytest_cache .hypothesis .ruff_cache

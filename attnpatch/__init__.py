@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnpatch import errors
+    from attnpatch.analysis.analyzer import BlockAttentionAnalyzer
     from attnpatch.api import apply, capture, explain, patched, register, remove, report
     from attnpatch.capture.block_map import BlockMap
     from attnpatch.capture.blocks import Blocks
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockAttentionAnalyzer",
     "BlockMap",
     "Blocks",
     "Policy",
@@ -29,6 +31,7 @@ __all__ = [
     "report",
 ]
 _HOMES = {
+    "BlockAttentionAnalyzer": "attnpatch.analysis.analyzer",
     "BlockMap": "attnpatch.capture.block_map",
     "Blocks": "attnpatch.capture.blocks",
     "Policy": "attnpatch.policy",

@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attnpatch import __version__
+from attnpatch.commands.analyze import EXIT_CODES, analyze
+from attnpatch.commands.merge import merge
 from attnpatch.errors import AttnpatchError
 from attnpatch.options import with_policy_options
 from attnpatch.policy import Policy
@@ -87,6 +89,34 @@ def demo(
     run_demo(out, json)
 
 
+@app.command()
+def view(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="A block map, or a folder of them, as BlockMap.save writes."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
+) -> None:
+    """Write block maps into one HTML page that any browser opens, without a network."""
+    from attnpatch.errors import PageError
+    from attnpatch.viewing.files import load_maps
+    from attnpatch.viewing.page import write_page
+
+    if out.is_dir():
+        raise PageError(f"--out {out} is a folder; give the name of a file")
+    if out.exists() and path.exists() and (out.samefile(path) or out.suffix == ".safetensors"):
+        raise PageError(f"--out {out} holds block maps; give another name, such as page.html")
+    maps, skipped = load_maps(path)
+    for line in skipped:
+        typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
+    written = write_page(maps, out)
+    counted = [f"{len(maps)} block map{'s' * (len(maps) != 1)}", f"{written.stat().st_size / 1e6:.1f} MB"]
+    counted += [f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped"] * bool(skipped)
+    typer.echo(f"{written}: {', '.join(counted)}")
+    if written.stat().st_size > 200e6:
+        typer.echo("attnpatch: a page of this size opens slowly; give fewer maps, layers or heads", err=True)
+
+
 class OptionsFirst(TyperCommand):
     """A command whose options end where the script begins; the rest is the script's, ``-m module`` included."""
 
@@ -163,3 +193,7 @@ def explain(
 
     built = built_on_meta(model, dtype, attention)
     typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))
+
+
+app.command(epilog=EXIT_CODES)(analyze)
+app.command()(merge)

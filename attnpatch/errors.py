@@ -33,5 +33,9 @@ class BlockMapFileError(AttnpatchError, OSError):
     """A block map file is missing, cut short, damaged or of another version."""
 
 
+class PageError(AttnpatchError):
+    """There is nothing to show on a page, or it cannot be written."""
+
+
 class MissingExtraError(AttnpatchError, ImportError):
     """An optional package is needed for this and is not installed."""

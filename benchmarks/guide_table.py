@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ SHAPES = {
 MESSAGES = 16
 # What the guide estimates at 32k tokens: memory, speed, accuracy.
 GUIDE = {
+    "no maps": ("", "", ""),
     "original": ("~80 GB+ (out of memory)", "baseline", "100 %"),
     "by rows": ("~40 GB (chunks of heads)", "baseline", "100 %"),
     "sequential": ("", "", ""),
@@ -139,7 +141,14 @@ def gradient(model: torch.nn.Module, ids: torch.Tensor, checkpointing: bool) -> 
         attributed(model, ids, list(range(tokens - tokens // MESSAGES, tokens)), checkpointing)
 
 
+def no_maps(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """The same pass without a map: what is left of a row beyond this is what maps cost."""
+    with torch.inference_mode():
+        model(ids, use_cache=False, logits_to_keep=1)
+
+
 CASES: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
+    "no maps": ("sdpa", no_maps),
     "original": ("eager", original),
     "by rows": ("sdpa", lambda model, ids: passes(model, ids, None)),
     "sequential": ("sdpa", lambda model, ids: passes(model, ids, ids.shape[1] // MESSAGES)),
@@ -166,26 +175,44 @@ def measure(case: str, shape: str, layers: int, tokens: int) -> dict[str, float]
     return {"seconds": seconds, "peak": meter.peak, "weights": weights}
 
 
-def sampling_error() -> list[tuple[int, float, float]]:
-    """Rows per block, largest and mean error of a map of the demo's model, over 8 seeds."""
+def sampling_error() -> list[tuple[str, float, float, float]]:
+    """Rows per block, what maps cost beside the pass, and the largest and mean error of a cell, over 8 seeds.
+
+    The cost is the time of a pass with maps less that of one without, as a share of the latter; medians, by turns.
+    """
     from attnpatch.demo.conversations import Conversation
     from attnpatch.demo.run import FOLDER
     from attnpatch.demo.worker import load
 
-    model, tokenizer = load(FOLDER / "model")
+    model, tokenizer = load(FOLDER / "model", "sdpa")
     conversation = Conversation.load(FOLDER / "conversation.json")
-    text = "".join(f"{message.role}: {message.content}\n" for message in conversation.messages)
-    ids = torch.tensor([tokenizer(text)["input_ids"][:2048]])
+    rendered = tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    ids = torch.tensor([tokenizer(rendered, add_special_tokens=False)["input_ids"][:4096]])
 
-    def found(**options: Any) -> torch.Tensor:
-        with torch.inference_mode(), capture(model, Blocks.fixed(128), **options) as maps:
-            model(ids, use_cache=False)
-        return maps.block_map.mass.double()
+    def once(**options: Any) -> tuple[float, torch.Tensor | None]:
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            maps = stack.enter_context(capture(model, Blocks.fixed(128), **options)) if options else None
+            start = time.perf_counter()
+            model(ids, use_cache=False, logits_to_keep=1)
+            seconds = time.perf_counter() - start
+            return seconds, None if maps is None else maps.block_map.mass.double()
 
-    exact, rows = found(), []
-    for count in (1, 4, 16, 64):
-        errors = torch.stack([(found(sample_rows=count, seed=seed) - exact).abs() for seed in range(8)])
-        rows.append((count, errors.max().item(), errors[errors > 0].mean().item()))
+    kinds: dict[str, dict[str, Any]] = {"no maps": {}, "all": {"sample_rows": None}}
+    kinds |= {str(count): {"sample_rows": count} for count in (64, 16, 4, 1)}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    found: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    for seed in range(9):
+        for kind, options in kinds.items():
+            spent, mass = once(**options, **({"seed": seed} if options else {}))
+            if seed:  # the first round warms up
+                seconds[kind].append(spent)
+                found[kind].append(mass)
+    exact, base = found["all"][0], statistics.median(seconds["no maps"])
+    rows = []
+    for kind in list(kinds)[1:]:
+        errors = torch.stack([(mass - exact).abs() for mass in found[kind]])
+        most, mean = errors.max().item(), errors[:, exact > 0].mean().item()
+        rows.append((kind, statistics.median(seconds[kind]) / base - 1, most, mean))
     return rows
 
 
@@ -231,9 +258,10 @@ def main() -> None:
         print(f"{options.tokens} tokens, {options.layers} layers of the {options.shape} shape, bfloat16, CPU")
         print(f"{'':24} {'beyond weights':>11}  {'weights':>8} {'time':>8}")
         table(options.shape, options.layers, options.tokens, options.cases)
-    print("\nsampling: rows per block of 128, largest and mean error of a cell (mass is 0 to 1)")
-    for count, most, mean in sampling_error():
-        print(f"{count:5}  {most:.4f}  {mean:.5f}")
+    print("\nrows per block of 128 tokens, of the demo's model at 4,096 tokens; mass is 0 to 1")
+    print(f"{'rows':>5} {'cost of maps':>13} {'largest error':>14} {'mean error':>11}")
+    for kind, cost, most, mean in sampling_error():
+        print(f"{kind:>5} {cost:>12.0%} {most:>14.4f} {mean:>11.5f}")
 
 
 if __name__ == "__main__":

@@ -61,3 +61,11 @@ def _host_interfaces():
         if module is not None:
             found[table] = dict(getattr(module, table).items())
     return found
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    import chats
+
+    return chats.save_model(tmp_path_factory.mktemp("chat_model"))

@@ -167,7 +167,7 @@ MORE = {
     "sd3 even": ("sd3", {"max_sequence_length": 16 * 16 - 72}),
     "ltx wide": ("ltx", {"width": 64}),
 }
-pipelines.CASES.update(
+pipelines.MORE.update(
     {
         name: (pipelines.CASES[base][0], {**pipelines.CASES[base][1], **more})
         for name, (base, more) in MORE.items()
@@ -208,7 +208,7 @@ def image_prompt():
     return pipe
 
 
-pipelines.CASES["image prompt"] = (
+pipelines.MORE["image prompt"] = (
     image_prompt,
     {
         **pipelines.SIZE,
@@ -217,7 +217,7 @@ pipelines.CASES["image prompt"] = (
     },
 )
 FACTS["image prompt"] = FACTS["sd15"]
-pipelines.CASES["levels"] = (levels, {**pipelines.GUIDED, "height": 88, "width": 56})
+pipelines.MORE["levels"] = (levels, {**pipelines.GUIDED, "height": 88, "width": 56})
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def pipe_of(name, processor="fused"):
 
 def sample(pipe, name, prompt=pipelines.PROMPT, **options):
     """The images as numpy, always of the same seed."""
-    options = {**pipelines.CASES[name][1], **options}
+    options = {**{**pipelines.CASES, **pipelines.MORE}[name][1], **options}
     made = pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **options)
     return np.asarray(made[0])
 

@@ -216,16 +216,20 @@ CASES = {
 }
 
 
+# More of them, for tests of one thing: added by those.
+MORE = {}
+
+
 def build(name, text="eager"):
     """A pipeline, the same at every call.
 
     Args:
-        name: Of ``CASES``.
+        name: Of ``CASES`` or ``MORE``.
         text: Attention of the text encoders. SDPA with ``is_causal``, as CLIP calls it, agrees to rounding only when it
             is forced by rows.
     """
     torch.manual_seed(0)
-    pipe = CASES[name][0]()
+    pipe = {**CASES, **MORE}[name][0]()
     for name, part in modules(pipe).items():
         part.eval()
         if name.startswith("text_encoder"):
@@ -240,6 +244,6 @@ def modules(pipe):
 
 def run(pipe, name, **more):
     """The images (frames) as numpy, always of the same seed."""
-    options = {**CASES[name][1], **more}
+    options = {**{**CASES, **MORE}[name][1], **more}
     made = pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **options)
     return np.asarray(made[0])

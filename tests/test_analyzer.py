@@ -250,6 +250,13 @@ def test_targets(analyzer):
         analyzer.analyze_conversation(MESSAGES, weighting="gradient")
 
 
+def test_gradients_of_hand_written_attention_are_refused(tokenizer):
+    eager = sharp(llama(len(tokenizer) + 8, "eager"))
+    analyzer = BlockAttentionAnalyzer(model=eager, tokenizer=tokenizer, weighting="gradient")
+    with pytest.raises(AnalysisError, match="attn_implementation='sdpa'"):
+        analyzer.analyze_conversation(MESSAGES)
+
+
 def test_checkpointing_without_gradients_says_that_it_saves_nothing(model, tokenizer):
     analyzer = BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, use_gradient_checkpointing=True)
     assert analyzer.analyze_conversation_sequential(MESSAGES).notes == (CHECKPOINTING_NOTE,)

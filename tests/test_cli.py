@@ -149,4 +149,6 @@ def test_module_and_console_script_are_the_same_command():
 
 def test_help_lists_the_commands():
     done = child("-m", "attnpatch", "--help")
-    assert done.returncode == 0 and "demo" in done.stdout and os.linesep in done.stdout
+    assert (
+        done.returncode == 0 and "demo" in done.stdout and "view" in done.stdout and os.linesep in done.stdout
+    )

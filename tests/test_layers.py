@@ -22,9 +22,11 @@ LAYERS = [
     {"explain", "placing"},
     {"capturing"},
     {"api"},
+    {"analysis", "viewing"},
     {"__init__"},
-    {"demo", "analysis", "viewing"},
+    {"demo"},
     {"options"},
+    {"commands"},
     {"cli", "activation"},
     {"__main__"},
 ]

@@ -17,7 +17,8 @@ def test_examples_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "by_rows" in done.stdout
     assert "BlockMap" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"map.png", "map.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"map.png", "map.safetensors", "attention_maps"}
+    assert (tmp_path / "attention_maps" / "page.html").is_file()
 
 
 def test_pictures_exist():

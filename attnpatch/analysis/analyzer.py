@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from torch import nn
 
 from attnpatch.analysis.gradient import attributed, target_positions
-from attnpatch.analysis.rendering import NEXT, Rendered, render
+from attnpatch.analysis.passes import blocks_of, feed, input_device, main_sites, pieces, text_config
+from attnpatch.analysis.rendering import Rendered, render
 from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
-from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.map_fields import NORMALIZATIONS
 from attnpatch.capture.measures import MEASURES
-from attnpatch.errors import AnalysisError
+from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.loading import load_model, load_tokenizer
 from attnpatch.memory import PeakMeter
 
@@ -257,7 +256,7 @@ class BlockAttentionAnalyzer:
     ) -> Rendered:
         limit = options.max_tokens
         if limit is None:
-            limit = getattr(_text_config(self.model), "max_position_embeddings", None)
+            limit = getattr(text_config(self.model), "max_position_embeddings", None)
         return render(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, max_tokens=limit,
             truncate=options.truncate, **options.template_options,
@@ -276,9 +275,9 @@ class BlockAttentionAnalyzer:
     ) -> Analysis:
         if options.weighting == "gradient" and method != "gradient":
             raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
-        device = _input_device(self.model)
+        device = input_device(self.model)
         ids = torch.tensor([rendered.ids], device=device)
-        blocks, texts = _blocks_of(options.blocks, rendered, self.tokenizer, generate is not None)
+        blocks, texts = blocks_of(options.blocks, rendered, self.tokenizer, generate is not None)
         notes = list(rendered.notes)
         facts: dict[str, Any] = {"method": method, "template": rendered.template}
         if self.use_gradient_checkpointing and method != "gradient":
@@ -303,10 +302,18 @@ class BlockAttentionAnalyzer:
                     written = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate)
                 facts["answer"] = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
             else:
-                _feed(self.model, ids, _pieces(method, rendered, options.chunk_size))
+                feed(self.model, ids, pieces(method, rendered, options.chunk_size))
             seconds = time.perf_counter() - start
             counts = report(self.model).totals
-        sites = _main_sites(maps)
+        try:
+            sites = main_sites(maps)
+        except CaptureError as error:
+            if method != "gradient":
+                raise
+            raise AnalysisError(
+                "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
+                "not; load it with attn_implementation='sdpa'"
+            ) from error
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
@@ -321,102 +328,3 @@ class BlockAttentionAnalyzer:
             memory=meter.curve,
             notes=tuple(notes),
         )
-
-
-def _main_sites(maps: Any) -> str:
-    """The kind of attention that most layers have."""
-    return max(maps.keys(), key=lambda sites: len(maps[sites].layers))
-
-
-def _pieces(method: str, rendered: Rendered, chunk_size: int) -> Iterator[tuple[int, int]]:
-    """Where each pass begins and ends."""
-    if method == "sequential":
-        yield from rendered.spans
-    elif method == "chunked":
-        for start in range(0, len(rendered.ids), chunk_size):
-            yield start, min(start + chunk_size, len(rendered.ids))
-    else:
-        yield 0, len(rendered.ids)
-
-
-@torch.inference_mode()
-def _feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]]) -> None:
-    """Pass the pieces of a sequence through a model, with a cache if there are several."""
-    spans = list(pieces)
-    names = inspect.signature(model.forward).parameters
-    # Nobody looks at the logits, which for 32k tokens would take more memory than anything else.
-    more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    cache = None
-    if len(spans) > 1:
-        if "past_key_values" not in names:
-            raise AnalysisError(
-                f"{type(model).__name__} has no KV cache; analyze it in a single pass, with analyze_conversation"
-            )
-        from attnpatch.hosts.transformers import new_cache
-
-        cache = new_cache(model, offloaded=ids.device.type == "cuda" and len(spans) > 1)
-    for start, end in spans:
-        mask = torch.ones(1, end, dtype=torch.long, device=ids.device)
-        if cache is None:
-            model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=False, **more)
-        else:
-            model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **more,
-            )
-
-
-def _blocks_of(kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool) -> tuple[Blocks, list[str]]:
-    """Blocks, and what each says."""
-    if kind == "messages":
-        if grows and rendered.labels[-1] != NEXT:
-            raise AnalysisError(
-                "the chat template has no opening of an answer, so it has no block; use another"
-            )
-        return Blocks.spans(rendered.spans, rendered.labels, grows=grows, ahead=True), list(rendered.texts)
-    if kind == "words":
-        spans, labels = words_of(rendered, tokenizer)
-        return Blocks.spans(spans, labels, ahead=True), list(labels)
-    size = int(kind)
-    pieces = [rendered.ids[i : i + size] for i in range(0, len(rendered.ids), size)]
-    return Blocks.fixed(size), [tokenizer.decode(piece) for piece in pieces]
-
-
-def words_of(rendered: Rendered, tokenizer: Any) -> tuple[list[tuple[int, int]], list[str]]:
-    """Spans of words in tokens, and the words: a token that brings white space with it begins one, as does a block."""
-    starts = {start for start, _ in rendered.spans}
-    spans: list[tuple[int, int]] = []
-    labels: list[str] = []
-    text = ""
-    for place in range(len(rendered.ids)):
-        # Decoded together with the one before: alone, a token's leading space may be left out.
-        pair = tokenizer.decode(rendered.ids[max(0, place - 1) : place + 1])
-        before = tokenizer.decode(rendered.ids[max(0, place - 1) : place])
-        piece = pair[len(before) :] if pair.startswith(before) else pair
-        if not spans or place in starts or (piece[:1].isspace() and text.strip()):
-            spans.append((place, place + 1))
-            labels.append(piece.strip())
-            text = piece
-        else:
-            text += piece
-            spans[-1] = (spans[-1][0], place + 1)
-            labels[-1] = text.strip()
-    return spans, [label or "\u2423" for label in labels]
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get() if get is not None else config
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    first = next((embeddings if embeddings is not None else model).parameters(), None)
-    hook = getattr(embeddings, "_hf_hook", None)
-    if hook is not None and getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
-    return first.device if first is not None else torch.device("cpu")

@@ -97,13 +97,9 @@ class ImageMaps:
             found = {kind: [n for n in each if fnmatch.fnmatchcase(n, sites)] for kind, each in kinds.items()}
             matching = [kind for kind, each in found.items() if each]
             if len(matching) != 1:
-                what = (
-                    f"sites of several kinds match {sites!r}"
-                    if matching
-                    else f"nothing was captured at {sites!r}"
-                )
+                what = "sites of several kinds match" if matching else "nothing was captured at"
                 raise CaptureError(
-                    f"{what}; there are: {', '.join(map(repr, matching or kinds))}, and their sites"
+                    f"{what} {sites!r}; there are: {', '.join(map(repr, matching or kinds))}, and their sites"
                 )
             names = found[matching[0]]
         return Reading(self._sampling, chosen, self._heads, own_grid).block_map(
@@ -141,7 +137,11 @@ class ImageMaps:
         Raises:
             CaptureError: The word is not in the prompt, or nothing captured has an image's rows and text's columns.
         """
-        maps = self._showing(sites, run)
+        return self._heat(self._showing(sites, run), word, sequence, step, head, size)
+
+    def _heat(
+        self, maps: list[BlockMap], word: Any, sequence: int | None, step: Any, head: Any, size: Any
+    ) -> np.ndarray:
         place = self._sequence(maps[0], sequence)
         layers = []
         for one in maps:
@@ -149,12 +149,23 @@ class ImageMaps:
             frames, rows, columns = one.metadata["query_tiles"]
             words = chosen.key_labels[: len(chosen.key_labels) - _tiles_in(one, "key_tiles")]
             part = chosen.mass.flatten(0, -3).mean(0)[-frames * rows * columns :]
-            heat = torch.stack([part[:, _places(word, words)].mean(1) for word in _listed(word)]).mean(0)
-            layers.append(len(one.layers) * heat.reshape(frames, rows, columns))
+            each = [part[:, _places(one_word, words)].mean(1) for one_word in _listed(word, words)]
+            layers.append(len(one.layers) * torch.stack(each).mean(0).reshape(frames, rows, columns))
         heat = (torch.stack(layers).sum(0) / sum(len(one.layers) for one in maps)).numpy()
         if size is not None:
             heat = np.stack([overlay.resized(frame, *size) for frame in heat])
         return heat[0] if len(heat) == 1 else heat
+
+    def _heats(self, wanted: Sequence[tuple[Any, Any]], options: dict[str, Any]) -> list[np.ndarray]:
+        """Heat maps of words at steps, with the options of ``heat_map``; the maps are made once."""
+        options = {"sequence": None, "step": "mean", "head": "mean", "size": None, **options}
+        maps = self._showing(options.pop("sites", None), options.pop("run", -1))
+        unknown = set(options) - {"sequence", "step", "head", "size"}
+        if unknown:
+            raise CaptureError(
+                f"unknown option {unknown.pop()!r}; there are sequence, step, head, sites, size and run"
+            )
+        return [self._heat(maps, word, **{**options, "step": step}) for word, step in wanted]
 
     def words(self, *, sequence: int | None = None, run: int = -1) -> list[str]:
         """The words of the prompt that heat maps can be had of, each once, in order."""
@@ -186,7 +197,10 @@ class ImageMaps:
         """
         if words is None:
             words = self.words(**{name: heat_map[name] for name in ("sequence", "run") if name in heat_map})
-        heats = {str(word): self.heat_map(word, **heat_map) for word in _listed(words)}
+        listed = _listed(words, ())
+        step = heat_map.get("step", "mean")
+        found = self._heats([(word, step) for word in listed], heat_map)
+        heats = {str(word): heat for word, heat in zip(listed, found, strict=True)}
         if any(heat.ndim == 3 for heat in heats.values()):
             if len(heats) > 1:
                 raise CaptureError(
@@ -218,7 +232,7 @@ class ImageMaps:
         if not self._sampling.is_kept_apart:
             raise CaptureError("steps were averaged; capture with steps='all'")
         steps = self._chosen_steps(run)
-        heats = [self.heat_map(word, step=step, **heat_map) for step in steps]
+        heats = self._heats([(word, step) for step in steps], heat_map)
         if heats[0].ndim == 3:
             raise CaptureError("steps of a video are not drawn; draw one with heat_map(word, step=...)")
         labels = [f"step {step}" for step in steps]
@@ -302,9 +316,11 @@ def _tiles_in(one: BlockMap, name: str) -> int:
     return int(np.prod(shape)) if shape else 0
 
 
-def _listed(words: Any) -> list[Any]:
+def _listed(words: Any, labels: Sequence[str]) -> list[Any]:
+    """Words one by one; what is a label as a whole stays whole."""
     if isinstance(words, str):
-        return words.split() or [words]
+        is_label = any(_plain(label) == _plain(words) for label in labels)
+        return [words] if is_label else words.split() or [words]
     return [words] if isinstance(words, int) else list(words)
 
 

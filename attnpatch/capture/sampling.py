@@ -142,8 +142,7 @@ class Run:
         records: By step and rows of the batch, then by site.
     """
 
-    def __init__(self, hint: Grid | None = None) -> None:
-        self.hint = hint
+    def __init__(self) -> None:
         self.timesteps: list[float | None] = []
         self.texts: list[TextRow] = []
         self.rows: dict[Row, None] = {}
@@ -175,17 +174,16 @@ class Sampling:
         self.plan, self.is_kept_apart, self.find_texts = plan, is_kept_apart, find_texts
         self.runs: list[Run] = []
         self.left_out: dict[str, str] = {}
-        self._is_open = False
         self._known: dict[bytes, int] = {}
         self._last: tuple[Any, int, tuple[Row, ...]] | None = None
 
-    def begin_run(self, hint: Grid | None = None) -> None:
-        self.runs.append(Run(hint))
-        self._is_open = True
+    def begin_run(self) -> None:
+        """A pipeline is called."""
+        self.runs.append(Run())
         self._known, self._last = {}, None
 
     def end_run(self) -> None:
-        self._is_open = False
+        """The call has ended; one that never came to its denoiser is no run."""
         if self.runs and not self.runs[-1].records:
             self.runs.pop()
 

@@ -59,6 +59,8 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except UnicodeEncodeError as error:
+        raise BlockMapFileError(f"{path!a} is no UTF-8 name; rename the file.") from error
     except (SafetensorError, OSError) as error:
         raise BlockMapFileError(f"{path} is cut short or no block map ({error}); {AGAIN}") from error
     if header.get("format") != FILE_FORMAT:

@@ -1,0 +1,265 @@
+"""The folder of a run: what was asked for, what is done, and an index; correct after SIGKILL at any moment.
+
+The safetensors files are the truth, and appear whole or not at all. Each process appends to an index of its own
+(``index-00000.jsonl``), and whoever finishes merges all of them into ``index.jsonl``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnpatch.errors import AnalysisError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".safetensors"
+RUN = "run.json"
+INDEX = "index.jsonl"
+VERSION = 1
+_PARTS = "index-[0-9]*.jsonl"
+
+
+class RunFolder:
+    """The folder as one process of a run sees it.
+
+    Args:
+        folder: Where; made if there is none.
+        options: What the results depend on, anything JSON can hold.
+        resume: Go on with what is there.
+        shard: Number of this process, and how many there are.
+
+    Raises:
+        AnalysisError: The folder holds results already, results of other options, or cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Mapping[str, Any],
+        resume: bool,
+        shard: tuple[int, int],
+    ) -> None:
+        self.folder = folder
+        self.rank, count = shard
+        if folder.exists() and not folder.is_dir():
+            raise AnalysisError(f"{folder} is a file; give a folder, or a name that is not taken")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._agree(json.loads(json.dumps(dict(options), default=str)), resume, count)
+            self._part = self._open_part(resume)
+        except OSError as error:
+            raise AnalysisError(f"cannot write into {folder}: {error.strerror or error}") from error
+        self.entries = {_key(line): line for line in self._lines()}
+        self._left: dict[str, list[Path]] = {}
+        for path in folder.glob(f".*{SUFFIX}.*.tmp"):
+            self._left.setdefault(path.name[1:].rsplit(SUFFIX, 1)[0], []).append(path)
+
+    def close(self) -> None:
+        """Let others go on with this process's part."""
+        self._part.close()
+
+    def path(self, name: str) -> Path:
+        """Where the file of a conversation is."""
+        return self.folder / f"{name}{SUFFIX}"
+
+    def clear(self, name: str) -> None:
+        """Remove what a killed process left of a conversation's file."""
+        for path in self._left.pop(name, ()):
+            path.unlink(missing_ok=True)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Put a line into this process's index, unless it is there; on the disk when this returns.
+
+        Raises:
+            AnalysisError: It cannot be written.
+        """
+        if self.entries.get(_key(entry)) == entry:
+            return
+        self.entries[_key(entry)] = dict(entry)
+        try:
+            self._part.write(_line(entry))
+            self._part.flush()
+            os.fsync(self._part.fileno())
+        except OSError as error:
+            raise AnalysisError(
+                f"cannot write the index in {self.folder}: {error.strerror or error}; make room, then --resume"
+            ) from error
+
+    def merge(self) -> Path:
+        """Write ``index.jsonl`` of the lines of all processes, in the order of the file.
+
+        No lock, which shared file systems often lack: who finds that the parts have changed since it read them
+        writes again, so the last one to write has read everything.
+        """
+        path = self.folder / INDEX
+        temporary = path.with_name(f".{INDEX}.{self.rank}.tmp")
+        seen = None
+        while seen != (now := self._sizes()):
+            seen = now
+            lines = sorted(_best(self._lines(), self.folder), key=lambda line: line["record"])
+            with open(temporary, "wb") as file:
+                for line in lines:
+                    file.write(_line(line))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        return path
+
+    def _sizes(self) -> list[tuple[str, int]]:
+        return [(path.name, path.stat().st_size) for path in sorted(self.folder.glob(_PARTS))]
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob(_PARTS)):
+            yield from read_lines(path)
+
+    def _agree(self, options: dict[str, Any], resume: bool, count: int) -> None:
+        """See that the folder is of this run, or make it so."""
+        path = self.folder / RUN
+        way_out = "go on with it by --resume, or give another folder"
+        wanted = {"version": VERSION, "processes": count, "options": options}
+        if not path.exists():
+            results = [entry for pattern in (f"*{SUFFIX}", _PARTS) for entry in self.folder.glob(pattern)]
+            # A process that has started with this one may have been faster.
+            if results and not path.exists():
+                raise AnalysisError(
+                    f"{self.folder} holds {results[0].name}, and no {RUN} says of which run; give another folder"
+                )
+            if _create(path, json.dumps(wanted, indent=1), self.rank):
+                return
+        found = _read_run(path)
+        different = sorted(
+            name for name in {*options, *found["options"]} if options.get(name) != found["options"].get(name)
+        )
+        if different:
+            said = "; ".join(
+                f"{name} was {json.dumps(found['options'].get(name))} and is {json.dumps(options.get(name))}"
+                for name in different
+            )
+            raise AnalysisError(
+                f"{self.folder} holds results of other options ({said}); give the same ones, or another folder"
+            )
+        if not resume and found["processes"] != count:
+            raise AnalysisError(f"{self.folder} holds results already; {way_out}")
+
+    def _open_part(self, resume: bool) -> Any:
+        """This process's part of the index, its half-written last line cut off."""
+        path = self.folder / f"index-{self.rank:05d}.jsonl"
+        try:
+            file = open(path, "r+b" if resume and path.exists() else "xb")  # noqa: SIM115
+        except FileExistsError:
+            raise AnalysisError(
+                f"{self.folder} holds results already; go on with it by --resume, or give another folder"
+            ) from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise AnalysisError(
+                    f"another process is working on {self.folder}; wait for it, or give another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        if file.readable():
+            whole = file.read()
+            file.truncate(whole.rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+        return file
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of an index; one that is half written or damaged is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if (
+                        isinstance(entry, dict)
+                        and {"source", "record"} <= {*entry}
+                        and ({"error", "file"} & {*entry})
+                    ):
+                        yield entry
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    # Half a character, as names of files can hold, has no UTF-8.
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _key(line: Mapping[str, Any]) -> str:
+    """Whose line it is: a conversation's, or that of a record which is none."""
+    return line.get("name") or line["source"]
+
+
+def _best(lines: Iterator[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """One line per record: done is whose file is there, and else the latest reason counts."""
+    best: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if "error" in line:
+            # The parts are in no order of time: a failure may be older than what succeeded.
+            if "error" in best.get(_key(line), line):
+                best[_key(line)] = line
+        elif (folder / line["file"]).exists():
+            best[_key(line)] = line
+    # Of a record that was mended since it was refused.
+    done = {line["source"] for line in best.values() if "error" not in line}
+    return [line for line in best.values() if "error" not in line or line["source"] not in done]
+
+
+def _create(path: Path, text: str, rank: int) -> bool:
+    """Whether this process was the one that wrote a file; others then find it whole."""
+    temporary = path.with_name(f".{path.name}.{rank}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["version"] == VERSION and isinstance(found["options"], dict) and found["processes"]:
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise AnalysisError(f"{path} is damaged, or of another version of attnpatch; give another folder")
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """What the header of a result says, without reading its tensors; None if the file is none or not whole.
+
+    By hand: ``safe_open`` takes no path that is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                return None
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        content = json.loads(metadata["block_map"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+    return content if isinstance(content, dict) and 8 + length + end == size else None

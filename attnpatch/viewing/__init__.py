@@ -1,0 +1,1 @@
+"""Block maps to look at: one HTML page that needs no network."""

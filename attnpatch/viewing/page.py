@@ -1,0 +1,227 @@
+"""Block maps in, one HTML file out: sources of the page, numbers and texts, all inside it.
+
+The page asks for nothing: no script, style, font or picture comes from elsewhere, and its policy forbids it. Numbers
+are held as the upper 24 bits of float32 (right to 1.6e-5 of themselves), one deflated piece per layer, head and step,
+which the browser inflates when it is looked at.
+"""
+
+import base64
+import contextlib
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnpatch.capture.block_map import BlockMap
+from attnpatch.errors import PageError
+
+_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
+_MEAN = "mean"
+_MOST_OF_A_FACT = 300  # characters of one entry of the metadata
+_POLICY = (
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
+    """Write one self-contained HTML page that shows block maps.
+
+    Texts of messages are taken from ``metadata["texts"]``: one string per block, one list of them per sequence when
+    there are several. Without them the page shows labels.
+
+    Args:
+        maps: By the name that the page shows, at least one; of any shape a ``BlockMap`` can have. The page switches
+            between layers, heads, steps and sequences, their means, and normalisations.
+        path: The file to write; one that exists is replaced when the new one is complete.
+
+    Returns:
+        The path.
+
+    Raises:
+        PageError: There is no map, or the file cannot be written.
+    """
+    path = Path(path)
+    if not maps:
+        raise PageError("there is no block map to show; give at least one.")
+    if path.is_dir():
+        raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Half of a character, as names of files can hold on Linux, would not fit utf-8.
+        with open(temporary, "x", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.writelines(_page(maps))
+        os.replace(temporary, path)
+    except OSError as error:
+        problem = error.strerror or error
+        raise PageError(f"cannot write {path}: {problem}; choose a path that can be.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _page(maps: Mapping[str, BlockMap]) -> Iterator[str]:
+    """The text of the page, in pieces."""
+    style, script = _source("page.css"), "\n".join(_source(name) for name in _SCRIPTS)
+    policy = _POLICY.format(script=_digest(script), style=_digest(style))
+    names = list(maps)
+    title = names[0] if len(names) == 1 else f"{len(names)} block maps"
+    filled = {
+        "policy": lambda: [policy],
+        "title": lambda: [html.escape(f"{title} - attnpatch")],
+        "style": lambda: [style],
+        "script": lambda: [script],
+        "facts": lambda: [in_script([_described(name, block_map) for name, block_map in maps.items()])],
+        "numbers": lambda: (
+            piece for index, block_map in enumerate(maps.values()) for piece in _numbers(index, block_map)
+        ),
+    }
+    # Split, not replaced: what is put in is never searched for places itself.
+    for place, text in enumerate(re.split(r"\{\{(\w+)\}\}", _source("page.html"))):
+        if place % 2:
+            yield from filled[text]()
+        else:
+            yield text
+
+
+def _source(name: str) -> str:
+    return (resources.files("attnpatch.viewing") / "static" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def in_script(content: Any) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or begins a comment.
+
+    Raises:
+        ValueError: A number in it is not finite; JSON has no word for it.
+    """
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
+    """What the page needs to know about a map beside its numbers."""
+    singles = [block_map.select(sequence=i) for i in range(block_map.num_sequences)]
+    facts = {key: value for key, value in block_map.metadata.items() if key != "texts"}
+    return {
+        "name": name,
+        "normalization": block_map.normalization,
+        "layers": _with_mean(block_map.layers),
+        "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
+        "steps": _with_mean(block_map.steps or (_MEAN,)),
+        "facts": {str(key): str(value)[:_MOST_OF_A_FACT] for key, value in facts.items()},
+        "sequences": [_sequence(one, index) for index, one in enumerate(singles)],
+    }
+
+
+def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
+    sides = {}
+    for side in ("query", "key"):
+        labels = getattr(one, f"{side}_labels")
+        sides[side] = {
+            "labels": labels,
+            "sizes": getattr(one, f"{side}_sizes").tolist(),
+            "texts": _texts(one.metadata.get("texts"), index, len(labels)),
+        }
+    return {"name": _name(one.metadata.get("sequences"), index), **sides, "profile": _profiles(one)}
+
+
+def _name(sequences: Any, index: int) -> str:
+    """The number of a sequence, and whose text it was given where the capture of a pipeline says so."""
+    known = sequences[index] if isinstance(sequences, list) and index < len(sequences) else None
+    role = known.get("role") if isinstance(known, dict) else None
+    return f"{index} ({role})" if role else str(index)
+
+
+def _texts(texts: Any, sequence: int, blocks: int) -> list[str] | None:
+    """The text of each block of a sequence; None where there is not one for each."""
+    if isinstance(texts, list) and texts and isinstance(texts[0], list):
+        texts = texts[sequence] if sequence < len(texts) else None
+    if not isinstance(texts, list) or len(texts) != blocks:
+        return None
+    return [str(text) for text in texts]
+
+
+def _with_mean(names: Sequence[int | str]) -> list[int | str]:
+    """The positions of a slider: the mean first, where there is something to average."""
+    return [_MEAN, *names] if len(names) > 1 else list(names)
+
+
+def _by_axes(one: BlockMap) -> np.ndarray:
+    """The mass of one sequence, ``[steps, layers, heads, query_blocks, key_blocks]``."""
+    mass = one.mass.numpy()
+    if not one.steps:
+        mass = mass[None]
+    return mass[:, :, None] if one.heads == _MEAN else mass
+
+
+def _positions(count: int) -> list[slice]:
+    """What each position of a slider takes of an axis."""
+    singles = [slice(i, i + 1) for i in range(count)]
+    return [slice(None), *singles] if count > 1 else singles
+
+
+def _numbers(index: int, block_map: BlockMap) -> Iterator[str]:
+    """One script element of data per sequence, step, layer and head."""
+    for sequence in range(block_map.num_sequences):
+        mass = _by_axes(block_map.select(sequence=sequence))
+        steps, layers, heads = (list(enumerate(_positions(count))) for count in mass.shape[:3])
+        for s, step in steps:
+            for la, layer in layers:
+                for h, head in heads:
+                    mean = mass[step, layer, head].mean((0, 1, 2), dtype=np.float64).astype(np.float32)
+                    data = base64.b64encode(packed(mean)).decode()
+                    name = f"n{index}-{sequence}-{s}-{la}-{h}"
+                    yield f'<script type="application/octet-stream" id="{name}">{data}</script>\n'
+
+
+def packed(values: np.ndarray) -> bytes:
+    """float32 values, rounded to their upper 24 bits, as three planes of bytes, deflated without a header."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint32)
+    bits = np.where(np.isnan(values).reshape(-1), np.uint32(0x7FC00000), bits)
+    # Half of the last place kept is added; where it overflows the bits above are right all the same.
+    upper = (bits + np.uint32(0x7F) + ((bits >> np.uint32(8)) & np.uint32(1))) >> np.uint32(8)
+    planes = [(upper >> np.uint32(shift)).astype(np.uint8).tobytes() for shift in (16, 8, 0)]
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return b"".join([deflate.compress(plane) for plane in planes] + [deflate.flush()])
+
+
+def _profiles(one: BlockMap) -> list[list[dict[str, list[float | None]]]]:
+    """Shares of the mass in every layer, mean over rows, by position of the step and of the head.
+
+    ``own`` is what a block gives to itself (only where queries and keys are the same blocks), ``first`` what it gives
+    to the first block, ``largest`` what it gives to the block it attends to most.
+    """
+    mass = _by_axes(one)
+    rows = np.flatnonzero((one.query_sizes > 0).numpy())
+    measured = {}
+    if len(rows) and mass.shape[-1]:
+        mass = mass[..., rows, :]
+        measured = {"first": mass[..., 0], "largest": mass.max(-1)}
+        if one.query_labels == one.key_labels:
+            measured["own"] = mass[..., np.arange(len(rows)), rows]
+    by_layer = {name: values.mean(-1, dtype=np.float64) for name, values in measured.items()}
+    return [
+        [
+            {name: _finite(values[step, :, head].mean((0, 2))) for name, values in by_layer.items()}
+            for head in _positions(mass.shape[2])
+        ]
+        for step in _positions(mass.shape[0])
+    ]
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,124 @@
+"use strict";
+
+// What the page holds: facts as JSON, and one deflated piece of numbers per sequence, step, layer and head.
+
+const maps = JSON.parse(document.getElementById("data").textContent);
+
+// Numbers that were looked at are kept, up to this many bytes.
+const MOST_BYTES = 300e6;
+const held = new Map();
+let heldBytes = 0;
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+async function inflated(bytes) {
+  if (typeof DecompressionStream === "undefined") {
+    throw new Error("This browser is too old for the page: it needs DecompressionStream (2023 or later).");
+  }
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// The upper 24 bits of float32: all first bytes, all second bytes, all third bytes.
+function unpacked(bytes) {
+  const count = bytes.length / 3;
+  const bits = new Uint32Array(count);
+  for (let i = 0; i < count; i++) {
+    bits[i] = (bytes[i] << 24) | (bytes[i + count] << 16) | (bytes[i + 2 * count] << 8);
+  }
+  return new Float32Array(bits.buffer);
+}
+
+const planeId = (at) => `n${at.map}-${at.sequence}-${at.step}-${at.layer}-${at.head}`;
+
+// Numbers of one picture: {id, rows, columns, mass, keySizes, sums}. Asked for twice it is inflated once.
+function plane(at) {
+  const id = planeId(at);
+  const entry = held.get(id) ?? readPlane(id, maps[at.map].sequences[at.sequence]);
+  held.delete(id);
+  held.set(id, entry); // the last in order is the last that was looked at
+  for (const [old, { bytes }] of held) {
+    if (heldBytes <= MOST_BYTES || old === id) break;
+    held.delete(old);
+    heldBytes -= bytes;
+  }
+  return entry.promise;
+}
+
+function readPlane(id, { query, key }) {
+  const [rows, columns] = [query.labels.length, key.labels.length];
+  const bytes = 4 * rows * columns;
+  heldBytes += bytes;
+  const packed = bytesOf(document.getElementById(id).textContent);
+  const promise = inflated(packed).then((raw) => {
+    return { id, rows, columns, mass: unpacked(raw), keySizes: key.sizes, sums: {} };
+  });
+  return { bytes, promise };
+}
+
+// What the mass is divided by: {by: "row" or "column" or null, values}.
+function divisor(one, kind) {
+  if (kind === "none") return { by: null };
+  if (kind === "density") return { by: "column", values: one.keySizes.map((size) => Math.max(size, 1)) };
+  if (!one.sums[kind]) {
+    const values = new Float64Array(kind === "row" ? one.rows : one.columns);
+    for (let r = 0, i = 0; r < one.rows; r++) {
+      for (let c = 0; c < one.columns; c++, i++) values[kind === "row" ? r : c] += one.mass[i];
+    }
+    one.sums[kind] = values;
+  }
+  return { by: kind, values: one.sums[kind] };
+}
+
+function divided(mass, by) {
+  return by === 0 ? 0 : mass / by;
+}
+
+function valueAt(one, kind, row, column) {
+  const mass = one.mass[row * one.columns + column];
+  const { by, values } = divisor(one, kind);
+  return by ? divided(mass, values[by === "row" ? row : column]) : mass;
+}
+
+// All values of a picture, row by row.
+function valuesOf(one, kind) {
+  if (kind === "none") return one.mass;
+  const { by, values } = divisor(one, kind);
+  const result = new Float32Array(one.mass.length);
+  for (let r = 0, i = 0; r < one.rows; r++) {
+    for (let c = 0; c < one.columns; c++, i++) result[i] = divided(one.mass[i], values[by === "row" ? r : c]);
+  }
+  return result;
+}
+
+const MEANING = {
+  none: "attention mass, mean over the row's tokens",
+  row: "share of the row's attention mass",
+  density: "attention mass per key token",
+  column: "share of the mass the column receives",
+};
+
+// Three significant digits.
+function shown(value) {
+  if (!Number.isFinite(value)) return "no number";
+  if (value === 0) return "0";
+  return Math.abs(value) >= 0.001 && Math.abs(value) < 1000 ? value.toPrecision(3) : value.toExponential(2);
+}
+
+// At most three significant digits.
+function compact(value) {
+  return value === 0 || Math.abs(value) >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toExponential(0);
+}
+
+function shortened(text, longest) {
+  const letters = Array.from(text.slice(0, 2 * longest + 2));
+  return letters.length > longest ? letters.slice(0, longest - 1).join("").trimEnd() + "\u2026" : text;
+}
+
+const oneLine = (text) => text.replace(/\s+/g, " ").trim();

@@ -1,0 +1,545 @@
+"""The page in a browser: headless Chromium of the system, one for all tests; without one they skip and say so."""
+
+import math
+import re
+import shutil
+import time
+
+import pytest
+import torch
+
+from attnpatch.capture.block_map import BlockMap
+from attnpatch.viewing.page import write_page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
+pytestmark = [
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no browser here (looked for {', '.join(NAMES)})"),
+]
+
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+NORMALIZATIONS = ("none", "row", "density", "column")
+
+
+def block_map(count=8, layers=3, heads=0, seed=0, **fields):
+    """A causal map of a conversation, with texts."""
+    shape = (layers, *[heads] * bool(heads), count, count)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(shape, generator=generator).mul(2)
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    sizes = torch.randint(1, 90, (count,), generator=generator)
+    labels = [f"{i} {('user', 'assistant')[i % 2]}" for i in range(count)]
+    texts = [f"message {i}: " + "lorem ipsum " * min(i * i, 99) for i in range(count)]
+    given = {
+        "mass": scores.masked_fill(later, -math.inf).softmax(-1),
+        "layers": range(layers),
+        "query_labels": labels,
+        "key_labels": labels,
+        "query_sizes": sizes,
+        "key_sizes": sizes,
+        "heads": range(heads) if heads else "mean",
+        "metadata": {"model": "A <b>model</b>", "texts": texts},
+    }
+    return BlockMap(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page of maps; at the end there must have been no error, and no request but for the page itself."""
+    contexts, trouble, requests = [], [], []
+
+    def open_page(maps, viewport=DESKTOP, **options):
+        context = browser.new_context(viewport=viewport, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: trouble.append(dialog.message))
+        page.on("request", lambda request: requests.append(request.url))
+        given = maps if isinstance(maps, dict) else {"map.safetensors": maps}
+        path = write_page(given, tmp_path / f"page{len(contexts)}.html")
+        page.goto(path.as_uri())
+        settled(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert trouble == []
+    assert len(requests) == len(contexts) and all(url.startswith("file:") for url in requests)
+
+
+def until(page, expression, seconds=60):
+    """Wait until an expression is true. Playwright's own waiting evaluates texts, which the page forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"never true: {expression}"
+        page.wait_for_timeout(20)
+
+
+def settled(page):
+    """Wait until what was asked for last is drawn."""
+    until(page, "document.documentElement.dataset.shown === shownNow()")
+
+
+# Canvases that are read often are kept elsewhere than those that are drawn; the page's own is only drawn.
+COPIED = """
+const copied = () => {
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [cellsCanvas.width, cellsCanvas.height];
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(cellsCanvas, 0, 0);
+    return context;
+};
+"""
+
+
+def picture(page):
+    settled(page)
+    return page.locator("#cells").evaluate("canvas => canvas.toDataURL()")
+
+
+def place_of(page, row, column):
+    """The middle of a cell on the screen."""
+    settled(page)
+    box = page.locator("#frame").bounding_box()
+    at = {name: float(value) for name, value in page.evaluate("({...frameElement.dataset})").items()}
+    zoom = page.evaluate("state.zoom")
+    return (
+        box["x"] + at["left"] + (column + 0.5 - zoom["column"]) * at["cellWidth"],
+        box["y"] + at["top"] + (row + 0.5 - zoom["row"]) * at["cellHeight"],
+    )
+
+
+def hovered(page, row, column):
+    """What the tooltip says over a cell: its number, and all of its text."""
+    page.mouse.move(*place_of(page, row, column))
+    tooltip = page.locator("#tooltip")
+    tooltip.wait_for(state="visible")
+    return tooltip.locator(".value").inner_text(), tooltip.inner_text()
+
+
+def same_number(text, value):
+    """Whether a text is a number to three significant digits."""
+    if value == 0:
+        return text == "0"
+    digits = re.sub(r"e.*$", "", text).replace(".", "").lstrip("0")
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return len(digits) == 3 and abs(float(text) - value) <= unit * 0.502
+
+
+def to_position(page, slider, position):
+    page.locator(slider).fill(str(position))
+
+
+def test_a_page_opens_without_errors_and_shows_what_it_holds(opened):
+    page = opened(block_map())
+    assert page.title() == "map.safetensors - attnpatch"
+    assert "8 \u00d7 8 blocks, 3 layers" in page.locator("#shape").inner_text()
+    assert page.locator("#layer-name").inner_text() == "mean of 3"
+    for absent in ("#head-field", "#step-field", "#sequence-field", "#map-field", "#trouble"):
+        assert page.locator(absent).is_hidden(), absent
+    page.click("#help-button")
+    assert "A <b>model</b>" in page.locator("#facts").inner_text()
+    assert "lorem" not in page.locator("#facts").inner_text()
+
+
+def test_sliders_change_the_picture(opened):
+    page = opened(block_map(heads=2))
+    seen = {picture(page)}
+    for slider, count in (("#layer", 3), ("#head", 2)):
+        for position in range(1, count + 1):
+            to_position(page, slider, position)
+            assert page.locator(f"{slider}-name").inner_text() == str(position - 1)
+            seen.add(picture(page))
+    assert len(seen) == 1 + 3 + 2
+    to_position(page, "#layer", 0)
+    to_position(page, "#head", 0)
+    assert picture(page) in seen
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_hover_shows_the_number_and_both_texts(opened, normalization):
+    given = block_map(heads=2).normalize(normalization)
+    page = opened(given)
+    assert page.locator("#normalization").input_value() == normalization
+    for layer, head in (("mean", "mean"), (2, "mean"), ("mean", 1), (1, 0)):
+        to_position(page, "#layer", 0 if layer == "mean" else layer + 1)
+        to_position(page, "#head", 0 if head == "mean" else head + 1)
+        values = given.select(layer=layer, head=head).values.reshape(8, 8)
+        for row, column in ((0, 0), (3, 1), (7, 7), (5, 2), (2, 6)):
+            number, text = hovered(page, row, column)
+            assert same_number(number, values[row, column].item()), (layer, head, row, column, number)
+            assert f"message {row}:" in text and f"message {column}:" in text
+            assert given.query_labels[row] in text and given.key_labels[column] in text
+
+
+def test_normalizations_can_be_switched(opened):
+    given = block_map()
+    page = opened(given)
+    for name in NORMALIZATIONS[::-1]:
+        page.select_option("#normalization", name)
+        number, _ = hovered(page, 6, 3)
+        assert same_number(number, given.select(layer="mean").normalize(name).values[0, 6, 3].item())
+
+
+@pytest.mark.parametrize("value", [0.12345, 1.0, 0.0012344, 9.996e-4, 3.14159e-7, 1e-12, 0.99951, 0.0])
+def test_numbers_have_three_significant_digits(opened, value):
+    page = opened(block_map(count=2, layers=1, mass=torch.tensor([[[0.5, 0.5], [value, 0.25]]])))
+    number, _ = hovered(page, 1, 0)
+    assert same_number(number, torch.tensor(value).item()), number
+
+
+def test_long_texts_are_short_in_the_tooltip_and_whole_beside_it(opened):
+    given = block_map()
+    page = opened(given)
+    _, text = hovered(page, 7, 6)
+    assert "\u2026" in text and len(text) < 1200
+    page.mouse.click(*place_of(page, 7, 6))
+    assert page.locator("#cell-query").text_content() == given.metadata["texts"][7]
+    assert page.locator("#cell-key").text_content() == given.metadata["texts"][6]
+
+
+def test_a_click_shows_where_the_row_looks(opened):
+    given = block_map()
+    page = opened(given)
+    assert page.locator("#row-hint").is_visible() and page.locator("#row-list").is_hidden()
+    page.mouse.click(*place_of(page, 5, 2))
+    assert page.locator("#row-title").inner_text() == "Where 5 assistant looks"
+    mass = given.select(layer="mean").mass[0, 5]
+    order = mass[:6].argsort(descending=True).tolist()
+    bars = page.locator("#row-list button")
+    assert bars.locator(".name").all_inner_texts() == [given.key_labels[i] for i in order]
+    for text, i in zip(bars.locator(".number").all_inner_texts(), order, strict=True):
+        assert same_number(text, mass[i].item())
+    widths = [box["width"] for box in (fill.bounding_box() for fill in bars.locator(".fill").all())]
+    assert widths == sorted(widths, reverse=True)
+    # A bar leads to its cell, in the same row.
+    bars.nth(1).click()
+    assert page.evaluate("state.cursor") == {"row": 5, "column": order[1]}
+    page.select_option("#order", "order")
+    assert page.locator("#row-bars").is_visible() and page.locator("#row-list").is_hidden()
+    page.locator("#row-bars").hover()
+    assert "5 assistant" in page.locator("#tooltip").inner_text()
+
+
+def test_what_a_row_lost_to_sinks_is_said(opened):
+    given = block_map()
+    page = opened(block_map(mass=given.mass * 0.75))
+    page.mouse.click(*place_of(page, 5, 2))
+    assert "sums to 0.750" in page.locator("#row-note").inner_text()
+    page.select_option("#normalization", "row")
+    settled(page)
+    assert page.locator("#row-note").inner_text() == ""
+
+
+def test_the_profile_follows_the_cell(opened):
+    given = block_map(layers=5).normalize("column")
+    page = opened(given)
+    assert "mean of all rows" in page.locator("#profile-title").inner_text()
+    assert page.locator("#profile-key li").count() == 3
+    page.mouse.click(*place_of(page, 4, 1))
+    until(page, "profileFrame.lines.length === 1")
+    shown = page.evaluate("profileFrame.lines[0].values")
+    assert shown == pytest.approx(given.values[:, 4, 1].tolist(), rel=1e-4)
+    # A click on the profile goes to the layer.
+    box = page.locator("#profile").bounding_box()
+    x = page.evaluate("profileFrame.x(3)")
+    page.mouse.click(box["x"] + x, box["y"] + 60)
+    settled(page)
+    assert page.locator("#layer-name").inner_text() == "3"
+
+
+def test_everything_can_be_done_with_keys(opened):
+    given = block_map(heads=2)
+    page = opened(given)
+    page.locator("#frame").focus()
+    outline = page.locator("#frame").evaluate("frame => getComputedStyle(frame).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("state.cursor") == {"row": 7, "column": 0}
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
+        page.keyboard.press(key)
+    assert page.evaluate("[state.cursor, state.row]") == [{"row": 5, "column": 1}, None]
+    value = given.select(layer="mean", head="mean").mass[0, 5, 1].item()
+    assert same_number(page.locator("#cell-value").inner_text(), value)
+    assert page.locator("#spoken").inner_text().startswith("5 assistant on 1 assistant: ")
+    page.keyboard.press("Enter")
+    assert page.evaluate("state.row") == 5
+    page.keyboard.press("End")
+    assert page.evaluate("state.cursor.column") == 7
+    page.keyboard.press("Shift+ArrowLeft")
+    assert page.evaluate("state.cursor.column") == 0
+    for key, expected in (("]", "0"), ("]", "1"), ("[", "0"), ("[", "mean of 3"), ("[", "mean of 3")):
+        page.keyboard.press(key)
+        assert page.locator("#layer-name").inner_text() == expected
+    for key, expected in (("}", "0"), ("}", "1"), ("}", "1"), ("{", "0")):
+        page.keyboard.press(key)
+        assert page.locator("#head-name").inner_text() == expected
+    settled(page)
+    page.keyboard.press("Escape")
+    assert page.evaluate("[state.row, state.cursor !== null]") == [None, True]
+    page.keyboard.press("Escape")
+    assert page.evaluate("state.cursor") is None
+    assert page.locator("#cell").is_hidden()
+
+
+def test_keys_in_a_control_stay_in_the_control(opened):
+    page = opened(block_map())
+    page.locator("#layer").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#layer-name").inner_text() == "0"
+    assert page.evaluate("state.cursor") is None
+
+
+def test_every_control_has_a_name_and_can_be_reached(opened):
+    page = opened({"one": block_map(heads=2), "two": block_map(seed=1)})
+    reached = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    assert {
+        "map",
+        "help-button",
+        "theme",
+        "layer",
+        "head",
+        "normalization",
+        "scale",
+        "zoom-in",
+        "frame",
+    } <= set(reached)
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, [tabindex]")].filter((one) =>
+            !one.ariaLabel && !one.labels?.length && !one.textContent.trim()).map((one) => one.id)"""
+    )
+    assert unnamed == []
+
+
+def test_zoom_shows_fewer_cells_and_finds_them(opened):
+    given = block_map(count=30)
+    page = opened(given)
+    before = picture(page)
+    page.mouse.click(*place_of(page, 20, 9))
+    page.locator("#frame").focus()
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    settled(page)
+    assert page.locator("#zoom-name").inner_text() == "4\u00d7"
+    assert picture(page) != before
+    number, text = hovered(page, 20, 9)
+    assert same_number(number, given.select(layer="mean").mass[0, 20, 9].item()) and "message 20:" in text
+    # Dragging moves the view, and selects nothing.
+    x, y = place_of(page, 20, 9)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 80, y + 40, steps=4)
+    page.mouse.up()
+    moved = place_of(page, 20, 9)
+    assert moved == pytest.approx((x + 80, y + 40), abs=1)
+    assert page.evaluate("state.cursor") == {"row": 20, "column": 9}
+    # The view follows the cell.
+    page.keyboard.press("End")
+    settled(page)
+    number, text = hovered(page, 20, 29)
+    assert number == "0" and "message 29:" in text
+    page.keyboard.press("0")
+    assert picture(page) == before
+
+
+def test_the_chooser_lists_all_maps(opened):
+    first, second = block_map(), block_map(count=5, layers=1, seed=3)
+    page = opened({"<i>first</i>.safetensors": first, "second.safetensors": second})
+    assert page.locator("#map option").all_inner_texts() == ["<i>first</i>.safetensors", "second.safetensors"]
+    page.mouse.click(*place_of(page, 6, 2))
+    page.select_option("#map", "1")
+    assert "5 \u00d7 5 blocks, 1 layer;" in page.locator("#shape").inner_text()
+    assert page.locator("#layer-field").is_hidden()
+    assert page.evaluate("[state.row, state.cursor]") == [None, None]
+    number, _ = hovered(page, 4, 1)
+    assert same_number(number, second.mass[0, 4, 1].item())
+
+
+def test_sequences_and_steps_can_be_chosen(opened):
+    labels = [["a", "b", "c"], ["d", "e"]]
+    sizes = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    mass = torch.rand(2, 2, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    mass[1, ..., 2] = 0
+    given = BlockMap(
+        mass, layers=["down", "up"], steps=[0, 40], query_labels=labels, key_labels=labels,
+        query_sizes=sizes, key_sizes=sizes,
+    )  # fmt: skip
+    page = opened(given)
+    number, _ = hovered(page, 2, 1)
+    assert same_number(number, mass[0, :, :, 2, 1].mean().item())
+    page.select_option("#sequence", "1")
+    assert "2 \u00d7 2 blocks" in page.locator("#shape").inner_text()
+    to_position(page, "#step", 2)
+    to_position(page, "#layer", 1)
+    assert page.locator("#step-name").inner_text() == "40"
+    assert page.locator("#layer-name").inner_text() == "down"
+    number, text = hovered(page, 1, 0)
+    assert same_number(number, mass[1, 1, 0, 1, 0].item()) and "row: e (5 tokens)" in text
+
+
+def test_a_message_that_holds_a_script_is_text(opened):
+    evil = ["<script>window.ran = 1</script>", "</script><script>window.ran = 1</script>",
+            "<img src=x onerror='window.ran = 1'>", "<!--", "a & b &amp; c"]  # fmt: skip
+    given = block_map(count=5, query_labels=evil, key_labels=evil, metadata={"texts": evil, "<s>": evil[1]})
+    page = opened({evil[1]: given, evil[2]: given})
+    for i, text in enumerate(evil):
+        _, seen = hovered(page, i, 0)
+        assert text in seen
+        page.mouse.click(*place_of(page, i, i))
+        assert page.locator("#cell-query").text_content() == text
+        assert text in page.locator("#row-title").text_content()
+    page.click("#help-button")
+    assert page.evaluate("window.ran") is None
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_theme_is_the_systems_until_it_is_chosen(opened, scheme):
+    page = opened(block_map(), color_scheme=scheme)
+    other = {"light": "dark", "dark": "light"}[scheme]
+
+    def theme(awaited=None):
+        if awaited is not None:
+            # The system's change arrives as an event, some time after it was made.
+            page.wait_for_function("name => document.documentElement.dataset.theme === name", arg=awaited)
+        settled(page)
+        return page.evaluate(
+            "[document.documentElement.dataset.theme, getComputedStyle(document.body).backgroundColor]"
+        )
+
+    before, first = theme(), picture(page)
+    assert before[0] == scheme
+    page.emulate_media(color_scheme=other)
+    assert theme(other)[0] == other
+    page.emulate_media(color_scheme=scheme)
+    theme(scheme)
+    page.click("#theme")
+    after = theme(other)
+    assert after[0] == other and after[1] != before[1]
+    assert picture(page) != first
+    page.emulate_media(color_scheme=other)
+    page.emulate_media(color_scheme=scheme)
+    assert theme()[0] == other
+
+
+@pytest.mark.parametrize("scale", ["sqrt", "linear", "log"])
+def test_colours_are_those_of_the_legend(opened, scale):
+    mass = torch.tensor([[[1.0, 0.0], [0.25, 0.75]]])
+    page = opened(block_map(count=2, layers=1, mass=mass, metadata={}))
+    page.select_option("#scale", scale)
+    settled(page)
+    parts = {"sqrt": 0.5, "linear": 0.25, "log": 1 + math.log10(0.25) / 4}
+    seen = page.evaluate(
+        COPIED
+        + """[[0, 0], [1, 0], [0, 1]].map(([row, column]) => {
+            const at = frameElement.dataset;
+            const pixel = (place, start, size) => Math.round(Number(start) + (place + 0.1) * size);
+            const where = [pixel(column, at.left, at.cellWidth), pixel(row, at.top, at.cellHeight)];
+            const [r, g, b] = copied().getImageData(...where, 1, 1).data;
+            return "#" + [r, g, b].map((part) => part.toString(16).padStart(2, "0")).join("");
+        })"""
+    )
+    colours = page.evaluate("VIRIDIS")
+    index = min(255, math.floor(parts[scale] * 256))
+    assert seen[:2] == ["#" + colours[-6:], "#" + colours[6 * index : 6 * index + 6]]
+    assert seen[2] == page.evaluate("themeColour('zero')")
+    ticks = page.locator("#ticks span").all_inner_texts()
+    assert ticks[-1] == "1"
+    middle = {"sqrt": "0.25", "linear": "0.5", "log": "0.01"}
+    assert ticks[2] == middle[scale]
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("count", [10, 500])
+def test_nothing_is_cut_off_or_overlaps(opened, viewport, count):
+    page = opened(block_map(count=count, layers=2), viewport=viewport, has_touch=viewport is PHONE)
+    if viewport is PHONE:
+        page.locator("#frame").scroll_into_view_if_needed()
+        page.touchscreen.tap(*place_of(page, count - 2, 1))
+    else:
+        page.mouse.click(*place_of(page, count - 2, 1))
+    assert page.evaluate("state.row") == count - 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    boxes = page.evaluate(
+        """() => Object.fromEntries(["header", "#controls", "#legend", "#frame", "#row-panel", "#profile-panel",
+            "#cell-panel"].map((name) => {
+                const { left, right, top, bottom } = document.querySelector(name).getBoundingClientRect();
+                return [name, [left, right, top + scrollY, bottom + scrollY]];
+            }))"""
+    )
+    for name, (left, right, top, bottom) in boxes.items():
+        assert left >= 0 and right <= viewport["width"] and bottom > top, name
+        for other, (l2, r2, t2, b2) in boxes.items():
+            apart = right <= l2 or r2 <= left or bottom <= t2 or b2 <= top
+            assert name == other or apart, (name, other)
+    if viewport is DESKTOP:
+        assert boxes["#frame"][3] <= viewport["height"], "the whole map is on the screen"
+    assert page.locator("canvas").count() == 5, "cells are drawn, not built of elements"
+    assert page.evaluate("document.querySelectorAll('*').length") < 600
+
+
+def test_a_window_without_room_does_not_hang(opened):
+    page = opened(block_map(), viewport={"width": 30, "height": 30})
+    page.evaluate("document.body.style.width = 0, refresh()")
+    page.evaluate("select({ row: 3, column: 1 }, 3), state.order = 'order', refresh()")
+    page.evaluate("document.body.style.width = ''")
+    page.set_viewport_size(DESKTOP)
+    until(page, "frameElement.clientWidth > 300")
+
+
+def test_the_largest_mass_of_a_crowded_picture_is_seen(opened):
+    """Where cells are smaller than pixels, one strong cell among 800 x 800 must not fall between them."""
+    mass = torch.full((1, 800, 800), 1e-6)
+    mass[0, 413, 277] = 1
+    page = opened(block_map(count=800, layers=1, mass=mass, metadata={}), viewport=PHONE)
+    settled(page)
+    brightest = page.evaluate(
+        COPIED
+        + """(() => {
+            const { data } = copied().getImageData(0, 0, cellsCanvas.width, cellsCanvas.height);
+            let count = 0;
+            for (let i = 0; i < data.length; i += 4) count += data[i] === 253 && data[i + 1] === 231;
+            return count;
+        })()"""
+    )
+    assert brightest >= 1
+
+
+def test_500_blocks_of_32_layers_open_and_answer(opened):
+    given = block_map(count=500, layers=32, metadata={})
+    page = opened(given)
+    number, _ = hovered(page, 480, 40)
+    row, column = page.evaluate("[state.hover.row, state.hover.column]")
+    assert same_number(number, given.select(layer="mean").mass[0, row, column].item())
+    page.mouse.click(*place_of(page, row, column))
+    until(page, "profileFrame.lines.length === 1")
+    shown = page.evaluate("profileFrame.lines[0].values")
+    assert shown == pytest.approx(given.mass[:, row, column].tolist(), rel=1e-4)
+    assert page.locator("#row-list li").count() == 40
+
+
+def test_an_old_browser_is_told_so(browser, tmp_path):
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(write_page({"map": block_map()}, tmp_path / "page.html").as_uri())
+    page.locator("#trouble").wait_for(state="visible")
+    assert "too old" in page.locator("#trouble").inner_text()
+    context.close()
