@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,30 @@ def write(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> Pa
     """
     header = {"format": FILE_FORMAT, "version": FILE_VERSION, "block_map": json.dumps(content)}
     data = to_safetensors(tensors, header)
+    with whole(path, BlockMapFileError) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+@contextlib.contextmanager
+def whole(path: Path, failure: type[Exception]) -> Iterator[Path]:
+    """A place beside a file's to write it to: moved there when the block ends, and gone when it fails.
+
+    Raises:
+        failure: The file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         problem = error.strerror or error
-        raise BlockMapFileError(f"cannot write {path}: {problem}; choose a path that can be.") from error
+        raise failure(f"cannot write {path}: {problem}; choose a path that can be.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return path
 
 
 def read(path: Path) -> dict[str, Any]:

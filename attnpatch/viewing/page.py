@@ -6,14 +6,12 @@ which the browser inflates when it is looked at.
 """
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
 import math
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from attnpatch.capture import storage
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.errors import PageError
 
@@ -56,18 +55,10 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
         raise PageError("there is no block map to show; give at least one.")
     if path.is_dir():
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        # Half of a character, as names of files can hold on Linux, would not fit utf-8.
-        with open(temporary, "x", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.writelines(_page(maps))
-        os.replace(temporary, path)
-    except OSError as error:
-        problem = error.strerror or error
-        raise PageError(f"cannot write {path}: {problem}; choose a path that can be.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    # Half of a character, as names of files can hold on Linux, would not fit utf-8.
+    options = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
+    with storage.whole(path, PageError) as temporary, open(temporary, "x", **options) as file:
+        file.writelines(_page(maps))
     return path
 
 
