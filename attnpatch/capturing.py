@@ -16,7 +16,7 @@ from attnpatch.capture.image_observer import ImageRecorder
 from attnpatch.capture.maps import Maps
 from attnpatch.capture.observer import SiteFacts
 from attnpatch.capture.recorder import Recorder
-from attnpatch.capture.sampling import Plan, Sampling
+from attnpatch.capture.sampling import DenoiserCall, Plan, Sampling
 from attnpatch.errors import CaptureError, PatchError
 from attnpatch.hosts import denoisers
 from attnpatch.hosts import transformers as host
@@ -191,7 +191,7 @@ def image_recorder_of(
 ) -> ImageRecorder:
     """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
 
-    def read_call(args: Any, kwargs: Any) -> denoisers.DenoiserCall:
+    def read_call(args: Any, kwargs: Any) -> DenoiserCall:
         return denoisers.read_denoiser_call(type(part), args, kwargs, hints[0])
 
     def site_call(args: Any, kwargs: Any) -> SiteFacts:

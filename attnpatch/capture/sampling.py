@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,8 +37,9 @@ class TextRow:
     role: str = ""
 
 
-class DenoiserCall(Protocol):
-    """What is known of a call of a denoiser (``attnpatch.hosts`` reads it).
+@dataclasses.dataclass
+class DenoiserCall:
+    """One call of a denoiser (``attnpatch.hosts`` reads it).
 
     Attributes:
         batch: Rows of its batch.
@@ -46,15 +47,16 @@ class DenoiserCall(Protocol):
         text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
         timestep: Of the sampler, ``None`` if it has none.
         grids: Shapes that the image may have, the likeliest first.
+        past: Tokens in a cache, which a denoiser has not.
     """
 
     batch: int
-    past: int
     images: list[torch.Tensor]
     texts: list[torch.Tensor]
     text_mask: torch.Tensor | None
     timestep: float | None
     grids: list[Grid]
+    past: int = 0
 
 
 # A row of a batch: which text it was given, and the how manyth row with that text it is.

@@ -6,7 +6,6 @@ These are names that diffusers' models have in common; nothing is imported.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,24 +15,12 @@ import torch
 from torch import nn
 
 from attnpatch.capture.grid import Grid
+from attnpatch.capture.sampling import DenoiserCall
 from attnpatch.hosts.transformers import parameter_names
 
 _IMAGES = ("sample", "hidden_states", "x")
 _TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
-
-
-@dataclasses.dataclass
-class DenoiserCall:
-    """One call of a denoiser; see ``attnpatch.capture.sampling.DenoiserCall``."""
-
-    batch: int
-    images: list[torch.Tensor]
-    texts: list[torch.Tensor]
-    text_mask: torch.Tensor | None
-    timestep: float | None
-    grids: list[Grid]
-    past: int = 0
 
 
 def is_denoiser(module: Any) -> bool:
