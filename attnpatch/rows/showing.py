@@ -185,14 +185,8 @@ class _Head:
 
         A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
         """
-        if is_causal and places is not None:
-            end = int(places[-1]) + 1
-            mask = torch.arange(min(end, len(self.key))) <= places[:, None]
-            mask = mask.to(self.key.device).expand(len(self.query), -1, -1)
-        else:
-            end = high
+        first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
         query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
-        is_causal = is_causal and places is None
         with torch.autocast(query.device.type, enabled=False):
             scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
         if mask is not None and mask.dtype == torch.bool:
@@ -201,13 +195,22 @@ class _Head:
             scores.add_(mask, alpha=LOG2_E)
         if not self.has_lse:
             if is_causal:
-                corner = scores[..., low:]
-                corner.masked_fill_(torch.ones_like(corner[0], dtype=torch.bool).triu_(1), -math.inf)
+                corner = scores[..., first:]
+                corner.masked_fill_(_later(corner[0], places), -math.inf)
             highest = scores.amax(-1, keepdim=True)
             scores.sub_(torch.where(highest == -math.inf, 0.0, highest))
         scores.exp2_()
         if self.has_lse and is_causal:
-            scores[..., low:].tril_()
+            corner = scores[..., first:]
+            corner.tril_() if places is None else corner.masked_fill_(_later(corner[0], places), 0.0)
         # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
         total = scores.sum(-1)
         return scores, torch.where(total > 0, total.reciprocal(), 0.0)
+
+
+def _later(corner: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Bool ``[rows, keys]`` like ``corner``, whose first key is its first row's own: keys that come after a row."""
+    if places is None:
+        return torch.ones_like(corner, dtype=torch.bool).triu_(1)
+    keys = torch.arange(int(places[0]), int(places[0]) + corner.shape[-1])
+    return (keys > places[:, None]).to(corner.device)
