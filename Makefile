@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test venv lint bench coverage docs clean
+.PHONY: demo demo-figures test venv lint bench bench-peers coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -36,6 +36,12 @@ demo-figures: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+# Beside what others have made; these two packages are needed for nothing else.
+bench-peers: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		memory-efficient-attention memory-efficient-attention-pytorch
+	$(BIN)/python -W ignore -m benchmarks.peers
 
 coverage: venv
 	$(BIN)/python -W ignore -m benchmarks coverage

@@ -75,7 +75,7 @@ def vae(**policy: object) -> dict[str, float]:
         return once(lambda: model(latents), lambda: model(latents[..., :16, :16].contiguous()))
 
 
-def overhead(kind: str, pairs: int = 60) -> dict[str, float]:
+def overhead(kind: str, pairs: int = 200) -> dict[str, float]:
     """Patched and unpatched calls of one model by turns; the patch stays native.
 
     Returns:
@@ -120,7 +120,7 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
     "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
     "vae": {"native": vae, "by rows": lambda: vae(mode="always")},
     "prefill 512": {"pairs": lambda: overhead("prefill")},
-    "decode": {"pairs": lambda: overhead("decode", 40)},
+    "decode": {"pairs": lambda: overhead("decode")},
 }
 
 if __name__ == "__main__":

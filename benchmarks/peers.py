@@ -1,0 +1,428 @@
+"""Side by side with what a user would pick instead: ``make bench-peers`` or ``python -m benchmarks.peers``.
+
+Plain attention of 8 heads of 64 in float32 over one sequence, forward and with the backward pass, and block maps of a
+small Llama. Every case is a fresh process under a limit of memory and time, by turns with the others; results are
+compared to float64. Where a peer stops it is told why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnpatch
+from attnpatch.memory import PeakMeter
+from benchmarks.models import llama, tokens
+
+HERE = pathlib.Path(__file__).parent
+RESULTS, PICTURE = HERE / "peers.json", HERE.parent / "docs" / "peers.png"
+HEADS, WIDTH, SEED = 8, 64, 0
+SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
+# What a case may take: address space, and seconds, of which the inputs and imports are the smaller part.
+BYTES, SECONDS = 20 * 2**30, 240
+# Rows whose result is compared to float64, and how far an exact method may be from it.
+SAMPLE, EXACT = 64, 1e-5
+BLOCK = 128
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Eager(nn.Module):
+    """Attention as it is written by hand."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
+        return torch.matmul(scores.softmax(-1), value)
+
+
+class _Given(nn.Module):
+    """Stands for a projection: gives a tensor that is there already."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.tensor
+
+
+def sliced(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What ``enable_attention_slicing("max")`` puts into a pipeline: one head at a time."""
+    from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+
+    attention = Attention(
+        HEADS * WIDTH, heads=HEADS, dim_head=WIDTH, bias=False, processor=SlicedAttnProcessor(1)
+    )
+    flat = [each.transpose(1, 2).flatten(2) for each in (query, key, value)]
+    attention.to_q, attention.to_k, attention.to_v = map(_Given, flat)
+    attention.to_out[0] = nn.Identity()
+    return attention(flat[0]).unflatten(2, (HEADS, WIDTH)).transpose(1, 2)
+
+
+def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The package of that name; its first line imports jax, so only its file for torch is loaded."""
+    if "memory_efficient_attention" not in sys.modules:
+        found = importlib.util.find_spec("memory_efficient_attention")
+        sys.modules[found.name] = importlib.util.module_from_spec(found)
+    from memory_efficient_attention.attention_torch import efficient_dot_product_attention
+
+    turned = [each.transpose(1, 2) for each in (query, key, value)]
+    return efficient_dot_product_attention(*turned).transpose(1, 2)
+
+
+def memory_efficient_attention_pytorch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from memory_efficient_attention_pytorch.memory_efficient_attention import memory_efficient_attention
+
+    return memory_efficient_attention(query, key, value)
+
+
+def math_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def flex() -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def patched(**policy: Any) -> Attend:
+    model = nn.Sequential(Eager())
+    attnpatch.apply(model, mode="always", sites=["0"], **policy)
+    return model[0]
+
+
+# How each is made, once, before anything is measured.
+PEERS: dict[str, Callable[[], Attend]] = {
+    "native eager": Eager,
+    "SDPA, fused": lambda: F.scaled_dot_product_attention,
+    "SDPA, math": lambda: math_kernel,
+    "diffusers slicing": lambda: sliced,
+    "memory-efficient-attention": lambda: memory_efficient_attention,
+    "memory-efficient-attention-pytorch": lambda: memory_efficient_attention_pytorch,
+    "FlexAttention, compiled": flex,
+    "attnpatch by rows": patched,
+    "attnpatch fused": lambda: patched(fuse=True),
+}
+
+
+def inputs(length: int) -> list[Tensor]:
+    """Query, key, value, and what the backward pass begins with: ``[1, heads, length, width]`` float32."""
+    numbers = torch.Generator().manual_seed(SEED)
+    return [torch.randn(1, HEADS, length, WIDTH, generator=numbers) for _ in range(4)]
+
+
+def reference(given: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64, of some rows: the result, and the gradient of the query."""
+    query, key, value, grad = (each.double() for each in given)
+    query, grad = query[:, :, rows], grad[:, :, rows]
+    weights = (query @ key.mT / math.sqrt(WIDTH)).softmax(-1)
+    slopes = grad @ value.mT
+    slopes = weights * (slopes - (weights * slopes).sum(-1, keepdim=True))
+    return weights @ value, slopes @ key / math.sqrt(WIDTH)
+
+
+def attend(name: str, length: int, backward: bool) -> dict[str, float]:
+    """One case: seconds, peak bytes, and the largest distance from float64."""
+    call = PEERS[name]()
+    given = inputs(length)
+
+    def once(given: list[Tensor]) -> Tensor:
+        if not backward:
+            with torch.inference_mode():
+                return call(*given[:3])
+        leaves = [each.clone().requires_grad_() for each in given[:3]]
+        call(*leaves).backward(given[3])
+        return leaves[0].grad
+
+    # A compiler compiles for a length.
+    once(given if "compiled" in name else inputs(256))
+    with PeakMeter() as meter:
+        start = time.perf_counter()
+        found = once(given)
+        seconds = time.perf_counter() - start
+    rows = torch.linspace(0, length - 1, SAMPLE).long()
+    error = (found[:, :, rows].double() - reference(given, rows)[backward]).abs().max().item()
+    return {"seconds": seconds, "peak": meter.peak, "error": error}
+
+
+def reduced(weights: Tensor) -> Tensor:
+    """``[1, heads, N, N]`` attention as blocks."""
+    blocks = weights.shape[-1] // BLOCK
+    mean = weights[0].float().mean(0)
+    return mean.unflatten(0, (blocks, BLOCK)).mean(1).unflatten(-1, (blocks, BLOCK)).sum(-1)
+
+
+def all_weights(model: nn.Module, ids: Tensor) -> Tensor:
+    found = model(ids, output_attentions=True, use_cache=False, logits_to_keep=1).attentions
+    return torch.stack([reduced(each) for each in found])
+
+
+def bertviz(model: nn.Module, ids: Tensor) -> Tensor:
+    """All weights, stacked layer on layer as its views take them."""
+    found = model(ids, output_attentions=True, use_cache=False, logits_to_keep=1).attentions
+    stacked = torch.stack([each.squeeze(0) for each in found])
+    return torch.stack([reduced(each[None]) for each in stacked])
+
+
+def inseq(model: nn.Module, ids: Tensor) -> Tensor:
+    """All weights, brought to the CPU and stacked beside the batch, as its attributions take them."""
+    found = model(ids, output_attentions=True, use_cache=False, logits_to_keep=1).attentions
+    stacked = torch.stack(tuple(each.to("cpu") for each in found), dim=1)
+    return torch.stack([reduced(each[None]) for each in stacked[0]])
+
+
+def hooks(model: nn.Module, ids: Tensor) -> Tensor:
+    """The block-attention guide's: eager weights, reduced when a layer is done and thrown away."""
+    found = []
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        found.append(reduced(output[1]))
+        return (output[0], None)
+
+    handles = [layer.self_attn.register_forward_hook(hook) for layer in model.model.layers]
+    model(ids, use_cache=False, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found)
+
+
+def ours(model: nn.Module, ids: Tensor) -> Tensor:
+    with attnpatch.capture(model, attnpatch.Blocks.fixed(BLOCK)) as maps:
+        model(ids, use_cache=False, logits_to_keep=1)
+    return maps.block_map.mass
+
+
+WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "output_attentions=True": ("eager", all_weights),
+    "BertViz's way": ("eager", bertviz),
+    "Inseq's way": ("eager", inseq),
+    "hooks on eager weights": ("eager", hooks),
+    "attnpatch.capture": ("sdpa", ours),
+}
+
+
+def capture(name: str, length: int) -> dict[str, float]:
+    """Block maps of one pass; the first rows see nothing of what follows, so a short pass in float64 checks them."""
+    attention, way = WAYS[name]
+    model, ids = llama(attention), tokens(length)
+    with torch.inference_mode():
+        way(model, ids[:, :256])
+        with PeakMeter() as meter:
+            start = time.perf_counter()
+            found = way(model, ids)
+            seconds = time.perf_counter() - start
+        blocks = 512 // BLOCK
+        exact = all_weights(llama("eager").double(), ids[:, :512])
+    error = (found[:, :blocks, :blocks].double() - exact).abs().max().item()
+    return {"seconds": seconds, "peak": meter.peak, "error": error}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is compared: how one case of it is run, and the names there are."""
+
+    title: str
+    run: Callable[[str, int], dict[str, float]]
+    names: list[str]
+
+
+KINDS = {
+    "forward": Kind("attention, forward", lambda name, n: attend(name, n, False), list(PEERS)),
+    "training": Kind("attention, forward and backward", lambda name, n: attend(name, n, True), list(PEERS)),
+    "capture": Kind("block maps of a Llama of 2 layers", capture, list(WAYS)),
+}
+
+
+def one(kind: str, name: str, length: int) -> dict[str, Any]:
+    """One case in a process of its own; ``stopped`` says why there is no number."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--one", kind, name, str(length)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=HERE.parent, check=False, timeout=SECONDS,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES)),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"stopped": f"over {SECONDS} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    said = done.stderr.strip().splitlines()
+    lines = [line for line in said if "Error" in line]
+    text = " ".join(said[-3:])
+    if done.returncode < 0 or "allocate memory" in text or "MemoryError" in text:
+        return {"stopped": "out of memory"}
+    return {"stopped": (lines or said or ["?"])[-1][:160]}
+
+
+def compare(kinds: list[str], sizes: list[int], rounds: int, results: dict[str, Any]) -> dict[str, Any]:
+    """By turns: every peer once, then every peer again. A peer that stopped is not tried at greater lengths."""
+    for kind in kinds:
+        found: dict[str, dict[str, Any]] = {name: {} for name in KINDS[kind].names}
+        stopped: set[str] = set()
+        for length in sizes:
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
+            # Long cases last long enough to be measured once.
+            for _ in range(rounds if length <= 8192 else 1):
+                for name in found:
+                    if name in stopped:
+                        continue
+                    runs[name].append(one(kind, name, length))
+                    if "stopped" in runs[name][-1]:
+                        stopped.add(name)
+                    print(f"  {kind} {length} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+            for name, all_runs in runs.items():
+                found[name][str(length)] = summary(all_runs) if all_runs else {"stopped": "not tried"}
+        results[kind] = found
+    return results
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    if "stopped" in runs[-1]:
+        return runs[-1]
+    seconds = [run["seconds"] for run in runs]
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
+        "peak": statistics.median(run["peak"] for run in runs),
+        "error": max(run["error"] for run in runs),
+        "runs": len(runs),
+    }
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """Slope of a straight line through the points, both axes logarithmic."""
+    x = torch.tensor([[math.log(n), 1.0] for n, _ in points], dtype=torch.float64)
+    y = torch.tensor([math.log(max(value, 1e-9)) for _, value in points], dtype=torch.float64)
+    return torch.linalg.lstsq(x, y[:, None]).solution[0].item()
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = []
+    for kind, found in results.items():
+        lines += [
+            "",
+            f"### {KINDS[kind].title}",
+            "",
+            "| | N | time | spread | peak | from float64 |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, by_length in found.items():
+            for length, entry in by_length.items():
+                if "stopped" not in entry:
+                    lines.append(
+                        f"| {name} | {int(length):,} | {entry['seconds']:.3g} s | {entry['spread']:.0%} | "
+                        f"{entry['peak'] / 1e6:,.0f} MB | {entry['error']:.1e} |"
+                    )
+                elif entry["stopped"] != "not tried":
+                    lines.append(f"| {name} | {int(length):,} | {entry['stopped']} | | | |")
+    return "\n".join(lines)
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """What was asked and is not so: an exact peer that is faster with no more memory, and maps that need too much."""
+    wrong = []
+    for kind in ("forward", "training"):
+        found = results.get(kind, {})
+        mine = [name for name in found if name.startswith("attnpatch")]
+        for name, by_length in found.items():
+            for length, entry in by_length.items():
+                if name in mine or "stopped" in entry or entry["error"] > EXACT:
+                    continue
+                own = [found[each][length] for each in mine if "stopped" not in found[each][length]]
+                # Within a twentieth, and 20 MB, two measurements are the same.
+                beaten = [
+                    e["seconds"] > 1.05 * entry["seconds"] for e in own if e["peak"] + 2e7 >= entry["peak"]
+                ]
+                if not own or (len(beaten) == len(own) and all(beaten)):
+                    wrong.append(f"{kind}, N={length}: {name} is faster with no more memory")
+    found = results.get("capture", {})
+    at = {name: by_length.get("8192", {}) for name, by_length in found.items()}
+    own = at.pop("attnpatch.capture", {})
+    peaks = {name: entry["peak"] for name, entry in at.items() if "peak" in entry}
+    if peaks and "peak" in own:
+        best = min(peaks, key=lambda name: peaks[name])
+        ratio = peaks[best] / own["peak"]
+        if ratio < 20:
+            wrong.append(f"capture, N=8192: {ratio:.1f}x less memory than {best}, asked 20x")
+    return wrong
+
+
+def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Time and peak memory over N, with the exponent of each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 2, squeeze=False)
+    for row, (kind, found) in zip(grid, results.items(), strict=True):
+        for axes, key, scale, label in zip(
+            row, ("seconds", "peak"), (1, 1e-6), ("seconds", "MB"), strict=True
+        ):
+            for name, by_length in found.items():
+                points = [(int(n), e[key] * scale) for n, e in by_length.items() if "stopped" not in e]
+                if not points:
+                    continue
+                tail = [point for point in points if point[0] >= 2048]
+                power = f"  N^{exponent(tail):.1f}" if len(tail) > 1 else ""
+                mine = name.startswith("attnpatch")
+                axes.loglog(
+                    *zip(*points, strict=True), marker="o", markersize=5 if mine else 3,
+                    linewidth=2.4 if mine else 1.1, label=name + power,
+                )  # fmt: skip
+            axes.set_xscale("log", base=2)
+            lengths = sorted({int(n) for by_length in found.values() for n in by_length})
+            axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+            axes.set_xlabel("tokens")
+            axes.set_ylabel(label)
+            axes.set_title(
+                f"{KINDS[kind].title}: {'time' if key == 'seconds' else 'peak memory'}", fontsize=11
+            )
+            axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--sizes", nargs="*", type=int, default=SIZES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--show", action="store_true", help="only print and draw what was measured before")
+    parser.add_argument(
+        "--one", nargs=3, metavar=("KIND", "NAME", "N"), help="only this, as one line of JSON"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    if options.one:
+        kind, name, length = options.one
+        print(json.dumps(KINDS[kind].run(name, int(length))))
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not options.show:
+        results = compare(options.kinds, options.sizes, options.rounds, results)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, PICTURE)
+    print(table(results))
+    wrong = verdict(results)
+    print("\n" + ("\n".join(f"missed: {line}" for line in wrong) or "all that was asked is reached"))
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
