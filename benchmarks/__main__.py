@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|overhead|explain|coverage|vae|page|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|overhead|explain|coverage|vae|page|pictures|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -189,6 +189,7 @@ def main() -> None:
         "coverage",
         "vae",
         "page",
+        "pictures",
         "table",
     ]
     parser.add_argument("what", nargs="?", default="all", choices=choices)
@@ -227,6 +228,10 @@ def main() -> None:
         from benchmarks import page
 
         raise SystemExit(page.main())
+    elif options.what == "pictures":
+        from benchmarks.pictures import pictures
+
+        pictures()
     else:
         from benchmarks import kernels
 
