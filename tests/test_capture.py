@@ -53,6 +53,16 @@ def test_nothing_captured():
         _ = maps.block_map
 
 
+def test_a_compiled_model_shows_nothing_and_capture_says_so():
+    case = zoo.BY_NAME["llama"]
+    model = case.build("sdpa")
+    compiled = torch.compile(model, backend="eager")
+    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps, torch.no_grad():
+        case.run(compiled, case.inputs("none", torch.float32))
+    with pytest.raises(errors.CaptureError, match="not compiled"):
+        _ = maps.block_map
+
+
 def test_one_capture_at_a_time():
     model = LLAMA.build("sdpa")
     second = attnpatch.capture(model, blocks=Blocks.fixed(8))

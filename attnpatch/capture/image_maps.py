@@ -252,7 +252,7 @@ class ImageMaps:
         if not runs:
             left_out = "".join(f"; {site} {why}" for site, why in list(self.left_out.items())[:3])
             raise CaptureError(
-                "nothing was captured: call the pipeline or its denoiser inside the with block, and see "
+                "nothing was captured: call the pipeline or its denoiser inside the with block, not compiled, and see "
                 f"attnpatch.report() for what its attention sites did{left_out}"
             )
         try:

@@ -190,8 +190,8 @@ class Recorder:
         found = self._records(sequence)
         if found is None:
             raise CaptureError(
-                "nothing was captured: call the model inside the with block, and see attnpatch.report(model) for "
-                "what its attention sites did"
+                "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile "
+                "shows nothing), and see attnpatch.report(model) for what its attention sites did"
             )
         records, apart = found
         facts: dict[str, Any] = {"model": self.model_name}
