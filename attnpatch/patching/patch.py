@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from attnpatch.errors import PatchError
+from attnpatch.hosts import masks
 from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows.deferred import Passing, SiteCall, pending
+from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 
@@ -41,6 +42,22 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+class _OfMasks:
+    """Counts what happens to the masks of a model's call: at the site that runs, or else at the model."""
+
+    def __init__(self, root: Site) -> None:
+        self.root = root
+
+    def count(self, what: str) -> None:
+        self._site().count(what)
+
+    def materialised(self, operation: str) -> None:
+        self._site().materialised(operation)
+
+    def _site(self) -> Tally:
+        return self.root if _thread.mode is None else _thread.mode.call.tally
 
 
 class Site:
@@ -113,7 +130,9 @@ class Site:
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
-            return self._serve(forward, module, first, args, kwargs)
+            call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
+            with masks.by_rows(call):
+                return self._serve(forward, module, first, args, kwargs)
         finally:
             _thread.patch, _thread.room = outer
             if recorder is not None:

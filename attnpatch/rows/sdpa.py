@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
-from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
+from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.budget import Grain
-from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
@@ -40,8 +40,36 @@ def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_ORDER, args, strict=False)), **kwargs}
 
 
+def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
+
+    Scores that were computed by hand and then used as a query or a key are not what door 2 is for.
+    """
+    call = arguments(args, kwargs)
+    mask = computed(call.pop("attn_mask"))
+    call = settle(call, "scaled_dot_product_attention")
+    if isinstance(mask, DeferredRows) and not _has_rows_of(mask, call):
+        mask = settle(mask, "scaled_dot_product_attention")
+    return (), {**call, "attn_mask": mask}
+
+
+def _has_rows_of(mask: DeferredRows, call: dict[str, Any]) -> bool:
+    """Whether a deferred mask can be cut as the call is."""
+    query, key = call["query"], call["key"]
+    scores = (*query.shape[:-1], key.shape[-2])
+    fits = mask.dim() <= len(scores) and all(
+        size in (1, wanted) for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    return fits and query.dim() >= 2 and query.shape[-2] > 1 and not call["is_causal"]
+
+
 def fused_choice(call: dict[str, Any]) -> int:
     """The kernel torch would choose (0: dense math)."""
+    if is_pending(call["attn_mask"]):
+        mask = call["attn_mask"]
+        # Nobody looks at its values: as many rows as it has, in the memory of one.
+        row = torch.empty(mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad)
+        call = {**call, "attn_mask": row.expand(mask.shape)}
     ledger = ledger_of(call["query"])
     if ledger is not None:
         return ledger.fused_choice(call)
@@ -65,7 +93,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
     site.tally.count("captured")
-    if site.policy.mode != "always" and keeps_lse(call):
+    if site.policy.mode != "always" and not is_pending(call["attn_mask"]) and keeps_lse(call):
         result, lse = with_lse(call)
         site.tally.count("fused")
     else:
@@ -95,7 +123,8 @@ def keeps_lse(call: dict[str, Any]) -> bool:
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     query, key = call["query"], call["key"]
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    if site.policy.mode == "always":
+    if site.policy.mode == "always" or is_pending(call["attn_mask"]):
+        # Where the rule had a mask deferred, the native call would hold all of it, and what its kernel makes of it.
         native, fused = q_len < 2, False
     else:
         fused = fused_choice(call) != MATH_KERNEL
@@ -127,7 +156,7 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
 
 def _can_be_cut(call: dict[str, Any]) -> bool:
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    tensors = [query, key, value, *([mask] if mask is not None else [])]
+    tensors = [query, key, value, *([mask] if mask is not None and not is_pending(mask) else [])]
     # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
     if mask is not None and call["is_causal"]:
         return False  # torch refuses both together, in its own words
@@ -147,17 +176,20 @@ def recipe(call: dict[str, Any]) -> Node:
     row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
     width = fresh(value.shape[-1:])[0]
     dims = (*lead, row, width)
-    leaves = [_leaf(query, (*lead, row, ())), _leaf(key, (*lead, (), ())), _leaf(value, (*lead, (), width))]
+    leaves: list[Node] = [_leaf(query, (*lead, row, ())), _leaf(key, (*lead, (), ())), _leaf(value, (*lead, (), width))]
     if call["enable_gqa"]:
         outer = lead[:-1]
         leaves[1] = _leaf(key, (*outer, groups, (), ()))
         leaves[2] = _leaf(value, (*outer, groups, (), width))
+    beside: tuple[Axis, ...] = ()
     if mask is not None:
-        leaves.append(_leaf(mask, (*lead, row, ())))
+        node = _mask_node(mask, (*lead, row, ()))
+        beside = node.dims[-1] if node.dims else ()
+        leaves.append(node)
     inner = () if not call["enable_gqa"] or count == 1 else lead[-1][-1:]
     fused = fused_choice(call) != MATH_KERNEL
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
-    whole = (*width, *inner, *([axis for dim in lead for axis in dim] if fused else []))
+    whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
     if not fused and is_simple(call):
         return Dense(leaves, dims, whole, call)
     return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
@@ -182,12 +214,23 @@ def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
     )
 
 
+def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
+    """What gives the rows of a mask: itself, or its recipe, whose rows and heads are those of the call."""
+    if isinstance(mask, DeferredRows):
+        node = mask.handle.node
+        pairs = zip(node.dims[::-1], dims[::-1], strict=False)
+        if all(same(own, other) for own, other in list(pairs)[1:] if own):
+            return node
+        mask = mask.handle.materialise("scaled_dot_product_attention")
+    return _leaf(mask, dims)
+
+
 class Attend(Node):
     """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
 
     def __init__(
         self,
-        leaves: list[Leaf],
+        leaves: list[Node],
         dims: Dims,
         row: Dim,
         whole: tuple[Axis, ...],
