@@ -26,6 +26,8 @@ from attnpatch.rows.run import Run
 # Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
 # and its absolute value are alive together (measured by tests/test_workspace.py).
 GENERATED_BYTES = 16
+# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
+WIDEST_HEAD = 1024
 
 
 class Generated(Node):
@@ -233,9 +235,7 @@ def zeros(args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
         return NotImplemented
     if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
         return NotImplemented
-    # A result that is filled row by row is as narrow as a head.
-    least = call.policy.min_tokens if call.policy.mode == "auto" else 1
-    if min(size) < 1 or min(size[-2:]) <= least:
+    if min(size) < 1 or min(size[-2:]) <= WIDEST_HEAD:
         return NotImplemented
     like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
     if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):

@@ -242,6 +242,7 @@ class Attend(Node):
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
+        self.is_learned = call["attn_mask"] is not None and call["attn_mask"].requires_grad
         self.merges = self.is_causal and keeps_lse(call)
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
@@ -260,6 +261,9 @@ class Attend(Node):
         with self.context.enter():
             if not self.is_causal or (low == 0 and high == self.row_count()):
                 attn_mask = mask[0] if mask else None
+                if self.is_learned and not attn_mask.requires_grad:
+                    # No fused kernel takes a mask that gradients go to: the same choice for rows that were computed.
+                    attn_mask = attn_mask.detach().requires_grad_()
                 return F.scaled_dot_product_attention(
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
                 )
