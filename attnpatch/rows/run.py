@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,10 +45,38 @@ class Run:
         for node in self.nodes:
             for child in node.children:
                 self._uses[child] = self._uses.get(child, 0) + 1
+        # What is the same for all heads, where those are the inner loop: computed once for all of them.
+        self.shared: frozenset[Node] = frozenset()
         self._fixed: dict[Node, torch.Tensor] = {}
         self._overwrites: dict[Node, bool] = {}
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
+        self._of_rows: list[tuple[Node, Any]] = []
+
+    def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
+        """Steps that have rows and none of the axes of heads, and whose results others with heads read (a mask).
+
+        Nothing where a result may not outlive its tile, or where there is nothing to gain: a tensor that exists.
+        """
+        if not self.hoist:
+            return frozenset()
+        alike = {node for node in self.nodes if row in self._axes[node] and not heads & set(self._axes[node])}
+        return frozenset(
+            child
+            for node in self.nodes
+            if node not in alike
+            for child in node.children
+            if child in alike and not isinstance(child, Leaf)
+        )
+
+    def kept_bytes(self, cut: set[Axis]) -> int:
+        """Bytes per row that are held until a tile is done, because several steps read them or while one is made."""
+        found = 0
+        for node in self.nodes:
+            if not isinstance(node, Leaf):
+                held = node.dtype.itemsize * (self._uses.get(node, 0) > 1) + node.held_bytes
+                found += held * math.prod(axis.size for axis in self._axes[node] if axis not in cut) if held else 0
+        return found
 
     def keep(self, node: Node) -> None:
         """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
@@ -70,7 +99,8 @@ class Run:
         if isinstance(node, Leaf) and node not in self.wanted:
             return node.compute(own, self)
         fixed = self.hoist and self.row is not None and self.row not in own
-        if not fixed and self._uses.get(node, 0) < 2 and node not in self.wanted:
+        shared = node in self.shared
+        if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
             return node.compute(own, self)
         key = (node, tuple(own.items()))
         if key in self._kept:
@@ -82,7 +112,7 @@ class Run:
             self.parts.append((node, own, value))
         self._kept[key] = value
         if not fixed:
-            self._moving.append(key)
+            (self._of_rows if shared else self._moving).append(key)
         return value
 
     def may_overwrite(self, node: Call) -> bool:
@@ -108,7 +138,7 @@ class Run:
     def _owns(self, node: Node) -> bool:
         """Whether a node's value is made anew for each tile and used once."""
         moves = self.row is None or not self.hoist or self.row in self._axes[node]
-        if isinstance(node, Leaf) or node in self._fixed or self._uses.get(node, 0) != 1 or not moves:
+        if isinstance(node, Leaf) or node in self._fixed or node in self.shared or self._uses.get(node, 0) != 1 or not moves:
             return False
         if isinstance(node, View):
             return not node.expand and self._owns(node.children[0])
@@ -116,13 +146,20 @@ class Run:
             return False
         return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
 
+    def next_tile(self) -> None:
+        """Forget what belonged to the rows and heads just done."""
+        self._forget(self._moving)
+
     def next_rows(self) -> None:
-        """Forget what belonged to the rows just done."""
-        for key in self._moving:
-            self._kept.pop(key, None)
-        self._moving.clear()
+        """Forget what belonged to the rows just done: other rows follow, of all heads."""
+        self._forget(self._of_rows)
 
     def next_lead(self) -> None:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
+
+    def _forget(self, keys: list[tuple[Node, Any]]) -> None:
+        for key in keys:
+            self._kept.pop(key, None)
+        keys.clear()
