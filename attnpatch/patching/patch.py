@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from attnpatch.errors import PatchError
-from attnpatch.hosts import masks
+from attnpatch.hosts import masks, weights
 from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.patching.recognise import Watch
@@ -144,7 +144,7 @@ class Site:
         if self.is_candidate:
             return self._judge(forward, module, first, args, kwargs)
         if self.is_attention:
-            return self._attend(forward, first, args, kwargs)
+            return self._attend(forward, module, first, args, kwargs)
         return forward(*first, **kwargs)
 
     def _judge(
@@ -162,7 +162,7 @@ class Site:
                 return forward(*args, **kwargs)
 
         try:
-            result = self._attend(watched, first, args, kwargs)
+            result = self._attend(watched, module, first, args, kwargs)
         finally:
             _thread.watch = outer
             if outer is not None:
@@ -175,7 +175,9 @@ class Site:
             self.patch.reject(self, module)
         return result
 
-    def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _attend(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         patch = self.patch
         recorder = patch.recorder
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
@@ -184,12 +186,14 @@ class Site:
         if recorder is not None and recorder.wants(self.name):
             is_seen = again and not recorder.is_of_gradient
             observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
-        if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
+        asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
+        if observer is None and not asked and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
+        call.weights = [] if asked else None
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -208,6 +212,8 @@ class Site:
                 _thread.mode = None
         if observer is not None:
             observer.finish()
+        if call.weights:
+            result = weights.put_in(module, args, kwargs, result, call.weights)
         if self.counts.total() == before:
             self.counts["native"] += 1
             self.unseen += 1

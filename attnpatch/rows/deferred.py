@@ -100,7 +100,7 @@ class SiteCall:
     again: bool = False
     attempts: Attempts = dataclasses.field(default_factory=Attempts)
     is_of_masks: bool = False
-    weights: list[DeferredRows] | None = None
+    weights: list[torch.Tensor] | None = None
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
         """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.rows import weights
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
@@ -83,8 +84,11 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
     call = arguments(args, kwargs)
     if not _can_be_cut(call):
+        kwargs = settle(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
         return F.scaled_dot_product_attention(*args, **kwargs)
+    if site.weights is not None:
+        site.weights.append(weights.of_call(call, site))
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
@@ -98,15 +102,22 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         site.tally.count("fused")
     else:
         result, lse = _attend(call, args, kwargs, site), None
-    show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
+    _show(call, site, lse)
     return result
 
 
 def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
     site.tally.count("captured")
+    _show(call, site, None, grad)
+
+
+def _show(
+    call: dict[str, Any], site: SiteCall, lse: torch.Tensor | None, grad: torch.Tensor | None = None
+) -> None:
     assert site.observer is not None
-    show(call, site.observer, None, site.retried if site.policy.retry_on_oom else None, grad)
+    on_retry = site.retried if site.policy.retry_on_oom else None
+    show(call, site.observer, lse, on_retry, grad, site.policy.workspace_bytes)
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
