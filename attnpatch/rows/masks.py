@@ -27,7 +27,7 @@ from attnpatch.rows.run import Run
 # and its absolute value are alive together (measured by tests/test_workspace.py).
 GENERATED_BYTES = 16
 # Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
-WIDEST_HEAD = 1024
+WIDEST_HEAD = 512
 
 
 class Generated(Node):

@@ -51,22 +51,22 @@ class Run:
         self._overwrites: dict[Node, bool] = {}
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
-        self._of_rows: list[tuple[Node, Any]] = []
+        self._of_rows: dict[Node, tuple[Node, Any]] = {}
 
     def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
-        """Steps that have rows and none of the axes of heads, and whose results others with heads read (a mask).
+        """Steps with rows that are the same for several pieces of ``heads`` (a mask), where a step with heads reads them.
 
         Nothing where a result may not outlive its tile, or where there is nothing to gain: a tensor that exists.
         """
         if not self.hoist:
             return frozenset()
-        alike = {node for node in self.nodes if row in self._axes[node] and not heads & set(self._axes[node])}
         return frozenset(
             child
             for node in self.nodes
-            if node not in alike
             for child in node.children
-            if child in alike and not isinstance(child, Leaf)
+            if row in self._axes[child]
+            and not isinstance(child, Leaf)
+            and (heads & set(self._axes[node])) - set(self._axes[child])
         )
 
     def kept_bytes(self, cut: set[Axis]) -> int:
@@ -105,14 +105,18 @@ class Run:
         key = (node, tuple(own.items()))
         if key in self._kept:
             return self._kept[key]
+        if shared:
+            # Of one sequence at a time, where sequences are cut.
+            self._kept.pop(self._of_rows.get(node, key), None)
+            self._of_rows[node] = key
         value = node.compute(own, self)
         if node in self.wanted:
             assert isinstance(node, Leaf)
             value = value.detach().requires_grad_()
             self.parts.append((node, own, value))
+        if not fixed and not shared:
+            self._moving.append(key)
         self._kept[key] = value
-        if not fixed:
-            (self._of_rows if shared else self._moving).append(key)
         return value
 
     def may_overwrite(self, node: Call) -> bool:
@@ -148,18 +152,17 @@ class Run:
 
     def next_tile(self) -> None:
         """Forget what belonged to the rows and heads just done."""
-        self._forget(self._moving)
+        for key in self._moving:
+            self._kept.pop(key, None)
+        self._moving.clear()
 
     def next_rows(self) -> None:
         """Forget what belonged to the rows just done: other rows follow, of all heads."""
-        self._forget(self._of_rows)
+        for key in self._of_rows.values():
+            self._kept.pop(key, None)
+        self._of_rows.clear()
 
     def next_lead(self) -> None:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
-
-    def _forget(self, keys: list[tuple[Node, Any]]) -> None:
-        for key in keys:
-            self._kept.pop(key, None)
-        keys.clear()
