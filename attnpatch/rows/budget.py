@@ -135,14 +135,17 @@ def choose(
 def _tight(size: int, most: int) -> list[tuple[int, int]]:
     """Rows for a fused kernel where the ceiling leaves no room for its own blocks: smaller ones, of a multiple of 4.
 
-    Measured on CPU over lengths, widths and dtypes, multiples of four gave the bits of the whole call every time
-    (tests/test_workspace.py).
+    Measured on CPU over lengths, widths and dtypes, such steps gave the bits of the whole call every time
+    (tests/test_workspace.py), as long as the kernel, which takes 32 or 64 of their rows at a time, is not left with
+    one to three.
     """
-    least = LEAST[ROW]
-    step = most // 32 * 32 or max(least, most // least * least)
+    least, block = LEAST[ROW], 32
+    step = most // block * block or max(least, most // least * least)
     starts = list(range(0, size, step))
-    if len(starts) > 1 and size - starts[-1] < least:
+    if len(starts) > 1 and step < block and size - starts[-1] < least:
         starts.pop()
+    elif len(starts) > 1 and 0 < (size - starts[-1]) % block < least:
+        starts[-1] -= block - least
     return list(itertools.pairwise([*starts, size]))
 
 
