@@ -1,6 +1,6 @@
 """What the last token looks at: one row of the last layer's attention weights, of a sequence as long as you like.
 
-    python examples/last_token.py --tokens 32768 --attention sdpa
+python examples/last_token.py --tokens 32768 --attention sdpa
 """
 
 import argparse
@@ -26,7 +26,6 @@ model = LlamaModel(config).eval()
 ids = torch.randint(0, 512, (1, given.tokens))
 padding = torch.ones_like(ids)
 padding[:, :16] = 0  # so that the host needs a mask
-
 
 
 def measured(what, work):

@@ -205,7 +205,9 @@ def test_rows_that_see_nothing_are_zero():
     with attnpatch.patched(model):
         got = weights_of(model, inputs)["attentions"][0]
     sums = got.sum(-1)
-    assert torch.equal(sums[1, :, :9], torch.zeros(4, 9)) and torch.allclose(sums[0], torch.ones(()), atol=1e-6)
+    assert torch.equal(sums[1, :, :9], torch.zeros(4, 9)) and torch.allclose(
+        sums[0], torch.ones(()), atol=1e-6
+    )
 
 
 def test_beside_a_capture():
@@ -214,7 +216,9 @@ def test_beside_a_capture():
     inputs["attention_mask"].fill_(1)
     with attnpatch.patched(model), attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(16)) as maps:
         got = weights_of(model, inputs)["attentions"]
-    blocks = torch.stack([w.mean(1).unflatten(-1, (4, 16)).sum(-1).unflatten(1, (4, 16)).mean(2) for w in got], 1)
+    blocks = torch.stack(
+        [w.mean(1).unflatten(-1, (4, 16)).sum(-1).unflatten(1, (4, 16)).mean(2) for w in got], 1
+    )
     assert torch.allclose(torch.as_tensor(maps.block_map.to_numpy()), blocks, atol=1e-6)
 
 

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import zoo
 from live import Live
 from torch import nn
 
@@ -200,6 +199,8 @@ def test_a_function_that_reads_something_unknown_is_left_to_the_host():
     model = host_of("bidirectional", "sdpa", and_mask_function=function)
     with attnpatch.patched(model, mode="always"):
         assert type(model(torch.zeros(2, 64, 8))) is torch.Tensor
+        (site,) = (site for site in attnpatch.report(model).sites if site.materialised_by)
+    assert site.materialised_by == {"a mask that reads a Table": 1}
 
 
 def test_copies_of_functions():
@@ -216,7 +217,7 @@ def test_copies_of_functions():
     values.zero_()
     assert kept(3) == 6 and outer(3) == 0
     with pytest.raises(masks.Unknown):
-        masks.keeping(lambda: object_of_a_test, {}) if False else masks.keeping([threading.Lock()])
+        masks.keeping([threading.Lock()])
 
 
 # ------------------------------------------------------------------------------------------------------------- when
@@ -353,6 +354,24 @@ def test_operations(name):
     assert torch.equal(got.clone(), native) and got.dtype == native.dtype
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_part_that_is_called_on_its_own(attention):
+    """``generate`` calls the encoder, not the model: its masks are by rows too, and it is as it was afterwards."""
+    model, inputs = model_of("T5", attention), inputs_of("T5")
+    del inputs["decoder_input_ids"]
+    before = dict(vars(model.encoder)), type(model.encoder)
+    with torch.no_grad():
+        native = model.encoder(**inputs)[0]
+        with attnpatch.patched(model, mode="always", workspace=2**20), Live() as live:
+            got = model.encoder(**inputs)[0]
+            report = attnpatch.report(model)
+    assert torch.equal(got, native) and live.largest < TOKENS**2, live.what
+    assert {site.name for site in report.sites if site.counts["by_rows"]} == {
+        f"encoder.block.{i}.layer.0.SelfAttention" for i in range(2)
+    }
+    assert (dict(vars(model.encoder)), type(model.encoder)) == before
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_training_with_checkpoints(attention, reentrant):
@@ -461,7 +480,9 @@ def test_made_once_for_all_heads(heads, monkeypatch):
     made = []
     compute = masks.Generated.compute
     monkeypatch.setattr(
-        masks.Generated, "compute", lambda self, tile, run: made.append(dict(tile)) or compute(self, tile, run)
+        masks.Generated,
+        "compute",
+        lambda self, tile, run: made.append(dict(tile)) or compute(self, tile, run),
     )
     with torch.no_grad(), attnpatch.patched(model, mode="always", rows=32, heads=heads):
         model(**inputs)

@@ -65,7 +65,13 @@ def t5(attention: str) -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=64, d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=1, attn_implementation=attention
+        vocab_size=64,
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=WIDTH,
+        num_layers=1,
+        num_heads=1,
+        attn_implementation=attention,
     )
     return T5EncoderModel(config)
 

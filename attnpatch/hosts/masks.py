@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from attnpatch.rows import masks
 from attnpatch.rows.deferred import SiteCall
@@ -77,6 +78,12 @@ def by_rows(call: SiteCall) -> Iterator[None]:
         _table.leave()
 
 
+def makes_masks(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, which makes the masks of what it holds when it is called."""
+    host = sys.modules.get("transformers.modeling_utils")
+    return host is not None and isinstance(module, host.PreTrainedModel)
+
+
 class _Asked(Exception):
     """The host needs a mask, and has asked what it is."""
 
@@ -114,7 +121,10 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
         pass
     try:
         rest = masks.keeping({key: value for key, value in given.items() if key != "config"})
-    except masks.Unknown:
+    except masks.Unknown as unknown:
+        held = _temporaries(original, given)(given.get("batch_size", 1) * q_len * kv_len)
+        device = torch.device(given.get("device", "cpu"))
+        masks.left_whole(f"a mask that reads a {unknown}", q_len, held, device)
         return NotImplemented
     rest.update(_SKIPS)
 

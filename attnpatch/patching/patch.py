@@ -67,6 +67,8 @@ class Site:
         name: Dotted path in the model, empty for the model itself.
         kind: Name of the module's class.
         is_root: Whether it is the model that was patched.
+        is_entry: Whether it is a model: the one that was patched, or one inside that may be called on its own (the
+            encoder, by ``generate``).
         is_attention: Whether attention is watched inside it.
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
@@ -83,6 +85,7 @@ class Site:
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
+        self.is_entry = is_root or masks.makes_masks(module)
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.unseen = 0
@@ -119,14 +122,15 @@ class Site:
     ) -> Any:
         """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
         first = args if is_bound else (module, *args)
-        if not self.is_root or _thread.patch is self.patch:
+        if not self.is_entry or _thread.patch is self.patch:
             return self._serve(forward, module, first, args, kwargs)
-        if self.patch.first_call is not None and not self.patch.was_called:
+        if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
             self.patch.was_called = True
             self.patch.first_call(self.patch, module)
         outer = _thread.patch, _thread.room
         _thread.patch, _thread.room = self.patch, Room()
-        recorder = self.patch.recorder
+        # A part that is called on its own is none of the calls that a capture tells apart.
+        recorder = self.patch.recorder if self.is_root else None
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
@@ -330,8 +334,11 @@ class Patch:
             raise PatchError(
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
+        parts = [name for name, module in modules.items() if masks.makes_masks(module) and can_swap(module)]
         self._put_in(
-            model, {"": (model, reasons.pop("", None))} | {n: (modules[n], reasons[n]) for n in reasons}
+            model,
+            {"": (model, reasons.pop("", None))}
+            | {name: (modules[name], reasons.get(name)) for name in [*parts, *reasons] if name},
         )
 
     def _put_in(self, model: nn.Module, modules: dict[str, tuple[nn.Module, str | None]]) -> None:
@@ -374,7 +381,7 @@ class Patch:
         """A candidate is no attention: as if it had not been looked at."""
         self.left_alone.append(site.name or "(model)")
         site.is_attention, site.why = False, None
-        if not site.is_root:
+        if not site.is_entry:
             self.sites = [other for other in self.sites if other is not site]
             take_out(module, site)
 

@@ -15,7 +15,7 @@ import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.axes import Axis, Dims, Tile
-from attnpatch.rows.recipe import Context, Leaf, Node
+from attnpatch.rows.recipe import Context, Node
 from attnpatch.rows.run import Run
 
 _DTYPES = (torch.float32, torch.float64)  # torch computes narrower ones in float32, and rounds at the end

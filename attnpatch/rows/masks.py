@@ -126,11 +126,30 @@ def deferred(
     )
 
 
+def left_whole(what: str, q_len: int, temporaries: int, device: torch.device) -> None:
+    """Count a mask that cannot be deferred, where the rule would have it so."""
+    call = _thread.call
+    if call is not None and call.by_rows(q_len, temporaries, device):
+        call.tally.materialised(what)
+
+
 class Unknown(Exception):
     """A function reads something of which no copy can be kept."""
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None), type, types.BuiltinFunctionType)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    type(None),
+    type,
+    types.BuiltinFunctionType,
+)
 
 
 def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
@@ -145,7 +164,7 @@ def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
     seen = {} if seen is None else seen
     if id(value) in seen:
         return seen[id(value)]
-    if isinstance(value, _PLAIN) or isinstance(value, types.ModuleType):
+    if isinstance(value, (*_PLAIN, types.ModuleType)):
         return value
     if isinstance(value, torch.Tensor):
         if not is_plain(value):

@@ -80,7 +80,11 @@ class RowsMode(TorchFunctionMode):
         if func is torch.empty:
             return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
         if func is torch.zeros or masks.begins(func, args, kwargs):
-            begun = masks.zeros(args, kwargs, self.call) if func is torch.zeros else masks.outer(func, args, self.call)
+            begun = (
+                masks.zeros(args, kwargs, self.call)
+                if func is torch.zeros
+                else masks.outer(func, args, self.call)
+            )
             if begun is not NotImplemented:
                 return begun
         if func in FAST_PATHS:

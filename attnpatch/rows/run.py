@@ -75,7 +75,9 @@ class Run:
         for node in self.nodes:
             if not isinstance(node, Leaf):
                 held = node.dtype.itemsize * (self._uses.get(node, 0) > 1) + node.held_bytes
-                found += held * math.prod(axis.size for axis in self._axes[node] if axis not in cut) if held else 0
+                found += (
+                    held * math.prod(axis.size for axis in self._axes[node] if axis not in cut) if held else 0
+                )
         return found
 
     def keep(self, node: Node) -> None:
@@ -142,7 +144,13 @@ class Run:
     def _owns(self, node: Node) -> bool:
         """Whether a node's value is made anew for each tile and used once."""
         moves = self.row is None or not self.hoist or self.row in self._axes[node]
-        if isinstance(node, Leaf) or node in self._fixed or node in self.shared or self._uses.get(node, 0) != 1 or not moves:
+        if (
+            isinstance(node, Leaf)
+            or node in self._fixed
+            or node in self.shared
+            or self._uses.get(node, 0) != 1
+            or not moves
+        ):
             return False
         if isinstance(node, View):
             return not node.expand and self._owns(node.children[0])

@@ -69,7 +69,9 @@ def fused_choice(call: dict[str, Any]) -> int:
     if is_pending(call["attn_mask"]):
         mask = call["attn_mask"]
         # Nobody looks at its values: as many rows as it has, in the memory of one.
-        row = torch.empty(mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad)
+        row = torch.empty(
+            mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
+        )
         call = {**call, "attn_mask": row.expand(mask.shape)}
     ledger = ledger_of(call["query"])
     if ledger is not None:
@@ -187,7 +189,11 @@ def recipe(call: dict[str, Any]) -> Node:
     row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
     width = fresh(value.shape[-1:])[0]
     dims = (*lead, row, width)
-    leaves: list[Node] = [_leaf(query, (*lead, row, ())), _leaf(key, (*lead, (), ())), _leaf(value, (*lead, (), width))]
+    leaves: list[Node] = [
+        _leaf(query, (*lead, row, ())),
+        _leaf(key, (*lead, (), ())),
+        _leaf(value, (*lead, (), width)),
+    ]
     if call["enable_gqa"]:
         outer = lead[:-1]
         leaves[1] = _leaf(key, (*outer, groups, (), ()))

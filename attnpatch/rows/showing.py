@@ -168,7 +168,11 @@ class _Masks:
         """``[group, rows, kv_len]`` of one key head."""
         if self.recipe is None:
             return None if self.whole is None else self.whole[at][:, low:high]
-        wanted = [*((i, i + 1) for i in at[:-1]), (at[-1] * self.group, (at[-1] + 1) * self.group), (low, high)]
+        wanted = [
+            *((i, i + 1) for i in at[:-1]),
+            (at[-1] * self.group, (at[-1] + 1) * self.group),
+            (low, high),
+        ]
         tile: Tile = {}
         for dim, span in zip(self.dims, wanted, strict=False):
             parts = leaves(dim)
