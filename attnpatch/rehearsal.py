@@ -144,12 +144,14 @@ class _Site(Site):
         # Always watched, so that the kernel is seen and the rule is asked.
         return True
 
-    def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _attend(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         ledger, seen = self.patch.ledger, self.seen
         seen.calls += 1
         seen.most_rows = max(seen.most_rows, most_rows(args, kwargs))
         with ledger.span() as span:
-            result = super()._attend(forward, first, args, kwargs)
+            result = super()._attend(forward, module, first, args, kwargs)
         # Attention weights that are handed out are no result anybody asked for.
         extra = sum(ledger.size_of(item) for item in tree_leaves(result)[1:])
         kept = max(0, span.exit - span.entry - extra)

@@ -96,13 +96,14 @@ def report_of(patch: Patch) -> Report:
         did = any(site.counts[name] for name in TOTALS if name != "native")
         # A wrapper's native call is its inner site's, unless nothing reached that one (torch's nested tensors).
         alone = site.counts["native"] and not any(other.counts.total() for other in inner)
-        if site.is_attention and not site.is_candidate and (did or not inner or alone):
+        # Masks are the model's.
+        masks = site.is_root and not site.is_attention and site.counts["materialised"]
+        if masks or (site.is_attention and not site.is_candidate and (did or not inner or alone)):
             counts = {name: site.counts[name] for name in TOTALS}
+            why = site.why or ("masks" if masks else "")
             sites.append(
-                SiteReport(
-                    site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations), site.unseen
-                )
-            )  # fmt: skip
+                SiteReport(site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen)
+            )
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
     left_alone = tuple(patch.left_alone)
     return Report(patch.model_kind, patch.policy, tuple(sites), totals, left_alone)

@@ -14,6 +14,7 @@ SAID = {
     "context_manager": ["BlockMap", "share of the last block"],
     "your_own_module": ["recognised: softmax of a product", "asked for", "same to the last bit: True"],
     "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
+    "last_token": ["forward pass", "one row of weights", "never held", "of 2048 tokens"],
     "heat_maps": ["4 held-out captions", "all words of a shape", "dit_steps.png", "unet_steps.png"],
 }
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from attnpatch.errors import PatchError
+from attnpatch.hosts import masks, weights
 from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows.deferred import Passing, SiteCall, pending
+from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 
@@ -43,6 +44,22 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class _OfMasks:
+    """Counts what happens to the masks of a model's call: at the site that runs, or else at the model."""
+
+    def __init__(self, root: Site) -> None:
+        self.root = root
+
+    def count(self, what: str) -> None:
+        self._site().count(what)
+
+    def materialised(self, operation: str) -> None:
+        self._site().materialised(operation)
+
+    def _site(self) -> Tally:
+        return self.root if _thread.mode is None else _thread.mode.call.tally
+
+
 class Site:
     """One attention module of one model, or the model itself.
 
@@ -50,6 +67,8 @@ class Site:
         name: Dotted path in the model, empty for the model itself.
         kind: Name of the module's class.
         is_root: Whether it is the model that was patched.
+        is_entry: Whether it is a model: the one that was patched, or one inside that may be called on its own (the
+            encoder, by ``generate``).
         is_attention: Whether attention is watched inside it.
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
@@ -66,6 +85,7 @@ class Site:
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
+        self.is_entry = is_root or masks.makes_masks(module)
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.unseen = 0
@@ -102,18 +122,21 @@ class Site:
     ) -> Any:
         """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
         first = args if is_bound else (module, *args)
-        if not self.is_root or _thread.patch is self.patch:
+        if not self.is_entry or _thread.patch is self.patch:
             return self._serve(forward, module, first, args, kwargs)
-        if self.patch.first_call is not None and not self.patch.was_called:
+        if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
             self.patch.was_called = True
             self.patch.first_call(self.patch, module)
         outer = _thread.patch, _thread.room
         _thread.patch, _thread.room = self.patch, Room()
-        recorder = self.patch.recorder
+        # A part that is called on its own is none of the calls that a capture tells apart.
+        recorder = self.patch.recorder if self.is_root else None
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
-            return self._serve(forward, module, first, args, kwargs)
+            call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
+            with masks.by_rows(call):
+                return self._serve(forward, module, first, args, kwargs)
         finally:
             _thread.patch, _thread.room = outer
             if recorder is not None:
@@ -125,7 +148,7 @@ class Site:
         if self.is_candidate:
             return self._judge(forward, module, first, args, kwargs)
         if self.is_attention:
-            return self._attend(forward, first, args, kwargs)
+            return self._attend(forward, module, first, args, kwargs)
         return forward(*first, **kwargs)
 
     def _judge(
@@ -143,7 +166,7 @@ class Site:
                 return forward(*args, **kwargs)
 
         try:
-            result = self._attend(watched, first, args, kwargs)
+            result = self._attend(watched, module, first, args, kwargs)
         finally:
             _thread.watch = outer
             if outer is not None:
@@ -156,7 +179,9 @@ class Site:
             self.patch.reject(self, module)
         return result
 
-    def _attend(self, forward: Callable[..., Any], first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _attend(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         patch = self.patch
         recorder = patch.recorder
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
@@ -165,12 +190,14 @@ class Site:
         if recorder is not None and recorder.wants(self.name):
             is_seen = again and not recorder.is_of_gradient
             observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
-        if observer is None and not pending() and not self._may_go_by_rows(args, kwargs):
+        asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
+        if observer is None and not asked and not pending() and not self._may_go_by_rows(args, kwargs):
             self.counts["native"] += 1
             return forward(*first, **kwargs)
         if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
             forward = opened(forward)
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
+        call.weights = [] if asked else None
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:
@@ -189,6 +216,8 @@ class Site:
                 _thread.mode = None
         if observer is not None:
             observer.finish()
+        if call.weights:
+            result = weights.put_in(module, args, kwargs, result, call.weights)
         if self.counts.total() == before:
             self.counts["native"] += 1
             self.unseen += 1
@@ -305,8 +334,11 @@ class Patch:
             raise PatchError(
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
+        parts = [name for name, module in modules.items() if masks.makes_masks(module) and can_swap(module)]
         self._put_in(
-            model, {"": (model, reasons.pop("", None))} | {n: (modules[n], reasons[n]) for n in reasons}
+            model,
+            {"": (model, reasons.pop("", None))}
+            | {name: (modules[name], reasons.get(name)) for name in [*parts, *reasons] if name},
         )
 
     def _put_in(self, model: nn.Module, modules: dict[str, tuple[nn.Module, str | None]]) -> None:
@@ -349,7 +381,7 @@ class Patch:
         """A candidate is no attention: as if it had not been looked at."""
         self.left_alone.append(site.name or "(model)")
         site.is_attention, site.why = False, None
-        if not site.is_root:
+        if not site.is_entry:
             self.sites = [other for other in self.sites if other is not site]
             take_out(module, site)
 

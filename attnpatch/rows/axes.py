@@ -139,7 +139,7 @@ def local_shape(dims: Dims, tile: Tile) -> list[int]:
     return [extent(dim, tile) for dim in dims]
 
 
-def _flat_range(parts: list[Axis], tile: Tile) -> tuple[int, int] | None:
+def flat_range(parts: list[Axis], tile: Tile) -> tuple[int, int] | None:
     """First and last index of a tile in a merged dimension, or ``None`` where it is not one run."""
     low, count, inner_is_full = 0, 1, True
     stride = 1
@@ -160,7 +160,7 @@ def window(tensor: torch.Tensor, dims: Dims, tile: Tile) -> torch.Tensor:
         parts = leaves(dims[position]) if dims[position] else []
         if not any(leaf in tile for leaf in parts):
             continue
-        run = _flat_range(parts, tile)
+        run = flat_range(parts, tile)
         if run is not None:
             tensor = tensor.narrow(position, run[0], run[1] - run[0])
             continue

@@ -84,6 +84,7 @@ def choose(
     grain: Grain = Grain(),
     free: int | None = None,
     reads: int = 0,
+    kept: int = 0,
 ) -> Steps:
     """Steps for a recipe.
 
@@ -97,6 +98,7 @@ def choose(
         grain: Where rows may be cut.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
         reads: Elements that each step reads of one head however few its rows (its keys and values).
+        kept: Bytes of one row that a step holds beside what it works on (distances that several steps read).
 
     Returns:
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
@@ -107,7 +109,7 @@ def choose(
         return Steps([{}], None, [])
     width = max(1, width)
     present = math.prod(axis.size for axis in lead)
-    ceiling = _ceiling(itemsize, policy, free)
+    ceiling = _ceiling(LIVE_COPIES * itemsize + -(-kept // width), policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
     heads, rows = _fixed(policy, shrink)
     if heads is None:
@@ -123,15 +125,36 @@ def choose(
             share = row.size * present // (heads * MOST_SHARE)
             worth = min(-(-reads // width), share, ceiling // (width * heads)) // shrink
             rows = max(min(rows, MOST_CPU_ROWS), worth)
-    return Steps(_lead_tiles(lead, heads), row, grain.cut(row.size, rows))
+    spans = grain.cut(row.size, rows)
+    most = ceiling // (width * heads) // shrink
+    if grain.multiple > 1 and policy.rows is None and max(high - low for low, high in spans) > most:
+        spans = _tight(row.size, most)
+    return Steps(_lead_tiles(lead, heads), row, spans)
 
 
-def _ceiling(itemsize: int, policy: Policy, free: int | None) -> int:
-    """Scores that one step may hold at most, whatever would be fast."""
+def _tight(size: int, most: int) -> list[tuple[int, int]]:
+    """Rows for a fused kernel where the ceiling leaves no room for its own blocks: smaller ones, of a multiple of 4.
+
+    Measured on CPU over lengths, widths and dtypes, such steps gave the bits of the whole call every time
+    (tests/test_workspace.py), as long as the kernel, which takes 32 or 64 of their rows at a time, is not left with
+    one to three.
+    """
+    least, block = LEAST[ROW], 32
+    step = most // block * block or max(least, most // least * least)
+    starts = list(range(0, size, step))
+    if len(starts) > 1 and step < block and size - starts[-1] < least:
+        starts.pop()
+    elif len(starts) > 1 and 0 < (size - starts[-1]) % block < least:
+        starts[-1] -= block - least
+    return list(itertools.pairwise([*starts, size]))
+
+
+def _ceiling(held: int, policy: Policy, free: int | None) -> int:
+    """Scores that one step may hold at most, whatever would be fast; ``held``: bytes for each of them."""
     limits = [sys.maxsize if free is None else free // 2]
     if policy.workspace_bytes is not None:
         limits.append(policy.workspace_bytes)
-    return min(limits) // (LIVE_COPIES * itemsize)
+    return min(limits) // held
 
 
 def one_row(tileable: list[Axis]) -> Steps:

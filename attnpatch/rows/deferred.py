@@ -88,6 +88,8 @@ class SiteCall:
         again: Whether this is a checkpointed forward pass running again: it must take the way it took before, or
             autograd finds other tensors saved.
         attempts: What ran out of memory on the way to the result that is being computed.
+        is_of_masks: Whether it stands for the call of a model, whose masks it defers.
+        weights: Where the probabilities of its attention are left, deferred, if somebody asked for them.
     """
 
     policy: Policy
@@ -97,6 +99,8 @@ class SiteCall:
     decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
     again: bool = False
     attempts: Attempts = dataclasses.field(default_factory=Attempts)
+    is_of_masks: bool = False
+    weights: list[torch.Tensor] | None = None
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
         """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""
@@ -172,7 +176,7 @@ class Handle:
     def materialise(self, operation: str) -> torch.Tensor:
         """The whole tensor, computed by rows; ``operation`` is what asked for it."""
         if self.value is None:
-            if self.node.children:
+            if self.node.children or self.node.stands_for_memory:
                 self.call.tally.materialised(operation)
             self.value = self.call.replay(self.node)
             self.pending.discard(self)

@@ -15,7 +15,7 @@ import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.axes import Axis, Dims, Tile
-from attnpatch.rows.recipe import Context, Leaf, Node
+from attnpatch.rows.recipe import Context, Node
 from attnpatch.rows.run import Run
 
 _DTYPES = (torch.float32, torch.float64)  # torch computes narrower ones in float32, and rounds at the end
@@ -41,7 +41,7 @@ def is_simple(call: dict[str, Any]) -> bool:
 class ScaledKey(Node):
     """The transposed keys times the root of the scale: without rows, so one tensor for all steps of a head."""
 
-    def __init__(self, key: Leaf, factor: float) -> None:
+    def __init__(self, key: Node, factor: float) -> None:
         self.children, self.factor = (key,), factor
         self.dims, self.dtype, self.device = key.dims, key.dtype, key.device
 
@@ -52,7 +52,7 @@ class ScaledKey(Node):
 class Dense(Node):
     """Dense attention of some query rows."""
 
-    def __init__(self, leaves: list[Leaf], dims: Dims, whole: tuple[Axis, ...], call: dict[str, Any]) -> None:
+    def __init__(self, leaves: list[Node], dims: Dims, whole: tuple[Axis, ...], call: dict[str, Any]) -> None:
         query, key, *rest = leaves
         scale = 1.0 / math.sqrt(call["query"].shape[-1]) if call["scale"] is None else call["scale"]
         root = math.sqrt(abs(scale))

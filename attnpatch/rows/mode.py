@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import blank, fastpaths, products, rowwise, sdpa
+from attnpatch.rows import blank, fastpaths, masks, products, rowwise, sdpa
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
@@ -79,6 +79,14 @@ class RowsMode(TorchFunctionMode):
                 return fastpaths.opened(func)(*args, **kwargs)
         if func is torch.empty:
             return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
+        if func is torch.zeros or masks.begins(func, args, kwargs):
+            begun = (
+                masks.zeros(args, kwargs, self.call)
+                if func is torch.zeros
+                else masks.outer(func, args, self.call)
+            )
+            if begun is not NotImplemented:
+                return begun
         if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
         if pending():
@@ -116,9 +124,7 @@ class RowsMode(TorchFunctionMode):
             if found is not None:
                 return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
-            # Scores that were computed by hand and then used as a query, key or mask: not what door 2 is for.
-            name = func.__name__
-            return sdpa.attend(settle(args, name), settle(kwargs, name), self.call)
+            return sdpa.attend(*sdpa.settled(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)

@@ -32,8 +32,12 @@ class Node:
         dtype, device: What the tensor would have.
         whole: Axes that this step needs complete (softmax over keys, a mean over heads).
         children: The nodes it is computed from.
+        stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
+        held_bytes: Bytes per element that computing it holds beside its result.
     """
 
+    stands_for_memory = False
+    held_bytes = 0
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims

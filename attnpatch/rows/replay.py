@@ -96,19 +96,29 @@ class Replay:
             grain = Grain()
         return choose(
             tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
-            _reads(run, tileable),
+            _reads(run, tileable), run.kept_bytes(cut),
         )  # fmt: skip
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
         steps = self._steps(run)
         run.row = steps.row if len(steps.rows) > 1 else None
+        if run.row is not None and len(steps.lead) > 1:
+            run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
+        if run.shared:
+            # A mask's rows are made once for all heads; what belongs to heads only is kept for all rows.
+            for span in steps.rows:
+                for lead in steps.lead:
+                    yield {**lead, run.row: span}
+                    run.next_tile()
+                run.next_rows()
+            return
         for lead in steps.lead:
             for span in steps.rows or [None]:
                 tile = dict(lead)
                 if steps.row is not None and span is not None and span != (0, steps.row.size):
                     tile[steps.row] = span
                 yield tile
-                run.next_rows()
+                run.next_tile()
             run.next_lead()
 
     def forward(self) -> torch.Tensor:

@@ -17,7 +17,8 @@ from attnpatch.rows import products, shaping
 from attnpatch.rows.axes import KEY, Axis, Dim, Dims, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
-from attnpatch.rows.recipe import Call, Leaf, Node, Pick, map_structure
+from attnpatch.rows.masks import Filled
+from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
 
@@ -40,7 +41,9 @@ CASTS = frozenset("to type type_as float half bfloat16 double".split())
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
-    return _deferred(args, kwargs)[0]
+    """The first deferred tensor of a site; a mask is many sites'."""
+    found = _deferred(args, kwargs)
+    return next((value for value in found if not value.handle.call.is_of_masks), found[0])
 
 
 def _deferred(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:
@@ -94,9 +97,11 @@ def _counted(name: str, result: Any) -> Any:
     """
     if name not in _CASTS or not isinstance(result, DeferredRows):
         return result
-    dtype = result.handle.node.dtype
-    if dtype is torch.bool or dtype.is_floating_point or dtype.is_complex:
+    node = result.handle.node
+    if node.dtype is torch.bool or node.dtype.is_floating_point or node.dtype.is_complex:
         return result
+    if not any(isinstance(step, Call) and step.work for step in graph(node)):
+        return result  # distances of positions are whole numbers before they are a bias
     return settle(result, name)
 
 
@@ -401,6 +406,39 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     return wrap(call, source.handle.call)
 
 
+def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
+    source, weight = args[0], _argument(args, kwargs, 1, "weight")
+    if (
+        not isinstance(source, DeferredRows)
+        or isinstance(weight, DeferredRows)
+        or _argument(args, kwargs, 3, "max_norm") is not None
+        or _argument(args, kwargs, 6, "sparse", False)
+    ):
+        return NotImplemented
+    node = source.handle.node
+    width = fresh(weight.shape[1:])
+    dims = (*node.dims, *width)
+    rest = {"padding_idx": _argument(args, kwargs, 2, "padding_idx")}
+    rest["scale_grad_by_freq"] = _argument(args, kwargs, 5, "scale_grad_by_freq", False)
+    call = Call(func, (node, Leaf(weight, ((), *width))), rest, dims, weight.dtype, node.device)
+    return wrap(call, source.handle.call)
+
+
+def filled_like(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``zeros_like`` and its kind of something deferred."""
+    if not isinstance(args[0], DeferredRows) or set(kwargs) - {"dtype", "fill_value"}:
+        return NotImplemented
+    value = {"zeros_like": 0, "ones_like": 1}.get(name)
+    if value is None:
+        value = _argument(args, kwargs, 1, "fill_value")
+    if not isinstance(value, (bool, int, float)):
+        return NotImplemented
+    node = args[0].handle.node
+    dtype = kwargs.get("dtype") or node.dtype
+    return wrap(Filled(value, node.dims, dtype, node.device), args[0].handle.call)
+
+
 def _each(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
@@ -413,8 +451,10 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(CASTS, cast),
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("gather", "index_select"), gather),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), filled_like),
     "contiguous": contiguous,
     "dropout": dropout,
+    "embedding": embedding,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,
     **products.HANDLERS,

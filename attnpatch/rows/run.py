@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,10 +45,40 @@ class Run:
         for node in self.nodes:
             for child in node.children:
                 self._uses[child] = self._uses.get(child, 0) + 1
+        # What is the same for all heads, where those are the inner loop: computed once for all of them.
+        self.shared: frozenset[Node] = frozenset()
         self._fixed: dict[Node, torch.Tensor] = {}
         self._overwrites: dict[Node, bool] = {}
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
+        self._of_rows: dict[Node, tuple[Node, Any]] = {}
+
+    def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
+        """Steps with rows that are the same for several pieces of ``heads`` (a mask), where a step with heads reads them.
+
+        Nothing where a result may not outlive its tile, or where there is nothing to gain: a tensor that exists.
+        """
+        if not self.hoist:
+            return frozenset()
+        return frozenset(
+            child
+            for node in self.nodes
+            for child in node.children
+            if row in self._axes[child]
+            and not isinstance(child, Leaf)
+            and (heads & set(self._axes[node])) - set(self._axes[child])
+        )
+
+    def kept_bytes(self, cut: set[Axis]) -> int:
+        """Bytes per row that are held until a tile is done, because several steps read them or while one is made."""
+        found = 0
+        for node in self.nodes:
+            if not isinstance(node, Leaf):
+                held = node.dtype.itemsize * (self._uses.get(node, 0) > 1) + node.held_bytes
+                found += (
+                    held * math.prod(axis.size for axis in self._axes[node] if axis not in cut) if held else 0
+                )
+        return found
 
     def keep(self, node: Node) -> None:
         """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
@@ -70,19 +101,24 @@ class Run:
         if isinstance(node, Leaf) and node not in self.wanted:
             return node.compute(own, self)
         fixed = self.hoist and self.row is not None and self.row not in own
-        if not fixed and self._uses.get(node, 0) < 2 and node not in self.wanted:
+        shared = node in self.shared
+        if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
             return node.compute(own, self)
         key = (node, tuple(own.items()))
         if key in self._kept:
             return self._kept[key]
+        if shared:
+            # Of one sequence at a time, where sequences are cut.
+            self._kept.pop(self._of_rows.get(node, key), None)
+            self._of_rows[node] = key
         value = node.compute(own, self)
         if node in self.wanted:
             assert isinstance(node, Leaf)
             value = value.detach().requires_grad_()
             self.parts.append((node, own, value))
-        self._kept[key] = value
-        if not fixed:
+        if not fixed and not shared:
             self._moving.append(key)
+        self._kept[key] = value
         return value
 
     def may_overwrite(self, node: Call) -> bool:
@@ -108,7 +144,13 @@ class Run:
     def _owns(self, node: Node) -> bool:
         """Whether a node's value is made anew for each tile and used once."""
         moves = self.row is None or not self.hoist or self.row in self._axes[node]
-        if isinstance(node, Leaf) or node in self._fixed or self._uses.get(node, 0) != 1 or not moves:
+        if (
+            isinstance(node, Leaf)
+            or node in self._fixed
+            or node in self.shared
+            or self._uses.get(node, 0) != 1
+            or not moves
+        ):
             return False
         if isinstance(node, View):
             return not node.expand and self._owns(node.children[0])
@@ -116,11 +158,17 @@ class Run:
             return False
         return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
 
-    def next_rows(self) -> None:
-        """Forget what belonged to the rows just done."""
+    def next_tile(self) -> None:
+        """Forget what belonged to the rows and heads just done."""
         for key in self._moving:
             self._kept.pop(key, None)
         self._moving.clear()
+
+    def next_rows(self) -> None:
+        """Forget what belonged to the rows just done: other rows follow, of all heads."""
+        for key in self._of_rows.values():
+            self._kept.pop(key, None)
+        self._of_rows.clear()
 
     def next_lead(self) -> None:
         """Forget everything: other heads follow."""

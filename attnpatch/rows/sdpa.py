@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
-from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
+from attnpatch.rows import weights
+from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.budget import Grain
-from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
@@ -40,8 +41,38 @@ def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_ORDER, args, strict=False)), **kwargs}
 
 
+def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
+
+    Scores that were computed by hand and then used as a query or a key are not what door 2 is for.
+    """
+    call = arguments(args, kwargs)
+    mask = computed(call.pop("attn_mask"))
+    call = settle(call, "scaled_dot_product_attention")
+    if isinstance(mask, DeferredRows) and not _has_rows_of(mask, call):
+        mask = settle(mask, "scaled_dot_product_attention")
+    return (), {**call, "attn_mask": mask}
+
+
+def _has_rows_of(mask: DeferredRows, call: dict[str, Any]) -> bool:
+    """Whether a deferred mask can be cut as the call is."""
+    query, key = call["query"], call["key"]
+    scores = (*query.shape[:-1], key.shape[-2])
+    fits = mask.dim() <= len(scores) and all(
+        size in (1, wanted) for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    return fits and query.dim() >= 2 and query.shape[-2] > 1 and not call["is_causal"]
+
+
 def fused_choice(call: dict[str, Any]) -> int:
     """The kernel torch would choose (0: dense math)."""
+    if is_pending(call["attn_mask"]):
+        mask = call["attn_mask"]
+        # Nobody looks at its values: as many rows as it has, in the memory of one.
+        row = torch.empty(
+            mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
+        )
+        call = {**call, "attn_mask": row.expand(mask.shape)}
     ledger = ledger_of(call["query"])
     if ledger is not None:
         return ledger.fused_choice(call)
@@ -55,8 +86,11 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
     call = arguments(args, kwargs)
     if not _can_be_cut(call):
+        kwargs = settle(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
         return F.scaled_dot_product_attention(*args, **kwargs)
+    if site.weights is not None:
+        site.weights.append(weights.of_call(call, site))
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
@@ -65,20 +99,27 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
     site.tally.count("captured")
-    if site.policy.mode != "always" and keeps_lse(call):
+    if site.policy.mode != "always" and not is_pending(call["attn_mask"]) and keeps_lse(call):
         result, lse = with_lse(call)
         site.tally.count("fused")
     else:
         result, lse = _attend(call, args, kwargs, site), None
-    show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
+    _show(call, site, lse)
     return result
 
 
 def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
     site.tally.count("captured")
+    _show(call, site, None, grad)
+
+
+def _show(
+    call: dict[str, Any], site: SiteCall, lse: torch.Tensor | None, grad: torch.Tensor | None = None
+) -> None:
     assert site.observer is not None
-    show(call, site.observer, None, site.retried if site.policy.retry_on_oom else None, grad)
+    on_retry = site.retried if site.policy.retry_on_oom else None
+    show(call, site.observer, lse, on_retry, grad, site.policy.workspace_bytes)
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
@@ -95,7 +136,8 @@ def keeps_lse(call: dict[str, Any]) -> bool:
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     query, key = call["query"], call["key"]
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    if site.policy.mode == "always":
+    if site.policy.mode == "always" or is_pending(call["attn_mask"]):
+        # Where the rule had a mask deferred, the native call would hold all of it, and what its kernel makes of it.
         native, fused = q_len < 2, False
     else:
         fused = fused_choice(call) != MATH_KERNEL
@@ -127,7 +169,7 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
 
 def _can_be_cut(call: dict[str, Any]) -> bool:
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    tensors = [query, key, value, *([mask] if mask is not None else [])]
+    tensors = [query, key, value, *([mask] if mask is not None and not is_pending(mask) else [])]
     # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
     if mask is not None and call["is_causal"]:
         return False  # torch refuses both together, in its own words
@@ -147,17 +189,24 @@ def recipe(call: dict[str, Any]) -> Node:
     row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
     width = fresh(value.shape[-1:])[0]
     dims = (*lead, row, width)
-    leaves = [_leaf(query, (*lead, row, ())), _leaf(key, (*lead, (), ())), _leaf(value, (*lead, (), width))]
+    leaves: list[Node] = [
+        _leaf(query, (*lead, row, ())),
+        _leaf(key, (*lead, (), ())),
+        _leaf(value, (*lead, (), width)),
+    ]
     if call["enable_gqa"]:
         outer = lead[:-1]
         leaves[1] = _leaf(key, (*outer, groups, (), ()))
         leaves[2] = _leaf(value, (*outer, groups, (), width))
+    beside: tuple[Axis, ...] = ()
     if mask is not None:
-        leaves.append(_leaf(mask, (*lead, row, ())))
+        node = _mask_node(mask, (*lead, row, ()))
+        beside = node.dims[-1] if node.dims else ()
+        leaves.append(node)
     inner = () if not call["enable_gqa"] or count == 1 else lead[-1][-1:]
     fused = fused_choice(call) != MATH_KERNEL
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
-    whole = (*width, *inner, *([axis for dim in lead for axis in dim] if fused else []))
+    whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
     if not fused and is_simple(call):
         return Dense(leaves, dims, whole, call)
     return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
@@ -182,12 +231,23 @@ def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
     )
 
 
+def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
+    """What gives the rows of a mask: itself, or its recipe, whose rows and heads are those of the call."""
+    if isinstance(mask, DeferredRows):
+        node = mask.handle.node
+        pairs = zip(node.dims[::-1], dims[::-1], strict=False)
+        if all(same(own, other) for own, other in list(pairs)[1:] if own):
+            return node
+        mask = mask.handle.materialise("scaled_dot_product_attention")
+    return _leaf(mask, dims)
+
+
 class Attend(Node):
     """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
 
     def __init__(
         self,
-        leaves: list[Leaf],
+        leaves: list[Node],
         dims: Dims,
         row: Dim,
         whole: tuple[Axis, ...],
@@ -199,6 +259,7 @@ class Attend(Node):
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
+        self.is_learned = call["attn_mask"] is not None and call["attn_mask"].requires_grad
         self.merges = self.is_causal and keeps_lse(call)
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
@@ -217,6 +278,9 @@ class Attend(Node):
         with self.context.enter():
             if not self.is_causal or (low == 0 and high == self.row_count()):
                 attn_mask = mask[0] if mask else None
+                if self.is_learned and not attn_mask.requires_grad:
+                    # No fused kernel takes a mask that gradients go to: the same choice for rows that were computed.
+                    attn_mask = attn_mask.detach().requires_grad_()
                 return F.scaled_dot_product_attention(
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
                 )

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from attnpatch.rows.attempts import is_out_of_memory
-from attnpatch.rows.deferred import Observer, Passing
+from attnpatch.rows.axes import Tile, leaves
+from attnpatch.rows.budget import LIVE_COPIES
+from attnpatch.rows.deferred import DeferredRows, Observer, Passing
+from attnpatch.rows.run import Run
 
 # Scores held at once on CPU: what the cache holds beside a head's keys.
 CPU_SHOW_BYTES = 2 * 2**20  # per thread
@@ -49,6 +52,7 @@ def show(
     lse: torch.Tensor | None = None,
     on_retry: Callable[[], None] | None = None,
     grad: torch.Tensor | None = None,
+    workspace: int | None = None,
 ) -> None:
     """Show an observer the probabilities of an SDPA call, in float32 or better.
 
@@ -60,11 +64,14 @@ def show(
             is raised, as it is when a single row does not fit.
         grad: ``[..., heads, q_len, value_dim]``, the gradient of the call's result: each probability is multiplied by
             its own gradient, which is the product of a row of this and a value (Q K' = S, P = softmax S, O = P V).
+        workspace: Most bytes that a tile may take; ``None``: what is fast.
     """
     query, kv_len = call["query"], call["key"].shape[-2]
     on_cpu = query.device.type == "cpu"
     elements = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // 4
     elements = max(elements, 16 * kv_len * _group(call))
+    if workspace is not None:
+        elements = min(elements, workspace // (LIVE_COPIES * 4))
     while True:
         try:
             # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
@@ -99,7 +106,7 @@ def _show(
     scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
     query = query.expand(*lead, *query.shape[-2:]).unflatten(-3, (outer[-1], group))
     key = key.expand(*outer, *key.shape[-2:])
-    mask = None if mask is None else mask.expand(*lead, q_len, kv_len).unflatten(-3, (outer[-1], group))
+    masks = _Masks(mask, lead, q_len, kv_len, group)
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
     if grad is not None:
         value = value.expand(*outer, *value.shape[-2:])
@@ -108,10 +115,7 @@ def _show(
     if rows is not None:
         at_rows = rows.to(query.device)
         query = query[..., at_rows, :]
-        mask, lse = (
-            None if each is None else each.index_select(axis, at_rows)
-            for each, axis in ((mask, -2), (lse, -1))
-        )
+        lse = None if lse is None else lse.index_select(-1, at_rows)
     count = q_len if rows is None else len(rows)
     if not count:
         return
@@ -127,7 +131,7 @@ def _show(
             first = low if rows is None else int(rows[low])
             seen = min(kv_len, max(first, 256)) if call["is_causal"] else kv_len
             high = min(count, low + _tile_rows(elements // group, seen))
-            tile_mask = None if mask is None else mask[at][:, low:high]
+            tile_mask = masks.rows(at, low, high) if rows is None else masks.picked(at, rows[low:high])
             places = None if rows is None else rows[low:high]
             powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
             if grad is not None:
@@ -136,6 +140,61 @@ def _show(
             where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
             observer.observe(powers, where_from)
             low = high
+
+
+class _Masks:
+    """The mask of a call by rows, whether it is there or deferred.
+
+    Args:
+        mask: Broadcast to ``[*lead, q_len, kv_len]``; ``None``: there is none.
+        lead: Batch and heads.
+        q_len, kv_len: Query rows and keys.
+        group: Heads that share a key head.
+    """
+
+    def __init__(
+        self, mask: torch.Tensor | None, lead: tuple[int, ...], q_len: int, kv_len: int, group: int
+    ) -> None:
+        self.group = group
+        self.recipe = self.whole = None
+        if isinstance(mask, DeferredRows):
+            dims = mask.handle.node.dims
+            self.recipe, self.run = mask.handle.node, Run(mask.handle.node)
+            self.dims = ((),) * (len(lead) + 2 - len(dims)) + dims
+        elif mask is not None:
+            self.whole = mask.expand(*lead, q_len, kv_len).unflatten(-3, (lead[-1] // group, group))
+
+    def rows(self, at: tuple[int, ...], low: int, high: int) -> torch.Tensor | None:
+        """``[group, rows, kv_len]`` of one key head."""
+        if self.recipe is None:
+            return None if self.whole is None else self.whole[at][:, low:high]
+        wanted = [
+            *((i, i + 1) for i in at[:-1]),
+            (at[-1] * self.group, (at[-1] + 1) * self.group),
+            (low, high),
+        ]
+        tile: Tile = {}
+        for dim, span in zip(self.dims, wanted, strict=False):
+            parts = leaves(dim)
+            if len(parts) == 1 and parts[0] not in self.run.whole:
+                tile[parts[0]] = span
+        value = self.run.value(self.recipe, tile)
+        self.run.next_lead()
+        value = value.reshape((1,) * (len(self.dims) - value.dim()) + value.shape)
+        for position, span in enumerate(wanted):
+            # What could not be cut came whole.
+            if value.shape[position] not in (1, span[1] - span[0]):
+                value = value.narrow(position, span[0], span[1] - span[0])
+        return value.reshape(value.shape[-3:]).expand(self.group, -1, -1)
+
+    def picked(self, at: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor | None:
+        """The same for some rows that are no neighbours."""
+        if self.whole is not None:
+            return self.whole[at].index_select(-2, rows.to(self.whole.device))
+        if self.recipe is None:
+            return None
+        found = [self.rows(at, row, row + 1) for row in rows.tolist()]
+        return torch.cat([row.expand(-1, 1, -1) for row in found if row is not None], -2)
 
 
 def _group(call: dict[str, Any]) -> int:

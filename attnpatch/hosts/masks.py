@@ -1,0 +1,147 @@
+"""Masks of transformers, asked for by rows while a patched model is called.
+
+Every model that uses ``transformers.masking_utils`` gets its masks from one of two functions, which stand in a table by
+attention implementation: ``sdpa_mask`` makes a boolean one, ``eager_mask`` an additive one. Both take how many rows are
+wanted and where they begin, so they can be asked for some rows as well as for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.rows import masks
+from attnpatch.rows.deferred import SiteCall
+
+_MODULE = "transformers.masking_utils"
+_NAMES = ("sdpa_mask", "eager_mask")
+# Arguments that ask whether a mask is needed at all. Rows of one that is needed are.
+_SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
+class _Table:
+    """transformers' table of mask functions, with ours in their place while some thread calls a patched model."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
+
+    def enter(self, module: Any) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            known = {id(getattr(module, name, None)): name for name in _NAMES}
+            table = module.ALL_MASK_ATTENTION_FUNCTIONS
+            for mapping in (table._global_mapping, table._local_mapping):
+                for key, function in mapping.items():
+                    if id(function) in known:
+                        ours = _by_rows(function)
+                        mapping[key] = ours
+                        self._replaced.append((mapping, key, function, ours))
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            for mapping, key, function, ours in self._replaced:
+                # Somebody may have registered another one meanwhile.
+                if mapping.get(key) is ours:
+                    mapping[key] = function
+            self._replaced.clear()
+
+
+_table = _Table()
+
+
+@contextlib.contextmanager
+def by_rows(call: SiteCall) -> Iterator[None]:
+    """Defer the masks that transformers makes inside the block, where the policy of ``call`` says so."""
+    module = sys.modules.get(_MODULE)
+    if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
+        yield
+        return
+    _table.enter(module)
+    try:
+        with masks.of_call(call):
+            yield
+    finally:
+        _table.leave()
+
+
+def makes_masks(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, which makes the masks of what it holds when it is called."""
+    host = sys.modules.get("transformers.modeling_utils")
+    return host is not None and isinstance(module, host.PreTrainedModel)
+
+
+class _Asked(Exception):
+    """The host needs a mask, and has asked what it is."""
+
+
+def _ask(*_: Any) -> Any:
+    raise _Asked
+
+
+def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function of transformers that defers its mask where a patched model's call in this thread wants it so."""
+
+    @functools.wraps(original)
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or args or not masks.may_defer():
+            return original(*args, **kwargs)
+        found = _deferred(original, kwargs)
+        return original(**kwargs) if found is NotImplemented else found
+
+    return mask
+
+
+def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where it is to be made whole."""
+    q_len, kv_len, offset = given.get("q_length"), given.get("kv_length"), given.get("q_offset", 0)
+    # A static cache says where it is in a tensor: its masks are prepared once for many calls.
+    if not all(type(number) is int for number in (q_len, kv_len, offset)) or q_len < 2:
+        return NotImplemented
+    if "mask_function" not in given:
+        return NotImplemented
+    try:
+        # Whether the host needs one is its own decision: it makes none, or it asks its function.
+        if original(**{**given, "mask_function": _ask}) is None:
+            return None
+    except _Asked:
+        pass
+    try:
+        rest = masks.keeping({key: value for key, value in given.items() if key != "config"})
+    except masks.Unknown as unknown:
+        held = _temporaries(original, given)(given.get("batch_size", 1) * q_len * kv_len)
+        device = torch.device(given.get("device", "cpu"))
+        masks.left_whole(f"a mask that reads a {unknown}", q_len, held, device)
+        return NotImplemented
+    rest.update(_SKIPS)
+
+    def rows(low: int, high: int) -> torch.Tensor:
+        return original(**{**rest, "q_length": high - low, "q_offset": offset + low})
+
+    found = masks.deferred(rows, q_len, kv_len, _temporaries(original, given))
+    return NotImplemented if found is None else found
+
+
+def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
+    """Bytes that the host holds for a mask of so many elements, and with it in its attention.
+
+    A boolean mask is made additive, by eager before any attention, by torch's fused kernels inside it. Eager attention
+    then holds three tensors of scores for every head.
+    """
+    itemsize = getattr(given.get("dtype"), "itemsize", 4)
+    heads = getattr(given.get("config"), "num_attention_heads", 1)
+    scores = 3 * heads if original.__name__ == "eager_mask" and isinstance(heads, int) else 0
+    return lambda count: count * (1 + itemsize * (1 + scores))

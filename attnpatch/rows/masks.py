@@ -1,0 +1,263 @@
+"""Tensors over queries and keys that nobody multiplied: masks, position biases, zeros. Known by rows, held by nobody.
+
+A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a recipe
+like a score matrix. What begins one is a function that gives any of its rows (``Generated``: a host's own mask function
+called for fewer rows), a broadcast of positions against positions (``outer``), or a single value (``Filled``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.ledger import is_plain
+from attnpatch.rows.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
+from attnpatch.rows.deferred import DeferredRows, SiteCall, wrap
+from attnpatch.rows.recipe import Call, Leaf, Node
+from attnpatch.rows.run import Run
+
+# Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
+# and its absolute value are alive together (measured by tests/test_workspace.py).
+GENERATED_BYTES = 16
+# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
+WIDEST_HEAD = 512
+
+
+class Generated(Node):
+    """A tensor ``[..., rows, keys]`` of which a function gives any rows.
+
+    Args:
+        function: From the first row and one past the last to ``[..., high - low, keys]``.
+        shape: Of all of it.
+        dtype, device: Of its elements.
+    """
+
+    stands_for_memory = True
+    held_bytes = GENERATED_BYTES
+
+    def __init__(
+        self,
+        function: Callable[[int, int], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.function, self.dtype, self.device = function, dtype, device
+        self.dims = (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        count = self.shape[-2]
+        span = flat_range(leaves(self.dims[-2]), tile)
+        low, high = (0, count) if span is None else span
+        value = self.function(low, high)
+        dims: Dims = self.dims if span is None else (*self.dims[:-2], (), self.dims[-1])
+        return take(value, dims, tile)
+
+
+class Filled(Node):
+    """A tensor that holds one value everywhere."""
+
+    stands_for_memory = True
+
+    def __init__(self, value: float, dims: Dims, dtype: torch.dtype, device: torch.device) -> None:
+        self.value, self.dims, self.dtype, self.device = value, dims, dtype, device
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return torch.full(local_shape(self.dims, tile), self.value, dtype=self.dtype, device=self.device)
+
+
+# ------------------------------------------------------------------------------------------ masks of a model's call
+
+
+class _Thread(threading.local):
+    """Whose masks are deferred in this thread: the model call that is going on, or nobody's."""
+
+    call: SiteCall | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def of_call(call: SiteCall | None) -> Iterator[None]:
+    """Defer masks that are asked for inside the block, under the policy of ``call``; ``None``: do not."""
+    outer, _thread.call = _thread.call, call
+    try:
+        yield
+    finally:
+        _thread.call = outer
+
+
+def may_defer() -> bool:
+    """Whether a mask that is asked for now could be deferred."""
+    return _thread.call is not None and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def deferred(
+    function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
+) -> DeferredRows | None:
+    """A mask of which ``function`` gives any rows, not made yet; ``None`` where the rule says that it may be made.
+
+    Args:
+        function: From the first row and one past the last to ``[..., high - low, kv_len]``.
+        q_len, kv_len: Rows and keys.
+        temporaries: From the number of the mask's elements to the bytes that the host holds if it is made.
+    """
+    call = _thread.call
+    if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
+        return None
+    # Four rows tell what all of them are.
+    few = function(0, min(q_len, 4))
+    if few.dim() < 2 or few.shape[-2:] != (min(q_len, 4), kv_len) or not is_plain(few):
+        return None
+    count = math.prod(few.shape[:-2]) * q_len * kv_len
+    if not call.by_rows(q_len, temporaries(count), few.device):
+        return None
+    return wrap(
+        Generated(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
+        call,
+    )
+
+
+def left_whole(what: str, q_len: int, temporaries: int, device: torch.device) -> None:
+    """Count a mask that cannot be deferred, where the rule would have it so."""
+    call = _thread.call
+    if call is not None and call.by_rows(q_len, temporaries, device):
+        call.tally.materialised(what)
+
+
+class Unknown(Exception):
+    """A function reads something of which no copy can be kept."""
+
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    type(None),
+    type,
+    types.BuiltinFunctionType,
+)
+
+
+def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """A function that reads the present values of the tensors it refers to, whatever becomes of them.
+
+    A mask says what it says when it is made; one that is made later must say the same. What functions refer to are
+    paddings and positions, small beside the mask.
+
+    Raises:
+        Unknown: It refers to something else than numbers, tensors and functions like itself.
+    """
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, (*_PLAIN, types.ModuleType)):
+        return value
+    if isinstance(value, torch.Tensor):
+        if not is_plain(value):
+            raise Unknown(type(value).__name__)
+        copy: Any = value.detach().clone()
+    elif isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        copy = type(value)(keeping(item, seen) for item in value)
+    elif type(value) is dict:
+        copy = {key: keeping(item, seen) for key, item in value.items()}
+    elif isinstance(value, functools.partial):
+        copy = functools.partial(
+            keeping(value.func, seen), *keeping(value.args, seen), **keeping(value.keywords, seen)
+        )
+    elif isinstance(value, types.FunctionType):
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
+        seen[id(value)] = copy
+        copy.__defaults__ = keeping(value.__defaults__, seen)
+        copy.__kwdefaults__ = keeping(value.__kwdefaults__, seen)
+        for mine, theirs in zip(cells, value.__closure__ or (), strict=True):
+            mine.cell_contents = keeping(theirs.cell_contents, seen)
+    else:
+        raise Unknown(type(value).__name__)
+    seen[id(value)] = copy
+    return copy
+
+
+# ------------------------------------------------------------------------------------- what a site makes of positions
+
+_COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
+_OUTER = frozenset(
+    getattr(space, name)
+    for space in (torch.Tensor, torch)
+    for name in f"sub __sub__ __rsub__ rsub subtract {_COMPARISONS}".split()
+    if hasattr(space, name)
+)
+
+
+def begins(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call may be of those that ``outer`` defers, at the price of one look-up."""
+    return func in _OUTER and len(args) == 2 and not kwargs
+
+
+def outer(func: Callable[..., Any], args: Any, call: SiteCall) -> Any:
+    """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor of whole or truth values, or ``NotImplemented``.
+    """
+    tensors = args
+    if not all(isinstance(t, torch.Tensor) and is_plain(t) and t.dim() for t in tensors):
+        return NotImplemented
+    if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors):
+        return NotImplemented
+    if tensors[0].device != tensors[1].device:
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    except RuntimeError:
+        return NotImplemented
+    if len(shape) < 2 or min(shape[-2:]) < 2:
+        return NotImplemented
+    wide = [t for t in tensors if t.shape[-1] != 1]
+    tall = [t for t in tensors if t.dim() > 1 and t.shape[-2] != 1]
+    if len(wide) != 1 or len(tall) != 1 or wide[0] is tall[0]:
+        return NotImplemented
+    # Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
+    if not call.by_rows(shape[-2], 3 * 8 * math.prod(shape), tensors[0].device):
+        return NotImplemented
+    dims = (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
+    nodes = [
+        Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
+        for t in tensors
+    ]
+    dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in tensors)).dtype
+    return wrap(Call(func, tuple(nodes), {}, dims, dtype, tensors[0].device), call)
+
+
+def zeros(args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """``torch.zeros`` of the shape of scores (a bias that a layer has none of), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+    if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
+        return NotImplemented
+    if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
+        return NotImplemented
+    if min(size) < 1 or min(size[-2:]) <= WIDEST_HEAD:
+        return NotImplemented
+    like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+    if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):
+        return NotImplemented
+    dims = (*fresh(size[:2]), *fresh(size[2:3], ROW), *fresh(size[3:], KEY))
+    return wrap(Filled(0.0, dims, like.dtype, like.device), call)

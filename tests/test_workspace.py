@@ -1,0 +1,162 @@
+"""``Policy.workspace`` is a ceiling over masks, biases, scores and capture together, at a length that matters.
+
+Held by counting the storages that operators make. Beside the workspace only what a native fused call would hold too is
+allowed: hidden states, queries, keys, values and results, a few tensors of the size of a hidden state.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from live import Live
+from torch import nn
+
+import attnpatch
+
+TOKENS = 16384
+# A mask of so many tokens takes 256 MiB in bool and 1 GiB in float32, the scores of one head 1 GiB.
+WORKSPACE = 48 * 2**20
+WIDTH = 16
+SIZES = {
+    "vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 1,
+    "max_position_embeddings": TOKENS,
+}  # fmt: skip
+DECODER = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+
+
+def llama(attention: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(**DECODER, num_hidden_layers=1, attn_implementation=attention))
+
+
+def mistral(attention: str) -> nn.Module:
+    from transformers import MistralConfig, MistralModel
+
+    config = MistralConfig(**DECODER, num_hidden_layers=1, sliding_window=4096, attn_implementation=attention)
+    return MistralModel(config)
+
+
+def gemma2(attention: str) -> nn.Module:
+    from transformers import Gemma2Config, Gemma2Model
+
+    kinds = ["sliding_attention", "full_attention"]
+    return Gemma2Model(
+        Gemma2Config(
+            **DECODER, num_hidden_layers=2, layer_types=kinds, sliding_window=4096, query_pre_attn_scalar=16,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+
+
+def gpt_oss(attention: str) -> nn.Module:
+    from transformers import GptOssConfig, GptOssModel
+
+    return GptOssModel(
+        GptOssConfig(
+            **DECODER, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096,
+            layer_types=["sliding_attention"], attn_implementation=attention,
+        )
+    )  # fmt: skip
+
+
+def t5(attention: str) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=64,
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=WIDTH,
+        num_layers=1,
+        num_heads=1,
+        attn_implementation=attention,
+    )
+    return T5EncoderModel(config)
+
+
+def bert(attention: str) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(**SIZES, num_hidden_layers=1, attn_implementation=attention)
+    return BertModel(config, add_pooling_layer=False)
+
+
+CASES = {function.__name__: function for function in (llama, mistral, gemma2, gpt_oss, t5, bert)}
+
+
+def inputs(length: int) -> dict[str, torch.Tensor]:
+    """One sequence with padding on the left, which every mask has to show."""
+    ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, length, dtype=torch.long)
+    mask[:, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def held(model: nn.Module, capture: bool = False) -> Live:
+    """Forced by rows under the ceiling."""
+    given = inputs(TOKENS)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(attnpatch.patched(model, mode="always", workspace=WORKSPACE))
+        if capture:
+            stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(1024)))
+        with Live() as live:
+            model(**given)
+        report = attnpatch.report(model)
+    assert report.totals["by_rows"] and not report.totals["materialised"], report
+    assert not capture or report.totals["captured"], report
+    return live
+
+
+def allowed() -> int:
+    """Bytes that the model holds around any attention: so many tensors of the size of a hidden state.
+
+    Residuals, norms, rotary tables, query, key, value and result, and what a feed-forward layer holds.
+    """
+    state = TOKENS * WIDTH * 4
+    return 12 * state
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "capture"),
+    [(name, "eager", False) for name in CASES]
+    + [(name, "sdpa", False) for name in ("llama", "mistral", "t5", "bert")]
+    + [("mistral", "eager", True), ("bert", "sdpa", True)],
+)
+def test_ceiling(name, attention, capture):
+    """No storage and no sum of live ones is beyond it."""
+    torch.manual_seed(0)
+    model = CASES[name](attention).eval()
+    live = held(model, capture)
+    assert live.largest <= WORKSPACE, live.what
+    assert live.peak <= WORKSPACE + allowed(), live.at_peak
+    # And it is used: steps are not shrunk for nothing.
+    assert live.peak >= 2**22, live.at_peak
+
+
+def test_smaller_blocks_than_the_kernels_own_give_its_bits():
+    """Where the ceiling leaves less than torch's fused kernel takes at a time: multiples of four rows."""
+    from attnpatch.rows.budget import _tight
+
+    for number, (dtype, length, width) in enumerate(
+        (dtype, length, width)
+        for dtype in (torch.float32, torch.bfloat16)
+        for length in (200, 801, 1030, 1057)
+        for width in (16, 64, 128)
+    ):
+        torch.manual_seed(number)
+        query, key, value = (torch.randn(1, 2, length, width).to(dtype) for _ in range(3))
+        mask = torch.rand(1, 1, length, length) > 0.3
+        whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for most in (4, 11, 32, 100, 250):
+            spans = _tight(length, most)
+            assert spans[0][0] == 0 and spans[-1][1] == length
+            assert all(low % 4 == 0 and high - low >= 4 for low, high in spans)
+            assert max(high - low for low, high in spans) < most + 4, spans
+            parts = [
+                F.scaled_dot_product_attention(query[:, :, i:j], key, value, attn_mask=mask[:, :, i:j])
+                for i, j in spans
+            ]
+            assert torch.equal(torch.cat(parts, 2), whole), (dtype, length, width, most)
