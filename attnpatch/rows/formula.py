@@ -59,6 +59,7 @@ class Formula:
         leads: The other axes of the scores, batch and heads, in the order of the product.
         width: The axes of the result that only the values have.
         steps: What is done to the product before softmax.
+        sink: A learned score beside those of the keys, whose share is left out; ``None``: there is none.
         dtype: What the wider one of the two products is computed in.
     """
 
@@ -71,6 +72,7 @@ class Formula:
     width: tuple[Axis, ...]
     steps: tuple[Step, ...]
     dtype: torch.dtype
+    sink: Node | None = None
 
     @property
     def factor(self) -> float:
@@ -94,25 +96,30 @@ def read(result: Call, probabilities: Node, keys: list[Axis]) -> Formula:
     value = next(child for child in result.children if child is not probabilities)
     if not isinstance(value, Leaf) or len(keys) != 1:
         raise OtherRecipe("keys in several dimensions")
-    softmax = _softmax_of(probabilities)
-    if leaves(softmax.whole) != keys:
+    softmax, cut = _softmax_of(probabilities)
+    scores, axes, sink = softmax.children[0], leaves(softmax.whole), None
+    if cut is not None:
+        scores, sink = _beside_sink(scores, axes, cut)
+        axes = leaves(scores.dims[-1])
+    elif axes != keys:
         raise OtherRecipe("softmax (not over the keys)")
-    scores = softmax.children[0]
-    product = _product_of(scores, keys[0])
-    steps = _steps(scores, product, keys[0])
-    query, key, row = _operands(product, keys[0])
-    leads = tuple(axis for axis in all_leaves(product.dims) if axis not in (row, keys[0]))
+    if len(axes) != 1:
+        raise OtherRecipe("softmax (not over the keys)")
+    product = _product_of(scores, axes[0])
+    steps = _steps(scores, product, axes[0])
+    query, key, row = _operands(product, axes[0])
+    leads = tuple(axis for axis in all_leaves(product.dims) if axis not in (row, axes[0]))
     own = all_leaves(result.dims)
-    width = tuple(axis for axis in all_leaves(value.dims) if axis not in (*leads, keys[0]))
+    width = tuple(axis for axis in all_leaves(value.dims) if axis not in leads)
     if set(own) != {*leads, row, *width} or len(set(own)) != len(own):
         raise OtherRecipe(f"{_name(result)} (heads are mixed)")
-    masks = [step.mask for step in steps if step.mask is not None]
+    masks = [step.mask for step in steps if step.mask is not None] + ([] if sink is None else [sink])
     _check_gradients(result, masks)
     whole = {axis for mask in masks for node in graph(mask) for axis in leaves(node.whole)}
     if whole & {row, *leads}:
         raise OtherRecipe("a bias that mixes rows or heads")
     dtype = torch.promote_types(product.dtype, result.dtype)
-    return Formula(query, key, value, row, keys[0], leads, width, tuple(steps), dtype)
+    return Formula(query, key, value, row, axes[0], leads, width, tuple(steps), dtype, sink)
 
 
 def _name(node: Node) -> str:
@@ -135,13 +142,37 @@ def _is_layout(node: Node) -> bool:
     )
 
 
-def _softmax_of(node: Node) -> Call:
+def _softmax_of(node: Node) -> tuple[Call, Cut | None]:
+    """The softmax that a recipe ends with, and what was cut off its result."""
+    cut = None
     while _name(node) != "softmax":
-        if not _is_layout(node):
+        if isinstance(node, Cut) and cut is None:
+            cut = node
+        elif not _is_layout(node):
             _other(node)
         node = node.children[0]
     assert isinstance(node, Call)
-    return node
+    return node, cut
+
+
+def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
+    """The scores and the sink that were put side by side along ``joined``, and of which ``cut`` leaves the sink out."""
+    while _name(node) != "cat":
+        # What is taken off a whole row, its largest score as a rule, softmax does not see.
+        taken = node.children[1:] if _name(node) in _MINUS else ()
+        if not (_is_layout(node) or [*taken] and not set(joined) & set(all_leaves(taken[0].dims))):
+            _other(cut)
+        node = node.children[0]
+    scores, *sinks = node.children
+    last = len(node.dims) - 1
+    if (
+        len(sinks) != 1
+        or sinks[0].shape[last] != 1
+        or leaves(node.dims[last]) != joined
+        or (cut.position, cut.start, cut.axis.size) != (last, 0, scores.shape[last])
+    ):
+        raise OtherRecipe(_KNOWN_AS["cat"])
+    return scores, sinks[0]
 
 
 def _product_of(scores: Node, keys: Axis) -> Call:

@@ -21,6 +21,7 @@ from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.formula import HIDDEN, LOWEST, Formula, OtherRecipe, read
 from attnpatch.rows.recipe import Call, Node, tensors_of
 from attnpatch.rows.run import Run
+from attnpatch.rows.showing import with_lse
 
 # A row in which nothing weighs more than this sees nothing: its keys are kept, and it is uniform or not a number.
 _BLIND = HIDDEN / 2
@@ -41,18 +42,25 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
     node = Fused(read(result, probabilities, keys), result)
     for leaf in tensors_of(node):
         leaf.check()
-    whole = node.call()
-    if sdpa.fused_choice(whole) == sdpa.MATH_KERNEL:
-        raise OtherRecipe("no fused kernel for these tensors")
-    pattern = node.pattern()
-    if pattern is not None:
-        whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
-        # Nothing is as wide as the scores, so there is nothing to cut.
-        policy = dataclasses.replace(site.policy, mode="auto")
-        return node.laid_out(sdpa.attend((), whole, dataclasses.replace(site, policy=policy)), {})
+    # The tensors are of the dtype that the products would be computed in.
+    with torch.autocast(node.device.type, enabled=False):
+        whole = node.call()
+        if sdpa.fused_choice(whole) == sdpa.MATH_KERNEL:
+            raise OtherRecipe("no fused kernel for these tensors")
+        if node.has_sink and (torch.is_grad_enabled() or not sdpa.keeps_lse(whole)):
+            raise OtherRecipe("cat (sinks)")
+        pattern = node.pattern()
+        if pattern is not None:
+            whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
+            if not node.has_sink:
+                # Nothing is as wide as the scores, so there is nothing to cut.
+                policy = dataclasses.replace(site.policy, mode="auto")
+                return node.laid_out(sdpa.attend((), whole, dataclasses.replace(site, policy=policy)), {})
     if site.observer is not None:
-        raise OtherRecipe("a mask, while block maps are captured")
+        raise OtherRecipe("a mask or a sink, while block maps are captured")
     site.tally.count("fused")
+    if pattern is not None:
+        return node.laid_out(node.beside_sink(*with_lse(whole), {}, Run(node)), {})
     return site.replay(node)
 
 
@@ -61,7 +69,9 @@ class Fused(Node):
 
     def __init__(self, formula: Formula, result: Call) -> None:
         masks = [step.mask for step in formula.steps if step.mask is not None]
-        self.children = (formula.query, formula.key, formula.value, *masks)
+        self.has_sink, self.mask_count = formula.sink is not None, len(masks)
+        sinks = [] if formula.sink is None else [formula.sink]
+        self.children = (formula.query, formula.key, formula.value, *masks, *sinks)
         # Nothing but the children may hold a tensor: a backward pass keeps this node (``unbound``).
         self.row, self.keys, self.leads, self.width = formula.row, formula.keys, formula.leads, formula.width
         self.steps = [
@@ -73,7 +83,7 @@ class Fused(Node):
         # A kernel is parallel over heads: it is given all that have the same mask.
         shared = [axis for axis in formula.leads if axis not in own]
         self.whole = (formula.keys, *formula.width, *shared)
-        self.grain = Grain(768, 256) if len(shared) == len(formula.leads) else Grain(32, 32)
+        self.grain = Grain(768, 256) if [*shared[-1:]] == [*formula.leads[-1:]] else Grain(32, 32)
         self.score_width = formula.keys.size
 
     def call(self) -> dict[str, object]:
@@ -81,7 +91,7 @@ class Fused(Node):
         with torch.autocast(self.device.type, enabled=False):
             query, key, value = self._operands({}, Run(self))
         mask = None
-        if len(self.children) > 3:
+        if self.mask_count:
             mask = query.new_zeros(1).expand(*query.shape[:-1], key.shape[-2])
         return {**sdpa.arguments((query, key, value, mask), {}), "scale": self.factor}
 
@@ -94,11 +104,25 @@ class Fused(Node):
                 mask, blind, (low, high) = _seen(mask, key.shape[-2])
                 key, value = key[..., low:high, :], value[..., low:high, :]
                 mask = _fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
-            out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.factor)
+            call = {**sdpa.arguments((query, key, value, mask), {}), "scale": self.factor}
+            if self.has_sink:
+                out, blind = self.beside_sink(*with_lse(call), tile, run), None
+            else:
+                out = F.scaled_dot_product_attention(**call)
             if blind is not None:
                 # Softmax of nothing is not a number; a kernel says zero.
                 out = out.masked_fill(blind, math.nan)
             return self.laid_out(out, tile)
+
+    def beside_sink(
+        self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Run
+    ) -> torch.Tensor:
+        """The result with the share of a sink left out: it takes part in softmax and has no value."""
+        child = self.children[-1]
+        sink = arranged(run.value(child, tile), child.dims, tile, [*self._lead(), (self.row,)])
+        share = torch.sigmoid(lse.unsqueeze(-1) - sink.to(lse.dtype))
+        # Where nothing but the sink is seen, it takes everything.
+        return torch.where(share > 0, out * share, 0.0).to(out.dtype)
 
     def _operands(self, tile: Tile, run: Run) -> list[torch.Tensor]:
         """Query, key and value, ``[batch, heads, length, width]``, of one dtype and one width."""
@@ -151,7 +175,7 @@ class Fused(Node):
 
     def pattern(self) -> str | None:
         """``"none"`` or ``"causal"`` where that is what the masks come to, looked at row by row."""
-        if not len(self.children) > 3:
+        if not self.mask_count:
             return "none"
         if any(leaf.tensor is not None and ledger_of(leaf.tensor) is not None for leaf in tensors_of(self)):
             return None
