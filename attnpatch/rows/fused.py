@@ -47,7 +47,7 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
         whole = node.call()
         if sdpa.fused_choice(whole) == sdpa.MATH_KERNEL:
             raise OtherRecipe("no fused kernel for these tensors")
-        if node.has_sink and (torch.is_grad_enabled() or not sdpa.keeps_lse(whole)):
+        if node.has_sink and (_needs_grad(node) or not sdpa.keeps_lse(whole)):
             raise OtherRecipe("cat (sinks)")
         pattern = node.pattern()
         if pattern is not None:
@@ -62,6 +62,12 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
     if pattern is not None:
         return node.laid_out(node.beside_sink(*with_lse(whole), {}, Run(node)), {})
     return site.replay(node)
+
+
+def _needs_grad(node: Node) -> bool:
+    return torch.is_grad_enabled() and any(
+        leaf.tensor is not None and leaf.tensor.requires_grad for leaf in tensors_of(node)
+    )
 
 
 class Fused(Node):
@@ -156,7 +162,8 @@ class Fused(Node):
             part = arranged(run.value(child, tile), child.dims, tile, groups).squeeze(-1)
             if kind == "fill":
                 part = part.logical_not() if inverted else part
-                base = torch.zeros((), device=part.device) if mask is None else _wide(mask)
+                wide = torch.promote_types(self.kernel_dtype, torch.float32)
+                base = torch.zeros((), dtype=wide, device=part.device) if mask is None else _wide(mask).to(wide)
                 mask = torch.where(part, number, base)
                 continue
             part = _wide(part) if part.dtype == torch.float16 else part
@@ -244,8 +251,10 @@ def _wide(mask: torch.Tensor) -> torch.Tensor:
 
 def _fitting(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """A mask in a dtype that the kernel takes: the query's, on CPU also float32 beside a narrower one."""
-    if mask.dtype == query.dtype or (query.device.type == "cpu" and mask.dtype == torch.float32 and query.dtype.itemsize < 4):
+    if query.device.type == "cpu" and mask.dtype == torch.float32 and query.dtype.itemsize < 4:
         return mask
+    if torch.promote_types(mask.dtype, query.dtype) == query.dtype:
+        return mask.to(query.dtype)
     lowest = torch.finfo(query.dtype).min
     return mask.clamp(min=lowest).to(query.dtype).masked_fill_(mask == -math.inf, -math.inf)
 
