@@ -17,6 +17,7 @@ from torch import nn
 from zoo import by_rows
 
 import attnpatch
+from attnpatch.rows import flex
 
 # Two evaluations that are equally good differ a little: over the cases below the root mean square of the fused run's
 # error came to 0.97 to 1.09 of the native one's in float32, and to 0.77 to 0.98 in bfloat16.
@@ -125,7 +126,9 @@ READ = {
 
 
 @settings(max_examples=150)
-@given(spelled.spellings(), st.fixed_dictionaries({key: st.sampled_from(values) for key, values in READ.items()}))
+@given(
+    spelled.spellings(), st.fixed_dictionaries({key: st.sampled_from(values) for key, values in READ.items()})
+)
 @example(spelled.Spelling(masked_rows=True), {"mask": "masked_fill_least"})
 @example(spelled.Spelling(masked_rows=True, dtype=torch.float16), {"mask": "masked_fill_least"})
 @example(spelled.Spelling(masked_rows=True), {"mask": "add"})
@@ -238,7 +241,9 @@ def test_gradients(name):
         assert error(got, exact) <= SLACK[torch.float32] * error(native, exact)
 
 
-@pytest.mark.parametrize(("name", "step"), [("t5", "a bias that needs a gradient"), ("gpt_oss", "cat (sinks)")])
+@pytest.mark.parametrize(
+    ("name", "step"), [("t5", "a bias that needs a gradient"), ("gpt_oss", "a bias that needs a gradient")]
+)
 def test_gradients_that_no_kernel_gives(name, step):
     """Those of a bias and of a sink: by rows."""
     case = zoo.BY_NAME[name]
@@ -280,7 +285,9 @@ def test_autocast(name):
             got = case.run(model, inputs)
             totals = attnpatch.report(model).totals
     assert totals["fused"] > 0 and totals["by_rows"] == 0
-    assert {key: tensor.dtype for key, tensor in got.items()} == {key: tensor.dtype for key, tensor in native.items()}
+    assert {key: tensor.dtype for key, tensor in got.items()} == {
+        key: tensor.dtype for key, tensor in native.items()
+    }
     assert error(got, exact) <= SLACK[torch.bfloat16] * error(native, exact)
 
 
@@ -314,3 +321,16 @@ def test_values_of_another_width():
             got = model(query, key, value)
             assert attnpatch.report(model).totals["fused"] == 1
         torch.testing.assert_close(got, model(query, key, value))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_softcap_where_there_is_flex_attention(padding, monkeypatch):
+    """On a device that has it; here it runs uncompiled, which holds all scores and computes the same."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flex, "DEVICES", frozenset(["cpu"]))
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
+    native, got, exact, totals, _ = run_beside("gemma2", padding)
+    assert totals["fused"] == 2 and totals["by_rows"] == 0, totals
+    assert error(got, exact) <= SLACK[torch.float32] * error(native, exact)

@@ -37,9 +37,10 @@ class Step:
     """What is done to the scores, in the order of the recipe.
 
     Attributes:
-        kind: ``"times"`` a number, ``"plus"`` a mask (times a number), or ``"fill"`` with a number where a mask says so.
+        kind: ``"times"`` a number, ``"plus"`` a mask (times a number), ``"fill"`` with a number where a mask says so, or
+            ``"tanh"``.
         number: The number.
-        mask: A node that does not depend on the product; ``None`` for ``"times"``.
+        mask: A node that does not depend on the product, for ``"plus"`` and ``"fill"``.
         inverted: Fill where the mask is false.
     """
 
@@ -75,9 +76,15 @@ class Formula:
     sink: Node | None = None
 
     @property
-    def factor(self) -> float:
-        """What the product is multiplied by in all."""
-        return math.prod(step.number for step in self.steps if step.kind == "times")
+    def factors(self) -> tuple[float, float | None]:
+        """What the product is multiplied by, and then, if there is a ``tanh``, what that is multiplied by."""
+        kinds = [step.kind for step in self.steps]
+        place = kinds.index("tanh") if "tanh" in kinds else len(kinds)
+        before, after = (
+            math.prod(step.number for step in steps if step.kind == "times")
+            for steps in (self.steps[:place], self.steps[place:])
+        )
+        return before, after if "tanh" in kinds else None
 
 
 def read(result: Call, probabilities: Node, keys: list[Axis]) -> Formula:
@@ -158,9 +165,7 @@ def _softmax_of(node: Node) -> tuple[Call, Cut | None]:
 def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
     """The scores and the sink that were put side by side along ``joined``, and of which ``cut`` leaves the sink out."""
     while _name(node) != "cat":
-        # What is taken off a whole row, its largest score as a rule, softmax does not see.
-        taken = node.children[1:] if _name(node) in _MINUS else ()
-        if not (_is_layout(node) or [*taken] and not set(joined) & set(all_leaves(taken[0].dims))):
+        if not (_is_layout(node) or _is_shift(node, joined)):
             _other(cut)
         node = node.children[0]
     scores, *sinks = node.children
@@ -173,6 +178,13 @@ def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
     ):
         raise OtherRecipe(_KNOWN_AS["cat"])
     return scores, sinks[0]
+
+
+def _is_shift(node: Node, keys: list[Axis]) -> bool:
+    """Whether a step takes something off a whole row, its largest score as a rule: softmax does not see that."""
+    if _name(node) not in _MINUS or len(node.children) != 2:
+        return False
+    return not any(axis in keys for axis in all_leaves(node.children[1].dims))
 
 
 def _product_of(scores: Node, keys: Axis) -> Call:
@@ -225,7 +237,12 @@ def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
         found.extend(_step(node, made[0], above))
         node = made[0]
     found.reverse()
-    return [*_own_steps(product), *found]
+    found = [*_own_steps(product), *found]
+    kinds = [step.kind for step in found]
+    # A cap is on the product alone, and there is one.
+    if "tanh" in kinds and (kinds.count("tanh") > 1 or {*kinds[: kinds.index("tanh")]} - {"times"}):
+        raise OtherRecipe(_KNOWN_AS["tanh"])
+    return found
 
 
 def _own_steps(product: Call) -> list[Step]:
@@ -259,6 +276,8 @@ def _step(node: Call, scores: Node, above: set[Node]) -> list[Step]:
             # What depends on the product and has no keys is the same for a whole row: softmax does not see it.
             return [] if mask in above else [Step("plus", sign, mask)]
         return [] if math.isfinite(_number(other, node)) else _other(node)
+    if name == "tanh":
+        return [Step("tanh", 1.0)]
     if name == "masked_fill" and is_first:
         return [_fill(node, _argument(node, 1, "mask"), _argument(node, 2, "value"), False)]
     if name == "where":

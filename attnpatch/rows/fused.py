@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows import sdpa
+from attnpatch.rows import flex, sdpa
 from attnpatch.rows.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
 from attnpatch.rows.budget import CPU_STEP_BYTES, Grain, balanced
 from attnpatch.rows.deferred import SiteCall
@@ -49,7 +49,9 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
             raise OtherRecipe("no fused kernel for these tensors")
         if node.has_sink and (_needs_grad(node) or not sdpa.keeps_lse(whole)):
             raise OtherRecipe("cat (sinks)")
-        pattern = node.pattern()
+        if node.cap is not None and (node.has_sink or node.device.type not in flex.DEVICES):
+            raise OtherRecipe("tanh (softcap)")
+        pattern = node.pattern() if node.cap is None else None
         if pattern is not None:
             whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
             if not node.has_sink:
@@ -83,7 +85,7 @@ class Fused(Node):
         self.steps = [
             (step.kind, step.number, step.mask is not None, step.inverted) for step in formula.steps
         ]
-        self.factor, self.kernel_dtype = formula.factor, formula.dtype
+        (self.factor, self.cap), self.kernel_dtype = formula.factors, formula.dtype
         self.dims, self.dtype, self.device = result.dims, result.dtype, result.device
         own = {axis for mask in masks for axis in all_leaves(mask.dims)}
         # A kernel is parallel over heads: it is given all that have the same mask.
@@ -111,7 +113,9 @@ class Fused(Node):
                 key, value = key[..., low:high, :], value[..., low:high, :]
                 mask = _fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
             call = {**sdpa.arguments((query, key, value, mask), {}), "scale": self.factor}
-            if self.has_sink:
+            if self.cap is not None:
+                out = flex.attend(query, key, value, mask, self.factor, self.cap)
+            elif self.has_sink:
                 out, blind = self.beside_sink(*with_lse(call), tile, run), None
             else:
                 out = F.scaled_dot_product_attention(**call)
@@ -120,9 +124,7 @@ class Fused(Node):
                 out = out.masked_fill(blind, math.nan)
             return self.laid_out(out, tile)
 
-    def beside_sink(
-        self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Run
-    ) -> torch.Tensor:
+    def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Run) -> torch.Tensor:
         """The result with the share of a sink left out: it takes part in softmax and has no value."""
         child = self.children[-1]
         sink = arranged(run.value(child, tile), child.dims, tile, [*self._lead(), (self.row,)])
@@ -142,7 +144,9 @@ class Fused(Node):
             found.append(part.to(self.kernel_dtype).expand(*sizes, *part.shape[-2:]))
         width = max(part.shape[-1] for part in found)
         # Kernels take one width only; columns of zeros change no product.
-        found = [F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part for part in found]
+        found = [
+            F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part for part in found
+        ]
         return [part if part.stride(-1) == 1 else part.contiguous() for part in found]
 
     def _lead(self) -> list[tuple[Axis, ...]]:
@@ -163,7 +167,9 @@ class Fused(Node):
             if kind == "fill":
                 part = part.logical_not() if inverted else part
                 wide = torch.promote_types(self.kernel_dtype, torch.float32)
-                base = torch.zeros((), dtype=wide, device=part.device) if mask is None else _wide(mask).to(wide)
+                base = (
+                    torch.zeros((), dtype=wide, device=part.device) if mask is None else _wide(mask).to(wide)
+                )
                 mask = torch.where(part, number, base)
                 continue
             part = _wide(part) if part.dtype == torch.float16 else part
@@ -223,9 +229,7 @@ def _is_causal(mask: torch.Tensor, low: int, high: int) -> bool:
 _PATTERNS = {"none": _is_nothing, "causal": _is_causal}
 
 
-def _seen(
-    mask: torch.Tensor, kv_len: int
-) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
+def _seen(mask: torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
     """The part of a mask in which something is seen, rows that are not a number, and the keys of that part."""
     everything = 0, kv_len
     if ledger_of(mask) is not None:

@@ -200,7 +200,9 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     def place(value: Any) -> Any:
         return node_for(value, dims) if isinstance(value, torch.Tensor) else value
 
-    node = Call(func, map_structure(args, place), map_structure(kwargs, place), dims, tiny.dtype, first.device)
+    node = Call(
+        func, map_structure(args, place), map_structure(kwargs, place), dims, tiny.dtype, first.device
+    )
     return wrap(node, first.handle.call)
 
 
