@@ -145,6 +145,23 @@ def test_any_spelling(spelling, choice):
         assert report.totals["fused"] == 1 and report.totals["by_rows"] == 0, report
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lowest", [True, False])
+def test_rows_that_see_nothing(dtype, lowest):
+    """Uniform where the mask that is added is finite and swallows the scores, not a number where it is infinite."""
+    mask = torch.zeros(70, 70, dtype=dtype)
+    mask[:, 50:] = mask[:9] = torch.finfo(dtype).min if lowest else -math.inf
+    model, inputs = Model(lambda scores: scores + mask), [tensor.to(dtype) for tensor in operands()]
+    native = model(*inputs)
+    with attnpatch.patched(model, mode="always", fuse=True):
+        got = model(*inputs)
+        assert attnpatch.report(model).totals["fused"] == 1
+    if lowest:
+        mean = inputs[2].double().mean(-2, keepdim=True).expand(-1, -1, 9, -1)
+        torch.testing.assert_close(got[..., :9, :].double(), mean, atol=torch.finfo(dtype).eps, rtol=0.01)
+    torch.testing.assert_close(got, native, atol=8 * torch.finfo(dtype).eps, rtol=0.01, equal_nan=True)
+
+
 # ---------------------------------------------------------------------------------- what stands in the way
 
 
