@@ -36,7 +36,8 @@ class Group:
         kernel: What serves the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
             (torch's attention function without one), ``"hand-written"``, or ``"unknown"``.
         temporaries: Bytes that one native call holds at most beside its inputs, its output and a cache.
-        decision: ``"native"`` or ``"by rows"``.
+        decision: ``"native"``, ``"by rows"``, or ``"fused"`` for a hand-written one that ``fuse=True`` takes to a fused
+            kernel.
         reason: Why.
         rows, heads: Query rows and batch x heads of one step; ``None`` where it stays native.
         temporaries_now: As ``temporaries``, for the call as the policy has it.
@@ -237,6 +238,8 @@ def _groups(native: RehearsalPatch, now: RehearsalPatch) -> tuple[Group, ...]:
     for site in sites:
         before, after = first[site.name], site.seen
         decision = "by rows" if site.counts["by_rows"] else "native"
+        if site.counts["fused"] and before.fused is None:
+            decision = "fused"
         alike = (
             places[site.name][0] or "(model)", site.kind, before.kernel, decision, site.reason(), after.step,
         )  # fmt: skip

@@ -74,6 +74,10 @@ class Policy:
         rows: Fixed number of query rows per step; ``None`` chooses.
         heads: Fixed number of heads per step; ``None`` chooses.
         retry_on_oom: Answer an out-of-memory error of a native call by rows, halving them until they fit.
+        fuse: Hand attention written by hand to torch's fused kernel where its steps are those of
+            ``scaled_dot_product_attention``, whatever memory is free: every call of more than ``min_tokens`` query rows,
+            under ``mode="always"`` every call, under ``"never"`` none. Faster, and the same to rounding, not to the
+            last bit. What has another step in it goes by rows, and the report says which.
 
     Raises:
         PolicyError: A value cannot be used.
@@ -87,6 +91,7 @@ class Policy:
     rows: int | None = None
     heads: int | None = None
     retry_on_oom: bool = True
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -108,8 +113,9 @@ class Policy:
         for name in ("rows", "heads"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
-        if not isinstance(self.retry_on_oom, bool):
-            raise PolicyError(f"retry_on_oom={self.retry_on_oom!r} is not accepted; give True or False")
+        for name in ("retry_on_oom", "fuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name}={getattr(self, name)!r} is not accepted; give True or False")
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Policy:
@@ -271,4 +277,7 @@ TEXTS = {
     ),
     "heads": TextForm(_or_none(read_whole), "a whole number of at least 1, or none", "N", "heads per step"),
     "retry_on_oom": TextForm(read_switch, "1 or 0", "1|0", "answer an out-of-memory error by smaller steps"),
+    "fuse": TextForm(
+        read_switch, "1 or 0", "1|0", "hand attention written by hand to the fused kernel, equal to rounding"
+    ),
 }

@@ -164,6 +164,8 @@ class _Site(Site):
         policy = self.patch.policy
         if self.counts["fused"]:
             return "a fused kernel holds no scores"
+        if self.obstacles:
+            return f"kept from a fused kernel by {', '.join(self.obstacles)}"
         if self.seen.reason is not None:
             reason = self.seen.reason
         elif policy.mode != "auto":

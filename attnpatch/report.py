@@ -13,7 +13,8 @@ from attnpatch.policy import Policy
 class SiteReport:
     """One attention module: path, class, why it is one, counts, and what was materialised by which operation.
 
-    ``unseen``: native calls in which attention would have been served and none was seen.
+    ``unseen``: native calls in which attention would have been served and none was seen. ``not_fused``: calls that
+    ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way.
     """
 
     name: str
@@ -22,6 +23,7 @@ class SiteReport:
     counts: dict[str, int]
     materialised_by: dict[str, int]
     unseen: int = 0
+    not_fused: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Report:
             cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
             cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
+        obstacles: Counter[str] = Counter()
+        for site in self.sites:
+            obstacles.update(site.not_fused)
+        if obstacles:
+            lines.append(f"by rows, not fused, because of: {_listed(obstacles)}")
         unseen = [site.name for site in self.sites if site.unseen]
         if unseen:
             names = ", ".join(unseen[:4]) + (f", ... {len(unseen)} in all" if len(unseen) > 4 else "")
@@ -102,8 +109,11 @@ def report_of(patch: Patch) -> Report:
             counts = {name: site.counts[name] for name in TOTALS}
             why = site.why or ("masks" if masks else "")
             sites.append(
-                SiteReport(site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen)
-            )
+                SiteReport(
+                    site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen,
+                    dict(site.obstacles),
+                )
+            )  # fmt: skip
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
     left_alone = tuple(patch.left_alone)
     return Report(patch.model_kind, patch.policy, tuple(sites), totals, left_alone)

@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|overhead|explain|coverage|vae|page|pictures|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|overhead|explain|coverage|vae|fuse|page|pictures|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -179,22 +179,10 @@ def finish(results: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    choices = [
-        "all",
-        "tiles",
-        "rounding",
-        "startup",
-        "overhead",
-        "explain",
-        "coverage",
-        "vae",
-        "page",
-        "pictures",
-        "table",
-    ]
+    choices = "all tiles rounding startup overhead explain coverage vae fuse page pictures table".split()
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names of cases or classes, for 'all' and 'coverage'"
+        "--only", nargs="*", default=[], help="names of cases or classes, for 'all', 'coverage' and 'fuse'"
     )
     options = parser.parse_args()
     if options.what == "all":
@@ -224,6 +212,10 @@ def main() -> None:
         from benchmarks import coverage
 
         raise SystemExit(coverage.main(options.only))
+    elif options.what == "fuse":
+        from benchmarks import fused
+
+        raise SystemExit(fused.main(measure, options.only))
     elif options.what == "page":
         from benchmarks import page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -13,9 +14,19 @@ import torch
 
 import attnpatch
 from attnpatch.memory import PeakMeter
-from benchmarks.models import llama, tokens
+from benchmarks.models import eager, llama, tokens
 
 LONG = 8192
+# Models with attention written by hand, and how many tokens they are given.
+FUSED = {
+    "llama": LONG,
+    "gptj": 4096,
+    "bloom": 4096,
+    "t5": 4096,
+    "deberta": 4096,
+    "gpt_oss": 4096,
+    "gemma2": 4096,
+}
 
 
 def once(call: Callable[[], object], warm: Callable[[], object]) -> dict[str, float]:
@@ -34,6 +45,18 @@ def forward(implementation: str, **policy: object) -> dict[str, float]:
     around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
     with torch.inference_mode(), around:
         return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
+
+
+def fuse(name: str, length: int, **policy: object) -> dict[str, float]:
+    """A forward pass of a model with attention written by hand, native without a policy."""
+    model = eager(name)
+    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+    ids, short = tokens(length), tokens(256)
+    with torch.inference_mode(), around:
+        found = once(lambda: model(ids), lambda: model(short))
+        if policy.get("fuse") and attnpatch.report(model).totals["by_rows"]:
+            print(attnpatch.report(model), file=sys.stderr)
+    return found
 
 
 def capture(on: bool) -> dict[str, float]:
@@ -119,6 +142,14 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
     "capture": {"off": lambda: capture(False), "on": lambda: capture(True)},
     "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
     "vae": {"native": vae, "by rows": lambda: vae(mode="always")},
+    **{
+        f"fuse {name}": {
+            "native": functools.partial(fuse, name, length),
+            "fused": functools.partial(fuse, name, length, fuse=True),
+            "by rows": functools.partial(fuse, name, length, mode="always"),
+        }
+        for name, length in FUSED.items()
+    },
     "prefill 512": {"pairs": lambda: overhead("prefill")},
     "decode": {"pairs": lambda: overhead("decode")},
 }

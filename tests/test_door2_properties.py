@@ -230,7 +230,7 @@ def rounding(tensors: dict, dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps * (1 + score) * tensors["value"].double().abs().max().item()
 
 
-def check(spelling: Spelling) -> None:
+def check(spelling: Spelling, **policy):
     """By rows: no farther from float64 than the module itself, NaN where it is NaN, nothing materialised."""
     import attnpatch
 
@@ -245,19 +245,20 @@ def check(spelling: Spelling) -> None:
     except RuntimeError as error:
         # torch lays the result of einsum out as it likes, and some of those no view can fold.
         assert "view size is not compatible" in str(error)
-        return
+        return None
     # With one key, or one row on the right, the product with the values looks like scores; with the keys in
     # front, only what normalises them tells rows from keys. Then the result may be deferred in its turn.
     usual = spelling.kv_len > 1 and spelling.product != "key_by_query"
     usual = usual and (spelling.q_len > 1 or spelling.values != "transposed")
     double = {k: v.double() if v.is_floating_point() else v for k, v in spelling.tensors().items()}
     exact = model(**double)
-    with by_rows(model, CASE, rows=spelling.rows, heads=spelling.tile_heads):
+    with by_rows(model, CASE, rows=spelling.rows, heads=spelling.tile_heads, **policy):
         got = run()
-        totals = attnpatch.report(model).totals
-        assert totals["materialised"] == 0, f"{totals}\n{attnpatch.report(model)}"
+        report = attnpatch.report(model)
+        totals = report.totals
+        assert totals["materialised"] == 0, f"{totals}\n{report}"
         if usual and spelling.q_len > 1:
-            assert totals["by_rows"] > 0, totals
+            assert totals["by_rows"] + totals["fused"] > 0, totals
 
     if usual:
         assert type(got) is torch.Tensor
@@ -271,6 +272,7 @@ def check(spelling: Spelling) -> None:
         assert error <= native_error + rounding(double, spelling.dtype), (error, native_error)
     if currently_in_test_context():
         event(f"bits {'equal' if zoo.equal_with_nan(got, native) else 'differ'}")
+    return report
 
 
 @st.composite

@@ -170,6 +170,7 @@ def test_sizes():
         ({"min_tokens": -5}, "min_tokens=-5"),
         ({"workspace": "0MB"}, "workspace"),
         ({"retry_on_oom": 1}, "retry_on_oom=1"),
+        ({"fuse": "yes"}, "fuse='yes'"),
     ],
 )
 def test_bad_policy_leaves_the_model_alone(fields, words):

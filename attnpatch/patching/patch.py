@@ -73,6 +73,7 @@ class Site:
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
+        obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
         unseen: Calls that were watched and in which no attention was seen.
         previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
@@ -88,6 +89,7 @@ class Site:
         self.is_entry = is_root or masks.makes_masks(module)
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.obstacles: Counter[str] = Counter()
         self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
@@ -95,7 +97,8 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), "counts": Counter(), "operations": Counter(), "unseen": 0, "decisions": {}}
+        counters = {name: Counter() for name in ("counts", "operations", "obstacles")}
+        return {**vars(self), **counters, "unseen": 0, "decisions": {}}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -111,6 +114,9 @@ class Site:
     def materialised(self, operation: str) -> None:
         self.counts["materialised"] += 1
         self.operations[operation] += 1
+
+    def not_fused(self, step: str) -> None:
+        self.obstacles[step] += 1
 
     def serve(
         self,

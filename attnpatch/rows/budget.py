@@ -104,7 +104,7 @@ def choose(
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
     """
     on_cpu = device.type == "cpu"
-    row, lead = _row_and_lead(tileable)
+    row, lead = row_and_lead(tileable)
     if row is None:
         return Steps([{}], None, [])
     width = max(1, width)
@@ -159,7 +159,7 @@ def _ceiling(held: int, policy: Policy, free: int | None) -> int:
 
 def one_row(tileable: list[Axis]) -> Steps:
     """The smallest steps there are, which round differently from larger ones."""
-    row, lead = _row_and_lead(tileable)
+    row, lead = row_and_lead(tileable)
     if row is None:
         return Steps([{}], None, [])
     return Steps(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
@@ -173,14 +173,14 @@ def products_grain(works: list[int], tileable: list[Axis], device: torch.device)
         tileable: As ``choose`` takes them.
         device: Where it runs.
     """
-    row, _ = _row_and_lead(tileable)
+    row, _ = row_and_lead(tileable)
     if row is None or device.type != "cpu":
         return Grain()
     rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= LEAST_WORK]
     return Grain(max(LEAST[ROW], *rows, 0))
 
 
-def _row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
+def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
     row = next((axis for axis in reversed(tileable) if axis.kind == ROW), tileable[-1] if tileable else None)
     return row, [axis for axis in tileable if axis is not row]
 

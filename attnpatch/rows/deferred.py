@@ -27,6 +27,9 @@ class Tally(Protocol):
 
     def materialised(self, operation: str) -> None: ...
 
+    def not_fused(self, step: str) -> None:
+        """A recipe was kept from the fused kernel by a step (``Policy.fuse``)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Passing:

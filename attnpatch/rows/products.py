@@ -194,7 +194,7 @@ def _goes_by_rows(product: Product, call: SiteCall) -> bool:
     q_len, temporaries = native_size(product)
     if q_len <= call.policy.min_tokens or not _is_large(product):
         return False
-    return call.by_rows(q_len, temporaries, product.left.device)
+    return call.policy.fuse or call.by_rows(q_len, temporaries, product.left.device)
 
 
 def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
@@ -282,6 +282,12 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
         if not set(leaves(summed)) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
             return NotImplemented
+    if site.policy.fuse:
+        from attnpatch.rows import fused  # few need it
+
+        found = fused.attend(call, node, leaves(summed), site)
+        if found is not None:
+            return found
     site.tally.count("by_rows")
     return site.replay(call, _watch(node, leaves(summed), site))
 

@@ -12,7 +12,7 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
-from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain
+from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
 from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of, unbound
 from attnpatch.rows.run import Run
@@ -82,8 +82,10 @@ class Replay:
             tileable = []
         width, itemsize = 1, 1
         cut = set(tileable)
+        row, _ = row_and_lead(tileable)
         for node in run.nodes:
-            if not isinstance(node, Leaf):
+            # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
+            if not isinstance(node, Leaf) and (row is None or row in all_leaves(node.dims)):
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)

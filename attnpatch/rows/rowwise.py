@@ -198,12 +198,16 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     dims = broadcast(nodes, [value.shape for value in tensors])
     if dims is None:
         return NotImplemented
-    dtype = probe(func, args, kwargs).dtype
+    tiny = probe(func, args, kwargs)
+    if not isinstance(tiny, torch.Tensor):
+        return NotImplemented  # Python's answer to ``scores == None``
 
     def place(value: Any) -> Any:
         return node_for(value, dims) if isinstance(value, torch.Tensor) else value
 
-    node = Call(func, map_structure(args, place), map_structure(kwargs, place), dims, dtype, first.device)
+    node = Call(
+        func, map_structure(args, place), map_structure(kwargs, place), dims, tiny.dtype, first.device
+    )
     return wrap(node, first.handle.call)
 
 

@@ -155,6 +155,8 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented
     node = source.handle.node
     index = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, torch.Tensor) for item in index):
+        return NotImplemented
     taken = sum(item is not None and item is not Ellipsis for item in index)
     if index.count(Ellipsis) > 1 or taken > len(node.dims):
         return NotImplemented
