@@ -13,7 +13,8 @@ from attnpatch.policy import Policy
 class SiteReport:
     """One attention module: path, class, why it is one, counts, and what was materialised by which operation.
 
-    ``unseen``: native calls in which attention would have been served and none was seen.
+    ``unseen``: native calls in which attention would have been served and none was seen. ``summed_by``: what summed the
+    probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why not the kernel.
     """
 
     name: str
@@ -22,6 +23,7 @@ class SiteReport:
     counts: dict[str, int]
     materialised_by: dict[str, int]
     unseen: int = 0
+    summed_by: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Report:
             cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
             cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
             lines.append("  ".join([*cells, row[-1]]).rstrip())
+        summed: Counter[str] = Counter()
+        for site in self.sites:
+            summed.update(site.summed_by)
+        if summed:
+            lines.append(f"block mass beside fused attention: {_listed(summed)}")
         unseen = [site.name for site in self.sites if site.unseen]
         if unseen:
             names = ", ".join(unseen[:4]) + (f", ... {len(unseen)} in all" if len(unseen) > 4 else "")
@@ -100,7 +107,8 @@ def report_of(patch: Patch) -> Report:
             counts = {name: site.counts[name] for name in TOTALS}
             sites.append(
                 SiteReport(
-                    site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations), site.unseen
+                    site.name or "(model)", site.kind, site.why or "", counts, dict(site.operations), site.unseen,
+                    dict(site.sums),
                 )
             )  # fmt: skip
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}

@@ -54,6 +54,7 @@ class Site:
         why: Why it is an attention site, in words.
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
+        sums: Fused calls that a capture saw, by what summed their probabilities.
         unseen: Calls that were watched and in which no attention was seen.
         previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
@@ -68,6 +69,7 @@ class Site:
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
         self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
@@ -75,7 +77,8 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), "counts": Counter(), "operations": Counter(), "unseen": 0, "decisions": {}}
+        fresh = {"counts": Counter(), "operations": Counter(), "sums": Counter(), "unseen": 0, "decisions": {}}
+        return {**vars(self), **fresh}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -91,6 +94,9 @@ class Site:
     def materialised(self, operation: str) -> None:
         self.counts["materialised"] += 1
         self.operations[operation] += 1
+
+    def summed(self, by: str) -> None:
+        self.sums[by] += 1
 
     def serve(
         self,
@@ -214,6 +220,9 @@ class _Blind:
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str:
+        return "seen before"
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)

@@ -27,6 +27,8 @@ class Tally(Protocol):
 
     def materialised(self, operation: str) -> None: ...
 
+    def summed(self, by: str) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Passing:
@@ -63,6 +65,13 @@ class Observer(Protocol):
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
 
         Keys that no row of the tile may look at can be left out at the end.
+        """
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+        """See a whole SDPA call at once, given its arguments by name and ``[batch, heads, q_len]`` logsumexp.
+
+        Returns:
+            ``None`` if nothing of it needs to be shown any more; otherwise why, in a few words.
         """
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:

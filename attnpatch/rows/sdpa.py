@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.rows import lse as fused
+from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
@@ -19,7 +21,7 @@ from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
 from attnpatch.rows.saved import Saved
-from attnpatch.rows.showing import show, with_lse
+from attnpatch.rows.showing import show
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -65,31 +67,57 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
     site.tally.count("captured")
-    if site.policy.mode != "always" and keeps_lse(call):
-        result, lse = with_lse(call)
-        site.tally.count("fused")
-    else:
-        result, lse = _attend(call, args, kwargs, site), None
-    show(call, site.observer, lse, site.retried if site.policy.retry_on_oom else None)
+    result, lse = _with_lse(call, site)
+    if result is None:
+        result = _attend(call, args, kwargs, site)
+    _look(call, site, lse)
     return result
+
+
+def _with_lse(call: dict[str, Any], site: SiteCall) -> tuple[torch.Tensor | None, torch.Tensor | str]:
+    """The result of a fused call and its logsumexp; or neither, and the reason."""
+    if site.policy.mode == "always":
+        return None, "by rows"
+    choice = fused_choice(call)
+    reason = fused.why_not(call, choice)
+    if reason is not None:
+        return None, reason
+    try:
+        result, lse = fused.with_lse(call, choice)
+    except RuntimeError as error:
+        if not site.is_answered(error):
+            raise
+        return None, "no memory"
+    site.tally.count("fused")
+    with torch._C.DisableTorchFunction():
+        is_right = fused.is_right(call, choice, lse)
+    return result, lse if is_right else "a wrong logsumexp"
+
+
+def _look(call: dict[str, Any], site: SiteCall, lse: torch.Tensor | str) -> None:
+    """Let an observer see the probabilities of a call: as a whole if it can take it so, otherwise tile by tile."""
+    observer, retries = site.observer, site.policy.retry_on_oom
+    assert observer is not None
+    reason = lse if isinstance(lse, str) else None
+    if reason is None:
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                reason = observer.take(call, lse)
+        except RuntimeError as error:
+            if not (retries and is_out_of_memory(error)):
+                raise
+            reason = "no memory"
+    site.tally.summed("kernel" if reason is None else f"torch ({reason})")
+    if reason is not None:
+        show(call, observer, None if isinstance(lse, str) else lse, site.retried if retries else None)
 
 
 def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
     site.tally.count("captured")
+    site.tally.summed("torch (gradients)")
     assert site.observer is not None
     show(call, site.observer, None, site.retried if site.policy.retry_on_oom else None, grad)
-
-
-def keeps_lse(call: dict[str, Any]) -> bool:
-    """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp.
-
-    Not under autocast, which knows the call and not the operator.
-    """
-    query = call["query"]
-    if torch.is_autocast_enabled(query.device.type):
-        return False
-    return query.device.type == "cpu" and query.dim() == 4 and fused_choice(call) != MATH_KERNEL
 
 
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
@@ -199,7 +227,8 @@ class Attend(Node):
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
-        self.merges = self.is_causal and keeps_lse(call)
+        # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
+        self.merges = self.is_causal and self.device.type == "cpu" and not fused.why_not(call, fused_choice(call))
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
         self.context = Context(self.device)
@@ -254,7 +283,7 @@ class Attend(Node):
             "is_causal": is_causal,
             **self.rest,
         }
-        return with_lse(call)
+        return fused.with_lse(call, fused_choice(call))
 
     def row_count(self) -> int:
         return self.row[0].size if self.row else 1
