@@ -51,11 +51,13 @@ class Shape:
     key_tiles: int = 16
 
 
-def shape_for(dtype: torch.dtype, width: int) -> Shape:
-    """By what fits two programs into a multiprocessor of compute capability 9.0 (compiled and counted, not timed)."""
+def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
+    """What fits a multiprocessor of compute capability 9.0 twice and spills nothing or little (compiled, not timed)."""
     if dtype == torch.float32:
         return Shape(64, 32, 4, 2)
-    return Shape(128, 64, 4, 3) if width <= 128 else Shape(128, 32, 4, 2)
+    if width > 128:
+        return Shape(128, 32, 8, 2)
+    return Shape(128, 64, 8 if is_masked else 4, 3)
 
 
 def is_interpreted() -> bool:
@@ -161,7 +163,9 @@ def _size(runs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], most: int
     costs = {}
     for size in _TILE_SIZES:
         if size <= most:
-            costs[size] = int((counts + size - 1).div(size, rounding_mode="floor").sum()) * size * (1 + 16 / size)
+            costs[size] = (
+                int((counts + size - 1).div(size, rounding_mode="floor").sum()) * size * (1 + 16 / size)
+            )
     best = min(costs, key=lambda size: (costs[size], -size))
     return best, costs[best]
 
@@ -200,7 +204,8 @@ def block_sums(
         float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. The kernel sums in float32 what lies in a
         tile.
     """
-    shape = shape or shape_for(call["query"].dtype, call["query"].shape[-1])
+    query = call["query"]
+    shape = shape or shape_for(query.dtype, query.shape[-1], call["attn_mask"] is not None)
     queries, keys = cut(query_blocks, shape.rows), cut(key_blocks, shape.keys)
     batch, tiles = queries.blocks.shape
     places = 1 if heads is None else len(heads)
@@ -253,7 +258,13 @@ def _launch(
     while per_program > 1 and batch * places * rows * -(-columns // per_program) < enough:
         per_program //= 2
     scale = 1.0 / math.sqrt(width) if call["scale"] is None else call["scale"]
-    tables = [queries.table, keys.table, queries.order, keys.order, torch.tensor(heads or [0], dtype=torch.int32)]
+    tables = [
+        queries.table,
+        keys.table,
+        queries.order,
+        keys.order,
+        torch.tensor(heads or [0], dtype=torch.int32),
+    ]
     tables = [out if table is None else table.to(device).contiguous() for table in tables]
     with torch.cuda.device_of(query):
         sum_tiles[rows, -(-columns // per_program), batch * places](

@@ -7,7 +7,6 @@ is left of it is one number.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -105,7 +104,7 @@ def sum_tiles(
     is_open = tl.zeros([KEY_TILES], tl.int32) + 1
     if MASK != NO_MASK and not MASK_OF_HEADS:
         is_open = tl.zeros([KEY_TILES], tl.int32)
-        for tile in range(0, seen_tiles):
+        for tile in range(seen_tiles):
             start, count = tl.load(key_tile_at + tile * 2), tl.load(key_tile_at + tile * 2 + 1)
             of_key = tl.arange(0, KEYS)
             keys = start + of_key
@@ -118,7 +117,7 @@ def sum_tiles(
     sums = tl.zeros([KEY_TILES], tl.float32)
     dims = tl.arange(0, WIDTH)
     first_head = tl.load(heads + place % num_places).to(tl.int64)
-    for number in range(0, head_count):
+    for number in range(head_count):
         head = first_head + number
         query_at = query + b * q_batch + head * q_head
         queries = tl.load(
@@ -131,7 +130,7 @@ def sum_tiles(
         of_rows = tl.where((of_rows > float("-inf")) & is_row, of_rows * LOG2_E, float("inf"))
         key_at = key + b * k_batch + (head // group) * k_head
         mask_at = mask + b * m_batch + head * m_head
-        for tile in range(0, whole_tiles):
+        for tile in range(whole_tiles):
             found = _tile_sum(
                 queries, of_rows, key_at, mask_at, key_order_at, rows, is_row, first_key + tile * KEYS, KEYS, scale,
                 k_row, k_dim, m_row, m_key, HEAD_DIM, WIDTH, KEYS, KEY_ORDERED, True, IS_CAUSAL, MASK,

@@ -77,7 +77,13 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        fresh = {"counts": Counter(), "operations": Counter(), "sums": Counter(), "unseen": 0, "decisions": {}}
+        fresh = {
+            "counts": Counter(),
+            "operations": Counter(),
+            "sums": Counter(),
+            "unseen": 0,
+            "decisions": {},
+        }
         return {**vars(self), **fresh}
 
     def __repr__(self) -> str:

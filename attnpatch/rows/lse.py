@@ -24,7 +24,13 @@ def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, call["dropout_p"], call["is_causal"], attn_mask=_added(mask, query), scale=call["scale"]
+        query,
+        key,
+        value,
+        call["dropout_p"],
+        call["is_causal"],
+        attn_mask=_added(mask, query),
+        scale=call["scale"],
     )
 
 

@@ -228,7 +228,9 @@ class Attend(Node):
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
         # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
-        self.merges = self.is_causal and self.device.type == "cpu" and not fused.why_not(call, fused_choice(call))
+        self.merges = (
+            self.is_causal and self.device.type == "cpu" and not fused.why_not(call, fused_choice(call))
+        )
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
         self.context = Context(self.device)
