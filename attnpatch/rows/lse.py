@@ -100,6 +100,9 @@ def why_not(call: Call, choice: int) -> str | None:
         return "another layout"
     if (query.device.type, choice) not in OPERATORS:
         return "another kernel"
+    mask = call["attn_mask"]
+    if query.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return "another mask"
     if not _is_right.get(_kind(call, choice), True):
         return "a wrong logsumexp"
     return None
