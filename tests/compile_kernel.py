@@ -26,6 +26,7 @@ CASES = {
     "one of everything": {
         **LONG, "ones": ["num_query_tiles", "num_key_tiles", "num_places", "head_count", "group", "l_row"],
     },
+    "uneven blocks": {**LONG, "EVEN": False, "FULL_FIRST": True},
     "boolean mask": {**LONG, "IS_CAUSAL": False, "MASK": 1, "mask": "*u8", "EVEN": False, "ones": ["m_key"]},
     "added mask of heads, ordered": {
         **LONG, "IS_CAUSAL": False, "MASK": 2, "mask": "*bf16", "MASK_OF_HEADS": True, "ordered": True, "ones": ["m_key"],
@@ -43,7 +44,7 @@ def compiled(case):
     constants = {
         "HEAD_DIM": width, "WIDTH": width, "ROWS": case.get("ROWS", shape.rows), "KEYS": case.get("KEYS", shape.keys),
         "KEY_TILES": shape.key_tiles, "QUERY_ORDERED": ordered, "KEY_ORDERED": ordered,
-        "EVEN": case["EVEN"], "IS_CAUSAL": case["IS_CAUSAL"], "MASK": case["MASK"],
+        "EVEN": case["EVEN"], "FULL_FIRST": case.get("FULL_FIRST", case["EVEN"]), "IS_CAUSAL": case["IS_CAUSAL"], "MASK": case["MASK"],
         "MASK_OF_HEADS": case.get("MASK_OF_HEADS", False),
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
         **dict.fromkeys(["q_dim", "k_dim", *case.get("ones", [])], 1),

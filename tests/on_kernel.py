@@ -97,6 +97,18 @@ def test_blocks_of_any_width(sizes, is_causal):
     check(a_call(is_causal=is_causal), queries, keys, (rows, columns))
 
 
+@pytest.mark.parametrize("how", ["plain", "causal", "masked", "scattered rows"])
+def test_full_tiles_come_before_the_others(how):
+    """Of blocks of 40 in tiles of 16: the last tile of each is not full, and lies between others that are."""
+    blocks, count = in_blocks(110, 40)
+    keys = cut(blocks, 16)
+    assert keys.is_full_first and not keys.is_even
+    assert keys.table[0, :, 1].tolist() == [16, 16, 16, 16, 16, 8, 8, 14]
+    queries = blocks if how != "scattered rows" else (torch.arange(110) // 4 % 3)[None]
+    more = {"mask": sliding(110, 30)} if how == "masked" else {"is_causal": how != "plain"}
+    check(a_call(110, **more), queries, blocks, (count, count))
+
+
 def test_uneven_spans_with_gaps_and_no_block():
     spans = Blocks.spans([(0, 3), (3, 4), (9, 30), (31, 50)])
     blocks = spans.resolve(torch.ones(1, 50, dtype=torch.bool)).assignment

@@ -146,6 +146,26 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("width", [36, 128])
+@pytest.mark.parametrize(
+    ("kernel", "mask"),
+    [(1, None), *((kernel, mask) for kernel in (2, 3) for mask in (None, torch.bool, torch.bfloat16))],
+)
+def test_operators_for_cuda_take_what_they_are_given(kernel, mask, width, monkeypatch):
+    """On shapes: torch has no kernels for CUDA here, but it knows what their operators take and return."""
+    monkeypatch.setitem(fused.OPERATORS, ("meta", kernel), fused.OPERATORS["cuda", kernel])
+    shared = 4 if kernel == 2 else 2
+    query, key = (
+        torch.empty(2, length, heads, width, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+        for heads, length in ((4, 70), (shared, 71))
+    )
+    mask = None if mask is None else torch.empty(1, 1, 70, 71, dtype=mask, device="meta")
+    call = arguments((query, key, key), {"enable_gqa": shared == 2, "attn_mask": mask})
+    result, lse = fused.with_lse(call, kernel)
+    assert result.shape == query.shape and result.dtype == query.dtype
+    assert lse.shape == (2, 4, 70) and lse.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("what", MASKS)

@@ -111,13 +111,15 @@ class Cut:
         blocks: int64 ``[batch, tiles]``, the block of each tile; 0 where there is none.
         order: int32 ``[batch, tokens]``, the token at each place; ``None``: the token of that number.
         size: Most tokens of a tile.
-        is_even: Whether all tiles but the last follow each other and are full.
+        is_full_first: Whether tiles that are full come before the others.
+        is_even: Whether, beside that, each of them begins where the one before ends.
     """
 
     table: torch.Tensor
     blocks: torch.Tensor
     order: torch.Tensor | None
     size: int
+    is_full_first: bool
     is_even: bool
 
 
@@ -138,15 +140,24 @@ def cut(assignment: torch.Tensor, most: int) -> Cut:
         if _WASTE * work_by_block < work:
             runs, size, order = runs_by_block, size_by_block, by_block.indices.int()
     pieces = [_pieces(*row, size) for row in runs]
+    is_even = all(
+        bool(((starts[1:] - starts[:-1] == size) & (counts[:-1] == size)).all())
+        for starts, counts, _ in pieces
+    )
+    full = sum(int((counts == size).sum()) for _, counts, _ in pieces)
+    is_full_first = is_even or 2 * full > sum(len(counts) for _, counts, _ in pieces)
+    if is_full_first and not is_even:
+        pieces = [
+            tuple(each[(counts < size).long().argsort(stable=True)] for each in (starts, counts, blocks))
+            for starts, counts, blocks in pieces
+        ]
     count = max(1, *(len(blocks) for *_, blocks in pieces))
     table = torch.zeros(len(pieces), count, 2, dtype=torch.int32)
     blocks = torch.zeros(len(pieces), count, dtype=torch.int64)
-    is_even = True
     for b, (starts, counts, of_tile) in enumerate(pieces):
         table[b, : len(of_tile), 0], table[b, : len(of_tile), 1] = starts, counts
         blocks[b, : len(of_tile)] = of_tile
-        is_even = is_even and bool(((starts[1:] - starts[:-1] == size) & (counts[:-1] == size)).all())
-    return Cut(table, blocks, order, size, is_even)
+    return Cut(table, blocks, order, size, is_full_first, is_even)
 
 
 def _runs(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -273,7 +284,8 @@ def _launch(
             num_heads // key.shape[1], scale * LOG2_E, *query.stride(), *key.stride(), *lse.stride(), *mask_strides,
             HEAD_DIM=width, WIDTH=max(16, 2 ** (width - 1).bit_length()), ROWS=queries.size, KEYS=keys.size,
             KEY_TILES=per_program, QUERY_ORDERED=queries.order is not None, KEY_ORDERED=keys.order is not None,
-            EVEN=keys.is_even, IS_CAUSAL=bool(call["is_causal"]), MASK=kind, MASK_OF_HEADS=mask_strides[1] != 0,
+            FULL_FIRST=keys.is_full_first, EVEN=keys.is_even, IS_CAUSAL=bool(call["is_causal"]), MASK=kind,
+            MASK_OF_HEADS=mask_strides[1] != 0,
             # Three products of halves are as good as one in float32, and run on the matrix units.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=shape.warps, num_stages=shape.stages,
