@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test venv lint bench bench-peers coverage docs clean
+.PHONY: demo demo-figures test venv lint bench bench-peers bench-gpu coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -22,9 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
 		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling playwright peft hqq \
 		einops x-transformers perceiver-pytorch mkdocs-material "mkdocstrings[python]"
-	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only.
+	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only. Triton comes with
+	# those builds; beside one for the CPU it is for tests, which run kernels in its interpreter.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
-		timm denoising-diffusion-pytorch
+		timm denoising-diffusion-pytorch triton
 	touch $(STAMP)
 
 lint: venv
@@ -42,6 +43,10 @@ bench-peers: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		memory-efficient-attention memory-efficient-attention-pytorch
 	$(BIN)/python -W ignore -m benchmarks.peers
+
+# On a machine with a GPU; correctness first.
+bench-gpu: venv
+	$(BIN)/python -m benchmarks.gpu
 
 coverage: venv
 	$(BIN)/python -W ignore -m benchmarks coverage

@@ -14,7 +14,8 @@ class SiteReport:
     """One attention module: path, class, why it is one, counts, and what was materialised by which operation.
 
     ``unseen``: native calls in which attention would have been served and none was seen. ``not_fused``: calls that
-    ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way.
+    ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way. ``summed_by``: what summed the
+    probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why not the kernel.
     """
 
     name: str
@@ -24,6 +25,7 @@ class SiteReport:
     materialised_by: dict[str, int]
     unseen: int = 0
     not_fused: dict[str, int] = dataclasses.field(default_factory=dict)
+    summed_by: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Report:
             obstacles.update(site.not_fused)
         if obstacles:
             lines.append(f"by rows, not fused, because of: {_listed(obstacles)}")
+        summed: Counter[str] = Counter()
+        for site in self.sites:
+            summed.update(site.summed_by)
+        if summed:
+            lines.append(f"block mass beside fused attention: {_listed(summed)}")
         unseen = [site.name for site in self.sites if site.unseen]
         if unseen:
             names = ", ".join(unseen[:4]) + (f", ... {len(unseen)} in all" if len(unseen) > 4 else "")
@@ -111,7 +118,7 @@ def report_of(patch: Patch) -> Report:
             sites.append(
                 SiteReport(
                     site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen,
-                    dict(site.obstacles),
+                    dict(site.obstacles), dict(site.sums),
                 )
             )  # fmt: skip
     totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}

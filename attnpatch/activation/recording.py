@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnpatch.activation.files import Folder
@@ -193,6 +194,17 @@ class _Guarded:
                 self.observer.observe(probabilities, passing)
             except Exception as error:
                 self.recorder.fail(error)
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+        if self.recorder.is_out:
+            return "given up"
+        try:
+            return self.observer.take(call, lse)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.recorder.fail(error)
+            return "given up"
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> None:
         return None

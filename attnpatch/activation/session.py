@@ -135,6 +135,7 @@ class Session:
             for mine, other in zip(kept.sites, patch.sites, strict=True):
                 mine.counts.update(other.counts)
                 mine.operations.update(other.operations)
+                mine.sums.update(other.sums)
         self.gone[key] = (kept, number + 1)
 
     def warn(self, what: str, error: Exception) -> None:

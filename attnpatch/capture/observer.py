@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch.capture import fused_mass
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.mass import accumulate_block_mass, add_rows, add_run, key_sums
 from attnpatch.capture.measures import Measures
@@ -129,6 +130,44 @@ class SiteObserver:
         assert self.sample is not None
         return self.sample.positions() - self.call.past
 
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+        """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
+
+        Args:
+            call: Arguments of an SDPA call by name.
+            lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
+
+        Returns:
+            ``None`` if it did; otherwise why not, in a few words, and nothing is added.
+        """
+        reason = fused_mass.why_not(call) or ("measures" if self.recorder.measures else None)
+        if reason is not None:
+            return reason
+        (batch, num_heads, q_len, _), kv_len = call["query"].shape, call["key"].shape[-2]
+        if batch != self.call.batch or self._is_cut(q_len) or (self.facts.tokens == 1 and q_len > 1):
+            return "another layout"
+        if self.rows(batch * num_heads, q_len, kv_len) is not None:
+            return "some rows"
+        if self.record is None:
+            self.record = self._open(q_len, kv_len, num_heads)
+        record, is_mean = self.record, self.recorder.heads == "mean"
+        heads = None if is_mean else self.recorder.head_numbers(num_heads)
+        query = record.query.assignment[:, self.call.past : self.call.past + q_len]
+        num_blocks = record.sums.shape[-2], record.sums.shape[-1]
+        try:
+            sums = fused_mass.block_sums(call, lse, query, self._columns, num_blocks, heads)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return fused_mass.give_up(error)
+        counts = torch.zeros_like(record.counts).scatter_add_(1, query.clamp(min=0), (query >= 0).double())
+        rows = counts[:, None] * (num_heads if is_mean else 1)
+        if not fused_mass.is_plausible(sums, rows, call["attn_mask"] is not None):
+            return "a wrong logsumexp"
+        record.sums += sums
+        record.counts += counts
+        return None
+
     def finish(self) -> None:
         """The call of the site has ended."""
         if self.record is None or self.sample is None:
@@ -151,9 +190,7 @@ class SiteObserver:
         if self.facts.tokens == 1 and passing.q_len > 1:
             probabilities, passing = _heads_as_leads(probabilities, passing)
         batch = self.call.batch
-        # A host that puts tokens first calls it with other numbers, which say nothing of windows.
-        is_cut = self.facts.tokens == passing.q_len and self.facts.sequences != batch
-        if is_cut or passing.lead_count % batch:
+        if self._is_cut(passing.q_len) or passing.lead_count % batch:
             self._refuse(
                 f"attends in {passing.lead_count} pieces, which is no multiple of the batch of {batch}: its sequence "
                 "is cut into windows, which block maps over the sequence cannot show"
@@ -186,6 +223,11 @@ class SiteObserver:
                     columns = self._columns[b, : tile.shape[-1]]
                     bins = key_sums(self.record.sums[b, place], tile[chosen], columns, some)
                     self.sample.add(b, place, bins, rows)
+
+    def _is_cut(self, q_len: int) -> bool:
+        """Whether the sequence is cut into windows."""
+        # A host that puts tokens first calls it with other numbers, which say nothing of windows.
+        return self.facts.tokens == q_len and self.facts.sequences != self.call.batch
 
     def _measure(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor

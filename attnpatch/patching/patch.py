@@ -74,6 +74,7 @@ class Site:
         counts: What happened, by the names of ``TOTALS``.
         operations: What was materialised, by operation.
         obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
+        sums: Fused calls that a capture saw, by what summed their probabilities.
         unseen: Calls that were watched and in which no attention was seen.
         previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
@@ -90,6 +91,7 @@ class Site:
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.obstacles: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
         self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.previous: Callable[..., Any] | None = None
@@ -97,7 +99,7 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        counters = {name: Counter() for name in ("counts", "operations", "obstacles")}
+        counters = {name: Counter() for name in ("counts", "operations", "obstacles", "sums")}
         return {**vars(self), **counters, "unseen": 0, "decisions": {}}
 
     def __repr__(self) -> str:
@@ -117,6 +119,9 @@ class Site:
 
     def not_fused(self, step: str) -> None:
         self.obstacles[step] += 1
+
+    def summed(self, by: str) -> None:
+        self.sums[by] += 1
 
     def serve(
         self,
@@ -249,6 +254,9 @@ class _Blind:
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str:
+        return "seen before"
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)

@@ -35,19 +35,32 @@ class Added:
         self.steps = [
             (step.kind, step.number, step.mask is not None, step.inverted) for step in formula.steps
         ]
-        self.row, self.keys = formula.row, formula.keys
-        self.groups = [formula.leads[:-1], formula.leads[-1:], (self.row,), (self.keys,)]
+        self.groups = [formula.leads[:-1], formula.leads[-1:], (formula.row,), (formula.keys,)]
         self.dtype = formula.dtype
         masks = [step.mask for step in formula.steps if step.mask is not None]
         own = [{axis for axis in all_leaves(mask.dims) if axis in formula.leads} for mask in masks]
-        self.leads = set().union(*own)
+        self._leads: set[Axis] = set().union(*own)
         # Masks that are the same for all heads say what is seen before those of every head are computed.
-        self._is_narrow = [len(axes) < len(self.leads) for axes in own]
+        self._is_narrow = [len(axes) < len(self._leads) for axes in own]
         self._is_mild = all(
             is_narrow or _is_mild(mask) for mask, is_narrow in zip(masks, self._is_narrow, strict=True)
         )
         self._can_slice = all(_can_slice(mask, self.row, self.keys) for mask in masks)
         self.is_interleaved = any(_is_interleaved(mask, self.keys) for mask in masks)
+
+    # A mask that layers share makes their axes one, so an axis may have another name than when this was made.
+
+    @property
+    def row(self) -> Axis:
+        return self.groups[2][0].leaves()[0]
+
+    @property
+    def keys(self) -> Axis:
+        return self.groups[3][0].leaves()[0]
+
+    @property
+    def leads(self) -> set[Axis]:
+        return set(leaves(self._leads))
 
     def __call__(
         self, masks: Sequence[Node], tile: Tile, run: Run, only_narrow: bool = False

@@ -30,6 +30,9 @@ class Tally(Protocol):
     def not_fused(self, step: str) -> None:
         """A recipe was kept from the fused kernel by a step (``Policy.fuse``)."""
 
+    def summed(self, by: str) -> None:
+        """Probabilities of a fused call were summed for a capture, and by what."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Passing:
@@ -66,6 +69,13 @@ class Observer(Protocol):
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
 
         Keys that no row of the tile may look at can be left out at the end.
+        """
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+        """See a whole SDPA call at once, given its arguments by name and ``[batch, heads, q_len]`` logsumexp.
+
+        Returns:
+            ``None`` if nothing of it needs to be shown any more; otherwise why, in a few words.
         """
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:

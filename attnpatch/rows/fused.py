@@ -22,7 +22,6 @@ from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.formula import Formula, OtherRecipe, read
 from attnpatch.rows.recipe import Call, Node, tensors_of
 from attnpatch.rows.run import Run
-from attnpatch.rows.showing import with_lse
 
 
 def attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor | None:
@@ -58,7 +57,7 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
         raise OtherRecipe("a mask or a sink, while block maps are captured")
     site.tally.count("fused")
     if pattern is not None:
-        return node.laid_out(node.beside_sink(*with_lse(whole), {}, Run(node)), {})
+        return node.laid_out(node.beside_sink(*sdpa.with_lse(whole), {}, Run(node)), {})
     return site.replay(node)
 
 
@@ -116,7 +115,7 @@ class Fused(Node):
                 mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
             call = {**sdpa.arguments((query, key, value, mask), {}), "scale": self.factor}
             if self.has_sink:
-                out = self.beside_sink(*with_lse(call), tile, run)
+                out = self.beside_sink(*sdpa.with_lse(call), tile, run)
             elif self.cap is not None:
                 out = flex.attend(query, key, value, mask, self.factor, self.cap)
             else:

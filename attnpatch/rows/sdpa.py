@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.rows import lse as logsumexp
 from attnpatch.rows import weights
+from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
@@ -20,7 +22,7 @@ from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
 from attnpatch.rows.saved import Saved
-from attnpatch.rows.showing import show, with_lse
+from attnpatch.rows.showing import show
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -99,18 +101,57 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
     site.tally.count("captured")
-    if site.policy.mode != "always" and not is_pending(call["attn_mask"]) and keeps_lse(call):
-        result, lse = with_lse(call)
-        site.tally.count("fused")
-    else:
-        result, lse = _attend(call, args, kwargs, site), None
-    _show(call, site, lse)
+    result, lse = _fused(call, site)
+    if result is None:
+        result = _attend(call, args, kwargs, site)
+    _look(call, site, lse)
     return result
+
+
+def _fused(call: dict[str, Any], site: SiteCall) -> tuple[torch.Tensor | None, torch.Tensor | str]:
+    """The result of a fused call and its logsumexp; or neither, and the reason."""
+    if site.policy.mode == "always":
+        return None, "by rows"
+    if is_pending(call["attn_mask"]):
+        return None, "a mask by rows"
+    choice = fused_choice(call)
+    reason = logsumexp.why_not(call, choice)
+    if reason is not None:
+        return None, reason
+    try:
+        result, lse = logsumexp.with_lse(call, choice)
+    except RuntimeError as error:
+        if not site.is_answered(error):
+            raise
+        return None, "no memory"
+    site.tally.count("fused")
+    with torch._C.DisableTorchFunction():
+        is_right = logsumexp.is_right(call, choice, lse)
+    return result, lse if is_right else "a wrong logsumexp"
+
+
+def _look(call: dict[str, Any], site: SiteCall, lse: torch.Tensor | str) -> None:
+    """Let an observer see the probabilities of a call: as a whole if it can take it so, otherwise tile by tile."""
+    observer, retries = site.observer, site.policy.retry_on_oom
+    assert observer is not None
+    reason = lse if isinstance(lse, str) else None
+    if reason is None:
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                reason = observer.take(call, lse)
+        except RuntimeError as error:
+            if not (retries and is_out_of_memory(error)):
+                raise
+            reason = "no memory"
+    site.tally.summed("kernel" if reason is None else f"torch ({reason})")
+    if reason is not None:
+        _show(call, site, None if isinstance(lse, str) else lse)
 
 
 def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
     site.tally.count("captured")
+    site.tally.summed("torch (gradients)")
     _show(call, site, None, grad)
 
 
@@ -123,14 +164,13 @@ def _show(
 
 
 def keeps_lse(call: dict[str, Any]) -> bool:
-    """Whether the call goes to the fused CPU kernel, whose operator returns the logsumexp.
+    """Whether the call goes to a fused kernel whose operator returns the logsumexp."""
+    return logsumexp.why_not(call, fused_choice(call)) is None
 
-    Not under autocast, which knows the call and not the operator.
-    """
-    query = call["query"]
-    if torch.is_autocast_enabled(query.device.type):
-        return False
-    return query.device.type == "cpu" and query.dim() == 4 and fused_choice(call) != MATH_KERNEL
+
+def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A call that ``keeps_lse``: its result, and float32 ``[batch, heads, q_len]``, the logsumexp of each row."""
+    return logsumexp.with_lse(call, fused_choice(call))
 
 
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
@@ -260,7 +300,8 @@ class Attend(Node):
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
         self.is_learned = call["attn_mask"] is not None and call["attn_mask"].requires_grad
-        self.merges = self.is_causal and keeps_lse(call)
+        # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
+        self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
         self.context = Context(self.device)

@@ -25,26 +25,6 @@ DEVICE_SHOW_BYTES = 64 * 2**20
 LOG2_E = 1.0 / math.log(2.0)
 
 
-def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """An SDPA call that torch's fused CPU kernel serves: the same result, and the logsumexp of each row.
-
-    Args:
-        call: All arguments of the call by name.
-
-    Returns:
-        The attention output, and float32 ``[batch, heads, q_len]``.
-    """
-    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    if call["enable_gqa"]:
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, call["dropout_p"], call["is_causal"], attn_mask=mask, scale=call["scale"]
-    )
-
-
 @torch.no_grad()
 def show(
     call: dict[str, Any],

@@ -1,0 +1,159 @@
+"""Fused attention that returns its logsumexp: the same kernels as SDPA's own, called one level below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.ledger import ledger_of
+
+Call = dict[str, Any]
+# Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one
+# that returned it in another base was off by a third of it (pytorch#181645).
+_ROWS, _OFF, _OFF_RELATIVE = 4, 1e-2, 1e-3
+# Whether the logsumexp was right at the first use of each device, operator and kind of call.
+_is_right: dict[tuple[Any, ...], bool] = {}
+
+
+def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    if call["enable_gqa"]:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query,
+        key,
+        value,
+        call["dropout_p"],
+        call["is_causal"],
+        attn_mask=_added(mask, query),
+        scale=call["scale"],
+    )
+
+
+def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel takes widths that are multiples of 8, as SDPA pads them for it, and shared key heads as they are."""
+    query, key, value = call["query"], call["key"], call["value"]
+    width, scale = value.shape[-1], call["scale"]
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    padded = (torch.nn.functional.pad(each, (0, -each.shape[-1] % 8)) for each in (query, key, value))
+    result, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        *padded, call["dropout_p"], call["is_causal"], False, scale=scale
+    )
+    return result[..., :width], lse
+
+
+def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel reads a mask 16 elements at a time, so SDPA pads its rows; its logsumexp has room for whole warps."""
+    query, key = call["query"], call["key"]
+    mask = _added(call["attn_mask"], query)
+    if mask is not None:
+        kv_len = key.shape[-2]
+        if kv_len % 16:
+            mask = torch.nn.functional.pad(mask, (0, -kv_len % 16))[..., :kv_len]
+        mask = mask.expand(*query.shape[:-1], kv_len)
+    result, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, call["value"], mask, True, call["dropout_p"], call["is_causal"], scale=call["scale"]
+    )
+    return result, lse
+
+
+def _cudnn(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query = call["query"]
+    result, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, call["key"], call["value"], _added(call["attn_mask"], query), True,
+        call["dropout_p"], call["is_causal"], False, scale=call["scale"],
+    )  # fmt: skip
+    return result, lse
+
+
+# By the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
+OPERATORS: dict[tuple[str, int], Callable[[Call], tuple[torch.Tensor, torch.Tensor]]] = {
+    ("cpu", 1): _flash_cpu,
+    ("cuda", 1): _flash_cuda,
+    ("cuda", 2): _efficient_cuda,
+    ("cuda", 3): _cudnn,
+}
+
+
+def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A mask as SDPA hands it to its kernels: added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+
+
+def why_not(call: Call, choice: int) -> str | None:
+    """Why an SDPA call gives no logsumexp, in a few words; ``None``: it does.
+
+    Args:
+        call: All arguments of the call by name.
+        choice: The kernel that torch chooses.
+    """
+    query = call["query"]
+    if torch.is_autocast_enabled(query.device.type):
+        return "autocast"  # it knows the call and not the operator
+    if query.dim() != 4:
+        return "another layout"
+    if (query.device.type, choice) not in OPERATORS:
+        return "another kernel"
+    mask = call["attn_mask"]
+    if query.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return "another mask"
+    if not _is_right.get(_kind(call, choice), True):
+        return "a wrong logsumexp"
+    return None
+
+
+def with_lse(call: Call, choice: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An SDPA call that ``why_not`` has nothing against: the same result, and the logsumexp of each row.
+
+    Args:
+        call: All arguments of the call by name.
+        choice: The kernel that torch chooses.
+
+    Returns:
+        The attention output, and float32 ``[batch, heads, q_len]``, natural logarithm.
+    """
+    query = call["query"]
+    result, lse = OPERATORS[query.device.type, choice](call)
+    # Kernels leave room at its end, or a dimension of one.
+    return result, lse.reshape(*query.shape[:2], -1)[..., : query.shape[-2]]
+
+
+@torch.no_grad()
+def is_right(call: Call, choice: int, lse: torch.Tensor) -> bool:
+    """Whether the logsumexp is what it says; computed again for some rows at the first use of a kind of call."""
+    kind = _kind(call, choice)
+    if kind not in _is_right and ledger_of(call["query"]) is None:
+        _is_right[kind] = all(_agrees(call, lse, head) for head in {0, call["key"].shape[1] - 1})
+    return _is_right.get(kind, True)
+
+
+def _kind(call: Call, choice: int) -> tuple[Any, ...]:
+    query = call["query"]
+    return query.device, choice, query.dtype, call["is_causal"], call["attn_mask"] is None
+
+
+def _agrees(call: Call, lse: torch.Tensor, key_head: int) -> bool:
+    """Of some rows of the query heads that share a key head, in the first sequence."""
+    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    group = query.shape[1] // key.shape[1]
+    heads = slice(key_head * group, (key_head + 1) * group)
+    rows = torch.linspace(0, q_len - 1, min(_ROWS, q_len), device=query.device).long()
+    scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query[0, heads][:, rows].to(dtype) @ key[0, key_head].to(dtype).T) * scale
+    if call["is_causal"]:
+        scores.masked_fill_(torch.arange(kv_len, device=query.device) > rows[:, None], -math.inf)
+    if mask is not None:
+        some = _added(mask.expand(*query.shape[:-1], kv_len)[0, heads][:, rows], query)
+        scores.add_(some)
+    expected = scores.logsumexp(-1)
+    there = expected.isfinite()
+    off = (lse[0, heads][:, rows].to(dtype) - expected).abs()
+    return bool((off <= _OFF + _OFF_RELATIVE * expected.abs())[there].all())

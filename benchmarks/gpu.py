@@ -1,0 +1,472 @@
+"""Every GPU figure: ``python -m benchmarks.gpu``. Correctness first, then times and memory, in under 8 minutes on an H200.
+
+``--device cpu`` runs every line of it on tiny shapes in Triton's interpreter: no figures, but no surprises either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnpatch
+from attnpatch.capture import fused_mass
+from attnpatch.capture.fused_mass import Shape
+from attnpatch.memory import PeakMeter
+from attnpatch.policy import Policy
+from attnpatch.rows import lse as fused
+from attnpatch.rows.sdpa import arguments, fused_choice
+
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+# What the kernel's tiles might be instead.
+SHAPES = (
+    Shape(128, 64, 4, 3), Shape(128, 64, 4, 2), Shape(128, 64, 4, 4), Shape(128, 64, 8, 3), Shape(128, 128, 8, 2),
+    Shape(128, 128, 8, 3), Shape(64, 128, 4, 2), Shape(64, 64, 4, 3), Shape(128, 64, 4, 3, 8), Shape(128, 64, 4, 3, 32),
+)  # fmt: skip
+# Ratios asked for, and bytes.
+ATTENTION, FORWARD, BYTES = 1.6, 1.25, 64 * 10**6
+
+
+@dataclasses.dataclass
+class Sizes:
+    """What is measured, and how often; heads, key heads and width of Llama-3.1-8B unless it is a rehearsal."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+    heads: int = 32
+    kv_heads: int = 8
+    width: int = 128
+    hidden: int = 4096
+    inner: int = 14336
+    layers: int = 4
+    block: int = 128
+    dense: int = 8192
+    checked: int = 1000
+    rounds: int = 7
+
+
+GPU = Sizes(torch.device("cuda"), torch.bfloat16, (32768, 131072))
+REHEARSAL = Sizes(
+    torch.device("cpu"), torch.float32, (64, 96), heads=2, kv_heads=1, width=16, hidden=32, inner=48, layers=1,
+    block=32, dense=64, checked=50, rounds=1,
+)  # fmt: skip
+
+
+class Clock:
+    """How long this has been running, and whether there is time for more."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    def has(self, seconds: float, what: str) -> bool:
+        left = self.seconds - (time.perf_counter() - self.start)
+        if left < seconds:
+            print(f"left out, no time for it: {what}", flush=True)
+        return left >= seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds, with everything on the device done."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def by_turns(calls: dict[str, Callable[[], object]], sizes: Sizes) -> dict[str, float]:
+    """Median seconds of each, one after the other, after a warm round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(sizes.rounds + 1):
+        for name, call in calls.items():
+            taken = timed(call, sizes.device)
+            if number:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes taken beyond what is held, warm."""
+    call()
+    with PeakMeter(device) as meter:
+        call()
+    return meter.peak
+
+
+def a_call(sizes: Sizes, tokens: int, dtype: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
+    """Arguments of a causal SDPA call with shared key heads."""
+    generator = torch.Generator(sizes.device).manual_seed(0)
+
+    def normal(heads: int) -> torch.Tensor:
+        shape = 1, tokens, heads, sizes.width
+        values = torch.randn(shape, generator=generator, device=sizes.device, dtype=dtype or sizes.dtype)
+        return values.transpose(1, 2)  # as projections leave them
+
+    query, key, value = normal(sizes.heads), normal(sizes.kv_heads), normal(sizes.kv_heads)
+    return arguments((query, key, value), {"is_causal": True, "enable_gqa": True, **more})
+
+
+def blocks_of(tokens: int, size: int) -> tuple[torch.Tensor, int]:
+    return (torch.arange(tokens) // size)[None], -(-tokens // size)
+
+
+def attend(call: dict[str, Any]) -> torch.Tensor:
+    return F.scaled_dot_product_attention(**call)
+
+
+# ------------------------------------------------------------------------------------------------------ correctness
+
+
+def expected(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 probabilities and their logsumexp."""
+    query, key, mask = call["query"].double(), call["key"].double(), call["attn_mask"]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if call["is_causal"]:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], device=scores.device).tril() == 0, -math.inf)
+    if mask is not None:
+        scores = (
+            scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0), lse
+
+
+def check_kernel(sizes: Sizes) -> list[str]:
+    """The kernel against float64, on every feature."""
+    n, device = sizes.checked, sizes.device
+    places = torch.arange(n, device=device)
+    window = (places[:, None] - places >= 0) & (places[:, None] - places < n // 5)
+    slopes = torch.rand(1, sizes.heads, 1, 1, device=device)
+    edges = [0, n // 11, n // 11 + 1, n // 3, n - 7]
+    spans = attnpatch.Blocks.spans(list(itertools.pairwise(edges)))
+    uneven = spans.resolve(torch.ones(1, n, dtype=torch.bool)).assignment
+    scattered = torch.randint(-1, 9, (1, n), generator=torch.Generator().manual_seed(0))
+    fixed, count = blocks_of(n, sizes.block)
+    masked = {"is_causal": False}
+    dtypes = (
+        (torch.bfloat16, torch.float16, torch.float32)
+        if device.type == "cuda"
+        else (torch.float16, torch.float32)
+    )
+    cases: list[tuple[str, dict[str, Any], torch.Tensor, int, list[int] | None]] = [
+        *((f"causal, {dtype}", a_call(sizes, n, dtype), fixed, count, None) for dtype in dtypes),
+        ("not causal", a_call(sizes, n, **masked), fixed, count, None),
+        ("heads apart", a_call(sizes, n), fixed, count, [1, 0]),
+        ("uneven blocks", a_call(sizes, n), uneven, len(edges) - 1, None),
+        ("blocks in many runs", a_call(sizes, n), scattered, 9, None),
+        ("sliding window", a_call(sizes, n, attn_mask=window, **masked), fixed, count, None),
+        (
+            "added mask",
+            a_call(sizes, n, attn_mask=slopes * (places / n - 1) * 9, **masked),
+            fixed,
+            count,
+            None,
+        ),
+    ]
+    wrong = []
+    for name, call, blocks, number, heads in cases:
+        given, lse = expected(call)
+        member = (blocks == torch.arange(number)[:, None]).to(device, torch.float64)
+        wanted = member @ given[0] @ member.T
+        wanted = wanted.sum(0, keepdim=True) if heads is None else wanted[heads]
+        sums = fused_mass.block_sums(call, lse.float(), blocks, blocks, (number, number), heads)
+        rows = member.sum(-1).clamp(min=1)[:, None] * (sizes.heads if heads is None else 1)
+        off = ((sums[0].to(device) - wanted) / rows).abs().max().item()
+        print(f"  kernel, {name:24} off by {off:.1e} (at most 1e-05)", flush=True)
+        wrong += [f"kernel, {name}"] if not off <= 1e-5 else []
+    return wrong
+
+
+def check_lse(sizes: Sizes) -> list[str]:
+    """Every operator that returns a logsumexp gives SDPA's own result with it, and a right one."""
+    wrong = []
+    for backend in BACKENDS if sizes.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
+        for what in ("causal", "mask"):
+            more = {"enable_gqa": backend != SDPBackend.EFFICIENT_ATTENTION}
+            if what == "mask":
+                seen = torch.rand(sizes.checked, sizes.checked, device=sizes.device) < 0.5
+                more |= {"is_causal": False, "attn_mask": seen}
+            call = a_call(sizes, sizes.checked, **more)
+            if not more["enable_gqa"]:
+                call["key"], call["value"] = (
+                    call[name].repeat_interleave(sizes.heads // sizes.kv_heads, 1)
+                    for name in ("key", "value")
+                )
+            name = f"{backend.name.lower()}, {what}"
+            with sdpa_kernel([backend, SDPBackend.MATH]):
+                choice = fused_choice(call)
+                if (sizes.device.type, choice) not in fused.OPERATORS:
+                    print(f"  logsumexp, {name}: not offered")
+                    continue
+                result, lse = fused.with_lse(call, choice)
+                own = attend(call)
+                # A kernel may round otherwise when it keeps the logsumexp.
+                same = bool(((result - own).abs() <= torch.finfo(own.dtype).eps * (1 + own.abs())).all())
+            off = (lse - expected(call)[1]).abs().nan_to_num(0.0).max().item()
+            right = fused.is_right(call, choice, lse)
+            print(f"  logsumexp, {name:28} off by {off:.1e}, result the same: {same}", flush=True)
+            wrong += [f"logsumexp, {name}"] if not (off <= 1e-2 and same and right) else []
+    return wrong
+
+
+def check_maps(sizes: Sizes) -> list[str]:
+    """Maps of a model by the kernel, and by torch."""
+    model, ids = llama(sizes, 1), tokens_of(sizes, 2 * sizes.checked)
+    maps = {}
+    for way in ("kernel", "torch"):
+        why_not = fused_mass.why_not
+        fused_mass.why_not = why_not if way == "kernel" else lambda call: "left out"
+        try:
+            with captured(model, sizes) as found:
+                model(ids, use_cache=False)
+                summed = attnpatch.report(model).sites[0].summed_by
+        finally:
+            fused_mass.why_not = why_not
+        if set(summed) != {"kernel" if way == "kernel" else "torch (left out)"}:
+            return [f"maps by {way}: {summed}"]
+        maps[way] = found.block_map.to_numpy()
+    off = float(abs(maps["kernel"] - maps["torch"]).max())
+    print(f"  maps of a layer by kernel and by torch: off by {off:.1e} (at most 1e-04)")
+    return [] if off <= 1e-4 else ["maps of a layer"]
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def llama(sizes: Sizes, layers: int, implementation: str = "sdpa") -> torch.nn.Module:
+    """Layers of Llama-3.1-8B's shape with random weights, without its vocabulary."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.width,
+        max_position_embeddings=2**18, attn_implementation=implementation,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(sizes.dtype)
+    try:
+        with sizes.device:
+            return LlamaModel(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tokens_of(sizes: Sizes, length: int) -> torch.Tensor:
+    return torch.randint(0, 1024, (1, length), generator=torch.Generator().manual_seed(0)).to(sizes.device)
+
+
+@contextlib.contextmanager
+def captured(model: torch.nn.Module, sizes: Sizes):
+    """A capture under a patch, so that the report outlives it."""
+    with (
+        attnpatch.patched(model, mode="never"),
+        attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(sizes.block)) as maps,
+    ):
+        yield maps
+
+
+def attention(sizes: Sizes, tokens: int) -> dict[str, Any]:
+    """One attention call, with capture and without."""
+    call = a_call(sizes, tokens)
+    choice = fused_choice(call)
+    blocks, count = blocks_of(tokens, sizes.block)
+    lse = fused.with_lse(call, choice)[1]
+
+    def capture() -> None:
+        _, lse = fused.with_lse(call, choice)
+        fused_mass.block_sums(call, lse, blocks, blocks, (count, count))
+
+    seconds = by_turns(
+        {
+            "without": lambda: attend(call),
+            "with": capture,
+            "mass alone": lambda: fused_mass.block_sums(call, lse, blocks, blocks, (count, count)),
+        },
+        sizes,
+    )
+    more = peak(capture, sizes.device) - peak(lambda: attend(call), sizes.device)
+    kernels = {}
+    for backend in BACKENDS:
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+            kernels[backend.name] = statistics.median(
+                timed(lambda: attend(call), sizes.device) for _ in range(3)
+            )
+    return {
+        "kernel": SDPBackend(choice).name if choice else "MATH",
+        "seconds": seconds,
+        "ratio": seconds["with"] / seconds["without"],
+        "more bytes": more,
+        "seconds by kernel": kernels,
+    }
+
+
+def forward(sizes: Sizes, tokens: int, layers: int) -> dict[str, Any]:
+    """A forward pass, with capture and without."""
+    model, ids = llama(sizes, layers), tokens_of(sizes, tokens)
+
+    def capture() -> None:
+        with captured(model, sizes):
+            model(ids, use_cache=False)
+
+    def plain() -> None:
+        model(ids, use_cache=False)
+
+    seconds = by_turns({"without": plain, "with": capture}, sizes)
+    with captured(model, sizes) as maps:
+        model(ids, use_cache=False)
+        summed = {name for site in attnpatch.report(model).sites for name in site.summed_by}
+    sums = maps.block_map.to_numpy().sum(-1)
+    return {
+        "layers": layers,
+        "seconds": seconds,
+        "ratio": seconds["with"] / seconds["without"],
+        "more bytes": peak(capture, sizes.device) - peak(plain, sizes.device),
+        "summed by": sorted(summed),
+        "rows sum to": [float(sums.min()), float(sums.max())],
+    }
+
+
+def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
+    """Seconds of the kernel alone by the shape of its tiles."""
+    call = a_call(sizes, tokens)
+    lse = fused.with_lse(call, fused_choice(call))[1]
+    blocks, _ = blocks_of(tokens, sizes.block)
+    flops = 2 * sizes.heads * sizes.width * tokens * (tokens + 1) / 2
+    found = {}
+    for shape in SHAPES if sizes.device.type == "cuda" else SHAPES[:1]:
+        queries, keys = fused_mass.cut(blocks, shape.rows), fused_mass.cut(blocks, shape.keys)
+        name = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(shape).items())
+        try:
+            runs = [
+                timed(lambda: fused_mass._launch(call, lse, queries, keys, None, shape), sizes.device)  # noqa: B023
+                for _ in range(sizes.rounds + 1)
+            ]
+        except Exception as error:
+            print(f"  {name}: {type(error).__name__}")
+            continue
+        seconds = statistics.median(runs[1:])
+        found[name] = {"seconds": seconds, "TFLOP/s": flops / seconds * 1e-12}
+        print(f"  {name:55} {seconds * 1e3:8.2f} ms {flops / seconds * 1e-12:6.0f} TFLOP/s", flush=True)
+    return found
+
+
+def dense(sizes: Sizes) -> dict[str, Any]:
+    """A layer with hand-written attention as it is, by rows, fused, and with the kernel that the host can ask for."""
+    ids = tokens_of(sizes, sizes.dense)
+    ways: dict[str, tuple[str, dict[str, Any] | None]] = {
+        "eager": ("eager", None),
+        "eager by rows": ("eager", {"mode": "always"}),
+        "sdpa": ("sdpa", None),
+    }
+    if "fuse" in {field.name for field in dataclasses.fields(Policy)}:
+        ways["eager fused"] = ("eager", {"mode": "always", "fuse": True})
+    found = {}
+    for name, (implementation, policy) in ways.items():
+        model = llama(sizes, 1, implementation)
+        around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+        with around:
+            run = functools.partial(model, ids, use_cache=False)
+            found[name] = {"seconds": by_turns({name: run}, sizes)[name], "bytes": peak(run, sizes.device)}
+    for name, entry in found.items():
+        print(
+            f"  {name:14} {entry['seconds'] * 1e3:9.2f} ms ({entry['seconds'] / found['eager']['seconds']:.2f}x), "
+            f"{entry['bytes'] / 1e9:.2f} GB ({entry['bytes'] / max(1, found['eager']['bytes']):.2f}x)",
+            flush=True,
+        )
+    return found
+
+
+def shown(name: str, found: dict[str, Any], goal: float) -> list[str]:
+    """Print a pair; what was missed."""
+    seconds = found["seconds"]
+    print(
+        f"  {name}: {seconds['without'] * 1e3:.2f} -> {seconds['with'] * 1e3:.2f} ms, {found['ratio']:.3f}x (asked {goal}), "
+        f"{found['more bytes'] / 1e6:+.1f} MB (asked < {BYTES / 1e6:.0f})"
+    )
+    for key in ("kernel", "seconds by kernel", "layers", "summed by", "rows sum to"):
+        if key in found:
+            print(f"    {key}: {found[key]}", flush=True)
+    missed = [f"{name}: {found['ratio']:.3f}x, asked {goal}"] if found["ratio"] > goal else []
+    return missed + ([f"{name}: {found['more bytes'] / 1e6:.1f} MB"] if found["more bytes"] >= BYTES else [])
+
+
+@torch.inference_mode()
+def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
+    """Everything; what was found, and what was wrong or missed."""
+    device = sizes.device
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, a rehearsal"
+    )
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": str(sizes.dtype)}
+    print(f"{name}, torch {torch.__version__}\ncorrectness", flush=True)
+    wrong = check_kernel(sizes) + check_lse(sizes) + check_maps(sizes)
+    if wrong:
+        return results, [f"wrong: {what}" for what in wrong]
+    missed: list[str] = []
+    print("attention with capture over attention without")
+    for tokens in sizes.tokens:
+        if clock.has(20, f"attention, {tokens} tokens"):
+            results[f"attention {tokens}"] = attention(sizes, tokens)
+            missed += shown(f"attention, {tokens} tokens", results[f"attention {tokens}"], ATTENTION)
+    print("a forward pass with capture over one without")
+    for tokens, layers in zip(sizes.tokens, (sizes.layers, max(1, sizes.layers // 4)), strict=True):
+        if clock.has(60, f"forward, {tokens} tokens"):
+            results[f"forward {tokens}"] = forward(sizes, tokens, layers)
+            missed += shown(f"forward, {tokens} tokens", results[f"forward {tokens}"], FORWARD)
+    print(f"hand-written attention, one layer, {sizes.dense} tokens")
+    if clock.has(30, "hand-written attention"):
+        results["dense"] = dense(sizes)
+    print(f"the kernel alone by its tiles, {sizes.tokens[0]} tokens")
+    if clock.has(60, "tiles"):
+        results["shapes"] = shapes(sizes, sizes.tokens[0])
+    results["took"] = time.perf_counter() - clock.start
+    return results, missed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=420.0, help="start nothing that would end later")
+    parser.add_argument("--out", type=pathlib.Path, help="write what was found as JSON")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        # Before Triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        print("there is no GPU; --device cpu rehearses on tiny shapes", file=sys.stderr)
+        return 2
+    results, missed = measure(GPU if options.device == "cuda" else REHEARSAL, Clock(options.seconds))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1, default=str))
+    if options.device == "cpu":
+        missed = [line for line in missed if line.startswith("wrong")]  # times of a rehearsal say nothing
+    print("\n".join(f"missed: {line}" for line in missed) or "all that was asked is reached")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,359 @@
+"""The kernel of block mass against float64: run by ``test_fused_mass.py``, in Triton's interpreter or on a GPU."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import zoo
+
+import attnpatch
+from attnpatch.capture import fused_mass
+from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.fused_mass import Shape, block_sums, cut
+from attnpatch.rows import lse as fused
+
+DEVICE = "cpu" if fused_mass.is_interpreted() else "cuda"
+# Small tiles: many of them in few tokens.
+SMALL = Shape(16, 16, 4, 2, key_tiles=4)
+# Triton's interpreter multiplies the bits of bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+def a_call(
+    q_len=50, kv_len=None, batch=1, heads=2, kv_heads=None, width=16, dtype=torch.float32, mask=None, **more
+):
+    """Arguments of an SDPA call."""
+    generator = torch.Generator().manual_seed(0)
+    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
+    query = 1.5 * torch.randn(batch, heads, q_len, width, generator=generator)
+    key = 1.5 * torch.randn(batch, kv_heads, kv_len, width, generator=generator)
+    call = {
+        "query": query.to(DEVICE, dtype),
+        "key": key.to(DEVICE, dtype),
+        "attn_mask": None if mask is None else mask.to(DEVICE),
+        "is_causal": False,
+        "scale": None,
+        "enable_gqa": kv_heads != heads,
+    }
+    return {**call, **more}
+
+
+def probabilities(call):
+    """float64 ``[batch, heads, q_len, kv_len]`` and float32 logsumexp, the slow and obvious way."""
+    query, key, mask = call["query"].double().cpu(), call["key"].double().cpu(), call["attn_mask"]
+    if call["enable_gqa"]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if call["scale"] is None else call["scale"])
+    if call["is_causal"]:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -math.inf)
+    if mask is not None:
+        mask = mask.cpu()
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0), lse.float().to(DEVICE)
+
+
+def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL):
+    """The kernel's sums are those of float64."""
+    given, lse = probabilities(call)
+    query = (query_blocks[:, None] == torch.arange(counts[0])[:, None]).double()
+    key = (key_blocks[:, None] == torch.arange(counts[1])[:, None]).double()
+    expected = torch.einsum("bqn,bhnm,bkm->bhqk", query, given, key)
+    expected = expected.sum(1, keepdim=True) if heads is None else expected[:, heads]
+    assert fused_mass.why_not(call) is None
+    got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape)
+    assert got.dtype == torch.float64 and got.device.type == "cpu"
+    rows = query.sum(-1)[:, None, :, None].clamp(min=1) * (1 if heads is not None else given.shape[1])
+    torch.testing.assert_close(got / rows, expected / rows, atol=2e-6, rtol=0)
+    assert expected.abs().max() > 0.1  # or nothing was tested
+
+
+def in_blocks(length, size, batch=1):
+    return (torch.arange(length) // size).expand(batch, -1), -(-length // size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_shared_key_heads_and_dtypes(kv_heads, is_causal, dtype):
+    call = a_call(heads=4, kv_heads=kv_heads, dtype=dtype, is_causal=is_causal)
+    blocks, count = in_blocks(50, 16)
+    check(call, blocks, blocks, (count, count))
+
+
+@pytest.mark.parametrize("lengths", [(20, 45), (45, 20), (33, 33), (16, 70)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_other_lengths_of_queries_and_keys(lengths, is_causal):
+    """With ``is_causal`` row i sees the keys up to i, whatever the lengths, as torch has it."""
+    (queries, rows), (keys, columns) = in_blocks(lengths[0], 16), in_blocks(lengths[1], 16)
+    check(a_call(*lengths, is_causal=is_causal), queries, keys, (rows, columns))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 50), (5, 7), (17, 16), (50, 3), (16, 40)])
+def test_blocks_of_any_width(sizes, is_causal):
+    (queries, rows), (keys, columns) = in_blocks(50, sizes[0]), in_blocks(50, sizes[1])
+    check(a_call(is_causal=is_causal), queries, keys, (rows, columns))
+
+
+@pytest.mark.parametrize("how", ["plain", "causal", "masked", "scattered rows"])
+def test_full_tiles_come_before_the_others(how):
+    """Of blocks of 40 in tiles of 16: the last tile of each is not full, and lies between others that are."""
+    blocks, count = in_blocks(110, 40)
+    keys = cut(blocks, 16)
+    assert keys.is_full_first and not keys.is_even
+    assert keys.table[0, :, 1].tolist() == [16, 16, 16, 16, 16, 8, 8, 14]
+    queries = blocks if how != "scattered rows" else (torch.arange(110) // 4 % 3)[None]
+    more = {"mask": sliding(110, 30)} if how == "masked" else {"is_causal": how != "plain"}
+    check(a_call(110, **more), queries, blocks, (count, count))
+
+
+def test_uneven_spans_with_gaps_and_no_block():
+    spans = Blocks.spans([(0, 3), (3, 4), (9, 30), (31, 50)])
+    blocks = spans.resolve(torch.ones(1, 50, dtype=torch.bool)).assignment
+    check(a_call(is_causal=True), blocks, blocks, (4, 4))
+    # As the recorder calls it: keys of no block have a bin of their own.
+    check(a_call(is_causal=True), blocks, torch.where(blocks < 0, 4, blocks), (4, 5))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_blocks_in_many_runs_are_taken_in_their_order(is_causal):
+    """Tiles of an image: each lies in several short runs of tokens."""
+    tiles = Blocks.tiles(8, 8, 4).resolve(torch.ones(1, 64, dtype=torch.bool)).assignment
+    assert cut(tiles, 16).order is not None
+    assert cut(in_blocks(64, 16)[0], 16).order is None
+    check(a_call(64, is_causal=is_causal), tiles, tiles, (4, 4))
+    check(a_call(64, is_causal=is_causal), tiles, in_blocks(64, 16)[0], (4, 4))
+    check(a_call(64, is_causal=is_causal), in_blocks(64, 16)[0], tiles, (4, 4))
+
+
+def test_blocks_in_many_runs_of_sequences_with_other_padding():
+    valid = torch.ones(2, 70, dtype=torch.bool)
+    valid[0, :6], valid[1, 64:] = False, False
+    tiles = Blocks.tiles(8, 8, 4).resolve(valid).assignment
+    check(a_call(70, batch=2, mask=valid[:, None, None]), tiles, tiles, (4, 4))
+
+
+def test_sequences_with_other_padding_have_other_tiles():
+    valid = torch.ones(3, 50, dtype=torch.bool)
+    valid[1, :30], valid[2, 45:] = False, False
+    blocks = Blocks.fixed(16).resolve(valid).assignment
+    check(a_call(batch=3, is_causal=True), blocks, blocks, (4, 4))
+    mask = valid[:, None, None, :] & torch.ones(50, 50, dtype=torch.bool).tril()
+    check(a_call(batch=3, mask=mask), blocks, blocks, (4, 4))
+
+
+def sliding(length, window):
+    places = torch.arange(length)
+    distance = places[:, None] - places
+    return (distance >= 0) & (distance < window)
+
+
+MASKS = {
+    "sliding window": lambda: sliding(50, 11)[None, None],
+    "rows and keys only": lambda: sliding(50, 20),
+    "keys of each sequence": lambda: torch.rand(2, 1, 1, 50) < 0.6,
+    "each head its own": lambda: torch.rand(2, 2, 50, 50) < 0.5,
+    "a window in one head": lambda: torch.stack([sliding(50, 11), torch.ones(50, 50, dtype=torch.bool)])[
+        None
+    ],
+    "heads and batch shared": lambda: torch.rand(1, 1, 50, 50) < 0.3,
+    "bottom right": lambda: torch.ones(50, 50, dtype=torch.bool).tril(-10),
+    "added": lambda: 2 * torch.randn(2, 1, 50, 50),
+    "added, each head its own": lambda: -torch.rand(1, 2, 1, 1) * (50 - torch.arange(50.0)),
+    "added, with infinity": lambda: torch.where(sliding(50, 9), torch.randn(50, 50), -math.inf),
+    "added, half precision": lambda: torch.where(sliding(50, 40), 0.0, -1e4).half(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name):
+    """Some of them leave rows that see nothing, and those put no mass anywhere."""
+    torch.manual_seed(3)
+    blocks, count = in_blocks(50, 15, 2)
+    check(a_call(batch=2, mask=MASKS[name]()), blocks, blocks, (count, count))
+
+
+def test_a_mask_over_blocks_in_many_runs():
+    tiles = Blocks.tiles(8, 8, 4).resolve(torch.ones(1, 64, dtype=torch.bool)).assignment
+    check(a_call(64, mask=sliding(64, 13)), tiles, tiles, (4, 4))
+
+
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [3, 0]])
+def test_heads_kept_apart(heads):
+    blocks, count = in_blocks(50, 20, 2)
+    check(a_call(batch=2, heads=4, kv_heads=2, is_causal=True), blocks, blocks, (count, count), heads)
+
+
+@pytest.mark.parametrize("width", [8, 24, 80])
+def test_widths_that_are_no_power_of_two(width):
+    blocks, count = in_blocks(40, 16)
+    check(a_call(40, width=width, is_causal=True), blocks, blocks, (count, count))
+
+
+def test_scale_and_layout():
+    """Tokens before heads, as hosts' projections leave them, and keys that are expanded, are read where they lie."""
+    blocks, count = in_blocks(50, 16, 2)
+    call = a_call(batch=2, heads=4, scale=0.11, is_causal=True)
+    call["query"] = call["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    call["key"] = call["key"][:, :1].expand(-1, 4, -1, -1)
+    check(call, blocks, blocks, (count, count))
+    call["key"] = call["key"][..., ::2].repeat_interleave(2, -1).mT.contiguous().mT
+    check(call, blocks, blocks, (count, count))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_tiles_that_are_chosen(is_causal):
+    """Of full size, half precision, with tiles that nothing is masked in."""
+    blocks, count = in_blocks(260, 128)
+    check(
+        a_call(260, heads=1, dtype=torch.float16, is_causal=is_causal),
+        blocks,
+        blocks,
+        (count, count),
+        None,
+        None,
+    )
+
+
+def test_scratch_is_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(fused_mass, "SCRATCH_BYTES", 100)
+    blocks, count = in_blocks(50, 16, 2)
+    check(a_call(batch=2, is_causal=True), blocks, blocks, (count, count), [0, 1])
+
+
+def test_sums_are_the_same_every_time():
+    blocks, count = in_blocks(50, 16)
+    call = a_call(is_causal=True)
+    lse = probabilities(call)[1]
+    first, second = (block_sums(call, lse, blocks, blocks, (count, count), shape=SMALL) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# ---------------------------------------------------------------------------------------- through the whole package
+
+
+def captured(model, inputs, **asked):
+    """Maps, and what summed them; the reference is the same with the kernel left out."""
+    maps = {}
+    for way in ("kernel", "torch"):
+        given = {name: value.to(DEVICE) for name, value in inputs.items()}
+        with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+            if way == "torch":
+                patched.setattr(fused_mass, "why_not", lambda call: "left out")
+            attnpatch.apply(model, mode="never")
+            with attnpatch.capture(model, layers=[0], **asked) as found:
+                model(**given)
+            summed = attnpatch.report(model).sites[0].summed_by
+            attnpatch.remove(model)
+        assert summed == {"kernel" if way == "kernel" else "torch (left out)": 1}
+        maps[way] = found.block_map
+    return maps["kernel"], maps["torch"]
+
+
+@pytest.mark.parametrize(("padding", "heads"), [("none", "mean"), ("left", [2, 0])])
+def test_a_model_and_its_maps(padding, heads):
+    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    kernel, torch_map = captured(
+        model, zoo.BY_NAME["llama"].inputs(padding), blocks=Blocks.fixed(40), heads=heads
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(kernel.to_numpy()), torch.from_numpy(torch_map.to_numpy()), atol=2e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.as_tensor(kernel.missing_mass), torch.as_tensor(torch_map.missing_mass), atol=5e-6, rtol=0
+    )
+    assert kernel.to_numpy().max() > 0.2
+
+
+def test_what_the_kernel_cannot_serve_is_counted_with_its_reason():
+    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
+
+    def summed(**asked):
+        attnpatch.apply(model, mode="never")
+        with attnpatch.capture(model, blocks=Blocks.fixed(40), layers=[0], **asked):
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        report = attnpatch.report(model)
+        attnpatch.remove(model)
+        assert "block mass beside fused attention: " in str(report)
+        return report.sites[0].summed_by
+
+    assert summed() == {"kernel": 1, "torch (few rows)": 1}
+    assert summed(sample_rows=2)["torch (some rows)"] == 1
+    assert summed(measures=["entropy"]) == {"torch (measures)": 1, "torch (few rows)": 1}
+
+
+def test_a_wrong_logsumexp_is_found_at_its_first_use(monkeypatch):
+    """In another base, as it has been."""
+    inputs = zoo.BY_NAME["llama"].inputs("left")
+    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    with attnpatch.capture(model, blocks=Blocks.fixed(40), measures=["sink"]) as maps, torch.no_grad():
+        model(**{name: value.to(DEVICE) for name, value in inputs.items()})
+    expected = maps.block_map.to_numpy()  # by torch
+    right = dict(fused.OPERATORS)
+
+    def wrong(operator):
+        def run(call):
+            result, lse = operator(call)
+            return result, lse * math.log(2)
+
+        return run
+
+    monkeypatch.setattr(fused, "_is_right", {})
+    monkeypatch.setattr(fused, "OPERATORS", {kind: wrong(operator) for kind, operator in right.items()})
+    attnpatch.apply(model, mode="never")
+    with attnpatch.capture(model, blocks=Blocks.fixed(40)) as maps, torch.no_grad():
+        model(**{name: value.to(DEVICE) for name, value in inputs.items()})
+    assert {name for site in attnpatch.report(model).sites for name in site.summed_by} == {
+        "torch (a wrong logsumexp)"
+    }
+    attnpatch.remove(model)
+    torch.testing.assert_close(maps.block_map.to_numpy(), expected, atol=2e-6, rtol=0)
+
+
+def test_a_logsumexp_gone_wrong_later_is_found_by_its_sums(monkeypatch):
+    blocks, count = in_blocks(50, 16)
+    call = a_call(is_causal=True)
+    lse = probabilities(call)[1]
+    rows = torch.bincount(blocks[0]).double()[None, None] * 2  # of two heads
+    sums = [
+        block_sums(call, lse + off, blocks, blocks, (count, count), shape=SMALL) for off in (0, 0.05, -0.05)
+    ]
+    assert [fused_mass.is_plausible(some, rows, False) for some in sums] == [True, False, False]
+    assert [fused_mass.is_plausible(some, rows, True) for some in sums] == [True, True, False]
+
+
+def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
+    monkeypatch.setattr(fused_mass, "_broken", [])
+    monkeypatch.setattr(fused_mass, "_launch", lambda *_: dataclasses.fields(None))
+    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    attnpatch.apply(model, mode="never")
+    inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
+    with (
+        pytest.warns(UserWarning, match="Triton failed: must be called with a dataclass"),
+        attnpatch.capture(model, blocks=Blocks.fixed(40)) as maps,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+    torch.testing.assert_close(maps.block_map.to_numpy().sum(-1), torch.ones(2, 3).numpy(), check_dtype=False)
+    assert [site.summed_by for site in attnpatch.report(model).sites] == [
+        {"torch (Triton: TypeError)": 1}
+    ] * 2
+    attnpatch.remove(model)
+
+
+def test_a_kernel_that_runs_out_of_memory_leaves_the_call_to_torch(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(fused_mass, "_launch", fails)
+    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    attnpatch.apply(model)
+    inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
+    with attnpatch.capture(model, blocks=Blocks.fixed(40)) as maps, torch.no_grad():
+        model(**inputs)
+    assert abs(maps.block_map.to_numpy().sum(-1) - 1).max() < 1e-5
+    assert [site.summed_by for site in attnpatch.report(model).sites] == [{"torch (no memory)": 1}] * 2
+    attnpatch.remove(model)
