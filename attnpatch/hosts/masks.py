@@ -68,7 +68,9 @@ def by_rows(call: SiteCall) -> Iterator[None]:
     """Defer the masks that transformers makes inside the block, where the policy of ``call`` says so."""
     module = sys.modules.get(_MODULE)
     if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
-        yield
+        # Not those of a patched model around this one either.
+        with masks.of_call(None):
+            yield
         return
     _table.enter(module)
     try:
