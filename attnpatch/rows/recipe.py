@@ -32,8 +32,10 @@ class Node:
         dtype, device: What the tensor would have.
         whole: Axes that this step needs complete (softmax over keys, a mean over heads).
         children: The nodes it is computed from.
+        is_exact: Whether its rows are the same to the last bit in steps of the right size.
     """
 
+    is_exact = True
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
