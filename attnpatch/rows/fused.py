@@ -70,6 +70,8 @@ def _needs_grad(node: Node) -> bool:
 class Fused(Node):
     """Attention of some query rows by the fused kernel, with the rows of the masks that belong to them."""
 
+    is_exact = False
+
     def __init__(self, formula: Formula, result: Call) -> None:
         masks = [step.mask for step in formula.steps if step.mask is not None]
         self.has_sink, self.mask_count = formula.sink is not None, len(masks)
@@ -85,7 +87,7 @@ class Fused(Node):
         own, self.score_width = self.added.leads, formula.keys.size
         self.grain = Grain(32, 32) if {*formula.leads[-1:]} & own else Grain(768, 256)
         if self.added.is_interleaved:
-            self.grain, self.score_width = Grain(64, 64), self.score_width * math.prod(a.size for a in own)
+            self.grain, self.score_width = Grain(192, 64), self.score_width * math.prod(a.size for a in own)
             own = set()
         self.whole = (formula.keys, *formula.width, *(axis for axis in formula.leads if axis not in own))
 

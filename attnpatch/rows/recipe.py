@@ -38,6 +38,10 @@ class Node:
 
     stands_for_memory = False
     held_bytes = 0
+        is_exact: Whether its rows are the same to the last bit in steps of the right size.
+    """
+
+    is_exact = True
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims

@@ -94,7 +94,8 @@ class Replay:
         grain = getattr(self.node, "grain", None) or products_grain(
             [node.work for node in run.nodes if isinstance(node, Call)], tileable, self.node.device
         )
-        if self.limit is not Limit.EXACT:
+        asked = self.policy.rows is not None or self.policy.workspace is not None
+        if self.limit is not Limit.EXACT or (asked and not self.node.is_exact):
             grain = Grain()
         return choose(
             tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
