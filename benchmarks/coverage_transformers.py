@@ -12,7 +12,7 @@ import torch
 
 import attnpatch
 from benchmarks import small_transformers, sweep
-from benchmarks.inputs_transformers import inputs_of
+from benchmarks.inputs_transformers import MEDIA, inputs_of, parameters_of
 from benchmarks.sweep import ROWS
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -35,7 +35,7 @@ class Run:
         missed: Modules that computed attention not by rows, by class.
         one_row: Modules that only attend with one query row: there is nothing to cut.
         finite: Whether the outputs of the unpatched model are numbers.
-        inputs: Names of the arguments it was called with.
+        without: Images and sounds that its forward takes, and that it was not given.
     """
 
     raised: str = ""
@@ -47,7 +47,7 @@ class Run:
     missed: dict[str, int] = dataclasses.field(default_factory=dict)
     one_row: dict[str, int] = dataclasses.field(default_factory=dict)
     finite: bool = True
-    inputs: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -98,7 +98,8 @@ def examine(model_type: str) -> Outcome:
 
 def compare(model: torch.nn.Module, inputs: dict[str, Any], native: list[torch.Tensor]) -> Run:
     """The unpatched model against itself forced by rows."""
-    result = Run(inputs=tuple(inputs), finite=all(bool(t.isfinite().all()) for t in native))
+    left_out = [name for name in MEDIA if name in parameters_of(model.forward) and name not in inputs]
+    result = Run(without=tuple(left_out), finite=all(bool(t.isfinite().all()) for t in native))
     with sweep.seen(inputs) as seen:
         sweep.run(model, inputs)
     names = {module: name for name, module in model.named_modules()}
@@ -159,6 +160,7 @@ def row(outcome: Outcome, implementation: str) -> list[str]:
         verdict = f"{'to rounding' if found.equal else 'no'}, {found.difference:.0e}"
     notes = [f"not by rows: {sweep.listed(found.missed)}"] if found.missed else []
     notes += [f"one query row: {sweep.listed(found.one_row)}"] if found.one_row else []
+    notes += [f"called without {', '.join(found.without)}"] if found.without else []
     notes += [] if found.finite else ["NaN also unpatched"]
     return [str(found.sites), str(found.by_rows), verdict, sweep.listed(found.materialised), "; ".join(notes)]
 

@@ -22,12 +22,13 @@ GRID = (1, 8, 12)
 SOUND = 32000
 
 _IMAGES = ("pixel_values", "image_pixel_values")
+MEDIA = ("pixel_values", "image_pixel_values", "input_features", "input_values", "audio_input_features")
 _FLATTENED = ("image_grid_thw", "grid_thw")
 
 
-def words(*shape: int, seed: int = 1) -> torch.Tensor:
+def words(*shape: int, seed: int = 1, high: int = WORDS) -> torch.Tensor:
     """Ids of words; the first few are special."""
-    return torch.randint(5, WORDS, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(5, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def mask(length: int, side: str, padding: int = PADDING) -> torch.Tensor:
@@ -64,8 +65,15 @@ def _images(config: Any, names: set[str]) -> Iterator[torch.Tensor]:
     channels = find(vision, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     height, width = _pair(find(vision, "image_size", "img_size", default=IMAGE))
+    backbone = getattr(config, "backbone_config", None)
+    if backbone is not None and not hasattr(backbone, "patch_size"):
+        # Convolutions make one token of 32 x 32 pixels.
+        yield floats(BATCH, channels, 4 * IMAGE, 4 * IMAGE)
     if names & set(_FLATTENED) or "hidden_states" in names:
-        patch, frames = find(vision, "patch_size", default=14), find(vision, "temporal_patch_size", default=1)
+        patch, frames = (
+            find(vision, "patch_size", default=14),
+            find(vision, "temporal_patch_size", "patch_temporal", default=1),
+        )
         count = BATCH * GRID[0] * GRID[1] * GRID[2]
         area = _pair(patch)[0] * _pair(patch)[1]
         yield floats(count, channels * frames * area)
@@ -86,9 +94,10 @@ def _images(config: Any, names: set[str]) -> Iterator[torch.Tensor]:
 def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:
     mels = find(config, "num_mel_bins", "feature_size", "input_feat_size", "feature_projection_input_dim", "input_dim",
                 "n_mels", "input_size", "hidden_size", default=80)  # fmt: skip
-    positions = find(config, "max_source_positions", default=SOUND)
+    positions = find(config, "max_source_positions")
     if name == "input_features":
-        yield floats(BATCH, mels, 2 * positions if positions <= SOUND else 200)
+        if positions:
+            yield floats(BATCH, mels, 2 * positions)
         yield floats(BATCH, mels, 200)
         yield floats(BATCH, 200, mels)
         yield floats(BATCH, 1, 1024, mels)
@@ -118,8 +127,6 @@ def _beside(name: str, made: dict[str, Any], side: str) -> Any:
         return mask(length, "right", length // 5)
     if name == "decoder_attention_mask" and "decoder_input_ids" in made:
         return mask(TARGET_LENGTH, side, 9)
-    if name == "decoder_input_ids":
-        return words(BATCH, TARGET_LENGTH, seed=3)
     if name in _FLATTENED and (image is not None or "hidden_states" in made):
         return torch.tensor([GRID] * BATCH)
     if name == "bbox":
@@ -144,9 +151,10 @@ def _boxes(*shape: int) -> torch.Tensor:
 def _seeds(model: nn.Module, names: dict[str, inspect.Parameter]) -> Iterator[dict[str, Any]]:
     """What a model reads: text with images and sounds, then less and less of it."""
     config = model.config
-    text = {"input_ids": words(BATCH, LENGTH)} if "input_ids" in names else {}
+    high = min(WORDS, find(config, "vocab_size", default=WORDS))
+    text = {"input_ids": words(BATCH, LENGTH, high=high)} if "input_ids" in names else {}
     if "decoder_input_ids" in names:
-        text["decoder_input_ids"] = words(BATCH, TARGET_LENGTH, seed=3)
+        text["decoder_input_ids"] = words(BATCH, TARGET_LENGTH, seed=3, high=high)
     image = next((name for name in _IMAGES if name in names), None)
     sound = next((name for name in ("input_features", "input_values") if name in names), None)
     images = [{image: each} for each in _images(config, set(names))] if image else []
@@ -169,6 +177,7 @@ def _seeds(model: nn.Module, names: dict[str, inspect.Parameter]) -> Iterator[di
     if text:
         yield text
     for each in [*images, *sounds, *videos]:
+        yield {**{k: v for k, v in text.items() if k == "decoder_input_ids"}, **each}
         yield each
     if "inputs_embeds" in names:
         yield {"inputs_embeds": floats(BATCH, LENGTH, find(config, "hidden_size", default=64))}
@@ -186,20 +195,25 @@ def inputs_of(model: nn.Module, special: Special) -> Iterator[dict[str, Any]]:
         for name in names:
             if name not in made and (value := _beside(name, made, side)) is not None:
                 made[name] = value
+            elif (
+                name not in made and names[name].default is inspect.Parameter.empty and name.endswith("_ids")
+            ):
+                made[name] = words(BATCH, 20)
         made = {**made, **given}
         made = {k: v for k, v in made.items() if v is not None}
         key = tuple((k, tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v)) for k, v in made.items())
         if key in tried:
             continue
         tried.add(key)
-        placed = _placed(model, made, names, side)
-        if placed is not None:
-            yield placed
-        yield made
-        optional = {k for k in made if "mask" in k and k not in given and names[k].default is None}
+        optional = {k for k in made if "mask" in k or k.endswith("_sizes")}
+        optional = {k for k in optional if k not in given and names[k].default is None}
         optional -= {"attention_mask"} if "input_ids" in made else set()
-        if optional:
-            yield {k: v for k, v in made.items() if k not in optional}
+        for without in [set(), optional] if optional else [set()]:
+            fewer = {k: v for k, v in made.items() if k not in without}
+            placed = _placed(model, fewer, names, side)
+            if placed is not None:
+                yield placed
+            yield fewer
 
 
 # ------------------------------------------------------------------------------------- places for images in a text
@@ -250,7 +264,7 @@ def _placed(
 
 def _features(model: nn.Module, what: str, made: dict[str, Any]) -> int:
     """How many vectors an encoder makes of its part of the inputs."""
-    function = getattr(model, what, None)
+    function = next((getattr(part, what) for part in model.modules() if hasattr(part, what)), None)
     if function is None:
         return 0
     own = {

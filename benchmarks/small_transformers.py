@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ _WIDTHS = """hidden_size d_model n_embd dim emb_dim hidden_dim embed_dim project
 decoder_hidden_size encoder_hidden_size encoder_hidden_dim out_hidden_size vision_hidden_size output_proj_dims
 cross_hidden_size memory_attention_hidden_size memory_encoder_hidden_size fpn_hidden_size d_latents
 hidden_size_global backbone_hidden_size mask_dim conv_dim fpn_feature_size mask_feature_size feature_size
-adapter_out_dim project_dim decoder_embed_dim hidden_channels text_embed_dim word_embed_proj_dim output_dim
-projector_hidden_size projection_hidden_size emb_size true_hidden_size intra_bottleneck_size
+adapter_out_dim reassemble_hidden_size project_dim decoder_embed_dim hidden_channels text_embed_dim word_embed_proj_dim output_dim
+decoder_in_channels projector_hidden_size projection_hidden_size emb_size true_hidden_size intra_bottleneck_size
 memory_encoder_output_channels_ image_text_hidden_size mask_downsampler_embed_dim memory_fuser_embed_dim
 perceiver_resampler_hidden_size output_channels decoder_output_dim input_embedding_size output_embedding_size
 mm_embed_dim audio_embed_dim condition_dim audio_hidden_size prompt_embed_dim vector_quantization_hidden_dimension""".split()
@@ -96,7 +97,8 @@ SMALL: dict[str, int] = {
     "num_queries": 20,
     "num_query_tokens": 20,
     "num_latents": 20,
-    "window_size": 8,
+    "window_size": 4,
+    "num_pos_feats": HIDDEN // 2,
     "sliding_window": 32,
     "num_mel_bins": 16,
     "num_frames": FRAMES,
@@ -105,6 +107,7 @@ SMALL: dict[str, int] = {
     "mamba_d_state": 16,
     "num_res_blocks": 1,
     "depths": 2,
+    "upsample_groups": HIDDEN,
     "num_mtp_layers": 0,
     "num_nextn_predict_layers": 0,
 }
@@ -178,8 +181,12 @@ def small_config(kind: type[Any], level: int, given: dict[str, Any], default: An
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         name, value = field.name, _value(default, field)
-        if hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
+        if getattr(value, "model_type", "") == "timm_backbone":
+            values |= {name: _convolutions(), "use_timm_backbone": False}
+        elif hasattr(value, "to_dict") and hasattr(type(value), "model_type"):
             values[name] = small_config(type(value), level, given.get(name) or {}, value)
+        elif value is None and name not in given and (part := _optional(kind, name)) is not None:
+            values[name] = small_config(part, level, {})
         elif field.default is None or not field.init:
             continue  # derived from others
         else:
@@ -187,7 +194,7 @@ def small_config(kind: type[Any], level: int, given: dict[str, Any], default: An
             is_one = isinstance(field.default, int) and isinstance(value, (list, tuple))
             is_derived = is_one or (isinstance(field.default, str) and isinstance(value, int))
             values[name] = shrunk(name, field.default if is_derived else value, level)
-    values |= _key_heads(default, values) | _layer_types(default, values)
+    values |= _key_heads(default, values) | _layer_types(default, values) | _stages(default, values)
     own = {name: value for name, value in given.items() if not isinstance(value, dict) or name not in values}
     own |= {
         name: v
@@ -200,6 +207,24 @@ def small_config(kind: type[Any], level: int, given: dict[str, Any], default: An
         name: value for name, value in values.items() if name in own or name not in known or value is not None
     }
     return kind(**{name: value for name, value in changed.items() if name != "model_type"})
+
+
+def _convolutions() -> Any:
+    """A small backbone in the place of one that timm would build."""
+    from transformers import ResNetConfig
+
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1] * 4, out_features=stages)
+
+
+def _optional(kind: type[Any], name: str) -> type[Any] | None:
+    """The class of a part (an encoder of images or sounds) that a config leaves out unless it is asked for."""
+    part = kind.sub_configs.get(name) if getattr(kind, "sub_configs", None) else None
+    return (
+        part
+        if part is not None and dataclasses.is_dataclass(part) and getattr(part, "model_type", "")
+        else None
+    )
 
 
 def _value(config: Any, field: Any) -> Any:
@@ -220,16 +245,19 @@ def shrunk(name: str, value: Any, level: int) -> Any:
     if name not in SMALL or (level and name not in COSTLY):
         return value
     small = SMALL[name]
+    if name == "window_size" and isinstance(value, int) and value > IMAGE:
+        return IMAGE // 2  # in pixels, not in patches
     if isinstance(value, int):
         return min(small, value) if value > 0 else value
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
-        return type(value)(min(small, v) for v in value)
+        # Heads of stages that grow wider: a number that divides all widths.
+        return type(value)(small if name in _HEADS else min(small, v) for v in value)
     return value
 
 
 @functools.cache
 def _special_id(name: str, value: int) -> int:
-    if value < WORDS:
+    if value < WORDS and not re.search("image|video|audio|vision|img|media", name):
         return value
     # The same name is the same id in every part of a config.
     return SPECIAL_IDS + sum(map(ord, name)) % 97
@@ -241,7 +269,7 @@ def _key_heads(default: Any, values: dict[str, Any]) -> dict[str, Any]:
     same = [
         name for name in _KEY_HEADS if values.get(name) and own.get(name) == own.get("num_attention_heads")
     ]
-    return {name: values["num_attention_heads"] for name in same}
+    return dict.fromkeys(same, values.get("num_attention_heads"))
 
 
 def _rotate(config: Any) -> None:
@@ -252,10 +280,28 @@ def _rotate(config: Any) -> None:
     own = vars(config) if rope else {}
     if isinstance(rope, dict) and {"hidden_size", "num_attention_heads"} <= own.keys():
         width = own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"]
-        for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        nested = [value for value in rope.values() if isinstance(value, dict)]
+        for each in nested or [rope]:
             pairs = int(width * (each.get("partial_rotary_factor") or 1.0)) // 2
             third = 3 * pairs // 8
             each["mrope_section"] = [pairs - 2 * third, third, third]
+
+
+def _stages(default: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a backbone: as many layers as are asked for, and what else it was told to give out."""
+    known = {field.name for field in dataclasses.fields(default)}
+    found = {
+        name: value for name, value in vars(default).items() if isinstance(value, bool) and name not in known
+    }
+    found = {name: value for name, value in found.items() if not name.startswith("_")}
+    indices = getattr(default, "_out_indices", None)
+    if not indices or len(getattr(default, "stage_names", ())) < 3:
+        return found
+    if "num_hidden_layers" in values and "depths" not in values:
+        found["num_hidden_layers"] = max(len(indices), LAYERS)
+        return {**found, "out_indices": list(range(1 + found["num_hidden_layers"] - len(indices),
+                                                   1 + found["num_hidden_layers"]))}  # fmt: skip
+    return {**found, "out_indices": list(indices)}
 
 
 def _layer_types(default: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ def ones(*shape: int) -> torch.Tensor:
     return torch.ones(*shape, dtype=torch.long)
 
 
+def _patches() -> torch.Tensor:
+    """Patches of 16 x 16 pixels that begin with their row and column."""
+    places = torch.stack([torch.arange(60) // 10 + 1, torch.arange(60) % 10 + 1], dim=-1)
+    return torch.cat([places.float().expand(BATCH, -1, -1), floats(BATCH, 60, 768)], dim=-1)
+
+
 _SERIES = Special(
     config={
         "prediction_length": FUTURE,
@@ -37,7 +43,16 @@ _SERIES = Special(
         "future_time_features": floats(BATCH, FUTURE, 2),
     },
 )
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+# An image whole and in one crop.
+_CROPS = Special(
+    config={"image_grid_pinpoints": [[64, 64]]},
+    inputs={
+        "pixel_values": floats(BATCH, 2, 3, 64, 64),
+        "image_sizes": torch.tensor([[64, 64]] * BATCH),
+    },
+)
 _PAIR = Special(inputs={"pixel_values": floats(BATCH, 2, 3, 64, 64)})
 
 
@@ -57,15 +72,76 @@ SPECIAL: dict[str, Special] = {
     "zamba2": Special(config={"layers_block_type": ["linear_attention", "hybrid"]}),
     "mamba2": Special(config={"num_heads": 8, "head_dim": 16}),
     "gpt_neo": Special(config={"attention_types": [[["global", "local"], 1]], "window_size": 32}),
-    "muse_spark_audio": Special(config={"num_hidden_layers": 4}),
     "muse_spark": Special(config={"audio_config": {"num_hidden_layers": 4}}),
-    "gemma4_assistant": Special(config={"text_config": {"hidden_size_per_layer_input": 0}}),
+    "gemma4_assistant": Special(
+        config={"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}}
+    ),
     "fun_asr_nano": Special(config={"adaptor_config": {"intermediate_size": HIDDEN // 4}}),
     "molmo2": Special(config={"adapter_config": {"vision_feature_layer": [1, 0]}}),
     "cosmos3_edge_text": Special(config={"rope_parameters": _SECTIONS}),
     "cosmos3_edge": Special(config={"text_config": {"rope_parameters": _SECTIONS}}),
     "depth_pro": Special(config={"patch_size": 64}),
     "nemotron_h_omni": Special(config={"vision_config": {"video_temporal_patch_size": 2}}),
+    # Defaults that make no model.
+    "dbrx": Special(config={"attn_config": {"rope_theta": 10000.0}}),
+    "esm": Special(config={"vocab_size": 33}),
+    "dots1": Special(config={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}),
+    "deepseek_v2": Special(config={"num_experts_per_tok": 2}),
+    "diffusion_gemma": Special(
+        config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}
+    ),
+    "hunyuan_v1_dense": Special(config={"rope_parameters": _ROPE, "head_dim": 16}),
+    "hunyuan_v1_moe": Special(config={"rope_parameters": _ROPE, "head_dim": 16}),
+    "hunyuan_vl": Special(config={"text_config": {"rope_parameters": _ROPE, "head_dim": 16}}),
+    "hunyuan_vl_text": Special(config={"rope_parameters": _ROPE, "head_dim": 16}),
+    "ministral": Special(config={"head_dim": 16}),
+    "cvt": Special(config={"depth": [1, 2, 3]}),
+    "reformer": Special(
+        config={
+            "axial_pos_embds_dim": [32, 32],
+            "axial_pos_shape": [8, 16],
+            "max_position_embeddings": 128,
+            "local_attn_chunk_length": 16,
+            "lsh_attn_chunk_length": 16,
+        }
+    ),
+    "lfm2_moe": Special(config={"rope_parameters": _ROPE}),
+    "nemotron": Special(config={"head_dim": 16}),
+    "nemotron_h": Special(config={"n_groups": 2, "mamba_num_heads": 8}),
+    "longcat_flash": Special(config={"head_dim": 8}),
+    "jev": Special(
+        inputs={
+            "input_ids": ids(1, LENGTH),
+            "attention_mask": ones(1, LENGTH),
+            "marks": torch.tensor([[20, 60]]),
+            "num_options": torch.tensor([[2, 2]]),
+            "question_type_ids": torch.tensor([[0, 0]]),
+        }
+    ),
+    "pix2struct": Special(inputs={"flattened_patches": _patches()}),
+    "muse_spark_audio": Special(
+        config={"num_hidden_layers": 4}, inputs={"input_values": floats(BATCH, 38400)}
+    ),
+    "musicgen": Special(
+        kind="MusicgenForConditionalGeneration", inputs={"decoder_input_ids": ids(BATCH * 4, 71, high=60)}
+    ),
+    "musicgen_melody": Special(
+        kind="MusicgenMelodyForConditionalGeneration",
+        inputs={"decoder_input_ids": ids(BATCH * 4, 71, high=60)},
+        without=("input_features",),
+    ),
+    "dia": Special(inputs={"decoder_input_ids": ids(BATCH, 71, 9)}),
+    "gemma3n_audio": Special(
+        inputs={
+            "audio_mel": floats(BATCH, 200, 128),
+            "audio_mel_mask": torch.zeros(BATCH, 200, dtype=torch.bool),
+        }
+    ),
+    # Sparse patterns: so that a sequence is longer than they are.
+    "big_bird": Special(config={"block_size": 8, "num_random_blocks": 2}),
+    "bigbird_pegasus": Special(config={"block_size": 8, "num_random_blocks": 2}),
+    "longformer": Special(config={"attention_window": 16}),
+    "led": Special(config={"attention_window": 16}),
     # Time series, decisions.
     "autoformer": _SERIES,
     "informer": _without(_SERIES, "moving_average", "label_length"),
@@ -104,7 +180,32 @@ SPECIAL: dict[str, Special] = {
             "classes_structure": torch.tensor([2, 2]),
         }
     ),
-    "blip_2_qformer": Special(inputs={"query_embeds": floats(BATCH, 20, HIDDEN)}),
+    "blip-2": Special(config={"image_token_index": 450}),
+    "instructblip": Special(config={"image_token_index": 450}),
+    "instructblipvideo": Special(config={"video_token_index": 450}),
+    "aria": Special(config={"projector_patch_to_query_dict": {256: 20}}),
+    "mllama": Special(
+        inputs={
+            "pixel_values": floats(BATCH, 1, 4, 3, 64, 64),
+            "aspect_ratio_mask": ones(BATCH, 1, 4),
+            "aspect_ratio_ids": ones(BATCH, 1),
+            "cross_attention_mask": ones(BATCH, LENGTH, 1, 4),
+        }
+    ),
+    "chameleon": Special(
+        config={
+            "vocabulary_map": {"<image>": 450, **{f"IMGIMG{chr(65 + i)}Z": i for i in range(10)}},
+            "vq_config": {"num_embeddings": 10},
+        }
+    ),
+    "llava_next": _CROPS,
+    "llava_next_video": _CROPS,
+    "llava_onevision": _CROPS,
+    "granite4_vision": _CROPS,
+    "align": Special(config={"projection_dim": 640}),
+    "blip_2_qformer": Special(
+        inputs={"query_embeds": floats(BATCH, 20, HIDDEN), "encoder_hidden_states": floats(BATCH, 50, HIDDEN)}
+    ),
     # Images in pairs, with prompts.
     "superglue": _PAIR,
     "lightglue": _PAIR,

@@ -1,6 +1,6 @@
 """diffusers: its attention processors and some of its models, forced by rows, to the last bit and undone exactly.
 
-All of its model classes: ``python -m benchmarks coverage``.
+All of its model classes: ``python -m benchmarks coverage --diffusers``.
 """
 
 import pytest
