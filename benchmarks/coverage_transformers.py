@@ -102,7 +102,7 @@ def compare(model: torch.nn.Module, inputs: dict[str, Any], native: list[torch.T
     result = Run(without=tuple(left_out), finite=all(bool(t.isfinite().all()) for t in native))
     with sweep.seen(inputs) as seen:
         sweep.run(model, inputs)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name or "(model)" for name, module in model.named_modules()}
     try:
         with attnpatch.patched(model, mode="always", rows=ROWS):
             got = sweep.run(model, inputs)
@@ -220,8 +220,15 @@ def document(outcomes: list[Outcome]) -> str:
         *[f"* {line}" for line in summary(outcomes)],
         "",
         "What attends is found in the unpatched model, by following its inputs to a product of two of them, its softmax, and a",
-        "product with that. `sites` are modules in which that happens with more than one query row; numbers count both",
-        "implementations where they are listed apart. A call with one query row cannot be cut.",
+        "product with that. `sites` are modules in which that happens with more than one query row: a call with one row cannot",
+        "be cut. Numbers above count both implementations.",
+        "",
+        "What is materialised is as a rule no attention: products that choose keys for a sparse attention (`matmul` of",
+        "DeepSeek's indexer, `topk`, `scatter_`, `full_like`), chunks of linear attention (`__setitem__`, `zeros_like`,",
+        "`linalg_solve_triangular`), hashes (`argsort`). Two terms of attention are computed whole: relative positions that are",
+        "shifted by padding and reshaping (`pad`, `reshape`: each element goes to another row), and positions that a product",
+        "makes and SDPA is handed as a mask (`scaled_dot_product_attention`). To rounding: calls with `is_causal` and no mask,",
+        "and products of few columns (decomposed positions of SAM), whose rows round differently in a step.",
         "",
         *sweep.table(header, rows),
         "",

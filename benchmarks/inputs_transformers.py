@@ -92,7 +92,7 @@ def _images(config: Any, names: set[str]) -> Iterator[torch.Tensor]:
 
 
 def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:
-    mels = find(config, "num_mel_bins", "feature_size", "input_feat_size", "feature_projection_input_dim", "input_dim",
+    mels = find(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_feat_size", "feature_projection_input_dim", "input_dim",
                 "n_mels", "input_size", "hidden_size", default=80)  # fmt: skip
     positions = find(config, "max_source_positions")
     if name == "input_features":
@@ -164,7 +164,7 @@ def _seeds(model: nn.Module, names: dict[str, inspect.Parameter]) -> Iterator[di
         else []
     )
     videos = []
-    if "pixel_values_videos" in names and names["pixel_values_videos"].default is inspect.Parameter.empty:
+    if "pixel_values_videos" in names and not images:
         videos = [{"pixel_values_videos": floats(BATCH, FRAMES, 3, *_pair(find(config, "image_size", "crop_size",
                                                                                default=IMAGE)))}]  # fmt: skip
     if "hidden_states" in names and "grid_thw" in names:

@@ -53,6 +53,14 @@ _CROPS = Special(
         "image_sizes": torch.tensor([[64, 64]] * BATCH),
     },
 )
+# Patches of 4 x 4 pixels, flat.
+_FLAT = Special(
+    inputs={
+        "pixel_values": floats(BATCH, 96, 48),
+        "spatial_shapes": torch.tensor([[8, 12]] * BATCH),
+        "pixel_attention_mask": ones(BATCH, 96),
+    }
+)
 _PAIR = Special(inputs={"pixel_values": floats(BATCH, 2, 3, 64, 64)})
 
 
@@ -130,6 +138,36 @@ SPECIAL: dict[str, Special] = {
         inputs={"decoder_input_ids": ids(BATCH * 4, 71, high=60)},
         without=("input_features",),
     ),
+    "timesfm": Special(
+        config={"context_length": 512},
+        inputs={
+            "past_values": floats(BATCH, 512),
+            "past_values_padding": torch.zeros(BATCH, 512, dtype=torch.long),
+            "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+        },
+    ),
+    "timesfm2_5": Special(
+        config={"context_length": 512},
+        inputs={
+            "past_values": floats(BATCH, 512),
+            "past_values_padding": torch.zeros(BATCH, 512, dtype=torch.long),
+        },
+    ),
+    "step3p7": Special(config={"text_config": {"sliding_window": 32}}),
+    "siglip2": _FLAT,
+    "siglip2_vision_model": _FLAT,
+    "lfm2_vl": _FLAT,
+    "lfm3_vl": _FLAT,
+    "gemma4_vision": Special(
+        inputs={
+            "pixel_values": floats(BATCH, 96, 48),
+            "pixel_position_ids": torch.stack([torch.arange(96) % 12, torch.arange(96) // 12], -1).expand(
+                2, -1, -1
+            ),
+        }
+    ),
+    "video_llama_3_vision": Special(inputs={"merge_sizes": torch.tensor([2, 2])}),
+    "video_llama_3": Special(inputs={"image_merge_sizes": torch.tensor([2, 2])}),
     "dia": Special(inputs={"decoder_input_ids": ids(BATCH, 71, 9)}),
     "gemma3n_audio": Special(
         inputs={
