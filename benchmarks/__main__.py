@@ -177,13 +177,29 @@ def finish(results: dict[str, object]) -> None:
     raise SystemExit(1 if wrong else 0)
 
 
+def cover(transformers: bool, diffusers: bool, only: list[str]) -> int:
+    """The sweeps over all models; both where none or both are asked for. The exit status."""
+    from benchmarks import coverage_diffusers, coverage_transformers
+
+    both = transformers == diffusers
+    if both and only:
+        raise SystemExit("--only names models of one library: say --transformers or --diffusers")
+    status = coverage_transformers.main(only) if transformers or both else 0
+    return max(status, coverage_diffusers.main(only) if diffusers or both else 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     choices = "all tiles rounding startup overhead explain coverage vae fuse page pictures table".split()
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names of cases or classes, for 'all', 'coverage' and 'fuse'"
+        "--only",
+        nargs="*",
+        default=[],
+        help="names of cases, classes or architectures, for 'all', 'coverage' and 'fuse'",
     )
+    for library in ("transformers", "diffusers"):
+        parser.add_argument(f"--{library}", action="store_true", help=f"for 'coverage': {library} alone")
     options = parser.parse_args()
     if options.what == "all":
         results = run_all(options.only)
@@ -209,9 +225,7 @@ def main() -> None:
         )
         raise SystemExit(found["time_ratio"] > VAE[4] or found["peak_ratio"] > VAE[5])
     elif options.what == "coverage":
-        from benchmarks import coverage
-
-        raise SystemExit(coverage.main(options.only))
+        raise SystemExit(cover(options.transformers, options.diffusers, options.only))
     elif options.what == "fuse":
         from benchmarks import fused
 

@@ -92,6 +92,8 @@ def randomise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.numel():
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
                 parameter.add_(noise.to(parameter.dtype), alpha=0.2)

@@ -1,6 +1,6 @@
 """diffusers: its attention processors and some of its models, forced by rows, to the last bit and undone exactly.
 
-All of its model classes: ``python -m benchmarks coverage``.
+All of its model classes: ``python -m benchmarks coverage --diffusers``.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from test_exact import snapshot
 from torch import nn
 
 import attnpatch
-from benchmarks import coverage, small_models
+from benchmarks import coverage_diffusers, small_models, sweep
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -48,8 +48,8 @@ def assert_by_rows(model: nn.Module, run, native_calls: int = 0) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model = small_models.build(name)
-    inputs, _ = coverage.first_that_runs(model, name)
-    assert_by_rows(model, lambda: coverage.run(model, inputs))
+    inputs, _ = coverage_diffusers.first_that_runs(model, name)
+    assert_by_rows(model, lambda: sweep.run(model, inputs))
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "AutoencoderKL"])
@@ -65,8 +65,8 @@ def test_processors_of_models(name, processor):
                 module.set_attention_slice(1)
     else:
         model.set_attn_processor(getattr(attention_processor, processor)())
-    inputs, _ = coverage.first_that_runs(model, name)
-    assert_by_rows(model, lambda: coverage.run(model, inputs))
+    inputs, _ = coverage_diffusers.first_that_runs(model, name)
+    assert_by_rows(model, lambda: sweep.run(model, inputs))
 
 
 def test_middle_of_autoencoder_has_one_head():
@@ -138,7 +138,7 @@ def test_processors(name, fields, attention, context):
 
     def run():
         with torch.no_grad():
-            return coverage.tensors(module(hidden_states, encoder_hidden_states=context))
+            return sweep.tensors(module(hidden_states, encoder_hidden_states=context))
 
     assert_by_rows(model, run)
 
@@ -152,11 +152,11 @@ def test_scaled_adapters():
     model.add_adapter(
         LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     )
-    inputs, _ = coverage.first_that_runs(model, "UNet2DConditionModel")
+    inputs, _ = coverage_diffusers.first_that_runs(model, "UNet2DConditionModel")
     inputs["cross_attention_kwargs"] = {"scale": 0.5}
-    native = coverage.run(model, inputs)
+    native = sweep.run(model, inputs)
     with attnpatch.patched(model, mode="always", rows=7):
-        got = coverage.run(model, inputs)
+        got = sweep.run(model, inputs)
         totals = attnpatch.report(model).totals
     assert all(map(torch.equal, got, native))
     assert totals["by_rows"] > 0 and totals["native"] == totals["materialised"] == 0
@@ -177,9 +177,9 @@ def test_backends_that_are_no_torch_functions(monkeypatch):
 
     monkeypatch.setitem(backends, name, foreign)
     model = small_models.build("FluxTransformer2DModel")
-    inputs, expected = coverage.first_that_runs(model, "FluxTransformer2DModel")
+    inputs, expected = coverage_diffusers.first_that_runs(model, "FluxTransformer2DModel")
     with attnpatch.patched(model, mode="always", rows=7):
-        got = coverage.run(model, inputs)
+        got = sweep.run(model, inputs)
         totals = attnpatch.report(model).totals
     assert all(map(torch.equal, got, expected))
     assert totals["native"] == 2 and totals["by_rows"] == 0

@@ -453,3 +453,24 @@ def test_a_step_writes_over_nothing_that_is_still_needed(spelling):
         with attnpatch.patched(model, mode="always", rows=5):
             got = model[0](query, key, value)
     torch.testing.assert_close(got, native)
+
+
+def test_a_learned_sink_scales_the_output():
+    """granite_swa's: each row's output times a sigmoid of its logsumexp. The output that leaves is computed."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            scores = (query @ key.mT) * 0.5
+            share = (scores.logsumexp(-1) - torch.tensor([0.5, 1.0, -1.0, 2.0]).view(1, -1, 1)).sigmoid()
+            return (scores.softmax(-1) @ value) * share.unsqueeze(-1)
+
+    import attnpatch
+
+    model = torch.nn.Sequential(Attention())
+    query, key, value = (zoo.floats(2, 4, 19, 8, seed=i) for i in range(3))
+    native = model[0](query, key, value)
+    with attnpatch.patched(model, mode="always", rows=5):
+        got = model[0](query, key, value)
+        report = attnpatch.report(model)
+    assert type(got) is torch.Tensor and torch.equal(got, native)
+    assert report.totals["by_rows"] == 1 and report.totals["materialised"] == 0, report

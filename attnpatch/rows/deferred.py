@@ -195,6 +195,13 @@ class Handle:
             self.pending.discard(self)
         return self.value
 
+    def reduced(self) -> torch.Tensor:
+        """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
+        if self.value is None:
+            self.value = self.call.replay(self.node)
+            self.pending.discard(self)
+        return self.value
+
     def is_shared(self) -> bool:
         return len(self.family) > 1
 

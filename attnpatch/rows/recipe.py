@@ -34,13 +34,11 @@ class Node:
         children: The nodes it is computed from.
         stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
         held_bytes: Bytes per element that computing it holds beside its result.
+        is_exact: Whether its rows are the same to the last bit in steps of the right size.
     """
 
     stands_for_memory = False
     held_bytes = 0
-        is_exact: Whether its rows are the same to the last bit in steps of the right size.
-    """
-
     is_exact = True
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()

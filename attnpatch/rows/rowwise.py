@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows import products, shaping
-from attnpatch.rows.axes import KEY, Axis, Dim, Dims, fresh, leaves, same, size_of
+from attnpatch.rows.axes import KEY, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.masks import Filled
@@ -198,6 +198,8 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     dims = broadcast(nodes, [value.shape for value in tensors])
     if dims is None:
         return NotImplemented
+    if _is_beside_output(tensors, nodes):
+        return func(*map_structure(args, _of_rows), **map_structure(kwargs, _of_rows))
     tiny = probe(func, args, kwargs)
     if not isinstance(tiny, torch.Tensor):
         return NotImplemented  # Python's answer to ``scores == None``
@@ -209,6 +211,22 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
         func, map_structure(args, place), map_structure(kwargs, place), dims, tiny.dtype, first.device
     )
     return wrap(node, first.handle.call)
+
+
+def _is_beside_output(tensors: list[torch.Tensor], nodes: list[Node]) -> bool:
+    """Whether figures of one per row (a logsumexp) meet a tensor that is larger: an output that they scale.
+
+    Put off, they would turn the output into scores, which leave the site and are computed whole in the next one.
+    """
+    if any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims)):
+        return False
+    most = max(node.shape.numel() for node in nodes)
+    return any(tensor.numel() > most for tensor in tensors if not isinstance(tensor, DeferredRows))
+
+
+def _of_rows(value: Any) -> Any:
+    """What is deferred, computed by rows: nothing whole that a report would have to count."""
+    return value.handle.reduced() if isinstance(value, DeferredRows) else value
 
 
 def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,15 +1,10 @@
-"""Which attention of diffusers goes by rows: a small one of every model class, unpatched against forced by rows.
-
-Each class runs in a process of its own, forked when everything is imported, so that a crash costs one line.
-"""
+"""Which attention of diffusers goes by rows: a small one of every model class, unpatched against forced by rows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import pathlib
-import resource
 import sys
 import traceback
 from collections import Counter
@@ -18,16 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 import attnpatch
 from attnpatch.patching import patch
 from attnpatch.patching.registry import is_attention
-from benchmarks import small_models
+from benchmarks import small_models, sweep
+from benchmarks.sweep import ROWS, listed
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage_diffusers.md"
-SECONDS, BYTES = 60, 12 * 2**30
-ROWS, SHARE = 7, 0.95
+SHARE = 0.95
 
 
 @dataclasses.dataclass
@@ -83,35 +77,9 @@ class _Outside(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor of an output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    elif dataclasses.is_dataclass(output):
-        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    elif not isinstance(output, (list, tuple, zip)):
-        # A distribution of an autoencoder.
-        output = list(vars(output).values()) if hasattr(output, "__dict__") else []
-    return [tensor for each in output for tensor in tensors(each)]
-
-
-def run(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        return [tensor.clone() for tensor in tensors(model(**inputs))]
-
-
 def first_that_runs(model: nn.Module, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    problems = []
-    for inputs in small_models.inputs_of(model, small_models.special_of(name)):
-        try:
-            return inputs, run(model, inputs)
-        except Exception as error:
-            problems.append(error)
-    # The layout that came furthest says what is missing.
-    raise max(problems, key=lambda error: len(traceback.extract_tb(error.__traceback__)))
+    """Inputs that a class takes, and what it makes of them."""
+    return sweep.first_that_runs(model, small_models.inputs_of(model, small_models.special_of(name)))
 
 
 def examine(name: str) -> Outcome:
@@ -122,7 +90,7 @@ def examine(name: str) -> Outcome:
         outcome.sites = sum(is_attention(module) for module in model.modules())
         inputs, native = first_that_runs(model, name)
     except Exception as error:
-        outcome.problem = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        outcome.problem = sweep.reason(error)
         if "-v" in sys.argv:
             traceback.print_exc()
         return outcome
@@ -134,9 +102,9 @@ def examine(name: str) -> Outcome:
     if not outcome.sites:
         return outcome
     with attnpatch.patched(model, mode="always", rows=ROWS):
-        got = run(model, inputs)
+        got = sweep.run(model, inputs)
         report = attnpatch.report(model)
-    outcome.equal = _equal(got, native)
+    outcome.equal = sweep.equal(got, native)
     outcome.is_causal = not outcome.equal and _causal_agrees(model, inputs)
     outcome.totals = report.totals
     for site in report.sites:
@@ -152,65 +120,22 @@ def _outside(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
     with contextlib.suppress(Exception), _Outside() as outside:
         if any(map(is_attention, model.modules())):
             with attnpatch.patched(model, mode="always", rows=ROWS):
-                run(model, inputs)
+                sweep.run(model, inputs)
         else:
-            run(model, inputs)
+            sweep.run(model, inputs)
         return {name: count for name, count in outside.calls.items() if count}
     return {}
 
 
 def _says_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     with _Outside() as seen:
-        run(model, inputs)
+        sweep.run(model, inputs)
     return seen.is_causal
 
 
-def _equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(map(_same, left, right))
-
-
 def _causal_agrees(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether all that differs is the rounding of calls with ``is_causal``: in float64 the outputs agree."""
-    if not _says_causal(model, inputs):
-        return False
-    inputs = tree_map(
-        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, inputs
-    )
-    model.double()
-    native = run(model, inputs)
-    with attnpatch.patched(model, mode="always", rows=ROWS):
-        got = run(model, inputs)
-    pairs = zip(got, native, strict=True)
-    return all(bool((one - other).abs().max() <= 1e-12 * other.abs().max()) for one, other in pairs)
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.equal(left.nan_to_num(), right.nan_to_num())
-
-
-def _child(name: str, pipe: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    pipe.send(examine(name))
-
-
-def apart(name: str) -> Outcome:
-    """One class in a forked process."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    child = fork.Process(target=_child, args=(name, theirs))
-    child.start()
-    theirs.close()
-    try:
-        if not ours.poll(SECONDS):
-            return Outcome(name, f"took more than {SECONDS} s")
-        return ours.recv()
-    except EOFError:
-        return Outcome(name, "the process died")
-    finally:
-        child.kill()
-        child.join()
+    """Whether all that differs is the rounding of calls with ``is_causal``."""
+    return _says_causal(model, inputs) and sweep.agrees_in_double(model, inputs)
 
 
 def _status(outcome: Outcome) -> str:
@@ -239,15 +164,11 @@ def _row(outcome: Outcome) -> str:
         _status(outcome),
         "yes" if outcome.equal else "to rounding" if outcome.is_causal else "no",
         str(totals.get("by_rows", 0)),
-        _listed(outcome.native),
-        _listed(outcome.materialised),
-        _listed(outcome.outside),
+        listed(outcome.native),
+        listed(outcome.materialised),
+        listed(outcome.outside),
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
 
 
 def document(outcomes: list[Outcome], none: list[str]) -> str:
@@ -267,7 +188,7 @@ def document(outcomes: list[Outcome], none: list[str]) -> str:
     lines = [
         "# diffusers, class by class",
         "",
-        f"`python -m benchmarks coverage` builds a small one of every model class of diffusers {diffusers.__version__} "
+        f"`python -m benchmarks coverage --diffusers` builds a small one of every model class of diffusers {diffusers.__version__} "
         "that has attention, with random weights, and runs it",
         f'unpatched and with `mode="always", rows={ROWS}`, on CPU in float32.',
         "",
@@ -296,7 +217,7 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     seen = []
     for name in names or small_models.classes():
-        seen.append(apart(name))
+        seen.append(sweep.apart(examine, name, Outcome))
         each = seen[-1]
         print(f"{name:42} {each.problem or _row(each)[len(name) + 6 :]}", flush=True)
     outcomes = [each for each in seen if each.built or each.problem]
@@ -309,7 +230,3 @@ def main(names: list[str]) -> int:
         each.by_rows for each in built
     ) >= SHARE * len(built)
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main([name for name in sys.argv[1:] if not name.startswith("-")]))
