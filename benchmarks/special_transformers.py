@@ -114,7 +114,7 @@ SPECIAL: dict[str, Special] = {
         }
     ),
     "lfm2_moe": Special(config={"rope_parameters": _ROPE}),
-    "nemotron": Special(config={"head_dim": 16}),
+    "nemotron": Special(config={"head_dim": 16, "num_key_value_heads": 2}),
     "nemotron_h": Special(config={"n_groups": 2, "mamba_num_heads": 8}),
     "longcat_flash": Special(config={"head_dim": 8}),
     "jev": Special(
