@@ -195,7 +195,7 @@ SPECIAL: dict[str, Special] = {
             "rewards": floats(BATCH, 40, 1),
             "returns_to_go": floats(BATCH, 40, 1),
             "timesteps": torch.arange(40).expand(BATCH, -1),
-            "attention_mask": ones(BATCH, 40),
+            "attention_mask": torch.arange(40).expand(BATCH, -1).ge(torch.tensor([[0], [6]])).long(),
         }
     ),
     # Text beside something.
