@@ -70,7 +70,12 @@ def _without(special: Special, *names: str) -> Special:
 
 
 SPECIAL: dict[str, Special] = {
-    # Hybrids: so that a layer is attention.
+    # So that a layer is attention, or the head that is.
+    "pp_ocrv5_mobile_rec": Special(kind="PPOCRV5MobileRecForTextRecognition"),
+    "pp_ocrv5_server_rec": Special(kind="PPOCRV5ServerRecForTextRecognition"),
+    "pp_ocrv6_small_rec": Special(kind="PPOCRV6SmallRecForTextRecognition"),
+    "pp_ocrv6_tiny_rec": Special(kind="PPOCRV6TinyRecForTextRecognition"),
+    "sam3_lite_text_text_model": Special(config={"num_hidden_layers": 3}),
     "bamba": Special(config={"attn_layer_indices": [1]}),
     "falcon_h1": Special(config={"mamba_d_ssm": 64}),
     "granitemoehybrid": Special(config={"layer_types": ["linear_attention", "full_attention"]}),
