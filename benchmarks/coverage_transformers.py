@@ -182,6 +182,8 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         f"to rounding, and in float64 to 1e-12: {close}; otherwise: {len(attended) - same - close}",
         f"runs in which something was materialised: {sum(bool(run.materialised) for run in runs)}",
         f"raise only when patched: {sum(bool(run.raised) for run in runs)}",
+        "architectures called without the images or sounds that they also take: "
+        f"{sum(any(run.without for run in each.runs.values()) for each in built)}",
     ]
 
 

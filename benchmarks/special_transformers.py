@@ -70,7 +70,12 @@ def _without(special: Special, *names: str) -> Special:
 
 
 SPECIAL: dict[str, Special] = {
-    # Hybrids: so that a layer is attention.
+    # So that a layer is attention, or the head that is.
+    "pp_ocrv5_mobile_rec": Special(kind="PPOCRV5MobileRecForTextRecognition"),
+    "pp_ocrv5_server_rec": Special(kind="PPOCRV5ServerRecForTextRecognition"),
+    "pp_ocrv6_small_rec": Special(kind="PPOCRV6SmallRecForTextRecognition"),
+    "pp_ocrv6_tiny_rec": Special(kind="PPOCRV6TinyRecForTextRecognition"),
+    "sam3_lite_text_text_model": Special(config={"num_hidden_layers": 3}),
     "bamba": Special(config={"attn_layer_indices": [1]}),
     "falcon_h1": Special(config={"mamba_d_ssm": 64}),
     "granitemoehybrid": Special(config={"layer_types": ["linear_attention", "full_attention"]}),
@@ -114,7 +119,7 @@ SPECIAL: dict[str, Special] = {
         }
     ),
     "lfm2_moe": Special(config={"rope_parameters": _ROPE}),
-    "nemotron": Special(config={"head_dim": 16}),
+    "nemotron": Special(config={"head_dim": 16, "num_key_value_heads": 2}),
     "nemotron_h": Special(config={"n_groups": 2, "mamba_num_heads": 8}),
     "longcat_flash": Special(config={"head_dim": 8}),
     "jev": Special(
@@ -195,7 +200,7 @@ SPECIAL: dict[str, Special] = {
             "rewards": floats(BATCH, 40, 1),
             "returns_to_go": floats(BATCH, 40, 1),
             "timesteps": torch.arange(40).expand(BATCH, -1),
-            "attention_mask": ones(BATCH, 40),
+            "attention_mask": torch.arange(40).expand(BATCH, -1).ge(torch.tensor([[0], [6]])).long(),
         }
     ),
     # Text beside something.

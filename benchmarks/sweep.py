@@ -133,6 +133,8 @@ class Seen(Watch):
     def _became(self, name: str, given: Any, result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]
         is_product = name in products.NAMES and len(given) > 1
+        if is_product and known.count(PROBABILITIES) > 1:
+            return PROBABILITIES  # a power of a matrix: no values yet
         if name in _COMPLETE or (is_product and PROBABILITIES in known):
             stack = tuple(reversed(self.running))
             self.rows[stack] = max(self.rows[stack], self._query_rows(name, given))

@@ -198,7 +198,7 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     dims = broadcast(nodes, [value.shape for value in tensors])
     if dims is None:
         return NotImplemented
-    if _is_beside_output(tensors, nodes):
+    if _has_no_keys(nodes) and (name == "sigmoid" or _is_beside_output(tensors, nodes)):
         return func(*map_structure(args, _of_rows), **map_structure(kwargs, _of_rows))
     tiny = probe(func, args, kwargs)
     if not isinstance(tiny, torch.Tensor):
@@ -213,13 +213,16 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     return wrap(node, first.handle.call)
 
 
+def _has_no_keys(nodes: list[Node]) -> bool:
+    """Whether these are figures of one per row (a logsumexp): small, and sigmoid rounds them by where they lie."""
+    return not any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims))
+
+
 def _is_beside_output(tensors: list[torch.Tensor], nodes: list[Node]) -> bool:
-    """Whether figures of one per row (a logsumexp) meet a tensor that is larger: an output that they scale.
+    """Whether deferred tensors meet one that is larger: figures of one per row, and an output that they scale.
 
     Put off, they would turn the output into scores, which leave the site and are computed whole in the next one.
     """
-    if any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims)):
-        return False
     most = max(node.shape.numel() for node in nodes)
     return any(tensor.numel() > most for tensor in tensors if not isinstance(tensor, DeferredRows))
 
