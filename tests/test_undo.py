@@ -157,7 +157,7 @@ def test_an_automatic_patch_goes_into_that_of_a_larger_model():
     automatic(model.model)
     attnpatch.apply(model.model.layers[0].self_attn, mode="always")
     outer = automatic(model)
-    assert [site.name for site in outer.sites] == ["", "model.layers.1.self_attn"]
+    assert [site.name for site in outer.sites] == ["", "model", "model.layers.1.self_attn"]
     assert patch_of(model.model) is None
     outer.take_out(model)
     attnpatch.remove(model.model.layers[0].self_attn)

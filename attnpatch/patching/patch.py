@@ -349,6 +349,8 @@ class Patch:
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
         parts = [name for name, module in modules.items() if masks.makes_masks(module) and can_swap(module)]
+        if automatic:
+            parts = [name for name in parts if name not in taken]
         self._put_in(
             model,
             {"": (model, reasons.pop("", None))}
