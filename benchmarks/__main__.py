@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], help="names of cases or classes, for 'all', 'coverage' and 'fuse'"
     )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each variant runs, for 'fuse'")
     options = parser.parse_args()
     if options.what == "all":
         results = run_all(options.only)
@@ -211,7 +212,7 @@ def main() -> None:
     elif options.what == "fuse":
         from benchmarks import fused
 
-        raise SystemExit(fused.main(measure, options.only))
+        raise SystemExit(fused.main(measure, options.only, options.rounds))
     elif options.what == "page":
         from benchmarks import page
 
