@@ -200,6 +200,7 @@ def main() -> None:
     )
     for library in ("transformers", "diffusers"):
         parser.add_argument(f"--{library}", action="store_true", help=f"for 'coverage': {library} alone")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each variant runs, for 'fuse'")
     options = parser.parse_args()
     if options.what == "all":
         results = run_all(options.only)
@@ -229,7 +230,7 @@ def main() -> None:
     elif options.what == "fuse":
         from benchmarks import fused
 
-        raise SystemExit(fused.main(measure, options.only))
+        raise SystemExit(fused.main(measure, options.only, options.rounds))
     elif options.what == "page":
         from benchmarks import page
 

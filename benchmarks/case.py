@@ -20,8 +20,8 @@ LONG = 8192
 # Models with attention written by hand, and how many tokens they are given.
 FUSED = {
     "llama": LONG,
-    "gptj": 4096,
-    "bloom": 4096,
+    "gptj": LONG,
+    "bloom": LONG,
     "t5": 4096,
     "deberta": 4096,
     "gpt_oss": 4096,

@@ -172,6 +172,8 @@ class Call(Node):
 
         args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
         if self.context.is_current():
+            if self.work and (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
+                return run.PLAIN[self.func](*args, out=out)
             if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
                 return _overwriting(self.func, args, kwargs)
             return self.func(*args, **kwargs)

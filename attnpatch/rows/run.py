@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
-from attnpatch.rows.axes import Axis, Tile, all_leaves, leaves, take
+from attnpatch.rows.axes import KEY, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.recipe import Call, Child, Cut, Leaf, Node, View, graph
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
@@ -24,6 +25,15 @@ class Run:
         bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
         wanted: Leaves to take gradients for: their parts are cut from the graph and noted.
     """
+
+    # Products that can be told where to put their result.
+    PLAIN: ClassVar[dict[Any, Callable[..., torch.Tensor]]] = {
+        torch.matmul: torch.matmul,
+        torch.Tensor.matmul: torch.matmul,
+        torch.Tensor.__matmul__: torch.matmul,
+        torch.bmm: torch.bmm,
+        torch.Tensor.bmm: torch.bmm,
+    }
 
     def __init__(
         self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
@@ -49,6 +59,8 @@ class Run:
         self.shared: frozenset[Node] = frozenset()
         self._fixed: dict[Node, torch.Tensor] = {}
         self._overwrites: dict[Node, bool] = {}
+        self._buffers: dict[Node, torch.Tensor] = {}
+        self._is_watched = False
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
         self._of_rows: dict[Node, tuple[Node, Any]] = {}
@@ -83,6 +95,7 @@ class Run:
     def keep(self, node: Node) -> None:
         """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
         self._uses[node] = self._uses.get(node, 0) + 2
+        self._is_watched = True
 
     def fix(self, node: Node, value: torch.Tensor) -> None:
         """Take ``value`` for the whole of ``node`` instead of computing it."""
@@ -120,6 +133,25 @@ class Run:
             self._moving.append(key)
         self._kept[key] = value
         return value
+
+    def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
+        """Memory for a product's result that all row steps share, on CPU; ``None`` where the result may outlive its tile.
+
+        glibc gives tensors of 32 MiB or more back at once, and new pages for every step cost half of its time.
+        """
+        axes = self._axes[node]
+        if self.row not in axes or not any(axis.kind == KEY for axis in axes) or node.kwargs:
+            return None
+        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
+        if self._is_watched or not self.hoist or node.func not in self.PLAIN:
+            return None
+        if torch.is_grad_enabled() or node.context.autocast or node.device.type != "cpu":
+            return None
+        count = math.prod(shape)
+        if node not in self._buffers or self._buffers[node].numel() < count:
+            self._buffers.pop(node, None)
+            self._buffers[node] = torch.empty(count, dtype=node.dtype)
+        return self._buffers[node][:count].view(shape)
 
     def may_overwrite(self, node: Call) -> bool:
         """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
