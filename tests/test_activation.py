@@ -183,6 +183,8 @@ GOOD = {
     "retry_on_oom": ("0", False),
     "fuse": ("1", True),
 }
+# Of fused attention the results are not the same to the last bit.
+EXACT = GOOD | {"fuse": ("0", False)}
 
 
 def test_every_field_has_a_written_form():
@@ -247,7 +249,7 @@ print(json.dumps(facts))
 def routes(shared, tmp_path_factory):
     """The script without activation and with it: facts, stderr, and the folder of the second."""
     found = []
-    active = {f"ATTNPATCH_{field.upper()}": text for field, (text, _) in GOOD.items()}
+    active = {f"ATTNPATCH_{field.upper()}": text for field, (text, _) in EXACT.items()}
     active |= {
         "ATTNPATCH": "1",
         "ATTNPATCH_REPORT": "1",
@@ -266,7 +268,7 @@ def routes(shared, tmp_path_factory):
 def test_every_route_is_patched_with_the_policy(routes):
     (plain, _, _), (facts, _, _) = routes
     assert plain["modules"] == []
-    expected = repr(Policy(**{field: value for field, (_, value) in GOOD.items()}))
+    expected = repr(Policy(**{field: value for field, (_, value) in EXACT.items()}))
     assert facts["policies"] == dict.fromkeys(
         ("class", "from_config", "from_pretrained", "pipeline"), expected
     )
