@@ -198,6 +198,7 @@ def block_sums(
     key_blocks: torch.Tensor,
     counts: tuple[int, int],
     heads: list[int] | None = None,
+    scratch: int = SCRATCH_BYTES,
     shape: Shape | None = None,
 ) -> torch.Tensor:
     """Attention probability summed over the tokens of each pair of blocks.
@@ -209,6 +210,7 @@ def block_sums(
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
         counts: How many blocks there are on either side.
         heads: Query heads to keep apart; ``None``: all summed into one.
+        scratch: Bytes to hold on the device, if that is enough for one query tile.
         shape: Of the kernel's tiles; ``None``: ``shape_for`` chooses.
 
     Returns:
@@ -221,7 +223,7 @@ def block_sums(
     batch, tiles = queries.blocks.shape
     places = 1 if heads is None else len(heads)
     result = torch.zeros(batch, places, *counts, dtype=torch.float64)
-    step = max(1, SCRATCH_BYTES // (4 * batch * places * keys.blocks.shape[1]))
+    step = max(1, scratch // (4 * batch * places * keys.blocks.shape[1]))
     for low in range(0, tiles, step):
         some = dataclasses.replace(
             queries, table=queries.table[:, low : low + step], blocks=queries.blocks[:, low : low + step]

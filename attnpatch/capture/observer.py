@@ -130,12 +130,13 @@ class SiteObserver:
         assert self.sample is not None
         return self.sample.positions() - self.call.past
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
 
         Args:
             call: Arguments of an SDPA call by name.
             lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
+            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
 
         Returns:
             ``None`` if it did; otherwise why not, in a few words, and nothing is added.
@@ -154,8 +155,9 @@ class SiteObserver:
         heads = None if is_mean else self.recorder.head_numbers(num_heads)
         query = record.query.assignment[:, self.call.past : self.call.past + q_len]
         num_blocks = record.sums.shape[-2], record.sums.shape[-1]
+        scratch = fused_mass.SCRATCH_BYTES if workspace is None else min(workspace, fused_mass.SCRATCH_BYTES)
         try:
-            sums = fused_mass.block_sums(call, lse, query, self._columns, num_blocks, heads)
+            sums = fused_mass.block_sums(call, lse, query, self._columns, num_blocks, heads, scratch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
