@@ -236,6 +236,40 @@ def block_sums(
     return result
 
 
+def checked_sums(
+    call: dict[str, Any],
+    lse: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    counts: tuple[int, int],
+    heads: list[int] | None,
+    workspace: int | None,
+) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """``block_sums``, and how many rows were summed; or why not, in a few words.
+
+    Args:
+        call, lse, query_blocks, counts, heads: As ``block_sums`` takes them.
+        key_blocks: The same, with every key in a block.
+        workspace: Bytes that may be held on the device; ``None``: as many as ``SCRATCH_BYTES``.
+
+    Returns:
+        The sums, and float64 ``[batch, query_blocks]``.
+    """
+    scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
+    try:
+        sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return give_up(error)
+    rows = sums.new_zeros(len(query_blocks), counts[0])
+    rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())
+    of_heads = rows[:, None] * (call["query"].shape[1] if heads is None else 1)
+    if not is_plausible(sums, of_heads, call["attn_mask"] is not None):
+        return "a wrong logsumexp"
+    return sums, rows
+
+
 def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> bool:
     """Whether the probabilities of rows sum to 1, or under a mask to 1 at most; otherwise their logsumexp was wrong.
 

@@ -151,23 +151,15 @@ class SiteObserver:
             return "some rows"
         if self.record is None:
             self.record = self._open(q_len, kv_len, num_heads)
-        record, is_mean = self.record, self.recorder.heads == "mean"
-        heads = None if is_mean else self.recorder.head_numbers(num_heads)
+        record = self.record
+        heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
         query = record.query.assignment[:, self.call.past : self.call.past + q_len]
         num_blocks = record.sums.shape[-2], record.sums.shape[-1]
-        scratch = fused_mass.SCRATCH_BYTES if workspace is None else min(workspace, fused_mass.SCRATCH_BYTES)
-        try:
-            sums = fused_mass.block_sums(call, lse, query, self._columns, num_blocks, heads, scratch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            return fused_mass.give_up(error)
-        counts = torch.zeros_like(record.counts).scatter_add_(1, query.clamp(min=0), (query >= 0).double())
-        rows = counts[:, None] * (num_heads if is_mean else 1)
-        if not fused_mass.is_plausible(sums, rows, call["attn_mask"] is not None):
-            return "a wrong logsumexp"
-        record.sums += sums
-        record.counts += counts
+        found = fused_mass.checked_sums(call, lse, query, self._columns, num_blocks, heads, workspace)
+        if isinstance(found, str):
+            return found
+        record.sums += found[0]
+        record.counts += found[1]
         return None
 
     def finish(self) -> None:
