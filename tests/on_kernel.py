@@ -54,7 +54,7 @@ def probabilities(call):
     return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0), lse.float().to(DEVICE)
 
 
-def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL):
+def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL, **more):
     """The kernel's sums are those of float64."""
     given, lse = probabilities(call)
     query = (query_blocks[:, None] == torch.arange(counts[0])[:, None]).double()
@@ -62,7 +62,7 @@ def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL):
     expected = torch.einsum("bqn,bhnm,bkm->bhqk", query, given, key)
     expected = expected.sum(1, keepdim=True) if heads is None else expected[:, heads]
     assert fused_mass.why_not(call) is None
-    got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape)
+    got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape=shape, **more)
     assert got.dtype == torch.float64 and got.device.type == "cpu"
     rows = query.sum(-1)[:, None, :, None].clamp(min=1) * (1 if heads is not None else given.shape[1])
     torch.testing.assert_close(got / rows, expected / rows, atol=2e-6, rtol=0)
@@ -217,10 +217,9 @@ def test_the_tiles_that_are_chosen(is_causal):
     )
 
 
-def test_scratch_is_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(fused_mass, "SCRATCH_BYTES", 100)
+def test_scratch_is_taken_in_parts():
     blocks, count = in_blocks(50, 16, 2)
-    check(a_call(batch=2, is_causal=True), blocks, blocks, (count, count), [0, 1])
+    check(a_call(batch=2, is_causal=True), blocks, blocks, (count, count), [0, 1], scratch=100)
 
 
 def test_sums_are_the_same_every_time():
@@ -229,6 +228,29 @@ def test_sums_are_the_same_every_time():
     lse = probabilities(call)[1]
     first, second = (block_sums(call, lse, blocks, blocks, (count, count), shape=SMALL) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_what_it_cannot_serve_it_says(monkeypatch):
+    plain = a_call()
+    assert fused_mass.why_not(plain) is None
+    for wanted, call in {
+        "float64": a_call(dtype=torch.float64),
+        "wide heads": a_call(width=257),
+        "few rows": a_call(15),
+        "another layout": {**plain, "query": plain["query"][0], "key": plain["key"][0]},
+        "another mask": {**plain, "attn_mask": torch.nn.Parameter(torch.zeros(50, 50, device=DEVICE))},
+        "a long sequence": {
+            **plain,
+            "key": torch.empty_strided((1, 2, 50, 16), (0, 0, 2**26, 1), device="meta"),
+        },
+    }.items():
+        assert fused_mass.why_not(call) == wanted
+    other_heads = a_call(heads=4, kv_heads=2, enable_gqa=False)
+    assert fused_mass.why_not(other_heads) == "another layout"
+    monkeypatch.setattr(fused_mass.importlib.util, "find_spec", lambda name: None)
+    assert fused_mass.why_not(plain) == "no Triton"
+    monkeypatch.setattr(fused_mass, "is_interpreted", lambda: False)
+    assert fused_mass.why_not(plain) == ("no GPU" if DEVICE == "cpu" else "no Triton")
 
 
 # ---------------------------------------------------------------------------------------- through the whole package
@@ -285,8 +307,9 @@ def test_what_the_kernel_cannot_serve_is_counted_with_its_reason():
     assert summed(measures=["entropy"]) == {"torch (measures)": 1, "torch (few rows)": 1}
 
 
-def test_a_wrong_logsumexp_is_found_at_its_first_use(monkeypatch):
-    """In another base, as it has been."""
+@pytest.mark.parametrize("when", ["at its first use", "later"])
+def test_a_wrong_logsumexp_is_found(when, monkeypatch):
+    """In another base, as it has been; the map is right all the same."""
     inputs = zoo.BY_NAME["llama"].inputs("left")
     model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
     with attnpatch.capture(model, blocks=Blocks.fixed(40), measures=["sink"]) as maps, torch.no_grad():
@@ -302,6 +325,8 @@ def test_a_wrong_logsumexp_is_found_at_its_first_use(monkeypatch):
         return run
 
     monkeypatch.setattr(fused, "_is_right", {})
+    if when == "later":
+        monkeypatch.setattr(fused, "is_right", lambda *_: True)
     monkeypatch.setattr(fused, "OPERATORS", {kind: wrong(operator) for kind, operator in right.items()})
     attnpatch.apply(model, mode="never")
     with attnpatch.capture(model, blocks=Blocks.fixed(40)) as maps, torch.no_grad():

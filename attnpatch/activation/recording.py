@@ -195,11 +195,11 @@ class _Guarded:
             except Exception as error:
                 self.recorder.fail(error)
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
         if self.recorder.is_out:
             return "given up"
         try:
-            return self.observer.take(call, lse)
+            return self.observer.take(call, lse, workspace)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

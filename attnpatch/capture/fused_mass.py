@@ -198,6 +198,7 @@ def block_sums(
     key_blocks: torch.Tensor,
     counts: tuple[int, int],
     heads: list[int] | None = None,
+    scratch: int = SCRATCH_BYTES,
     shape: Shape | None = None,
 ) -> torch.Tensor:
     """Attention probability summed over the tokens of each pair of blocks.
@@ -209,6 +210,7 @@ def block_sums(
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
         counts: How many blocks there are on either side.
         heads: Query heads to keep apart; ``None``: all summed into one.
+        scratch: Bytes to hold on the device, if that is enough for one query tile.
         shape: Of the kernel's tiles; ``None``: ``shape_for`` chooses.
 
     Returns:
@@ -221,7 +223,7 @@ def block_sums(
     batch, tiles = queries.blocks.shape
     places = 1 if heads is None else len(heads)
     result = torch.zeros(batch, places, *counts, dtype=torch.float64)
-    step = max(1, SCRATCH_BYTES // (4 * batch * places * keys.blocks.shape[1]))
+    step = max(1, scratch // (4 * batch * places * keys.blocks.shape[1]))
     for low in range(0, tiles, step):
         some = dataclasses.replace(
             queries, table=queries.table[:, low : low + step], blocks=queries.blocks[:, low : low + step]
@@ -232,6 +234,40 @@ def block_sums(
             columns.index_add_(2, keys.blocks[b], found[b])
             result[b].index_add_(1, some.blocks[b], columns)
     return result
+
+
+def checked_sums(
+    call: dict[str, Any],
+    lse: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    counts: tuple[int, int],
+    heads: list[int] | None,
+    workspace: int | None,
+) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """``block_sums``, and how many rows were summed; or why not, in a few words.
+
+    Args:
+        call, lse, query_blocks, counts, heads: As ``block_sums`` takes them.
+        key_blocks: The same, with every key in a block.
+        workspace: Bytes that may be held on the device; ``None``: as many as ``SCRATCH_BYTES``.
+
+    Returns:
+        The sums, and float64 ``[batch, query_blocks]``.
+    """
+    scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
+    try:
+        sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return give_up(error)
+    rows = sums.new_zeros(len(query_blocks), counts[0])
+    rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())
+    of_heads = rows[:, None] * (call["query"].shape[1] if heads is None else 1)
+    if not is_plausible(sums, of_heads, call["attn_mask"] is not None):
+        return "a wrong logsumexp"
+    return sums, rows
 
 
 def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> bool:

@@ -130,12 +130,13 @@ class SiteObserver:
         assert self.sample is not None
         return self.sample.positions() - self.call.past
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
 
         Args:
             call: Arguments of an SDPA call by name.
             lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
+            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
 
         Returns:
             ``None`` if it did; otherwise why not, in a few words, and nothing is added.
@@ -150,22 +151,15 @@ class SiteObserver:
             return "some rows"
         if self.record is None:
             self.record = self._open(q_len, kv_len, num_heads)
-        record, is_mean = self.record, self.recorder.heads == "mean"
-        heads = None if is_mean else self.recorder.head_numbers(num_heads)
+        record = self.record
+        heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
         query = record.query.assignment[:, self.call.past : self.call.past + q_len]
         num_blocks = record.sums.shape[-2], record.sums.shape[-1]
-        try:
-            sums = fused_mass.block_sums(call, lse, query, self._columns, num_blocks, heads)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            return fused_mass.give_up(error)
-        counts = torch.zeros_like(record.counts).scatter_add_(1, query.clamp(min=0), (query >= 0).double())
-        rows = counts[:, None] * (num_heads if is_mean else 1)
-        if not fused_mass.is_plausible(sums, rows, call["attn_mask"] is not None):
-            return "a wrong logsumexp"
-        record.sums += sums
-        record.counts += counts
+        found = fused_mass.checked_sums(call, lse, query, self._columns, num_blocks, heads, workspace)
+        if isinstance(found, str):
+            return found
+        record.sums += found[0]
+        record.counts += found[1]
         return None
 
     def finish(self) -> None:

@@ -255,7 +255,7 @@ class _Blind:
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         pass
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str:
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str:
         return "seen before"
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:

@@ -71,8 +71,10 @@ class Observer(Protocol):
         Keys that no row of the tile may look at can be left out at the end.
         """
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor) -> str | None:
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
         """See a whole SDPA call at once, given its arguments by name and ``[batch, heads, q_len]`` logsumexp.
+
+        ``workspace``: bytes that may be held meanwhile; ``None``: as many as it takes.
 
         Returns:
             ``None`` if nothing of it needs to be shown any more; otherwise why, in a few words.

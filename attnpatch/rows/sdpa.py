@@ -138,7 +138,7 @@ def _look(call: dict[str, Any], site: SiteCall, lse: torch.Tensor | str) -> None
     if reason is None:
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                reason = observer.take(call, lse)
+                reason = observer.take(call, lse, site.policy.workspace_bytes)
         except RuntimeError as error:
             if not (retries and is_out_of_memory(error)):
                 raise
