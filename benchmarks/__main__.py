@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|explain|coverage|vae|fuse|page|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|sweep|rounding|startup|explain|coverage|vae|fuse|page|table]``.
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -179,7 +179,19 @@ def finish(results: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    choices = ["all", "tiles", "rounding", "startup", "explain", "coverage", "vae", "fuse", "page", "table"]
+    choices = [
+        "all",
+        "tiles",
+        "sweep",
+        "rounding",
+        "startup",
+        "explain",
+        "coverage",
+        "vae",
+        "fuse",
+        "page",
+        "table",
+    ]
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--only", nargs="*", default=[], help="names of cases or classes, for 'all', 'coverage' and 'fuse'"
