@@ -1,4 +1,4 @@
-"""Every figure of the README and the docs: ``python -m benchmarks [all|tiles|rounding|startup|overhead|explain|coverage|vae|fuse|page|pictures|table]``.
+"""Every figure of the README and the docs: ``python -m benchmarks WHAT`` (``--help`` lists what).
 
 Each case runs in a fresh process, by turns with what it is compared to, and counts as the ratio of medians, because
 the machines these run on are shared and noisy.
@@ -190,7 +190,9 @@ def cover(transformers: bool, diffusers: bool, only: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    choices = "all tiles rounding startup overhead explain coverage vae fuse page pictures table".split()
+    choices = (
+        "all tiles sweep rounding startup overhead explain coverage vae fuse page pictures table".split()
+    )
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--only",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -45,6 +46,56 @@ def tiles(length: int = 4096, heads: int = 16, head_dim: int = 64, rounds: int =
                 )
         with attnpatch.patched(model, mode="always"):
             print(f"chosen              {_best(lambda: model[0](query, key, value, mask), rounds):7.3f}")
+
+
+def sweep(rounds: int = 2) -> None:
+    """By rows against the fused kernel with the same mask, over lengths, widths and dtypes: CPU seconds of one thread.
+
+    CPU time, because other processes disturb it less than the clock; no more than 2,048 query rows, which are as
+    good as any others.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tiles = [(2, 32), (2, 64), (2, 128), (2, 256), (2, 512)]
+    names = ["native", *(f"{heads} x {rows}" for heads, rows in tiles), "chosen"]
+    print("ratio to the fused kernel | " + " | ".join(names))
+    for dtype in (torch.float32, torch.bfloat16):
+        for head_dim in (64, 128):
+            for length in (2048, 4096, 8192, 16384, 32768):
+                found = _against_fused(length, head_dim, dtype, tiles, rounds)
+                cells = " | ".join(f"{ratio:.2f}" for ratio in found)
+                print(f"{str(dtype)[6:]}, heads of {head_dim}, {length} keys | {cells}", flush=True)
+    torch.set_num_threads(threads)
+
+
+def _against_fused(
+    length: int, head_dim: int, dtype: torch.dtype, tiles: list[tuple[int, int]], rounds: int
+) -> list[float]:
+    """Native eager, each tile and the chosen one as multiples of the fused kernel, by turns, the best of some rounds."""
+    torch.manual_seed(0)
+    rows = min(length, 2048)
+    key, value = torch.randn(2, 1, 4, length, head_dim).to(dtype).unbind()
+    query = torch.randn(1, 4, rows, head_dim).to(dtype)
+    mask = torch.zeros(1, 1, rows, length, dtype=dtype)
+    mask[..., length // 2 :] = torch.finfo(dtype).min
+    model = torch.nn.Sequential(Attention())
+    policies = [{"heads": h, "rows": r} for h, r in tiles]
+    best = [math.inf] * (len(tiles) + 3)
+    with torch.inference_mode():
+        for _ in range(rounds):
+            calls = [lambda: F.scaled_dot_product_attention(query, key, value, mask)]
+            calls += [lambda: model[0](query, key, value, mask)] * (len(best) - 1)
+            for place, (call, policy) in enumerate(zip(calls, [None, None, *policies, {}], strict=True)):
+                around = (
+                    contextlib.nullcontext()
+                    if policy is None
+                    else attnpatch.patched(model, mode="always", **policy)
+                )
+                with around:
+                    start = time.thread_time()
+                    call()
+                    best[place] = min(best[place], time.thread_time() - start)
+    return [seconds / best[0] for seconds in best[1:]]
 
 
 def _best(call: object, rounds: int) -> float:

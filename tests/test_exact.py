@@ -264,6 +264,8 @@ def test_returned_weights(name):
             assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, what
             assert equal_with_nan(mine[:, :, 10:20].clone(), theirs[:, :, 10:20]), what
             assert equal_with_nan(mine[0, -1, 3].clone(), theirs[0, -1, 3]), what
+            assert equal_with_nan(mine[mine > 0.1], theirs[theirs > 0.1]), what
+            assert (mine == None) is False, what  # noqa: E711
             assert equal_with_nan(mine + 0, theirs), what
             assert equal_with_nan(mine.mean(dim=1), theirs.mean(dim=1)), what
     assert_identical(zoo.flatten(got), zoo.flatten(native), name)

@@ -172,13 +172,32 @@ class Call(Node):
 
         args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
         if self.context.is_current():
-            if self.work and (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
-                return run.PLAIN[self.func](*args, out=out)
+            if (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
+                return _written_to(out, self.func, args)
             if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
                 return _overwriting(self.func, args, kwargs)
             return self.func(*args, **kwargs)
         with self.context.enter():
             return self.func(*args, **kwargs)
+
+
+# Products that can be told where to put their result.
+INTO: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: torch.matmul,
+    torch.Tensor.matmul: torch.matmul,
+    torch.Tensor.__matmul__: torch.matmul,
+    torch.bmm: torch.bmm,
+    torch.Tensor.bmm: torch.bmm,
+}
+
+
+def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch.Tensor:
+    """The result of a product, a cast or a softmax in another dtype, in given memory, the same to the last bit."""
+    if func in INTO:
+        return INTO[func](*args, out=out)
+    out.copy_(args[0])
+    # On CPU torch casts what it is given, and then computes the softmax of that.
+    return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
 
 
 def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor:

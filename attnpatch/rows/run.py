@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from attnpatch.rows.axes import KEY, Axis, Tile, all_leaves, leaves, take
-from attnpatch.rows.recipe import Call, Child, Cut, Leaf, Node, View, graph
+from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, View, graph
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
+_CASTS = frozenset("to float half bfloat16 double type type_as".split())
 # Steps whose result may be their operand's memory.
 _ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
 
@@ -25,15 +25,6 @@ class Run:
         bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
         wanted: Leaves to take gradients for: their parts are cut from the graph and noted.
     """
-
-    # Products that can be told where to put their result.
-    PLAIN: ClassVar[dict[Any, Callable[..., torch.Tensor]]] = {
-        torch.matmul: torch.matmul,
-        torch.Tensor.matmul: torch.matmul,
-        torch.Tensor.__matmul__: torch.matmul,
-        torch.bmm: torch.bmm,
-        torch.Tensor.bmm: torch.bmm,
-    }
 
     def __init__(
         self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
@@ -135,23 +126,37 @@ class Run:
         return value
 
     def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
-        """Memory for a product's result that all row steps share, on CPU; ``None`` where the result may outlive its tile.
+        """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
 
-        glibc gives tensors of 32 MiB or more back at once, and new pages for every step cost half of its time.
+        glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
         """
-        axes = self._axes[node]
-        if self.row not in axes or not any(axis.kind == KEY for axis in axes) or node.kwargs:
-            return None
         # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
-        if self._is_watched or not self.hoist or node.func not in self.PLAIN:
+        if (
+            self._is_watched
+            or not self.hoist
+            or self.row not in self._axes[node]
+            or node.device.type != "cpu"
+        ):
             return None
-        if torch.is_grad_enabled() or node.context.autocast or node.device.type != "cpu":
+        if not self._fills(node) or torch.is_grad_enabled() or node.context.autocast:
             return None
         count = math.prod(shape)
         if node not in self._buffers or self._buffers[node].numel() < count:
             self._buffers.pop(node, None)
             self._buffers[node] = torch.empty(count, dtype=node.dtype)
         return self._buffers[node][:count].view(shape)
+
+    def _fills(self, node: Call) -> bool:
+        """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
+        if not any(axis.kind == KEY for axis in self._axes[node]):
+            return False
+        if node.work:
+            return node.func in INTO and not node.kwargs
+        if len(node.children) != 1 or node.children[0].dtype == node.dtype:
+            return False
+        if getattr(node.func, "__name__", "") == "softmax":
+            return _is_over_last(node)
+        return getattr(node.func, "__name__", "") in _CASTS
 
     def may_overwrite(self, node: Call) -> bool:
         """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
@@ -168,9 +173,7 @@ class Run:
         if operand.dtype != node.dtype or len(operand.dims) != len(node.dims) or not self._owns(operand):
             return False
         if name == "softmax":
-            # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype): over the last dimension on CPU.
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            return dim in (-1, len(node.dims) - 1) and node.device.type == "cpu"
+            return _is_over_last(node) and node.device.type == "cpu"
         return name in _IN_PLACE
 
     def _owns(self, node: Node) -> bool:
@@ -206,3 +209,9 @@ class Run:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
+
+
+def _is_over_last(softmax: Call) -> bool:
+    # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype)
+    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+    return dim in (-1, len(softmax.dims) - 1)
