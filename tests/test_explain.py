@@ -279,9 +279,9 @@ def test_a_rehearsal_replays_a_few_tiles_however_many_there_are(monkeypatch):
     assert numbers[0] == numbers[1] > 100
 
 
-def test_inference_mode_is_explained_in_inference_mode():
-    """There the engine keeps copies of what weights that are handed out are computed from: the mask among them."""
+def test_inference_mode_costs_nothing():
+    """What weights that are handed out are computed from is kept there too, and a mask by rows is small."""
     model = on_meta("llama eager")
     plain = attnpatch.explain(model, 2048, device="cpu", mode="always").peak
     with torch.inference_mode():
-        assert attnpatch.explain(model, 2048, device="cpu", mode="always").peak > plain + 2048**2 * 3
+        assert attnpatch.explain(model, 2048, device="cpu", mode="always").peak == plain

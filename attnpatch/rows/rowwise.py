@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows import products, shaping
-from attnpatch.rows.axes import KEY, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
+from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.masks import Filled
@@ -70,7 +70,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         if in_place and is_pending(args[0]):
             return _in_place(name, func, args, kwargs)
         handler = HANDLERS.get(name)
-        if handler is not None and (name not in shaping.HANDLERS or is_pending(args[0])):
+        if handler is not None and (handler is not shaping.HANDLERS.get(name) or is_pending(args[0])):
             result = handler(name, func, args, kwargs)
             if result is not NotImplemented:
                 return _counted(name, result)
@@ -450,6 +450,37 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return wrap(call, source.handle.call)
 
 
+def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
+    table, index = args
+    if isinstance(table, DeferredRows) or not isinstance(index, DeferredRows):
+        return shaping.getitem(name, func, args, kwargs)
+    node = index.handle.node
+    if node.dtype not in (torch.int64, torch.int32) or table.device != node.device:
+        return NotImplemented
+    width = fresh(table.shape[1:])
+    call = Call(func, (Leaf(table, ((), *width)), node), {}, (*node.dims, *width), table.dtype, node.device)
+    return wrap(call, index.handle.call)
+
+
+def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A value before and after the keys, as ``cat``; other dimensions are not padded by rows."""
+    source, amounts = args[0], _argument(args, kwargs, 1, "pad")
+    if not isinstance(source, DeferredRows) or _argument(args, kwargs, 2, "mode", "constant") != "constant":
+        return NotImplemented
+    if not any(amounts):
+        return source.clone()
+    node, value = source.handle.node, _argument(args, kwargs, 3, "value") or 0
+    if any(amounts[2:]) or min(amounts) < 0 or any(axis.kind == ROW for axis in leaves(node.dims[-1])):
+        return NotImplemented
+    pieces = [source]
+    for at, count in zip((0, 2), amounts, strict=False):
+        if count:
+            dims = (*node.dims[:-1], *fresh([count], KEY))
+            pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), source.handle.call))
+    return concatenate("cat", torch.cat, (pieces, -1), {})
+
+
 def filled_like(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``zeros_like`` and its kind of something deferred."""
     if not isinstance(args[0], DeferredRows) or set(kwargs) - {"dtype", "fill_value"}:
@@ -480,7 +511,9 @@ HANDLERS: dict[str, Handler] = {
     "contiguous": contiguous,
     "dropout": dropout,
     "embedding": embedding,
+    "pad": pad,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,
+    "__getitem__": getitem,
     **products.HANDLERS,
 }
