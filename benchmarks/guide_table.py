@@ -55,13 +55,15 @@ GUIDE = {
 }
 
 
-def model_of(shape: str, layers: int, attention: str, quantised: bool = False) -> torch.nn.Module:
+def model_of(
+    shape: str, layers: int, attention: str, quantised: bool = False, seed: int = 0, vocabulary: int = 32000
+) -> torch.nn.Module:
     """Random weights; the vocabulary is small, since nobody looks at the logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        **SHAPES[shape], num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=131072,
+        **SHAPES[shape], num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=131072,
         attn_implementation=attention,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)

@@ -22,7 +22,7 @@ import torch
 
 from attnpatch import capture
 from attnpatch.memory import PeakMeter
-from benchmarks.guide_table import GUIDE, SHAPES, blocks_of, in_4_bits
+from benchmarks.guide_table import GUIDE, SHAPES, blocks_of, model_of
 
 HERE = pathlib.Path(__file__).parent
 # What is measured of each layer. The first is compared to, and its result is the next layer's input.
@@ -38,20 +38,9 @@ COMPARED = 1 << 16
 
 def layer_of(number: int, shape: str, quantised: bool) -> torch.nn.Module:
     """A model of one layer, whose weights depend on its number; without the norm that ends a model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(number)
-    config = LlamaConfig(
-        **SHAPES[shape], num_hidden_layers=1, vocab_size=32, max_position_embeddings=131072,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.model.norm = torch.nn.Identity()
-    return (in_4_bits(model) if quantised else model).model
+    model = model_of(shape, 1, "sdpa", quantised, seed=number, vocabulary=32).model
+    model.norm = torch.nn.Identity()
+    return model
 
 
 def first_input(tokens: int, shape: str) -> torch.Tensor:
