@@ -19,7 +19,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
 # One or two of each kind: decoders, hybrids, latent attention, shapes by layer, encoders, both, images, sound, several.
 NAMES = """llama gpt_oss gemma3n_text gemma4_text deepseek_v3 qwen3_next jamba mixtral gptj bloom falcon
 bert deberta-v2 modernbert xlnet big_bird t5 bart vit swinv2 detr perceiver wav2vec2 whisper clip qwen2_vl
-llava llava_next idefics3 blip-2 sam reformer nemotron_h granite_swa mamba""".split()
+llava llava_next idefics3 blip-2 sam reformer nemotron_h granite_swa dots3_note_text mamba""".split()
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,14 @@ def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callabl
     then holds three tensors of scores for every head.
     """
     itemsize = getattr(given.get("dtype"), "itemsize", 4)
-    heads = getattr(given.get("config"), "num_attention_heads", 1)
-    scores = 3 * heads if original.__name__ == "eager_mask" and isinstance(heads, int) else 0
+    scores = 3 * _heads(given.get("config")) if original.__name__ == "eager_mask" else 0
     return lambda count: count * (1 + itemsize * (1 + scores))
+
+
+def _heads(config: Any) -> int:
+    """Attention heads of a layer; 1 where a config does not say so for all of its layers (it raises what it likes)."""
+    try:
+        heads = config.num_attention_heads
+    except Exception:
+        return 1
+    return heads if isinstance(heads, int) else 1
