@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch.policy import Policy
 from attnpatch.rows import masks
 from attnpatch.rows.deferred import SiteCall
 
@@ -78,6 +79,14 @@ def by_rows(call: SiteCall) -> Iterator[None]:
             yield
     finally:
         _table.leave()
+
+
+def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has no sequence so long that a mask may go by rows: a step of a generation pays for one look."""
+    if policy.mode != "auto":
+        return False
+    given = (*args, *(value for name, value in kwargs.items() if not name.endswith("mask")))
+    return all(not isinstance(value, torch.Tensor) or value.numel() <= policy.min_tokens for value in given)
 
 
 def makes_masks(module: nn.Module) -> bool:

@@ -145,6 +145,8 @@ class Site:
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
+            if masks.is_short(self.patch.policy, args, kwargs):
+                return self._serve(forward, module, first, args, kwargs)
             call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
             with masks.by_rows(call):
                 return self._serve(forward, module, first, args, kwargs)
