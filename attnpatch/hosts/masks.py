@@ -108,7 +108,11 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def mask(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or args or not masks.may_defer():
+        # A static cache says where it is in a tensor: its masks are prepared once for many calls.
+        places = [kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("q_offset", 0)]
+        if torch.compiler.is_compiling() or args or any(type(number) is not int for number in places):
+            return original(*args, **kwargs)
+        if "mask_function" not in kwargs or not masks.may_defer(kwargs["q_length"]):
             return original(*args, **kwargs)
         found = _deferred(original, kwargs)
         return original(**kwargs) if found is NotImplemented else found
@@ -118,12 +122,7 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where it is to be made whole."""
-    q_len, kv_len, offset = given.get("q_length"), given.get("kv_length"), given.get("q_offset", 0)
-    # A static cache says where it is in a tensor: its masks are prepared once for many calls.
-    if not all(type(number) is int for number in (q_len, kv_len, offset)) or q_len < 2:
-        return NotImplemented
-    if "mask_function" not in given:
-        return NotImplemented
+    q_len, kv_len, offset = given["q_length"], given["kv_length"], given.get("q_offset", 0)
     try:
         # Whether the host needs one is its own decision: it makes none, or it asks its function.
         if original(**{**given, "mask_function": _ask}) is None:

@@ -95,15 +95,18 @@ def of_call(call: SiteCall | None) -> Iterator[None]:
         _thread.call = outer
 
 
-def may_defer() -> bool:
-    """Whether a mask that is asked for now could be deferred."""
-    return _thread.call is not None and torch._C._functorch.peek_interpreter_stack() is None
+def may_defer(q_len: int) -> bool:
+    """Whether a mask of so many rows that is asked for now could be deferred."""
+    call = _thread.call
+    if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def deferred(
     function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
 ) -> DeferredRows | None:
-    """A mask of which ``function`` gives any rows, not made yet; ``None`` where the rule says that it may be made.
+    """A mask that ``may_defer``, not made yet; ``None`` where the rule says that it may be made.
 
     Args:
         function: From the first row and one past the last to ``[..., high - low, kv_len]``.
@@ -111,8 +114,7 @@ def deferred(
         temporaries: From the number of the mask's elements to the bytes that the host holds if it is made.
     """
     call = _thread.call
-    if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
-        return None
+    assert call is not None
     # Four rows tell what all of them are.
     few = function(0, min(q_len, 4))
     if few.dim() < 2 or few.shape[-2:] != (min(q_len, 4), kv_len) or not is_plain(few):

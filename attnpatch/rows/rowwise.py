@@ -7,17 +7,16 @@ so whatever they do not understand to the letter (an unusual keyword, an ``out=`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from attnpatch.rows import products, shaping
-from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
+from attnpatch.rows import products, shaping, tables
+from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
+from attnpatch.rows.axes import KEY, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
-from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
@@ -40,28 +39,10 @@ PAIRS = frozenset("max min sort topk".split())
 CASTS = frozenset("to type type_as float half bfloat16 double".split())
 
 
-def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
-    """The first deferred tensor of a site; a mask is many sites'."""
-    found = _deferred(args, kwargs)
-    return next((value for value in found if not value.handle.call.is_of_masks), found[0])
-
-
-def _deferred(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:
-    return [value for value in _tensors(args, kwargs) if isinstance(value, DeferredRows)]
-
-
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_structure(
-        (args, kwargs), lambda value: found.append(value) if isinstance(value, torch.Tensor) else None
-    )
-    return found
-
-
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Extend the recipe if the function is in the table, otherwise compute what is deferred and call it."""
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
-    if not any(is_pending(value) for value in _tensors(args, kwargs)):
+    if not any(is_pending(value) for value in tensors_in(args, kwargs)):
         return func(*args, **kwargs)
     if not args and "input" in kwargs and name != "where":
         args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
@@ -84,7 +65,7 @@ def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.rpartition("::")[2]
     if name not in ELEMENTWISE or kwargs.get("out") is not None:
         return NotImplemented
-    if any(value.requires_grad or not is_pending(value) for value in _deferred(args, kwargs)):
+    if any(value.requires_grad or not is_pending(value) for value in deferred_in(args, kwargs)):
         # The graph was recorded above already; here only values are missing.
         return NotImplemented
     return elementwise(name, func, args, kwargs)
@@ -190,7 +171,7 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
 def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("inplace"):
         return NotImplemented
-    tensors = _tensors(args, kwargs)
+    tensors = tensors_in(args, kwargs)
     first = first_deferred(args, kwargs)
     if any(value.device != first.device and value.dim() for value in tensors):
         return NotImplemented
@@ -263,10 +244,6 @@ def _dims_of(node: Node, dim: Any) -> list[int] | None:
     return [d % len(node.dims) for d in dim]
 
 
-def _argument(args: Any, kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
 def _mark_keys(node: Node, axes: list[Axis]) -> None:
     """Softmax says which axis holds the keys; what was taken for one before is a row axis."""
     for dim in node.dims:
@@ -279,7 +256,7 @@ def _mark_keys(node: Node, axes: list[Axis]) -> None:
 
 def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
-    positions = _dims_of(node, _argument(args, kwargs, 1, "dim")) if node is not None else None
+    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
     axes = leaves(node.dims[positions[0]])
@@ -292,7 +269,7 @@ def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
-    positions = _dims_of(node, _argument(args, kwargs, 1, "dim")) if node is not None else None
+    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
     tiny = probe(func, args, kwargs)
@@ -314,16 +291,16 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
         return NotImplemented
     node = args[0].handle.node
-    dim = _argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
+    dim = argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
     positions = _dims_of(node, dim)
     if positions is None:
         return NotImplemented
     position = positions[0]
     replaced: list[Dim] = [node.dims[position]]
     if name == "topk":
-        replaced = [(Axis(_argument(args, kwargs, 1, "k"), KEY),)]
+        replaced = [(Axis(argument(args, kwargs, 1, "k"), KEY),)]
     elif name != "sort":
-        replaced = [()] if _argument(args, kwargs, 2, "keepdim", False) else []
+        replaced = [()] if argument(args, kwargs, 2, "keepdim", False) else []
     dims = (*node.dims[:position], *replaced, *node.dims[position + 1 :])
     whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
     call = Call(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
@@ -336,13 +313,13 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    p = _argument(args, kwargs, 1, "p", 0.5)
-    training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", True)
+    p = argument(args, kwargs, 1, "p", 0.5)
+    training = argument(args, kwargs, 2, "train" if "train" in kwargs else "training", True)
     if not isinstance(source, DeferredRows) or not 0.0 <= p <= 1.0:
         return NotImplemented
     if not training or p == 0.0:
         return source
-    if _argument(args, kwargs, 3, "inplace", False):
+    if argument(args, kwargs, 3, "inplace", False):
         if source.handle.is_shared():
             return NotImplemented
         source.handle.node = Dropout(source.handle.node, p)
@@ -350,62 +327,10 @@ def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return wrap(Dropout(source.handle.node, p), source.handle.call)
 
 
-def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``cat`` along a dimension that the recipe then needs whole (a sink's column beside the scores)."""
-    pieces, dim = _argument(args, kwargs, 0, "tensors"), _argument(args, kwargs, 1, "dim", 0)
-    first = first_deferred(args, kwargs)
-    if not isinstance(dim, int) or any(piece.dim() != first.dim() for piece in pieces):
-        return NotImplemented
-    position = dim % first.dim()
-    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
-    joined = (Axis(sum(piece.shape[position] for piece in pieces), KEY),)
-    dims: list[Dim] = []
-    for i, own in enumerate(nodes[0].dims):
-        others = [node.dims[i] for node in nodes[1:]]
-        if i != position and not all(same(own, other) for other in others):
-            return NotImplemented
-        dims.append(joined if i == position else own)
-    whole = [*joined]
-    parts: list[Node] = []
-    for piece in pieces:
-        if isinstance(piece, DeferredRows):
-            part = piece.handle.node
-            whole += part.dims[position]
-        else:
-            part = Leaf(piece, tuple(() if i == position else dim for i, dim in enumerate(dims)))
-        parts.append(part)
-    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
-    call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
-    return wrap(call, first.handle.call)
-
-
-def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
-    source = args[0]
-    dim, index = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "index")
-    if not isinstance(source, DeferredRows) or not isinstance(dim, int) or isinstance(index, DeferredRows):
-        return NotImplemented
-    node = source.handle.node
-    position = dim % len(node.dims)
-    shape = node.shape
-    if name == "gather":
-        if index.dim() != len(shape) or any(
-            index.shape[i] != shape[i] for i in range(len(shape)) if i != position
-        ):
-            return NotImplemented
-        count = index.shape[position]
-    else:
-        count = index.numel()
-    dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
-    place = Leaf(index, dims if name == "gather" else (dims[position],) if index.dim() else ())
-    call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
-    return wrap(call, source.handle.call)
-
-
 def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A convolution of width 1, which mixes heads (channels) and nothing else: talking heads."""
     source = args[0]
-    weight, bias = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 2, "bias")
+    weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     if (
         not isinstance(source, DeferredRows)
         or isinstance(weight, DeferredRows)
@@ -415,7 +340,7 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     node = source.handle.node
     if weight.dim() != len(node.dims) or any(size != 1 for size in weight.shape[2:]):
         return NotImplemented
-    stride, padding = _argument(args, kwargs, 3, "stride", 1), _argument(args, kwargs, 4, "padding", 0)
+    stride, padding = argument(args, kwargs, 3, "stride", 1), argument(args, kwargs, 4, "padding", 0)
     if any(step != 1 for step in _each(stride)) or any(
         edge not in (0, "valid", "same") for edge in _each(padding)
     ):
@@ -425,74 +350,10 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     dtype = probe(func, (source, weight), {}).dtype
     places = {"weight": weight, "bias": bias}
     leaf = {key: None if t is None else Leaf(t, ((),) * t.dim()) for key, t in places.items()}
-    rest = {"stride": stride, "padding": padding, "dilation": _argument(args, kwargs, 5, "dilation", 1)}
-    rest["groups"] = _argument(args, kwargs, 6, "groups", 1)
+    rest = {"stride": stride, "padding": padding, "dilation": argument(args, kwargs, 5, "dilation", 1)}
+    rest["groups"] = argument(args, kwargs, 6, "groups", 1)
     call = Call(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
     return wrap(call, source.handle.call)
-
-
-def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
-    source, weight = args[0], _argument(args, kwargs, 1, "weight")
-    if (
-        not isinstance(source, DeferredRows)
-        or isinstance(weight, DeferredRows)
-        or _argument(args, kwargs, 3, "max_norm") is not None
-        or _argument(args, kwargs, 6, "sparse", False)
-    ):
-        return NotImplemented
-    node = source.handle.node
-    width = fresh(weight.shape[1:])
-    dims = (*node.dims, *width)
-    rest = {"padding_idx": _argument(args, kwargs, 2, "padding_idx")}
-    rest["scale_grad_by_freq"] = _argument(args, kwargs, 5, "scale_grad_by_freq", False)
-    call = Call(func, (node, Leaf(weight, ((), *width))), rest, dims, weight.dtype, node.device)
-    return wrap(call, source.handle.call)
-
-
-def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
-    table, index = args
-    if isinstance(table, DeferredRows) or not isinstance(index, DeferredRows):
-        return shaping.getitem(name, func, args, kwargs)
-    node = index.handle.node
-    if node.dtype not in (torch.int64, torch.int32) or table.device != node.device:
-        return NotImplemented
-    width = fresh(table.shape[1:])
-    call = Call(func, (Leaf(table, ((), *width)), node), {}, (*node.dims, *width), table.dtype, node.device)
-    return wrap(call, index.handle.call)
-
-
-def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A value before and after the keys, as ``cat``; other dimensions are not padded by rows."""
-    source, amounts = args[0], _argument(args, kwargs, 1, "pad")
-    if not isinstance(source, DeferredRows) or _argument(args, kwargs, 2, "mode", "constant") != "constant":
-        return NotImplemented
-    if not any(amounts):
-        return source.clone()
-    node, value = source.handle.node, _argument(args, kwargs, 3, "value") or 0
-    if any(amounts[2:]) or min(amounts) < 0 or any(axis.kind == ROW for axis in leaves(node.dims[-1])):
-        return NotImplemented
-    pieces = [source]
-    for at, count in zip((0, 2), amounts, strict=False):
-        if count:
-            dims = (*node.dims[:-1], *fresh([count], KEY))
-            pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), source.handle.call))
-    return concatenate("cat", torch.cat, (pieces, -1), {})
-
-
-def filled_like(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``zeros_like`` and its kind of something deferred."""
-    if not isinstance(args[0], DeferredRows) or set(kwargs) - {"dtype", "fill_value"}:
-        return NotImplemented
-    value = {"zeros_like": 0, "ones_like": 1}.get(name)
-    if value is None:
-        value = _argument(args, kwargs, 1, "fill_value")
-    if not isinstance(value, (bool, int, float)):
-        return NotImplemented
-    node = args[0].handle.node
-    dtype = kwargs.get("dtype") or node.dtype
-    return wrap(Filled(value, node.dims, dtype, node.device), args[0].handle.call)
 
 
 def _each(value: Any) -> tuple[Any, ...]:
@@ -505,15 +366,10 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(REDUCING, reducing),
     **dict.fromkeys(PAIRS, pairs),
     **dict.fromkeys(CASTS, cast),
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
-    **dict.fromkeys(("gather", "index_select"), gather),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), filled_like),
     "contiguous": contiguous,
     "dropout": dropout,
-    "embedding": embedding,
-    "pad": pad,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,
-    "__getitem__": getitem,
+    **tables.HANDLERS,
     **products.HANDLERS,
 }

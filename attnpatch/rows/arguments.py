@@ -1,0 +1,32 @@
+"""The arguments of a call as torch was given it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.rows.deferred import DeferredRows
+from attnpatch.rows.recipe import map_structure
+
+
+def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
+    """The first deferred tensor of a site; a mask is many sites'."""
+    found = deferred_in(args, kwargs)
+    return next((value for value in found if not value.handle.call.is_of_masks), found[0])
+
+
+def deferred_in(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:
+    return [value for value in tensors_in(args, kwargs) if isinstance(value, DeferredRows)]
+
+
+def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_structure(
+        (args, kwargs), lambda value: found.append(value) if isinstance(value, torch.Tensor) else None
+    )
+    return found
+
+
+def argument(args: Any, kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)

@@ -1,0 +1,142 @@
+"""Functions that join a recipe's keys with others, look them up, or look up a table with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows import shaping
+from attnpatch.rows.arguments import argument, first_deferred
+from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same
+from attnpatch.rows.deferred import DeferredRows, wrap
+from attnpatch.rows.masks import Filled
+from attnpatch.rows.recipe import Call, Leaf, Node
+
+
+def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``cat`` along a dimension that the recipe then needs whole (a sink's column beside the scores)."""
+    pieces, dim = argument(args, kwargs, 0, "tensors"), argument(args, kwargs, 1, "dim", 0)
+    first = first_deferred(args, kwargs)
+    if not isinstance(dim, int) or any(piece.dim() != first.dim() for piece in pieces):
+        return NotImplemented
+    position = dim % first.dim()
+    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
+    joined = (Axis(sum(piece.shape[position] for piece in pieces), KEY),)
+    dims: list[Dim] = []
+    for i, own in enumerate(nodes[0].dims):
+        others = [node.dims[i] for node in nodes[1:]]
+        if i != position and not all(same(own, other) for other in others):
+            return NotImplemented
+        dims.append(joined if i == position else own)
+    whole = [*joined]
+    parts: list[Node] = []
+    for piece in pieces:
+        if isinstance(piece, DeferredRows):
+            part = piece.handle.node
+            whole += part.dims[position]
+        else:
+            part = Leaf(piece, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+        parts.append(part)
+    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
+    call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
+    return wrap(call, first.handle.call)
+
+
+def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A value before and after the keys, as ``cat``; other dimensions are not padded by rows."""
+    source, amounts = args[0], argument(args, kwargs, 1, "pad")
+    if not isinstance(source, DeferredRows) or argument(args, kwargs, 2, "mode", "constant") != "constant":
+        return NotImplemented
+    if not any(amounts):
+        return source.clone()
+    node, value = source.handle.node, argument(args, kwargs, 3, "value") or 0
+    if any(amounts[2:]) or min(amounts) < 0 or any(axis.kind == ROW for axis in leaves(node.dims[-1])):
+        return NotImplemented
+    pieces = [source]
+    for at, count in zip((0, 2), amounts, strict=False):
+        if count:
+            dims = (*node.dims[:-1], *fresh([count], KEY))
+            pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), source.handle.call))
+    return concatenate("cat", torch.cat, (pieces, -1), {})
+
+
+def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
+    source = args[0]
+    dim, index = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    if not isinstance(source, DeferredRows) or not isinstance(dim, int) or isinstance(index, DeferredRows):
+        return NotImplemented
+    node = source.handle.node
+    position = dim % len(node.dims)
+    shape = node.shape
+    if name == "gather":
+        if index.dim() != len(shape) or any(
+            index.shape[i] != shape[i] for i in range(len(shape)) if i != position
+        ):
+            return NotImplemented
+        count = index.shape[position]
+    else:
+        count = index.numel()
+    dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
+    place = Leaf(index, dims if name == "gather" else (dims[position],) if index.dim() else ())
+    call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
+    return wrap(call, source.handle.call)
+
+
+def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
+    source, weight = args[0], argument(args, kwargs, 1, "weight")
+    if (
+        not isinstance(source, DeferredRows)
+        or isinstance(weight, DeferredRows)
+        or argument(args, kwargs, 3, "max_norm") is not None
+        or argument(args, kwargs, 6, "sparse", False)
+    ):
+        return NotImplemented
+    node = source.handle.node
+    width = fresh(weight.shape[1:])
+    dims = (*node.dims, *width)
+    rest = {"padding_idx": argument(args, kwargs, 2, "padding_idx")}
+    rest["scale_grad_by_freq"] = argument(args, kwargs, 5, "scale_grad_by_freq", False)
+    call = Call(func, (node, Leaf(weight, ((), *width))), rest, dims, weight.dtype, node.device)
+    return wrap(call, source.handle.call)
+
+
+def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
+    table, index = args
+    if isinstance(table, DeferredRows) or not isinstance(index, DeferredRows):
+        return shaping.getitem(name, func, args, kwargs)
+    node = index.handle.node
+    if node.dtype not in (torch.int64, torch.int32) or table.device != node.device:
+        return NotImplemented
+    width = fresh(table.shape[1:])
+    call = Call(func, (Leaf(table, ((), *width)), node), {}, (*node.dims, *width), table.dtype, node.device)
+    return wrap(call, index.handle.call)
+
+
+def filled_like(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``zeros_like`` and its kind of something deferred."""
+    if not isinstance(args[0], DeferredRows) or set(kwargs) - {"dtype", "fill_value"}:
+        return NotImplemented
+    value = {"zeros_like": 0, "ones_like": 1}.get(name)
+    if value is None:
+        value = argument(args, kwargs, 1, "fill_value")
+    if not isinstance(value, (bool, int, float)):
+        return NotImplemented
+    node = args[0].handle.node
+    dtype = kwargs.get("dtype") or node.dtype
+    return wrap(Filled(value, node.dims, dtype, node.device), args[0].handle.call)
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
+    **dict.fromkeys(("gather", "index_select"), gather),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), filled_like),
+    "__getitem__": getitem,
+    "embedding": embedding,
+    "pad": pad,
+}
