@@ -12,7 +12,7 @@ import torch
 
 import attnpatch
 from benchmarks import small_transformers, sweep
-from benchmarks.inputs_transformers import MEDIA, inputs_of, parameters_of
+from benchmarks.inputs_transformers import LENGTH, MEDIA, TARGET_LENGTH, inputs_of, parameters_of
 from benchmarks.sweep import ROWS
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -32,6 +32,7 @@ class Run:
         equal: Of those: 2 to the last bit, 1 to rounding, 0 otherwise.
         difference: The largest relative difference of an output.
         materialised: Operations that needed a whole matrix.
+        whole: What else made a tensor of tokens x tokens, where tokens are text.
         missed: Modules that computed attention not by rows, by class.
         one_row: Modules that only attend with one query row: there is nothing to cut.
         finite: Whether the outputs of the unpatched model are numbers.
@@ -44,6 +45,7 @@ class Run:
     equal: int = 2
     difference: float = 0.0
     materialised: dict[str, int] = dataclasses.field(default_factory=dict)
+    whole: dict[str, int] = dataclasses.field(default_factory=dict)
     missed: dict[str, int] = dataclasses.field(default_factory=dict)
     one_row: dict[str, int] = dataclasses.field(default_factory=dict)
     finite: bool = True
@@ -107,6 +109,11 @@ def compare(model: torch.nn.Module, inputs: dict[str, Any], native: list[torch.T
         with attnpatch.patched(model, mode="always", rows=ROWS):
             got = sweep.run(model, inputs)
             report = attnpatch.report(model)
+            if LENGTH in _sizes(inputs):
+                # A second call: in the first, modules that may be attention are found out.
+                with sweep.Whole({LENGTH, TARGET_LENGTH}) as whole:
+                    sweep.run(model, inputs)
+                result.whole = dict(whole.made)
     except attnpatch.errors.PatchError:
         # No site at all: whatever attends is missed.
         _judge(result, seen.rows, names, {})
@@ -124,6 +131,10 @@ def compare(model: torch.nn.Module, inputs: dict[str, Any], native: list[torch.T
         result.difference = sweep.difference(got, native)
         result.equal = int(sweep.agrees_in_double(model, inputs))
     return result
+
+
+def _sizes(inputs: dict[str, Any]) -> set[int]:
+    return {size for value in inputs.values() if isinstance(value, torch.Tensor) for size in value.shape}
 
 
 def _judge(result: Run, rows: Any, names: dict[Any, str], sites: dict[str, Any]) -> None:
@@ -162,6 +173,7 @@ def row(outcome: Outcome, implementation: str) -> list[str]:
     notes += [f"one query row: {sweep.listed(found.one_row)}"] if found.one_row else []
     notes += [f"called without {', '.join(found.without)}"] if found.without else []
     notes += [] if found.finite else ["NaN also unpatched"]
+    notes += [f"whole: {sweep.listed(found.whole)}"] if found.whole else []
     return [str(found.sites), str(found.by_rows), verdict, sweep.listed(found.materialised), "; ".join(notes)]
 
 
@@ -181,6 +193,8 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         f"runs by rows that are equal to the last bit: {same} of {len(attended)} ({same / max(1, len(attended)):.1%}); "
         f"to rounding, and in float64 to 1e-12: {close}; otherwise: {len(attended) - same - close}",
         f"runs in which something was materialised: {sum(bool(run.materialised) for run in runs)}",
+        "runs of a text in which something else made a tensor of tokens x tokens: "
+        f"{sum(bool(run.whole) and not run.materialised for run in runs)}",
         f"raise only when patched: {sum(bool(run.raised) for run in runs)}",
         "architectures called without the images or sounds that they also take: "
         f"{sum(any(run.without for run in each.runs.values()) for each in built)}",
@@ -231,6 +245,10 @@ def document(outcomes: list[Outcome]) -> str:
         "shifted by padding and reshaping (`pad`, `reshape`: each element goes to another row), and positions that a product",
         "makes and SDPA is handed as a mask (`scaled_dot_product_attention`). To rounding: calls with `is_causal` and no mask,",
         "and products of few columns (decomposed positions of SAM), whose rows round differently in a step.",
+        "",
+        "`whole` names what made a tensor of tokens x tokens, as operation and function of the model, while everything went by",
+        "rows: an image of pairs of boxes (`bros`), positions shifted by reshaping (`xlnet`), masks of its own in floating point",
+        "(`canine`), zeros up to 512 wide (`t5`: too small to be put off), or what is materialised anyway.",
         "",
         *sweep.table(header, rows),
         "",

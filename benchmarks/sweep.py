@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import attnpatch
 from attnpatch.patching.recognise import INPUT, PROBABILITIES, SCORES, Watch
 from attnpatch.rows import products
+from attnpatch.rows.deferred import DeferredRows
 
 SECONDS, BYTES = 60, 12 * 2**30
 ROWS = 7
@@ -191,6 +193,48 @@ def seen(inputs: Any) -> Iterator[Seen]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class Whole(TorchDispatchMode):
+    """Notes what makes a tensor of tokens x tokens, as often as one is made.
+
+    Args:
+        sizes: Numbers of tokens; primes, so that no other shape has their products.
+
+    Attributes:
+        made: By operation and the model's own function that called it.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        super().__init__()
+        sizes = set(sizes)
+        self.products = [a * b for a in sizes for b in sizes]
+        self.made: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(tensor) for tensor in _plain((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _plain(result):
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            if count and _storage(tensor) not in given and not all(count % each for each in self.products):
+                self.made[f"{func._schema.name.rpartition('::')[2]} in {_caller()}"] += 1
+        return result
+
+
+def _plain(value: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and not isinstance(t, DeferredRows)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _caller() -> str:
+    """The innermost function of the model that runs."""
+    for frame, _ in traceback.walk_stack(None):
+        if "transformers" in frame.f_code.co_filename:
+            return frame.f_code.co_qualname
+    return "?"
 
 
 # ------------------------------------------------------------------------------------------------ processes apart

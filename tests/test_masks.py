@@ -13,6 +13,7 @@ from torch import nn
 import attnpatch
 from attnpatch.rows import masks
 from attnpatch.rows.deferred import DeferredRows, is_pending
+from benchmarks.sweep import Whole
 
 TOKENS = 1024
 SIZES = {
@@ -159,7 +160,7 @@ def test_every_function(name, padding, attention):
 
 
 def test_a_cache_shifts_the_rows():
-    """Some tokens are in a cache: the rows begin after them. A static one is the host's own affair."""
+    """Some tokens are in a cache: the rows begin after them, in a static one at a place that is a tensor."""
     from transformers import DynamicCache, StaticCache
 
     model, x = host_of("causal", "sdpa"), torch.zeros(2, 40, 8)
@@ -171,11 +172,14 @@ def test_a_cache_shifts_the_rows():
     assert native.shape == (2, 1, 40, 64)
     static = StaticCache(config=config_of("Llama"), max_cache_len=64)
     static.update(torch.zeros(2, 2, 24, 8), torch.zeros(2, 2, 24, 8), 0)
+    native_static = model(x, mask[:, :40], static)
     with attnpatch.patched(model, mode="always"):
         got = model(x, mask, cache)
         assert is_pending(got)
-        assert type(model(x, mask[:, :40], static)) is torch.Tensor
-    assert torch.equal(got.clone(), native)
+        got_static = model(x, mask[:, :40], static)
+        assert is_pending(got_static)
+        static.update(torch.zeros(2, 2, 8, 8), torch.zeros(2, 2, 8, 8), 0)
+    assert torch.equal(got.clone(), native) and torch.equal(got_static.clone(), native_static)
 
 
 def test_a_mask_says_what_it_said_when_it_was_made():
@@ -509,3 +513,132 @@ def test_made_once_for_all_heads(heads, monkeypatch):
         model(**inputs)
     # Two layers, four steps of rows, and two sequences where heads are cut.
     assert len(made) == 2 * 4 * (2 if heads else 1)
+
+
+# ------------------------------------------------------------------------------ what models make of positions before it
+
+
+def deberta(kind: str):
+    import transformers
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "max_position_embeddings": 512, "relative_attention": True, "max_relative_positions": 16,
+        "pos_att_type": ["c2p", "p2c"], "position_biased_input": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_relative_positions_made_by_the_encoder(kind):
+    """Distances and a padding of both sides are made once, before any attention, and read two ways by every layer."""
+    model, inputs = deberta(kind), inputs_of("Bert", 307)
+    with torch.no_grad():
+        native = model(**inputs)[0]
+        with attnpatch.patched(model, mode="always", rows=16):
+            with Whole([307]) as whole:
+                got = model(**inputs)[0]
+            totals = attnpatch.report(model).totals
+    assert torch.equal(got, native)
+    assert totals["by_rows"] == 2 and not totals["materialised"]
+    assert not whole.made
+
+
+def test_relative_positions_of_a_short_call_are_the_hosts():
+    model, inputs = deberta("DebertaV2"), inputs_of("Bert", 307)
+    with torch.no_grad(), attnpatch.patched(model, min_tokens=307), Whole([307]) as whole:
+        model(**inputs)
+    assert any("build_relative_position" in made for made in whole.made), whole.made
+
+
+def test_only_the_shape_of_scores():
+    """A mask is given the shape of scores: that needs none of them."""
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            scores = x @ x.transpose(-2, -1)
+            mask = (torch.arange(x.shape[-2]) < 9).view(1, -1)
+            scores.masked_fill_(mask.expand_as(scores), -1e9)
+            bias = torch.linspace(0, 1, scores.numel()).view_as(scores)
+            return torch.softmax(scores + bias.type_as(scores), -1) @ x
+
+    model, x = Attention(), torch.randn(2, 3, 61, 8, generator=torch.Generator().manual_seed(0))
+    native = model(x)
+    with attnpatch.patched(model, mode="always", rows=8, heads=2):
+        got = model(x)
+        totals = attnpatch.report(model).totals
+    assert torch.equal(got, native)
+    assert totals["by_rows"] == 1 and not totals["materialised"], totals
+
+
+class ByDistance(nn.Module):
+    def forward(self, x, distances):
+        return torch.softmax(x @ x.transpose(-2, -1) - 0.1 * distances.abs(), -1) @ x
+
+
+class Distances(nn.Module):
+    """Makes distances, overwrites what they are made of, and attends."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.attention, self.turned = ByDistance(), turned
+        self.seen: torch.Tensor | None = None
+
+    def forward(self, x):
+        positions = torch.arange(x.shape[-2])
+        distances = positions[:, None] - positions.view(1, -1).repeat(len(positions), 1)
+        torch.add(positions, 5, out=positions)
+        self.seen = distances
+        x = self.attention(x, distances)
+        return self.attention(x, distances.flip(0) if self.turned else distances.T)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_distances_made_before(turned):
+    model, x = Distances(turned), torch.randn(2, 61, 8, generator=torch.Generator().manual_seed(0))
+    native = model(x)
+    with attnpatch.patched(model, sites=["attention"], mode="always", rows=8):
+        got = model(x)
+        totals = attnpatch.report(model).totals
+    assert is_pending(model.seen) is not turned
+    assert torch.equal(got, native) and totals["by_rows"] == 2
+    assert totals["materialised"] == turned, totals
+
+
+class AsksAttention(nn.Module):
+    def forward(self, x):
+        self.asked = torch.overrides.has_torch_function((x,))
+        return x
+
+
+def test_attention_that_stays_native_is_not_watched():
+    """torch's own operators are called only where no mode is."""
+    model, x = nn.Sequential(AsksAttention()), torch.zeros(1, 50, 8)
+    # Its call is long by its numbers, its attention short by its rows.
+    with attnpatch.patched(model, min_tokens=60):
+        model(x)
+    assert model[0].asked is False
+
+
+class Encodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+def test_an_encoder_of_torch_stays_on_its_way():
+    """It packs what is not padding, unless a mode is there; then padding gets numbers instead of zeros."""
+    model = Encodes().eval()
+    x, padding = torch.randn(2, 40, 16), torch.zeros(2, 40, dtype=torch.bool)
+    padding[1, 30:] = True
+    with torch.no_grad():
+        native = model(x, padding)
+        with attnpatch.patched(model, min_tokens=10, min_free=0, headroom=1.0):
+            got = model(x, padding)
+    assert not native[1, 30:].any()
+    assert torch.equal(got, native)

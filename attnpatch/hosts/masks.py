@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from attnpatch.policy import Policy
-from attnpatch.rows import masks
-from attnpatch.rows.deferred import SiteCall
+from attnpatch.rows import masks, positions
+from attnpatch.rows.deferred import DeferredRows, SiteCall
 
 _MODULE = "transformers.masking_utils"
 _NAMES = ("sdpa_mask", "eager_mask")
@@ -114,14 +114,25 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         if "mask_function" not in kwargs or not masks.may_defer(kwargs["q_length"]):
             return original(*args, **kwargs)
-        found = _deferred(original, kwargs)
+        try:
+            with positions.unwatched():
+                found = _deferred(original, kwargs)
+        except masks.Unknown as unknown:
+            found = original(**kwargs)
+            if found is not None and not isinstance(found, DeferredRows):
+                held = _temporaries(original, kwargs)(found.numel())
+                masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found.device)
         return original(**kwargs) if found is NotImplemented else found
 
     return mask
 
 
 def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where it is to be made whole."""
+    """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where the rule says that it may be whole.
+
+    Raises:
+        masks.Unknown: It reads something of which no copy can be kept.
+    """
     q_len, kv_len, offset = given["q_length"], given["kv_length"], given.get("q_offset", 0)
     try:
         # Whether the host needs one is its own decision: it makes none, or it asks its function.
@@ -129,13 +140,7 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
             return None
     except _Asked:
         pass
-    try:
-        rest = masks.keeping({key: value for key, value in given.items() if key != "config"})
-    except masks.Unknown as unknown:
-        held = _temporaries(original, given)(given.get("batch_size", 1) * q_len * kv_len)
-        device = torch.device(given.get("device", "cpu"))
-        masks.left_whole(f"a mask that reads a {unknown}", q_len, held, device)
-        return NotImplemented
+    rest = masks.keeping({key: value for key, value in given.items() if key != "config"})
     rest.update(_SKIPS)
 
     def rows(low: int, high: int) -> torch.Tensor:

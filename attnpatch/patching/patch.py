@@ -18,6 +18,7 @@ from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
 from attnpatch.policy import Policy
+from attnpatch.rows import positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
@@ -148,7 +149,8 @@ class Site:
             if masks.is_short(self.patch.policy, args, kwargs):
                 return self._serve(forward, module, first, args, kwargs)
             call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
-            with masks.by_rows(call):
+            is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
+            with masks.by_rows(call), positions.watched(call) if is_watched else positions.unwatched():
                 return self._serve(forward, module, first, args, kwargs)
         finally:
             _thread.patch, _thread.room = outer
@@ -158,11 +160,11 @@ class Site:
     def _serve(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        if self.is_candidate:
-            return self._judge(forward, module, first, args, kwargs)
-        if self.is_attention:
-            return self._attend(forward, module, first, args, kwargs)
-        return forward(*first, **kwargs)
+        if not self.is_attention:
+            return forward(*first, **kwargs)
+        attend = self._judge if self.is_candidate else self._attend
+        with positions.unwatched():
+            return attend(forward, module, first, args, kwargs)
 
     def _judge(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -305,6 +307,7 @@ class Patch:
 
     Attributes:
         left_alone: Paths of candidates whose first call was none of attention.
+        is_watched: Whether what the model makes of positions before its attention goes by rows too.
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
         recorder: Captures block maps while set.
@@ -332,6 +335,9 @@ class Patch:
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
         reasons = choose(model, chosen)
+        self.is_watched = not any(
+            asks_for_modes(module, name in reasons) for name, module in model.named_modules()
+        )
         if automatic:
             # Nobody asked: nothing is tried out on a model of theirs.
             reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
@@ -409,6 +415,13 @@ class Patch:
             for site in list(sites_of(module)):
                 if site.patch is self:
                     take_out(module, site)
+
+
+def asks_for_modes(module: nn.Module, is_site: bool) -> bool:
+    """Whether a module of torch's own takes another way while a mode is there, and is no site, where none is."""
+    if isinstance(module, nn.TransformerEncoder):
+        return True
+    return not is_site and isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
 
 
 def _gives_way(module: nn.Module) -> list[bool]:

@@ -84,7 +84,7 @@ def choose(
     grain: Grain = Grain(),
     free: int | None = None,
     reads: int = 0,
-    kept: int = 0,
+    held: int = 0,
 ) -> Steps:
     """Steps for a recipe.
 
@@ -98,7 +98,7 @@ def choose(
         grain: Where rows may be cut.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
         reads: Elements that each step reads of one head however few its rows (its keys and values).
-        kept: Bytes of one row that a step holds beside what it works on (distances that several steps read).
+        held: Bytes that a step holds at most for one row of one head, where that is known.
 
     Returns:
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
@@ -109,7 +109,7 @@ def choose(
         return Steps([{}], None, [])
     width = max(1, width)
     present = math.prod(axis.size for axis in lead)
-    ceiling = _ceiling(LIVE_COPIES * itemsize + -(-kept // width), policy, free)
+    ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-held // width)), policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
     heads, rows = _fixed(policy, shrink)
     if heads is None:

@@ -2,7 +2,7 @@
 
 A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a recipe
 like a score matrix. What begins one is a function that gives any of its rows (``Generated``: a host's own mask function
-called for fewer rows), a broadcast of positions against positions (``outer``), or a single value (``Filled``).
+called for fewer rows), a broadcast of positions against positions (``rows/positions.py``), or a single value (``Filled``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ import torch
 from attnpatch.ledger import is_plain
 from attnpatch.rows.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
 from attnpatch.rows.deferred import DeferredRows, SiteCall, wrap
-from attnpatch.rows.recipe import Call, Leaf, Node
+from attnpatch.rows.recipe import Node
 from attnpatch.rows.run import Run
 
 # Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
 # and its absolute value are alive together (measured by tests/test_workspace.py).
 GENERATED_BYTES = 16
-# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
-WIDEST_HEAD = 512
 
 
 class Generated(Node):
@@ -192,74 +190,3 @@ def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
         raise Unknown(type(value).__name__)
     seen[id(value)] = copy
     return copy
-
-
-# ------------------------------------------------------------------------------------- what a site makes of positions
-
-_COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
-_OUTER = frozenset(
-    getattr(space, name)
-    for space in (torch.Tensor, torch)
-    for name in f"sub __sub__ __rsub__ rsub subtract {_COMPARISONS}".split()
-    if hasattr(space, name)
-)
-
-
-def begins(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call may be of those that ``outer`` defers, at the price of one look-up."""
-    return func in _OUTER and len(args) == 2 and not kwargs
-
-
-def outer(func: Callable[..., Any], args: Any, call: SiteCall) -> Any:
-    """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
-
-    Returns:
-        The deferred tensor of whole or truth values, or ``NotImplemented``.
-    """
-    tensors = args
-    if not all(isinstance(t, torch.Tensor) and is_plain(t) and t.dim() for t in tensors):
-        return NotImplemented
-    if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors):
-        return NotImplemented
-    if tensors[0].device != tensors[1].device:
-        return NotImplemented
-    try:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    except RuntimeError:
-        return NotImplemented
-    if len(shape) < 2 or min(shape[-2:]) < 2:
-        return NotImplemented
-    wide = [t for t in tensors if t.shape[-1] != 1]
-    tall = [t for t in tensors if t.dim() > 1 and t.shape[-2] != 1]
-    if len(wide) != 1 or len(tall) != 1 or wide[0] is tall[0]:
-        return NotImplemented
-    # Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
-    if not call.by_rows(shape[-2], 3 * 8 * math.prod(shape), tensors[0].device):
-        return NotImplemented
-    dims = (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
-    nodes = [
-        Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
-        for t in tensors
-    ]
-    dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in tensors)).dtype
-    return wrap(Call(func, tuple(nodes), {}, dims, dtype, tensors[0].device), call)
-
-
-def zeros(args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
-    """``torch.zeros`` of the shape of scores (a bias that a layer has none of), deferred if its size goes by rows.
-
-    Returns:
-        The deferred tensor, or ``NotImplemented``.
-    """
-    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
-    if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
-        return NotImplemented
-    if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
-        return NotImplemented
-    if min(size) < 1 or min(size[-2:]) <= WIDEST_HEAD:
-        return NotImplemented
-    like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-    if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):
-        return NotImplemented
-    dims = (*fresh(size[:2]), *fresh(size[2:3], ROW), *fresh(size[3:], KEY))
-    return wrap(Filled(0.0, dims, like.dtype, like.device), call)

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import blank, fastpaths, masks, products, rowwise, sdpa
+from attnpatch.rows import blank, fastpaths, positions, products, rowwise, sdpa
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
-    before_write,
-    computed,
     dispatch,
     pending,
     secure_escaped,
@@ -79,18 +77,15 @@ class RowsMode(TorchFunctionMode):
                 return fastpaths.opened(func)(*args, **kwargs)
         if func is torch.empty:
             return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
-        if func is torch.zeros or masks.begins(func, args, kwargs):
-            begun = (
-                masks.zeros(args, kwargs, self.call)
-                if func is torch.zeros
-                else masks.outer(func, args, self.call)
-            )
+        begin = positions.BEGINNINGS.get(func)
+        if begin is not None:
+            begun = begin(func, args, kwargs, self.call)
             if begun is not NotImplemented:
                 return begun
         if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
         if pending():
-            self._protect(func, args, kwargs)
+            rowwise.protect(func, args, kwargs)
         return self._native(func, args, kwargs)
 
     def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -104,7 +99,7 @@ class RowsMode(TorchFunctionMode):
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)
         elif pending():
-            self._protect(func, args, kwargs)
+            rowwise.protect(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -129,13 +124,3 @@ class RowsMode(TorchFunctionMode):
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)
         return dispatch(func, args, kwargs)
-
-    def _protect(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-        """Before something is overwritten, let recipes keep what they still read from it."""
-        name = getattr(func, "__name__", "")
-        if rowwise.writes(name) and args and isinstance(args[0], torch.Tensor):
-            before_write(computed(args[0]))
-        out = kwargs.get("out")
-        for tensor in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                before_write(tensor)

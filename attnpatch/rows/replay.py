@@ -99,7 +99,7 @@ class Replay:
             grain = Grain()
         return choose(
             tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
-            _reads(run, tileable), run.kept_bytes(cut),
+            _reads(run, tileable), run.held_bytes(row, cut),
         )  # fmt: skip
 
     def _tiles(self, run: Run) -> Iterator[Tile]:

@@ -51,6 +51,8 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         if in_place and is_pending(args[0]):
             return _in_place(name, func, args, kwargs)
         handler = HANDLERS.get(name)
+        if name in shaping.LIKE and not is_pending(args[0]) and len(args) == 2 and not kwargs:
+            return getattr(torch.Tensor, shaping.LIKE[name])(args[0], args[1].shape)
         if handler is not None and (handler is not shaping.HANDLERS.get(name) or is_pending(args[0])):
             result = handler(name, func, args, kwargs)
             if result is not NotImplemented:
@@ -89,6 +91,17 @@ def _counted(name: str, result: Any) -> Any:
 def writes(name: str) -> bool:
     """Whether a function of this name changes its first argument."""
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+    """Before something is overwritten, let recipes keep what they still read from it."""
+    name = getattr(func, "__name__", "")
+    if writes(name) and args and isinstance(args[0], torch.Tensor):
+        before_write(computed(args[0]))
+    out = kwargs.get("out")
+    for tensor in out if isinstance(out, (list, tuple)) else [out]:
+        if isinstance(tensor, torch.Tensor):
+            before_write(tensor)
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -216,9 +229,12 @@ def _of_rows(value: Any) -> Any:
 def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``to``, ``type_as``: another dtype on the same device."""
     source = args[0]
+    like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if not isinstance(source, DeferredRows) and len(args) == 2 and len(like) == 1 and not kwargs:
+        # Only what the other is matters, not what it holds.
+        return source.to(device=like[0].device, dtype=like[0].dtype)
     if not isinstance(source, DeferredRows) or kwargs.get("memory_format") is not None:
         return NotImplemented
-    like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
     tiny = probe(func, args, kwargs)
     if not isinstance(tiny, torch.Tensor) or tiny.device != source.device:
         return NotImplemented

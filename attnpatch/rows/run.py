@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.axes import KEY, Axis, Tile, all_leaves, leaves, take
-from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, View, graph
+from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
@@ -72,16 +72,42 @@ class Run:
             and (heads & set(self._axes[node])) - set(self._axes[child])
         )
 
-    def kept_bytes(self, cut: set[Axis]) -> int:
-        """Bytes per row that are held until a tile is done, because several steps read them or while one is made."""
-        found = 0
-        for node in self.nodes:
-            if not isinstance(node, Leaf):
-                held = node.dtype.itemsize * (self._uses.get(node, 0) > 1) + node.held_bytes
-                found += (
-                    held * math.prod(axis.size for axis in self._axes[node] if axis not in cut) if held else 0
-                )
-        return found
+    def held_bytes(self, row: Axis | None, cut: set[Axis]) -> int:
+        """Bytes that a step holds at most for one row of one head, in the order in which it is computed.
+
+        Args:
+            row: The axis of rows; what has none is kept for all steps.
+            cut: Axes of which a step has one element.
+        """
+        seen: set[Node] = set()
+
+        def bytes_of(node: Node) -> int:
+            return node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
+
+        # What steps share is there from the first to the last.
+        buffered = {node for node in self.nodes if isinstance(node, Call) and self._is_buffered(node, row)}
+        live = most = sum(bytes_of(node) for node in buffered)
+
+        def visit(node: Node) -> int:
+            """Compute a node; the bytes that are free again when its reader is done."""
+            nonlocal live, most
+            if isinstance(node, Leaf) or node in seen or (row is not None and row not in self._axes[node]):
+                return 0
+            read = sum(visit(child) for child in node.children)
+            own = 0 if _is_alias(node) or node in buffered else bytes_of(node)
+            live += own
+            most = max(most, live + bytes_of(node) // node.dtype.itemsize * node.held_bytes)
+            if self._uses.get(node, 0) > 1:
+                seen.add(node)
+                live -= 0 if _is_alias(node) else read
+                return 0
+            if _is_alias(node):
+                return read
+            live -= read
+            return own
+
+        visit(self.nodes[-1])
+        return most
 
     def keep(self, node: Node) -> None:
         """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
@@ -130,21 +156,19 @@ class Run:
 
         glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
         """
-        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
-        if (
-            self._is_watched
-            or not self.hoist
-            or self.row not in self._axes[node]
-            or node.device.type != "cpu"
-        ):
-            return None
-        if not self._fills(node) or torch.is_grad_enabled() or node.context.autocast:
+        if not self._is_buffered(node, self.row):
             return None
         count = math.prod(shape)
         if node not in self._buffers or self._buffers[node].numel() < count:
             self._buffers.pop(node, None)
             self._buffers[node] = torch.empty(count, dtype=node.dtype)
         return self._buffers[node][:count].view(shape)
+
+    def _is_buffered(self, node: Call, row: Axis | None) -> bool:
+        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
+        if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
+            return False
+        return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast
 
     def _fills(self, node: Call) -> bool:
         """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
@@ -209,6 +233,15 @@ class Run:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
+
+
+def _is_alias(node: Node) -> bool:
+    """Whether a step's result is its operand's memory."""
+    if isinstance(node, (View, Cut, Pick)):
+        return True
+    if not isinstance(node, Call) or getattr(node.func, "__name__", "") not in _ALIASES:
+        return False
+    return node.children[0].dtype == node.dtype
 
 
 def _is_over_last(softmax: Call) -> bool:

@@ -227,6 +227,9 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     )
 
 
+# What takes only the shape of its second argument, and what does the same when it is told the shape.
+LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
+
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("view", "reshape"), view),
     **dict.fromkeys(("view_as", "reshape_as"), view_as),

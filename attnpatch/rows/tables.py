@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from attnpatch.rows.arguments import argument, first_deferred
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same
 from attnpatch.rows.deferred import DeferredRows, wrap
 from attnpatch.rows.masks import Filled
-from attnpatch.rows.recipe import Call, Leaf, Node
+from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of
 
 
 def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -65,25 +66,49 @@ def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
 
 def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
-    source = args[0]
-    dim, index = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-    if not isinstance(source, DeferredRows) or not isinstance(dim, int) or isinstance(index, DeferredRows):
+    source, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    if (
+        not isinstance(source, torch.Tensor)
+        or not isinstance(dim, int)
+        or not isinstance(index, torch.Tensor)
+    ):
         return NotImplemented
-    node = source.handle.node
-    position = dim % len(node.dims)
-    shape = node.shape
-    if name == "gather":
-        if index.dim() != len(shape) or any(
-            index.shape[i] != shape[i] for i in range(len(shape)) if i != position
+    if len(args) > 3 or kwargs.get("sparse_grad") or source.device != index.device:
+        return NotImplemented
+    position = dim % source.dim()
+    if name == "index_select":
+        if not isinstance(source, DeferredRows) or isinstance(index, DeferredRows):
+            return NotImplemented
+        node: Node = source.handle.node
+        dims = (*node.dims[:position], *fresh([index.numel()], KEY), *node.dims[position + 1 :])
+        place: Node = Leaf(index, (dims[position],) if index.dim() else ())
+    else:
+        if index.dim() != source.dim() or any(
+            index.shape[i] != size for i, size in enumerate(source.shape) if i != position
         ):
             return NotImplemented
-        count = index.shape[position]
-    else:
-        count = index.numel()
-    dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
-    place = Leaf(index, dims if name == "gather" else (dims[position],) if index.dim() else ())
+        if isinstance(index, DeferredRows):
+            # Looked up with axes of its own: distances are read along queries for one term and along keys for another.
+            place = _renamed(index.handle.node)
+            dims = place.dims
+        else:
+            own = source.handle.node.dims
+            dims = (*own[:position], *fresh([index.shape[position]], KEY), *own[position + 1 :])
+            place = Leaf(index, dims)
+        if isinstance(source, DeferredRows):
+            node = source.handle.node
+            for i, dim_of_source in enumerate(node.dims):
+                if i != position and not same(dim_of_source, dims[i]):
+                    return NotImplemented
+        else:
+            node = Leaf(source, tuple(() if i == position else dim for i, dim in enumerate(dims)))
     call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
-    return wrap(call, source.handle.call)
+    return wrap(call, first_deferred(args, kwargs).handle.call)
+
+
+def _renamed(root: Node) -> Node:
+    """A copy of a recipe that is cut on its own: other axes, the same tensors."""
+    return copy.deepcopy(root, {id(leaf.tensor): leaf.tensor for leaf in tensors_of(root)})
 
 
 def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

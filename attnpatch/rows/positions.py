@@ -1,0 +1,225 @@
+"""What begins a recipe though nobody multiplied anything: positions against positions, and zeros for scores.
+
+A host makes them for a bias (T5's and DeBERTa's distances) or a mask of its own, inside its attention or before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+
+from attnpatch.ledger import is_plain
+from attnpatch.rows import rowwise
+from attnpatch.rows.axes import KEY, ROW, Dims, fresh
+from attnpatch.rows.deferred import DeferredRows, SiteCall, pending, secure_escaped, wrap
+from attnpatch.rows.masks import Filled
+from attnpatch.rows.recipe import Call, Leaf, View
+
+Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
+
+# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
+WIDEST_HEAD = 512
+# Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
+_TEMPORARIES = 3 * 8
+# Before attention fewer rows are the sequences of a batch: a padding made of lengths.
+FEWEST = 32
+
+
+def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bool:
+    if call.is_of_masks and shape[-2] < FEWEST:
+        return False
+    return call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device)
+
+
+def _dims(shape: torch.Size) -> Dims:
+    """Fresh axes of ``[..., rows, keys]``."""
+    return (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
+
+
+def _are_positions(*values: Any) -> bool:
+    """Whether these are tensors of whole numbers or truth values (a padding), and nobody's wrapper."""
+    return all(
+        isinstance(t, torch.Tensor)
+        and t.dim() > 0
+        and not t.is_floating_point()
+        and not t.is_complex()
+        and is_plain(t)
+        for t in values
+    )
+
+
+def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor of whole or truth values, or ``NotImplemented``.
+    """
+    if len(args) != 2 or kwargs or not _are_positions(*args) or args[0].device != args[1].device:
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in args))
+    except RuntimeError:
+        return NotImplemented
+    if len(shape) < 2 or min(shape[-2:]) < 2:
+        return NotImplemented
+    wide = [t for t in args if t.shape[-1] != 1]
+    tall = [t for t in args if t.dim() > 1 and t.shape[-2] != 1]
+    if len(wide) != 1 or len(tall) != 1 or wide[0] is tall[0]:
+        return NotImplemented
+    if not _goes_by_rows(shape, args[0].device, call):
+        return NotImplemented
+    dims = _dims(shape)
+    nodes = [
+        Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
+        for t in args
+    ]
+    # Of one element each: torch itself says the dtype, and raises what it would raise (truth values do not subtract).
+    dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
+    return wrap(Call(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
+
+
+def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Key positions written out for every query (``keys.repeat(queries, 1)``), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    counts = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    if (
+        kwargs
+        or len(counts) < 2
+        or not all(isinstance(n, int) for n in counts)
+        or not _are_positions(args[0])
+    ):
+        return NotImplemented
+    tensor, rows = args[0], counts[-2]
+    if tensor.numel() != tensor.shape[-1] or min(tensor.shape[-1], rows) < 2 or tensor.dim() > len(counts):
+        return NotImplemented
+    if any(n != 1 for i, n in enumerate(counts) if i != len(counts) - 2):
+        return NotImplemented
+    shape = torch.Size([*counts[:-1], tensor.shape[-1]])
+    if not _goes_by_rows(shape, tensor.device, call):
+        return NotImplemented
+    dims = _dims(shape)
+    keys = Leaf(tensor, (*((),) * (tensor.dim() - 1), dims[-1]))
+    return wrap(View(keys, dims, expand=True), call)
+
+
+def zeros(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """``torch.zeros`` of the shape of scores (a bias that a layer has none of), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+    if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
+        return NotImplemented
+    if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
+        return NotImplemented
+    if min(size) < 1 or min(size[-2:]) <= WIDEST_HEAD:
+        return NotImplemented
+    like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+    if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):
+        return NotImplemented
+    return wrap(Filled(0.0, _dims(torch.Size(size)), like.dtype, like.device), call)
+
+
+def _functions(names: str) -> list[Any]:
+    return [
+        getattr(space, name)
+        for space in (torch.Tensor, torch)
+        for name in names.split()
+        if hasattr(space, name)
+    ]
+
+
+_DISTANCES = "sub __sub__ __rsub__ rsub subtract"
+_COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
+# A padding of queries against one of keys.
+_BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
+# What is found before attention as well as inside it.
+OF_POSITIONS: dict[Any, Begin] = {
+    **dict.fromkeys(_functions(f"{_DISTANCES} {_COMPARISONS} {_BOTH}"), outer),
+    **dict.fromkeys(_functions("repeat tile"), repeated),
+}
+BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, torch.zeros: zeros}
+
+
+# --------------------------------------------------------------------------------------------- before any attention
+
+
+class _Thread(threading.local):
+    watch: Before | None = None
+
+
+_thread = _Thread()
+
+
+class Before(TorchFunctionMode):
+    """Defers what a model makes of positions before its attention.
+
+    Args:
+        call: Policy and counters of the model's call.
+    """
+
+    def __init__(self, call: SiteCall) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or _thread.watch is not self:
+            return func(*args, **kwargs)
+        begin = OF_POSITIONS.get(func)
+        is_inside = torch._C._functorch.peek_interpreter_stack() is not None
+        if begin is not None and not is_inside and DeferredRows not in types:
+            begun = begin(func, args, kwargs, self.call)
+            if begun is not NotImplemented:
+                return begun
+        if pending() and DeferredRows not in types:
+            rowwise.protect(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watched(call: SiteCall) -> Iterator[None]:
+    """Watch the call of a model, its attention left out: that has a watch of its own (``mode.RowsMode``)."""
+    outer, _thread.watch = _thread.watch, Before(call)
+    try:
+        with _thread.watch:
+            yield
+    finally:
+        _thread.watch = outer
+        if pending():
+            secure_escaped()
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Take the watch away for a while: attention runs as it would without, native operators of torch included.
+
+    Those of ``nn.TransformerEncoderLayer`` are not called while any mode is there.
+    """
+    return _NOTHING if _thread.watch is None else _unwatched(_thread.watch)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unwatched(watch: Before) -> Iterator[None]:
+    _thread.watch = None
+    # Below a mode of the host's it stays, and does nothing.
+    is_last = _get_current_function_mode() is watch
+    try:
+        with _pop_mode_temporarily() if is_last else _NOTHING:
+            yield
+    finally:
+        _thread.watch = watch
