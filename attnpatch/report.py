@@ -111,7 +111,11 @@ def report_of(patch: Patch) -> Report:
         # A wrapper's native call is its inner site's, unless nothing reached that one (torch's nested tensors).
         alone = site.counts["native"] and not any(other.counts.total() for other in inner)
         # Masks are the model's.
-        masks = site.is_root and not site.is_attention and site.counts["materialised"]
+        masks = (
+            site.is_entry
+            and not site.is_attention
+            and (site.counts["materialised"] or site.counts["retried"])
+        )
         if masks or (site.is_attention and not site.is_candidate and (did or not inner or alone)):
             counts = {name: site.counts[name] for name in TOTALS}
             why = site.why or ("masks" if masks else "")

@@ -175,6 +175,21 @@ def test_another_error_is_not_answered():
         model(**inputs)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_mask_that_does_not_fit(implementation):
+    """The host runs out of memory before any attention: mask and attention go by rows."""
+    model, inputs, native = llama(implementation)
+    less = {"least": TOKENS * TOKENS, "only": "bitwise_and", "at": 1, "anywhere": True}
+    with patched(model), torch.no_grad(), Shortage(**less) as shortage:
+        got = model(**inputs).logits
+        totals = attnpatch.report(model).totals
+    assert shortage.failed
+    assert torch.equal(got, native)
+    assert totals["retried"] == 1 and totals["by_rows"] == 2 and not totals["materialised"]
+    with patched(model, retry_on_oom=False), Shortage(**less), pytest.raises(torch.OutOfMemoryError):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", ["baddbmm", "gpt2_upcast"])
 def test_memory_set_aside_for_scores_is_not_taken(name):
     """By rows nothing as large as the scores is allocated, not even the empty tensor that ``baddbmm`` is handed."""

@@ -117,14 +117,25 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with positions.unwatched():
                 found = _deferred(original, kwargs)
+                return _whole(original, kwargs) if found is NotImplemented else found
         except masks.Unknown as unknown:
             found = original(**kwargs)
             if found is not None and not isinstance(found, DeferredRows):
                 held = _temporaries(original, kwargs)(found.numel())
                 masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found.device)
-        return original(**kwargs) if found is NotImplemented else found
+            return found
 
     return mask
+
+
+def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The host's own mask; deferred after all if memory does not hold it."""
+    try:
+        return original(**given)
+    except RuntimeError as error:
+        if not masks.ran_out(error, torch.device(given.get("device", "cpu"))):
+            raise
+    return _deferred(original, given)
 
 
 def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:

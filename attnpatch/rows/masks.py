@@ -126,6 +126,15 @@ def deferred(
     )
 
 
+def ran_out(error: RuntimeError, device: torch.device) -> bool:
+    """Whether a mask that was to be whole and that memory does not hold goes by rows; it is counted."""
+    call = _thread.call
+    if call is None or not call.is_answered(error):
+        return False
+    call.ran_out(error, device)
+    return True
+
+
 def left_whole(what: str, q_len: int, temporaries: int, device: torch.device) -> None:
     """Count a mask that cannot be deferred, where the rule would have it so."""
     call = _thread.call

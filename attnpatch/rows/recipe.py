@@ -285,7 +285,7 @@ class Pick(Node):
 
 
 def graph(root: Node) -> Iterator[Node]:
-    """Every node of a recipe once, children before parents."""
+    """Every node of a recipe once, children before parents, in the order in which they are computed."""
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
@@ -295,7 +295,7 @@ def graph(root: Node) -> Iterator[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((child, False) for child in node.children)
+            stack.extend((child, False) for child in reversed(node.children))
 
 
 def tensors_of(root: Node) -> list[Leaf]:

@@ -153,7 +153,7 @@ def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """What the call returns for tensors of one element: torch itself says the dtype, autocast included."""
 
     def shrink(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or (not value.dim() and not isinstance(value, DeferredRows)):
             return value
         return torch.ones([1] * value.dim(), dtype=value.dtype, device=value.device)
 

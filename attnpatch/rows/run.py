@@ -73,40 +73,33 @@ class Run:
         )
 
     def held_bytes(self, row: Axis | None, cut: set[Axis]) -> int:
-        """Bytes that a step holds at most for one row of one head, in the order in which it is computed.
+        """Bytes that a step holds at most for one row of one head, followed in the order in which it is computed.
 
         Args:
             row: The axis of rows; what has none is kept for all steps.
             cut: Axes of which a step has one element.
         """
-        seen: set[Node] = set()
-
-        def bytes_of(node: Node) -> int:
-            return node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
-
+        sizes = {
+            node: node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
+            for node in self.nodes
+            if not isinstance(node, Leaf) and (row is None or row in self._axes[node])
+        }
         # What steps share is there from the first to the last.
-        buffered = {node for node in self.nodes if isinstance(node, Call) and self._is_buffered(node, row)}
-        live = most = sum(bytes_of(node) for node in buffered)
-
-        def visit(node: Node) -> int:
-            """Compute a node; the bytes that are free again when its reader is done."""
-            nonlocal live, most
-            if isinstance(node, Leaf) or node in seen or (row is not None and row not in self._axes[node]):
-                return 0
-            read = sum(visit(child) for child in node.children)
-            own = 0 if _is_alias(node) or node in buffered else bytes_of(node)
-            live += own
-            most = max(most, live + bytes_of(node) // node.dtype.itemsize * node.held_bytes)
-            if self._uses.get(node, 0) > 1:
-                seen.add(node)
-                live -= 0 if _is_alias(node) else read
-                return 0
+        shared = [node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)]
+        live = most = sum(sizes[node] for node in shared)
+        own = {node: 0 if node in shared or _is_alias(node) else size for node, size in sizes.items()}
+        # What is free again when a node's reader is done; children come before parents.
+        ends: dict[Node, int] = {}
+        for node, size in sizes.items():
+            read = sum(ends.get(child, 0) for child in node.children)
+            live += own[node]
+            most = max(most, live + size // node.dtype.itemsize * node.held_bytes)
+            is_kept = self._uses.get(node, 0) > 1
             if _is_alias(node):
-                return read
-            live -= read
-            return own
-
-        visit(self.nodes[-1])
+                ends[node] = 0 if is_kept else read
+            else:
+                live -= read
+                ends[node] = 0 if is_kept else own[node]
         return most
 
     def keep(self, node: Node) -> None:
