@@ -11,6 +11,7 @@ from live import Live
 from torch import nn
 
 import attnpatch
+from attnpatch.hosts import masks as host_masks
 from attnpatch.rows import masks
 from attnpatch.rows.deferred import DeferredRows, is_pending
 from benchmarks.sweep import Whole
@@ -550,6 +551,23 @@ def test_relative_positions_of_a_short_call_are_the_hosts():
     with torch.no_grad(), attnpatch.patched(model, min_tokens=307), Whole([307]) as whole:
         model(**inputs)
     assert any("build_relative_position" in made for made in whole.made), whole.made
+
+
+@pytest.mark.parametrize(
+    ("given", "short"),
+    [
+        ({"input_ids": torch.zeros(2, 512)}, True),
+        ({"input_ids": torch.zeros(1, 1025)}, False),
+        ({"inputs_embeds": torch.zeros(1, 1, 4096)}, True),
+        ({"inputs_embeds": torch.zeros(1, 1025, 8)}, False),
+        ({"input_features": torch.zeros(1, 80, 3000)}, False),
+        ({"input_ids": torch.zeros(1, 1), "attention_mask": torch.ones(1, 5000)}, True),
+    ],
+)
+def test_a_step_of_a_generation_is_short(given, short):
+    """Nothing is prepared for it, and nothing watches it."""
+    assert host_masks.is_short(attnpatch.Policy(), (), given) is short
+    assert not host_masks.is_short(attnpatch.Policy(mode="always"), (), given)
 
 
 def test_only_the_shape_of_scores():

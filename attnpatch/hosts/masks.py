@@ -85,8 +85,18 @@ def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call has no sequence so long that a mask may go by rows: a step of a generation pays for one look."""
     if policy.mode != "auto":
         return False
-    given = (*args, *(value for name, value in kwargs.items() if not name.endswith("mask")))
-    return all(not isinstance(value, torch.Tensor) or value.numel() <= policy.min_tokens for value in given)
+    given = [(None, value) for value in args] + [
+        item for item in kwargs.items() if not item[0].endswith("mask")
+    ]
+    return all(
+        not isinstance(value, torch.Tensor) or _tokens(name, value) <= policy.min_tokens
+        for name, value in given
+    )
+
+
+def _tokens(name: str | None, value: torch.Tensor) -> int:
+    """As many tokens as an input may be; those of a step of a generation may come embedded."""
+    return value.numel() // max(1, value.shape[-1]) if name == "inputs_embeds" else value.numel()
 
 
 def makes_masks(module: nn.Module) -> bool:
