@@ -624,6 +624,29 @@ def test_distances_made_before(turned):
     assert totals["materialised"] == turned, totals
 
 
+class Lengths(nn.Module):
+    """Makes a padding of lengths, and embeds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = ByDistance()
+
+    def forward(self, x):
+        padding = torch.arange(x.shape[-2])[None, :] < torch.tensor([50, 61])[:, None]
+        self.seen = torch.arange(x.shape[-2]).repeat(len(x), 1), padding
+        return self.attention(x * padding[..., None], torch.zeros(()))
+
+
+def test_the_sequences_of_a_batch_are_no_rows():
+    model, x = Lengths(), torch.randn(2, 61, 8, generator=torch.Generator().manual_seed(0))
+    native = model(x)
+    with attnpatch.patched(model, sites=["attention"], mode="always", rows=8):
+        got = model(x)
+        totals = attnpatch.report(model).totals
+    assert not any(isinstance(seen, DeferredRows) for seen in model.seen)
+    assert torch.equal(got, native) and totals["by_rows"] == 1 and not totals["materialised"]
+
+
 class AsksAttention(nn.Module):
     def forward(self, x):
         self.asked = torch.overrides.has_torch_function((x,))
