@@ -364,6 +364,10 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return wrong
 
 
+_OWN = ["black", "crimson"]
+_OTHERS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan"]
+
+
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     """Time and peak memory over N, with the exponent of each."""
     from matplotlib.figure import Figure
@@ -371,6 +375,9 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     figure = Figure(figsize=(13, 4.6 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), 2, squeeze=False)
     for row, (kind, found) in zip(grid, results.items(), strict=True):
+        own = [name for name in found if name.startswith("attnpatch")]
+        colours = dict(zip([name for name in found if name not in own], _OTHERS, strict=False))
+        colours |= dict(zip(own, _OWN, strict=False))
         for axes, key, scale, label in zip(
             row, ("seconds", "peak"), (1, 1e-6), ("seconds", "MB"), strict=True
         ):
@@ -381,9 +388,11 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
                 tail = [point for point in points if point[0] >= 2048]
                 power = f"  N^{exponent(tail):.1f}" if len(tail) > 1 else ""
                 mine = name.startswith("attnpatch")
+                # The kernel that ours ends in runs along the same line: dashed, above it.
+                style = {"linestyle": "--", "zorder": 4} if name == "SDPA, fused" else {}
                 axes.loglog(
-                    *zip(*points, strict=True), marker="o", markersize=5 if mine else 3,
-                    linewidth=2.4 if mine else 1.1, label=name + power,
+                    *zip(*points, strict=True), marker="o", markersize=5 if mine else 3, color=colours[name],
+                    linewidth=2.4 if mine else 1.1, label=name + power, **style,
                 )  # fmt: skip
             axes.set_xscale("log", base=2)
             lengths = sorted({int(n) for by_length in found.values() for n in by_length})
