@@ -212,20 +212,22 @@ class Whole(TorchDispatchMode):
         self.made: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage(tensor) for tensor in _plain((args, kwargs))}
+        given = {storage_of(tensor) for tensor in plain_tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _plain(result):
+        for tensor in plain_tensors(result):
             count = tensor.untyped_storage().nbytes() // tensor.element_size()
-            if count and _storage(tensor) not in given and not all(count % each for each in self.products):
+            if count and storage_of(tensor) not in given and not all(count % each for each in self.products):
                 self.made[f"{func._schema.name.rpartition('::')[2]} in {_caller()}"] += 1
         return result
 
 
-def _plain(value: Any) -> list[torch.Tensor]:
+def plain_tensors(value: Any) -> list[torch.Tensor]:
+    """Tensors with memory of their own in a structure; not those that are deferred."""
     return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and not isinstance(t, DeferredRows)]
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from other memory, as long as it lives."""
     return tensor.untyped_storage()._cdata
 
 

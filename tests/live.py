@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from attnpatch.rows.deferred import DeferredRows
+from benchmarks.sweep import plain_tensors, storage_of
 
 
 class Live(TorchDispatchMode):
@@ -34,15 +33,15 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {_key(tensor) for tensor in _counted((args, kwargs))}
+        given = {storage_of(tensor) for tensor in plain_tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _counted(result):
-            if _key(tensor) not in given:
+        for tensor in plain_tensors(result):
+            if storage_of(tensor) not in given:
                 self._enter(tensor, f"{func} {tuple(tensor.shape)} {tensor.dtype}")
         return result
 
     def _enter(self, tensor: torch.Tensor, what: str) -> None:
-        storage, key = tensor.untyped_storage(), _key(tensor)
+        storage, key = tensor.untyped_storage(), storage_of(tensor)
         if key in self._alive:
             return
         size = storage.nbytes()
@@ -58,15 +57,3 @@ class Live(TorchDispatchMode):
 
     def _leave(self, key: int) -> None:
         self.live -= self._alive.pop(key)[0]
-
-
-def _counted(value: Any) -> list[torch.Tensor]:
-    return [
-        item
-        for item in tree_leaves(value)
-        if isinstance(item, torch.Tensor) and not isinstance(item, DeferredRows)
-    ]
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

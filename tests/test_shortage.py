@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import attnpatch
 from attnpatch.patching import patch as patching
+from attnpatch.rows import masks
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 CPU = RuntimeError(
@@ -187,6 +188,15 @@ def test_a_mask_that_does_not_fit(implementation):
     assert torch.equal(got, native)
     assert totals["retried"] == 1 and totals["by_rows"] == 2 and not totals["materialised"]
     with patched(model, retry_on_oom=False), Shortage(**less), pytest.raises(torch.OutOfMemoryError):
+        model(**inputs)
+
+
+def test_a_mask_that_does_not_fit_and_cannot_be_put_off(monkeypatch):
+    """The host's own error, and never a mask that is none."""
+    model, inputs, _ = llama("sdpa")
+    monkeypatch.setattr(masks, "deferred", lambda *args: None)
+    less = {"least": TOKENS * TOKENS, "only": "bitwise_and", "at": 1, "anywhere": True}
+    with patched(model), Shortage(**less), pytest.raises(torch.OutOfMemoryError):
         model(**inputs)
 
 

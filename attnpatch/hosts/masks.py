@@ -145,7 +145,10 @@ def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     except RuntimeError as error:
         if not masks.ran_out(error, torch.device(given.get("device", "cpu"))):
             raise
-    return _deferred(original, given)
+        found = _deferred(original, given)
+        if found is NotImplemented:
+            raise
+        return found
 
 
 def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:

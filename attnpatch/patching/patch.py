@@ -336,7 +336,7 @@ class Patch:
         self.sites: list[Site] = []
         reasons = choose(model, chosen)
         self.is_watched = not any(
-            asks_for_modes(module, name in reasons) for name, module in model.named_modules()
+            _asks_for_modes(module, name in reasons) for name, module in model.named_modules()
         )
         if automatic:
             # Nobody asked: nothing is tried out on a model of theirs.
@@ -417,7 +417,7 @@ class Patch:
                     take_out(module, site)
 
 
-def asks_for_modes(module: nn.Module, is_site: bool) -> bool:
+def _asks_for_modes(module: nn.Module, is_site: bool) -> bool:
     """Whether a module of torch's own takes another way while a mode is there, and is no site, where none is."""
     if isinstance(module, nn.TransformerEncoder):
         return True

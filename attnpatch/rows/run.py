@@ -85,7 +85,7 @@ class Run:
             if not isinstance(node, Leaf) and (row is None or row in self._axes[node])
         }
         # What steps share is there from the first to the last.
-        shared = [node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)]
+        shared = {node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)}
         live = most = sum(sizes[node] for node in shared)
         own = {node: 0 if node in shared or _is_alias(node) else size for node, size in sizes.items()}
         # What is free again when a node's reader is done; children come before parents.
