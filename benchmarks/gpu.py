@@ -385,6 +385,48 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
     return found
 
 
+def one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
+    """Attention and block mass in one pass, beside a fused kernel and a second pass; float64 of a short call first."""
+    # Triton is there by now, and reads when it is imported whether it is to interpret.
+    from benchmarks import one_pass
+
+    tried = one_pass.SHAPES if sizes.device.type == "cuda" else (one_pass.Shape(16, 16, 4, 2),)
+    short, (blocks, count) = a_call(sizes, sizes.checked), blocks_of(sizes.checked, sizes.block)
+    weights, _ = expected(short)
+    member = (blocks == torch.arange(count)[:, None]).to(sizes.device, torch.float64)
+    value = short["value"].double().repeat_interleave(sizes.heads // sizes.kv_heads, 1)
+    wanted, mass_wanted = weights @ value, (member @ weights[0] @ member.T).sum(0)
+    call, (blocks, count) = a_call(sizes, tokens), blocks_of(tokens, sizes.block)
+    choice = fused_choice(call)
+
+    def two_passes() -> None:
+        _, lse = fused.with_lse(call, choice)
+        fused_mass.block_sums(call, lse, blocks, blocks, (count, count))
+
+    calls: dict[str, Callable[[], object]] = {"attention": lambda: attend(call), "two passes": two_passes}
+    for shape in tried:
+        name = "one pass, " + " ".join(f"{key} {number}" for key, number in dataclasses.asdict(shape).items())
+        out, mass = one_pass.attend(short, sizes.block, shape)
+        # As far from float64 as torch's own kernel, and rows of mass as exact as those of two passes.
+        off = (out - wanted).abs().max().item()
+        own = (attend(short) - wanted).abs().max().item()
+        of_mass = ((mass.to(sizes.device) - mass_wanted) / (sizes.block * sizes.heads)).abs().max().item()
+        print(
+            f"  {name}: off by {off:.1e} (torch {own:.1e}), mass by {of_mass:.1e} (at most 1e-05)", flush=True
+        )
+        if not (off <= max(2 * own, 1e-5) and of_mass <= 1e-5):
+            raise ArithmeticError(f"{name} is wrong")
+        calls[name] = functools.partial(one_pass.attend, call, sizes.block, shape)
+    seconds = by_turns(calls, sizes)
+    for name, taken in seconds.items():
+        print(f"  {name:45} {taken * 1e3:9.2f} ms, {taken / seconds['attention']:.3f}x", flush=True)
+    best = min((name for name in seconds if name.startswith("one pass")), key=lambda name: seconds[name])
+    more = peak(calls[best], sizes.device) - peak(calls["attention"], sizes.device)
+    verdict = "beats" if seconds[best] < seconds["two passes"] else "does not beat"
+    print(f"  {best} {verdict} two passes; {more / 1e6:+.1f} MB beside attention", flush=True)
+    return {"seconds": seconds, "more bytes": more, "verdict": verdict}
+
+
 def dense(sizes: Sizes) -> dict[str, Any]:
     """A layer with hand-written attention as it is, by rows, fused, and with the kernel that the host can ask for."""
     ids = tokens_of(sizes, sizes.dense)
@@ -467,6 +509,8 @@ def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
         missed += shown(title, found, FORWARD) if found else []
     section(f"hand-written attention, one layer, {sizes.dense} tokens", 30, lambda: dense(sizes))
     some = sizes.tokens[0]
+    for tokens in sizes.tokens:
+        section(f"one pass against two, {tokens} tokens", 20, lambda: one_pass(sizes, tokens))  # noqa: B023
     section(f"attention by SDPA's kernels, {some} tokens", 30, lambda: by_kernel(sizes, some))
     section(f"the kernel alone by its tiles, {some} tokens", 60, lambda: shapes(sizes, some))
     results["seconds"] = time.perf_counter() - clock.start

@@ -1,4 +1,4 @@
-"""Compile the kernel of block mass for GPUs that are not there; prints a line of JSON for each: run by ``test_fused_mass.py``."""
+"""Compile kernels for GPUs that are not there; prints a line of JSON for each: run by ``test_fused_mass.py``."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from attnpatch.capture.fused_mass import shape_for
 from attnpatch.capture.mass_kernel import sum_tiles
+from benchmarks import one_pass
 
 POINTERS = {
     "lse": "*fp32", "out": "*fp32", "query_tiles": "*i32", "key_tiles": "*i32", "query_order": "*i32",
@@ -37,8 +38,8 @@ CASES = {
 }  # fmt: skip
 
 
-def compiled(case):
-    """Registers of a thread, bytes of shared memory and of spills, and whether matrix units are used."""
+def mass(case):
+    """The kernel of block mass."""
     dtype, width, capability = case["dtype"], case["width"], case.get("capability", 90)
     shape, ordered = shape_for(dtype, width, case["MASK"] != 0), case.get("ordered", False)
     constants = {
@@ -51,19 +52,35 @@ def compiled(case):
     }  # fmt: skip
     kind = f"*{NAMES[dtype]}"
     types = {**POINTERS, "query": kind, "key": kind, "mask": case.get("mask", kind), "scale": "fp32"}
-    names = sum_tiles.arg_names
+    return compiled(sum_tiles, constants, types, capability, shape.warps, shape.stages)
+
+
+def both(shape):
+    """Attention and block mass in one pass."""
+    constants = {
+        "WIDTH": 128, "ROWS": shape.rows, "KEYS": shape.keys, "BLOCK": 128, "IS_CAUSAL": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    types = {
+        **dict.fromkeys(("query", "key", "value", "out"), "*bf16"),
+        **dict.fromkeys(("sums", "kept"), "*fp32"),
+        "scale": "fp32",
+    }
+    return compiled(one_pass.attend_and_sum, constants, types, 90, shape.warps, shape.stages)
+
+
+def compiled(function, constants, types, capability, warps, stages):
+    """Registers of a thread, bytes of shared memory and of spills, and whether matrix units are used."""
+    names = function.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [
-        name for name in names if signature[name].startswith("*") or name[:2] in ("q_", "k_", "l_", "m_")
-    ]
+    aligned = [name for name in names if signature[name].startswith("*") or re.match("[qklmvo]_", name)]
     aligned = [name for name in aligned if signature[name] != "constexpr"]
     source = ASTSource(
-        sum_tiles,
+        function,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    options = {"num_warps": warps, "num_stages": stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
@@ -82,10 +99,12 @@ def compiled(case):
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared": kernel.metadata.shared,
-        "threads": 32 * shape.warps,
+        "threads": 32 * warps,
         "matrix units": bool(re.search(r"wgmma|mma\.sync", kernel.asm["ptx"])),
     }
 
 
-for name in sys.argv[1:] or CASES:
-    print(json.dumps({"case": name, **compiled(CASES[name])}), flush=True)
+found = {name: lambda case=case: mass(case) for name, case in CASES.items()}
+found |= {f"one pass, {shape}": lambda shape=shape: both(shape) for shape in one_pass.SHAPES}
+for name in sys.argv[1:] or found:
+    print(json.dumps({"case": name, **found[name]()}), flush=True)
