@@ -16,6 +16,8 @@ from hypothesis import assume, currently_in_test_context, event, example, given
 from torch import nn
 from zoo import by_rows
 
+from attnpatch.rows import run
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PRODUCTS = {
     # [B, H, N, D] each
@@ -383,6 +385,37 @@ def test_bits(spelling, q_len, kv_len, head_dim, rows, tile_heads, dtype):
     with by_rows(model, CASE, rows=rows, heads=tile_heads):
         got = model(**spelling.tensors())
     assert zoo.equal_with_nan(got, native), f"differs by at most {(got - native).abs().max()}"
+
+
+@given(spellings())
+def test_rows_of_scores_that_lie_apart(spelling):
+    """As those of long sequences do, in every spelling: what lies between them is in no result."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(run, "_LONG_ROWS", 2)
+        check(spelling)
+
+
+@pytest.mark.parametrize("kv_len", [8193, 8196, 8448, 9003])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"mask": "add", "masked_rows": True},
+        {"product": "bmm", "values": "bmm_view"},
+        {"softmax": "float32"},
+    ],
+    ids=str,
+)
+def test_bits_of_long_rows(choice, kv_len, monkeypatch):
+    """Lengths at which rows of scores are laid apart in memory, beside the same steps with rows end to end."""
+    spelling = Spelling(**choice, heads=2, q_len=40, kv_len=kv_len, head_dim=16, rows=16)
+    model, seen = Holder(spelling), []
+    native = model(**spelling.tensors())
+    padded = run.Run.padded
+    monkeypatch.setattr(run.Run, "padded", lambda self, value: seen.append(padded(self, value)) or seen[-1])
+    with by_rows(model, CASE, rows=16), torch.no_grad():
+        assert zoo.equal_with_nan(model(**spelling.tensors()), native)
+    assert seen and all(rows.shape[-1] % 16 == 0 and rows.shape[-1] % 256 for rows in seen)
 
 
 KEYWORDS = [

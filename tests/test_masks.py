@@ -12,7 +12,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch.hosts import masks as host_masks
-from attnpatch.rows import masks
+from attnpatch.rows import distances, masks
 from attnpatch.rows.deferred import DeferredRows, is_pending
 from benchmarks.sweep import Whole
 
@@ -464,21 +464,45 @@ BIASES = {
     "padded": lambda q, k: torch.nn.functional.pad((k - q)[:, 2:] * 0.01, (0, 2), value=-0.5),
     "padded before": lambda q, k: torch.nn.functional.pad((k - q)[:, 1:] * 0.01, (1, 0)),
     "turned round": lambda q, k: ((k - q) * 0.01).flip(0),
+    "of heads": lambda q, k: (
+        torch.nn.functional.embedding((k - q).clamp(-5, 5) + 5, torch.linspace(-1, 1, 33).view(11, 3))
+        .permute(2, 0, 1)
+        .unsqueeze(0)
+    ),
+    "from both sides": lambda q, k: torch.where((k <= q) & (k + 9 > q), (q - k) * -0.1, -1e9),
+    "from further on": lambda q, k: (k - (q + 7)).abs() * -0.1,
+    "every second": lambda q, k: (2 * k - q).abs() * -0.1,
+    "packed": lambda q, k: (k % 20 - q % 20) * 0.1,
+    "a part of the keys": lambda q, k: (k - q).abs().masked_fill(k % 3 == 0, 50) * -0.1,
+    "two kinds": lambda q, k: (k - q).abs() * -0.1 + (k - 2 * q) * 0.01,
+    "cast at last": lambda q, k: (k - q).abs().neg().clamp(-5).float(),
+    "running": lambda q, k: (k - q).cumsum(-1) * 1e-3,
 }
+# Of which nothing depends on distances only, or not all of it.
+NO_DISTANCES = {"every second", "packed", "padded", "padded before", "turned round"}
 
 
+@pytest.mark.parametrize("is_inference", [False, True])
 @pytest.mark.parametrize("name", BIASES)
-def test_positions_against_positions(name):
-    model = PositionsAttention(BIASES[name])
+def test_positions_against_positions(name, is_inference, monkeypatch):
+    """A tile of what depends on a distance is made of two of its rows, but not where gradients may be asked for."""
+    model, copied = PositionsAttention(BIASES[name]), []
     x = torch.randn(2, 3, 61, 8, generator=torch.Generator().manual_seed(0))
     native = model(x)
-    with attnpatch.patched(model, mode="always", rows=8, heads=2):
+    spread = distances.spread
+    monkeypatch.setattr(distances, "spread", lambda *args: copied.append(spread(*args)) or copied[-1])
+    with (
+        torch.inference_mode(is_inference),
+        attnpatch.patched(model, mode="always", rows=8, heads=2),
+    ):
         got = model(x)
         totals = attnpatch.report(model).totals
     assert torch.equal(got, native)
     assert totals["by_rows"] == 1
     # Rows in another order are not row-wise: whole, and counted.
     assert totals["materialised"] == (name == "turned round"), totals
+    if name not in NO_DISTANCES:
+        assert bool([tile for tile in copied if tile is not None]) == is_inference
 
 
 def test_what_heads_share_is_not_overwritten():
@@ -531,6 +555,14 @@ def deberta(kind: str):
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
 
 
+def t5():
+    import transformers
+
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    return transformers.T5EncoderModel(transformers.T5Config(**sizes, attn_implementation="eager")).eval()
+
+
 @pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
 def test_relative_positions_made_by_the_encoder(kind):
     """Distances and a padding of both sides are made once, before any attention, and read two ways by every layer."""
@@ -543,6 +575,25 @@ def test_relative_positions_made_by_the_encoder(kind):
             totals = attnpatch.report(model).totals
     assert torch.equal(got, native)
     assert totals["by_rows"] == 2 and not totals["materialised"]
+    assert not whole.made
+
+
+@pytest.mark.parametrize("kind", ["T5", "DebertaV2"])
+def test_the_fused_kernel_is_given_rows_of_a_bias_of_positions(kind):
+    """Under ``fuse`` positions are put off whatever memory there is."""
+    model, inputs = t5() if kind == "T5" else deberta(kind), inputs_of("Bert", 307)
+    if kind == "T5":
+        del inputs[
+            "attention_mask"
+        ]  # transformers makes one mask for all layers, which is there where there is memory
+    with torch.no_grad():
+        native = model(**inputs)[0]
+        with attnpatch.patched(model, fuse=True, min_tokens=64, rows=32):
+            with Whole([307]) as whole:
+                got = model(**inputs)[0]
+            totals = attnpatch.report(model).totals
+    torch.testing.assert_close(got, native, atol=1e-5, rtol=1e-5)
+    assert totals["fused"] == 2 and not totals["by_rows"] and not totals["materialised"]
     assert not whole.made
 
 

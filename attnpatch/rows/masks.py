@@ -62,7 +62,7 @@ class Generated(Node):
 class Filled(Node):
     """A tensor that holds one value everywhere."""
 
-    stands_for_memory = True
+    stands_for_memory = is_constant = True
 
     def __init__(self, value: float, dims: Dims, dtype: torch.dtype, device: torch.device) -> None:
         self.value, self.dims, self.dtype, self.device = value, dims, dtype, device

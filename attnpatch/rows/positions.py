@@ -34,7 +34,9 @@ FEWEST = 32
 def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bool:
     if call.is_of_masks and shape[-2] < FEWEST:
         return False
-    return call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device)
+    # To a fused kernel rows of a bias are handed as they are needed.
+    is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
+    return is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device)
 
 
 def _dims(shape: torch.Size) -> Dims:

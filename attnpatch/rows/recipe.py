@@ -34,11 +34,13 @@ class Node:
         children: The nodes it is computed from.
         stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
         held_bytes: Bytes per element that computing it holds beside its result.
+        is_constant: Whether all its elements are one number.
         is_exact: Whether its rows are the same to the last bit in steps of the right size.
     """
 
     stands_for_memory = False
     held_bytes = 0
+    is_constant = False
     is_exact = True
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
@@ -175,7 +177,7 @@ class Call(Node):
             if (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
                 return _written_to(out, self.func, args)
             if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
-                return _overwriting(self.func, args, kwargs)
+                return _overwriting(self.func, args, kwargs, run)
             return self.func(*args, **kwargs)
         with self.context.enter():
             return self.func(*args, **kwargs)
@@ -200,13 +202,19 @@ def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch
     return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
 
 
-def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], run: Run) -> torch.Tensor:
     """The call's result in the memory of its first argument, the same to the last bit."""
     value = args[0]
-    if func.__name__ == "softmax":
-        # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
-        return torch.softmax(value, -1, out=value) if value.is_contiguous() else func(*args, **kwargs)
-    return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
+    if func.__name__ != "softmax":
+        return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
+    # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
+    rows = run.padded(value)
+    if not rows.is_contiguous():
+        return func(*args, **kwargs)
+    # Nothing beside the scores.
+    rows[..., value.shape[-1] :] = -torch.inf
+    torch.softmax(rows, -1, out=rows)
+    return value
 
 
 class Child:

@@ -83,7 +83,7 @@ class Replay:
         width, itemsize = 1, 1
         cut = set(tileable)
         row, _ = row_and_lead(tileable)
-        for node in run.nodes:
+        for node in run.tiled:
             # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
             if not isinstance(node, Leaf) and (row is None or row in all_leaves(node.dims)):
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows import distances
 from attnpatch.rows.axes import KEY, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
 _CASTS = frozenset("to float half bfloat16 double type type_as".split())
+# Rows of a product that begin at other places than every 64 bytes take up to twice the time, from about this many keys
+# on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
+_LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
 # Steps whose result may be their operand's memory.
 _ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
 
@@ -42,6 +46,11 @@ class Run:
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
         self.hoist = not wanted and not any(isinstance(node, Cut) for node in self.nodes)
+        # Not under autograd: what is copied from row to row would have to be summed again.
+        self._distances = {} if wanted or torch.is_grad_enabled() else distances.found_in(self.nodes)
+        # What a step has all its rows of: not what is computed for two of them and copied.
+        read = {child for node in self.nodes if node not in self._distances for child in node.children}
+        self.tiled = [node for node in self.nodes if node is root or node in read]
         self._uses: dict[Node, int] = {}
         for node in self.nodes:
             for child in node.children:
@@ -51,6 +60,7 @@ class Run:
         self._fixed: dict[Node, torch.Tensor] = {}
         self._overwrites: dict[Node, bool] = {}
         self._buffers: dict[Node, torch.Tensor] = {}
+        self._padded: dict[Node, bool] = {}
         self._is_watched = False
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
@@ -81,7 +91,7 @@ class Run:
         """
         sizes = {
             node: node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
-            for node in self.nodes
+            for node in self.tiled
             if not isinstance(node, Leaf) and (row is None or row in self._axes[node])
         }
         # What steps share is there from the first to the last.
@@ -126,7 +136,7 @@ class Run:
         fixed = self.hoist and self.row is not None and self.row not in own
         shared = node in self.shared
         if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
-            return node.compute(own, self)
+            return self._computed(node, own)
         key = (node, tuple(own.items()))
         if key in self._kept:
             return self._kept[key]
@@ -134,7 +144,7 @@ class Run:
             # Of one sequence at a time, where sequences are cut.
             self._kept.pop(self._of_rows.get(node, key), None)
             self._of_rows[node] = key
-        value = node.compute(own, self)
+        value = self._computed(node, own)
         if node in self.wanted:
             assert isinstance(node, Leaf)
             value = value.detach().requires_grad_()
@@ -144,6 +154,14 @@ class Run:
         self._kept[key] = value
         return value
 
+    def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
+        if node in self._distances:
+            pair = self._distances[node]
+            found = distances.spread(node, pair, tile, lambda part: node.compute(part, self))
+            if found is not None:
+                return found
+        return node.compute(tile, self)
+
     def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
         """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
 
@@ -151,11 +169,44 @@ class Run:
         """
         if not self._is_buffered(node, self.row):
             return None
-        count = math.prod(shape)
+        width = _row_length(shape[-1]) if self._may_pad(node) else shape[-1]
+        count = math.prod(shape[:-1]) * width
         if node not in self._buffers or self._buffers[node].numel() < count:
             self._buffers.pop(node, None)
             self._buffers[node] = torch.empty(count, dtype=node.dtype)
-        return self._buffers[node][:count].view(shape)
+        return self._buffers[node][:count].view(*shape[:-1], width)[..., : shape[-1]]
+
+    def padded(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` with what lies between its rows, where ``buffer`` has laid them apart; or as it is."""
+        storage = value.untyped_storage().data_ptr()
+        if value.is_contiguous() or not any(
+            self._padded.get(node) and buffer.data_ptr() == storage for node, buffer in self._buffers.items()
+        ):
+            return value
+        return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
+
+    def _may_pad(self, node: Call) -> bool:
+        """Whether rows of a product may lie apart: what reads them up to softmax is done in place."""
+        if node not in self._padded:
+            self._padded[node] = self._ends_in_softmax(node)
+        return self._padded[node]
+
+    def _ends_in_softmax(self, product: Call) -> bool:
+        node: Node = product
+        if node.dtype != torch.float32 or not product.work:
+            return False
+        keys = leaves(node.dims[-1])
+        while self._uses.get(node, 0) == 1:
+            node = next(reader for reader in self.nodes if node in reader.children)
+            if leaves(node.dims[-1]) != keys or (isinstance(node, View) and node.expand):
+                return False
+            if _is_alias(node):
+                continue
+            if not isinstance(node, Call) or not self.may_overwrite(node):
+                return False
+            if getattr(node.func, "__name__", "") == "softmax":
+                return True
+        return False
 
     def _is_buffered(self, node: Call, row: Axis | None) -> bool:
         # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
@@ -226,6 +277,14 @@ class Run:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
+
+
+def _row_length(count: int) -> int:
+    """Places from one row of a product to the next, for rows of ``count``."""
+    if count < _LONG_ROWS:
+        return count
+    length = -(-count // _ALIGNED) * _ALIGNED
+    return length + _ALIGNED if length % _APART == 0 and torch.get_num_threads() == 1 else length
 
 
 def _is_alias(node: Node) -> bool:
