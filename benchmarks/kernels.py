@@ -49,36 +49,47 @@ def tiles(length: int = 4096, heads: int = 16, head_dim: int = 64, rounds: int =
 
 
 def sweep(rounds: int = 2) -> None:
-    """By rows against the fused kernel with the same mask, over lengths, widths and dtypes: CPU seconds of one thread.
+    """By rows against the fused kernel with the same mask, over lengths, widths, dtypes, heads and threads.
 
-    CPU time, because other processes disturb it less than the clock; no more than 2,048 query rows, which are as
-    good as any others.
+    In one thread CPU time counts, because other processes disturb it less than the clock. No more than 2,048 query rows of
+    4 heads, which are as good as any others.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     tiles = [(2, 32), (2, 64), (2, 128), (2, 256), (2, 512)]
-    names = ["native", *(f"{heads} x {rows}" for heads, rows in tiles), "chosen"]
-    print("ratio to the fused kernel | " + " | ".join(names))
+    print(f"one thread, 4 heads | {_names(tiles)}")
     for dtype in (torch.float32, torch.bfloat16):
         for head_dim in (64, 128):
-            for length in (2048, 4096, 8192, 16384, 32768):
+            for length in (2048, 4096, 8192, 12345, 16384, 32768):
                 found = _against_fused(length, head_dim, dtype, tiles, rounds)
-                cells = " | ".join(f"{ratio:.2f}" for ratio in found)
-                print(f"{str(dtype)[6:]}, heads of {head_dim}, {length} keys | {cells}", flush=True)
-    torch.set_num_threads(threads)
+                print(f"{str(dtype)[6:]}, heads of {head_dim}, {length} keys | {found}", flush=True)
+    tiles = [(1, 128), (2, 64), (2, 128), (2, 256), (4, 128)]
+    print(f"float32, heads of 64 | {_names(tiles)}")
+    for threads in range(1, before + 1):
+        torch.set_num_threads(threads)
+        for heads in (2, 8, 32):
+            for length in (4096, 12345, 32768):
+                found = _against_fused(length, 64, torch.float32, tiles, rounds, heads)
+                print(f"{threads} threads, {heads} heads, {length} keys | {found}", flush=True)
+    torch.set_num_threads(before)
+
+
+def _names(tiles: list[tuple[int, int]]) -> str:
+    return " | ".join(["native", *(f"{heads} x {rows}" for heads, rows in tiles), "chosen"])
 
 
 def _against_fused(
-    length: int, head_dim: int, dtype: torch.dtype, tiles: list[tuple[int, int]], rounds: int
-) -> list[float]:
+    length: int, head_dim: int, dtype: torch.dtype, tiles: list[tuple[int, int]], rounds: int, heads: int = 4
+) -> str:
     """Native eager, each tile and the chosen one as multiples of the fused kernel, by turns, the best of some rounds."""
     torch.manual_seed(0)
-    rows = min(length, 2048)
-    key, value = torch.randn(2, 1, 4, length, head_dim).to(dtype).unbind()
-    query = torch.randn(1, 4, rows, head_dim).to(dtype)
+    rows = min(length, 2048 * 4 // max(4, heads))
+    key, value = torch.randn(2, 1, heads, length, head_dim).to(dtype).unbind()
+    query = torch.randn(1, heads, rows, head_dim).to(dtype)
     mask = torch.zeros(1, 1, rows, length, dtype=dtype)
     mask[..., length // 2 :] = torch.finfo(dtype).min
     model = torch.nn.Sequential(Attention())
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     policies = [{"heads": h, "rows": r} for h, r in tiles]
     best = [math.inf] * (len(tiles) + 3)
     with torch.inference_mode():
@@ -92,10 +103,10 @@ def _against_fused(
                     else attnpatch.patched(model, mode="always", **policy)
                 )
                 with around:
-                    start = time.thread_time()
+                    start = clock()
                     call()
-                    best[place] = min(best[place], time.thread_time() - start)
-    return [seconds / best[0] for seconds in best[1:]]
+                    best[place] = min(best[place], clock() - start)
+    return " | ".join(f"{seconds / best[0]:.2f}" for seconds in best[1:])
 
 
 def _best(call: object, rounds: int) -> float:
