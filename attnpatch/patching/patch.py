@@ -33,12 +33,14 @@ class _Thread(threading.local):
         mode: The rows mode that is active, if any.
         patch: The patch whose model is being called.
         room: What is known of free memory during that call.
+        is_calm: Whether nothing of that call is long, and nothing has gone by rows in it.
         watch: Who looks at the candidate that runs.
     """
 
     mode: RowsMode | None = None
     patch: Patch | None = None
     room: Room | None = None
+    is_calm: bool = False
     watch: Watch | None = None
 
 
@@ -134,26 +136,42 @@ class Site:
     ) -> Any:
         """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
         first = args if is_bound else (module, *args)
-        if not self.is_entry or _thread.patch is self.patch:
+        if _thread.patch is self.patch:
+            # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
+            if not self.is_attention:
+                return forward(*first, **kwargs)
+            if (
+                _thread.is_calm
+                and self.why != CANDIDATE
+                and self.patch.recorder is None
+                and not weights.are_asked_for(module, kwargs)
+                and most_rows(args, kwargs) <= self.patch.policy.min_tokens
+            ):
+                self.counts["native"] += 1
+                return forward(*first, **kwargs)
+            return self._serve(forward, module, first, args, kwargs)
+        if not self.is_entry:
             return self._serve(forward, module, first, args, kwargs)
         if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
             self.patch.was_called = True
             self.patch.first_call(self.patch, module)
-        outer = _thread.patch, _thread.room
+        is_short = masks.is_short(self.patch.policy, args, kwargs)
+        outer = _thread.patch, _thread.room, _thread.is_calm
         _thread.patch, _thread.room = self.patch, Room()
+        _thread.is_calm = is_short and not pending() and not positions.is_watching()
         # A part that is called on its own is none of the calls that a capture tells apart.
         recorder = self.patch.recorder if self.is_root else None
         try:
             if recorder is not None:
                 recorder.begin_call(args, kwargs)
-            if masks.is_short(self.patch.policy, args, kwargs):
+            if is_short:
                 return self._serve(forward, module, first, args, kwargs)
             call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
             is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
             with masks.by_rows(call), positions.watched(call) if is_watched else positions.unwatched():
                 return self._serve(forward, module, first, args, kwargs)
         finally:
-            _thread.patch, _thread.room = outer
+            _thread.patch, _thread.room, _thread.is_calm = outer
             if recorder is not None:
                 recorder.end_call()
 
@@ -213,6 +231,7 @@ class Site:
             forward = opened(forward)
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
+        _thread.is_calm = False
         before = self.counts.total()
         mode = _thread.mode
         if mode is not None:

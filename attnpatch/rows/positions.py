@@ -204,6 +204,11 @@ def watched(call: SiteCall) -> Iterator[None]:
             secure_escaped()
 
 
+def is_watching() -> bool:
+    """Whether there is a watch to take away."""
+    return _thread.watch is not None
+
+
 def unwatched() -> contextlib.AbstractContextManager[Any]:
     """Take the watch away for a while: attention runs as it would without, native operators of torch included.
 
