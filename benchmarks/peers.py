@@ -301,8 +301,14 @@ def compare(
             for name, all_runs in runs.items():
                 found[name][str(length)] = summary(all_runs) if all_runs else {"stopped": "not tried"}
         # In the order of the table; what was not measured now is kept.
-        both = {**results.get(kind, {}), **found}
-        results[kind] = {name: both[name] for name in KINDS[kind].names if name in both}
+        before = results.get(kind, {})
+        results[kind] = {
+            name: dict(
+                sorted({**before.get(name, {}), **found.get(name, {})}.items(), key=lambda item: int(item[0]))
+            )
+            for name in KINDS[kind].names
+            if name in before or name in found
+        }
     return results
 
 

@@ -232,6 +232,13 @@ def test_a_step_is_as_long_as_what_it_reads_beside_its_rows():
     assert largest(16, 8192, 2 * 64 * 8192) == (128, 2)
 
 
+def test_a_step_of_long_rows_is_worth_packing_their_keys():
+    narrow = 2 * 16384 * 64, 2 * 32768 * 64  # keys and values of heads of 64
+    assert largest(8, 16384, narrow[0]) == (128, 2)
+    assert largest(8, 32768, narrow[1]) == (256, 2)
+    assert largest(8, 32768, narrow[1], free=2**26)[0] < 256
+
+
 def test_a_long_step_is_a_small_part_of_all_scores():
     assert largest(1, 8192, 2 * 512 * 8192) == (512, 1)
 

@@ -19,6 +19,9 @@ DEVICE_STEP_BYTES = 256 * 2**20
 # Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.
 LIVE_COPIES = 3
 MOST_CPU_ROWS = 256
+# Rows of so many bytes go through memory whatever their number, so a step has as many as are worth packing keys for
+# (`python -m benchmarks sweep`).
+LONG_ROW_BYTES = 128 * 2**10
 # A step that is made longer than the cache holds, because it reads so much beside its rows (a wide head's keys are
 # scaled and packed again for every step), still holds at most this part of all scores.
 MOST_SHARE = 16
@@ -123,7 +126,8 @@ def choose(
         rows = max(LEAST[ROW], elements // (width * heads))
         if on_cpu:
             share = row.size * present // (heads * MOST_SHARE)
-            worth = min(-(-reads // width), share, ceiling // (width * heads)) // shrink
+            least = MOST_CPU_ROWS if reads and width * itemsize >= LONG_ROW_BYTES else 0
+            worth = min(max(least, -(-reads // width)), share, ceiling // (width * heads)) // shrink
             rows = max(min(rows, MOST_CPU_ROWS), worth)
     spans = grain.cut(row.size, rows)
     most = ceiling // (width * heads) // shrink

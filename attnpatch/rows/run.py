@@ -14,7 +14,7 @@ from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, Pick, View
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
 _CASTS = frozenset("to float half bfloat16 double type type_as".split())
-# Rows of a product that begin at other places than every 64 bytes take up to twice the time, from about this many keys
+# Rows of a product that begin at other places than every 64 bytes take longer, from about this many keys
 # on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
 _LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
 # Steps whose result may be their operand's memory.
