@@ -98,8 +98,13 @@ def vae(**policy: object) -> dict[str, float]:
         return once(lambda: model(latents), lambda: model(latents[..., :16, :16].contiguous()))
 
 
-def overhead(kind: str, pairs: int = 200) -> dict[str, float]:
+def overhead(kind: str, pairs: int = 200, is_patched: bool = True) -> dict[str, float]:
     """Patched and unpatched calls of one model by turns; the patch stays native.
+
+    Args:
+        kind: ``"prefill"`` or ``"decode"``.
+        pairs: How many.
+        is_patched: Otherwise the patch is taken out before anything is timed: what differs then is the machine.
 
     Returns:
         Median seconds of both, and the median of the ratios of neighbouring calls.
@@ -114,8 +119,10 @@ def overhead(kind: str, pairs: int = 200) -> dict[str, float]:
             for patched in (False, True) if number % 2 else (True, False):
                 if patched:
                     attnpatch.apply(model)
+                    if not is_patched:
+                        attnpatch.remove(model)
                 seconds[patched] = _timed(model, prompt, kind, DynamicCache())
-                if patched:
+                if patched and is_patched:
                     attnpatch.remove(model)
             if number >= 5:
                 first.append(seconds[False])
@@ -151,7 +158,10 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
         for name, length in FUSED.items()
     },
     "prefill 512": {"pairs": lambda: overhead("prefill")},
-    "decode": {"pairs": lambda: overhead("decode")},
+    "decode": {
+        "pairs": lambda: overhead("decode"),
+        "unpatched": lambda: overhead("decode", is_patched=False),
+    },
 }
 
 if __name__ == "__main__":
