@@ -59,6 +59,18 @@ def fuse(name: str, length: int, **policy: object) -> dict[str, float]:
     return found
 
 
+def fuse_error(name: str, length: int = 2048) -> dict[str, float]:
+    """Distance from the same model in float64, root of the mean square: of the native pass and of the fused one."""
+    model, ids = eager(name), tokens(length)
+    with torch.inference_mode():
+        native = model(ids)[0]
+        with attnpatch.patched(model, fuse=True):
+            fused = model(ids)[0]
+        exact = model.double()(ids)[0]
+    native_error, fused_error = ((each - exact).square().mean().sqrt().item() for each in (native, fused))
+    return {"native": native_error, "fused": fused_error}
+
+
 def capture(on: bool) -> dict[str, float]:
     """A fused forward pass over 8,192 tokens, with block maps of 128 tokens or without."""
     model, ids, short = llama("sdpa"), tokens(LONG), tokens(256)
@@ -154,6 +166,7 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
             "native": functools.partial(fuse, name, length),
             "fused": functools.partial(fuse, name, length, fuse=True),
             "by rows": functools.partial(fuse, name, length, mode="always"),
+            "error": functools.partial(fuse_error, name),
         }
         for name, length in FUSED.items()
     },

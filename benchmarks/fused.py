@@ -25,10 +25,13 @@ def main(measure: Callable[[str, str], dict[str, float]], names: list[str], roun
             for variant in VARIANTS:
                 runs[variant].append(measure(f"fuse {name}", variant))
                 print(f"  {name} {variant} {runs[variant][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-        results[name] = {"tokens": FUSED[name], "runs": runs}
+        error = measure(f"fuse {name}", "error")
+        results[name] = {"tokens": FUSED[name], "runs": runs, "error": error["fused"] / error["native"]}
         RESULTS.write_text(json.dumps(results, indent=1))
     missed = []
-    print("| model | tokens | native | by rows | fused | asked |\n|---|---|---|---|---|---|")
+    print(
+        "| model | tokens | native | by rows | fused | asked | error, times native's |\n|---|---|---|---|---|---|---|"
+    )
     for name, found in results.items():
         seconds, peaks = (
             {v: statistics.median(run[key] for run in runs) for v, runs in found["runs"].items()}
@@ -40,7 +43,9 @@ def main(measure: Callable[[str, str], dict[str, float]], names: list[str], roun
             faster = "" if variant == "native" else f" ({times:.1f}x)"
             cells.append(f"{seconds[variant]:.2f} s{faster}, {peaks[variant] / 1e9:.2f} GB")
         asked = ASKED.get(name)
-        print(f"| {name} | {found['tokens']:,} | {' | '.join(cells)} | {f'{asked:g}x' if asked else ''} |")
+        print(
+            f"| {name} | {found['tokens']:,} | {' | '.join(cells)} | {f'{asked:g}x' if asked else ''} | {found['error']:.2f} |"
+        )
         if asked and seconds["native"] / seconds["fused"] < asked:
             missed.append(name)
     print(f"missed: {', '.join(missed)}" if missed else "all that was asked is reached")
