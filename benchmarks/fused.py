@@ -44,7 +44,7 @@ def main(measure: Callable[[str, str], dict[str, float]], names: list[str], roun
             cells.append(f"{seconds[variant]:.2f} s{faster}, {peaks[variant] / 1e9:.2f} GB")
         asked = ASKED.get(name)
         print(
-            f"| {name} | {found['tokens']:,} | {' | '.join(cells)} | {f'{asked:g}x' if asked else ''} | {found['error']:.2f} |"
+            f"| {name} | {found['tokens']:,} | {' | '.join(cells)} | {f'{asked:g}x' if asked else ''} | {found['error']:.3f} |"
         )
         if asked and seconds["native"] / seconds["fused"] < asked:
             missed.append(name)

@@ -385,7 +385,7 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
     return found
 
 
-def one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
+def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
     """Attention and block mass in one pass, beside a fused kernel and a second pass; float64 of a short call first."""
     # Triton is there by now, and reads when it is imported whether it is to interpret.
     from benchmarks import one_pass
@@ -510,7 +510,7 @@ def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
     section(f"hand-written attention, one layer, {sizes.dense} tokens", 30, lambda: dense(sizes))
     some = sizes.tokens[0]
     for tokens in sizes.tokens:
-        section(f"one pass against two, {tokens} tokens", 20, lambda: one_pass(sizes, tokens))  # noqa: B023
+        section(f"one pass against two, {tokens} tokens", 20, lambda: in_one_pass(sizes, tokens))  # noqa: B023
     section(f"attention by SDPA's kernels, {some} tokens", 30, lambda: by_kernel(sizes, some))
     section(f"the kernel alone by its tiles, {some} tokens", 60, lambda: shapes(sizes, some))
     results["seconds"] = time.perf_counter() - clock.start

@@ -583,9 +583,8 @@ def test_the_fused_kernel_is_given_rows_of_a_bias_of_positions(kind):
     """Under ``fuse`` positions are put off whatever memory there is."""
     model, inputs = t5() if kind == "T5" else deberta(kind), inputs_of("Bert", 307)
     if kind == "T5":
-        del inputs[
-            "attention_mask"
-        ]  # transformers makes one mask for all layers, which is there where there is memory
+        # transformers makes one mask for all layers, which is there where there is memory.
+        del inputs["attention_mask"]
     with torch.no_grad():
         native = model(**inputs)[0]
         with attnpatch.patched(model, fuse=True, min_tokens=64, rows=32):

@@ -31,13 +31,14 @@ _SLOTS = ("_old_forward", "forward")
 _classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
 
 
-_is_traced, _mode_of = torch._C._is_tracing, torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def _is_recorded() -> bool:
     """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
-    return torch.compiler.is_compiling() or _is_traced() or _mode_of(_PROXY) is not None
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -52,11 +53,10 @@ def swapped_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # As ``_is_recorded``, which costs a call of its own.
-        if torch.compiler.is_compiling() or _is_traced() or _mode_of(_PROXY) is not None:
+        if _is_recorded():
             return original(self, *args, **kwargs)
         site = self.__dict__.get(STATE)
-        if site is None or (site.previous is not None and site in _served.sites):
+        if site is None or site in _served.sites:
             return original(self, *args, **kwargs)
         return site.serve(original, self, args, kwargs)
 

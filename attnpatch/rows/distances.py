@@ -16,9 +16,9 @@ from attnpatch.rows.recipe import Call, Leaf, Node, View
 
 Pair = frozenset[Axis]
 
-_OF_DISTANCE = frozenset(
-    "sub __sub__ rsub __rsub__ subtract lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__".split()
-)
+SUBTRACTIONS = "sub __sub__ __rsub__ rsub subtract"
+COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
+_OF_DISTANCE = frozenset(f"{SUBTRACTIONS} {COMPARISONS}".split())
 _WHOLE = (torch.int32, torch.int64)
 # Of fewer rows two are no less.
 _FEWEST = 4

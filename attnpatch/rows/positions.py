@@ -18,6 +18,7 @@ from attnpatch.ledger import is_plain
 from attnpatch.rows import rowwise
 from attnpatch.rows.axes import KEY, ROW, Dims, fresh
 from attnpatch.rows.deferred import DeferredRows, SiteCall, pending, secure_escaped, wrap
+from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, View
 
@@ -141,13 +142,11 @@ def _functions(names: str) -> list[Any]:
     ]
 
 
-_DISTANCES = "sub __sub__ __rsub__ rsub subtract"
-_COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
 # A padding of queries against one of keys.
 _BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
 # What is found before attention as well as inside it.
 OF_POSITIONS: dict[Any, Begin] = {
-    **dict.fromkeys(_functions(f"{_DISTANCES} {_COMPARISONS} {_BOTH}"), outer),
+    **dict.fromkeys(_functions(f"{SUBTRACTIONS} {COMPARISONS} {_BOTH}"), outer),
     **dict.fromkeys(_functions("repeat tile"), repeated),
 }
 BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, torch.zeros: zeros}

@@ -14,7 +14,7 @@ from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
-from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of, unbound
+from attnpatch.rows.recipe import Call, Leaf, Node, graph, tensors_of, unbound
 from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
@@ -273,6 +273,6 @@ class _ByRows(torch.autograd.Function):
 
 def _kernel_random_state(node: Node) -> RandomState | None:
     """The generator's state, where a step draws from it (dropout inside a kernel)."""
-    if not any(getattr(step, "random", False) for step in Run(node).nodes):
+    if not any(getattr(step, "random", False) for step in graph(node)):
         return None
     return random_state(node.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -46,11 +47,6 @@ class Run:
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
         self.hoist = not wanted and not any(isinstance(node, Cut) for node in self.nodes)
-        # Not under autograd: what is copied from row to row would have to be summed again.
-        self._distances = {} if wanted or torch.is_grad_enabled() else distances.found_in(self.nodes)
-        # What a step has all its rows of: not what is computed for two of them and copied.
-        read = {child for node in self.nodes if node not in self._distances for child in node.children}
-        self.tiled = [node for node in self.nodes if node is root or node in read]
         self._uses: dict[Node, int] = {}
         for node in self.nodes:
             for child in node.children:
@@ -65,6 +61,17 @@ class Run:
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
         self._of_rows: dict[Node, tuple[Node, Any]] = {}
+
+    @functools.cached_property
+    def _distances(self) -> dict[Node, distances.Pair]:
+        # Not under autograd: what is copied from row to row would have to be summed again.
+        return {} if self.wanted or torch.is_grad_enabled() else distances.found_in(self.nodes)
+
+    @functools.cached_property
+    def tiled(self) -> list[Node]:
+        """What a step has all its rows of: not what is computed for two of them and copied."""
+        read = {child for node in self.nodes if node not in self._distances for child in node.children}
+        return [node for node in self.nodes if node is self.nodes[-1] or node in read]
 
     def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
         """Steps with rows that are the same for several pieces of ``heads`` (a mask), where a step with heads reads them.
