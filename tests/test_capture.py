@@ -53,6 +53,13 @@ def test_nothing_captured():
         _ = maps.block_map
 
 
+def test_a_short_call_of_a_patched_model_is_captured():
+    model = LLAMA.build("sdpa")
+    with attnpatch.patched(model), attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        run(model)
+    assert maps.block_map.mass.sum() > 0.9
+
+
 def test_a_compiled_model_shows_nothing_and_capture_says_so():
     case = zoo.BY_NAME["llama"]
     model = case.build("sdpa")

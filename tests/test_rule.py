@@ -249,3 +249,26 @@ def test_a_long_step_respects_the_workspace_and_free_memory():
         rows, heads = largest(1, 16384, 2 * 512 * 16384, **options)
         assert rows * heads > 128
         assert rows * heads * 16384 * 4 * 3 <= limit
+
+
+class Longer(nn.Module):
+    """A model whose attention has more tokens than its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Eager()
+
+    def forward(self, ids):
+        numbers = torch.Generator().manual_seed(0)
+        return self.layer(torch.randn(2, 2000, 8, generator=numbers) + ids.sum())
+
+
+def test_long_attention_in_a_short_call(monkeypatch):
+    """How long attention is says what it is given itself, not the call of its model."""
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1MB")
+    attnpatch.register(Eager)
+    model, ids = Longer(), torch.ones(1, 1)
+    native = model(ids)
+    with attnpatch.patched(model):
+        assert torch.equal(model(ids), native)
+        assert attnpatch.report(model).totals["by_rows"] == 1
