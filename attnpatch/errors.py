@@ -5,6 +5,10 @@ class AttnpatchError(Exception):
     """Base of all attnpatch errors."""
 
 
+class AttnpatchWarning(UserWarning):
+    """Code of attnpatch failed inside a forward, which went on natively."""
+
+
 class PolicyError(AttnpatchError, ValueError):
     """A policy field is unknown or its value cannot be used."""
 

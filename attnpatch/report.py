@@ -36,8 +36,9 @@ class Report:
         model: Class of the model.
         policy: The rule in force; ``None`` for a pipeline whose components have different ones.
         sites: Every attention module that did something, or is innermost.
-        totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``.
-            One attention call counts once; ``materialised`` counts operations that needed a whole matrix.
+        totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``,
+            ``failed``. One attention call counts once; ``materialised`` counts operations that needed a whole matrix,
+            ``failed`` steps where code of attnpatch raised an error and the model's own code was used instead.
         left_alone: Modules whose code could have been attention and whose first call was none.
         compiled: Paths of compiled modules: they run their own attention, which is not counted.
     """
@@ -50,15 +51,17 @@ class Report:
     compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ["site", "why", *TOTALS, "materialised by"]
+        # A column that is to stay empty is shown where it does not.
+        shown = [name for name in TOTALS if name != "failed" or self.totals[name]]
+        header = ["site", "why", *shown, "materialised by"]
         body = [
-            [site.name, site.why, *(str(site.counts[name]) for name in TOTALS), _listed(site.materialised_by)]
+            [site.name, site.why, *(str(site.counts[name]) for name in shown), _listed(site.materialised_by)]
             for site in self.sites
         ]
         total: Counter[str] = Counter()
         for site in self.sites:
             total.update(site.materialised_by)
-        body.append(["total", "", *(str(self.totals[name]) for name in TOTALS), _listed(total)])
+        body.append(["total", "", *(str(self.totals[name]) for name in shown), _listed(total)])
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
         lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
         for row in [header, *body]:
@@ -114,7 +117,7 @@ def report_of(patch: Patch) -> Report:
         masks = (
             site.is_entry
             and not site.is_attention
-            and (site.counts["materialised"] or site.counts["retried"])
+            and (site.counts["materialised"] or site.counts["retried"] or site.counts["failed"])
         )
         if masks or (site.is_attention and not site.is_candidate and (did or not inner or alone)):
             counts = {name: site.counts[name] for name in TOTALS}

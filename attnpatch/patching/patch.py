@@ -23,7 +23,7 @@ from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 
-TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured")
+TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed")
 
 
 class _Thread(threading.local):
