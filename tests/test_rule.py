@@ -13,7 +13,8 @@ import attnpatch
 from attnpatch import Policy, errors, memory
 from attnpatch.policy import parse_size
 from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis
-from attnpatch.rows.budget import Grain, choose
+from attnpatch.rows.budget import choose
+from attnpatch.rows.grain import Grain
 
 
 class Eager(nn.Module):

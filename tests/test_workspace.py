@@ -8,7 +8,6 @@ import contextlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from live import Live
 from torch import nn
 
@@ -149,29 +148,3 @@ def test_ceiling(name, attention, capture):
     assert live.peak <= WORKSPACE + allowed(tokens), live.at_peak
     # And it is used: steps are not shrunk for nothing.
     assert live.peak >= 2**22, live.at_peak
-
-
-def test_smaller_blocks_than_the_kernels_own_give_its_bits():
-    """Where the ceiling leaves less than torch's fused kernel takes at a time: multiples of four rows."""
-    from attnpatch.rows.budget import _tight
-
-    for number, (dtype, length, width) in enumerate(
-        (dtype, length, width)
-        for dtype in (torch.float32, torch.bfloat16)
-        for length in (200, 801, 1030, 1057)
-        for width in (16, 64, 128)
-    ):
-        torch.manual_seed(number)
-        query, key, value = (torch.randn(1, 2, length, width).to(dtype) for _ in range(3))
-        mask = torch.rand(1, 1, length, length) > 0.3
-        whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        for most in (4, 11, 32, 100, 250):
-            spans = _tight(length, most)
-            assert spans[0][0] == 0 and spans[-1][1] == length
-            assert all(low % 4 == 0 and high - low >= 4 for low, high in spans)
-            assert max(high - low for low, high in spans) < most + 4, spans
-            parts = [
-                F.scaled_dot_product_attention(query[:, :, i:j], key, value, attn_mask=mask[:, :, i:j])
-                for i, j in spans
-            ]
-            assert torch.equal(torch.cat(parts, 2), whole), (dtype, length, width, most)

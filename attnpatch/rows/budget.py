@@ -11,6 +11,7 @@ import torch
 
 from attnpatch.policy import Policy
 from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis, Tile
+from attnpatch.rows.grain import ANY, Grain, balanced
 
 # Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
 CPU_STEP_BYTES = 8 * 2**20
@@ -28,32 +29,6 @@ MOST_SHARE = 16
 # Below so many multiplications per head torch's CPU bmm takes a loop of its own (aten LinearAlgebra.cpp,
 # bmm_out_or_baddbmm_), which rounds differently.
 LEAST_WORK = 400
-
-
-@dataclasses.dataclass(frozen=True)
-class Grain:
-    """What a step of rows must respect: at least ``least`` rows, cut at multiples of ``multiple``."""
-
-    least: int = LEAST[ROW]
-    multiple: int = 1
-
-    def cut(self, size: int, step: int) -> list[tuple[int, int]]:
-        if self.multiple == 1:
-            return balanced(size, step, self.least)
-        step = max(self.least, -(-step // self.multiple) * self.multiple)
-        starts = [step * i for i in range(max(1, size // step))]
-        return list(itertools.pairwise([*starts, size]))
-
-
-def balanced(size: int, step: int, least: int) -> list[tuple[int, int]]:
-    """``0:size`` in pieces of about ``step``, none smaller than ``least`` unless ``size`` is.
-
-    No remainder is left that would round differently (see ``LEAST``).
-    """
-    count = max(1, min(-(-size // max(step, least)), size // least))
-    base, longer = divmod(size, count)
-    bounds = list(itertools.accumulate([base + (i < longer) for i in range(count)], initial=0))
-    return list(itertools.pairwise(bounds))
 
 
 @dataclasses.dataclass
@@ -84,7 +59,7 @@ def choose(
     policy: Policy,
     device: torch.device,
     shrink: int = 1,
-    grain: Grain = Grain(),
+    grain: Grain = ANY,
     free: int | None = None,
     reads: int = 0,
     held: int = 0,
@@ -132,25 +107,8 @@ def choose(
     spans = grain.cut(row.size, rows)
     most = ceiling // (width * heads) // shrink
     if grain.multiple > 1 and policy.rows is None and max(high - low for low, high in spans) > most:
-        spans = _tight(row.size, most)
+        spans = grain.tight(row.size, most)
     return Steps(_lead_tiles(lead, heads), row, spans)
-
-
-def _tight(size: int, most: int) -> list[tuple[int, int]]:
-    """Rows for a fused kernel where the ceiling leaves no room for its own blocks: smaller ones, of a multiple of 4.
-
-    Measured on CPU over lengths, widths and dtypes, such steps gave the bits of the whole call every time
-    (tests/test_workspace.py), as long as the kernel, which takes 32 or 64 of their rows at a time, is not left with
-    one to three.
-    """
-    least, block = LEAST[ROW], 32
-    step = most // block * block or max(least, most // least * least)
-    starts = list(range(0, size, step))
-    if len(starts) > 1 and step < block and size - starts[-1] < least:
-        starts.pop()
-    elif len(starts) > 1 and 0 < (size - starts[-1]) % block < least:
-        starts[-1] -= block - least
-    return list(itertools.pairwise([*starts, size]))
 
 
 def _ceiling(held: int, policy: Policy, free: int | None) -> int:

@@ -17,9 +17,9 @@ from attnpatch.ledger import ledger_of
 from attnpatch.rows import flex, sdpa
 from attnpatch.rows.added import Added, arranged, fitting
 from attnpatch.rows.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
-from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import SiteCall
 from attnpatch.rows.formula import Formula, OtherRecipe, read
+from attnpatch.rows.grain import Grain
 from attnpatch.rows.recipe import Call, Node, tensors_of
 from attnpatch.rows.run import Run
 

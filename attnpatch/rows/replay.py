@@ -12,7 +12,8 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
-from attnpatch.rows.budget import Grain, Steps, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.budget import Steps, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.grain import Grain
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
 from attnpatch.rows.recipe import Call, Leaf, Node, graph, tensors_of, unbound
 from attnpatch.rows.run import Run

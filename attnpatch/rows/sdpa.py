@@ -15,9 +15,9 @@ from attnpatch.rows import lse as logsumexp
 from attnpatch.rows import weights
 from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
-from attnpatch.rows.budget import Grain
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
+from attnpatch.rows.grain import Grain, of_fused
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
@@ -249,19 +249,7 @@ def recipe(call: dict[str, Any]) -> Node:
     whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
     if not fused and is_simple(call):
         return Dense(leaves, dims, whole, call)
-    return Attend(leaves, dims, row, whole, call, _fused_grain(query.shape[-2]) if fused else Grain())
-
-
-def _fused_grain(q_len: int) -> Grain:
-    """Rows such that torch's fused CPU kernel cuts them into the blocks it would cut the whole call into.
-
-    It takes 256, 64 or 32 query rows at a time from 768, 192 or fewer rows on (aten FlashAttentionKernel.cpp), and a
-    block of one to three rows rounds differently. With the same blocks every row is the same to the last bit.
-    """
-    for least, multiple in ((768, 256), (192, 64)):
-        if q_len >= least:
-            return Grain(least, multiple)
-    return Grain(32, 32)
+    return Attend(leaves, dims, row, whole, call, fused)
 
 
 def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
@@ -292,10 +280,10 @@ class Attend(Node):
         row: Dim,
         whole: tuple[Axis, ...],
         call: dict[str, Any],
-        grain: Grain,
+        fused: bool,
     ) -> None:
         self.children = tuple(leaves)
-        self.dims, self.row, self.whole, self.grain = dims, row, whole, grain
+        self.dims, self.row, self.whole = dims, row, whole
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
         self.is_causal = call["is_causal"]
@@ -307,6 +295,7 @@ class Attend(Node):
         self.context = Context(self.device)
         if self.context.autocast:
             self.dtype = self.context.autocast_dtype
+        self.grain = of_fused(call, self.dtype) if fused else Grain()
 
     @property
     def score_width(self) -> int:

@@ -1,0 +1,103 @@
+"""Where rows of torch's fused CPU kernel may be cut: every row has the bits of the whole call."""
+
+import contextlib
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+
+from attnpatch.rows import grain, sdpa
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@st.composite
+def calls(draw):
+    return {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "threads": draw(st.sampled_from([1, 2, 2, 16, 64])),
+        "batch": draw(st.integers(1, 2)),
+        "heads": draw(st.sampled_from([1, 2, 4, 8])),
+        "group": draw(st.sampled_from([1, 1, 2, 4])),
+        "width": draw(st.sampled_from([8, 16, 17, 64, 80, 128])),
+        "q_len": draw(st.sampled_from([9, 40, 63, 64, 101, 130, 191, 192, 200, 300, 770, 801, 1030])),
+        "kv_len": draw(st.sampled_from([7, 40, 63, 64, 101, 200, 513])),
+        "masked": draw(st.booleans()),
+        "step": draw(st.integers(1, 400)),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def arguments(batch, heads, group, width, q_len, kv_len, masked, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads * group, q_len, width, generator=generator).to(dtype)
+    key, value = (torch.randn(batch, heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
+    mask = torch.rand(batch, 1, q_len, kv_len, generator=generator) > 0.3 if masked else None
+    return sdpa.arguments((query, key, value, mask), {"enable_gqa": group > 1})
+
+
+@given(call=calls())
+def test_steps_have_the_bits_of_the_whole(call):
+    """With one thread, two or more than heads; where narrow dtypes are packed for a product in tiles, and where not."""
+    call = dict(call)
+    step, dtype = call.pop("step"), call["dtype"]
+    with threads(call.pop("threads")):
+        named = arguments(**call)
+        whole = F.scaled_dot_product_attention(**named)
+        found = grain.of_fused(named, dtype)
+        for spans in (found.cut(call["q_len"], step), found.tight(call["q_len"], step)):
+            assert_cover(spans, call["q_len"])
+            for low, high in spans:
+                part = F.scaled_dot_product_attention(**rows_of(named, low, high))
+                assert torch.equal(part, whole[:, :, low:high]), (low, high, spans)
+
+
+def rows_of(call, low, high):
+    mask = call["attn_mask"]
+    return {
+        **call,
+        "query": call["query"][:, :, low:high],
+        "attn_mask": None if mask is None else mask[:, :, low:high],
+    }
+
+
+def assert_cover(spans, size):
+    assert spans[0][0] == 0 and spans[-1][1] == size
+    assert all(before == after for (_, before), (after, _) in itertools.pairwise(spans))
+    assert all(low < high for low, high in spans)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("length", [200, 770, 801, 1030])
+@pytest.mark.parametrize("most", [4, 11, 32, 100, 250])
+def test_tight_steps_are_small(length, most, width, dtype):
+    """Where memory leaves less than the kernel takes at a time, steps are as small as the bits allow."""
+    call = arguments(1, 2, 1, width, length, length, False, dtype, 0)
+    spans = grain.of_fused(call, dtype).tight(length, most)
+    assert_cover(spans, length)
+    narrow = dtype != torch.float32 and grain._may_pack(dtype)
+    fewest = 64 if narrow else 16 if width > 32 or dtype != torch.float32 else 4
+    # A remainder too small to stand alone makes one step longer.
+    assert max(high - low for low, high in spans) < max(most, fewest) + (64 if narrow else 16)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(63, 64), (64, 63)])
+def test_steps_of_what_is_not_packed_stay_small(rows, keys):
+    """Fewer than 64 rows or keys of bfloat16 are packed by no processor, so their steps are what they were."""
+    call = arguments(1, 2, 1, 16, rows, keys, False, torch.bfloat16, 0)
+    assert grain.of_fused(call, torch.bfloat16).cut(rows, 32)[-1] == (32 * (rows // 64), rows)
+    assert grain.of_fused(call, torch.bfloat16).tight(rows, 8)[0] == (0, 16)
