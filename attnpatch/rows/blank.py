@@ -15,10 +15,21 @@ from attnpatch.rows.run import Run
 
 
 class Blank(Node):
-    """A tensor without values."""
+    """A tensor without values.
+
+    Attributes:
+        stands_for_memory: Whether making it is counted as keeping a whole score matrix.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.dims, self.dtype, self.device = fresh(shape), dtype, device
+
+    @staticmethod
+    def like(node: Node, dtype: torch.dtype) -> Blank:
+        """``empty_like`` of something deferred, cut as that is."""
+        blank = Blank((), dtype, node.device)
+        blank.dims, blank.stands_for_memory = node.dims, True
+        return blank
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         return torch.empty(local_shape(self.dims, tile), dtype=self.dtype, device=self.device)

@@ -12,31 +12,15 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows import products, shaping, tables
+from attnpatch.rows import metadata, products, shaping, tables, within
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
 from attnpatch.rows.axes import KEY, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
+from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
-
-ELEMENTWISE = frozenset(
-    "add sub subtract mul multiply div divide true_divide __radd__ __rmul__ __rsub__ rsub __rdiv__ __rtruediv__ "
-    "__rpow__ pow __pow__ neg negative positive abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square "
-    "reciprocal tanh sigmoid logsigmoid relu relu6 gelu silu mish softplus elu celu selu hardtanh hardsigmoid "
-    "leaky_relu erf sin cos sign floor ceil round clamp clamp_min clamp_max clip maximum minimum fmax fmin where "
-    "masked_fill nan_to_num eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ logical_and logical_or "
-    "logical_not logical_xor bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__ __rand__ __ror__ isnan "
-    "isinf isfinite addcmul lerp remainder clone detach float half bfloat16 double bool int long".split()
-)
-# Complete along one dimension, which keeps its length.
-ALONG = frozenset("softmax log_softmax cumsum softmin".split())
-# Complete along some dimensions, which vanish or become 1.
-REDUCING = frozenset("sum mean amax amin prod logsumexp argmax argmin any all nansum".split())
-_CASTS = frozenset("to type int long short char byte".split())
-PAIRS = frozenset("max min sort topk".split())
-CASTS = frozenset("to type type_as float half bfloat16 double".split())
 
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -78,7 +62,7 @@ def _counted(name: str, result: Any) -> Any:
 
     They go to functions that cannot be handed what is pending (the block masks of a compiled FlexAttention).
     """
-    if name not in _CASTS or not isinstance(result, DeferredRows):
+    if name not in TO_WHOLE or not isinstance(result, DeferredRows):
         return result
     node = result.handle.node
     if node.dtype is torch.bool or node.dtype.is_floating_point or node.dtype.is_complex:
@@ -229,6 +213,8 @@ def _of_rows(value: Any) -> Any:
 def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``to``, ``type_as``: another dtype on the same device."""
     source = args[0]
+    if name == "type" and len(args) == 1 and not kwargs:
+        return metadata.asked(name, func, args, kwargs)
     like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not isinstance(source, DeferredRows) and len(args) == 2 and len(like) == 1 and not kwargs:
         # Only what the other is matters, not what it holds.
@@ -387,5 +373,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,
     **tables.HANDLERS,
+    **metadata.HANDLERS,
+    **within.HANDLERS,
     **products.HANDLERS,
 }

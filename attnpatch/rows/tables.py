@@ -143,24 +143,9 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return wrap(call, index.handle.call)
 
 
-def filled_like(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``zeros_like`` and its kind of something deferred."""
-    if not isinstance(args[0], DeferredRows) or set(kwargs) - {"dtype", "fill_value"}:
-        return NotImplemented
-    value = {"zeros_like": 0, "ones_like": 1}.get(name)
-    if value is None:
-        value = argument(args, kwargs, 1, "fill_value")
-    if not isinstance(value, (bool, int, float)):
-        return NotImplemented
-    node = args[0].handle.node
-    dtype = kwargs.get("dtype") or node.dtype
-    return wrap(Filled(value, node.dims, dtype, node.device), args[0].handle.call)
-
-
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("gather", "index_select"), gather),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), filled_like),
     "__getitem__": getitem,
     "embedding": embedding,
     "pad": pad,

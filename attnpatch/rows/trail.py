@@ -15,9 +15,10 @@ import torch
 
 from attnpatch.rows import products
 from attnpatch.rows.deferred import SiteCall, dispatch
+from attnpatch.rows.names import CASTS
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
 from attnpatch.rows.recipe import Context, map_structure
-from attnpatch.rows.rowwise import CASTS, writes
+from attnpatch.rows.rowwise import writes
 from attnpatch.rows.saved import Saved
 
 
