@@ -160,6 +160,154 @@ def test_gradients_of_steps_along_keys_and_heads(name):
     check_gradients(WITHIN[name])
 
 
+PLACES = torch.arange(N)
+LATER = torch.ones(N, N).triu(1).bool()
+PADDED = PLACES > 80
+
+
+def put(a, index, value=-1e9):
+    a = a.clone()
+    a[index] = value
+    return a
+
+
+def add_to(a, index, value=1.0):
+    a[index] += value
+    return a
+
+
+def write_to_views(a):
+    """Writes to views of the scores and to the scores under views, in turn."""
+    part, folded = a[:, :, 1:], a.flatten(0, 1)
+    part += 1
+    a.transpose(-1, -2)[..., 3:] *= 2
+    folded[:, 5:, 5:] = 0
+    part.mul_(0.5)
+    a[0] -= 1
+    return folded.masked_fill_(LATER, -1e9).view_as(a)
+
+
+def fill_blocks(a):
+    blocks = torch.full_like(a, -1e9)
+    for start in range(0, N, 32):
+        blocks[..., start : start + 32, start : start + 32] = a[..., start : start + 32, start : start + 32]
+    return blocks
+
+
+def fill_empty(a):
+    mask = torch.empty_like(a).zero_()
+    mask[..., PADDED] = -1e9
+    mask[:, :, :, 0].fill_(1.0)
+    return a + mask
+
+
+def top(a):
+    return a.topk(8, -1)
+
+
+def top_only(a):
+    values, places = top(a)
+    return torch.full_like(a, -1e9).scatter(-1, places, values)
+
+
+def top_kept(a):
+    return a.masked_fill(~torch.zeros_like(a, dtype=torch.bool).scatter_(-1, top(a)[1], True), -1e9)
+
+
+def like(a, *shape):
+    return torch.linspace(-1, 1, 7).repeat(2000)[: torch.Size(shape).numel()].view(shape).to(a.dtype)
+
+
+WRITES = {
+    "mask": lambda a: put(a, (slice(None), slice(None), LATER)),
+    "mask of keys": lambda a: put(a, (..., PADDED)),
+    "mask of rows": lambda a: put(a, (slice(None), slice(None), PADDED)),
+    "mask of scores": lambda a: put(a, a > 0.3, torch.tensor(0.25)),
+    "mask in a slice": lambda a: put(a, (0, slice(None), LATER)),
+    "mask of heads": lambda a: put(a, (slice(None), torch.tensor([True, False, True, False]))),
+    "values where a mask says": lambda a: put(a, (..., LATER), like(a, int(LATER.sum()))),
+    "diagonal": lambda a: put(a, (slice(None), slice(None), PLACES, PLACES)),
+    "values on the diagonal": lambda a: put(a, (..., PLACES, PLACES), like(a, HEADS, N)),
+    "values beside the diagonal": lambda a: put(a, (1, ..., PLACES[1:], PLACES[:-1]), like(a, HEADS, 1)),
+    "list of heads": lambda a: put(a, (slice(None), [0, 2]), 0.0),
+    "negative indices": lambda a: put(a, (..., torch.tensor([-1, 0]))),
+    "one key": lambda a: put(a, (..., 0)),
+    "one row": lambda a: put(a, (slice(None), slice(None), torch.tensor(0))),
+    "one row, some keys": lambda a: put(a, (slice(None), slice(None), -1, slice(5, 9))),
+    "one head": lambda a: put(a, (slice(None), 2), like(a, N)),
+    "part of scores": lambda a: put(a, (..., slice(1, None), slice(1, None)), a[:, :, 1:, 1:] + 1),
+    "bias": lambda a: put(a, (..., slice(1, None), slice(1, None)), like(a, N - 1, N - 1)),
+    "every other key": lambda a: put(a, (..., slice(None, None, 2))),
+    "every third row": lambda a: put(a, (slice(None), slice(None), slice(1, None, 3)), like(a, N)),
+    "folded heads": lambda a: put(a.reshape(-1, N, N), (slice(2, 4), slice(3, None)), 0.0).view_as(a),
+    "keys by rows": lambda a: put(a.mT, (..., slice(2, None), 0)).mT,
+    "augmented": lambda a: add_to(a, (..., slice(1, None), slice(1, None))),
+    "augmented row": lambda a: add_to(a, (slice(None), slice(None), 3), like(a, N)),
+    "views": write_to_views,
+    "blocks": fill_blocks,
+    "empty": fill_empty,
+    "nothing": lambda a: put(a, (..., slice(5, 5))),
+    "index_fill": lambda a: a.index_fill(-1, PLACES[:5], -1e9),
+    "index_fill_": lambda a: a.index_fill_(2, PLACES[:5], -1.0),
+    "index_copy": lambda a: a.index_copy(-1, PLACES[:5], like(a, 2, HEADS, N, 5)),
+    "index_add": lambda a: a.index_add(-1, torch.tensor([1, 1, 2]), like(a, 2, HEADS, N, 3)),
+    "index_put": lambda a: a.index_put((torch.tensor(0),), like(a, 1)[0]),
+    "select_scatter": lambda a: a.select_scatter(like(a, 2, HEADS, N), -1, 0),
+    "slice_scatter": lambda a: torch.slice_scatter(a, a[..., 1:] + 1, -1, 1),
+    "diagonal_scatter": lambda a: torch.diagonal_scatter(a, like(a, 2, HEADS, N - 1), 1, -2, -1),
+    "fill_diagonal_": lambda a: a + torch.zeros_like(a[0, 0]).fill_diagonal_(-1e9),
+    "copy_": lambda a: torch.empty_like(a).copy_(a),
+    "iand": lambda a: a.masked_fill((a > 0).__iand__(a < 1), -5),
+    "hardtanh_": lambda a: F.hardtanh_(a),
+    "scatter of the largest": top_only,
+    "scatter_ of the largest": top_kept,
+    "scatter_add": lambda a: a.scatter_add(-1, top(a)[1], top(a)[0]),
+    "scatter in a tensor": lambda a: a.scatter(index=top(a)[1], dim=3, value=-1.0),
+    "tril": lambda a: a.exp().tril() + 1e-9,
+    "triu_": lambda a: a.triu_(1),
+    "triu of ones": lambda a: a.masked_fill(torch.ones_like(a, dtype=torch.bool).triu(1), -1e9),
+    "tril of keys by rows": lambda a: torch.tril(a.mT, diagonal=-3).mT,
+    "tril of folded heads": lambda a: a.flatten(0, 1).tril(2).view_as(a),
+    "without the diagonal": lambda a: a - torch.diag_embed(a.diagonal(dim1=2, dim2=3)),
+    "diagonal by rows": lambda a: a / (a.diagonal(dim1=-2, dim2=-1).abs() + 1).unsqueeze(-1),
+    "diagonal by keys": lambda a: a / (a.diagonal(0, -2, -1).abs() + 1).unsqueeze(-2),
+    "degrees of both": lambda a: (
+        a / (a.amax(-1).abs() * a.amax(-1).abs().unsqueeze(-2).mT.mT.squeeze(-2) + 1)[..., None]
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WRITES)
+def test_writes(name, dtype):
+    check(WRITES[name], dtype)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_gradients_of_writes(name):
+    check_gradients(WRITES[name])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda a: put(a, (..., N + 3)),
+        lambda a: put(a, (..., LATER[:5])),
+        lambda a: put(a, (..., PLACES + 1)),
+        lambda a: put(a, (..., slice(0, 5)), torch.zeros(4)),
+        lambda a: put(a, (..., PLACES, PLACES), torch.zeros(4)),
+        lambda a: put(a, (..., PLACES, PLACES), torch.zeros(N, dtype=torch.float64)),
+    ],
+)
+def test_writes_raise_as_natively(step):
+    module = Attention(step)
+    with pytest.raises((IndexError, RuntimeError)) as expected:
+        module(*inputs())
+    with attnpatch.patched(module, mode="always"), pytest.raises(expected.type) as found:
+        module(*inputs())
+    assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("step", [lambda a: a / a.std(-2, keepdim=True), lambda a: a / a.norm()])
 def test_what_mixes_rows_is_counted(step):
     tensors = inputs()

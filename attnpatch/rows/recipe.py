@@ -36,12 +36,14 @@ class Node:
         held_bytes: Bytes per element that computing it holds beside its result.
         is_constant: Whether all its elements are one number.
         is_exact: Whether its rows are the same to the last bit in steps of the right size.
+        renames_axes: Whether it computes a child in another tile than its own.
     """
 
     stands_for_memory = False
     held_bytes = 0
     is_constant = False
     is_exact = True
+    renames_axes = False
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
@@ -240,6 +242,8 @@ class View(Node):
 
 class Cut(Node):
     """``start:stop`` of one dimension; only those elements are computed where the dimension can be tiled."""
+
+    renames_axes = True
 
     def __init__(self, child: Node, position: int, start: int, stop: int) -> None:
         self.children = (child,)

@@ -11,16 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from attnpatch.rows import metadata, products, shaping, tables, within
+from attnpatch.rows import diagonals, metadata, products, shaping, tables, within
+from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
-from attnpatch.rows.axes import KEY, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
+from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
+
+
+# Operators that write to their first operand and do not end in one ``_``, and what they do.
+_PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift floordiv mod".split()}
 
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -31,8 +37,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if not args and "input" in kwargs and name != "where":
         args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
     if kwargs.get("out") is None:
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place and is_pending(args[0]):
+        if writes(name) and args and is_pending(args[0]):
             return _in_place(name, func, args, kwargs)
         handler = HANDLERS.get(name)
         if name in shaping.LIKE and not is_pending(args[0]) and len(args) == 2 and not kwargs:
@@ -74,7 +79,7 @@ def _counted(name: str, result: Any) -> Any:
 
 def writes(name: str) -> bool:
     """Whether a function of this name changes its first argument."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name in _PLAIN or name in writing.IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
@@ -104,11 +109,13 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``scores += bias``: the recipe goes on, and the same Python object stands for the result."""
     target: DeferredRows = args[0]
-    base = getattr(torch.Tensor, name[:-1], None)
-    handler = HANDLERS.get(name[:-1])
-    if base is None or handler is None or target.handle.is_shared():
+    plain = _PLAIN.get(name, name[:-1])
+    handler, base = writing.IN_PLACE.get(name), func
+    if handler is None:
+        handler, base = HANDLERS.get(plain), getattr(torch.Tensor, plain, None) or getattr(F, plain, None)
+    if base is None or handler is None:
         return _write(name, func, args, kwargs)
-    result = handler(name[:-1], base, args, kwargs)
+    result = handler(name if base is func else plain, base, args, kwargs)
     old = target.handle.node
     if (
         result is NotImplemented
@@ -119,7 +126,10 @@ def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     node = result.handle.node
     if node.dtype != old.dtype:
         node = Call(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
-    target.handle.node = node
+    if not target.handle.is_shared():
+        target.handle.node = node
+    elif not writing.carried(target.handle, node):
+        return _write(name, func, args, kwargs)
     return target
 
 
@@ -173,6 +183,9 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     if any(value.device != first.device and value.dim() for value in tensors):
         return NotImplemented
     nodes = [value.handle.node for value in tensors if isinstance(value, DeferredRows)]
+    if (figures := _beside_keys(tensors)) is not None:
+        known = lambda value: _of_rows(value) if id(value) in figures else value
+        return func(*map_structure(args, known), **map_structure(kwargs, known))
     dims = broadcast(nodes, [value.shape for value in tensors])
     if dims is None:
         return NotImplemented
@@ -194,6 +207,35 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
 def _has_no_keys(nodes: list[Node]) -> bool:
     """Whether these are figures of one per row (a logsumexp): small, and sigmoid rounds them by where they lie."""
     return not any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims))
+
+
+def _beside_keys(tensors: list[torch.Tensor]) -> set[int] | None:
+    """Figures of one per row that meet the keys, or each other across: degrees of rows and of columns.
+
+    Put off, rows and keys would be one axis, of which nothing can be cut.
+    """
+    given = {id(value): value.handle.node for value in tensors if isinstance(value, DeferredRows)}
+    if len(given) < 2:
+        return None
+    places: dict[Axis, set[int]] = {}
+    keys: set[int] = set()
+    for node in given.values():
+        for back, dim in enumerate(reversed(node.dims)):
+            for axis in leaves(dim):
+                places.setdefault(axis, set()).add(back)
+                if axis.kind == KEY:
+                    keys.add(back)
+    found = {
+        number
+        for number, node in given.items()
+        if _has_no_keys([node])
+        and any(
+            axis.kind == ROW and (back in keys or len(places[axis]) > 1)
+            for back, dim in enumerate(reversed(node.dims))
+            for axis in leaves(dim)
+        )
+    }
+    return found or None
 
 
 def _is_beside_output(tensors: list[torch.Tensor], nodes: list[Node]) -> bool:
@@ -261,6 +303,8 @@ def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
+    if mixes_figures(node, positions):
+        return func(_of_rows(args[0]), *args[1:], **kwargs)
     axes = leaves(node.dims[positions[0]])
     if "softm" in name or name == "log_softmax":
         _mark_keys(node, axes)
@@ -269,11 +313,18 @@ def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return wrap(call, args[0].handle.call)
 
 
+def mixes_figures(node: Node, positions: list[int]) -> bool:
+    """Whether a step needs all rows of what has one figure for each: small, so it is computed first."""
+    return _has_no_keys([node]) and any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i]))
+
+
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
     positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
+    if mixes_figures(node, positions):
+        return func(_of_rows(args[0]), *args[1:], **kwargs)
     tiny = probe(func, args, kwargs)
     kept = tiny.dim() == len(node.dims)
     dims = tuple(
@@ -375,5 +426,7 @@ HANDLERS: dict[str, Handler] = {
     **tables.HANDLERS,
     **metadata.HANDLERS,
     **within.HANDLERS,
+    **writing.HANDLERS,
+    **diagonals.HANDLERS,
     **products.HANDLERS,
 }

@@ -46,7 +46,7 @@ class Run:
         self.row: Axis | None = None
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
-        self.hoist = not wanted and not any(isinstance(node, Cut) for node in self.nodes)
+        self.hoist = not wanted and not any(node.renames_axes for node in self.nodes)
         self._uses: dict[Node, int] = {}
         for node in self.nodes:
             for child in node.children:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from attnpatch.rows import shaping
-from attnpatch.rows.arguments import argument, first_deferred
-from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same
+from attnpatch.rows.arguments import argument, deferred_in, first_deferred
+from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
 from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of
@@ -143,9 +143,59 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return wrap(call, index.handle.call)
 
 
+def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``scatter`` and its kind along one dimension: what it writes to whole, everything cut as the index is."""
+    target, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    value = argument(args, kwargs, 3, "src", kwargs.get("value"))
+    tensors = [t for t in (target, index, value) if isinstance(t, torch.Tensor)]
+    if len(tensors) < 2 or not isinstance(dim, int) or not isinstance(index, torch.Tensor):
+        return NotImplemented
+    position = dim % target.dim()
+    for tensor in tensors:
+        if tensor.device != target.device or tensor.dim() != target.dim():
+            return NotImplemented
+        if any(
+            a != b for i, (a, b) in enumerate(zip(tensor.shape, target.shape, strict=True)) if i != position
+        ):
+            return NotImplemented
+    if isinstance(value, torch.Tensor) and value.shape != index.shape:
+        return NotImplemented
+    dims: list[Dim] = [()] * target.dim()
+    for tensor in deferred_in(tensors, {}):
+        for i, own in enumerate(tensor.handle.node.dims):
+            if i == position or size_of(own) == 1:
+                continue
+            if not dims[i]:
+                dims[i] = own
+            elif not same(dims[i], own):
+                return NotImplemented
+    if any(not dim and target.shape[i] != 1 for i, dim in enumerate(dims) if i != position):
+        return NotImplemented
+    whole: list[Axis] = []
+
+    def place(tensor: torch.Tensor) -> Node:
+        if isinstance(tensor, DeferredRows):
+            whole.extend(tensor.handle.node.dims[position])
+            return tensor.handle.node
+        return Leaf(tensor, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+
+    node, places = place(target), place(index)
+    dims[position] = node.dims[position] or fresh(target.shape[position : position + 1], KEY)[0]
+    whole.extend(dims[position])
+    if any(axis.kind == ROW for axis in leaves(whole)):
+        return NotImplemented
+    rest: dict[str, Any] = {"src": place(value)} if isinstance(value, torch.Tensor) else {"value": value}
+    rest.update({key: kwargs[key] for key in kwargs if key not in ("dim", "index", "src", "value")})
+    if len(args) > 4:
+        return NotImplemented
+    call = Call(func, (node, dim, places), rest, tuple(dims), target.dtype, target.device, tuple(whole))
+    return wrap(call, first_deferred(args, kwargs).handle.call)
+
+
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("gather", "index_select"), gather),
+    **dict.fromkeys(("scatter", "scatter_add"), scatter),
     "__getitem__": getitem,
     "embedding": embedding,
     "pad": pad,
