@@ -5,13 +5,17 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test venv lint bench bench-peers bench-gpu coverage docs clean
+.PHONY: demo demo-figures test fuzz venv lint bench bench-peers bench-gpu coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Random programs on scores, natively and by rows. ATTNPATCH_FUZZ_SEED and ATTNPATCH_FUZZ_N choose which and how many.
+fuzz: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
 
 venv: $(STAMP)
 

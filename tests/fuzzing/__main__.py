@@ -1,0 +1,5 @@
+"""``python -m tests.fuzzing``."""
+
+from .processes import main
+
+raise SystemExit(main())

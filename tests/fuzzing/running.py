@@ -1,0 +1,250 @@
+"""A program natively, in float64 and by rows, and what is the same about them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import attnpatch
+
+from . import helpers
+from .programs import POLICIES, Program, compiled, inputs
+
+# By rows an error may be so many times that of the native pass: sums are taken in another order.
+FACTOR = 4.0
+# Other roundings of the inputs that are tried where the native error says little.
+NEIGHBOURS = 12
+
+
+class Attention(nn.Module):
+    """Runs the program it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = helpers.Parts()
+
+    def forward(self, body: Any, *given: Any) -> Any:
+        return tuple(body(self.parts, *given))
+
+
+@functools.cache
+def modules() -> tuple[Attention, list[Attention]]:
+    """An unpatched module, and a patched one for each policy."""
+    patched = [Attention() for _ in POLICIES]
+    for module, policy in zip(patched, POLICIES, strict=True):
+        attnpatch.apply(module, mode="always", min_tokens=0, **policy)
+    return Attention(), patched
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run gave: every result by name, or the error."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+
+def run(
+    program: Program, module: nn.Module, dtype: torch.dtype, wide: bool = False, given: dict | None = None
+) -> Outcome:
+    """One forward and one backward pass."""
+    tensors = dict(given or inputs(program, dtype))
+    notes, found = helpers.Notes(), Outcome()
+    body = compiled(program, wide)
+    leaves = {name: tensors[name] for name in program.grads}
+    call = (body, *(tensors[name] for name in ("q", "k", "v", "bias", "sink", "keep")), program.shape, notes)
+    casts = (
+        torch.autocast("cpu", torch.bfloat16) if program.autocast and not wide else contextlib.nullcontext()
+    )
+    try:
+        with casts:
+            if program.around:
+                outputs = checkpoint(module, *call, use_reentrant=program.around == "reentrant")
+            else:
+                outputs = module(*call)
+        flags = [output.requires_grad for output in outputs]
+        wanted = [output for output in outputs if output.requires_grad]
+        weights = [helpers.ramp(*output.shape, like=output) + 0.25 for output in wanted]
+        if wanted:
+            torch.autograd.backward(wanted, weights)
+    except Exception as error:
+        found.error = error
+        return found
+    found.values = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
+    found.values |= {f"requires_grad {i}": flag for i, flag in enumerate(flags)}
+    found.values |= {f"grad {name}": leaf.grad for name, leaf in leaves.items()}
+    found.values |= {f"kept {i}": tensor.grad for i, tensor in enumerate(notes.kept)}
+    found.values |= {f"note {i}": value for i, value in enumerate(notes.log)}
+    return found
+
+
+def _is_close(got: torch.Tensor, native: torch.Tensor, exact: Any, allowed: float) -> bool:
+    """Whether ``got`` is within ``allowed`` of ``exact`` where that and ``native`` are numbers, and is as these elsewhere."""
+    if not isinstance(exact, torch.Tensor) or exact.shape != got.shape:
+        exact = native
+    got, native, exact = got.double(), native.double(), exact.double()
+    numbers = exact.isfinite() & native.isfinite()
+    neither = ~exact.isfinite() & ~native.isfinite()
+    if not torch.equal(got[neither].nan_to_num(7.0), native[neither].nan_to_num(7.0)):
+        return False
+    error = (got[numbers] - exact[numbers]).abs()
+    return bool((error <= allowed).all())  # of what is no number this is false
+
+
+def difference(
+    got: Outcome, native: Outcome, exact: Outcome, dtype: torch.dtype, errors: dict[str, float] | None = None
+) -> str | None:
+    """What of ``got`` is neither the bits of the native pass nor about as near float64 as it is; ``None``: nothing."""
+    if got.error is not None:
+        return f"raises {type(got.error).__name__}: {str(got.error).strip().splitlines()[0][:200] if str(got.error).strip() else ''}"
+    if got.values.keys() != native.values.keys():
+        return f"results differ: {sorted(got.values.keys() ^ native.values.keys())}"
+    for name, value in native.values.items():
+        other, wide = got.values[name], exact.values.get(name) if exact.error is None else None
+        if isinstance(value, float):
+            value, other = (torch.as_tensor(x, dtype=torch.float64) for x in (value, other))
+            wide = (
+                None if wide is None or isinstance(wide, str) else torch.as_tensor(wide, dtype=torch.float64)
+            )
+        if isinstance(value, list):
+            value, other = torch.tensor(value), torch.tensor(other)
+            wide = torch.tensor(wide) if isinstance(wide, list) else None
+        if hasattr(value, "dtype") and not isinstance(value, torch.Tensor):
+            value, other = torch.from_numpy(value), torch.from_numpy(other)
+            wide = torch.from_numpy(wide) if wide is not None else None
+        if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
+            if type(value) is not type(other) or value != other:
+                return f"{name}: {_said(other)} instead of {_said(value)}"
+            continue
+        if other.shape != value.shape or other.dtype != value.dtype:
+            return f"{name}: {other.dtype} {tuple(other.shape)} instead of {value.dtype} {tuple(value.shape)}"
+        other = other * 1 if type(other) is not torch.Tensor else other
+        if torch.equal(other, value) or (
+            value.is_floating_point() and torch.equal(other.nan_to_num(7.0), value.nan_to_num(7.0))
+        ):
+            continue
+        if not value.is_floating_point():
+            return f"{name}: other whole numbers"
+        own = dtype if dtype == torch.bfloat16 else value.dtype
+        scale = value.double().nan_to_num(0, 0, 0).abs().max().item()
+        error = errors.get(name, 0.0) if errors else _error(value, wide)
+        allowed = FACTOR * max(error, torch.finfo(own).eps * scale)
+        if not _is_close(other, value, wide, allowed):
+            worst = (other.double() - value.double()).nan_to_num(0, 0, 0).abs().max().item()
+            return f"{name}: off by {worst:.3g}, {allowed:.3g} allowed"
+    return None
+
+
+def _said(value: Any) -> str:
+    return f"tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+
+
+def _error(value: torch.Tensor, wide: Any) -> float:
+    if not isinstance(wide, torch.Tensor) or wide.shape != value.shape:
+        return 0.0
+    return (value.double() - wide.double()).nan_to_num(0, 0, 0).abs().max().item()
+
+
+def _sensitivity(program: Program, native: Outcome, exact: Outcome, dtype: torch.dtype) -> dict[str, float]:
+    """The largest error of native passes whose inputs are rounded otherwise, by result."""
+    errors: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(NEIGHBOURS):
+        given = inputs(program, dtype)
+        with torch.no_grad():
+            for name in ("q", "k", "v", "bias", "sink"):
+                noise = torch.randn(given[name].shape, generator=generator) * torch.finfo(dtype).eps * 2
+                given[name].mul_(1 + noise.to(torch.float32)).add_(noise * 0.25)
+        other = run(program, modules()[0], dtype, given=given)
+        for name, value in other.values.items():
+            reference = exact.values.get(name) if exact.error is None else native.values.get(name)
+            if isinstance(value, (float, list)) and reference is not None and not isinstance(reference, str):
+                value, reference = (
+                    torch.as_tensor(value, dtype=torch.float64),
+                    torch.as_tensor(reference, dtype=torch.float64),
+                )
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                errors[name] = max(errors.get(name, 0.0), _error(value, reference))
+    return errors
+
+
+def check(program: Program) -> tuple[str, str]:
+    """``ok``, ``rounding``, ``native raises`` or ``wrong``, and what was."""
+    dtype = getattr(torch, program.dtype)
+    plain, patched = modules()
+    native = run(program, plain, dtype)
+    if native.error is not None:
+        return "native raises", str(native.error)[:120]
+    got = run(program, patched[program.policy], dtype)
+    nothing = Outcome(error=RuntimeError())
+    wrong = difference(got, native, nothing, dtype)
+    if wrong is None:
+        return "ok", ""
+    exact = run(program, plain, torch.float64, wide=True)
+    if difference(got, native, exact, dtype) is None:
+        return "rounding", ""
+    if "off by" in wrong or "whole numbers" in wrong:
+        errors = _sensitivity(program, native, exact, dtype)
+        if difference(got, native, exact, dtype, errors) is None:
+            return "rounding", ""
+    return "wrong", wrong
+
+
+def shrunk(program: Program, budget: int = 400) -> Program:
+    """A smaller program that is wrong in the same way."""
+
+    def kind(candidate: Program) -> str | None:
+        nonlocal budget
+        budget -= 1
+        try:
+            verdict, wrong = check(candidate)
+        except Exception:
+            return None
+        return wrong.split(":")[0].split(" ")[0] if verdict == "wrong" else None
+
+    aim = kind(program)
+    changed = aim is not None
+    while changed and budget > 0:
+        changed = False
+        for candidate in _smaller(program):
+            if budget <= 0:
+                break
+            if kind(candidate) == aim:
+                program, changed = candidate, True
+                break
+    return program
+
+
+def _smaller(program: Program) -> Any:
+    for i in range(len(program.lines)):
+        yield dataclasses.replace(program, lines=(*program.lines[:i], *program.lines[i + 1 :]))
+    for i, line in enumerate(program.lines):
+        parts = line.split("; ")
+        if len(parts) > 1 and "\n" not in line:
+            for j in range(len(parts)):
+                fewer = "; ".join(parts[:j] + parts[j + 1 :])
+                yield dataclasses.replace(program, lines=(*program.lines[:i], fewer, *program.lines[i + 1 :]))
+        if line.startswith("def part("):
+            rows = line.split("\n")
+            for j in range(1, len(rows) - 2):
+                fewer = "\n".join(rows[:j] + rows[j + 1 :])
+                yield dataclasses.replace(program, lines=(*program.lines[:i], fewer, *program.lines[i + 1 :]))
+            inside = "\n".join(row[4:] for row in rows[1:-2])
+            yield dataclasses.replace(program, lines=(*program.lines[:i], inside, *program.lines[i + 1 :]))
+    simple = Program(program.lines)
+    for field in ("autocast", "around", "dtype", "grid", "policy", "dim", "shared", "seed"):
+        if getattr(program, field) != getattr(simple, field):
+            yield dataclasses.replace(program, **{field: getattr(simple, field)})
+    for place, size in enumerate((1, 1, 4, 4)):
+        if program.shape[place] != size and (place != 1 or program.shared == 1):
+            yield dataclasses.replace(
+                program, shape=(*program.shape[:place], size, *program.shape[place + 1 :])
+            )
+    for name in program.grads:
+        yield dataclasses.replace(program, grads=tuple(other for other in program.grads if other != name))
