@@ -59,6 +59,12 @@ class _OfMasks:
     def materialised(self, operation: str) -> None:
         self._site().materialised(operation)
 
+    def not_fused(self, step: str) -> None:
+        self._site().not_fused(step)
+
+    def summed(self, by: str) -> None:
+        self._site().summed(by)
+
     def _site(self) -> Tally:
         return self.root if _thread.mode is None else _thread.mode.call.tally
 

@@ -282,7 +282,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
         if not set(leaves(summed)) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
             return NotImplemented
-    if site.policy.fuse:
+    if site.policy.fuse and _has_scores(node):
         from attnpatch.rows import fused  # few need it
 
         found = fused.attend(call, node, leaves(summed), site)
@@ -290,6 +290,11 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
             return found
     site.tally.count("by_rows")
     return site.replay(call, _watch(node, leaves(summed), site))
+
+
+def _has_scores(node: Node) -> bool:
+    """Whether a recipe goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
+    return any(isinstance(step, Call) and step.work for step in graph(node))
 
 
 def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
