@@ -24,7 +24,8 @@ _TIMES = frozenset("mul multiply __rmul__".split())
 _DIVIDED = frozenset("div divide true_divide".split())
 _PLUS = frozenset("add __radd__".split())
 _MINUS = frozenset("sub subtract".split())
-_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm einsum".split())
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm mm linalg_matmul einsum tensordot inner".split())
+_ONTO = frozenset("baddbmm addmm".split())
 _KNOWN_AS = {"tanh": "tanh (softcap)", "cat": "cat (sinks)"}
 
 
@@ -247,8 +248,8 @@ def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
 
 def _own_steps(product: Call) -> list[Step]:
     """What ``baddbmm`` does to its product."""
-    if _name(product) != "baddbmm":
-        if len(product.children) != 2:
+    if _name(product) not in _ONTO:
+        if len(product.children) != 2 or _name(product) not in _PRODUCTS:
             _other(product)
         return []
     alpha, beta = (_number(product.kwargs.get(key, 1), product) for key in ("alpha", "beta"))

@@ -18,13 +18,12 @@ from attnpatch.rows.deferred import (
     secure_escaped,
     settle,
 )
+from attnpatch.rows.spellings import FUNCTIONS
 from attnpatch.rows.trail import Trail
 
-_PRODUCTS = frozenset(
-    [torch.matmul, torch.bmm, torch.baddbmm, torch.einsum]
-    + [getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm")]
+_BLANK_USERS = frozenset(
+    getattr(space, name) for space in (torch, torch.Tensor) for name in ("baddbmm", "addbmm", "addmm")
 )
-_BLANK_USERS = frozenset([torch.baddbmm, torch.Tensor.baddbmm])
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
@@ -67,7 +66,7 @@ class RowsMode(TorchFunctionMode):
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:
             return self._deferred(func, args, kwargs)
-        if func in _PRODUCTS:
+        if func in FUNCTIONS:
             result = products.defer(func.__name__, func, args, kwargs, self.call)
             return self._native(func, args, kwargs) if result is NotImplemented else result
         if func is F.scaled_dot_product_attention:

@@ -2,120 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import string
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attnpatch.ledger import is_plain
-from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, size_of
+from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.recipe import Call, Leaf, Node, graph
 from attnpatch.rows.replay import Look
+from attnpatch.rows.spellings import NAMES, Product, parse
 
-NAMES = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
 # Steps between softmax and the product with the values that do not change what is attended to.
 _AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
-
-
-@dataclasses.dataclass
-class Product:
-    """A call that contracts two tensors.
-
-    Attributes:
-        left, right: The operands.
-        labels: A letter for every dimension of left, right and result; a letter that the result lacks is summed over.
-        rebuild: Arguments of the call from replacements of the two operands.
-        added: A tensor added to the result (``baddbmm``), or ``None``.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    labels: tuple[str, str, str]
-    rebuild: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
-    added: torch.Tensor | None = None
-
-    def sizes(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for tensor, labels in ((self.left, self.labels[0]), (self.right, self.labels[1])):
-            for label, size in zip(labels, tensor.shape, strict=True):
-                found[label] = max(size, found.get(label, 1))
-        return found
-
-
-def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
-    """The product a call asks for; ``None`` where it is not of a kind that can be deferred."""
-    if kwargs.get("out") is not None or kwargs.get("out_dtype") is not None:
-        return None
-    if name == "einsum":
-        return _parse_einsum(args, kwargs)
-    added = None
-    if name == "linear":
-        return _parse_linear(args, kwargs)
-    if name == "baddbmm":
-        added, left, right = (
-            *args,
-            *(kwargs.get(key) for key in ("input", "batch1", "batch2")[len(args) :]),
-        )[:3]
-        rest = {key: kwargs[key] for key in ("beta", "alpha") if key in kwargs}
-        if not isinstance(added, torch.Tensor):
-            return None
-        rebuild = lambda a, b, c: ((c, a, b), rest)
-    else:
-        second = ("other", "mat2", "tensor2")
-        left, right = (*args, *(kwargs[key] for key in second if key in kwargs))[:2]
-        if name == "__rmatmul__":
-            left, right = right, left
-        rebuild = lambda a, b, c: ((a, b), {})
-    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
-        return None
-    depth = max(left.dim(), right.dim())
-    if min(left.dim(), right.dim()) < 2 or depth > 20:
-        return None
-    lead = string.ascii_uppercase[: depth - 2]
-    labels = (lead[depth - left.dim() :] + "ik", lead[depth - right.dim() :] + "kj", lead + "ij")
-    return Product(left, right, labels, rebuild, added)
-
-
-def _parse_linear(args: Any, kwargs: dict[str, Any]) -> Product | None:
-    left, right, bias = (*args, *(kwargs.get(key) for key in ("input", "weight", "bias")[len(args) :]))
-    if right.dim() != 2:
-        return None
-    lead = string.ascii_uppercase[: left.dim() - 1]
-    return Product(left, right, (lead + "k", "jk", lead + "j"), lambda a, b, c: ((a, b, c), {}), bias)
-
-
-def _parse_einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
-    if not args or not isinstance(args[0], str) or kwargs:
-        return None
-    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-    equation = args[0].replace(" ", "")
-    if len(operands) != 2 or "->" not in equation:
-        return None
-    inputs, result = equation.split("->")
-    labels = [*inputs.split(","), result]
-    if len(labels) != 3:
-        return None
-    free = [letter for letter in string.ascii_letters if letter not in equation]
-    counts = [
-        tensor.dim() - len(part.replace("...", "")) for tensor, part in zip(operands, labels, strict=False)
-    ]
-    dots = "".join(free[: max(counts)])
-    for i, part in enumerate(labels):
-        count = counts[i] if i < 2 else len(dots)
-        labels[i] = part.replace("...", dots[len(dots) - count :] if count > 0 else "")
-    shapes_fit = all(len(part) == tensor.dim() for part, tensor in zip(labels, operands, strict=False))
-    if not shapes_fit or any(len(set(part)) != len(part) for part in labels):
-        return None
-    return Product(*operands, tuple(labels), lambda a, b, _: ((args[0], a, b), {}))  # type: ignore[arg-type]
+# A table of positions has as many rows as there are keys, or twice as many: one for each distance.
+_DISTANCES = (-2, 1)
 
 
 def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
-    """A product of two real tensors: deferred if it looks like scores and the rule says by rows.
+    """A product of real tensors: deferred if it looks like scores and the rule says by rows.
 
     Returns:
         The deferred scores, or ``NotImplemented``.
@@ -129,12 +37,16 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> DeferredRows:
     """The scores that a product stands for, not computed."""
     sizes = product.sizes()
-    left, right, result = product.labels
+    query, key = product.pair()
+    rows, keys = product.only(query, key), product.only(key, query)
+    if _is_of_table(product):
+        # Batch and heads are in no table, and are no rows for that.
+        rows, keys = (labels[-1:] for labels in (rows, keys))
     axes: dict[str, Dim] = {}
-    for label in result:
-        kind = LEAD if label in left and label in right else ROW if label in left else KEY
+    for label in product.result:
+        kind = ROW if label in rows else KEY if label in keys else LEAD
         axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
-    dims = tuple(axes[label] for label in result)
+    dims = tuple(axes[label] for label in product.result)
     nodes = [
         Leaf(
             tensor,
@@ -143,45 +55,56 @@ def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> Defe
                 for label, size in zip(part, tensor.shape, strict=True)
             ),
         )
-        for tensor, part in ((product.left, left), (product.right, right))
+        for tensor, part in zip(product.operands, product.labels, strict=True)
     ]
-    return wrap(_call(func, product, nodes[0], nodes[1], dims, ()), call)
+    step = _call(func, product, nodes, dims, ())
+    step.is_guess = _is_of_table(product)
+    return wrap(step, call)
+
+
+def _is_of_table(product: Product) -> bool:
+    """Whether one operand is a parameter, or has neither batch nor heads: a layer's weights, or keys by position."""
+    pair = [product.operands[i] for i in product.pair()]
+    if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in pair):
+        return True
+    return pair[0].dim() != pair[1].dim() and 2 in (pair[0].dim(), pair[1].dim())
 
 
 def _looks_like_scores(product: Product) -> bool:
-    left, _, result = product.labels
-    operands = (product.left, product.right)
     # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
-    if not all(is_plain(t) and t.is_floating_point() for t in operands):
-        return False
-    # A layer written as a product: ``hidden @ weight.T``. Scores come from two tensors of the same rank.
-    if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in operands):
-        return False
-    if product.left.dim() != product.right.dim() and 2 in (product.left.dim(), product.right.dim()):
+    if not all(is_plain(t) and t.is_floating_point() for t in product.operands):
         return False
     sizes = product.sizes()
-    keys = [sizes[label] for label in result if label not in left]
-    summed = [size for label, size in sizes.items() if label not in result]
-    return bool(_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values())
+    keys = product.only(*reversed(product.pair()))
+    summed = [size for label, size in sizes.items() if label not in product.result]
+    if not (_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values()):
+        return False
+    # A layer is written as a product too: ``hidden @ weight.T``. Keys by position are as many as there are queries.
+    return not _is_of_table(product) or (_has_a_row_for_each_position(product) and _is_large(product))
+
+
+def _has_a_row_for_each_position(product: Product) -> bool:
+    sizes = product.sizes()
+    query, key = product.pair()
+    rows, keys = (sizes[product.only(*pair)[-1]] for pair in ((query, key), (key, query)))
+    least, most = _DISTANCES
+    return rows == keys or any(least <= a - 2 * b <= most for a, b in ((keys, rows), (rows, keys)))
 
 
 def _rows(product: Product) -> list[int]:
     sizes = product.sizes()
-    return [sizes[label] for label in product.labels[2] if label not in product.labels[1]]
+    return [sizes[label] for label in product.only(*product.pair())]
 
 
 def _is_large(product: Product) -> bool:
     """Whether the scores are what takes the memory; a product with the values is smaller than what it is made of."""
-    sizes = product.sizes()
-    elements = math.prod(sizes[label] for label in product.labels[2])
-    return max(_rows(product)) > 1 and elements > product.left.numel() + product.right.numel()
+    return max(_rows(product)) > 1 and product.elements() > sum(t.numel() for t in product.operands)
 
 
 def native_size(product: Product) -> tuple[int, int]:
     """Query rows, and bytes that the native call would hold: scores, what softmax makes of them, a step between."""
-    sizes = product.sizes()
-    elements = math.prod(sizes[label] for label in product.labels[2])
-    return max(_rows(product)), 3 * elements * product.left.element_size()
+    elements = max(3 * product.elements(), product.widest_step())
+    return max(_rows(product)), elements * product.operands[0].element_size()
 
 
 def _goes_by_rows(product: Product, call: SiteCall) -> bool:
@@ -194,7 +117,7 @@ def _goes_by_rows(product: Product, call: SiteCall) -> bool:
     q_len, temporaries = native_size(product)
     if q_len <= call.policy.min_tokens or not _is_large(product):
         return False
-    return call.policy.fuse or call.by_rows(q_len, temporaries, product.left.device)
+    return call.policy.fuse or call.by_rows(q_len, temporaries, product.operands[0].device)
 
 
 def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
@@ -208,26 +131,32 @@ def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | Non
 def _call(
     func: Callable[..., Any],
     product: Product,
-    left: Node,
-    right: Node,
+    operands: list[Node],
     dims: tuple[Dim, ...],
     whole: tuple[Axis, ...],
 ) -> Call:
     added: Node | None = None
-    if product.added is not None:
+    if isinstance(product.added, DeferredRows):
+        added = product.added.handle.node
+    elif product.added is not None:
         aligned = dims[len(dims) - product.added.dim() :]
         shape = product.added.shape
         added = Leaf(
             product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True))
         )
-    args, kwargs = product.rebuild(left, right, added)
-    tiny = product.rebuild(*(_one(t) for t in (product.left, product.right)), _one(product.added))
+    func = product.func or func
+    args, kwargs = product.rebuild(operands, added)
+    tiny = product.rebuild([_one(t) for t in product.operands], _one(product.added))
     with torch.no_grad():
         dtype = func(*tiny[0], **tiny[1]).dtype
-    call = Call(func, args, kwargs, dims, dtype, product.left.device, whole)
-    left_labels, right_labels, result = map(set, product.labels)
-    leads = left_labels & right_labels & result
-    call.work = math.prod(size for label, size in product.sizes().items() if label not in leads)
+    call = Call(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
+    sizes = product.sizes()
+    leads = set(product.result).intersection(*product.labels)
+    call.work = math.prod(size for label, size in sizes.items() if label not in leads)
+    if widest := product.widest_step():
+        own = product.only(*product.pair()[::-1])
+        call.held_bytes = widest * dtype.itemsize // product.elements()
+        call.score_width = widest * math.prod(sizes[label] for label in own) // product.elements()
     return call
 
 
@@ -240,56 +169,110 @@ def _one(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the recipe."""
     product = parse(name, args, kwargs)
-    if product is None or isinstance(product.added, DeferredRows):
+    if product is None:
         return NotImplemented
-    if isinstance(product.left, DeferredRows) and isinstance(product.right, DeferredRows):
-        a, k = product.rebuild(product.left, settle(product.right, name), product.added)
-        return contract(name, func, a, k)
-    first = isinstance(product.left, DeferredRows)
-    deferred, other = (product.left, product.right) if first else (product.right, product.left)
-    own_labels, other_labels = (
-        (product.labels[0], product.labels[1]) if first else (product.labels[1], product.labels[0])
+    deferred_at = [i for i, t in enumerate(product.operands) if isinstance(t, DeferredRows)]
+    if not deferred_at:
+        return _onto_deferred(name, func, product)
+    if isinstance(product.added, DeferredRows):
+        return NotImplemented
+    main = deferred_at[0]
+    for other in deferred_at[1:]:
+        if not _share_rows(product, main, other):
+            settled = list(product.operands)
+            settled[other] = settle(settled[other], name)
+            a, k = product.rebuild(settled, product.added)
+            return contract(name, func, a, k)
+    return _contracted(func, product, deferred_at)
+
+
+def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:
+    """Scores that are added to something deferred (``baddbmm`` onto a mask)."""
+    if not isinstance(product.added, DeferredRows):
+        return NotImplemented
+    site = product.added.handle.call
+    if not _looks_like_scores(product) or product.added.dim() != len(product.result):
+        return NotImplemented
+    scores = deferred(func, product, site)
+    own = product.added.handle.node.dims
+    fits = all(size_of(a) == 1 or same(b, a) for a, b in zip(own, scores.handle.node.dims, strict=True))
+    return scores if fits else NotImplemented
+
+
+def _share_rows(product: Product, main: int, other: int) -> bool:
+    """Whether two deferred operands have the same rows (probabilities, and a table read by distance)."""
+    one, two = (
+        dict(zip(product.labels[i], product.operands[i].handle.node.dims, strict=True)) for i in (main, other)
+    )  # type: ignore[attr-defined]
+    shared = [label for label in one if label in two]
+    if not any(
+        axis.kind == ROW for label in shared if label in product.result for axis in leaves(two[label])
+    ):
+        return False
+    return all(
+        1 in (size_of(one[label]), size_of(two[label])) or same(one[label], two[label]) for label in shared
     )
-    result = product.labels[2]
-    node = deferred.handle.node
-    axes: dict[str, Dim] = dict(zip(own_labels, node.dims, strict=True))
+
+
+def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[int]) -> Any:
+    own = [product.operands[i] for i in deferred_at]
+    main: DeferredRows = next((t for t in own if not t.handle.call.is_of_masks), own[0])  # type: ignore[attr-defined]
     sizes = product.sizes()
+    axes: dict[str, Dim] = {}
+    for i in deferred_at:
+        dims = product.operands[i].handle.node.dims  # type: ignore[attr-defined]
+        axes |= {label: dim for label, dim in zip(product.labels[i], dims, strict=True) if size_of(dim) != 1}
+    summed = [axis for label, dim in axes.items() if label not in product.result for axis in dim]
+    known = set().union(*(product.labels[i] for i in deferred_at))
     added: list[Axis] = []
-    for label in result:
-        if size_of(axes.get(label, ())) == 1 and sizes[label] != 1:
+    for label in product.result:
+        if label not in axes and sizes[label] != 1:
             axes[label] = (Axis(sizes[label]),)
-            if label not in own_labels:
+            if label not in known:
                 added += axes[label]
-    summed = [
-        axis for label, dim in zip(own_labels, node.dims, strict=True) if label not in result for axis in dim
+    operands = [
+        tensor.handle.node
+        if isinstance(tensor, DeferredRows)
+        else Leaf(
+            tensor,
+            tuple(
+                axes.get(label, ()) if label in product.result and size != 1 else ()
+                for label, size in zip(labels, tensor.shape, strict=True)
+            ),
+        )
+        for tensor, labels in zip(product.operands, product.labels, strict=True)
     ]
-    leaf = Leaf(
-        other,
-        tuple(
-            axes.get(label, ()) if label in result and size != 1 else ()
-            for label, size in zip(other_labels, other.shape, strict=True)
-        ),
-    )
-    left, right = (node, leaf) if first else (leaf, node)
     # A width of one is in no axis: values of one channel.
-    dims = tuple(axes.get(label, ()) for label in result)
-    call = _call(func, product, left, right, dims, (*summed, *added))
-    site = deferred.handle.call
-    if not any(axis.kind == KEY for axis in leaves(summed)):
-        if not any(axis.kind == ROW for axis in leaves(summed)):
+    dims = tuple(axes.get(label, ()) for label in product.result)
+    call = _call(func, product, operands, dims, (*summed, *added))
+    node, site = main.handle.node, main.handle.call
+    keys = leaves(summed)
+    if not any(axis.kind == KEY for axis in keys):
+        if not any(axis.kind == ROW for axis in keys):
             # Heads are mixed: one more step.
             return wrap(call, site)
         # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
-        if not set(leaves(summed)) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
+        if not set(keys) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
             return NotImplemented
+    if _is_wrong_guess(node):
+        return NotImplemented
     if site.policy.fuse and _has_scores(node):
         from attnpatch.rows import fused  # few need it
 
-        found = fused.attend(call, node, leaves(summed), site)
+        found = fused.attend(call, node, keys, site)
         if found is not None:
             return found
     site.tally.count("by_rows")
-    return site.replay(call, _watch(node, leaves(summed), site))
+    return site.replay(call, _watch(node, keys, site))
+
+
+def _is_wrong_guess(node: Node) -> bool:
+    """Whether what was taken for queries by a table of positions is summed before anything normalised it: a layer."""
+    steps = list(graph(node))
+    products = [step for step in steps if isinstance(step, Call) and step.work]
+    return (
+        bool(products) and all(step.is_guess for step in products) and not any(step.whole for step in steps)
+    )
 
 
 def _has_scores(node: Node) -> bool:

@@ -139,9 +139,13 @@ class Call(Node):
 
     Attributes:
         work: Multiplications of one head, if it is a product.
+        is_guess: Whether it is a product that may be a layer's (of queries and a table).
+        score_width: Elements of one row of the widest tensor that is made on the way.
     """
 
     work = 0
+    is_guess = False
+    score_width = 1
 
     def __init__(
         self,
@@ -192,6 +196,9 @@ INTO: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.__matmul__: torch.matmul,
     torch.bmm: torch.bmm,
     torch.Tensor.bmm: torch.bmm,
+    torch.mm: torch.mm,
+    torch.Tensor.mm: torch.mm,
+    torch.linalg.matmul: torch.matmul,
 }
 
 

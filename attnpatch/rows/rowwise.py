@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows import diagonals, metadata, products, shaping, tables, within
+from attnpatch.rows import diagonals, into, metadata, products, shaping, tables, within
 from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
@@ -46,6 +46,8 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
             result = handler(name, func, args, kwargs)
             if result is not NotImplemented:
                 return _counted(name, result)
+    elif (written := into.written(name, func, args, kwargs)) is not NotImplemented:
+        return written
     if writes(name) and args and isinstance(args[0], torch.Tensor):
         return _write(name, func, args, kwargs)
     return func(*settle(args, name), **settle(kwargs, name))
