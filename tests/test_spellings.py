@@ -174,6 +174,6 @@ def test_order_of_contraction():
     for width in (2, 64):
         query, key, value, narrow = (
             tensor(*s, seed=i)
-            for i, s in enumerate([(2, TOKENS, width), (2, TOKENS, 8), (2, TOKENS, WIDTH), (width, 8)])
+            for i, s in enumerate([(2, 2 * TOKENS, width), (2, TOKENS, 8), (2, TOKENS, WIDTH), (width, 8)])
         )
-        check(formula, query, key, value, narrow, pairs=TOKENS**2)
+        check(formula, query, key, value, narrow, pairs=2 * TOKENS**2)
