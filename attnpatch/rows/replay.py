@@ -82,11 +82,11 @@ class Replay:
             # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
             tileable = []
         width, itemsize = 1, 1
-        cut = set(tileable)
+        cut = set(tileable) | run.renamed
         row, _ = row_and_lead(tileable)
         for node in run.tiled:
             # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
-            if not isinstance(node, Leaf) and (row is None or row in all_leaves(node.dims)):
+            if not isinstance(node, Leaf) and run.has_rows(node, row):
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from attnpatch.rows import distances
-from attnpatch.rows.axes import KEY, Axis, Tile, all_leaves, leaves, take
+from attnpatch.rows.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
@@ -46,6 +47,7 @@ class Run:
         self.row: Axis | None = None
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
+        self.renamed = {axis for axis in self._renamed() if axis not in self.whole}
         self.hoist = not wanted and not any(node.renames_axes for node in self.nodes)
         self._uses: dict[Node, int] = {}
         for node in self.nodes:
@@ -61,6 +63,20 @@ class Run:
         self._kept: dict[tuple[Node, Any], Any] = {}
         self._moving: list[tuple[Node, Any]] = []
         self._of_rows: dict[Node, tuple[Node, Any]] = {}
+
+    def _renamed(self) -> Iterator[Axis]:
+        """Axes of rows that go by another name above a slice or a shift, where a step has a range of them all the same."""
+        for node in self.nodes:
+            heads = getattr(node, "heads", None)
+            if heads is not None:
+                yield from heads()
+            elif isinstance(node, Cut):
+                old = leaves(node.children[0].dims[node.position])
+                yield from old if len(old) == 1 and old[0].kind == ROW else ()
+
+    def has_rows(self, node: Node, row: Axis | None) -> bool:
+        """Whether a step has only some of what is in ``node``, or all of it (a bias by key, kept for all steps)."""
+        return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
 
     @functools.cached_property
     def _distances(self) -> dict[Node, distances.Pair]:
@@ -96,10 +112,11 @@ class Run:
             row: The axis of rows; what has none is kept for all steps.
             cut: Axes of which a step has one element.
         """
+        cut = cut | self.renamed
         sizes = {
             node: node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
             for node in self.tiled
-            if not isinstance(node, Leaf) and (row is None or row in self._axes[node])
+            if not isinstance(node, Leaf) and self.has_rows(node, row)
         }
         # What steps share is there from the first to the last.
         shared = {node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)}
@@ -296,7 +313,7 @@ def _row_length(count: int) -> int:
 
 def _is_alias(node: Node) -> bool:
     """Whether a step's result is its operand's memory."""
-    if isinstance(node, (View, Cut, Pick)):
+    if isinstance(node, (View, Cut, Pick)) or hasattr(node, "heads"):
         return True
     if not isinstance(node, Call) or getattr(node.func, "__name__", "") not in _ALIASES:
         return False

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows import strided
+from attnpatch.rows.arguments import argument
 from attnpatch.rows.axes import Dim, Dims, fresh, regroup, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
-from attnpatch.rows.recipe import Call, Cut, Node, View
+from attnpatch.rows.recipe import Call, Node, View
 
 
 def _result(source: DeferredRows, node: Node) -> DeferredRows:
@@ -33,6 +35,10 @@ def _viewed(source: DeferredRows, shape: list[int]) -> Any:
         shape = [node.shape.numel() // known if size == -1 and known else size for size in shape]
     if math.prod(shape) != node.shape.numel():
         return NotImplemented
+    is_shift = isinstance(node, strided.Strided) or strided.cuts_across(node.dims, shape)
+    shifted = strided.viewed(node, shape) if is_shift else None
+    if shifted is not None:
+        return _result(source, shifted)
     dims = regroup(node.dims, shape)
     return NotImplemented if dims is None else _result(source, View(node, dims))
 
@@ -180,7 +186,7 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         else:
             return NotImplemented
         if (start, stop) != (0, size):
-            node = Cut(node, position, start, stop)
+            node = strided.cut(node, position, start, stop)
         new.append(position)
         position += 1
     dims = tuple(() if i is None else node.dims[i] for i in new if i not in gone)
@@ -227,6 +233,15 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     )
 
 
+def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    given = [argument(args, kwargs, 1, "size"), argument(args, kwargs, 2, "stride")]
+    offset = argument(args, kwargs, 3, "storage_offset") or 0
+    if not all(isinstance(value, (list, tuple)) for value in given):
+        return NotImplemented
+    node = strided.as_strided(args[0].handle.node, *given, offset)
+    return NotImplemented if node is None else _result(args[0], node)
+
+
 # What takes only the shape of its second argument, and what does the same when it is told the shape.
 LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
 
@@ -244,6 +259,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "squeeze": squeeze,
     "permute": permute,
     "__getitem__": getitem,
+    "as_strided": as_strided,
     "narrow": narrow,
     "select": select,
 }

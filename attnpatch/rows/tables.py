@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows import shaping
+from attnpatch.rows import shaping, strided
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
@@ -25,7 +25,9 @@ def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
         return NotImplemented
     position = dim % first.dim()
     nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
-    joined = (Axis(sum(piece.shape[position] for piece in pieces), KEY),)
+    total = sum(piece.shape[position] for piece in pieces)
+    has_rows = any(strided.has_rows(node, position) for node in nodes)
+    joined = () if has_rows else (Axis(total, KEY),)
     dims: list[Dim] = []
     for i, own in enumerate(nodes[0].dims):
         others = [node.dims[i] for node in nodes[1:]]
@@ -39,29 +41,44 @@ def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
             part = piece.handle.node
             whole += part.dims[position]
         else:
-            part = Leaf(piece, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+            own = fresh(piece.shape)[position] if has_rows else ()
+            part = Leaf(piece, tuple(own if i == position else dim for i, dim in enumerate(dims)))
         parts.append(part)
     dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
+    if has_rows:
+        # No row needs the others: what is put before or after them is read beside them.
+        fits = all(part.dtype == dtype for part in parts)
+        return wrap(strided.joined(parts, position), first.handle.call) if fits else NotImplemented
     call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
     return wrap(call, first.handle.call)
 
 
 def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A value before and after the keys, as ``cat``; other dimensions are not padded by rows."""
-    source, amounts = args[0], argument(args, kwargs, 1, "pad")
+    """A value before and after some dimensions, as ``cat``; a negative amount cuts off."""
+    source, amounts = args[0], list(argument(args, kwargs, 1, "pad"))
     if not isinstance(source, DeferredRows) or argument(args, kwargs, 2, "mode", "constant") != "constant":
         return NotImplemented
     if not any(amounts):
         return source.clone()
-    node, value = source.handle.node, argument(args, kwargs, 3, "value") or 0
-    if any(amounts[2:]) or min(amounts) < 0 or any(axis.kind == ROW for axis in leaves(node.dims[-1])):
-        return NotImplemented
-    pieces = [source]
-    for at, count in zip((0, 2), amounts, strict=False):
-        if count:
-            dims = (*node.dims[:-1], *fresh([count], KEY))
-            pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), source.handle.call))
-    return concatenate("cat", torch.cat, (pieces, -1), {})
+    value, call = argument(args, kwargs, 3, "value") or 0, source.handle.call
+    result: Any = source
+    for last, counts in enumerate(zip(amounts[::2], amounts[1::2], strict=False)):
+        node = result.handle.node
+        position = len(node.dims) - last - 1
+        start, stop = max(0, -counts[0]), node.shape[position] - max(0, -counts[1])
+        if stop <= start:
+            return NotImplemented
+        if (start, stop) != (0, node.shape[position]):
+            node = strided.cut(node, position, start, stop)
+        pieces = [wrap(node, call)]
+        for at, count in zip((0, 2), counts, strict=True):
+            if count > 0:
+                dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
+                pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), call))
+        result = pieces[0] if len(pieces) == 1 else concatenate("cat", torch.cat, (pieces, position), {})
+        if result is NotImplemented:
+            return NotImplemented
+    return result
 
 
 def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
