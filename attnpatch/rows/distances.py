@@ -31,9 +31,15 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
         nodes: Of a recipe, children before parents.
     """
     found: dict[Node, Pair] = {}
+    multiplied = _multiplied(nodes)
     for node in nodes:
-        # What is expanded is so without a copy.
-        if type(node) not in (Call, View) or getattr(node, "work", 0) or getattr(node, "expand", False):
+        # A product rounds by how its operands lie in memory, and what is expanded is so without a copy.
+        if (
+            node in multiplied
+            or type(node) not in (Call, View)
+            or getattr(node, "work", 0)
+            or getattr(node, "expand", False)
+        ):
             continue
         pairs = {found[child] for child in node.children if child in found}
         pair = next(iter(pairs)) if pairs else _difference(node)
@@ -44,6 +50,16 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
             continue
         if pair <= {*_places(node)}:
             found[node] = pair
+    return found
+
+
+def _multiplied(nodes: Sequence[Node]) -> set[Node]:
+    """Operands of products (a table's rows for all pairs), and what they are views of."""
+    found = {child for node in nodes if getattr(node, "work", 0) for child in node.children}
+    for node in reversed(nodes):
+        is_view = isinstance(node, View) or (isinstance(node, Call) and node.func is torch.permute)
+        if node in found and is_view:
+            found.update(node.children)
     return found
 
 

@@ -223,13 +223,14 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         dims = product.operands[i].handle.node.dims  # type: ignore[attr-defined]
         axes |= {label: dim for label, dim in zip(product.labels[i], dims, strict=True) if size_of(dim) != 1}
     summed = [axis for label, dim in axes.items() if label not in product.result for axis in dim]
-    known = set().union(*(product.labels[i] for i in deferred_at))
+    known = product.labels[next(i for i in deferred_at if product.operands[i] is main)]
+    # What only the values have is never cut: matrix libraries would round otherwise.
     added: list[Axis] = []
     for label in product.result:
         if label not in axes and sizes[label] != 1:
             axes[label] = (Axis(sizes[label]),)
-            if label not in known:
-                added += axes[label]
+        if label not in known:
+            added += axes.get(label, ())
     operands = [
         tensor.handle.node
         if isinstance(tensor, DeferredRows)

@@ -15,7 +15,7 @@ from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Steps, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.grain import Grain
 from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
-from attnpatch.rows.recipe import Call, Leaf, Node, graph, tensors_of, unbound
+from attnpatch.rows.recipe import Leaf, Node, graph, tensors_of, unbound
 from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
@@ -93,7 +93,7 @@ class Replay:
         if self.limit is Limit.ONE_ROW:
             return one_row(tileable)
         grain = getattr(self.node, "grain", None) or products_grain(
-            [node.work for node in run.nodes if isinstance(node, Call)], tileable, self.node.device
+            run.works(row), tileable, self.node.device
         )
         asked = self.policy.rows is not None or self.policy.workspace is not None
         if self.limit is not Limit.EXACT or (asked and not self.node.is_exact):

@@ -78,6 +78,14 @@ class Run:
         """Whether a step has only some of what is in ``node``, or all of it (a bias by key, kept for all steps)."""
         return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
 
+    def works(self, row: Axis | None) -> list[int]:
+        """Multiplications per head of each product that has fewer of them in a step; not where each row is one more head."""
+        return [
+            node.work
+            for node in self.nodes
+            if isinstance(node, Call) and not all(row in self._axes[child] for child in node.children)
+        ]
+
     @functools.cached_property
     def _distances(self) -> dict[Node, distances.Pair]:
         # Not under autograd: what is copied from row to row would have to be summed again.
