@@ -90,4 +90,4 @@ def _check_gradients(
 def _assert_near(got: torch.Tensor, native: torch.Tensor, exact: torch.Tensor) -> None:
     """No farther from float64 than natively, but for the order of a sum."""
     error, own = ((t.double() - exact).abs().max().item() for t in (got, native))
-    assert error <= 2 * own + 1e-6 * exact.abs().max().item(), (error, own)
+    assert error <= 4 * own + 1e-6 * exact.abs().max().item(), (error, own)

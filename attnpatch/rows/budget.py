@@ -10,7 +10,7 @@ import sys
 import torch
 
 from attnpatch.policy import Policy
-from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis, Tile
+from attnpatch.rows.axes import KEY, LEAD, LEAST, ROW, Axis, Tile
 from attnpatch.rows.grain import ANY, Grain, balanced
 
 # Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
@@ -143,7 +143,10 @@ def products_grain(works: list[int], tileable: list[Axis], device: torch.device)
 
 
 def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
-    row = next((axis for axis in reversed(tileable) if axis.kind == ROW), tileable[-1] if tileable else None)
+    kinds = [axis.kind for axis in tileable]
+    # Scores that serve both sides have the queries of one where the other one has keys.
+    kind = next((kind for kind in (ROW, KEY) if kind in kinds), None)
+    row = next((axis for axis in reversed(tileable) if kind in (None, axis.kind)), None)
     return row, [axis for axis in tileable if axis is not row]
 
 

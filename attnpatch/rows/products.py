@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
+from attnpatch.rows import both_sides
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
@@ -253,7 +254,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
             # Heads are mixed: one more step.
             return wrap(call, site)
         # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
-        if not set(keys) <= {leaf for step in graph(node) for leaf in leaves(step.whole)}:
+        if not any(step.whole for step in graph(node)):
             return NotImplemented
     if _is_wrong_guess(node):
         return NotImplemented
@@ -263,8 +264,14 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         found = fused.attend(call, node, keys, site)
         if found is not None:
             return found
-    site.tally.count("by_rows")
-    return site.replay(call, _watch(node, keys, site))
+    try:
+        cut = both_sides.cut(call, site)
+    except both_sides.Stuck as step:
+        site.tally.materialised(str(step))
+        cut = call
+    else:
+        site.tally.count("by_rows")
+    return site.replay(cut, _watch(cut.children[call.children.index(node)], keys, site))
 
 
 def _is_wrong_guess(node: Node) -> bool:
@@ -298,7 +305,9 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
     if not normalised or len(set(axes)) != len(axes):
         return None
     site.tally.count("captured")
-    row = next((axis for axis in reversed(axes) if axis.kind == ROW and axis not in keys), None)
+    # Scores that serve both sides have the queries of one where the other one has keys.
+    rows = [axis for kind in (KEY, ROW) for axis in axes if axis.kind == kind and axis not in keys]
+    row = rows[-1] if rows else None
     leads = [axis for axis in axes if axis is not row and axis not in keys]
     count = math.prod(axis.size for axis in leads)
     q_len, kv_len = 1 if row is None else row.size, math.prod(axis.size for axis in keys)

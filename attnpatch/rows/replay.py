@@ -77,7 +77,9 @@ class Replay:
 
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
-        tileable = [axis for axis in axes if axis not in run.whole and axis.kind != KEY]
+        tileable = [axis for axis in axes if axis not in run.whole]
+        if any(axis.kind == ROW for axis in tileable):
+            tileable = [axis for axis in tileable if axis.kind != KEY]
         if not run.whole:
             # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
             tileable = []

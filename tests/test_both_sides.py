@@ -1,0 +1,98 @@
+"""One score matrix that is used along both sides, or normalised along both: it is not held."""
+
+import pytest
+import torch
+from held import Attention, check
+from live import Live
+
+import attnpatch
+
+BATCH, HERE, THERE, WIDTH = 2, 150, 140, 16
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scores(x, y):
+    return (x @ y.mT).mul(0.3)
+
+
+def transport(x, y, rounds=3):
+    """Sinkhorn's iterations in logarithms, with a constant mass on either side."""
+    s = scores(x, y)
+    u, v = torch.zeros(()), torch.zeros(())
+    for _ in range(rounds):
+        u = -torch.logsumexp(s + v, dim=2, keepdim=True)
+        v = -torch.logsumexp(s + u, dim=1, keepdim=True)
+    return (s + u + v).exp()
+
+
+# Each softmax has its own use, along its own side: the same bits.
+EXACT = {
+    "there and back": lambda x, y: (scores(x, y).softmax(-1) @ y).sum(1)
+    + (scores(x, y).mT.softmax(-1) @ x).sum(1),
+    "back first": lambda x, y: (
+        lambda s, back: torch.cat([s.softmax(-1) @ y, back @ x], 1)
+    )(*(lambda s: (s, s.transpose(1, 2).softmax(-1)))(scores(x, y))),
+    "copied": lambda x, y: torch.einsum(
+        "bij,bid->bjd", scores(x, y).mT.contiguous().softmax(-1).transpose(-2, -1), x
+    ),
+    "the smaller side": lambda x, y: scores(x, y).mT.softmax(-1) @ x,
+}  # fmt: skip
+# The other side in front: a matrix library rounds what it reads by columns by their number.
+ROUNDED_BY_COLUMNS = {
+    "softmax of columns": lambda x, y: torch.einsum("bij,bid->bjd", scores(x, y).softmax(1), x),
+    "one matrix": lambda x, y: (
+        lambda s: torch.cat([s.softmax(-1) @ y, torch.einsum("bij,bid->bjd", s.softmax(1), x)], 1)
+    )(scores(x, y)),
+}  # fmt: skip
+# What one side needs is computed before the other is cut: the same up to rounding.
+ROUNDED = {
+    "both softmaxes": lambda x, y: (scores(x, y).softmax(1) * scores(x, y).softmax(2)) @ y,
+    "of one matrix": lambda x, y: (lambda s: (s.softmax(1) * s.softmax(2)).mT @ x)(scores(x, y)),
+    "softmax, then the sums of columns": lambda x, y: (
+        lambda p: x.mT @ (p / (1e-9 + p.sum(dim=1, keepdim=True)))
+    )(scores(x, y).softmax(-1)),
+    "log_softmax": lambda x, y: (
+        (scores(x, y).log_softmax(1) + scores(x, y).log_softmax(2)).exp() @ y
+    ),
+    "softmax over columns, values over rows": lambda x, y: x.mT @ scores(x, y).softmax(-1),
+    "by hand": lambda x, y: (
+        lambda e: (e / e.sum(1, keepdim=True) / e.sum(2, keepdim=True)) @ y
+    )((lambda s: (s - s.max(dim=1, keepdim=True).values).exp())(scores(x, y))),
+    "twice": lambda x, y: scores(x, y).softmax(1).softmax(2).softmax(1) @ y,
+    "optimal transport": lambda x, y: transport(x, y) @ y,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED_BY_COLUMNS, *ROUNDED])
+def test_both_sides(name):
+    formula = {**EXACT, **ROUNDED_BY_COLUMNS, **ROUNDED}[name]
+    x, y = tensor(BATCH, HERE, WIDTH), tensor(BATCH, THERE, WIDTH, seed=1)
+    check(formula, x, y, pairs=HERE * THERE, is_exact=name in EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow(dtype):
+    """Maxima and sums are kept in float32, so the result is as near as the native one."""
+    x, y = (tensor(BATCH, n, WIDTH, seed=n).to(dtype) * 4 for n in (HERE, THERE))
+    model = Attention(ROUNDED["both softmaxes"])
+    native, exact = model(x, y), model(x.double(), y.double())
+    with attnpatch.patched(model, mode="always", rows=32):
+        got = model(x, y)
+    error, own = ((t.double() - exact).abs().max() for t in (got, native))
+    assert error <= 1.5 * own
+
+
+def test_what_needs_everything_is_counted():
+    """A running sum along one side of what is normalised along the other holds all of it, and the report says so."""
+    model = Attention(lambda x, y: scores(x, y).softmax(2).cumsum(1) @ y)
+    x, y = tensor(BATCH, HERE, WIDTH), tensor(BATCH, THERE, WIDTH, seed=1)
+    native = model(x, y)
+    with attnpatch.patched(model, mode="always", rows=32), torch.no_grad(), Live() as live:
+        got = model(x, y)
+        report = attnpatch.report(model)
+    torch.testing.assert_close(got, native)
+    assert live.largest >= HERE * THERE * 4
+    assert report.totals["materialised"] == 1 and report.totals["by_rows"] == 0, report
