@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from attnpatch.ledger import is_plain
-from attnpatch.rows import rowwise
+from attnpatch.rows import biases, rowwise
 from attnpatch.rows.axes import KEY, ROW, Dims, fresh
 from attnpatch.rows.deferred import DeferredRows, SiteCall, pending, secure_escaped, wrap
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
@@ -24,8 +25,6 @@ from attnpatch.rows.recipe import Call, Leaf, View
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
 
-# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
-WIDEST_HEAD = 512
 # Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
 _TEMPORARIES = 3 * 8
 # Before attention fewer rows are the sequences of a batch: a padding made of lengths.
@@ -117,6 +116,8 @@ def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
 def zeros(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
     """``torch.zeros`` of the shape of scores (a bias that a layer has none of), deferred if its size goes by rows.
 
+    Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
+
     Returns:
         The deferred tensor, or ``NotImplemented``.
     """
@@ -125,7 +126,7 @@ def zeros(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Sit
         return NotImplemented
     if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
         return NotImplemented
-    if min(size) < 1 or min(size[-2:]) <= WIDEST_HEAD:
+    if min(size) < 1 or min(size[-2:]) <= biases.WIDEST_HEAD:
         return NotImplemented
     like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
     if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):
@@ -149,7 +150,32 @@ OF_POSITIONS: dict[Any, Begin] = {
     **dict.fromkeys(_functions(f"{SUBTRACTIONS} {COMPARISONS} {_BOTH}"), outer),
     **dict.fromkeys(_functions("repeat tile"), repeated),
 }
-BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, torch.zeros: zeros}
+_BY_ELEMENT = f"add __add__ __radd__ {SUBTRACTIONS} {_BOTH} __or__ bitwise_or logical_or"
+
+
+def _first_of(*begins: Begin) -> Begin:
+    def begin(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+        for one in begins:
+            begun = one(func, args, kwargs, call)
+            if begun is not NotImplemented:
+                return begun
+        return NotImplemented
+
+    return begin
+
+
+# What is found inside attention only: before it there is too much else that looks like it.
+BEGINNINGS: dict[Any, Begin] = {
+    **dict.fromkeys(_functions(_BY_ELEMENT), biases.of_two),
+    **OF_POSITIONS,
+    **{
+        func: _first_of(OF_POSITIONS[func], biases.of_two)
+        for func in _functions(_BY_ELEMENT)
+        if func in OF_POSITIONS
+    },
+    **dict.fromkeys([torch.Tensor.__getitem__, F.embedding, *_functions("index_select")], biases.looked_up),
+    torch.zeros: zeros,
+}
 
 
 # --------------------------------------------------------------------------------------------- before any attention

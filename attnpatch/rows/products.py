@@ -63,12 +63,15 @@ def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> Defe
     return wrap(step, call)
 
 
+def _are_parameters(product: Product) -> list[bool]:
+    pair = [product.operands[i] for i in product.pair()]
+    return [isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in pair]
+
+
 def _is_of_table(product: Product) -> bool:
     """Whether one operand is a parameter, or has neither batch nor heads: a layer's weights, or keys by position."""
-    pair = [product.operands[i] for i in product.pair()]
-    if any(isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in pair):
-        return True
-    return pair[0].dim() != pair[1].dim() and 2 in (pair[0].dim(), pair[1].dim())
+    ranks = [product.operands[i].dim() for i in product.pair()]
+    return any(_are_parameters(product)) or (ranks[0] != ranks[1] and 2 in ranks)
 
 
 def _looks_like_scores(product: Product) -> bool:
@@ -78,6 +81,8 @@ def _looks_like_scores(product: Product) -> bool:
     sizes = product.sizes()
     keys = product.only(*reversed(product.pair()))
     summed = [size for label, size in sizes.items() if label not in product.result]
+    if all(_are_parameters(product)):
+        return False
     if not (_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values()):
         return False
     # A layer is written as a product too: ``hidden @ weight.T``. Keys by position are as many as there are queries.

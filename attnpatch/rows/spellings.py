@@ -96,6 +96,9 @@ def _matmul(args: Any, kwargs: dict[str, Any], reverse: bool = False) -> Product
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return None
     depth = max(left.dim(), right.dim())
+    if right.dim() == 1 and 1 < depth < 20 and not reverse:
+        lead = string.ascii_uppercase[: depth - 1]
+        return Product((left, right), (lead + "k", "k"), lead, lambda t, _: (tuple(t), {}))
     if min(left.dim(), right.dim()) < 2 or depth > 20:
         return None
     lead = string.ascii_uppercase[: depth - 2]
