@@ -246,7 +246,8 @@ def recorder_of(
     def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
         cross = host.is_cross(kwargs)
         masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
-        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others)
+        past = call.past_of(args, kwargs)
+        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others, past)
 
     return Recorder(
         blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more

@@ -12,7 +12,7 @@ from torch import nn
 from attnpatch.analysis.rendering import NEXT, Rendered
 from attnpatch.capture.blocks import Blocks
 from attnpatch.errors import AnalysisError
-from attnpatch.hosts.transformers import new_cache
+from attnpatch.hosts import caches
 
 
 def main_sites(maps: Any) -> str:
@@ -38,25 +38,20 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
     names = inspect.signature(model.forward).parameters
     # Nobody looks at the logits, which for 32k tokens would take more memory than anything else.
     more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    cache = None
+    cache, name = None, caches.parameter_of(model)
     if len(spans) > 1:
-        if "past_key_values" not in names:
+        if name is None:
             raise AnalysisError(
                 f"{type(model).__name__} has no KV cache; analyze it in a single pass, with analyze_conversation"
             )
-        cache = new_cache(model, offloaded=ids.device.type == "cuda" and len(spans) > 1)
+        cache = caches.new_cache(model, offloaded=ids.device.type == "cuda" and len(spans) > 1)
     for start, end in spans:
         mask = torch.ones(1, end, dtype=torch.long, device=ids.device)
-        if cache is None:
+        if cache is None or name is None:
             model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=False, **more)
         else:
-            model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **more,
-            )
+            handed = {name: cache}
+            model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=True, **handed, **more)
 
 
 def blocks_of(kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool) -> tuple[Blocks, list[str]]:

@@ -72,6 +72,7 @@ class SiteFacts:
         cross: Whether it looks at another sequence.
         sequences, tokens: What it is called with: so many sequences of so many query tokens; ``None``: not known.
         others: Lengths of the other sequences it is called with.
+        past: Tokens that were in the cache it is handed; ``None``: it is handed none that the model was.
     """
 
     query_mask: torch.Tensor | None
@@ -80,6 +81,7 @@ class SiteFacts:
     sequences: int | None
     tokens: int | None
     others: frozenset[int] = frozenset()
+    past: int | None = None
 
 
 @dataclasses.dataclass
@@ -115,6 +117,8 @@ class SiteObserver:
         self.record: Record | None = None
         self.before: Record | None = None
         self.sample: RowSample | None = None
+        # Tokens before the first query of this site, known once it is known how many keys it has.
+        self.past = call.past
 
     @property
     def is_of_gradient(self) -> bool:
@@ -128,7 +132,7 @@ class SiteObserver:
         if self.record is None:
             self.record = self._open(q_len, kv_len, lead_count // self.call.batch)
         assert self.sample is not None
-        return self.sample.positions() - self.call.past
+        return self.sample.positions() - self.past
 
     def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
@@ -153,7 +157,7 @@ class SiteObserver:
             self.record = self._open(q_len, kv_len, num_heads)
         record = self.record
         heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
-        query = record.query.assignment[:, self.call.past : self.call.past + q_len]
+        query = record.query.assignment[:, self.past : self.past + q_len]
         num_blocks = record.sums.shape[-2], record.sums.shape[-1]
         found = fused_mass.checked_sums(call, lse, query, self._columns, num_blocks, heads, workspace)
         if isinstance(found, str):
@@ -194,8 +198,8 @@ class SiteObserver:
         if self.record is None:
             self.record = self._open(passing.q_len, passing.kv_len, num_heads)
         rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
-        rows = rows + self.call.past
-        low, high = self.call.past + passing.rows[0], self.call.past + passing.rows[1]
+        rows = rows + self.past
+        low, high = self.past + passing.rows[0], self.past + passing.rows[1]
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
             mine = sequences == b
@@ -278,6 +282,7 @@ class SiteObserver:
     def _open(self, q_len: int, kv_len: int, num_heads: int) -> Record:
         """The record of this site, grown to the length the sequence has now."""
         recorder, batch = self.recorder, self.call.batch
+        self.past = self._past(q_len, kv_len)
         query, key = self._partitions(q_len, kv_len)
         # A sliding cache has forgotten the first tokens, a static one has room for tokens that are not there yet.
         self._first_key = max(0, key.assignment.shape[1] - kv_len)
@@ -309,14 +314,23 @@ class SiteObserver:
         self.records[self.name] = Record(query, key, sums, counts, num_heads, variance, measures)
         return self.records[self.name]
 
+    def _past(self, q_len: int, kv_len: int) -> int:
+        """Tokens before the first query: none at a site that looks at its own and has no part in the model's cache.
+
+        Such a one encodes another image or sound while the text goes on.
+        """
+        if self.facts.past is not None:
+            return self.facts.past
+        return 0 if q_len == kv_len and not self.facts.cross else self.call.past
+
     def _drawn(self, query: Partition, q_len: int, bins: int, width: int) -> RowSample:
-        past, most = self.call.past, self.recorder.sample_rows
+        past, most = self.past, self.recorder.sample_rows
         numbers = generator_for(self.recorder.seed, self.name, past)
         parts = query.assignment[:, past : past + q_len]
         return RowSample([draw(part, past, most, query.num_blocks, numbers) for part in parts], width, bins)
 
     def _measures(self, old: Record | None, q_len: int, kv_len: int, num_heads: int) -> Measures:
-        total = self.call.past + q_len
+        total = self.past + q_len
         queries = self._valid(self.facts.query_mask, total)
         keys = self._valid(self.facts.key_mask, kv_len) if self.facts.cross else queries
         self._real = queries, keys
@@ -338,11 +352,11 @@ class SiteObserver:
     def _partitions(self, q_len: int, kv_len: int) -> tuple[Partition, Partition]:
         """Blocks of the queries and of the keys, of all tokens that the sequence has now."""
         recorder = self.recorder
-        total = self.call.past + q_len
+        total = self.past + q_len
         query_valid = self._valid(self.facts.query_mask, total)
         query = recorder.query_blocks.resolve(query_valid)
         # Whatever a host calls it: with nothing cached, keys that are as many as another of its inputs are that one.
-        is_context = self.call.past == 0 and kv_len != q_len and kv_len in self.facts.others
+        is_context = self.past == 0 and kv_len != q_len and kv_len in self.facts.others
         if self.facts.cross or is_context:
             return query, recorder.key_blocks.resolve(self._valid(self.facts.key_mask, kv_len))
         if recorder.query_blocks == recorder.key_blocks:

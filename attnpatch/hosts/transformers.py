@@ -1,6 +1,7 @@
 """What transformers models say, in the arguments of a call, about padding, caches and cross-attention.
 
-Reading a call imports nothing: these are the names its models have used for years. Building a model does.
+Reading a call imports nothing: these are the names its models have used for years (a cache's name was changed, so
+``hosts.caches`` knows it by its type). Building a model does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from attnpatch.errors import ExplainError, MissingExtraError
+from attnpatch.hosts import caches
 
 
 @dataclasses.dataclass
@@ -29,6 +31,8 @@ class ModelCall:
         decoder_mask: The same for a decoder that has an encoder.
         past: Tokens in the cache when the call began.
         cache: Reference to the cache that it was handed, or ``None``.
+        pasts: Tokens in that cache, and in any other that it was handed for another part of the model, by the cache's id,
+            which is good for as long as the call goes on.
     """
 
     batch: int
@@ -36,6 +40,7 @@ class ModelCall:
     decoder_mask: torch.Tensor | None = None
     past: int = 0
     cache: weakref.ref[Any] | None = None
+    pasts: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def continues(self, before: ModelCall) -> bool:
         """Whether it goes on with the sequence of the call before, as far as can be told.
@@ -50,6 +55,17 @@ class ModelCall:
         """Take over what the call before knew of the padding among the tokens in the cache."""
         self.mask = _continued(self.mask, before.mask, self.past)
         self.decoder_mask = _continued(self.decoder_mask, before.decoder_mask, self.past)
+
+    def past_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Tokens that were in the cache that one of its modules is handed; ``None``: in none that the model was handed.
+
+        Args:
+            args, kwargs: What the module is called with.
+        """
+        if not self.pasts:
+            return None
+        handed = (id(cache) for cache in caches.among((), args, kwargs))
+        return next((self.pasts[key] for key in handed if key in self.pasts), None)
 
 
 def _continued(mask: torch.Tensor | None, before: torch.Tensor | None, past: int) -> torch.Tensor | None:
@@ -74,9 +90,8 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
     """
     names = parameter_names(kind) if kind is not None else ()
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache = given.get("past_key_values")
-    length = getattr(cache, "get_seq_length", None)
-    past = int(length()) if length is not None else 0
+    pasts = [(cache, caches.tokens_in(cache)) for cache in caches.among(names, args, kwargs)]
+    past = pasts[0][1] if pasts else 0
     tensors = [
         value for value in (*args, *given.values()) if isinstance(value, torch.Tensor) and value.dim() > 1
     ]
@@ -85,7 +100,8 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         mask=_as_mask(given.get("attention_mask"), past),
         decoder_mask=_as_mask(given.get("decoder_attention_mask"), past),
         past=past,
-        cache=None if length is None else weakref.ref(cache),
+        cache=caches.reference(pasts[0][0]) if pasts else None,
+        pasts={id(cache): count for cache, count in pasts},
     )
 
 
@@ -196,10 +212,3 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     except (ValueError, ImportError, AttributeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExplainError(f"{name}: a model cannot be built of its config: {first}") from error
-
-
-def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
-    """An empty KV cache for a model of transformers; ``offloaded``: layers that do not run wait in the host's memory."""
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config, offloading=offloaded)

@@ -1,0 +1,108 @@
+"""KV caches of transformers: which of a call's arguments is one, how long it is, and where a model takes one.
+
+Its models have called that argument ``past_key_values``, ``layer_past``, ``cache_params`` and ``cache``, so a cache is
+known by what it can do, and the parameter for one by its annotation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+# Where a parameter has no annotation.
+_NAMES = ("cache", "past_key_values")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value keeps keys and values of tokens and knows of how many."""
+    return _is_kind_of_cache(type(value))
+
+
+def _is_kind_of_cache(kind: type) -> bool:
+    return hasattr(kind, "get_seq_length") and hasattr(kind, "update")
+
+
+def among(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The caches among the arguments of a call, each once, in the order of its parameters.
+
+    Args:
+        names: The parameters, as far as they are known.
+        args, kwargs: What it was called with.
+    """
+    order = {name: place for place, name in enumerate(names)}
+    named = sorted(kwargs, key=lambda name: order.get(name, len(order)))
+    values = [*args, *(kwargs[name] for name in named)]
+    # Those that are arguments themselves come before what a container holds (a batch, a structure of inputs).
+    found = [value for value in values if is_cache(value)]
+    for value in values:
+        if isinstance(value, (dict, list, tuple)) and not is_cache(value):
+            found.extend(item for item in _items(value) if is_cache(item))
+    return list({id(cache): cache for cache in found}.values())
+
+
+def _items(value: Any) -> Iterator[Any]:
+    yield from value.values() if isinstance(value, dict) else value
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens whose keys and values it keeps, or kept before its window moved on."""
+    try:
+        return int(cache.get_seq_length())
+    except (ValueError, NotImplementedError):
+        # One of linear attention only keeps states and counts nothing; no site has keys in it.
+        return 0
+
+
+def reference(value: Any) -> weakref.ref[Any] | None:
+    """A weak reference, where its type allows one."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None
+
+
+def parameter_of(model: nn.Module) -> str | None:
+    """What a model calls the argument of its forward that takes a cache; ``None`` if it has none."""
+    for owner in _owners(model):
+        forward = inspect.unwrap(owner.forward)
+        try:
+            hints = typing.get_type_hints(forward)
+        except Exception:
+            # Annotations are text that anything can be written in, of names that may not be there.
+            hints = dict(getattr(forward, "__annotations__", {}))
+        names = [name for name in inspect.signature(owner.forward).parameters if name != "self"]
+        found = [name for name in names if _takes_cache(hints.get(name))]
+        found += [name for name in _NAMES if name in names]
+        if found:
+            return found[0]
+    return None
+
+
+def _owners(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what an adapter hands its keyword arguments on to."""
+    yield model
+    inner = getattr(model, "get_base_model", None)
+    if inner is not None and any(
+        parameter.kind is parameter.VAR_KEYWORD
+        for parameter in inspect.signature(model.forward).parameters.values()
+    ):
+        yield inner()
+
+
+def _takes_cache(hint: Any) -> bool:
+    if isinstance(hint, str):
+        return any(part.strip().rpartition(".")[2] == "Cache" for part in hint.split("|"))
+    kinds = typing.get_args(hint) or (hint,)
+    return any(isinstance(kind, type) and _is_kind_of_cache(kind) for kind in kinds)
+
+
+def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
+    """An empty KV cache for a model of transformers; ``offloaded``: layers that do not run wait in the host's memory."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config, offloading=offloaded)
