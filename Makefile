@@ -17,6 +17,24 @@ test: lint
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
 
+.PHONY: test-latest
+# What reads the calls, the masks and the caches of transformers, with a release beside that of constraints.txt: models
+# of 5.24 take a cache under another name.
+LATEST_VERSION := 5.24.0
+LATEST := $(CURDIR)/.venv/latest
+test-latest: venv $(LATEST)/$(LATEST_VERSION)
+	PYTHONPATH=$(LATEST) $(BIN)/python -c \
+		"import transformers; assert transformers.__version__ == '$(LATEST_VERSION)', transformers.__file__"
+	PYTHONPATH=$(LATEST) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_caches.py tests/test_generation.py \
+		tests/test_capture.py tests/test_analyzer.py tests/test_conversations.py tests/test_analyze_command.py \
+		tests/test_demo_model.py tests/test_masks.py tests/test_deferred_weights.py tests/test_activation_session.py
+
+$(LATEST)/$(LATEST_VERSION): $(STAMP)
+	rm -rf $(LATEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LATEST) \
+		transformers==$(LATEST_VERSION)
+	touch $@
+
 venv: $(STAMP)
 
 # torch first and alone: with it in place nothing else pulls another build of it.
