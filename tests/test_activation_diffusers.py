@@ -109,7 +109,7 @@ def test_a_class_without_an_init_of_its_own(active):
         pass
 
     assert roots(Same()) == [""]
-    # Built by type(model)(...) of a patched one, whose class is a swapped one.
+    # Built by type(model)(...) of a patched one.
     assert roots(type(Same())()) == [""]
 
 

@@ -1,6 +1,7 @@
 """A patch goes in, is copied and compiled with its model, and comes out without a trace."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -20,6 +21,10 @@ from attnpatch.patching.swap import STATE
 
 def snapshot(model):
     return [(type(module), dict(vars(module))) for module in model.modules()]
+
+
+def forwards(model):
+    return [vars(base).get("forward") for module in model.modules() for base in type(module).__mro__]
 
 
 def run(model):
@@ -44,12 +49,13 @@ def test_remove_leaves_nothing(name):
         attnpatch.register(cls)
     with torch.no_grad():
         case.run(model, case.inputs(case.paddings[0], torch.float32))
-        before = snapshot(model)
+        gc.collect()
+        before, of_classes = snapshot(model), forwards(model)
         attnpatch.apply(model, mode="always", rows=7)
-        assert snapshot(model) != before
+        assert snapshot(model) != before and forwards(model) != of_classes
         case.run(model, case.inputs(case.paddings[0], torch.float32))
         attnpatch.remove(model)
-    assert snapshot(model) == before
+    assert snapshot(model) == before and forwards(model) == of_classes
 
 
 def test_an_exception_inside_patched_leaves_nothing():

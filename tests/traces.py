@@ -95,7 +95,7 @@ class _Description:
 
 def kind(cls: type) -> list[str]:
     """A class and its bases by name."""
-    assert not any("_attnpatch_base" in vars(each) for each in cls.__mro__), f"{cls} is a swapped class"
+    assert not any(name.startswith("_attnpatch") for each in cls.__mro__ for name in vars(each)), cls
     return [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
 
 

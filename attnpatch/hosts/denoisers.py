@@ -16,6 +16,7 @@ from torch import nn
 
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.sampling import DenoiserCall
+from attnpatch.class_methods import Replaced, changing, owner_of
 from attnpatch.hosts.transformers import parameter_names
 
 _IMAGES = ("sample", "hidden_states", "x")
@@ -103,33 +104,71 @@ def watching(
 ) -> Iterator[None]:
     """Say when a pipeline is called, and with what.
 
-    The object gets a class of its own for as long as that, since calling looks at the class and not at the object.
+    Calling looks at the class and not at the object, so that is where it is watched, for this object alone.
 
     Args:
-        pipeline: It keeps its class's name, and is an instance of it.
+        pipeline: It and its class are afterwards as they were.
         begin: Called with the arguments by name.
         end: Called when the call returns or fails.
     """
-    kind = type(pipeline)
-
-    @functools.wraps(kind.__call__)
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            given = inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments
-        except TypeError:
-            return kind.__call__(self, *args, **kwargs)  # which says what is wrong
-        begin({**given, **given.get("kwargs", {})})
-        try:
-            return kind.__call__(self, *args, **kwargs)
-        finally:
-            end()
-
-    names = {"__call__": called, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    object.__setattr__(pipeline, "__class__", type(kind.__name__, (kind,), names))
+    owner = owner_of(type(pipeline), "__call__")
+    if owner is None:
+        yield  # it is called in some way of its own
+        return
+    with changing:
+        calls = _watched.get(owner) or _CallOfClass(owner)
+        watchers = calls.watchers.setdefault(id(pipeline), [])
+        watchers.append((begin, end))
     try:
         yield
     finally:
-        object.__setattr__(pipeline, "__class__", kind)
+        with changing:
+            watchers.remove((begin, end))
+            calls.leave(id(pipeline))
+
+
+class _CallOfClass(Replaced):
+    """``__call__`` in the class that defines it, while some pipelines are watched.
+
+    Attributes:
+        watchers: What to call before and after, by the id of a pipeline that is held by whoever watches it.
+    """
+
+    def __init__(self, owner: type[Any]) -> None:
+        super().__init__(owner, "__call__")
+        self.watchers: dict[int, list[tuple[Callable[[dict[str, Any]], None], Callable[[], None]]]] = {}
+        found, watchers = self.found, self.watchers
+
+        @functools.wraps(found)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            call = found.__get__(self, type(self))
+            told = list(watchers.get(id(self), ()))
+            if not told:
+                return call(*args, **kwargs)
+            try:
+                given = inspect.signature(call).bind(*args, **kwargs).arguments
+            except TypeError:
+                return call(*args, **kwargs)  # which says what is wrong
+            for begin, _ in told:
+                begin({**given, **given.get("kwargs", {})})
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for _, end in told:
+                    end()
+
+        self.put_in(__call__)
+        _watched[owner] = self
+
+    def leave(self, key: int) -> None:
+        if not self.watchers[key]:
+            del self.watchers[key]
+        if not self.watchers:
+            del _watched[self.kind]
+            self.take_out()
+
+
+_watched: dict[type[Any], _CallOfClass] = {}
 
 
 def image_size(given: dict[str, Any]) -> Grid | None:

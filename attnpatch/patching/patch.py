@@ -16,7 +16,7 @@ from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
-from attnpatch.patching.swap import can_swap, put_in, sites_of, take_out
+from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows import positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
@@ -85,7 +85,6 @@ class Site:
         obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
         sums: Fused calls that a capture saw, by what summed their probabilities.
         unseen: Calls that were watched and in which no attention was seen.
-        previous: What stood in the instance's forward slot, if anything did.
         below: The site of another patch that this one lies on.
     """
 
@@ -103,7 +102,6 @@ class Site:
         self.sums: Counter[str] = Counter()
         self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
-        self.previous: Callable[..., Any] | None = None
         self.below: Site | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,6 +170,7 @@ class Site:
                 recorder.begin_call(args, kwargs)
             if is_short:
                 return self._serve(forward, module, first, args, kwargs)
+            renew()
             call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
             is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
             with masks.by_rows(call), positions.watched(call) if is_watched else positions.unwatched():
