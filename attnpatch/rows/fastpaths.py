@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch.rows import autocast
 from attnpatch.rows.deferred import DeferredRows, SiteCall, wrap
 from attnpatch.rows.recipe import Call, Leaf
 
@@ -63,6 +64,18 @@ def multihead(
     mask_type: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """``torch._native_multi_head_attention`` for self-attention; arguments and results are the operator's."""
+    dtype = autocast.narrow_dtype(query.device)
+    if dtype is not None:
+        # The operator is one that autocast casts for, and what it consists of is none of autocast's business.
+        tensors = (query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
+        query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask = autocast.cast(
+            tensors, query.device, dtype
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            return multihead(
+                query, query, query, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
+                need_weights, average_attn_weights, mask_type,
+            )  # fmt: skip
     batch, length = query.shape[:2]
     packed = F.linear(query, qkv_weight)
     split = torch._transform_bias_rescale_qkv(packed, qkv_bias, num_heads)
@@ -127,12 +140,13 @@ def encoder_layer(
         False,
         mask_type,
     )
-    x = x + src
+    # In place: under autocast ``x`` is narrower than what is added to it, and stays so.
+    x = x.add_(src)
     if not norm_first:
         x = norm(x, norm_weight_1, norm_bias_1)
     hidden = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
     hidden = torch._addmm_activation(
         ffn_bias_1, hidden.reshape(-1, embed_dim), ffn_weight_1.t(), use_gelu=use_gelu
     )
-    x = torch.addmm(ffn_bias_2, hidden, ffn_weight_2.t()).view(src.shape) + x
+    x = torch.addmm(ffn_bias_2, hidden, ffn_weight_2.t()).view(src.shape).add_(x)
     return x if norm_first else norm(x, norm_weight_2, norm_bias_2)

@@ -78,6 +78,9 @@ def _looks_like_scores(product: Product) -> bool:
     # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
     if not all(is_plain(t) and t.is_floating_point() for t in product.operands):
         return False
+    device = product.operands[0].device
+    if len({t.dtype for t in product.operands}) > 1 and not torch.is_autocast_enabled(device.type):
+        return False  # torch refuses, in its own words
     sizes = product.sizes()
     keys = product.only(*reversed(product.pair()))
     summed = [size for label, size in sizes.items() if label not in product.result]
@@ -152,7 +155,7 @@ def _call(
         )
     func = product.func or func
     args, kwargs = product.rebuild(operands, added)
-    tiny = product.rebuild([_one(t) for t in product.operands], _one(product.added))
+    tiny = product.rebuild([_few(t) for t in product.operands], _few(product.added))
     with torch.no_grad():
         dtype = func(*tiny[0], **tiny[1]).dtype
     call = Call(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
@@ -166,10 +169,11 @@ def _call(
     return call
 
 
-def _one(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return (
-        None if tensor is None else torch.ones([1] * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
-    )
+def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Two elements of each dimension that has more: sums over one element take another way, which autocast leaves alone."""
+    if tensor is None:
+        return None
+    return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
 
 
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.rows import autocast, weights
 from attnpatch.rows import lse as logsumexp
-from attnpatch.rows import weights
 from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
@@ -27,6 +27,8 @@ from attnpatch.rows.showing import show
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
 MATH_KERNEL = 0
+# Devices whose torch can be asked for the kernel it would choose. MPS cannot, and holds the scores.
+_CHOOSERS = frozenset(["cpu", "cuda", "xpu"])
 
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS: dict[str, Any] = {
@@ -78,6 +80,8 @@ def fused_choice(call: dict[str, Any]) -> int:
     ledger = ledger_of(call["query"])
     if ledger is not None:
         return ledger.fused_choice(call)
+    if call["query"].device.type not in _CHOOSERS:
+        return MATH_KERNEL
     return torch._fused_sdp_choice(
         call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
         scale=call["scale"], enable_gqa=call["enable_gqa"],
@@ -93,6 +97,18 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.weights is not None:
         site.weights.append(weights.of_call(call, site))
+    device = call["query"].device
+    dtype = autocast.narrow_dtype(device)
+    if dtype is None:
+        return _watched(call, args, kwargs, site)
+    # Kernels are chosen by what they are given, and their operators know nothing of autocast.
+    call = autocast.cast(call, device, dtype)
+    with torch.autocast(device.type, enabled=False):
+        return _watched(call, (), call, site)
+
+
+def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
+    """A call, and its probabilities for who looks at them."""
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
@@ -214,6 +230,8 @@ def _can_be_cut(call: dict[str, Any]) -> bool:
     if mask is not None and call["is_causal"]:
         return False  # torch refuses both together, in its own words
     plain = all(map(is_plain, tensors))
+    if len({t.dtype for t in tensors[:3]}) > 1 and autocast.narrow_dtype(query.device) is None:
+        return False  # the same
     return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
 
 

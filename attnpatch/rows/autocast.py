@@ -1,0 +1,25 @@
+"""What autocast makes of the arguments of an operator that it runs in its narrow dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.rows.recipe import map_structure
+
+
+def narrow_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes attention in on a device; ``None``: it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """``value`` with the tensors in it as autocast hands them on: neither float64, whole numbers nor other devices'."""
+
+    def change(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor) or item.device.type != device.type or item.dtype == dtype:
+            return item
+        return item.to(dtype) if item.dtype.is_floating_point and item.dtype != torch.float64 else item
+
+    return map_structure(value, change)
