@@ -14,17 +14,19 @@ import torch
 from attnpatch.policy import FREE_MEMORY as OVERRIDE
 from attnpatch.policy import parse_size
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+# Where memory is limited, by version of control groups: the folder, and what holds the limit and what is used.
+_CGROUPS = {
+    2: ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+_MEMBERSHIP = "/proc/self/cgroup"
 
 
 def free_bytes(device: torch.device | str) -> int:
     """Bytes that this process can still take on ``device``.
 
-    CUDA: what the driver has free plus what the caching allocator has reserved and does not use. MPS: the
-    recommended maximum minus what is allocated. CPU: available memory within the cgroup limit. The environment
+    CUDA and XPU: what the driver has free plus what the caching allocator has reserved and does not use. MPS: the
+    recommended maximum minus what tensors hold. CPU: available memory within the limits of control groups. The environment
     variable ``ATTNPATCH_FREE_MEMORY`` (a size such as ``1.9GB``) overrides all of them.
 
     Raises:
@@ -34,36 +36,60 @@ def free_bytes(device: torch.device | str) -> int:
     if override:
         return parse_size(override, OVERRIDE)
     device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type in ("cuda", "xpu"):
+        of_device = getattr(torch, device.type)
+        free, _ = of_device.mem_get_info(device)
+        return free + of_device.memory_reserved(device) - of_device.memory_allocated(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        # What the driver has allocated beyond this is the allocator's cache.
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return min([psutil.virtual_memory().available, *_cgroup_free()])
 
 
 def _cgroup_free() -> list[int]:
-    for limit_file, used_file in _CGROUPS:
-        try:
-            limit = pathlib.Path(limit_file).read_text().strip()
-            used = int(pathlib.Path(used_file).read_text())
-        except (OSError, ValueError):
-            continue
-        # Without a limit version 2 says "max", version 1 a number near 2**63.
-        if limit != "max" and int(limit) < 2**60:
-            return [max(0, int(limit) - used + _page_cache())]
-    return []
+    """What is left of every limit that this process is under: its own control group's, and those around it."""
+    found = []
+    for version, path in _memberships():
+        root, limit_name, used_name = _CGROUPS[version]
+        place = pathlib.PurePosixPath("/", path)
+        for group in (place, *place.parents):
+            folder = pathlib.Path(root, *group.parts[1:])
+            try:
+                limit = (folder / limit_name).read_text().strip()
+                used = int((folder / used_name).read_text())
+            except (OSError, ValueError):
+                continue  # inside a container the path may be the host's, and its root is all there is
+            # Without a limit version 2 says "max", version 1 a number near 2**63.
+            if limit != "max" and int(limit) < 2**60:
+                found.append(max(0, int(limit) - used + _page_cache(folder)))
+    return found
 
 
-def _page_cache() -> int:
-    """Bytes of file cache charged to the cgroup: the kernel gives them back before it kills anybody."""
+def _memberships() -> list[tuple[int, str]]:
+    """Version and path of the control groups that limit this process's memory."""
     try:
-        for line in pathlib.Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):
-                return int(line.split()[1])
+        lines = pathlib.Path(_MEMBERSHIP).read_text().splitlines()
+    except OSError:
+        lines = []
+    found = []
+    for line in lines:
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if "memory" in controllers.split(","):
+            found.append((1, path))
+        elif number == "0" and not controllers:
+            found.append((2, path))
+    return found or [(2, "/"), (1, "/")]
+
+
+def _page_cache(folder: pathlib.Path) -> int:
+    """Bytes of file cache charged to a control group: the kernel gives them back before it kills anybody."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+        found = {name: int(count) for name, count in map(str.split, lines)}
     except (OSError, ValueError):
-        pass
-    return 0
+        return 0
+    # Version 1 counts the groups inside apart.
+    return found.get("total_inactive_file", found.get("inactive_file", 0))
 
 
 class Room:

@@ -351,7 +351,7 @@ def test_a_logsumexp_gone_wrong_later_is_found_by_its_sums(monkeypatch):
 
 
 def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
-    monkeypatch.setattr(fused_mass, "_broken", [])
+    monkeypatch.setattr(fused_mass, "_broken", {})
     monkeypatch.setattr(fused_mass, "_launch", lambda *_: dataclasses.fields(None))
     model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
     attnpatch.apply(model, mode="never")

@@ -30,8 +30,9 @@ _TILE_SIZES = (16, 32, 64, 128)
 # More work than this for the empty places of tiles, and tokens are taken block by block.
 _WASTE = 1.5
 
-# What Triton itself failed with in this process: compiling again for every layer would take its time and fail again.
-_broken: list[str] = []
+# What Triton itself failed with in this process, by kind of call: compiling again for every layer would take its time and
+# fail again.
+_broken: dict[tuple[Any, ...], str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Shape:
 def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
     """What fits a multiprocessor of compute capability 9.0 twice and spills nothing or little (compiled, not timed)."""
     if dtype == torch.float32:
-        return Shape(64, 32, 4, 2)
+        # Cards of capability 8.6 and 8.9 have 99 KB of shared memory.
+        return Shape(64, 32, 4, 2) if width <= 128 else Shape(32, 16, 4, 2)
     if width > 128:
         return Shape(128, 32, 8, 2)
     return Shape(128, 64, 8 if is_masked else 4, 3)
@@ -70,8 +72,8 @@ def why_not(call: dict[str, Any]) -> str | None:
     query, key, mask = call["query"], call["key"], call["attn_mask"]
     if query.device.type != "cuda" and not is_interpreted():
         return "no GPU"
-    if _broken:
-        return _broken[0]
+    if _kind(query) in _broken:
+        return _broken[_kind(query)]
     if importlib.util.find_spec("triton") is None:
         return "no Triton"
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -95,11 +97,20 @@ def why_not(call: dict[str, Any]) -> str | None:
     return None
 
 
-def give_up(error: Exception) -> str:
-    """Go on without the kernel, which failed for no fault of the call: no compiler, no room on the device."""
-    _broken.append(f"Triton: {type(error).__name__}")
-    warnings.warn(f"block mass is left to torch, since Triton failed: {error}", stacklevel=2)
-    return _broken[0]
+def _kind(query: torch.Tensor) -> tuple[Any, ...]:
+    """What another kernel is compiled for: a card may have room for one width and dtype and not for another."""
+    return query.device, query.dtype, query.shape[-1]
+
+
+def give_up(error: Exception, query: torch.Tensor) -> str:
+    """Go on without a kernel that failed for no fault of the call: no compiler, no room on the device."""
+    _broken[_kind(query)] = f"Triton: {type(error).__name__}"
+    dtype = f"{query.dtype}".removeprefix("torch.")
+    warnings.warn(
+        f"block mass of {dtype} heads of {query.shape[-1]} is left to torch, since Triton failed: {error}",
+        stacklevel=2,
+    )
+    return _broken[_kind(query)]
 
 
 @dataclasses.dataclass
@@ -261,7 +272,7 @@ def checked_sums(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return give_up(error)
+        return give_up(error, call["query"])
     rows = sums.new_zeros(len(query_blocks), counts[0])
     rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())
     of_heads = rows[:, None] * (call["query"].shape[1] if heads is None else 1)

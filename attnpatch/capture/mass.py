@@ -82,7 +82,7 @@ def accumulate_block_mass(
     Args:
         sums: ``[B, G, query_blocks, key_blocks]`` float64 (float32 where a device has no float64); ``G`` is
             the number of heads in the tile, or 1 to sum over them (the caller divides by their number). May
-            be a view. On the device of ``probabilities``.
+            be a view. On any device.
         probabilities: ``[B, H, rows, kv_len]``, any float dtype, need not be contiguous.
         query_assignment: ``[B, rows]`` int64, block of each row, -1 for none (its values are never looked
             at, so they may be NaN). Cheapest on the CPU, whatever the device of the tile.
@@ -135,7 +135,7 @@ def add_run(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None 
         summed = weights.reshape(1, -1) @ rows.reshape(-1, kv_len)
     else:
         summed = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-    sums.scatter_add_(1, columns.expand(summed.shape), summed.to(sums.device, sums.dtype))
+    sums.scatter_add_(1, columns.expand(summed.shape), like(sums, summed))
 
 
 def add_rows(
@@ -169,7 +169,7 @@ def key_sums(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None
         rows = rows * weights.unsqueeze(-1)
     if sums.shape[0] == 1:
         rows = rows.sum(0, keepdim=True)
-    rows = rows.to(sums.device, sums.dtype)
+    rows = like(sums, rows)
     summed = sums.new_zeros(*rows.shape[:2], sums.shape[2])
     return summed.scatter_add_(2, columns.expand(rows.shape), rows)
 
@@ -217,10 +217,15 @@ def _sum_rows_apart(tile: Tensor, member: Tensor, split_heads: bool) -> Tensor:
     return summed
 
 
+def like(sums: Tensor, values: Tensor) -> Tensor:
+    """``values`` where ``sums`` are and in their dtype: first the one, as a device may have no float64 (MPS)."""
+    return values.to(sums.device).to(sums.dtype)
+
+
 def _gather_columns(summed: Tensor, columns: Tensor, sums: Tensor) -> Tensor:
     """Add the columns of ``summed`` into key blocks, in the dtype of ``sums``; the last bin is "no block"."""
     bins = sums.new_zeros(*summed.shape[:3], sums.shape[3] + 1)
-    bins.scatter_add_(3, columns.expand(summed.shape), summed.to(sums.dtype))
+    bins.scatter_add_(3, columns.expand(summed.shape), like(sums, summed))
     return bins[..., :-1]
 
 

@@ -72,16 +72,16 @@ class Measures:
         place = torch.tensor(heads)
         if "received" in names:
             summed = (factors * weight).reshape(1, -1) @ tile.reshape(-1, tile.shape[-1])
-            self.received[b, first : first + tile.shape[-1]] += summed[0].double().cpu()
+            self.received[b, first : first + tile.shape[-1]] += summed[0].cpu().double()
         if "sink" in names and first <= start < first + tile.shape[-1]:
             mass = (tile[..., start - first] * factors * weight).sum(-1)
-            self.sink[b].index_add_(0, place, mass.double().cpu())
+            self.sink[b].index_add_(0, place, mass.cpu().double())
         if "entropy" in names:
             # -sum p log p of p = f t: with sum p = 1 it is -log f - f sum t log t.
             logs = torch.special.xlogy(tile, tile).sum(-1)
             mass = tile.sum(-1) * factors
             entropy = -(torch.special.xlogy(mass, factors) + factors * logs)
-            self.entropy[b].index_add_(0, place, (entropy * weight).sum(-1).double().cpu())
+            self.entropy[b].index_add_(0, place, (entropy * weight).sum(-1).cpu().double())
         if 0 in heads:
             self.rows[b] += rows[kept].sum()
 

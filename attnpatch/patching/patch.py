@@ -18,7 +18,7 @@ from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows import positions
+from attnpatch.rows import graphs, positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
@@ -166,7 +166,7 @@ class Site:
         # A part that is called on its own is none of the calls that a capture tells apart.
         recorder = self.patch.recorder if self.is_root else None
         try:
-            if recorder is not None:
+            if recorder is not None and not graphs.is_recorded():
                 recorder.begin_call(args, kwargs)
             if is_short:
                 return self._serve(forward, module, first, args, kwargs)
@@ -225,7 +225,9 @@ class Site:
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
         again = torch._C._current_graph_task_id() != -1
         observer = None
-        if recorder is not None and recorder.wants(self.name):
+        if recorder is not None and recorder.wants(self.name) and graphs.is_recorded():
+            self.summed("nothing (a CUDA graph is recorded)")
+        elif recorder is not None and recorder.wants(self.name):
             is_seen = again and not recorder.is_of_gradient
             observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
         asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)

@@ -16,6 +16,8 @@ from attnpatch.rows.run import Run
 
 # A row in which nothing weighs more than this sees nothing: its keys are kept, and it is uniform or not a number.
 BLIND = HIDDEN / 2
+# A window begins at a multiple of so many keys: kernels read masks from aligned addresses.
+ALIGNED = 16
 # Rows that look for a pattern in a mask at a time.
 _SCAN_ROWS = 256
 
@@ -115,7 +117,7 @@ class Added:
         if mask.shape[-1] == 1 or not mask.amax(-1).amin() > BLIND:
             return everything
         places = (mask.amax((0, 1, 2)) > hidden).nonzero()
-        return int(places[0]), int(places[-1]) + 1
+        return int(places[0]) // ALIGNED * ALIGNED, int(places[-1]) + 1
 
     def pattern(self, masks: Sequence[Node], node: Node, tileable: Sequence[Axis]) -> str | None:
         """``"none"`` or ``"causal"`` where that is what the masks come to, looked at row by row.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.axes import Axis, Dims, Tile
+from attnpatch.rows.axes import Axis, Dim, Dims, Tile
 from attnpatch.rows.recipe import Context, Node
 from attnpatch.rows.run import Run
 
@@ -25,12 +25,14 @@ def is_simple(call: dict[str, Any]) -> bool:
     """Whether ``Dense`` computes this call that torch would compute in its dense math."""
     query, mask = call["query"], call["attn_mask"]
     tensors = [query, call["key"], call["value"]]
+    # On CPU a step of a causal call leaves out the keys after it, and a fused kernel serves heads that share keys.
+    is_other = call["is_causal"] or call["enable_gqa"]
     return (
-        query.device.type == "cpu"
+        (query.device.type == "cuda" or (query.device.type == "cpu" and not is_other))
         # In-place steps cannot be differentiated, in either direction.
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not (call["is_causal"] or call["enable_gqa"] or call["dropout_p"] > 0)
+        and not torch.is_autocast_enabled(query.device.type)
+        and not call["dropout_p"] > 0
         and all(tensor.dtype == query.dtype and tensor.dim() == query.dim() for tensor in tensors)
         and query.dtype in _DTYPES
         and (mask is None or mask.dtype in (torch.bool, query.dtype))
@@ -52,30 +54,47 @@ class ScaledKey(Node):
 class Dense(Node):
     """Dense attention of some query rows."""
 
-    def __init__(self, leaves: list[Node], dims: Dims, whole: tuple[Axis, ...], call: dict[str, Any]) -> None:
+    def __init__(
+        self, leaves: list[Node], dims: Dims, row: Dim, whole: tuple[Axis, ...], call: dict[str, Any]
+    ) -> None:
         query, key, *rest = leaves
+        self.row, self.is_causal = row, call["is_causal"]
+        # Query heads that share a key head are further rows of it: nobody's keys and values are repeated.
+        self.group = call["query"].shape[-3] // call["key"].shape[-3] if call["enable_gqa"] else 1
         scale = 1.0 / math.sqrt(call["query"].shape[-1]) if call["scale"] is None else call["scale"]
         root = math.sqrt(abs(scale))
         self.factor = -root if scale < 0 else root
         self.children = (query, ScaledKey(key, root), *rest)
-        self.dims, self.whole, self.score_width = dims, whole, call["key"].shape[-2]
+        self.dims, self.whole, self.score_width = dims, whole, self.group * call["key"].shape[-2]
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.context = Context(self.device)
         self.buffer: torch.Tensor | None = None
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         query, key, value, *mask = (run.value(child, tile) for child in self.children)
+        rows = query.shape[-2]
+        low = next((tile[axis][0] for axis in self.row if axis in tile), 0)
+        if self.is_causal:
+            stop = min(low + rows, key.shape[-1])
+            key, value = key[..., :stop], value[..., :stop, :]
         with self.context.enter():
-            scores = self._scores(query * self.factor, key)
+            if self.group > 1:
+                query = query.unflatten(-3, (-1, self.group)).flatten(-3, -2)
+            folded = self._scores(query * self.factor, key)
+            scores = folded if self.group == 1 else folded.unflatten(-2, (self.group, rows)).flatten(-4, -3)
             if mask:
                 scores.add_(_added(mask[0], scores.dtype))
+            if self.is_causal:
+                seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(low)
+                scores.masked_fill_(seen.logical_not_(), -math.inf)
             # Rows in which nothing is seen are zeros (aten _safe_softmax).
             blind = scores.amax(-1, keepdim=True) == -math.inf
-            probabilities = torch.softmax(scores, -1, out=scores)
-            # On shapes alone nobody knows, and nothing is lost.
-            if ledger_of(scores) is not None or blind.any():
-                probabilities.masked_fill_(blind, 0.0)
-            return torch.matmul(probabilities, value)
+            torch.softmax(scores, -1, out=scores)
+            # On shapes alone nobody knows, and elsewhere asking waits for the device. Nothing is lost.
+            if ledger_of(scores) is not None or scores.device.type != "cpu" or blind.any():
+                scores.masked_fill_(blind, 0.0)
+            out = torch.matmul(folded, value)
+            return out if self.group == 1 else out.unflatten(-2, (self.group, rows)).flatten(-4, -3)
 
     def _scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The product, in memory that the steps share: new pages for every step cost a tenth of its time."""
@@ -84,7 +103,7 @@ class Dense(Node):
         count = math.prod(shape)
         if self.buffer is None or self.buffer.numel() < count:
             self.buffer = None
-            self.buffer = torch.empty(count, dtype=self.dtype)
+            self.buffer = torch.empty(count, dtype=self.dtype, device=self.device)
         return torch.matmul(query, key, out=self.buffer[:count].view(shape))
 
 

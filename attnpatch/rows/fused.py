@@ -55,10 +55,19 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
                 return node.laid_out(sdpa.attend((), whole, dataclasses.replace(site, policy=policy)), {})
     if site.observer is not None:
         raise OtherRecipe("a mask or a sink, while block maps are captured")
-    site.tally.count("fused")
     if pattern is not None:
-        return node.laid_out(node.beside_sink(*sdpa.with_lse(whole), {}, Run(node)), {})
-    return site.replay(node)
+        result = node.laid_out(node.beside_sink(*_with_lse(whole), {}, Run(node)), {})
+    else:
+        result = site.replay(node)
+    site.tally.count("fused")
+    return result
+
+
+def _with_lse(call: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+    found = sdpa.checked_lse(call)
+    if found is None:
+        raise OtherRecipe("cat (sinks): a wrong logsumexp")
+    return found
 
 
 def _needs_grad(node: Node) -> bool:
@@ -117,7 +126,7 @@ class Fused(Node):
                 mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
             call = {**sdpa.arguments((query, key, value, mask), {}), "scale": self.factor}
             if self.has_sink:
-                out = self.beside_sink(*sdpa.with_lse(call), tile, run)
+                out = self.beside_sink(*_with_lse(call), tile, run)
             elif self.cap is not None:
                 out = flex.attend(query, key, value, mask, self.factor, self.cap)
             else:

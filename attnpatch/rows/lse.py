@@ -14,6 +14,8 @@ Call = dict[str, Any]
 # Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one
 # that returned it in another base was off by a third of it (pytorch#181645).
 _ROWS, _OFF, _OFF_RELATIVE = 4, 1e-2, 1e-3
+# What SDPA adds for cuDNN where a boolean mask hides a key, since that kernel makes NaN of rows of infinities.
+CUDNN_HIDDEN = -65504.0
 # Whether the logsumexp was right at the first use of each device, operator and kind of call.
 _is_right: dict[tuple[Any, ...], bool] = {}
 
@@ -39,7 +41,7 @@ def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = call["query"], call["key"], call["value"]
     width, scale = value.shape[-1], call["scale"]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    padded = (torch.nn.functional.pad(each, (0, -each.shape[-1] % 8)) for each in (query, key, value))
+    padded = (_of_eights(each) for each in (query, key, value))
     result, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         *padded, call["dropout_p"], call["is_causal"], False, scale=scale
     )
@@ -47,14 +49,11 @@ def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel reads a mask 16 elements at a time, so SDPA pads its rows; its logsumexp has room for whole warps."""
+    """The kernel reads a mask 8 elements at a time; its logsumexp has room for whole warps."""
     query, key = call["query"], call["key"]
     mask = _added(call["attn_mask"], query)
     if mask is not None:
-        kv_len = key.shape[-2]
-        if kv_len % 16:
-            mask = torch.nn.functional.pad(mask, (0, -kv_len % 16))[..., :kv_len]
-        mask = mask.expand(*query.shape[:-1], kv_len)
+        mask = aligned(mask).expand(*query.shape[:-1], key.shape[-2])
     result, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, call["value"], mask, True, call["dropout_p"], call["is_causal"], scale=call["scale"]
     )
@@ -64,10 +63,24 @@ def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def _cudnn(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     query = call["query"]
     result, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, call["key"], call["value"], _added(call["attn_mask"], query), True,
+        query, call["key"], call["value"], _added(call["attn_mask"], query, CUDNN_HIDDEN), True,
         call["dropout_p"], call["is_causal"], False, scale=call["scale"],
     )  # fmt: skip
     return result, lse
+
+
+def _of_eights(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose width is a multiple of 8; itself if it is, since padding by nothing copies."""
+    missing = -tensor.shape[-1] % 8
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def aligned(mask: torch.Tensor) -> torch.Tensor:
+    """A mask whose rows begin at multiples of 8 elements, as SDPA makes one (aten ``preprocess_mask``)."""
+    if mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1]):
+        return mask
+    kv_len = mask.shape[-1]
+    return torch.nn.functional.pad(mask, (0, 8 - kv_len % 8))[..., :kv_len]
 
 
 # By the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
@@ -79,11 +92,11 @@ OPERATORS: dict[tuple[str, int], Callable[[Call], tuple[torch.Tensor, torch.Tens
 }
 
 
-def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+def _added(mask: torch.Tensor | None, query: torch.Tensor, hidden: float = -math.inf) -> torch.Tensor | None:
     """A mask as SDPA hands it to its kernels: added to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), hidden)
 
 
 def why_not(call: Call, choice: int) -> str | None:

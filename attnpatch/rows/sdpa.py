@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -189,6 +190,13 @@ def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return logsumexp.with_lse(call, fused_choice(call))
 
 
+def checked_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same; ``None`` where the logsumexp is wrong, which the first use of a kind of call finds out."""
+    choice = fused_choice(call)
+    result, lse = logsumexp.with_lse(call, choice)
+    return (result, lse) if logsumexp.is_right(call, choice, lse) else None
+
+
 def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     query, key = call["query"], call["key"]
     q_len, kv_len = query.shape[-2], key.shape[-2]
@@ -266,8 +274,23 @@ def recipe(call: dict[str, Any]) -> Node:
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
     whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
     if not fused and is_simple(call):
-        return Dense(leaves, dims, whole, call)
+        return Dense(leaves, dims, row, whole, call)
     return Attend(leaves, dims, row, whole, call, fused)
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """On CUDA the other fused kernels serve, if cuDNN's was not the only one allowed."""
+    backends = torch.backends.cuda
+    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled()
+    if not (others and backends.cudnn_sdp_enabled()):
+        yield
+        return
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        backends.enable_cudnn_sdp(True)
 
 
 def _leaf(tensor: torch.Tensor, dims: Dims) -> Leaf:
@@ -310,6 +333,8 @@ class Attend(Node):
         self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
         self.random = call["dropout_p"] > 0
         self.kv_len = call["key"].shape[-2]
+        is_shared = call["enable_gqa"] and not fused
+        self.group = call["query"].shape[-3] // call["key"].shape[-3] if is_shared else 1
         self.context = Context(self.device)
         if self.context.autocast:
             self.dtype = self.context.autocast_dtype
@@ -317,13 +342,13 @@ class Attend(Node):
 
     @property
     def score_width(self) -> int:
-        """Scores of one row, which the kernel may hold though no node of the recipe shows them."""
-        return self.kv_len
+        """Scores of one row of the heads that are not cut apart, which no node of the recipe shows."""
+        return self.kv_len * self.group
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         query, key, value, *mask = (run.value(child, tile) for child in self.children)
         low, high = next(((tile[axis]) for axis in self.row if axis in tile), (0, query.shape[-2]))
-        with self.context.enter():
+        with self.context.enter(), contextlib.ExitStack() as stack:
             if not self.is_causal or (low == 0 and high == self.row_count()):
                 attn_mask = mask[0] if mask else None
                 if self.is_learned and not attn_mask.requires_grad:
@@ -333,6 +358,9 @@ class Attend(Node):
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
                 )
             stop = min(high, self.kv_len)
+            if self.device.type == "cuda":
+                # Every step has another number of keys, for each of which cuDNN would build a plan.
+                stack.enter_context(without_cudnn())
             if low == 0:
                 key, value = key[..., :stop, :], value[..., :stop, :]
                 return F.scaled_dot_product_attention(query, key, value, is_causal=True, **self.rest)

@@ -6,8 +6,9 @@ row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ class _Head:
         """
         first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
         query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False), _in_full(query):
             scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
         if mask is not None and mask.dtype == torch.bool:
             scores.masked_fill_(mask.logical_not(), -math.inf)
@@ -245,6 +246,22 @@ class _Head:
         # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
         total = scores.sum(-1)
         return scores, torch.where(total > 0, total.reciprocal(), 0.0)
+
+
+@contextlib.contextmanager
+def _in_full(tensor: torch.Tensor) -> Iterator[None]:
+    """Products of float32 in float32 on CUDA, also where the host has allowed 10 bits for its own (TF32)."""
+    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(products, name)
+    setattr(products, name, full)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)
 
 
 def _later(corner: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
