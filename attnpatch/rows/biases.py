@@ -26,6 +26,8 @@ WIDEST_HEAD = 512
 _GROWTH = 2
 # What hides a key, where zero shows it.
 _HIDDEN = -1e3
+# Before attention wider rows of a table are tokens of a batch.
+_MOST_HEADS = 64
 _WHOLE = (torch.int64, torch.int32)
 
 
@@ -46,9 +48,9 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Si
         return NotImplemented
     if math.prod(shape) <= one.numel() + other.numel() or not all(map(is_plain, args)):
         return NotImplemented
-    if _are_masks(one, other, shape) or _are_figures(one, other, shape):
+    if _are_masks(one, other, shape) or (not call.is_of_masks and _are_figures(one, other, shape)):
         ends = (*fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
-    elif len(shape) > 2 and _are_opposite(one, other, -3, -2) and shape[-1] > 1:
+    elif not call.is_of_masks and len(shape) > 2 and _are_opposite(one, other, -3, -2) and shape[-1] > 1:
         ends = (*fresh(shape[-3:-2], ROW), *fresh(shape[-2:-1], KEY), *fresh(shape[-1:]))
     else:
         return NotImplemented
@@ -115,6 +117,8 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
     rows = math.isqrt(numbers.numel()) if numbers.dim() == 1 else numbers.shape[-2]
     keys = numbers.shape[-1] if numbers.dim() > 1 else rows
     width = table.numel() // max(1, table.shape[at])
+    if call.is_of_masks and (rows != keys or width > _MOST_HEADS):
+        return NotImplemented
     if min(rows, keys) < FEWEST or (numbers.dim() == 1 and rows * keys != numbers.numel()):
         return NotImplemented
     count = numbers.numel() * width

@@ -143,16 +143,6 @@ def _functions(names: str) -> list[Any]:
     ]
 
 
-# A padding of queries against one of keys.
-_BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
-# What is found before attention as well as inside it.
-OF_POSITIONS: dict[Any, Begin] = {
-    **dict.fromkeys(_functions(f"{SUBTRACTIONS} {COMPARISONS} {_BOTH}"), outer),
-    **dict.fromkeys(_functions("repeat tile"), repeated),
-}
-_BY_ELEMENT = f"add __add__ __radd__ {SUBTRACTIONS} {_BOTH} __or__ bitwise_or logical_or"
-
-
 def _first_of(*begins: Begin) -> Begin:
     def begin(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
         for one in begins:
@@ -164,18 +154,19 @@ def _first_of(*begins: Begin) -> Begin:
     return begin
 
 
-# What is found inside attention only: before it there is too much else that looks like it.
-BEGINNINGS: dict[Any, Begin] = {
-    **dict.fromkeys(_functions(_BY_ELEMENT), biases.of_two),
-    **OF_POSITIONS,
-    **{
-        func: _first_of(OF_POSITIONS[func], biases.of_two)
-        for func in _functions(_BY_ELEMENT)
-        if func in OF_POSITIONS
-    },
+# A padding of queries against one of keys.
+_BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
+# Masks that are put together.
+_MASKS = "add __add__ __radd__ __or__ bitwise_or logical_or"
+# What is found before attention as well as inside it.
+OF_POSITIONS: dict[Any, Begin] = {
+    **dict.fromkeys(_functions(COMPARISONS), outer),
+    **dict.fromkeys(_functions(f"{SUBTRACTIONS} {_BOTH}"), _first_of(outer, biases.of_two)),
+    **dict.fromkeys(_functions(_MASKS), biases.of_two),
+    **dict.fromkeys(_functions("repeat tile"), repeated),
     **dict.fromkeys([torch.Tensor.__getitem__, F.embedding, *_functions("index_select")], biases.looked_up),
-    torch.zeros: zeros,
 }
+BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, torch.zeros: zeros}
 
 
 # --------------------------------------------------------------------------------------------- before any attention
