@@ -67,7 +67,7 @@ def empty(
 def without(args: Any, kwargs: dict[str, Any]) -> Any:
     """The arguments of ``baddbmm`` with a tensor of one element in the place of an unneeded blank one, or ``None``."""
     added = args[0] if args else kwargs.get("input")
-    if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredRows) or added.handle.value is not None:
+    if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredRows) or added.handle.is_computed:
         return None
     node = added.handle.node
     if not isinstance(node, Blank):

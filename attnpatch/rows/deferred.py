@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from attnpatch.ledger import ledger_of
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
+from attnpatch.rows import checkpoints, edges
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
-from attnpatch.rows.recipe import Node, graph, tensors_of
+from attnpatch.rows.recipe import Node, View, graph, map_structure, tensors_of
 from attnpatch.rows.replay import Look, Replay
 from attnpatch.rows.run import Run
 
@@ -123,16 +123,22 @@ class SiteCall:
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:
             return False
-        size = (q_len, temporaries)
-        if not (self.again and size in self.decisions):
+        known, size = self._known(q_len, temporaries)
+        if not (self.again and size in known):
             short = self.room.is_short(device)
-            decision = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
-            self.decisions[size] = decision
-        return self.decisions[size]
+            known[size] = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
+        return known[size]
+
+    def _known(self, q_len: int, temporaries: int) -> tuple[dict[Any, bool], Any]:
+        """Where decisions are kept, and under which name those for calls of this size."""
+        known = checkpoints.decisions(self.decisions)
+        size = (q_len, temporaries)
+        return known, size if known is self.decisions else (id(self.decisions), size)
 
     def went_by_rows(self, q_len: int, temporaries: int) -> bool:
         """Whether this is a second run of a call that ran out of memory the first time."""
-        return self.again and self.decisions.get((q_len, temporaries), False)
+        known, size = self._known(q_len, temporaries)
+        return self.again and known.get(size, False)
 
     @property
     def answers_shortage(self) -> bool:
@@ -151,7 +157,8 @@ class SiteCall:
 
     def remember(self, q_len: int, temporaries: int, by_rows: bool = True) -> None:
         """Keep how a call of this size went, for a checkpointed forward pass that runs again."""
-        self.decisions[q_len, temporaries] = by_rows
+        known, size = self._known(q_len, temporaries)
+        known[size] = by_rows
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
         """Compute a recipe by rows, under the policy of the site."""
@@ -160,6 +167,10 @@ class SiteCall:
         restart = self.observer.restart if watched and self.observer is not None else _nothing
         attempts, self.attempts = self.attempts, Attempts()
         return Replay(node, self.policy, watched, self.retried, restart, free, attempts)()
+
+    def of_gradients(self, twin: Node) -> Replay:
+        """What computes the gradients of a deferred tensor."""
+        return Replay(twin, self.policy, on_retry=self.retried)
 
     def retried(self) -> None:
         self.tally.count("retried")
@@ -175,34 +186,69 @@ class Handle:
     Attributes:
         node: The recipe.
         call: The site call it came from.
-        value: The tensor, once somebody needed all of it.
+        edge: The history it was given; another one means that somebody below Python's reach has made something of it.
+        values: All of it, without history, once somebody needed it.
+        written: The tensor that stands for it, history included, once it was written to in place.
         family: Handles that share memory with this one (views of each other), itself included.
         pending: The deferred tensors of the thread it was made in.
     """
 
     def __init__(self, node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> None:
         self.node, self.call = node, call
-        self.value: torch.Tensor | None = None
+        self.edge: Any = None
+        self.values: torch.Tensor | None = None
+        self.written: torch.Tensor | None = None
+        self._bridged: tuple[torch.Tensor, Any] | None = None
+        self._tensor: weakref.ref[DeferredRows] | None = None
         self.family = weakref.WeakSet() if family is None else family
         self.family.add(self)
         self.pending = _thread.pending
         self.pending.add(self)
 
+    def belongs_to(self, tensor: DeferredRows) -> None:
+        """Say which Python object carries its history."""
+        self._tensor = weakref.ref(tensor)
+
+    @property
+    def tensor(self) -> DeferredRows | None:
+        return None if self._tensor is None else self._tensor()
+
+    @property
+    def is_computed(self) -> bool:
+        return self.values is not None or self.written is not None
+
     def materialise(self, operation: str) -> torch.Tensor:
-        """The whole tensor, computed by rows; ``operation`` is what asked for it."""
-        if self.value is None:
-            if self.node.children or self.node.stands_for_memory:
-                self.call.tally.materialised(operation)
-            self.value = self.call.replay(self.node)
-            self.pending.discard(self)
-        return self.value
+        """The whole tensor, computed by rows; ``operation`` is what asked for it.
+
+        With the history that the deferred tensor has, where gradients are recorded now.
+        """
+        if not self.is_computed and (self.node.children or self.node.stands_for_memory):
+            self.call.tally.materialised(operation)
+        return self.reduced()
 
     def reduced(self) -> torch.Tensor:
         """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
-        if self.value is None:
-            self.value = self.call.replay(self.node)
+        if self.written is not None:
+            return self.written
+        if self.values is None:
+            with torch.no_grad():
+                self.values = self.call.replay(self.node)
             self.pending.discard(self)
-        return self.value
+        tensor = self.tensor
+        if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
+            return self.values
+        if self._bridged is None or self._bridged[1] is not edges.history(tensor):
+            self._bridged = edges.bridged(tensor, self.values), edges.history(tensor)
+        return self._bridged[0]
+
+    def is_written(self, value: torch.Tensor) -> None:
+        """The computed tensor was written to in place: it alone stands for the result, with its history."""
+        self.written = value
+        self.pending.discard(self)
+        tensor = self.tensor
+        if tensor is not None and value.requires_grad and torch.is_grad_enabled():
+            edges.adopt(tensor, value)
+            self.edge = edges.history(tensor)
 
     def is_shared(self) -> bool:
         return len(self.family) > 1
@@ -216,17 +262,20 @@ class Handle:
         common = set.intersection(*reach)
         base = max((nodes[i] for i in common), key=lambda node: len(list(graph(node))))
         self.call.tally.materialised(operation)
-        tensor = self.call.replay(base)
-        for member in members:
-            run = Run(member.node)
-            run.fix(base, tensor)
-            member.value = run.value(member.node, {})
-            member.pending.discard(member)
+        # A write under no_grad leaves the history as it is.
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() or any(node.needs_grad for node in nodes.values())
+        ):
+            tensor = self.call.replay(base)
+            for member in members:
+                run = Run(member.node)
+                run.fix(base, tensor)
+                member.is_written(run.value(member.node, {}))
 
     def preserve(self, storage: int) -> None:
         """Keep the present values of what the recipe reads from a storage that is about to be written to."""
         for leaf in tensors_of(self.node):
-            if leaf.tensor is not None and _memory_of(leaf.tensor) == storage:
+            if leaf.tensor is not None and edges.memory_of(leaf.tensor) == storage:
                 leaf.preserve()
 
 
@@ -245,25 +294,21 @@ def pending() -> bool:
     return bool(_thread.pending)
 
 
+def is_watching_writes() -> bool:
+    """Whether something of this thread still reads tensors that may be overwritten."""
+    return bool(_thread.pending) or edges.are_kept()
+
+
 def before_write(tensor: torch.Tensor) -> None:
     """Let recipes keep the present values of a tensor that is about to be overwritten.
 
     The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
     """
-    if _thread.pending and not isinstance(tensor, DeferredRows):
-        storage = _memory_of(tensor)
+    if is_watching_writes() and not isinstance(tensor, DeferredRows):
+        storage = edges.memory_of(tensor)
+        edges.before_write(storage)
         for handle in list(_thread.pending):
             handle.preserve(storage)
-
-
-def _memory_of(tensor: torch.Tensor) -> int:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        # vmap hands out tensors without memory of their own.
-        tensor = functorch.get_unwrapped(tensor)
-    storage = tensor.untyped_storage()
-    # Shapes have no data to tell them apart by.
-    return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
 
 
 def secure_escaped() -> None:
@@ -277,11 +322,13 @@ def secure_escaped() -> None:
 _ATTRIBUTES = frozenset(
     "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
     "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
-    "_backward_hooks retains_grad name".split()
+    "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad grad_fn output_nr _version".split()
 )
+# Who calls these asks for the gradient of the deferred tensor itself.
+_OBSERVING = frozenset(["register_hook", "retain_grad", "grad", "backward"])
 _METHODS = frozenset(
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
-    "is_contiguous __len__ is_inference storage_offset is_same_size __hash__".split()
+    "is_contiguous __len__ is_inference storage_offset is_same_size __hash__ requires_grad_".split()
 )
 
 
@@ -297,17 +344,9 @@ class DeferredRows(torch.Tensor):
     @staticmethod
     def __new__(cls, handle: Handle) -> DeferredRows:
         node = handle.node
-        needs_grad = torch.is_grad_enabled() and any(
-            leaf.tensor is not None and leaf.tensor.requires_grad for leaf in tensors_of(node)
-        )
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            node.shape,
-            dtype=node.dtype,
-            device=node.device,
-            requires_grad=needs_grad and node.dtype.is_floating_point,
-        )
+        self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
         self.handle = handle
+        handle.belongs_to(self)
         return self
 
     @classmethod
@@ -321,12 +360,11 @@ class DeferredRows(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The safety net below everything that Python can intercept."""
-        if func is torch.ops.aten.detach.default:
-            return args[0]
         from attnpatch.rows import rowwise
 
         # No mode is switched off here as it is inside __torch_function__: a replay would be deferred again.
-        with torch._C.DisableTorchFunction():
+        # Autograd has done its part above already: what comes of this gets its history from there.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             result = rowwise.below(func, args, kwargs or {})
             if result is not NotImplemented:
                 return result
@@ -334,8 +372,8 @@ class DeferredRows(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         handle = self.handle
-        if handle.value is not None:
-            return repr(handle.value)
+        if handle.is_computed:
+            return repr(handle.reduced())
         return f"DeferredRows(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
 
 
@@ -358,7 +396,7 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     )
 
     name = getattr(func, "__name__", str(func))
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         name = func.__self__.__name__
         if name in _ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
@@ -366,24 +404,89 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     elif name in _METHODS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    elif name in _OBSERVING:
+        return _observed(func, args, kwargs)
     elif name == "__repr__" and isinstance(args[0], DeferredRows):
         return DeferredRows.__repr__(args[0])
     return rowwise.apply(name, func, args, kwargs)
 
 
+def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Functions of autograd: they need the history of a deferred tensor, and not what is in it.
+
+    A hook, ``retain_grad`` and ``torch.autograd.grad`` ask for the gradient of the deferred tensor itself.
+    """
+    is_backward = func.__name__ == "backward"
+
+    def note(value: Any, is_observed: bool) -> Any:
+        if not isinstance(value, DeferredRows):
+            return value
+        if value.handle.written is not None:
+            return value.handle.written
+        if is_observed and value.handle.node.marks is not None:
+            value.handle.node.marks.is_observed = True
+        return value
+
+    args = map_structure(args, lambda value: note(value, not is_backward))
+    kwargs = {
+        key: map_structure(value, lambda each, key=key: note(each, not is_backward or key == "inputs"))
+        for key, value in kwargs.items()
+    }
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def has_history(tensor: DeferredRows) -> bool:
+    """Whether gradients go to a deferred tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad
+
+
+def is_foreign(tensor: DeferredRows) -> bool:
+    """Whether its history is not its recipe's: it came out of a function of somebody's own, or is a leaf of a graph."""
+    if not torch.is_grad_enabled() or not has_history(tensor):
+        return False
+    return tensor.handle.edge is None or edges.history(tensor) is not tensor.handle.edge
+
+
 def is_pending(value: Any) -> bool:
-    return isinstance(value, DeferredRows) and value.handle.value is None
+    return isinstance(value, DeferredRows) and not value.handle.is_computed
 
 
-def computed(value: Any) -> Any:
-    """``value``, or the tensor behind it if it is a deferred one that was computed already."""
-    if isinstance(value, DeferredRows) and value.handle.value is not None:
-        return value.handle.value
+def computed(value: Any, operation: str = "a function with a backward pass of its own") -> Any:
+    """``value``, or the tensor behind it if it is a deferred one that was computed already.
+
+    So is one whose history is not its recipe's: gradients of what is made of it go to that history.
+    """
+    if isinstance(value, DeferredRows):
+        if value.handle.is_computed:
+            return value.handle.reduced()
+        if is_foreign(value):
+            return value.handle.materialise(operation)
     return value
 
 
 def wrap(node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> DeferredRows:
-    return DeferredRows(Handle(node, call, family))
+    """A deferred tensor for a recipe, with the history that the tensor would have."""
+    if node.needs_grad is not None:
+        node = View(node, node.dims)  # another tensor's recipe
+    tensor = DeferredRows(Handle(node, call, family))
+    tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
+    return tensor
+
+
+def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
+    """A step in place: the same Python object stands for the result."""
+    handle = target.handle
+    if result.handle.node.stops_gradient:
+        with torch._C.DisableTorchFunctionSubclass():
+            target.detach_()
+    elif has_history(result) or (has_history(target) and torch.is_grad_enabled()):
+        edges.adopt(target, result)
+    handle.node = result.handle.node
+    handle.node.carrier = weakref.ref(target)
+    handle.edge = edges.history(target)
+    return target
 
 
 __all__ = ["DeferredRows", "Handle", "Observer", "SiteCall", "Tally", "Tile", "dispatch", "wrap"]

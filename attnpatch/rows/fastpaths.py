@@ -98,7 +98,7 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | No
         if mask.dim() == 2
         else mask
     )
-    if not isinstance(scores, DeferredRows) or scores.handle.value is not None:
+    if not isinstance(scores, DeferredRows) or scores.handle.is_computed:
         return _masked_softmax_rows(scores, mask)
     node = scores.handle.node
     place = Leaf(

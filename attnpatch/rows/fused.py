@@ -86,7 +86,7 @@ class Fused(Node):
         self.has_sink, self.mask_count = formula.sink is not None, len(masks)
         sinks = [] if formula.sink is None else [formula.sink]
         self.children = (formula.query, formula.key, formula.value, *masks, *sinks)
-        # Nothing but the children may hold a tensor: a backward pass keeps this node (``unbound``).
+        # Nothing but the children may hold a tensor: a backward pass keeps this node (``twin``).
         self.row, self.keys, self.leads, self.width = formula.row, formula.keys, formula.leads, formula.width
         self.added = Added(formula)
         (self.factor, self.cap), self.kernel_dtype = formula.factors, formula.dtype

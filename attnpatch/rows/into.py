@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import deferred_in, tensors_in
-from attnpatch.rows.deferred import DeferredRows, before_write, dispatch, is_pending
+from attnpatch.rows.deferred import DeferredRows, before_write, dispatch, goes_on_as, is_pending
 
 
 def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -51,8 +51,7 @@ def _became(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """``out``, a deferred tensor that nobody else looks at, standing for the result from now on."""
     assert isinstance(out, DeferredRows)
     if is_pending(result):
-        out.handle.node = result.handle.node  # type: ignore[attr-defined]
-        return out
-    out.handle.value = result
-    out.handle.pending.discard(out.handle)
+        assert isinstance(result, DeferredRows)
+        return goes_on_as(out, result)
+    out.handle.is_written(result)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import blank, fastpaths, positions, products, rowwise, sdpa
+from attnpatch.rows import blank, checkpoints, fastpaths, positions, products, rowwise, sdpa
+from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
     dispatch,
+    is_watching_writes,
     pending,
     secure_escaped,
     settle,
@@ -24,6 +28,7 @@ from attnpatch.rows.trail import Trail
 _BLANK_USERS = frozenset(
     getattr(space, name) for space in (torch, torch.Tensor) for name in ("baddbmm", "addbmm", "addmm")
 )
+_BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
@@ -48,6 +53,11 @@ class RowsMode(TorchFunctionMode):
         super().__init__()
         self.call = call
         self.trail = Trail()
+        self.checkpoint: Any = None
+
+    def __enter__(self) -> RowsMode:
+        self.checkpoint = checkpoints.current()
+        return super().__enter__()
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
@@ -66,6 +76,8 @@ class RowsMode(TorchFunctionMode):
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:
             return self._deferred(func, args, kwargs)
+        if func in _BEGINNINGS:
+            self._follow()
         if func in FUNCTIONS:
             result = products.defer(func.__name__, func, args, kwargs, self.call)
             return self._native(func, args, kwargs) if result is NotImplemented else result
@@ -83,9 +95,18 @@ class RowsMode(TorchFunctionMode):
                 return begun
         if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
-        if pending():
+        if is_watching_writes():
             rowwise.protect(func, args, kwargs)
         return self._native(func, args, kwargs)
+
+    def _follow(self) -> None:
+        """Where a part of the module is checkpointed on its own: watch it again when it runs again."""
+        frame = checkpoints.current()
+        if frame is not None and frame is not self.checkpoint:
+            again = dataclasses.replace(
+                self.call, observer=None, weights=None, again=True, attempts=Attempts()
+            )
+            checkpoints.follow(frame, functools.partial(type(self), again))
 
     def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self.call.answers_shortage:
@@ -97,7 +118,7 @@ class RowsMode(TorchFunctionMode):
         if DeferredRows in types:
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)
-        elif pending():
+        elif is_watching_writes():
             rowwise.protect(func, args, kwargs)
         return func(*args, **kwargs)
 

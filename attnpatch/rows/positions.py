@@ -18,7 +18,14 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from attnpatch.ledger import is_plain
 from attnpatch.rows import biases, rowwise
 from attnpatch.rows.axes import KEY, ROW, Dims, fresh
-from attnpatch.rows.deferred import DeferredRows, SiteCall, pending, secure_escaped, wrap
+from attnpatch.rows.deferred import (
+    DeferredRows,
+    SiteCall,
+    is_watching_writes,
+    pending,
+    secure_escaped,
+    wrap,
+)
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, View
@@ -202,7 +209,7 @@ class Before(TorchFunctionMode):
             begun = begin(func, args, kwargs, self.call)
             if begun is not NotImplemented:
                 return begun
-        if pending() and DeferredRows not in types:
+        if DeferredRows not in types and is_watching_writes():
             rowwise.protect(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +39,13 @@ class Node:
         is_constant: Whether all its elements are one number.
         is_exact: Whether its rows are the same to the last bit in steps of the right size.
         renames_axes: Whether it computes a child in another tile than its own.
+        stops_gradient: Whether its result has no history, whatever it was made from: detached, or under no_grad.
+        needs_grad: Whether the deferred tensor of it has a history; ``None``: it has no deferred tensor.
+        carrier: That deferred tensor.
+        marks: What became of it; the twin has the same.
+        twin: The copy without tensors that backward passes keep.
+        reached: Tensors that its gradients go to.
+        saved: Tensors that edges up to its own have saved for the backward pass.
     """
 
     stands_for_memory = False
@@ -44,6 +53,13 @@ class Node:
     is_constant = False
     is_exact = True
     renames_axes = False
+    stops_gradient = False
+    needs_grad: bool | None = None
+    carrier: weakref.ref[torch.Tensor] | None = None
+    marks: Any = None
+    twin: Node | None = None
+    reached: Sequence[Leaf] = ()
+    saved: frozenset[Leaf] = frozenset()
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
@@ -60,10 +76,20 @@ class Node:
 
     def rebuilt(self, change: Callable[[Node], Node]) -> Node:
         """A copy whose children went through ``change``."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy.children = tuple(change(child) for child in self.children)
-        return copy
+        found = object.__new__(type(self))
+        found.__dict__.update({key: value for key, value in vars(self).items() if key not in _OF_GRAPH})
+        found.children = tuple(change(child) for child in self.children)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Node:
+        found = memo[id(self)] = object.__new__(type(self))
+        own = {key: value for key, value in vars(self).items() if key not in _OF_GRAPH}
+        found.__dict__.update(copy.deepcopy(own, memo))
+        return found
+
+
+# What a node has to do with autograd's graph; a copy of it is another tensor's.
+_OF_GRAPH = frozenset(["needs_grad", "carrier", "marks", "twin", "reached", "saved"])
 
 
 class Leaf(Node):
@@ -91,8 +117,9 @@ class Leaf(Node):
     def preserve(self) -> None:
         """Keep the present values: somebody is about to overwrite the tensor."""
         if self.tensor is not None:
-            expanded = [slice(None, 1) if stride == 0 else slice(None) for stride in self.tensor.stride()]
-            self.tensor = self.tensor[tuple(expanded)].clone().expand(self.tensor.shape)
+            # The write may stand under no_grad; what reads the copy does not.
+            with torch.set_grad_enabled(self.tensor.requires_grad):
+                self.tensor = copied(self.tensor)
             self.version = None if self.tensor.is_inference() else self.tensor._version
 
     def secure(self) -> None:
@@ -160,6 +187,7 @@ class Call(Node):
         self.func = func
         self.dims, self.dtype, self.device, self.whole = dims, dtype, device, whole
         self.context = Context(device)
+        self.stops_gradient = getattr(func, "__name__", "") in ("detach", "detach_")
         children: list[Node] = []
 
         def number(value: Any) -> Any:
@@ -321,21 +349,19 @@ def tensors_of(root: Node) -> list[Leaf]:
     return [node for node in graph(root) if isinstance(node, Leaf)]
 
 
-def unbound(root: Node) -> tuple[Node, list[Leaf], list[torch.Tensor]]:
-    """A copy of a recipe that holds no tensors, its leaves, and their tensors in the same order.
-
-    A backward pass keeps the copy, and autograd keeps the tensors: offloading and checkpointing of saved tensors
-    work as for any operation.
-    """
-    copies: dict[Node, Node] = {}
-    found: list[Leaf] = []
-    tensors: list[torch.Tensor] = []
+def twin(root: Node) -> Node:
+    """A copy of a recipe that holds no tensors, made once: a backward pass keeps it, and autograd keeps the tensors."""
     for node in graph(root):
-        copy = node.rebuilt(lambda child: copies[child])
-        if isinstance(copy, Leaf):
-            assert copy.tensor is not None
-            found.append(copy)
-            tensors.append(copy.tensor)
-            copy.tensor = None
-        copies[node] = copy
-    return copies[root], found, tensors
+        if node.twin is None:
+            node.twin = node.rebuilt(lambda child: child.twin)  # type: ignore[arg-type, return-value]
+            node.twin.marks, node.twin.needs_grad = node.marks, node.needs_grad
+            if isinstance(node.twin, Leaf):
+                node.twin.tensor = None
+    assert root.twin is not None
+    return root.twin
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy as small as what the tensor really holds."""
+    expanded = [slice(None, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    return tensor[tuple(expanded)].clone().expand(tensor.shape)

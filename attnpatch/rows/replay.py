@@ -5,17 +5,18 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from attnpatch.policy import Policy
+from attnpatch.rows import edges
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
 from attnpatch.rows.budget import Steps, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.grain import Grain
-from attnpatch.rows.randomness import RandomState, random_state, restored, set_random_state
-from attnpatch.rows.recipe import Leaf, Node, graph, tensors_of, unbound
+from attnpatch.rows.randomness import RandomState, random_state, set_random_state
+from attnpatch.rows.recipe import Leaf, Node, graph, tensors_of
 from attnpatch.rows.run import Run
 
 # What an observer is called with: the node's values in a tile, and the tile.
@@ -60,20 +61,26 @@ class Replay:
         # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
         self.shrink, self.limit = 1, Limit.EXACT
         self.random: RandomState | None = None
+        self.again: Replay | None = None
 
     def __call__(self) -> torch.Tensor:
         """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
-        found = tensors_of(self.node)
-        for leaf in found:
+        for leaf in tensors_of(self.node):
             leaf.check()
-        needs_grad = torch.is_grad_enabled() and any(
-            leaf.tensor is not None and leaf.tensor.requires_grad for leaf in found
-        )
-        if not needs_grad:
-            return self.forward()
-        copy, copies, tensors = unbound(self.node)
-        again = Replay(copy, self.policy, on_retry=self.on_retry, free=self.free)
-        return _ByRows.apply(self, again, copies, *tensors)
+        result = edges.record(self.node, self._kept, self._again) if torch.is_grad_enabled() else None
+        return self.forward() if result is None else result
+
+    def _again(self, twin: Node) -> Replay:
+        self.again = Replay(twin, self.policy, on_retry=self.on_retry, free=self.free)
+        return self.again
+
+    def _kept(self) -> torch.Tensor:
+        """The tensor for an edge, and for its backward pass how it came about."""
+        result = self.forward()
+        assert self.again is not None
+        self.again.shrink, self.again.limit, self.again.random = self.shrink, self.limit, self.random
+        # A view made under no_grad could not be written to in place.
+        return result.detach()
 
     def _steps(self, run: Run) -> Steps:
         axes = all_leaves(self.node.dims)
@@ -196,18 +203,22 @@ class Replay:
         return result
 
     def gradients(
-        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
-    ) -> list[torch.Tensor | None]:
-        """Gradients of the leaves, tile by tile; no tile's rows outlive it."""
-        return self._fitted(lambda: self._gradients(grad, copies, tensors, wanted))
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor]:
+        """Gradients of leaves, and of steps whose own gradient is asked for; no tile's rows outlive it.
+
+        Args:
+            grad: Of the result.
+            bound: The tensors of the leaves.
+            wanted: What gradients are for.
+        """
+        return self._fitted(lambda: self._gradients(grad, bound, wanted))
 
     def _gradients(
-        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
-    ) -> list[torch.Tensor | None]:
-        asked = [leaf for leaf, want in zip(copies, wanted, strict=True) if want]
-        bound = dict(zip(copies, tensors, strict=True))
-        run = Run(self.node, bound, frozenset(asked))
-        sums = {leaf: torch.zeros_like(bound[leaf]) for leaf in asked}
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor]:
+        run = Run(self.node, bound, frozenset(wanted))
+        sums = {node: _zeros(node, bound.get(node)) for node in wanted}
         for tile in self._tiles(run):
             run.parts.clear()
             with torch.enable_grad():
@@ -216,19 +227,30 @@ class Replay:
             part_grads = torch.autograd.grad(
                 value, parts, take(grad, self.node.dims, tile).reshape(value.shape), allow_unused=True
             )
-            for (leaf, where, _), part_grad in zip(run.parts, part_grads, strict=True):
+            for (node, where, _), part_grad in zip(run.parts, part_grads, strict=True):
                 if part_grad is not None:
-                    add(sums[leaf], leaf.dims, where, part_grad)
-        return [sums.get(leaf) for leaf in copies]
+                    add(sums[node], node.dims, where, part_grad)
+        return [sums[node].to(node.dtype) for node in wanted]
 
     def differentiable_gradients(
-        self, grad: torch.Tensor, copies: list[Leaf], tensors: tuple[torch.Tensor, ...], wanted: list[bool]
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
         """Gradients that can be differentiated again; in one piece, as the native graph would hold it."""
-        asked = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
-        value = Run(self.node, dict(zip(copies, tensors, strict=True))).value(self.node, {})
-        found = iter(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
-        return [next(found) if want else None for want in wanted]
+        run = Run(self.node, bound)
+        asked = []
+        for node in wanted:
+            asked.append(bound[node] if isinstance(node, Leaf) else Run(node, bound).value(node, {}))
+            run.fix(node, asked[-1])
+        value = run.value(self.node, {})
+        return list(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
+
+
+def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
+    """Where gradients of tiles are summed: in float32 at least, or every step would round the sum."""
+    dtype = torch.float32 if node.dtype.itemsize < 4 else node.dtype
+    if like is not None:
+        return torch.zeros_like(like, dtype=dtype)
+    return torch.zeros(node.shape, dtype=dtype, device=node.device)
 
 
 def _reads(run: Run, tileable: list[Axis]) -> int:
@@ -251,27 +273,6 @@ def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
         strides[dim] = step
         step *= node.shape[dim]
     return torch.empty_strided(node.shape, strides, dtype=value.dtype, device=value.device)
-
-
-class _ByRows(torch.autograd.Function):
-    """Forward: the replay. Backward: the replay again, a tile at a time, each with its own little graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, replay: Replay, copy: Replay, copies: list[Leaf], *tensors: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.copy, ctx.copies = copy, copies
-        ctx.save_for_backward(*tensors)
-        result = replay.forward()
-        copy.shrink, copy.limit, copy.random = replay.shrink, replay.limit, replay.random
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[3:])
-        method = ctx.copy.differentiable_gradients if torch.is_grad_enabled() else ctx.copy.gradients
-        with restored(ctx.copy.random):
-            return (None, None, None, *method(grad, ctx.copies, ctx.saved_tensors, wanted))
 
 
 def _kernel_random_state(node: Node) -> RandomState | None:

@@ -17,7 +17,16 @@ from attnpatch.rows import diagonals, into, metadata, products, shaping, tables,
 from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
-from attnpatch.rows.deferred import DeferredRows, before_write, computed, is_pending, settle, wrap
+from attnpatch.rows.deferred import (
+    DeferredRows,
+    before_write,
+    computed,
+    goes_on_as,
+    has_history,
+    is_pending,
+    settle,
+    wrap,
+)
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
@@ -31,8 +40,11 @@ _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift fl
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Extend the recipe if the function is in the table, otherwise compute what is deferred and call it."""
+    given = args
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
     if not any(is_pending(value) for value in tensors_in(args, kwargs)):
+        if writes(name) and given and isinstance(given[0], DeferredRows):
+            return _write(name, func, given, kwargs)
         return func(*args, **kwargs)
     if not args and "input" in kwargs and name != "where":
         args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
@@ -53,15 +65,28 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return func(*settle(args, name), **settle(kwargs, name))
 
 
+# Another tensor of the same memory.
+_SAME = frozenset(["detach", "alias", "view_as", "lift_fresh"])
+# Autograd begins and sums gradients with these.
+_MADE = {"ones_like": torch.ones, "zeros_like": torch.zeros}
+
+
 def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operator that reached a deferred tensor under everything Python can intercept: a scripted function's."""
+    """An operator that reached a deferred tensor under everything Python can intercept: a scripted function's.
+
+    Its history was recorded above, so no gradients are enabled here.
+    """
     name = func._schema.name.rpartition("::")[2]
-    if name not in ELEMENTWISE or kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or not all(map(is_pending, deferred_in(args, kwargs))):
         return NotImplemented
-    if any(value.requires_grad or not is_pending(value) for value in deferred_in(args, kwargs)):
-        # The graph was recorded above already; here only values are missing.
-        return NotImplemented
-    return elementwise(name, func, args, kwargs)
+    if name in _SAME:
+        handle = args[0].handle
+        return wrap(handle.node, handle.call, handle.family)
+    if name in _MADE:
+        return _MADE[name](args[0].shape, dtype=args[0].dtype, device=args[0].device)
+    if name == "view":
+        return shaping.view(name, func, args, kwargs)
+    return elementwise(name, func, args, kwargs) if name in ELEMENTWISE else NotImplemented
 
 
 def _counted(name: str, result: Any) -> Any:
@@ -98,14 +123,19 @@ def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A write that no recipe can express: to a real tensor, after whatever reads it has kept its values."""
     target = args[0]
-    if is_pending(target):
-        if target.handle.is_shared():
-            target.handle.settle_family(name)
-        settle(target, name)
+    if is_pending(target) and target.handle.is_shared():
+        target.handle.settle_family(name)
+    real = target
+    if isinstance(target, DeferredRows):
+        # A write under no_grad leaves the history as it is.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(target)):
+            real = settle(target, name)
     rest, kwargs = settle(args[1:], name), settle(kwargs, name)
-    before_write(computed(target))
-    result = func(computed(target), *rest, **kwargs)
-    return target if isinstance(result, torch.Tensor) else result
+    before_write(real)
+    result = func(real, *rest, **kwargs)
+    if isinstance(target, DeferredRows):
+        target.handle.is_written(real)
+    return target if result is real else result
 
 
 def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -115,7 +145,9 @@ def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     handler, base = writing.IN_PLACE.get(name), func
     if handler is None:
         handler, base = HANDLERS.get(plain), getattr(torch.Tensor, plain, None) or getattr(F, plain, None)
-    if base is None or handler is None:
+    # Under no_grad a step in place changes the values and leaves the history as it is.
+    is_silent = has_history(target) and not torch.is_grad_enabled()
+    if base is None or handler is None or is_silent:
         return _write(name, func, args, kwargs)
     result = handler(name if base is func else plain, base, args, kwargs)
     old = target.handle.node
@@ -128,11 +160,10 @@ def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     node = result.handle.node
     if node.dtype != old.dtype:
         node = Call(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
+        result = wrap(node, target.handle.call)
     if not target.handle.is_shared():
-        target.handle.node = node
-    elif not writing.carried(target.handle, node):
-        return _write(name, func, args, kwargs)
-    return target
+        return goes_on_as(target, result)
+    return target if writing.carried(target.handle, result) else _write(name, func, args, kwargs)
 
 
 def node_for(value: torch.Tensor, dims: Dims) -> Node:
@@ -377,8 +408,7 @@ def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     if argument(args, kwargs, 3, "inplace", False):
         if source.handle.is_shared():
             return NotImplemented
-        source.handle.node = Dropout(source.handle.node, p)
-        return source
+        return goes_on_as(source, wrap(Dropout(source.handle.node, p), source.handle.call))
     return wrap(Dropout(source.handle.node, p), source.handle.call)
 
 

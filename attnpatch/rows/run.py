@@ -29,7 +29,7 @@ class Run:
     Args:
         root: The node to compute.
         bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
-        wanted: Leaves to take gradients for: their parts are cut from the graph and noted.
+        wanted: What to take gradients for: their parts are cut from the graph and noted.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Run:
             self.whole.update(axis for axis in axes if axes.count(axis) > 1)
         self.bound = bound or {}
         self.wanted = wanted
-        self.parts: list[tuple[Leaf, Tile, torch.Tensor]] = []
+        self.parts: list[tuple[Node, Tile, torch.Tensor]] = []
         self.row: Axis | None = None
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
@@ -178,7 +178,6 @@ class Run:
             self._of_rows[node] = key
         value = self._computed(node, own)
         if node in self.wanted:
-            assert isinstance(node, Leaf)
             value = value.detach().requires_grad_()
             self.parts.append((node, own, value))
         if not fixed and not shared:
@@ -187,6 +186,10 @@ class Run:
         return value
 
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
+        if node.needs_grad is False and torch.is_grad_enabled():
+            # Made under no_grad, or detached: no gradient passes, through views neither.
+            with torch.no_grad():
+                return self._computed(node, tile)
         if node in self._distances:
             pair = self._distances[node]
             found = distances.spread(node, pair, tile, lambda part: node.compute(part, self))

@@ -53,9 +53,9 @@ class Saved:
 
     def hand_on(self) -> None:
         """The steps have succeeded, or somebody is about to overwrite what they saved."""
-        for held in self._held:
-            held.hand_on()
-        self._held.clear()
+        held, self._held = self._held, []
+        for each in held:
+            each.hand_on()  # a checkpoint that runs again ends with an exception when it has seen enough
 
     def forget(self) -> None:
         """The steps are answered by rows."""

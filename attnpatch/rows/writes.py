@@ -16,7 +16,7 @@ from attnpatch.ledger import ledger_of
 from attnpatch.rows import shaping
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.axes import KEY, Axis, Dim, all_leaves, same, size_of
-from attnpatch.rows.deferred import DeferredRows, Handle, wrap
+from attnpatch.rows.deferred import DeferredRows, Handle, goes_on_as, wrap
 from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Cut, Leaf, Node, View, graph
 from attnpatch.rows.regions import Indexed, Region, Written
@@ -389,14 +389,14 @@ def fill_diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[s
     return written(target, diagonal_places(target.shape, 0, target.device), value)
 
 
-def carried(handle: Handle, new: Node) -> bool:
-    """Let ``new`` stand for a tensor that others are views of, or that is a view itself, and tell all of them.
+def carried(handle: Handle, result: DeferredRows) -> bool:
+    """Let a result stand for a tensor that others are views of, or that is a view itself, and tell all of them.
 
     Returns:
         Whether that was understood; otherwise nothing has changed.
     """
-    members = list(handle.family)
-    if any(member.value is not None for member in members):
+    members, new = list(handle.family), result.handle.node
+    if any(member.is_computed for member in members):
         return False
     reach = [{id(node) for node in graph(member.node)} for member in members]
     common = set.intersection(*reach)
@@ -414,7 +414,11 @@ def carried(handle: Handle, new: Node) -> bool:
         node = new
         for step in reversed(chain or []):
             node = step.rebuilt(lambda _, child=node: child)  # type: ignore[misc]
-        member.node = node
+        found = wrap(node, handle.call)
+        if (tensor := member.tensor) is None:
+            member.node = node
+        else:
+            goes_on_as(tensor, found)
     return True
 
 
