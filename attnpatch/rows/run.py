@@ -186,16 +186,15 @@ class Run:
         return value
 
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
-        if node.needs_grad is False and torch.is_grad_enabled():
-            # Made under no_grad, or detached: no gradient passes, through views neither.
-            with torch.no_grad():
-                return self._computed(node, tile)
         if node in self._distances:
             pair = self._distances[node]
             found = distances.spread(node, pair, tile, lambda part: node.compute(part, self))
             if found is not None:
                 return found
-        return node.compute(tile, self)
+        value = node.compute(tile, self)
+        # Made under no_grad, or detached: no gradient passes, through views neither. (What it is made from may be kept
+        # for others, so that is computed with its graph.)
+        return value.detach() if node.needs_grad is False and torch.is_grad_enabled() else value
 
     def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
         """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.

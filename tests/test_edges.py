@@ -1,0 +1,349 @@
+"""Whoever reads deferred scores or probabilities gets native gradients: hooks, checkpoints, functions of somebody's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import attnpatch
+
+LENGTH, WIDTH = 24, 16
+
+
+class Softmax(torch.autograd.Function):
+    """Softmax with a backward pass of its own, as entmax, Megatron and DeBERTa's XSoftmax are."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        probabilities = scores.softmax(-1)
+        ctx.save_for_backward(probabilities)
+        return probabilities
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        return p * (grad - (grad * p).sum(-1, keepdim=True))
+
+
+class Doubled(torch.autograd.Function):
+    """The identity with twice its gradient: what a recipe of the values cannot know."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        return scores.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+@torch.jit.script
+def scripted(scores: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(scores * 0.2, -1)
+
+
+class MyAttention(nn.Module):
+    """Attention whose middle is given; what the middle keeps in ``seen`` is compared too."""
+
+    def __init__(self, middle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projection, self.middle, self.seen = nn.Linear(WIDTH, 3 * WIDTH), middle, {}
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x):
+        query, key, value = self.projection(x).chunk(3, -1)
+        return self.middle(self, query @ key.transpose(1, 2), query, value)
+
+
+def hook_on_scores(module, scores, query, value):
+    scores.register_hook(lambda grad: module.seen.update(scores=grad.clone()))
+    return scores.softmax(-1) @ value
+
+
+def hook_that_changes(module, scores, query, value):
+    scores = scores * 0.5
+    scores.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+    probabilities = scores.softmax(-1)
+    del scores
+    return probabilities @ value
+
+
+def retained(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    probabilities.retain_grad()
+    module.kept = probabilities
+    return probabilities @ value
+
+
+def gradient_inside(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    out = probabilities @ value
+    grads = torch.autograd.grad(out.square().sum(), [probabilities, value], retain_graph=True)
+    module.seen.update(enumerate(grads))
+    return out
+
+
+def hook_on_a_part(module, scores, query, value):
+    if not module.dropout._backward_hooks:
+        module.dropout.register_full_backward_hook(lambda m, i, o: module.seen.update(dropped=o[0].clone()))
+    return module.dropout(scores.softmax(-1)) @ value
+
+
+def detached_scores(module, scores, query, value):
+    return scores.detach().softmax(-1) @ value
+
+
+def detached_probabilities(module, scores, query, value):
+    return scores.softmax(-1).detach() @ value
+
+
+def detached_view(module, scores, query, value):
+    with torch.no_grad():
+        view = scores.unflatten(-1, (2, -1)).flatten(-2)
+    return view.softmax(-1) @ value + scores.softmax(-1) @ query
+
+
+def frozen_value(module, scores, query, value):
+    return scores.softmax(-1) @ value.detach()
+
+
+def read_without_gradients(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    with torch.no_grad():
+        module.seen.update(mean=probabilities.mean(), most=probabilities.max())
+    return probabilities @ value + probabilities.sum(-1, keepdim=True).square() + probabilities.amax().exp()
+
+
+def written_without_gradients(module, scores, query, value):
+    with torch.no_grad():
+        scores.mul_(0.5)
+    return scores.softmax(-1) @ value
+
+
+def written_through_detached(module, scores, query, value):
+    scores.detach().mul_(0.5)
+    return scores.softmax(-1) @ value
+
+
+def written_in_steps(module, scores, query, value):
+    scores *= 0.3
+    scores += torch.arange(LENGTH) * 0.01
+    scores.masked_fill_(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e4)
+    scores[:, 3] = 0
+    return scores.softmax(-1) @ value
+
+
+def result_written(module, scores, query, value):
+    out = scores.softmax(-1) @ value
+    out += query
+    return out
+
+
+def bias_written_later(module, scores, query, value):
+    bias = torch.zeros(LENGTH, LENGTH)
+    first = (scores + bias).softmax(-1) @ value
+    bias += 1 + torch.arange(LENGTH)
+    return first + (scores + bias[None]).softmax(-1) @ value
+
+
+def leaf_of_its_own(module, scores, query, value):
+    module.kept = scores.detach().softmax(-1).requires_grad_()
+    return module.kept @ value
+
+
+def used_twice(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    return probabilities @ value + probabilities.square() @ query
+
+
+def differentiated_twice(module, scores, query, value):
+    out = scores.softmax(-1) @ value
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    return out + grad.sum()
+
+
+def probabilities_differentiated_twice(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    out = probabilities @ value
+    (grad,) = torch.autograd.grad(out.square().sum(), probabilities, create_graph=True)
+    return out + grad.sum()
+
+
+def function_on_scores(module, scores, query, value):
+    return Softmax.apply(scores) @ value
+
+
+def function_with_another_gradient(module, scores, query, value):
+    return Doubled.apply(scores).softmax(-1) @ value
+
+
+def function_that_is_scripted(module, scores, query, value):
+    return scripted(scores) @ value
+
+
+def backward_from_inside(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    probabilities.square().sum().backward(retain_graph=True)
+    return probabilities @ value
+
+
+def checkpointed_softmax(module, scores, query, value):
+    return checkpoint(lambda s: s.softmax(-1), scores, use_reentrant=False) @ value
+
+
+def checkpointed_softmax_reentrant(module, scores, query, value):
+    return checkpoint(lambda s: s.softmax(-1), scores, use_reentrant=True) @ value
+
+
+def checkpointed_product(module, scores, query, value):
+    return checkpoint(lambda s, v: s.softmax(-1) @ v, scores, value, use_reentrant=False)
+
+
+def checkpointed_core(module, scores, query, value):
+    def core(q, k, v):
+        return (q @ k.transpose(1, 2)).softmax(-1).square() @ v
+
+    return checkpoint(core, query, value, value, use_reentrant=False) + scores.softmax(-1) @ value
+
+
+def checkpointed_scores_reentrant(module, scores, query, value):
+    def core(q, k):
+        return (q @ k.transpose(1, 2)).softmax(-1)
+
+    return checkpoint(core, query, value, use_reentrant=True) @ value
+
+
+MIDDLES = [
+    hook_on_scores, hook_that_changes, retained, gradient_inside, hook_on_a_part, detached_scores,
+    detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
+    written_through_detached, written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,
+    differentiated_twice, probabilities_differentiated_twice, function_on_scores, function_with_another_gradient,
+    function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
+    checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
+]  # fmt: skip
+
+
+def gradients(middle, mode):
+    """What a training step leaves: the result, whether it has a history, and every gradient."""
+    module = MyAttention(middle)
+    x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    with attnpatch.patched(module, mode=mode, min_tokens=4):
+        result = module(x)
+        result.square().sum().backward()
+        totals = attnpatch.report(module).totals
+    found = {"result": result.detach(), "weight": module.projection.weight.grad, **module.seen}
+    if hasattr(module, "kept"):
+        found["kept"] = module.kept.grad
+    return {"needs": result.requires_grad} | found, totals
+
+
+@pytest.mark.parametrize("middle", MIDDLES, ids=lambda middle: middle.__name__)
+def test_gradients_are_native(middle):
+    native, _ = gradients(middle, "never")
+    got, totals = gradients(middle, "always")
+    assert totals["by_rows"] + totals["materialised"] > 0, totals
+    assert list(got) == list(native)
+    assert got.pop("needs") == native.pop("needs")
+    for name, expected in native.items():
+        most = float(expected.abs().max()) if expected is not None and expected.numel() else 0.0
+        torch.testing.assert_close(
+            got[name], expected, rtol=1e-4, atol=1e-5 * max(1.0, most), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("needs", [(q, k, v) for q in (0, 1) for k in (0, 1) for v in (0, 1)])
+def test_requires_grad_is_native(needs):
+    """Of scores, of probabilities and of the result, whichever operands need gradients."""
+
+    class Asking(nn.Module):
+        def forward(self, query, key, value):
+            scores = query @ key.transpose(1, 2)
+            probabilities = scores.softmax(-1)
+            self.asked = [
+                tensor.requires_grad
+                for tensor in (scores, probabilities, scores > 0, scores.detach(), scores.argmax(-1))
+            ]
+            return probabilities @ value
+
+    found = []
+    for mode in ("never", "always"):
+        module, operands = Asking(), torch.randn(3, 2, LENGTH, WIDTH).unbind()
+        operands = [
+            tensor.clone().requires_grad_(bool(need)) for tensor, need in zip(operands, needs, strict=True)
+        ]
+        with attnpatch.patched(module, mode=mode, min_tokens=4, sites=[""]):
+            result = module(*operands)
+        found.append([*module.asked, result.requires_grad, result.is_leaf])
+    assert found[0] == found[1]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes of one tensor that was made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("middle", "is_whole"), [(used_twice, False), (frozen_value, False), (retained, True)]
+)
+def test_only_who_asks_gets_the_gradient_of_scores(middle, is_whole):
+    """A training step of which nobody looks at scores never holds their gradient."""
+    tokens = 2048
+    module = MyAttention(middle)
+    with attnpatch.patched(module, mode="always", rows=64, heads=1):
+        result = module(torch.randn(1, tokens, WIDTH))
+        with Largest() as held:
+            result.sum().backward()
+    assert (held.most >= tokens * tokens * 4) == is_whole
+
+
+def test_two_checkpointed_passes_of_one_size(monkeypatch):
+    """Each runs again as it ran, natively or by rows, though memory has changed since."""
+    module = MyAttention(used_twice)
+    attnpatch.apply(module, min_tokens=4)
+    x = torch.randn(2, LENGTH, WIDTH)
+    with_room = []
+    for free in ("900GB", "1GB", "900GB", "1GB"):
+        monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", free)
+        with_room.append(checkpoint(module, x, use_reentrant=False))
+    sum(result.sum() for result in with_room).backward()
+    again = module.projection.weight.grad.clone()
+    attnpatch.remove(module)
+    module.zero_grad()
+    (4 * module(x).sum()).backward()
+    torch.testing.assert_close(again, module.projection.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_narrow_dtypes_are_summed_in_float32(dtype):
+    """The error of keys' and values' gradients does not grow with the number of steps: at most 1.1 times native's."""
+    generator = torch.Generator().manual_seed(2)
+    operands = [torch.randn(2, 1024, 32, generator=generator) for _ in range(3)]
+    grad = torch.randn(2, 1024, 32, generator=generator)
+
+    class Plain(nn.Module):
+        def forward(self, query, key, value):
+            return (query @ key.transpose(1, 2) * 32**-0.5).softmax(-1) @ value
+
+    def found(dtype, **options):
+        module, tensors = Plain(), [tensor.to(dtype).requires_grad_() for tensor in operands]
+        with attnpatch.patched(module, sites=[""], min_tokens=4, **options):
+            return torch.autograd.grad(module(*tensors), tensors, grad.to(dtype))
+
+    exact = [tensor.to(dtype).double() for tensor in operands]
+    exact = [tensor.requires_grad_() for tensor in exact]
+    exact = torch.autograd.grad(Plain()(*exact), exact, grad.to(dtype).double())
+    native = found(dtype, mode="never")
+    for rows in (512, 64, 8):
+        by_rows = found(dtype, mode="always", rows=rows)
+        for mine, theirs, expected in zip(by_rows, native, exact, strict=True):
+            error, least = ((g.double() - expected).square().mean().sqrt() for g in (mine, theirs))
+            assert error <= 1.1 * least, (rows, float(error), float(least))
