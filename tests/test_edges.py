@@ -218,7 +218,7 @@ def checkpointed_scores_reentrant(module, scores, query, value):
 MIDDLES = [
     hook_on_scores, hook_that_changes, retained, gradient_inside, hook_on_a_part, detached_scores,
     detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
-    written_through_detached, written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,
+    written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,
     differentiated_twice, probabilities_differentiated_twice, function_on_scores, function_with_another_gradient,
     function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
     checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,

@@ -478,7 +478,7 @@ def wrap(node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = No
 def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
     """A step in place: the same Python object stands for the result."""
     handle = target.handle
-    if result.handle.node.stops_gradient:
+    if result.handle.node.stops_gradient and has_history(target):
         with torch._C.DisableTorchFunctionSubclass():
             target.detach_()
     elif has_history(result) or (has_history(target) and torch.is_grad_enabled()):

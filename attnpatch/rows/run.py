@@ -194,7 +194,7 @@ class Run:
         value = node.compute(tile, self)
         # Made under no_grad, or detached: no gradient passes, through views neither. (What it is made from may be kept
         # for others, so that is computed with its graph.)
-        return value.detach() if node.needs_grad is False and torch.is_grad_enabled() else value
+        return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
 
     def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
         """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
