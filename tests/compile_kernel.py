@@ -35,6 +35,9 @@ CASES = {
     "float32": {**LONG, "dtype": torch.float32},
     "narrow tiles, wide heads": {**LONG, "EVEN": False, "ROWS": 16, "KEYS": 16, "width": 256},
     "causal, capability 8.0": {**LONG, "capability": 80},
+    "float32, capability 8.6": {**LONG, "dtype": torch.float32, "capability": 86},
+    "float32, wide heads, capability 8.6": {**LONG, "dtype": torch.float32, "width": 256, "capability": 86},
+    "wide heads, capability 8.6": {**LONG, "width": 256, "capability": 86},
 }  # fmt: skip
 
 

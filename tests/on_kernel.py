@@ -1,5 +1,6 @@
 """The kernel of block mass against float64: run by ``test_fused_mass.py``, in Triton's interpreter or on a GPU."""
 
+import copy
 import dataclasses
 import math
 
@@ -256,6 +257,15 @@ def test_what_it_cannot_serve_it_says(monkeypatch):
 # ---------------------------------------------------------------------------------------- through the whole package
 
 
+def a_model():
+    """Of heads that share no keys: torch serves those in float32 in dense math on CUDA, where there is no logsumexp."""
+    model = zoo.BY_NAME["llama"].build("sdpa")
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = config.num_attention_heads
+    torch.manual_seed(0)
+    return type(model)(config).eval().to(DEVICE)
+
+
 def captured(model, inputs, **asked):
     """Maps, and what summed them; the reference is the same with the kernel left out."""
     maps = {}
@@ -276,7 +286,7 @@ def captured(model, inputs, **asked):
 
 @pytest.mark.parametrize(("padding", "heads"), [("none", "mean"), ("left", [2, 0])])
 def test_a_model_and_its_maps(padding, heads):
-    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    model = a_model()
     kernel, torch_map = captured(
         model, zoo.BY_NAME["llama"].inputs(padding), blocks=Blocks.fixed(40), heads=heads
     )
@@ -290,7 +300,7 @@ def test_a_model_and_its_maps(padding, heads):
 
 
 def test_what_the_kernel_cannot_serve_is_counted_with_its_reason():
-    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    model = a_model()
     inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
 
     def summed(**asked):
@@ -311,7 +321,7 @@ def test_what_the_kernel_cannot_serve_is_counted_with_its_reason():
 def test_a_wrong_logsumexp_is_found(when, monkeypatch):
     """In another base, as it has been; the map is right all the same."""
     inputs = zoo.BY_NAME["llama"].inputs("left")
-    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    model = a_model()
     with attnpatch.capture(model, blocks=Blocks.fixed(40), measures=["sink"]) as maps, torch.no_grad():
         model(**{name: value.to(DEVICE) for name, value in inputs.items()})
     expected = maps.block_map.to_numpy()  # by torch
@@ -353,7 +363,7 @@ def test_a_logsumexp_gone_wrong_later_is_found_by_its_sums(monkeypatch):
 def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
     monkeypatch.setattr(fused_mass, "_broken", {})
     monkeypatch.setattr(fused_mass, "_launch", lambda *_: dataclasses.fields(None))
-    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    model = a_model()
     attnpatch.apply(model, mode="never")
     inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
     with (
@@ -369,12 +379,24 @@ def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
     attnpatch.remove(model)
 
 
+def test_a_kernel_that_fails_for_one_kind_of_call_serves_the_others(monkeypatch):
+    """A card may have too little shared memory for wide heads in float32, and enough for all else."""
+    monkeypatch.setattr(fused_mass, "_broken", {})
+    wide, others = a_call(width=64), [a_call(), a_call(width=64, dtype=torch.float16)]
+    with pytest.warns(
+        UserWarning, match="float32 heads of 64 is left to torch, since Triton failed: no room"
+    ):
+        assert fused_mass.give_up(ValueError("no room"), wide["query"]) == "Triton: ValueError"
+    assert fused_mass.why_not(wide) == "Triton: ValueError"
+    assert [fused_mass.why_not(call) for call in others] == [None, None]
+
+
 def test_a_kernel_that_runs_out_of_memory_leaves_the_call_to_torch(monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(fused_mass, "_launch", fails)
-    model = zoo.BY_NAME["llama"].build("sdpa").to(DEVICE)
+    model = a_model()
     attnpatch.apply(model)
     inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
     with attnpatch.capture(model, blocks=Blocks.fixed(40)) as maps, torch.no_grad():
