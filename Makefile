@@ -35,6 +35,18 @@ $(LATEST)/$(LATEST_VERSION): $(STAMP)
 		transformers==$(LATEST_VERSION)
 	touch $@
 
+.PHONY: test-hosts test-hosts-full
+# The hosts' own common tests on small models, unpatched and with every attention by rows. HOSTS="-k Llama" runs some.
+test-hosts: venv
+	$(BIN)/python tests/hosts/run.py $(HOSTS)
+
+# The same with the hosts' own files of these models, which no distribution ships: CHECKOUT is one of their repository.
+MODELS := llama bert t5 gptj bloom mpt longformer vit whisper xlnet llava
+test-hosts-full: venv
+	test -d "$(CHECKOUT)/tests/models" || { echo "give CHECKOUT=<a checkout of transformers>"; exit 2; }
+	$(BIN)/python tests/hosts/run.py $(HOSTS) --tests $(CHECKOUT)/tests \
+		--files $(foreach model,$(MODELS),models/$(model)/test_modeling_$(model).py)
+
 venv: $(STAMP)
 
 # torch first and alone: with it in place nothing else pulls another build of it.
