@@ -15,6 +15,11 @@ def tensor(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def alike(p, v):
+    """Two functions do not ask autocast for operands of one dtype."""
+    return p, v.to(p.dtype)
+
+
 BATCHED = {
     "einsum without an arrow": lambda q, k, v: torch.einsum(
         "...ij,...jz", torch.einsum("...id,...jd", q, k).softmax(-1), v
@@ -56,7 +61,7 @@ ALONE = {
         torch.tensordot(q, k, dims=[[1], [1]]).softmax(-1), v, dims=1
     ),
     "tensordot by a number": lambda q, k, v: torch.tensordot(q, k.t(), 1).softmax(-1) @ v,
-    "inner": lambda q, k, v: torch.inner(torch.inner(q, k).softmax(-1), v.t()),
+    "inner": lambda q, k, v: torch.inner(*alike(torch.inner(q, k).softmax(-1), v.t())),
 }
 HEADS = {
     "addbmm": lambda q, k, v: torch.addbmm(q[0, :, :1], q, k.mT).softmax(-1) @ v[0],
@@ -70,6 +75,24 @@ def test_products(name):
     lead = () if name in ALONE else (2,)
     query, key, value = (tensor(*lead, TOKENS, WIDTH, seed=i) for i in range(3))
     check(formula, query, key, value, pairs=TOKENS**2)
+
+
+@pytest.mark.parametrize("name", [*BATCHED, *ALONE, *HEADS, "a table"])
+def test_under_autocast(name):
+    """A product has the dtype that autocast gives it, before it is computed and after."""
+    table = tensor(TOKENS, WIDTH, seed=3)
+    tables = {"a table": lambda q, k, v: (torch.einsum("bid,jd->bij", q, table) + q @ k.mT).softmax(-1) @ v}
+    formula = {**BATCHED, **ALONE, **HEADS, **tables}[name]
+    lead = () if name in ALONE else (2,)
+    tensors = [tensor(*lead, TOKENS, WIDTH, seed=i) for i in range(3)]
+    model = Attention(formula)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        native = model(*tensors)
+        with attnpatch.patched(model, mode="always", rows=32):
+            got = model(*tensors)
+            report = attnpatch.report(model)
+    assert got.dtype == native.dtype and torch.equal(got, native)
+    assert report.totals["materialised"] == 0 and report.totals["by_rows"] > 0, report
 
 
 OUT = {
