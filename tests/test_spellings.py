@@ -58,7 +58,7 @@ ALONE = {
     "mm": lambda q, k, v: torch.mm(q.mm(k.t()).softmax(-1), v),
     "addmm": lambda q, k, v: torch.addmm(q[:, :1], q, k.t(), beta=0.5, alpha=2.0).softmax(-1).mm(v),
     "tensordot": lambda q, k, v: torch.tensordot(
-        torch.tensordot(q, k, dims=[[1], [1]]).softmax(-1), v, dims=1
+        *alike(torch.tensordot(q, k, dims=[[1], [1]]).softmax(-1), v), dims=1
     ),
     "tensordot by a number": lambda q, k, v: torch.tensordot(q, k.t(), 1).softmax(-1) @ v,
     "inner": lambda q, k, v: torch.inner(*alike(torch.inner(q, k).softmax(-1), v.t())),
