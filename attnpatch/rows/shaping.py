@@ -35,7 +35,7 @@ def _viewed(source: DeferredRows, shape: list[int]) -> Any:
         shape = [node.shape.numel() // known if size == -1 and known else size for size in shape]
     if math.prod(shape) != node.shape.numel():
         return NotImplemented
-    is_shift = isinstance(node, strided.Strided) or strided.cuts_across(node.dims, shape)
+    is_shift = isinstance(strided.bare(node), strided.Strided) or strided.cuts_across(node.dims, shape)
     shifted = strided.viewed(node, shape) if is_shift else None
     if shifted is not None:
         return _result(source, shifted)

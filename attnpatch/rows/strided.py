@@ -144,8 +144,18 @@ def cuts_across(dims: Dims, shape: Sequence[int]) -> bool:
     return False
 
 
+def bare(node: Node) -> Node:
+    """``node``, or what it is another name of: a recipe that two tensors share has one."""
+    while (
+        type(node) is View and not (node.expand or node.stops_gradient) and node.dims == node.children[0].dims
+    ):
+        node = node.children[0]
+    return node
+
+
 def viewed(node: Node, shape: Sequence[int]) -> Node | None:
     """A ``view`` of ``node`` that ``cuts_across``; ``None`` where it is none of the kind."""
+    node = bare(node)
     if isinstance(node, Strided):
         restrided = _restrided(node, shape)
         if restrided is not None:
@@ -231,6 +241,7 @@ def _restrided(node: Strided, shape: Sequence[int]) -> Strided | None:
 
 def cut(node: Node, position: int, start: int, stop: int) -> Node:
     """``start:stop`` of one dimension."""
+    node = bare(node)
     at = position - getattr(node, "before", 0)
     if isinstance(node, Strided) and 0 <= at < len(node.middle):
         old = node.middle[at]

@@ -63,6 +63,8 @@ def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     value, call = argument(args, kwargs, 3, "value") or 0, source.handle.call
     result: Any = source
     for last, counts in enumerate(zip(amounts[::2], amounts[1::2], strict=False)):
+        if not any(counts):
+            continue
         node = result.handle.node
         position = len(node.dims) - last - 1
         start, stop = max(0, -counts[0]), node.shape[position] - max(0, -counts[1])
