@@ -117,11 +117,15 @@ def report_of(patch: Patch) -> Report:
         masks = (
             site.is_entry
             and not site.is_attention
-            and (site.counts["materialised"] or site.counts["retried"] or site.counts["failed"])
+            and (site.counts["materialised"] or site.counts["retried"])
         )
-        if masks or (site.is_attention and not site.is_candidate and (did or not inner or alone)):
+        if (
+            site.counts["failed"]
+            or masks
+            or (site.is_attention and not site.is_candidate and (did or not inner or alone))
+        ):
             counts = {name: site.counts[name] for name in TOTALS}
-            why = site.why or ("masks" if masks else "")
+            why = site.why or ("masks" if site.is_entry else "")
             sites.append(
                 SiteReport(
                     site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen,

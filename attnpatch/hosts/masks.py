@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch.errors import AttnpatchError
 from attnpatch.policy import Policy
 from attnpatch.rows import masks, positions
 from attnpatch.rows.deferred import DeferredRows, SiteCall
@@ -122,20 +123,34 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         places = [kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("q_offset", 0)]
         if torch.compiler.is_compiling() or args or any(type(number) is not int for number in places):
             return original(*args, **kwargs)
-        if "mask_function" not in kwargs or not masks.may_defer(kwargs["q_length"]):
-            return original(*args, **kwargs)
+        failure = None
         try:
-            with positions.unwatched():
-                found = _deferred(original, kwargs)
-                return _whole(original, kwargs) if found is NotImplemented else found
-        except masks.Unknown as unknown:
-            found = original(**kwargs)
-            if found is not None and not isinstance(found, DeferredRows):
-                held = _temporaries(original, kwargs)(found.numel())
-                masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found.device)
-            return found
+            if "mask_function" in kwargs and masks.may_defer(kwargs["q_length"]):
+                return _asked(original, kwargs)
+        except AttnpatchError:
+            raise
+        except Exception as error:
+            failure = error
+        found = original(**kwargs)  # whose own error comes again, and is the one that is raised
+        if failure is not None:
+            masks.failed("a mask by rows", failure)
+        return found
 
     return mask
+
+
+def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """The mask, deferred or whole, as the rule says."""
+    try:
+        with positions.unwatched():
+            found = _deferred(original, kwargs)
+            return _whole(original, kwargs) if found is NotImplemented else found
+    except masks.Unknown as unknown:
+        found = original(**kwargs)
+        if found is not None and not isinstance(found, DeferredRows):
+            held = _temporaries(original, kwargs)(found.numel())
+            masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found.device)
+        return found
 
 
 def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -22,7 +22,9 @@ def are_asked_for(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     collector = host._active_collector.get()
     if collector and any(_KIND in key for key in collector):
         return True
-    return bool(kwargs.get("output_attentions")) and type(module).__module__.startswith("transformers")
+    return bool(kwargs.get("output_attentions")) and (type(module).__module__ or "").startswith(
+        "transformers"
+    )
 
 
 def put_in(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.errors import PatchError
+from attnpatch.class_methods import changing
+from attnpatch.errors import AttnpatchError, PatchError
+from attnpatch.failures import warn_once
 from attnpatch.hosts import masks, weights
 from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
@@ -34,6 +38,7 @@ class _Thread(threading.local):
         patch: The patch whose model is being called.
         room: What is known of free memory during that call.
         is_calm: Whether nothing of that call is long, and nothing has gone by rows in it.
+        is_recorded: Whether a capture knows of the call.
         watch: Who looks at the candidate that runs.
     """
 
@@ -41,6 +46,7 @@ class _Thread(threading.local):
     patch: Patch | None = None
     room: Room | None = None
     is_calm: bool = False
+    is_recorded: bool = True
     watch: Watch | None = None
 
 
@@ -130,6 +136,17 @@ class Site:
     def summed(self, by: str) -> None:
         self.sums[by] += 1
 
+    def failed(self, where: str, error: Exception) -> None:
+        """Note an error of ours, which must not end a forward of the host.
+
+        Raises:
+            AttnpatchError: It is a refusal, meant for the user.
+        """
+        if isinstance(error, AttnpatchError):
+            raise error
+        self.counts["failed"] += 1
+        warn_once(where, error)
+
     def serve(
         self,
         forward: Callable[..., Any],
@@ -140,45 +157,76 @@ class Site:
     ) -> Any:
         """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
         first = args if is_bound else (module, *args)
-        if _thread.patch is self.patch:
-            # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
-            if not self.is_attention:
-                return forward(*first, **kwargs)
-            if (
+        if _thread.patch is not self.patch:
+            if self.is_entry:
+                return self._enter(forward, module, first, args, kwargs)
+            return self._serve(forward, module, first, args, kwargs)
+        # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
+        if not self.is_attention:
+            return forward(*first, **kwargs)
+        try:
+            is_native = (
                 _thread.is_calm
                 and self.why != CANDIDATE
                 and self.patch.recorder is None
                 and not weights.are_asked_for(module, kwargs)
                 and most_rows(args, kwargs) <= self.patch.policy.min_tokens
-            ):
-                self.counts["native"] += 1
-                return forward(*first, **kwargs)
-            return self._serve(forward, module, first, args, kwargs)
-        if not self.is_entry:
-            return self._serve(forward, module, first, args, kwargs)
-        if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
-            self.patch.was_called = True
-            self.patch.first_call(self.patch, module)
-        is_short = masks.is_short(self.patch.policy, args, kwargs)
-        outer = _thread.patch, _thread.room, _thread.is_calm
-        _thread.patch, _thread.room = self.patch, Room()
-        _thread.is_calm = is_short and not pending() and not positions.is_watching()
+            )
+        except Exception as error:
+            self.failed("the look at a short call", error)
+            is_native = True
+        if is_native:
+            self.counts["native"] += 1
+            return forward(*first, **kwargs)
+        return self._serve(forward, module, first, args, kwargs)
+
+    def _enter(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The call of a model, in which its sites are called."""
+        outer = _thread.patch, _thread.room, _thread.is_calm, _thread.is_recorded
+        contexts: list[contextlib.AbstractContextManager[Any]] = []
+        try:
+            if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
+                self.patch.was_called = True
+                self.patch.first_call(self.patch, module)
+            is_short = masks.is_short(self.patch.policy, args, kwargs)
+            is_calm = is_short and not pending() and not positions.is_watching()
+            _thread.patch, _thread.room, _thread.is_calm = self.patch, Room(), is_calm
+            if not is_short:
+                renew()
+                call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
+                is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
+                watch = positions.watched(call) if is_watched else positions.unwatched()
+                contexts = [masks.by_rows(call), watch]
+        except Exception as error:
+            _thread.patch, _thread.room, _thread.is_calm, _thread.is_recorded = outer
+            self.failed("the beginning of a model's call", error)
+            return forward(*first, **kwargs)
         # A part that is called on its own is none of the calls that a capture tells apart.
         recorder = self.patch.recorder if self.is_root else None
         try:
             if recorder is not None and not graphs.is_recorded():
-                recorder.begin_call(args, kwargs)
-            if is_short:
+                _thread.is_recorded = self._tell(
+                    recorder.begin_call, "the beginning of a captured call", args, kwargs
+                )
+            if not contexts:
                 return self._serve(forward, module, first, args, kwargs)
-            renew()
-            call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
-            is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
-            with masks.by_rows(call), positions.watched(call) if is_watched else positions.unwatched():
+            with _Around(self, *contexts):
                 return self._serve(forward, module, first, args, kwargs)
         finally:
-            _thread.patch, _thread.room, _thread.is_calm = outer
+            _thread.patch, _thread.room, _thread.is_calm, _thread.is_recorded = outer
             if recorder is not None:
-                recorder.end_call()
+                self._tell(recorder.end_call, "the end of a captured call")
+
+    def _tell(self, listener: Callable[..., Any], where: str, *args: Any) -> bool:
+        """Call something of ours; whether it did not fail."""
+        try:
+            listener(*args)
+        except Exception as error:
+            self.failed(where, error)
+            return False
+        return True
 
     def _serve(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -186,15 +234,26 @@ class Site:
         if not self.is_attention:
             return forward(*first, **kwargs)
         attend = self._judge if self.is_candidate else self._attend
-        with positions.unwatched():
+        try:
+            context = positions.unwatched() if positions.is_watching() else None
+        except Exception as error:
+            self.failed("the look at a watch", error)
+            context = None
+        if context is None:
+            return attend(forward, module, first, args, kwargs)
+        with _Around(self, context):
             return attend(forward, module, first, args, kwargs)
 
     def _judge(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """The first call of a candidate: served as attention is, which changes nothing if it is none."""
-        outer, _thread.watch = _thread.watch, Watch((args, kwargs))
-        watch = _thread.watch
+        try:
+            watch = Watch((args, kwargs), self.failed)
+        except Exception as error:
+            self.failed("the look at a first call", error)
+            return self._attend(forward, module, first, args, kwargs)
+        outer, _thread.watch = _thread.watch, watch
         paused = outer is not None and outer.is_paused
         if outer is not None:
             outer.is_paused = True
@@ -209,60 +268,80 @@ class Site:
             _thread.watch = outer
             if outer is not None:
                 outer.is_paused = paused
-        if outer is not None:
-            outer.mark(result)
-        if watch.found:
-            self.why = RECOGNISED
-        else:
-            self.patch.reject(self, module)
+        try:
+            if outer is not None:
+                outer.mark(result)
+            if watch.found or not watch.has_failed:
+                self.patch.judged(self, module, watch.found)
+        except Exception as error:
+            self.failed("what a first call has shown", error)
         return result
 
     def _attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        patch = self.patch
-        recorder = patch.recorder
-        # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
-        again = torch._C._current_graph_task_id() != -1
-        observer = None
-        if recorder is not None and recorder.wants(self.name) and graphs.is_recorded():
-            self.summed("nothing (a CUDA graph is recorded)")
-        elif recorder is not None and recorder.wants(self.name):
-            is_seen = again and not recorder.is_of_gradient
-            observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
-        asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
-        if observer is None and not asked and not pending() and not self._may_go_by_rows(args, kwargs):
+        outer = _thread.mode
+        try:
+            call = self._call_of(module, args, kwargs)
+            if call is not None:
+                mode = self.mode_class(call) if outer is None else outer
+                forward = _opened(forward)
+        except Exception as error:
+            self.failed("the beginning of an attention call", error)
+            call = None
+        if call is None:
             self.counts["native"] += 1
             return forward(*first, **kwargs)
-        if getattr(forward, "__module__", "").startswith("torch.nn.modules."):
-            forward = opened(forward)
-        call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
-        call.weights = [] if asked else None
         _thread.is_calm = False
         before = self.counts.total()
-        mode = _thread.mode
-        if mode is not None:
+        if outer is not None:
             # A site inside a site: the same mode goes on, on the inner one's account.
-            outer, mode.call = mode.call, call
+            of_outer, outer.call = outer.call, call
             try:
                 result = forward(*first, **kwargs)
             finally:
-                mode.call = outer
+                outer.call = of_outer
         else:
-            _thread.mode = self.mode_class(call)
             try:
-                with _thread.mode:
+                with _Around(self, mode) as around:
+                    _thread.mode = mode if around.entered else None
                     result = forward(*first, **kwargs)
             finally:
                 _thread.mode = None
-        if observer is not None:
-            observer.finish()
-        if call.weights:
-            result = weights.put_in(module, args, kwargs, result, call.weights)
         if self.counts.total() == before:
             self.counts["native"] += 1
             self.unseen += 1
+        if call.observer is not None:
+            self._tell(call.observer.finish, "the end of a captured attention call")
+        if call.weights:
+            try:
+                return weights.put_in(module, args, kwargs, result, call.weights)
+            except Exception as error:
+                self.failed("putting attention weights in", error)
         return result
+
+    def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> SiteCall | None:
+        """What the doors are to know of a call; ``None``: it is left alone."""
+        patch = self.patch
+        recorder = patch.recorder if _thread.is_recorded else None
+        # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
+        again = torch._C._current_graph_task_id() != -1
+        observer = None
+        if recorder is not None:
+            try:
+                if recorder.wants(self.name) and graphs.is_recorded():
+                    self.summed("nothing (a CUDA graph is recorded)")
+                elif recorder.wants(self.name):
+                    is_seen = again and not recorder.is_of_gradient
+                    observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
+            except Exception as error:
+                self.failed("the beginning of a captured attention call", error)
+        asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
+        if observer is None and not asked and not pending() and not self._may_go_by_rows(args, kwargs):
+            return None
+        call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
+        call.weights = [] if asked else None
+        return call
 
     def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether any input is long enough; decided before anything is watched, so that short calls cost nothing."""
@@ -275,6 +354,46 @@ class Site:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return False
         return policy.mode == "always" or most_rows(args, kwargs) > policy.min_tokens
+
+
+def _opened(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of torch's own that runs under a mode as it would without; any other is itself."""
+    # What exec makes may name no module.
+    if not (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules."):
+        return forward
+    if isinstance(forward, types.MethodType):
+        return types.MethodType(opened(forward.__func__), forward.__self__)
+    return opened(forward) if isinstance(forward, types.FunctionType) else forward
+
+
+class _Around:
+    """Contexts of ours around a forward of the host, which goes on if one of them fails to begin or to end.
+
+    Attributes:
+        entered: Those that have begun.
+    """
+
+    def __init__(self, site: Site, *contexts: contextlib.AbstractContextManager[Any]) -> None:
+        self.site, self.contexts = site, contexts
+        self.entered: list[contextlib.AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> _Around:
+        for context in self.contexts:
+            try:
+                context.__enter__()
+            except Exception as error:
+                self.site.failed("the beginning of a watch", error)
+            else:
+                self.entered.append(context)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for context in reversed(self.entered):
+            try:
+                context.__exit__(*exc_info)
+            except Exception as error:
+                if error is not exc_info[1]:
+                    self.site.failed("the end of a watch", error)
 
 
 class _Blind:
@@ -427,13 +546,20 @@ class Patch:
             return _thread.room
         return Room()
 
-    def reject(self, site: Site, module: nn.Module) -> None:
-        """A candidate is no attention: as if it had not been looked at."""
-        self.left_alone.append(site.name or "(model)")
-        site.is_attention, site.why = False, None
-        if not site.is_entry:
-            self.sites = [other for other in self.sites if other is not site]
-            take_out(module, site)
+    def judged(self, site: Site, module: nn.Module, is_attention: bool) -> None:
+        """The first call of a candidate has ended; where threads make it at once, the first that ends decides."""
+        with changing:
+            if not site.is_candidate:
+                return
+            if is_attention:
+                site.why = RECOGNISED
+                return
+            # As if it had not been looked at.
+            self.left_alone.append(site.name or "(model)")
+            site.is_attention, site.why = False, None
+            if not site.is_entry:
+                self.sites = [other for other in self.sites if other is not site]
+                take_out(module, site)
 
     def take_out(self, model: nn.Module) -> None:
         """Take every site of this patch out."""

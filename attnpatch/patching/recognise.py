@@ -37,7 +37,8 @@ _classes: weakref.WeakKeyDictionary[type[nn.Module], frozenset[str]] = weakref.W
 def is_candidate(module: nn.Module) -> bool:
     """Whether the code of a module's forward, and of what it calls beside its submodules, names what attention takes."""
     kind = type(module)
-    if kind.__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
+    # A class that exec makes may name no module.
+    if _is_torch(getattr(kind, "__module__", None)) or isinstance(module, torch.jit.ScriptModule):
         return False
     if kind not in _classes:
         _classes[kind] = frozenset(_words(kind.forward, kind, _DEPTH, set()))
@@ -111,13 +112,19 @@ def _is_torch(name: str | None) -> bool:
 class Watch(TorchFunctionMode):
     """Follows the inputs of one call of a candidate: to a product of two of them, its softmax, a product with that.
 
+    Args:
+        inputs: What the candidate is called with.
+        failed: Called with an error of ours, which does not end the call.
+
     Attributes:
         found: Whether all three were seen.
+        has_failed: Whether something may have been missed.
         is_paused: While an attention module inside the candidate runs: what it computes is its own.
     """
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, failed: Callable[[str, Exception], None]) -> None:
         super().__init__()
+        self.failed, self.has_failed = failed, False
         self.found = self.is_paused = False
         self.marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.mark(inputs)
@@ -132,17 +139,30 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        # Before the call: one in place changes what a tensor is.
-        given = [(tensor, self.marks.get(tensor, 0)) for tensor in _tensors((args, kwargs))]
+        try:
+            # Before the call: one in place changes what a tensor is.
+            given = [(tensor, self.marks.get(tensor, 0)) for tensor in _tensors((args, kwargs))]
+        except Exception as error:
+            self._failed(error)
+            given = []
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        try:
+            self._note(getattr(func, "__name__", ""), given, args, result)
+        except Exception as error:
+            self._failed(error)
+        return result
+
+    def _failed(self, error: Exception) -> None:
+        self.has_failed = True
+        self.failed("the look at an operation of a first call", error)
+
+    def _note(self, name: str, given: list[tuple[torch.Tensor, int]], args: Any, result: Any) -> None:
         most = max((mark for _, mark in given), default=0)
         if most:
             what = INPUT if self.is_paused else self._became(name, given, result, most)
             self.mark(result, what)
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
                 self.mark(args[:1], what)
-        return result
 
     def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]

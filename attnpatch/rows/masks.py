@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.failures import warn_once
 from attnpatch.ledger import is_plain
 from attnpatch.rows.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
 from attnpatch.rows.deferred import DeferredRows, SiteCall, wrap
@@ -133,6 +134,13 @@ def ran_out(error: RuntimeError, device: torch.device) -> bool:
         return False
     call.ran_out(error, device)
     return True
+
+
+def failed(where: str, error: Exception) -> None:
+    """An error of ours, where the host made its mask instead."""
+    if _thread.call is not None:
+        _thread.call.tally.count("failed")
+    warn_once(where, error)
 
 
 def left_whole(what: str, q_len: int, temporaries: int, device: torch.device) -> None:

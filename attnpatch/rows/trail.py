@@ -25,9 +25,15 @@ from attnpatch.rows.saved import Saved
 class _Made:
     """A tensor on the trail: the step that made it, and which of its results it is."""
 
-    def __init__(self, step: Step, index: int | None, tensor: torch.Tensor) -> None:
+    def __init__(
+        self,
+        step: Step,
+        index: int | None,
+        tensor: torch.Tensor,
+        gone: Callable[[weakref.ref[torch.Tensor]], None],
+    ) -> None:
         self.step, self.index = step, index
-        self.reference = weakref.ref(tensor)
+        self.reference = weakref.ref(tensor, gone)
         self.storage = tensor.untyped_storage().data_ptr()
 
     def again(self, call: SiteCall) -> Any:
@@ -192,15 +198,19 @@ class Trail:
             self._keep(step, None, target)
 
     def _keep(self, step: Step, index: int | None, tensor: torch.Tensor) -> None:
-        self._made[id(tensor)] = _Made(step, index, tensor)
+        """Remember how a tensor was made, as long as it lives: its step holds the query of its layer."""
+        made, key = self._made, id(tensor)
+
+        def gone(reference: weakref.ref[torch.Tensor]) -> None:
+            # Another tensor may have its id by now.
+            if key in made and made[key].reference is reference:
+                del made[key]
+
+        made[key] = _Made(step, index, tensor, gone)
 
     def _forget(self, *written: torch.Tensor) -> None:
         """Somebody overwrote a tensor: what was made of it cannot be made again."""
         storages = {tensor.untyped_storage().data_ptr() for tensor in written}
-        self._made = {
-            key: made
-            for key, made in self._made.items()
-            if made.reference() is not None
-            and made.storage not in storages
-            and not made.step.reads & storages
-        }
+        for key, made in list(self._made.items()):
+            if made.storage in storages or made.step.reads & storages:
+                self._made.pop(key, None)
