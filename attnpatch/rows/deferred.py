@@ -12,12 +12,11 @@ import torch
 
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
-from attnpatch.rows import checkpoints, edges
+from attnpatch.rows import checkpoints, edges, sharing
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
-from attnpatch.rows.recipe import Node, View, graph, map_structure, tensors_of
+from attnpatch.rows.recipe import Node, View, map_structure, tensors_of
 from attnpatch.rows.replay import Look, Replay
-from attnpatch.rows.run import Run
 
 
 class Tally(Protocol):
@@ -189,19 +188,23 @@ class Handle:
         edge: The history it was given; another one means that somebody below Python's reach has made something of it.
         values: All of it, without history, once somebody needed it.
         written: The tensor that stands for it, history included, once it was written to in place.
-        family: Handles that share memory with this one (views of each other), itself included.
+        memory: What it shares with views of it, or with what it is a view of.
+        path: Steps from the memory as a whole to this tensor.
         pending: The deferred tensors of the thread it was made in.
     """
 
-    def __init__(self, node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> None:
+    def __init__(
+        self, node: Node, call: SiteCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
+    ) -> None:
         self.node, self.call = node, call
         self.edge: Any = None
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
         self._bridged: tuple[torch.Tensor, Any] | None = None
         self._tensor: weakref.ref[DeferredRows] | None = None
-        self.family = weakref.WeakSet() if family is None else family
-        self.family.add(self)
+        self.memory = sharing.Memory(node) if memory is None else memory
+        self.memory.members.add(self)
+        self.path = path
         self.pending = _thread.pending
         self.pending.add(self)
 
@@ -211,7 +214,14 @@ class Handle:
 
     @property
     def tensor(self) -> DeferredRows | None:
+        """That object, while it is alive."""
         return None if self._tensor is None else self._tensor()
+
+    def forget(self) -> None:
+        """What was computed is no longer what the recipe says."""
+        self.values = self._bridged = None
+        if self.written is None:
+            self.pending.add(self)
 
     @property
     def is_computed(self) -> bool:
@@ -232,8 +242,7 @@ class Handle:
             return self.written
         if self.values is None:
             with torch.no_grad():
-                self.values = self.call.replay(self.node)
-            self.pending.discard(self)
+                sharing.compute(self)
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
             return self.values
@@ -251,26 +260,13 @@ class Handle:
             self.edge = edges.history(tensor)
 
     def is_shared(self) -> bool:
-        return len(self.family) > 1
+        return bool(self.memory.others(self))
 
     def settle_family(self, operation: str) -> None:
         """Turn all views of one matrix into views of one tensor, so that a write to one is seen by all."""
-        members = list(self.family)
-        nodes = {id(node): node for member in members for node in graph(member.node)}
-        # The matrix they are views of: the deepest node that all of them are computed from.
-        reach = [{id(node) for node in graph(member.node)} for member in members]
-        common = set.intersection(*reach)
-        base = max((nodes[i] for i in common), key=lambda node: len(list(graph(node))))
-        self.call.tally.materialised(operation)
-        # A write under no_grad leaves the history as it is.
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() or any(node.needs_grad for node in nodes.values())
-        ):
-            tensor = self.call.replay(base)
-            for member in members:
-                run = Run(member.node)
-                run.fix(base, tensor)
-                member.is_written(run.value(member.node, {}))
+        if self.memory.whole is None:
+            self.call.tally.materialised(operation)
+        sharing.settle(self)
 
     def preserve(self, storage: int) -> None:
         """Keep the present values of what the recipe reads from a storage that is about to be written to."""
@@ -329,6 +325,12 @@ _OBSERVING = frozenset(["register_hook", "retain_grad", "grad", "backward"])
 _METHODS = frozenset(
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
     "is_contiguous __len__ is_inference storage_offset is_same_size __hash__ requires_grad_".split()
+)
+
+
+# What a write may change (``unsqueeze_``), and what the wrapper does not know.
+_GEOMETRY = frozenset(
+    "shape size dim ndim ndimension numel nelement stride is_contiguous storage_offset __len__".split()
 )
 
 
@@ -398,6 +400,14 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = func.__self__.__name__
+        is_attribute = True
+    else:
+        is_attribute = False
+    if name in _GEOMETRY and isinstance(args[0], DeferredRows):
+        found = sharing.geometry(args[0].handle, name, func, args[1:], kwargs)
+        if found is not None:
+            return found
+    if is_attribute:
         if name in _ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -466,11 +476,20 @@ def computed(value: Any, operation: str = "a function with a backward pass of it
     return value
 
 
-def wrap(node: Node, call: SiteCall, family: weakref.WeakSet[Handle] | None = None) -> DeferredRows:
-    """A deferred tensor for a recipe, with the history that the tensor would have."""
+def wrap(
+    node: Node, call: SiteCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
+) -> DeferredRows:
+    """A deferred tensor for a recipe, with the history that the tensor would have.
+
+    Args:
+        node: The recipe.
+        call: Where it belongs.
+        memory: What it shares memory with, if it is a view.
+        path: The steps from there to the recipe.
+    """
     if node.needs_grad is not None:
         node = View(node, node.dims)  # another tensor's recipe
-    tensor = DeferredRows(Handle(node, call, family))
+    tensor = DeferredRows(Handle(node, call, memory, path))
     tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
     return tensor
 
@@ -484,6 +503,8 @@ def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
     elif has_history(result) or (has_history(target) and torch.is_grad_enabled()):
         edges.adopt(target, result)
     handle.node = result.handle.node
+    if not handle.path:
+        handle.memory.recipe, handle.memory.whole = handle.node, None
     handle.node.carrier = weakref.ref(target)
     handle.edge = edges.history(target)
     return target

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows import sharing
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.axes import KEY, Axis, Tile, flat_range, fresh, leaves, local_shape
 from attnpatch.rows.deferred import DeferredRows, wrap
@@ -123,7 +124,9 @@ def triangle(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         return NotImplemented
     node = args[0].handle.node
     # The dimensions may be one axis: a matrix added to its own transpose.
-    return wrap(Triangle(node, getattr(torch, name), diagonal), args[0].handle.call)
+    found = Triangle(node, getattr(torch, name), diagonal)
+    found.native = (found.func, (diagonal,), {})
+    return wrap(found, args[0].handle.call)
 
 
 def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -140,7 +143,7 @@ def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     if all(axis.kind == KEY for axis in leaves(node.dims[first])):
         first, second, offset = second, first, -offset
     found = Diagonal(node, offset, first, second)
-    return wrap(found, args[0].handle.call) if found.axis.size else NotImplemented
+    return sharing.view(args[0], found, (func, args[1:], kwargs)) if found.axis.size else NotImplemented
 
 
 def diag_embed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -28,6 +28,8 @@ class Dropout(Node):
     sample of the same distribution, the same for a row however often and in whatever tile it is computed.
     """
 
+    copies_layout = True
+
     def __init__(self, child: Node, p: float) -> None:
         self.children = (child,)
         self.dims, self.dtype, self.device = child.dims, child.dtype, child.device

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows import layouts
 from attnpatch.rows.arguments import argument, deferred_in
 from attnpatch.rows.blank import Blank
 from attnpatch.rows.deferred import DeferredRows, wrap
 from attnpatch.rows.masks import Filled
-from attnpatch.rows.recipe import map_structure
+from attnpatch.rows.recipe import Node, map_structure
 
 # What they return is small, or of a size that the caller names.
 _ASKING = (
@@ -72,8 +73,12 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         return asked(name, func, args, kwargs)
     dtype = kwargs.get("dtype") or node.dtype
     if kind == "empty":
-        return wrap(Blank.like(node, dtype), source.handle.call)
-    return wrap(Filled(value, node.dims, dtype, node.device), source.handle.call)
+        made: Node = Blank.like(node, dtype)
+    else:
+        made = Filled(value, node.dims, dtype, node.device)
+    if name.endswith("_like"):
+        made.shadow = layouts.like(node)
+    return wrap(made, source.handle.call)
 
 
 def _are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from attnpatch.rows import both_sides
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
-from attnpatch.rows.recipe import Call, Leaf, Node, graph
+from attnpatch.rows.recipe import Call, Leaf, Node, View, graph
 from attnpatch.rows.replay import Look
 from attnpatch.rows.spellings import NAMES, Product, parse
 
@@ -303,10 +303,14 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
     if observer is None or observer.is_of_gradient:
         return None
     node = probabilities
-    while isinstance(node, Dropout) or (
-        isinstance(node, Call)
-        and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
-        and len(node.children) == 1
+    while (
+        isinstance(node, Dropout)
+        or (isinstance(node, View) and node.dims == node.children[0].dims)
+        or (
+            isinstance(node, Call)
+            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
+            and len(node.children) == 1
+        )
     ):
         node = node.children[0]
     normalised = {leaf for step in graph(node) for leaf in leaves(step.whole)}

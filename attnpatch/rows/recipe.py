@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch.errors import AttnpatchError
-from attnpatch.rows.axes import LEAST, Axis, Dims, Tile, leaves, local_shape, size_of, take
+from attnpatch.rows.axes import LEAST, Axis, Dim, Dims, Tile, leaves, local_shape, size_of, take
 
 if TYPE_CHECKING:
     from attnpatch.rows.run import Run
@@ -46,6 +46,11 @@ class Node:
         twin: The copy without tensors that backward passes keep.
         reached: Tensors that its gradients go to.
         saved: Tensors that edges up to its own have saved for the backward pass.
+        native: The function of torch that the step stands for, and its arguments after the first, where that is not
+            what computes it.
+        copies_layout: Whether its result lies in memory as a copy of its first child would.
+        laid_as: The node whose native strides it has, where those are not of its own making (a write in place).
+        shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
     """
 
     stands_for_memory = False
@@ -60,6 +65,10 @@ class Node:
     twin: Node | None = None
     reached: Sequence[Leaf] = ()
     saved: frozenset[Leaf] = frozenset()
+    native: tuple[Callable[..., Any], Any, dict[str, Any]] | None = None
+    copies_layout = False
+    laid_as: Node | None = None
+    shadow: Any = None
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
@@ -262,7 +271,10 @@ class Child:
 
 
 class View(Node):
-    """The same elements in the same order under another shape (view, squeeze, unsqueeze, expand)."""
+    """The same elements in the same order, as a rule under another shape (view, squeeze, unsqueeze, expand, clone)."""
+
+    is_detached = False  # ``detach`` or ``data``: what is written to it is not its operand's history
+    forgets_versions = False  # ``data``: a write through it is not noticed by autograd
 
     def __init__(self, child: Node, dims: Dims, expand: bool = False) -> None:
         self.children = (child,)
@@ -270,26 +282,29 @@ class View(Node):
         self.expand = expand
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
-        value = run.value(self.children[0], tile)
-        shape = local_shape(self.dims, tile)
+        return self.of(run.value(self.children[0], tile), local_shape(self.dims, tile))
+
+    def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
+        """This view of a tensor, in a shape."""
+        if self.is_detached:
+            value = value.data if self.forgets_versions else value.detach()
         return value.expand(shape) if self.expand else value.reshape(shape)
 
 
 class Cut(Node):
-    """``start:stop`` of one dimension; only those elements are computed where the dimension can be tiled."""
+    """``start:stop:step`` of one dimension; only those elements are computed where the dimension can be tiled."""
 
     renames_axes = True
 
-    def __init__(self, child: Node, position: int, start: int, stop: int) -> None:
+    def __init__(self, child: Node, position: int, start: int, stop: int, step: int = 1) -> None:
         self.children = (child,)
         self.dtype, self.device = child.dtype, child.device
-        self.position, self.start = position, start
+        self.position, self.start, self.step = position, start, step
         old = child.dims[position]
         kind = old[-1].kind if old else "lead"
-        self.axis = Axis(stop - start, kind)
-        self.dims = (
-            child.dims[:position] + ((self.axis,) if stop - start != 1 else (),) + child.dims[position + 1 :]
-        )
+        self.axis = Axis(-(-(stop - start) // step), kind)
+        new: Dim = (self.axis,) if self.axis.size != 1 else ()
+        self.dims = (*child.dims[:position], new, *child.dims[position + 1 :])
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         child = self.children[0]
@@ -299,18 +314,35 @@ class Cut(Node):
         if len(new) == 1 and new[0] in tile:
             low, high = tile[new[0]]
         if len(old) == 1 and old[0] not in run.whole and len(new) <= 1:
-            low, high = self.start + low, self.start + high
-            first, last = widened(low, high, old[0])
-            value = run.value(child, {**tile, old[0]: (first, last)})
-            return (
-                value
-                if (first, last) == (low, high)
-                else value.narrow(self.position, low - first, high - low)
-            )
-        value = run.value(child, tile).narrow(self.position, self.start, self.axis.size)
+            low, high = self.start + low * self.step, self.start + (high - 1) * self.step + 1
+            return within(run, child, self.position, old[0], (low, high), tile, self.step)
+        value = self.of(run.value(child, tile))
         return take(
             value, tuple((self.axis,) if i == self.position else () for i in range(value.dim())), tile
         )
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """This slice of a whole tensor."""
+        stop = self.start + (self.axis.size - 1) * self.step + 1
+        return _every(value, self.position, self.start, stop, self.step)
+
+
+def within(
+    run: Run, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
+) -> torch.Tensor:
+    """A range of a leaf axis, which is the dimension ``position`` of ``node``, inside ``tile`` along the others."""
+    low, high = span
+    first, last = widened(low, high, axis)
+    value = run.value(node, {**tile, axis: (first, last)})
+    return _every(value, position, low - first, high - first, step)
+
+
+def _every(value: torch.Tensor, position: int, start: int, stop: int, step: int) -> torch.Tensor:
+    if (start, stop, step) == (0, value.shape[position], 1):
+        return value
+    if step == 1:
+        return value.narrow(position, start, stop - start)
+    return value[(*[slice(None)] * position, slice(start, stop, step))]
 
 
 def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class Written(Node):
             region's axis.
     """
 
-    renames_axes = True
+    renames_axes = copies_layout = True
 
     def __init__(self, child: Node, regions: list[Region | None], source: Node) -> None:
         self.children = (child, source)
@@ -118,6 +118,8 @@ class Indexed(Node):
             differently; ``None``: replace.
         spread: Whether the source has ``count`` elements in that place, or one for all.
     """
+
+    copies_layout = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows import diagonals, into, metadata, products, shaping, tables, within
+from attnpatch.rows import diagonals, into, metadata, products, shaping, sharing, tables, within
 from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
@@ -37,20 +37,37 @@ Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
 # Operators that write to their first operand and do not end in one ``_``, and what they do.
 _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift floordiv mod".split()}
 
+# Where functions are told to write to their first argument.
+FLAGS = {
+    **dict.fromkeys("relu relu6 selu silu mish hardsigmoid hardswish".split(), 1),
+    **dict.fromkeys("leaky_relu elu celu".split(), 2),
+    **dict.fromkeys("hardtanh threshold dropout alpha_dropout".split(), 3),
+    "rrelu": 4,
+}
+
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Extend the recipe if the function is in the table, otherwise compute what is deferred and call it."""
-    given = args
+    given, flag = args, _flag(name, args, kwargs)
+    is_write = writes(name) or flag is not None
+    if args and isinstance(args[0], DeferredRows) and args[0].handle.values is not None:
+        if is_write:
+            sharing.begins_anew(args[0].handle)
+        elif name in shaping.VIEWS and not sharing.is_whole(args[0].handle):
+            return _viewed(name, func, args, kwargs)
+    out = kwargs.get("out")
+    if isinstance(out, DeferredRows) and sharing.is_part(out.handle):
+        out.handle.settle_family(name)
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
     if not any(is_pending(value) for value in tensors_in(args, kwargs)):
-        if writes(name) and given and isinstance(given[0], DeferredRows):
+        if is_write and given and isinstance(given[0], DeferredRows):
             return _write(name, func, given, kwargs)
         return func(*args, **kwargs)
     if not args and "input" in kwargs and name != "where":
         args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
     if kwargs.get("out") is None:
-        if writes(name) and args and is_pending(args[0]):
-            return _in_place(name, func, args, kwargs)
+        if is_write and args and is_pending(args[0]):
+            return _in_place(name, func, args, kwargs, flag)
         handler = HANDLERS.get(name)
         if name in shaping.LIKE and not is_pending(args[0]) and len(args) == 2 and not kwargs:
             return getattr(torch.Tensor, shaping.LIKE[name])(args[0], args[1].shape)
@@ -60,8 +77,10 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
                 return _counted(name, result)
     elif (written := into.written(name, func, args, kwargs)) is not NotImplemented:
         return written
-    if writes(name) and args and isinstance(args[0], torch.Tensor):
+    if is_write and args and isinstance(args[0], torch.Tensor):
         return _write(name, func, args, kwargs)
+    if name in sharing.ALIASES and is_pending(args[0]) and sharing.is_part(args[0].handle):
+        args[0].handle.settle_family(name)
     return func(*settle(args, name), **settle(kwargs, name))
 
 
@@ -80,8 +99,7 @@ def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("out") is not None or not all(map(is_pending, deferred_in(args, kwargs))):
         return NotImplemented
     if name in _SAME:
-        handle = args[0].handle
-        return wrap(handle.node, handle.call, handle.family)
+        return shaping.same(name, torch.Tensor.detach, args[:1], {})
     if name in _MADE:
         return _MADE[name](args[0].shape, dtype=args[0].dtype, device=args[0].device)
     if name == "view":
@@ -123,7 +141,7 @@ def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A write that no recipe can express: to a real tensor, after whatever reads it has kept its values."""
     target = args[0]
-    if is_pending(target) and target.handle.is_shared():
+    if isinstance(target, DeferredRows) and sharing.is_part(target.handle):
         target.handle.settle_family(name)
     real = target
     if isinstance(target, DeferredRows):
@@ -138,18 +156,47 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return target if result is real else result
 
 
-def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``scores += bias``: the recipe goes on, and the same Python object stands for the result."""
+def _viewed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A view of something that was computed while what it is a part of was not."""
+    with sharing.as_recipe(args[0].handle) as views:
+        result = apply(name, func, args, kwargs)
+        views += deferred_in([result], {})
+    return result
+
+
+Plain = tuple[Any, dict[str, Any]]
+
+
+def _flag(name: str, args: Any, kwargs: dict[str, Any]) -> Plain | None:
+    """The arguments without ``inplace=True``, if a function has it."""
+    place = FLAGS.get(name)
+    if place is None or not argument(args, kwargs, place, "inplace", False):
+        return None
+    return args[:place], {key: kwargs[key] for key in kwargs if key != "inplace"}
+
+
+def _in_place(
+    name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], flag: Plain | None = None
+) -> Any:
+    """``scores += bias``: the recipe goes on, and the same Python object stands for the result.
+
+    Args:
+        name: Of the function, with a ``_`` at its end if it has no flag.
+        func, args, kwargs: The call.
+        flag: The arguments without ``inplace=True``.
+    """
     target: DeferredRows = args[0]
-    plain = _PLAIN.get(name, name[:-1])
+    plain, given = _PLAIN.get(name, name[:-1]), (args, kwargs)
     handler, base = writing.IN_PLACE.get(name), func
-    if handler is None:
+    if flag is not None:
+        plain, handler, given = name, HANDLERS.get(name), flag
+    elif handler is None:
         handler, base = HANDLERS.get(plain), getattr(torch.Tensor, plain, None) or getattr(F, plain, None)
     # Under no_grad a step in place changes the values and leaves the history as it is.
-    is_silent = has_history(target) and not torch.is_grad_enabled()
-    if base is None or handler is None or is_silent:
+    is_silent = not torch.is_grad_enabled() and sharing.has_history(target.handle)
+    if base is None or handler is None or is_silent or plain in shaping.HANDLERS:
         return _write(name, func, args, kwargs)
-    result = handler(name if base is func else plain, base, args, kwargs)
+    result = handler(name if base is func else plain, base, *given)
     old = target.handle.node
     if (
         result is NotImplemented
@@ -161,9 +208,27 @@ def _in_place(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     if node.dtype != old.dtype:
         node = Call(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
         result = wrap(node, target.handle.call)
-    if not target.handle.is_shared():
-        return goes_on_as(target, result)
-    return target if writing.carried(target.handle, result) else _write(name, func, args, kwargs)
+    return target if _carried(target, result) else _write(name, func, args, kwargs)
+
+
+def _carried(target: DeferredRows, result: DeferredRows) -> bool:
+    """Let a result stand for what was written to, and for its part of all that shares memory with it, if nodes can say it."""
+    if result is target:
+        return True
+    if has_history(target) and not has_history(result):
+        return False  # what is filled keeps its history natively, and hands no gradient on
+    node = result.handle.node
+    found = sharing.written(target.handle, node)
+    if found is None:
+        return False
+    for handle in sorted(found, key=lambda handle: len(handle.path)):
+        handle.forget()
+        tensor, now = handle.tensor, result if found[handle] is node else wrap(found[handle], handle.call)
+        if tensor is None:
+            handle.node = now.handle.node
+        else:
+            goes_on_as(tensor, now)
+    return True
 
 
 def node_for(value: torch.Tensor, dims: Dims) -> Node:
@@ -209,8 +274,6 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
 
 
 def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("inplace"):
-        return NotImplemented
     tensors = tensors_in(args, kwargs)
     first = first_deferred(args, kwargs)
     if any(value.device != first.device and value.dim() for value in tensors):
@@ -308,10 +371,6 @@ def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     )
 
 
-def contiguous(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return args[0]
-
-
 def _dims_of(node: Node, dim: Any) -> list[int] | None:
     """Positions named by a ``dim`` argument, or ``None`` if it names none."""
     if isinstance(dim, int) and not isinstance(dim, bool):
@@ -405,10 +464,6 @@ def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented
     if not training or p == 0.0:
         return source
-    if argument(args, kwargs, 3, "inplace", False):
-        if source.handle.is_shared():
-            return NotImplemented
-        return goes_on_as(source, wrap(Dropout(source.handle.node, p), source.handle.call))
     return wrap(Dropout(source.handle.node, p), source.handle.call)
 
 
@@ -451,7 +506,6 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(REDUCING, reducing),
     **dict.fromkeys(PAIRS, pairs),
     **dict.fromkeys(CASTS, cast),
-    "contiguous": contiguous,
     "dropout": dropout,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
     **shaping.HANDLERS,

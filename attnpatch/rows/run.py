@@ -60,9 +60,9 @@ class Run:
         self._buffers: dict[Node, torch.Tensor] = {}
         self._padded: dict[Node, bool] = {}
         self._is_watched = False
-        self._kept: dict[tuple[Node, Any], Any] = {}
-        self._moving: list[tuple[Node, Any]] = []
-        self._of_rows: dict[Node, tuple[Node, Any]] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._moving: list[tuple[Any, ...]] = []
+        self._of_rows: dict[Node, tuple[Any, ...]] = {}
 
     def _renamed(self) -> Iterator[Axis]:
         """Axes of rows that go by another name above a slice or a shift, where a step has a range of them all the same."""
@@ -169,7 +169,8 @@ class Run:
         shared = node in self.shared
         if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
             return self._computed(node, own)
-        key = (node, tuple(own.items()))
+        # What a mask was made of under no_grad has no graph, and may be needed with one.
+        key = (node, tuple(own.items()), torch.is_grad_enabled())
         if key in self._kept:
             return self._kept[key]
         if shared:

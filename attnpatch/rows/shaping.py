@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from attnpatch.rows import strided
+from attnpatch.rows import indexing, layouts, sharing, strided
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.axes import Dim, Dims, fresh, regroup, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
 from attnpatch.rows.recipe import Call, Node, View
 
+Native = tuple[Callable[..., Any], Any, dict[str, Any]]
 
-def _result(source: DeferredRows, node: Node) -> DeferredRows:
-    """A deferred tensor that shares memory with ``source``, as torch's own views do."""
-    return wrap(node, source.handle.call, source.handle.family)
+
+def _result(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+    """A deferred tensor that shares memory with ``source``, as torch's own views do.
+
+    Args:
+        source: What it is a view of.
+        node: Its recipe, made of the source's by nodes of one child each.
+        native: torch's function and its arguments after the first.
+    """
+    return sharing.view(source, node, native)
+
+
+def _or_copy(source: DeferredRows, node: Node | None, native: Native) -> Any:
+    """The result of a function that gives its operand itself, a view of it or a copy, as strides have it."""
+    func, args, kwargs = native
+    own = source.handle.node
+    result = layouts.applied(own, func, args, kwargs)
+    if node is None or result is None:
+        return NotImplemented
+    if result is layouts.shadow(own):
+        return source
+    if layouts.is_view(result, own):
+        return _result(source, node, native)
+    return wrap(sharing.of_function(node, own, native), source.handle.call)
 
 
 def _sizes(args: Any, kwargs: dict[str, Any], name: str) -> list[int] | None:
@@ -28,7 +51,7 @@ def _sizes(args: Any, kwargs: dict[str, Any], name: str) -> list[int] | None:
     return list(given) if all(isinstance(size, int) for size in given) else None
 
 
-def _viewed(source: DeferredRows, shape: list[int]) -> Any:
+def _viewed(source: DeferredRows, shape: list[int], native: Native) -> Any:
     node = source.handle.node
     if -1 in shape:
         known = math.prod(size for size in shape if size != -1)
@@ -38,18 +61,21 @@ def _viewed(source: DeferredRows, shape: list[int]) -> Any:
     is_shift = isinstance(strided.bare(node), strided.Strided) or strided.cuts_across(node.dims, shape)
     shifted = strided.viewed(node, shape) if is_shift else None
     if shifted is not None:
-        return _result(source, shifted)
+        return _or_copy(source, shifted, native)
     dims = regroup(node.dims, shape)
-    return NotImplemented if dims is None else _result(source, View(node, dims))
+    return _or_copy(source, None if dims is None else View(node, dims), native)
 
 
 def view(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     shape = _sizes(args, kwargs, "shape" if name == "reshape" else "size")
-    return NotImplemented if shape is None else _viewed(args[0], shape)
+    return NotImplemented if shape is None else _viewed(args[0], shape, (func, args[1:], kwargs))
 
 
 def view_as(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return _viewed(args[0], list(args[1].shape)) if isinstance(args[0], DeferredRows) else NotImplemented
+    if not isinstance(args[0], DeferredRows):
+        return NotImplemented
+    shape = list(args[1].shape)
+    return _viewed(args[0], shape, (getattr(torch.Tensor, LIKE[name]), (shape,), {}))
 
 
 def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -58,7 +84,12 @@ def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     end = args[2] if len(args) > 2 else kwargs.get("end_dim", -1)
     shape = list(source.shape)
     start, end = start % len(shape), end % len(shape)
-    return _viewed(source, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
+    flat = [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]]
+    return _viewed(source, flat, (func, args[1:], kwargs))
+
+
+def ravel(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return _viewed(args[0], [args[0].handle.node.shape.numel()], (func, args[1:], kwargs))
 
 
 def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -71,13 +102,14 @@ def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     dim %= len(shape)
     if -1 in sizes:
         sizes[sizes.index(-1)] = shape[dim] // -math.prod(sizes)
-    return _viewed(source, [*shape[:dim], *sizes, *shape[dim + 1 :]])
+    return _viewed(source, [*shape[:dim], *sizes, *shape[dim + 1 :]], (func, args[1:], kwargs))
 
 
 def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % (len(node.dims) + 1)
-    return _result(args[0], View(node, (*node.dims[:dim], (), *node.dims[dim:])))
+    dims = (*node.dims[:dim], (), *node.dims[dim:])
+    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
 
 
 def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -89,13 +121,14 @@ def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         asked = [asked]
     gone = {dim % len(node.dims) for dim in asked}
     dims = tuple(dim for i, dim in enumerate(node.dims) if i not in gone or size_of(dim) != 1)
-    return _result(args[0], View(node, dims))
+    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
 
 
 def _permuted(source: DeferredRows, order: list[int]) -> DeferredRows:
     node = source.handle.node
     dims = tuple(node.dims[i] for i in order)
-    return _result(source, Call(torch.permute, (node, order), {}, dims, node.dtype, node.device))
+    call = Call(torch.permute, (node, order), {}, dims, node.dtype, node.device)
+    return _result(source, call, (torch.permute, (order,), {}))
 
 
 def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -125,12 +158,23 @@ def permute(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 
 
 def movedim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if len(args) != 3 or not isinstance(args[1], int) or not isinstance(args[2], int):
-        return NotImplemented
     count = len(args[0].handle.node.dims)
-    order = [dim for dim in range(count) if dim != args[1] % count]
-    order.insert(args[2] % count, args[1] % count)
-    return _permuted(args[0], order)
+    moved, places = (
+        _positions(argument(args, kwargs, i, key), count) for i, key in ((1, "source"), (2, "destination"))
+    )
+    if moved is None or places is None or len(moved) != len(places):
+        return NotImplemented
+    order = [dim for dim in range(count) if dim not in moved]
+    for place, dim in sorted(zip(places, moved, strict=True)):
+        order.insert(place, dim)
+    return _permuted(args[0], order) if sorted(order) == list(range(count)) else NotImplemented
+
+
+def _positions(dims: Any, count: int) -> list[int] | None:
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return None
+    return [dim % count for dim in dims]
 
 
 def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -151,86 +195,131 @@ def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         if size_of(own) != 1 and size not in (-1, size_of(own)):
             return NotImplemented
         dims.append(own if size_of(own) != 1 or size == -1 else new)
-    return _result(source, View(node, tuple(dims), expand=True))
+    return _result(source, View(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
 
 
-def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Slices without a step, integers, ``None`` and ``...``: only the elements asked for will be computed."""
-    source, index = args
-    if not isinstance(source, DeferredRows):
-        return NotImplemented
+def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operand itself, another view of all of it, or a copy: ``contiguous``, ``alias``, ``positive``, ``clone``."""
+    source = args[0]
     node = source.handle.node
-    index = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, torch.Tensor) for item in index):
+    if name == "real" and node.dtype.is_complex:
         return NotImplemented
-    taken = sum(item is not None and item is not Ellipsis for item in index)
-    if index.count(Ellipsis) > 1 or taken > len(node.dims):
+    found = View(node, node.dims)
+    found.is_detached = found.stops_gradient = name in ("detach", "data")
+    found.forgets_versions = name == "data"
+    return _or_copy(source, found, (func, args[1:], kwargs))
+
+
+def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Computed, since that is what is meant; and the operand itself where it is on CPU and others share its memory."""
+    source = args[0]
+    if source.device.type != "cpu" or not source.handle.is_shared():
         return NotImplemented
-    if Ellipsis not in index:
-        index.append(Ellipsis)
-    place = index.index(Ellipsis)
-    index[place : place + 1] = [slice(None)] * (len(node.dims) - taken)
-    position, gone, new = 0, [], []
-    for item in index:
-        if item is None:
-            new.append(None)
-            continue
-        size = node.shape[position]
-        if isinstance(item, slice):
-            start, stop, step = item.indices(size)
-            if step != 1 or stop <= start:
-                return NotImplemented
-        elif isinstance(item, int) and not isinstance(item, bool) and -size <= item < size:
-            start, stop = item % size, item % size + 1
-            gone.append(position)
-        else:
-            return NotImplemented
-        if (start, stop) != (0, size):
-            node = strided.cut(node, position, start, stop)
-        new.append(position)
-        position += 1
-    dims = tuple(() if i is None else node.dims[i] for i in new if i not in gone)
-    return _result(source, node if dims == node.dims else View(node, dims))
+    source.handle.materialise(name)
+    return source
+
+
+def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``atleast_2d`` and its kind, of one tensor that has as many dimensions."""
+    if len(args) != 1 or not isinstance(args[0], DeferredRows) or args[0].dim() < int(name[-2]):
+        return NotImplemented
+    return same(name, func, args, kwargs)
 
 
 def narrow(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if len(args) != 4 or not all(isinstance(value, int) for value in args[1:]):
+    dim, start, length = (
+        argument(args, kwargs, i + 1, key) for i, key in enumerate(("dim", "start", "length"))
+    )
+    if not all(isinstance(value, int) for value in (dim, start, length)):
         return NotImplemented
-    _, dim, start, length = args
+    size = args[0].shape[dim]
+    start += size * (start < 0)
+    if not 0 <= start <= start + length <= size:
+        return NotImplemented
     return _along(args[0], dim, slice(start, start + length))
 
 
 def select(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if len(args) != 3 or not all(isinstance(value, int) for value in args[1:]):
+    dim, at = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    if not isinstance(dim, int) or not isinstance(at, int):
         return NotImplemented
-    return _along(args[0], args[1], args[2])
+    return _along(args[0], dim, at)
 
 
 def _along(source: DeferredRows, dim: int, item: Any) -> Any:
     index = [slice(None)] * len(source.handle.node.dims)
     index[dim] = item
-    return getitem("__getitem__", torch.Tensor.__getitem__, (source, tuple(index)), {})
+    return indexing.getitem("__getitem__", torch.Tensor.__getitem__, (source, tuple(index)), {})
+
+
+def unbind(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    dim = argument(args, kwargs, 1, "dim", 0)
+    if not isinstance(dim, int):
+        return NotImplemented
+    return _pieces(_along(args[0], dim, i) for i in range(args[0].shape[dim]))
+
+
+def iterate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    found = unbind(name, func, args, kwargs)
+    return found if found is NotImplemented else iter(found)
 
 
 def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``split`` and ``chunk`` as slices."""
     source = args[0]
-    count = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("chunks"))
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    if not isinstance(dim, int):
-        return NotImplemented
-    size = source.handle.node.shape[dim]
-    if name == "chunk":
-        count = -(-size // count)
-    if isinstance(count, int):
-        count = [min(count, size - start) for start in range(0, size, count)]
-    pieces, start = [], 0
-    for length in count:
-        pieces.append(_along(source, dim, slice(start, start + length)))
-        start += length
-    return (
-        NotImplemented if any(piece is NotImplemented for piece in pieces) or start != size else tuple(pieces)
+    count = (
+        args[1]
+        if len(args) > 1
+        else kwargs.get("split_size", kwargs.get("split_size_or_sections", kwargs.get("chunks")))
     )
+    dim = argument(args, kwargs, 2, "dim", 0)
+    if not isinstance(dim, int) or (name == "chunk" and not isinstance(count, int)):
+        return NotImplemented
+    size = source.shape[dim]
+    if name == "chunk":
+        count = -(-size // count) if count > 0 else 0
+    if isinstance(count, int):
+        if count < 1:
+            return NotImplemented
+        count = [min(count, size - start) for start in range(0, size, count)]
+    if (
+        not isinstance(count, (list, tuple))
+        or not all(isinstance(n, int) for n in count)
+        or sum(count) != size
+    ):
+        return NotImplemented
+    ends = list(itertools.accumulate(count))
+    return _pieces(_along(source, dim, slice(stop - n, stop)) for n, stop in zip(count, ends, strict=True))
+
+
+def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``tensor_split``, ``hsplit``, ``vsplit`` and ``dsplit``: sections of nearly one length, or the places to cut at."""
+    source = args[0]
+    given = argument(args, kwargs, 1, "indices_or_sections")
+    given = kwargs.get("indices", kwargs.get("sections", kwargs.get("split_size_or_sections", given)))
+    fixed = {"vsplit": 0, "hsplit": 1 if source.dim() > 1 else 0, "dsplit": 2}
+    dim = fixed[name] if name in fixed else argument(args, kwargs, 2, "dim", 0)
+    if not isinstance(dim, int) or not -source.dim() <= dim < source.dim():
+        return NotImplemented
+    size = source.shape[dim]
+    if isinstance(given, int) and given > 0:
+        if name in fixed and size % given:
+            return NotImplemented
+        places = [i * (size // given) + min(i, size % given) for i in range(1, given)]
+    elif isinstance(given, (list, tuple)) and all(isinstance(place, int) for place in given):
+        places = list(given)
+    else:
+        return NotImplemented
+    return _pieces(_along(source, dim, slice(*pair)) for pair in itertools.pairwise([0, *places, size]))
+
+
+def _pieces(pieces: Iterable[Any]) -> Any:
+    found = []
+    for piece in pieces:
+        if piece is NotImplemented:
+            return NotImplemented
+        found.append(piece)
+    return tuple(found)
 
 
 def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,7 +328,11 @@ def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if not all(isinstance(value, (list, tuple)) for value in given):
         return NotImplemented
     node = strided.as_strided(args[0].handle.node, *given, offset)
-    return NotImplemented if node is None else _result(args[0], node)
+    # Places are counted in memory, and the recipe's in row-major order.
+    own = layouts.shadow(args[0].handle.node)
+    if node is None or own is None or not own.is_contiguous() or own.storage_offset():
+        return NotImplemented
+    return _result(args[0], node, (func, args[1:], kwargs))
 
 
 # What takes only the shape of its second argument, and what does the same when it is told the shape.
@@ -251,15 +344,24 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
     **dict.fromkeys(("mT", "T", "t", "H", "mH", "adjoint"), matrix_transpose),
     **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    **dict.fromkeys("contiguous alias positive clone real data detach".split(), same),
+    **dict.fromkeys("atleast_1d atleast_2d atleast_3d".split(), at_least),
     **dict.fromkeys(("expand", "expand_as"), expand),
-    **dict.fromkeys(("split", "chunk"), split),
+    **dict.fromkeys("split chunk split_with_sizes unsafe_split unsafe_chunk".split(), split),
+    **dict.fromkeys("tensor_split hsplit vsplit dsplit".split(), tensor_split),
+    "unbind": unbind,
+    "__iter__": iterate,
+    "cpu": cpu,
     "flatten": flatten,
+    "ravel": ravel,
     "unflatten": unflatten,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     "permute": permute,
-    "__getitem__": getitem,
+    "__getitem__": indexing.getitem,
     "as_strided": as_strided,
     "narrow": narrow,
     "select": select,
 }
+# What gives memory of its first argument's, or may.
+VIEWS = (frozenset(HANDLERS) | sharing.ALIASES) - {"clone"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows import shaping, strided
+from attnpatch.rows import indexing, strided
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
@@ -153,7 +153,7 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
     table, index = args
     if isinstance(table, DeferredRows) or not isinstance(index, DeferredRows):
-        return shaping.getitem(name, func, args, kwargs)
+        return indexing.getitem(name, func, args, kwargs)
     node = index.handle.node
     if node.dtype not in (torch.int64, torch.int32) or table.device != node.device:
         return NotImplemented

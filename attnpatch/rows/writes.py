@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows import shaping
+from attnpatch.rows import indexing
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.axes import KEY, Axis, Dim, all_leaves, same, size_of
-from attnpatch.rows.deferred import DeferredRows, Handle, goes_on_as, wrap
+from attnpatch.rows.deferred import DeferredRows, wrap
 from attnpatch.rows.masks import Filled
-from attnpatch.rows.recipe import Call, Cut, Leaf, Node, View, graph
+from attnpatch.rows.recipe import Call, Leaf, Node, View, graph
 from attnpatch.rows.regions import Indexed, Region, Written
 
 # A recipe that is written to more often than this is the host's own loop over pieces of a result.
@@ -43,7 +43,7 @@ def written(target: DeferredRows, index: Any, value: Any, accumulate: str | None
     steps = [item for item in basic if isinstance(item, slice) and item.step not in (None, 1)]
     if steps:
         return NotImplemented
-    part = shaping.getitem("__getitem__", torch.Tensor.__getitem__, (target, tuple(basic)), {})
+    part = indexing.getitem("__getitem__", torch.Tensor.__getitem__, (target, tuple(basic)), {})
     if part is NotImplemented:
         return NotImplemented
     inner = [item for item, own in zip(advanced, basic, strict=True) if not isinstance(own, int)]
@@ -387,68 +387,6 @@ def fill_diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[s
     if len(target.shape) != 2 or argument(args, kwargs, 2, "wrap", False):
         return NotImplemented
     return written(target, diagonal_places(target.shape, 0, target.device), value)
-
-
-def carried(handle: Handle, result: DeferredRows) -> bool:
-    """Let a result stand for a tensor that others are views of, or that is a view itself, and tell all of them.
-
-    Returns:
-        Whether that was understood; otherwise nothing has changed.
-    """
-    members, new = list(handle.family), result.handle.node
-    if any(member.is_computed for member in members):
-        return False
-    reach = [{id(node) for node in graph(member.node)} for member in members]
-    common = set.intersection(*reach)
-    base = max(
-        (node for node in graph(handle.node) if id(node) in common), key=lambda node: len(list(graph(node)))
-    )
-    chains = [_chain(member.node, base) for member in members]
-    if any(chain is None for chain in chains):
-        return False
-    for step in _chain(handle.node, base) or []:
-        if (found := _put_back(step, new)) is None:
-            return False
-        new = found
-    for member, chain in zip(members, chains, strict=True):
-        node = new
-        for step in reversed(chain or []):
-            node = step.rebuilt(lambda _, child=node: child)  # type: ignore[misc]
-        found = wrap(node, handle.call)
-        if (tensor := member.tensor) is None:
-            member.node = node
-        else:
-            goes_on_as(tensor, found)
-    return True
-
-
-def _chain(node: Node, base: Node) -> list[Node] | None:
-    """The views that lead from ``node`` down to ``base``, or ``None`` where there is something else between them."""
-    steps: list[Node] = []
-    while node is not base:
-        is_view = isinstance(node, (View, Cut)) or (isinstance(node, Call) and node.func is torch.permute)
-        if not is_view or (isinstance(node, View) and node.expand):
-            return None
-        steps.append(node)
-        node = node.children[0]
-    return steps
-
-
-def _put_back(view: Node, new: Node) -> Node | None:
-    """What the operand of ``view`` becomes when ``view`` becomes ``new``."""
-    if not all(same(mine, theirs) for mine, theirs in zip(view.dims, new.dims, strict=True)):
-        return None
-    operand = view.children[0]
-    if isinstance(view, Cut):
-        regions: list[Region | None] = [None] * len(operand.dims)
-        regions[view.position] = Region(view.start, 1, view.axis)
-        return Written(operand, regions, new)
-    if isinstance(view, View):
-        return View(new, operand.dims)
-    assert isinstance(view, Call)
-    order = view.args[1]
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return Call(torch.permute, (new, back), {}, operand.dims, new.dtype, new.device)
 
 
 # Functions of which a write in place has no copy, or another name: what they leave in their first argument.
