@@ -100,14 +100,14 @@ def llava() -> Any:
         patch_size=8, projection_dim=WIDTH,
     )  # fmt: skip
     return transformers.LlavaConfig(
-        vision_config=vision, text_config=llama(), image_token_index=99, vision_feature_layer=-1,
+        vision_config=vision, text_config=llama(), image_token_index=4, vision_feature_layer=-1,
         vision_feature_select_strategy="default", image_seq_length=9,
     )  # fmt: skip
 
 
 def image_and_text(config: Any) -> dict[str, Any]:
-    tokens = ids(BATCH, 20, high=90)
-    tokens[:, 4:13] = 99
+    tokens = ids(BATCH, 20, low=5)
+    tokens[:, 4:13] = 4
     return {
         "input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": torch.rand(BATCH, 3, 24, 24),
     }  # fmt: skip
