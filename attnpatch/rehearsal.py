@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory import Room
 from attnpatch.patching.patch import Patch, Site, most_rows, patch_of
-from attnpatch.patching.recognise import is_candidate
+from attnpatch.patching.recognise import candidates
 from attnpatch.patching.registry import is_attention
 from attnpatch.policy import Policy
 from attnpatch.rows import fastpaths
@@ -140,9 +140,8 @@ class _Site(Site):
         super().__init__(*args)
         self.seen = Seen()
 
-    def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:
-        # Always watched, so that the kernel is seen and the rule is asked.
-        return True
+    def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Always watched, so that the kernel is seen and the rule is asked."""
 
     def _attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -246,6 +245,7 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
     modules = list(model.modules())
     tables = {id(table): table for module in modules for table in _tables(module)}.values()
     before = [(table, table.copy()) for table in tables]
+    guesses = candidates(model)
     made: dict[int, torch.Tensor] = {}
     try:
         with shapes, torch.no_grad():
@@ -254,7 +254,7 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
                 values["training"] = False
                 if "_old_forward" in values:
                     values["forward"] = values.pop("_old_forward")
-                if not any(is_attention(part) or is_candidate(part) for part in module.modules()):
+                if not any(is_attention(part) or part in guesses for part in module.modules()):
                     values["forward"] = _assuming(module.forward, type(module).__name__, assumed)
                 for name in ("_parameters", "_buffers"):
                     table = values[name]

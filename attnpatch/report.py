@@ -5,17 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from attnpatch.patching.patch import TOTALS, Patch
-from attnpatch.policy import Policy
+from attnpatch.patching.choice import RECOGNISED
+from attnpatch.patching.counters import TOTALS
+from attnpatch.patching.patch import Patch, Site
+from attnpatch.policy import Policy, size_text
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One attention module: path, class, why it is one, counts, and what was materialised by which operation.
+    """One attention module.
 
-    ``unseen``: native calls in which attention would have been served and none was seen. ``not_fused``: calls that
-    ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way. ``summed_by``: what summed the
-    probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why not the kernel.
+    Attributes:
+        name, kind, why: Its path, its class, and why it is a site.
+        counts: As ``Report.totals``.
+        materialised_by: What was materialised, by operation and the line of code that asked for it:
+            ``"diagonal (model.py:31)"``, the innermost line that is neither attnpatch's nor torch's.
+        native_because: Rules that left a call native, in words and with the numbers of the largest such call, and how
+            often each decided, the most frequent first.
+        unseen: Native calls in which attention would have been served and none was seen.
+        not_fused: Calls that ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way.
+        summed_by: What summed the probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why
+            not the kernel.
     """
 
     name: str
@@ -23,6 +33,7 @@ class SiteReport:
     why: str
     counts: dict[str, int]
     materialised_by: dict[str, int]
+    native_because: dict[str, int] = dataclasses.field(default_factory=dict)
     unseen: int = 0
     not_fused: dict[str, int] = dataclasses.field(default_factory=dict)
     summed_by: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -39,6 +50,9 @@ class Report:
         totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``,
             ``failed``. One attention call counts once; ``materialised`` counts operations that needed a whole matrix,
             ``failed`` steps where code of attnpatch raised an error and the model's own code was used instead.
+            ``largest`` is no sum: the bytes of the largest tensor of query x key elements that a site made (scores,
+            probabilities, a mask, whole or a step's rows of them). By rows it is one step; what a fused kernel holds
+            inside is none.
         left_alone: Modules whose code could have been attention and whose first call was none.
         compiled: Paths of compiled modules: they run their own attention, which is not counted.
     """
@@ -53,21 +67,31 @@ class Report:
     def __str__(self) -> str:
         # A column that is to stay empty is shown where it does not.
         shown = [name for name in TOTALS if name != "failed" or self.totals[name]]
-        header = ["site", "why", *shown, "materialised by"]
+        header = ["site", "why", *shown, "native because", "materialised by"]
         body = [
-            [site.name, site.why, *(str(site.counts[name]) for name in shown), _listed(site.materialised_by)]
+            [
+                site.name, site.why, *_numbers(site.counts, shown), _first(site.native_because),
+                _listed(site.materialised_by),
+            ]
             for site in self.sites
-        ]
+        ]  # fmt: skip
         total: Counter[str] = Counter()
         for site in self.sites:
             total.update(site.materialised_by)
-        body.append(["total", "", *(str(self.totals[name]) for name in shown), _listed(total)])
+        body.append(["total", "", *_numbers(self.totals, shown), "", _listed(total)])
+        for empty in ("native because", "materialised by"):
+            at = header.index(empty)
+            if not any(row[at] for row in body):
+                for row in [header, *body]:
+                    del row[at]
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
         lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
         for row in [header, *body]:
-            cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-            cells += [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:-1], strict=True)]
-            lines.append("  ".join([*cells, row[-1]]).rstrip())
+            cells = [
+                cell.rjust(width) if 2 <= i < 2 + len(shown) else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
         obstacles: Counter[str] = Counter()
         for site in self.sites:
             obstacles.update(site.not_fused)
@@ -78,13 +102,6 @@ class Report:
             summed.update(site.summed_by)
         if summed:
             lines.append(f"block mass beside fused attention: {_listed(summed)}")
-        unseen = [site.name for site in self.sites if site.unseen]
-        if unseen:
-            names = ", ".join(unseen[:4]) + (f", ... {len(unseen)} in all" if len(unseen) > 4 else "")
-            lines.append(
-                "left as it is, since its attention is no function of torch (a kernel of flash-attn, sage or xformers, "
-                f"FlexAttention) or it had none: {names}"
-            )
         if self.left_alone:
             lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
         if self.compiled:
@@ -100,41 +117,65 @@ def _is_inside(name: str, outer: str) -> bool:
     return name != outer and (not outer or name.startswith(outer + "."))
 
 
+def _numbers(counts: dict[str, int], shown: list[str]) -> list[str]:
+    return [size_text(counts[name]) if name == "largest" else str(counts[name]) for name in shown]
+
+
+def _first(reasons: dict[str, int]) -> str:
+    """The two most frequent ones."""
+    return "; ".join(list(reasons)[:2])
+
+
 def _listed(operations: dict[str, int]) -> str:
     return ", ".join(f"{name} x{count}" for name, count in operations.items())
 
 
 def report_of(patch: Patch) -> Report:
     """The report of a patch."""
-    sites = []
-    names = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
+    known = [site for site in patch.sites if site.is_attention and not site.is_candidate]
+    masks, sites = [], []
     for site in patch.sites:
-        inner = [other for other in patch.sites if other.name in names and _is_inside(other.name, site.name)]
-        did = any(site.counts[name] for name in TOTALS if name != "native")
-        # A wrapper's native call is its inner site's, unless nothing reached that one (torch's nested tensors).
-        alone = site.counts["native"] and not any(other.counts.total() for other in inner)
-        # Masks are the model's.
-        masks = (
-            site.is_entry
-            and not site.is_attention
-            and (site.counts["materialised"] or site.counts["retried"])
-        )
-        if (
-            site.counts["failed"]
-            or masks
-            or (site.is_attention and not site.is_candidate and (did or not inner or alone))
-        ):
-            counts = {name: site.counts[name] for name in TOTALS}
-            why = site.why or ("masks" if site.is_entry else "")
-            sites.append(
-                SiteReport(
-                    site.name or "(model)", site.kind, why, counts, dict(site.operations), site.unseen,
-                    dict(site.obstacles), dict(site.sums),
-                )
-            )  # fmt: skip
-    totals = {name: sum(site.counts[name] for site in sites) for name in TOTALS}
+        inner = [other for other in known if _is_inside(other.name, site.name)]
+        found = _site_report(site, any(other.is_used for other in inner))
+        did = any(found.counts.values())
+        if found.counts["failed"] or (site in known and (did or not inner)):
+            sites.append(found)
+        elif site.is_entry and site not in known and did:
+            masks.append(found)
+    most = max((site.counts["largest"] for site in sites), default=0)
+    # Whole masks of a model that had the memory for them are worth a row only where nothing is larger.
+    sites = [site for site in masks if _went_otherwise(site) or site.counts["largest"] > most] + sites
     left_alone = tuple(patch.left_alone)
-    return Report(patch.model_kind, patch.policy, tuple(sites), totals, left_alone)
+    return Report(
+        patch.model_kind, patch.policy, tuple(sites), _totals([s.counts for s in sites]), left_alone
+    )
+
+
+def _went_otherwise(site: SiteReport) -> bool:
+    return any(site.counts[name] for name in ("materialised", "retried", "failed"))
+
+
+def _site_report(site: Site, is_around: bool) -> SiteReport:
+    """What a site did itself; ``is_around``: attention modules inside it were called.
+
+    Calls of a wrapper are theirs, unless it was seen to attend itself.
+    """
+    counts = {name: site.counts[name] for name in TOTALS} | {"largest": site.largest}
+    is_own = site.is_attention and (site.why == RECOGNISED or not is_around)
+    if is_own:
+        counts["native"] += site.passed
+    is_left = counts["native"] or counts["fused"]
+    reasons = site.why_native(site.patch.policy.min_tokens) if is_left else {}
+    why = site.why or ("masks" if site.is_entry and any(counts.values()) else "")
+    return SiteReport(
+        site.name or "(model)", site.kind, why, counts, dict(site.operations), reasons, is_own * site.reasons["unseen"],
+        dict(site.obstacles), dict(site.sums),
+    )  # fmt: skip
+
+
+def _totals(counts: list[dict[str, int]]) -> dict[str, int]:
+    largest = max((each["largest"] for each in counts), default=0)
+    return {name: sum(each[name] for each in counts) for name in TOTALS} | {"largest": largest}
 
 
 def joined(model: str, reports: dict[str, Report]) -> Report:
@@ -150,6 +191,6 @@ def joined(model: str, reports: dict[str, Report]) -> Report:
         for site in report.sites
     )
     policies = {report.policy for report in reports.values()}
-    totals = {name: sum(report.totals[name] for report in reports.values()) for name in TOTALS}
+    totals = _totals([report.totals for report in reports.values()])
     left_alone = tuple(f"{name}.{path}" for name, report in reports.items() for path in report.left_alone)
     return Report(model, policies.pop() if len(policies) == 1 else None, sites, totals, left_alone)

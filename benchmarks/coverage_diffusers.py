@@ -108,7 +108,8 @@ def examine(name: str) -> Outcome:
     outcome.is_causal = not outcome.equal and _causal_agrees(model, inputs)
     outcome.totals = report.totals
     for site in report.sites:
-        for operation, count in site.materialised_by.items():
+        for said, count in site.materialised_by.items():
+            operation = said.partition(" (")[0]  # without the line
             outcome.materialised[operation] = outcome.materialised.get(operation, 0) + count
         if site.counts["native"]:
             outcome.native[site.kind] = outcome.native.get(site.kind, 0) + site.counts["native"]

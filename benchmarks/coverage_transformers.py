@@ -125,7 +125,8 @@ def compare(model: torch.nn.Module, inputs: dict[str, Any], native: list[torch.T
         return result
     _judge(result, seen.rows, names, {site.name: site for site in report.sites})
     for site in report.sites:
-        for operation, count in site.materialised_by.items():
+        for said, count in site.materialised_by.items():
+            operation = said.partition(" (")[0]  # without the line
             result.materialised[operation] = result.materialised.get(operation, 0) + count
     if not sweep.equal(got, native):
         result.difference = sweep.difference(got, native)

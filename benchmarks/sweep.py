@@ -118,6 +118,10 @@ def _is_weight(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.dim() < 3
 
 
+def _raised(where: str, error: Exception) -> None:
+    raise error
+
+
 class Seen(Watch):
     """Follows a model's inputs, and writes down which module was running when attention was computed.
 
@@ -128,7 +132,7 @@ class Seen(Watch):
     """
 
     def __init__(self, inputs: Any) -> None:
-        super().__init__(inputs)
+        super().__init__(inputs, _raised)
         self.rows: Counter[tuple[nn.Module, ...]] = Counter()
         self.running: list[nn.Module] = []
 

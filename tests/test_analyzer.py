@@ -13,6 +13,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+import attnpatch
 from attnpatch.analysis.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
 from attnpatch.analysis.rendering import render
 from attnpatch.analysis.result import Analysis
@@ -403,3 +404,15 @@ def test_quantised(tokenizer, tmp_path, bits):
     found = analyzer.analyze_conversation_sequential(MESSAGES, "none").block_map.mass
     native = BlockAttentionAnalyzer(tmp_path).analyze_conversation(MESSAGES, "none").block_map.mass
     torch.testing.assert_close(found, native, rtol=0, atol=0.05)
+
+
+def test_each_analysis_counts_for_itself(model, tokenizer):
+    """Also on a model that is patched all the time, whose own report goes on."""
+    attnpatch.apply(model, mode="always")
+    try:
+        analyzer = BlockAttentionAnalyzer(model=model, tokenizer=tokenizer)
+        said = [analyzer.analyze_conversation(MESSAGES).block_map.metadata["attention"] for _ in range(3)]
+        assert said[0] == said[1] == said[2] and said[0]["captured"] == 3
+        assert attnpatch.report(model).totals["captured"] == 9
+    finally:
+        attnpatch.remove(model)

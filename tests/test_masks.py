@@ -48,6 +48,11 @@ def model_of(kind: str, attention: str) -> nn.Module:
     return getattr(transformers, f"{kind}Model")(config_of(kind, attention)).eval()
 
 
+def operations(site) -> dict[str, int]:
+    """What was materialised, without the lines that asked for it."""
+    return {name.partition(" (")[0]: count for name, count in site.materialised_by.items()}
+
+
 def inputs_of(kind: str, length: int = TOKENS, side: str = "left") -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, length, dtype=torch.long)
@@ -205,7 +210,7 @@ def test_a_function_that_reads_something_unknown_is_left_to_the_host():
     with attnpatch.patched(model, mode="always"):
         assert type(model(torch.zeros(2, 64, 8))) is torch.Tensor
         (site,) = (site for site in attnpatch.report(model).sites if site.materialised_by)
-    assert site.materialised_by == {"a mask that reads a Table": 1}
+    assert operations(site) == {"a mask that reads a Table": 1}
 
 
 def test_copies_of_functions():
@@ -354,7 +359,7 @@ def test_operations(name):
         assert torch.equal(got[:, :, 7:12].clone(), native[:, :, 7:12])
     else:
         (site,) = (site for site in report.sites if site.materialised_by)
-        assert site.name == "(model)" and site.materialised_by == {name: 1}, report
+        assert site.name == "(model)" and operations(site) == {name: 1}, report
         assert name in str(report)
     assert torch.equal(got.clone(), native) and got.dtype == native.dtype
 

@@ -133,9 +133,7 @@ class Session:
             kept = patch
         else:
             for mine, other in zip(kept.sites, patch.sites, strict=True):
-                mine.counts.update(other.counts)
-                mine.operations.update(other.operations)
-                mine.sums.update(other.sums)
+                mine.add(other)
         self.gone[key] = (kept, number + 1)
 
     def warn(self, what: str, error: Exception) -> None:
@@ -174,7 +172,7 @@ def _automatic_roots(model: Any) -> list[Patch]:
 
 def was_used(patch: Patch) -> bool:
     """Whether attention ran in the model or a part of it."""
-    return any(site.counts.total() for site in patch.sites)
+    return any(site.is_used for site in patch.sites)
 
 
 def _leave(model: Any) -> None:

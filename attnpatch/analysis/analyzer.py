@@ -23,6 +23,8 @@ from attnpatch.capture.measures import MEASURES
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.loading import load_model, load_tokenizer
 from attnpatch.memory import PeakMeter
+from attnpatch.patching.counters import counted_apart
+from attnpatch.patching.patch import patch_of
 
 # Tokens of a piece where nobody says how many.
 CHUNK = 2048
@@ -284,6 +286,10 @@ class BlockAttentionAnalyzer:
             notes.append(CHECKPOINTING_NOTE)
         with contextlib.ExitStack() as stack:
             stack.enter_context(patched(self.model, **self.policy))
+            # A model that was patched before has counts of its own.
+            patch = patch_of(self.model)
+            assert patch is not None
+            stack.enter_context(counted_apart(patch.sites))
             maps = stack.enter_context(
                 capture(
                     self.model, blocks, options.heads, options.chosen_layers,

@@ -149,7 +149,7 @@ def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         found = original(**kwargs)
         if found is not None and not isinstance(found, DeferredRows):
             held = _temporaries(original, kwargs)(found.numel())
-            masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found.device)
+            masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found)
         return found
 
 

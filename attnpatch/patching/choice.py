@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from attnpatch.errors import PatchError
-from attnpatch.patching.recognise import is_candidate
+from attnpatch.patching.names import names_of_class
+from attnpatch.patching.recognise import candidates
 from attnpatch.patching.registry import is_registered, why
 
 Sites = str | Sequence[str]
@@ -42,8 +43,7 @@ def choose(model: nn.Module, sites: Sites) -> dict[str, str]:
     if sites == "registered":
         found = {name: "registered" for name, module in modules.items() if is_registered(module)}
     elif sites == "auto":
-        known = {name: reason for name, module in modules.items() if (reason := why(module))}
-        found = {**known, **_candidates(modules, known)}
+        found = _automatic(model, modules)
     else:
         found = {_path(name, model, modules): "asked for" for name in sites}
     if not found:
@@ -55,17 +55,39 @@ def choose(model: nn.Module, sites: Sites) -> dict[str, str]:
     return {name: found[name] for name in sorted(found, key=order.index)}
 
 
-def _candidates(modules: dict[str, nn.Module], known: dict[str, str]) -> dict[str, str]:
-    """Modules around and inside known sites are none: their attention is found already."""
+def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """What a name or ``register`` says, and candidates that are not inside such a module: that one serves them."""
+    found = {name: reason for name, module in modules.items() if (reason := why(module))}
+    known = frozenset(found)
+    guesses = candidates(model)
+    for name, module in modules.items():
+        if module in guesses and known.isdisjoint(_around(name)):
+            inside = [other for other in known if name in _around(other)]
+            if not inside or any(
+                _held_as(other, modules) in names_of_class(type(module)) for other in inside
+            ):
+                found[name] = CANDIDATE
+    return found
 
-    def is_apart(name: str) -> bool:
-        return not any(_is_within(name, other) or _is_within(other, name) for other in known)
 
-    return {name: CANDIDATE for name, module in modules.items() if is_candidate(module) and is_apart(name)}
+def _held_as(name: str, modules: dict[str, nn.Module]) -> str:
+    """The attribute that a module is held by, itself or in a container.
+
+    Whoever names it in its forward may take its weights and compute the attention itself: then its own forward is never
+    called, and it must not hide who does.
+    """
+    parent, _, last = name.rpartition(".")
+    while parent and isinstance(modules.get(parent), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        parent, _, last = parent.rpartition(".")
+    return last
 
 
-def _is_within(name: str, outer: str) -> bool:
-    return name == outer or not outer or name.startswith(outer + ".")
+def _around(name: str) -> Iterator[str]:
+    """A module's path, and those of the modules it is in."""
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _path(name: str, model: nn.Module, modules: dict[str, nn.Module]) -> str:

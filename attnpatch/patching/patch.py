@@ -6,7 +6,7 @@ import contextlib
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from attnpatch.failures import warn_once
 from attnpatch.hosts import masks, weights
 from attnpatch.memory import Room
 from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
+from attnpatch.patching.counters import Counters
 from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
@@ -26,8 +27,7 @@ from attnpatch.rows import graphs, positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
-
-TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed")
+from attnpatch.rows.results import with_no_keys
 
 
 class _Thread(threading.local):
@@ -71,11 +71,17 @@ class _OfMasks:
     def summed(self, by: str) -> None:
         self._site().summed(by)
 
+    def left_native(self, reason: str, *numbers: int) -> None:
+        """Masks that are made whole say nothing of attention."""
+
+    def made(self, size: int) -> None:
+        self._site().made(size)
+
     def _site(self) -> Tally:
         return self.root if _thread.mode is None else _thread.mode.call.tally
 
 
-class Site:
+class Site(Counters):
     """One attention module of one model, or the model itself.
 
     Attributes:
@@ -86,11 +92,6 @@ class Site:
             encoder, by ``generate``).
         is_attention: Whether attention is watched inside it.
         why: Why it is an attention site, in words.
-        counts: What happened, by the names of ``TOTALS``.
-        operations: What was materialised, by operation.
-        obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
-        sums: Fused calls that a capture saw, by what summed their probabilities.
-        unseen: Calls that were watched and in which no attention was seen.
         below: The site of another patch that this one lies on.
     """
 
@@ -99,21 +100,16 @@ class Site:
     mode_class: type[RowsMode] = RowsMode
 
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
+        super().__init__()
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.is_entry = is_root or masks.makes_masks(module)
-        self.counts: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()
-        self.obstacles: Counter[str] = Counter()
-        self.sums: Counter[str] = Counter()
-        self.unseen = 0
         self.decisions: dict[tuple[int, int], bool] = {}
         self.below: Site | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        counters = {name: Counter() for name in ("counts", "operations", "obstacles", "sums")}
-        return {**vars(self), **counters, "unseen": 0, "decisions": {}}
+        return {**vars(self), **vars(Counters()), "decisions": {}}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -122,19 +118,6 @@ class Site:
     def is_candidate(self) -> bool:
         """Whether its first call will tell if it is an attention module."""
         return self.why == CANDIDATE
-
-    def count(self, what: str) -> None:
-        self.counts[what] += 1
-
-    def materialised(self, operation: str) -> None:
-        self.counts["materialised"] += 1
-        self.operations[operation] += 1
-
-    def not_fused(self, step: str) -> None:
-        self.obstacles[step] += 1
-
-    def summed(self, by: str) -> None:
-        self.sums[by] += 1
 
     def failed(self, where: str, error: Exception) -> None:
         """Note an error of ours, which must not end a forward of the host.
@@ -164,19 +147,20 @@ class Site:
         # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
         if not self.is_attention:
             return forward(*first, **kwargs)
+        rows = 0
         try:
             is_native = (
                 _thread.is_calm
                 and self.why != CANDIDATE
                 and self.patch.recorder is None
                 and not weights.are_asked_for(module, kwargs)
-                and most_rows(args, kwargs) <= self.patch.policy.min_tokens
+                and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )
         except Exception as error:
             self.failed("the look at a short call", error)
             is_native = True
         if is_native:
-            self.counts["native"] += 1
+            self.short[rows] += 1
             return forward(*first, **kwargs)
         return self._serve(forward, module, first, args, kwargs)
 
@@ -239,10 +223,14 @@ class Site:
         except Exception as error:
             self.failed("the look at a watch", error)
             context = None
-        if context is None:
+        contexts = [each for each in (context, _thread.watch and _paused(_thread.watch)) if each]
+        if not contexts:
             return attend(forward, module, first, args, kwargs)
-        with _Around(self, context):
-            return attend(forward, module, first, args, kwargs)
+        with _Around(self, *contexts):
+            result = attend(forward, module, first, args, kwargs)
+        if _thread.watch is not None:
+            self._tell(_thread.watch.mark, "the look at what a module returned", result)
+        return result
 
     def _judge(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -254,9 +242,8 @@ class Site:
             self.failed("the look at a first call", error)
             return self._attend(forward, module, first, args, kwargs)
         outer, _thread.watch = _thread.watch, watch
-        paused = outer is not None and outer.is_paused
-        if outer is not None:
-            outer.is_paused = True
+        # Or short calls of sites inside would not come by to say whose they are.
+        _thread.is_calm = False
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             with watch:
@@ -266,11 +253,7 @@ class Site:
             result = self._attend(watched, module, first, args, kwargs)
         finally:
             _thread.watch = outer
-            if outer is not None:
-                outer.is_paused = paused
         try:
-            if outer is not None:
-                outer.mark(result)
             if watch.found or not watch.has_failed:
                 self.patch.judged(self, module, watch.found)
         except Exception as error:
@@ -283,17 +266,18 @@ class Site:
         outer = _thread.mode
         try:
             call = self._call_of(module, args, kwargs)
-            if call is not None:
+            if not isinstance(call, (str, int)):
                 mode = self.mode_class(call) if outer is None else outer
                 forward = _opened(forward)
         except Exception as error:
             self.failed("the beginning of an attention call", error)
-            call = None
-        if call is None:
-            self.counts["native"] += 1
+            call = "passed"
+        if isinstance(call, (str, int)):
+            counter: Counter[Any] = self.short if isinstance(call, int) else self.reasons
+            counter[call] += 1
             return forward(*first, **kwargs)
         _thread.is_calm = False
-        before = self.counts.total()
+        before = self.counts.total(), self.reasons.total()
         if outer is not None:
             # A site inside a site: the same mode goes on, on the inner one's account.
             of_outer, outer.call = outer.call, call
@@ -308,9 +292,16 @@ class Site:
                     result = forward(*first, **kwargs)
             finally:
                 _thread.mode = None
-        if self.counts.total() == before:
-            self.counts["native"] += 1
-            self.unseen += 1
+        if self.counts.total() == before[0]:
+            try:
+                result = with_no_keys(result)
+            except Exception as error:
+                self.failed("a result without keys", error)
+        if self.counts.total() == before[0]:
+            # Scores that stay native are not counted where they are made: a product may be anything.
+            self.counts["passed"] += 1
+            if self.reasons.total() == before[1]:
+                self.reasons["unseen"] += 1
         if call.observer is not None:
             self._tell(call.observer.finish, "the end of a captured attention call")
         if call.weights:
@@ -320,8 +311,8 @@ class Site:
                 self.failed("putting attention weights in", error)
         return result
 
-    def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> SiteCall | None:
-        """What the doors are to know of a call; ``None``: it is left alone."""
+    def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> SiteCall | str | int:
+        """What the doors are to know of a call; or the rule that leaves it alone, or its rows if they are too few."""
         patch = self.patch
         recorder = patch.recorder if _thread.is_recorded else None
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
@@ -337,23 +328,41 @@ class Site:
             except Exception as error:
                 self.failed("the beginning of a captured attention call", error)
         asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
-        if observer is None and not asked and not pending() and not self._may_go_by_rows(args, kwargs):
-            return None
+        if observer is None and not asked and not pending():
+            rule = self._stays_native(args, kwargs)
+            if rule is not None:
+                return rule
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
         return call
 
-    def _may_go_by_rows(self, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether any input is long enough; decided before anything is watched, so that short calls cost nothing."""
+    def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
+        """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched.
+
+        Decided before anything is watched, so that short calls cost nothing.
+        """
         policy = self.patch.policy
         if policy.mode == "never":
-            return False
+            return "never"
         if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
-            return False
+            return "nested"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
-            return False
-        return policy.mode == "always" or most_rows(args, kwargs) > policy.min_tokens
+            return "transform"
+        if policy.mode == "always":
+            return None
+        rows = most_rows(args, kwargs)
+        return None if rows > policy.min_tokens else rows
+
+
+@contextlib.contextmanager
+def _paused(watch: Watch) -> Iterator[None]:
+    """A candidate is around a site: what is computed there is none of its attention."""
+    paused, watch.is_paused = watch.is_paused, True
+    try:
+        yield
+    finally:
+        watch.is_paused = paused
 
 
 def _opened(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -557,6 +566,9 @@ class Patch:
             # As if it had not been looked at.
             self.left_alone.append(site.name or "(model)")
             site.is_attention, site.why = False, None
+            failures = Counter(failed=site.counts["failed"])
+            site.forget()
+            site.counts += failures
             if not site.is_entry:
                 self.sites = [other for other in self.sites if other is not site]
                 take_out(module, site)

@@ -7,12 +7,8 @@ first call, which cannot be waited for when ``apply`` is to say at once that a m
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import types
-import weakref
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,93 +16,81 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch.patching.names import is_torch, names_of_class, names_of_instance, names_of_methods
+from attnpatch.patching.registry import is_attention
+
 _COMPLETE = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
-_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
-_SOFTMAXES = frozenset(["softmax", "special_softmax"])
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ linalg_matmul bmm mm baddbmm einsum".split())
+_SOFTMAXES = frozenset("softmax special_softmax log_softmax softmin gumbel_softmax".split())
 _DIVISIONS = frozenset("div true_divide divide __truediv__ div_".split())
+_POWERS = frozenset("exp exp_ exp2 exp2_".split())
+_SUMS = frozenset("sum nansum logsumexp special_logsumexp normalize".split())
+_WEIGHINGS = frozenset("mul mul_ multiply __mul__ __rmul__".split())
 # Sums over what they are given, so that what comes out are scores no more unless only heads were mixed.
-_LAYERS = frozenset("linear conv1d conv2d conv3d mm addmm mv dot addbmm tensordot inner bilinear".split())
-_DEPTH = 3
+_LAYERS = frozenset("linear conv1d conv2d conv3d addmm mv dot addbmm tensordot inner bilinear".split())
 
-# What a tensor is to the module that is watched.
-INPUT, SCORES, PROBABILITIES = 1, 2, 3
+# Names as people spell them: ``FusedSoftmax``, ``matmul1``, ``xsoftmax``; ``contract`` is opt_einsum's.
+_SOFTMAX_NAMES = re.compile(r"soft_?(max|min)|sparsemax|entmax", re.IGNORECASE)
+_PRODUCT_NAMES = re.compile(r"mat_?mul|(^|_|add|b)mm_?$|einsum|tensordot|^contract$", re.IGNORECASE)
 
-_classes: weakref.WeakKeyDictionary[type[nn.Module], frozenset[str]] = weakref.WeakKeyDictionary()
+# What a tensor is to the module that is watched; powers are scores under ``exp`` that nothing has divided yet, and what
+# is weighed is probabilities times values that nothing has summed yet.
+INPUT, SCORES, POWERS, PROBABILITIES, WEIGHED = 1, 2, 3, 4, 5
 
 
-def is_candidate(module: nn.Module) -> bool:
-    """Whether the code of a module's forward, and of what it calls beside its submodules, names what attention takes."""
+def candidates(model: nn.Module) -> set[nn.Module]:
+    """Modules of a model whose code names what attention takes: a softmax and a product, or torch's own function.
+
+    Their code is that of their forward, of what it calls, and of their parts that are no attention themselves. One of
+    the two names must be the module's own, or of a part without parameters, so that a model is no candidate because one
+    of its layers multiplies matrices and another is a classifier.
+    """
+    found: set[nn.Module] = set()
+    _look(model, found, {})
+    return found
+
+
+def _look(
+    module: nn.Module, found: set[nn.Module], seen: dict[nn.Module, tuple[frozenset[str], frozenset[str]]]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Names in a module that count as its owner's own, and all names in it that its owner may need."""
+    if module in seen:
+        return seen[module]
+    seen[module] = _NOTHING  # for a module that holds itself
     kind = type(module)
-    # A class that exec makes may name no module.
-    if _is_torch(getattr(kind, "__module__", None)) or isinstance(module, torch.jit.ScriptModule):
-        return False
-    if kind not in _classes:
-        _classes[kind] = frozenset(_words(kind.forward, kind, _DEPTH, set()))
-    found = _classes[kind]
-    if found & _COMPLETE:
+    own = {*names_of_class(kind), *names_of_instance(module)}
+    every: set[str] = set()
+    for child in module.children():
+        near, far = _look(child, found, seen)
+        own |= near | names_of_methods(child, kind)
+        every |= far
+    every |= own
+    is_own = not is_torch(kind) and (kind.forward is not nn.Module.forward or "forward" in vars(module))
+    if is_own and _names_attention(own, every):
+        if not isinstance(module, torch.jit.ScriptModule):
+            found.add(module)
+    elif not is_attention(module):
+        # A helper (a product that is a module, a softmax with a mask) or a container.
+        is_part = not is_own or next(module.parameters(), None) is None
+        seen[module] = frozenset(own if is_part else ()), frozenset(every)
+    return seen[module]
+
+
+_NOTHING: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+
+def _names_attention(own: set[str], every: set[str]) -> bool:
+    if own & _COMPLETE:
         return True
-    normalises = found & _SOFTMAXES or {"exp", "sum"} <= found or _holds_softmax(module)
-    return bool(normalises and found & _PRODUCTS)
+    return (_normalises(own) or _multiplies(own)) and _normalises(every) and _multiplies(every)
 
 
-def _holds_softmax(module: nn.Module) -> bool:
-    if any(isinstance(child, nn.Softmax) for child in module.children()):
-        return True
-    values = [
-        value.func if isinstance(value, functools.partial) else value for value in vars(module).values()
-    ]
-    return any(callable(value) and getattr(value, "__name__", "") in _SOFTMAXES for value in values)
+def _normalises(names: set[str]) -> bool:
+    return any(map(_SOFTMAX_NAMES.search, names)) or bool(names & _POWERS and names & _SUMS)
 
 
-def _words(func: Any, kind: type[nn.Module], depth: int, seen: set[Any]) -> Iterator[str]:
-    """Every name in a function's code, and in that of the methods and functions it names."""
-    func = inspect.unwrap(func)
-    code = getattr(func, "__code__", None)
-    if code is None or code in seen:
-        return
-    seen.add(code)
-    names = set(_names(code))
-    yield from names
-    if depth:
-        for called in _called(func, names, kind):
-            yield from _words(called, kind, depth - 1, seen)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    yield from code.co_freevars
-    for step in dis.get_instructions(code):
-        if step.opname == "BINARY_OP" and step.argrepr in ("@", "@="):
-            yield "__matmul__"
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _called(func: Any, names: set[str], kind: type[nn.Module]) -> Iterator[Callable[..., Any]]:
-    cells = zip(func.__code__.co_freevars, func.__closure__ or (), strict=False)
-    captured = {name: value for name, cell in cells if (value := _content(cell)) is not None}
-    modules = [func.__globals__[name] for name in names if name in func.__globals__]
-    modules = [value for value in modules if inspect.ismodule(value) and not _is_torch(value.__name__)]
-    for name in sorted(names):
-        own = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-        spaces = (captured, func.__globals__, *map(vars, modules))
-        for value in (own, *(space.get(name) for space in spaces)):
-            if isinstance(value, (staticmethod, classmethod)):
-                value = value.__func__
-            if inspect.isfunction(value) and not _is_torch(value.__module__):
-                yield value
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None  # a name that is bound later
-
-
-def _is_torch(name: str | None) -> bool:
-    return (name or "").partition(".")[0] == "torch"
+def _multiplies(names: set[str]) -> bool:
+    return any(map(_PRODUCT_NAMES.search, names))
 
 
 class Watch(TorchFunctionMode):
@@ -127,11 +111,16 @@ class Watch(TorchFunctionMode):
         self.failed, self.has_failed = failed, False
         self.found = self.is_paused = False
         self.marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.mark(inputs)
+        self._shapes: set[torch.Size] = set()
+        self._is_summed = self._is_weighing = False
+        for tensor in _tensors_within(inputs, _NESTED):
+            self.marks[tensor] = INPUT
 
     def mark(self, value: Any, as_what: int = INPUT) -> None:
         for tensor in _tensors(value):
             self.marks[tensor] = as_what
+            if as_what == SCORES:
+                self._shapes.add(tensor.shape)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -139,15 +128,16 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
         try:
             # Before the call: one in place changes what a tensor is.
-            given = [(tensor, self.marks.get(tensor, 0)) for tensor in _tensors((args, kwargs))]
+            given = [(tensor, self._what_is(tensor, name)) for tensor in _tensors((args, kwargs))]
         except Exception as error:
             self._failed(error)
             given = []
         result = func(*args, **kwargs)
         try:
-            self._note(getattr(func, "__name__", ""), given, args, result)
+            self._note(name, given, args, result)
         except Exception as error:
             self._failed(error)
         return result
@@ -164,21 +154,62 @@ class Watch(TorchFunctionMode):
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
                 self.mark(args[:1], what)
 
+    def _what_is(self, tensor: torch.Tensor, name: str) -> int:
+        mark = self.marks.get(tensor, 0)
+        if mark or name not in _PRODUCTS or tensor.shape not in self._shapes or _is_weight(tensor):
+            return mark
+        # What cannot be watched (a scripted function, an extension in C++) made it of scores of this shape.
+        return PROBABILITIES
+
     def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]
         if name in _COMPLETE:
             self.found = True
             return INPUT
-        if name in _PRODUCTS and len(known) > 1:
-            self.found = self.found or PROBABILITIES in known
-            return SCORES if most == INPUT else INPUT
+        if name in _LAYERS and len(known) == 1:
+            return most if _is_mixed(given, result, most) else INPUT
         if name in _PRODUCTS or name in _LAYERS:
-            source = next(tensor for tensor, mark in given if mark == most)
-            is_mixed = isinstance(result, torch.Tensor) and result.numel() == source.numel()
-            return most if is_mixed else INPUT
-        if most == SCORES and (name in _SOFTMAXES or (name in _DIVISIONS and known == [SCORES, SCORES])):
-            return PROBABILITIES
+            return self._multiplied(given, result, most)
+        if name in _SUMS and most >= SCORES:
+            self._is_summed = True
+            self.found = self.found or self._is_weighing or most == WEIGHED
+        if most in (SCORES, POWERS):
+            is_share = name in _DIVISIONS and len(known) == 2 and min(known) >= SCORES
+            if name in _SOFTMAXES or is_share:
+                return PROBABILITIES
+            if name in _POWERS:
+                return POWERS
+        if most == PROBABILITIES and name in _WEIGHINGS and self._weighs(given):
+            return WEIGHED
         return most
+
+    def _multiplied(self, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
+        known = [mark for _, mark in given if mark]
+        if most == INPUT:
+            # The query of one that pools may be learned; a weight on the right is a layer's.
+            return SCORES if len(known) > 1 or not given[0][1] else INPUT
+        if len(known) == 1 and _is_mixed(given, result, most):
+            return most
+        # Values need not come from the inputs: a grid of coordinates.
+        self._is_weighing = self._is_weighing or most == POWERS
+        self.found = self.found or most >= PROBABILITIES or (self._is_weighing and self._is_summed)
+        return INPUT
+
+    def _weighs(self, given: list[tuple[torch.Tensor, int]]) -> bool:
+        """Whether whole probabilities are multiplied with something else, element by element."""
+        (weights, _), *others = sorted(given, key=lambda pair: -pair[1])
+        is_whole = weights.numel() in {shape.numel() for shape in self._shapes}
+        return is_whole and any(mark < SCORES and tensor.numel() > 1 for tensor, mark in others)
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _is_mixed(given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> bool:
+    """Whether a sum left as many elements as there were: heads were mixed, and keys are as they were."""
+    source = next(tensor for tensor, mark in given if mark == most)
+    return isinstance(result, torch.Tensor) and result.numel() == source.numel()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -189,3 +220,20 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _tensors_within(value: Any, depth: int) -> list[torch.Tensor]:
+    """Tensors in the arguments of a module: in collections, mappings and the attributes of objects (a graph, a cache)."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if depth == 0 or isinstance(value, (nn.Module, type)):
+        return []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set, frozenset)):
+        value = getattr(value, "__dict__", {}).values()
+    return [tensor for item in list(value) for tensor in _tensors_within(item, depth - 1)]
+
+
+# How deep in the arguments of a module its inputs are looked for.
+_NESTED = 5

@@ -32,6 +32,12 @@ class Tally(Protocol):
     def summed(self, by: str) -> None:
         """Probabilities of a fused call were summed for a capture, and by what."""
 
+    def left_native(self, reason: str, *numbers: int) -> None:
+        """A rule left something native: its name (``patching.counters.REASONS``) and the numbers it went by."""
+
+    def made(self, size: int) -> None:
+        """A tensor of query x key elements was made, or a step's rows of one: its bytes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Passing:
@@ -121,11 +127,14 @@ class SiteCall:
         if self.policy.mode != "auto":
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:
+            self.tally.left_native("short", self.policy.min_tokens, q_len)
             return False
         known, size = self._known(q_len, temporaries)
         if not (self.again and size in known):
             short = self.room.is_short(device)
             known[size] = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
+        if not known[size]:
+            self.tally.left_native("memory", self.room.free(device), temporaries)
         return known[size]
 
     def _known(self, q_len: int, temporaries: int) -> tuple[dict[Any, bool], Any]:
@@ -165,11 +174,11 @@ class SiteCall:
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         restart = self.observer.restart if watched and self.observer is not None else _nothing
         attempts, self.attempts = self.attempts, Attempts()
-        return Replay(node, self.policy, watched, self.retried, restart, free, attempts)()
+        return Replay(node, self.policy, watched, self.retried, restart, free, attempts, self.tally.made)()
 
     def of_gradients(self, twin: Node) -> Replay:
         """What computes the gradients of a deferred tensor."""
-        return Replay(twin, self.policy, on_retry=self.retried)
+        return Replay(twin, self.policy, on_retry=self.retried, on_size=self.tally.made)
 
     def retried(self) -> None:
         self.tally.count("retried")

@@ -66,6 +66,7 @@ class Dense(Node):
         self.factor = -root if scale < 0 else root
         self.children = (query, ScaledKey(key, root), *rest)
         self.dims, self.whole, self.score_width = dims, whole, self.group * call["key"].shape[-2]
+        self.scores_held = call["key"].shape[-2]
         self.dtype, self.device = call["query"].dtype, call["query"].device
         self.context = Context(self.device)
         self.buffer: torch.Tensor | None = None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from attnpatch.rows.axes import Tile, take
 from attnpatch.rows.recipe import Node
 from attnpatch.rows.run import Run
+
+if TYPE_CHECKING:
+    from attnpatch.rows.gumbel import GumbelSoftmax
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -19,6 +24,19 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def _shifted(x: torch.Tensor, places: int) -> torch.Tensor:
     """A logical shift to the right; torch's own copies the sign."""
     return (x >> places).bitwise_and_((1 << (32 - places)) - 1)
+
+
+def bits_of(node: Dropout | GumbelSoftmax, tile: Tile) -> torch.Tensor:
+    """Uniform int32 for every element of a node inside ``tile``, by its seed and the element's place."""
+    bits = torch.full((), node.seed, dtype=torch.int32, device=node.device)
+    for position, dim in enumerate(node.dims):
+        size = node.shape[position]
+        where = take(torch.arange(size, dtype=torch.int32, device=node.device), (dim,), tile)
+        where = _mix(where.add_(position * 40503 + 1).mul_(-1640531527))
+        bits = bits ^ where.reshape([-1] + [1] * (len(node.dims) - position - 1))
+        # Between dimensions, or the mask of one row would be a shuffle of another's.
+        bits = _mix(bits)
+    return bits
 
 
 class Dropout(Node):
@@ -40,13 +58,6 @@ class Dropout(Node):
         value = run.value(self.children[0], tile)
         if self.p == 1.0:
             return value * 0.0
-        bits = torch.full((), self.seed, dtype=torch.int32, device=value.device)
-        for position, dim in enumerate(self.dims):
-            size = self.shape[position]
-            where = take(torch.arange(size, dtype=torch.int32, device=value.device), (dim,), tile)
-            where = _mix(where.add_(position * 40503 + 1).mul_(-1640531527))
-            bits = bits ^ where.reshape([-1] + [1] * (len(self.dims) - position - 1))
-            # Between dimensions, or the mask of one row would be a shuffle of another's.
-            bits = _mix(bits)
+        bits = bits_of(self, tile)
         keep = bits >= int(self.p * 2**32) - 2**31
         return value * keep.to(value.dtype).div_(1.0 - self.p)

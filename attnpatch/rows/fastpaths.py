@@ -54,7 +54,10 @@ def goes_by_rows(query: torch.Tensor, num_heads: int, call: SiteCall) -> bool:
         return True
     batch, q_len = query.shape[:2]
     temporaries = 3 * batch * num_heads * q_len * q_len * query.element_size()
-    return call.by_rows(q_len, temporaries, query.device)
+    if call.by_rows(q_len, temporaries, query.device):
+        return True
+    call.tally.made(temporaries // 3)
+    return False
 
 
 def multihead(

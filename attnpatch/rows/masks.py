@@ -120,6 +120,7 @@ def deferred(
         return None
     count = math.prod(few.shape[:-2]) * q_len * kv_len
     if not call.by_rows(q_len, temporaries(count), few.device):
+        call.tally.made(count * few.element_size())
         return None
     return wrap(
         Generated(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
@@ -143,11 +144,13 @@ def failed(where: str, error: Exception) -> None:
     warn_once(where, error)
 
 
-def left_whole(what: str, q_len: int, temporaries: int, device: torch.device) -> None:
+def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> None:
     """Count a mask that cannot be deferred, where the rule would have it so."""
     call = _thread.call
-    if call is not None and call.by_rows(q_len, temporaries, device):
-        call.tally.materialised(what)
+    if call is not None:
+        call.tally.made(mask.numel() * mask.element_size())
+        if call.by_rows(q_len, temporaries, mask.device):
+            call.tally.materialised(what)
 
 
 class Unknown(Exception):

@@ -43,7 +43,10 @@ def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bo
         return False
     # To a fused kernel rows of a bias are handed as they are needed.
     is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
-    return is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device)
+    if is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device):
+        return True
+    call.tally.made(8 * math.prod(shape))
+    return False
 
 
 def _dims(shape: torch.Size) -> Dims:

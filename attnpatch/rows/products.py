@@ -30,7 +30,11 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         The deferred scores, or ``NotImplemented``.
     """
     product = parse(name, args, kwargs)
-    if product is None or not _looks_like_scores(product) or not _goes_by_rows(product, call):
+    if product is None or not _looks_like_scores(product):
+        return NotImplemented
+    if not _goes_by_rows(product, call):
+        if _is_large(product):
+            call.tally.made(native_size(product)[1] // 3)
         return NotImplemented
     return deferred(func, product, call)
 

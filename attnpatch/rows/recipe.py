@@ -36,6 +36,7 @@ class Node:
         children: The nodes it is computed from.
         stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
         held_bytes: Bytes per element that computing it holds beside its result.
+        scores_held: Scores for each of its rows that computing it holds, if its own axes do not show them.
         is_constant: Whether all its elements are one number.
         is_exact: Whether its rows are the same to the last bit in steps of the right size.
         renames_axes: Whether it computes a child in another tile than its own.
@@ -54,7 +55,7 @@ class Node:
     """
 
     stands_for_memory = False
-    held_bytes = 0
+    held_bytes = scores_held = 0
     is_constant = False
     is_exact = True
     renames_axes = False

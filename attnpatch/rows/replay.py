@@ -12,7 +12,7 @@ import torch
 from attnpatch.policy import Policy
 from attnpatch.rows import edges
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
-from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
+from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
 from attnpatch.rows.budget import Steps, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.grain import Grain
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
@@ -43,6 +43,7 @@ class Replay:
         on_restart: Called then too, where somebody looks at what the first steps have shown already.
         free: Free bytes on the device; ``None``: plenty.
         attempts: What was tried before.
+        on_size: Called with the bytes of the largest tensor of query x key elements in a step.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Replay:
         on_restart: Callable[[], None] = lambda: None,
         free: int | None = None,
         attempts: Attempts | None = None,
+        on_size: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.node, self.policy, self.watched, self.free = node, policy, watched, free
-        self.on_retry, self.on_restart = on_retry, on_restart
+        self.on_retry, self.on_restart, self.on_size = on_retry, on_restart, on_size
         self.attempts = attempts or Attempts()
         # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
         self.shrink, self.limit = 1, Limit.EXACT
@@ -71,7 +73,7 @@ class Replay:
         return self.forward() if result is None else result
 
     def _again(self, twin: Node) -> Replay:
-        self.again = Replay(twin, self.policy, on_retry=self.on_retry, free=self.free)
+        self.again = Replay(twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size)
         return self.again
 
     def _kept(self) -> torch.Tensor:
@@ -114,6 +116,7 @@ class Replay:
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
         steps = self._steps(run)
+        self.on_size(_largest(run, steps, self.node))
         run.row = steps.row if len(steps.rows) > 1 else None
         if run.row is not None and len(steps.lead) > 1:
             run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
@@ -251,6 +254,28 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
     if like is not None:
         return torch.zeros_like(like, dtype=dtype)
     return torch.zeros(node.shape, dtype=dtype, device=node.device)
+
+
+def _largest(run: Run, steps: Steps, result: Node) -> int:
+    """Bytes of the largest tensor with query x key elements that a step makes; the result is made whole."""
+    tile: Tile = dict(steps.lead[0])
+    if steps.row is not None:
+        tile[steps.row] = (0, steps.largest()[0])
+    found = 0
+    for node in run.tiled:
+        if isinstance(node, Leaf):
+            continue
+        axes = all_leaves(node.dims)
+        kinds = {axis.kind for axis in axes}
+        if ROW in kinds or steps.row in axes:
+            if KEY in kinds:
+                count = extent(tuple(axes), {} if node is result else tile)
+            else:
+                count = node.scores_held * extent(
+                    tuple(leaves(a for dim in node.dims[:-1] for a in dim)), tile
+                )
+            found = max(found, count * node.dtype.itemsize)
+    return found
 
 
 def _reads(run: Run, tileable: list[Axis]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows import diagonals, into, metadata, products, shaping, sharing, tables, within
+from attnpatch.rows import diagonals, gumbel, into, metadata, products, shaping, sharing, tables, within
 from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
@@ -508,6 +508,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(CASTS, cast),
     "dropout": dropout,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), pointwise_convolution),
+    **gumbel.HANDLERS,
     **shaping.HANDLERS,
     **tables.HANDLERS,
     **metadata.HANDLERS,

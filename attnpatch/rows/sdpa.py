@@ -95,6 +95,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     if not _can_be_cut(call):
         kwargs = settle(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
+        site.tally.left_native("kind")
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.weights is not None:
         site.weights.append(weights.of_call(call, site))
@@ -203,6 +204,8 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
     if site.policy.mode == "always" or is_pending(call["attn_mask"]):
         # Where the rule had a mask deferred, the native call would hold all of it, and what its kernel makes of it.
         native, fused = q_len < 2, False
+        if native:
+            site.tally.left_native("one row")
     else:
         fused = fused_choice(call) != MATH_KERNEL
         temporaries = DENSE_COPIES * math.prod(query.shape[:-1]) * kv_len * query.element_size()
@@ -218,7 +221,10 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
             saved.hand_on()
             site.tally.count("fused" if fused else "native")
             if fused:
+                site.tally.left_native("fused")
                 site.remember(q_len, temporaries, False)
+            elif q_len > 1:
+                site.tally.made(math.prod(query.shape[:-1]) * kv_len * query.element_size())
             return result
         except RuntimeError as error:
             if not site.is_answered(error) or q_len < 2:
@@ -339,6 +345,7 @@ class Attend(Node):
         if self.context.autocast:
             self.dtype = self.context.autocast_dtype
         self.grain = of_fused(call, self.dtype) if fused else Grain()
+        self.scores_held = 0 if fused else self.kv_len
 
     @property
     def score_width(self) -> int:

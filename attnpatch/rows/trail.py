@@ -64,7 +64,7 @@ class Step:
             *(s.reads for s in before)
         )
         self.random: list[RandomState] = next((s.random for s in before if s.random), [])
-        if not self.random and "dropout" in func.__name__:
+        if not self.random and any(name in func.__name__ for name in ("dropout", "gumbel")):
             self.random = [random_state(device)]
             if device.type != "cpu":
                 # By rows the seed of a mask comes from here, whatever the device.

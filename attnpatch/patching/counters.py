@@ -1,0 +1,180 @@
+"""What happened at one attention site: calls, why they stayed native, what was made whole and by whose line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.policy import size_text
+
+TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed", "largest")
+# Rules that leave a call native, in words for people; ``left_native`` gets the numbers.
+REASONS = {
+    "memory": "enough memory: {0} free, {1} asked",
+    "short": "short: {1} row{2}, min_tokens {0}",
+    "never": "mode never",
+    "fused": "fused kernel holds no scores",
+    "one row": "one query row",
+    "nested": "nested tensors",
+    "transform": "inside vmap or torch.func.grad",
+    "kind": "tensors of another kind, whose elements do not say all",
+    "passed": "code of attnpatch failed",
+    "unseen": "a kernel outside torch, or a product that attnpatch does not follow",
+}
+# Rules by which a call is not watched at all.
+_OF_CALLS = ("never", "nested", "transform", "passed")
+_NAMES = ("counts", "operations", "obstacles", "sums", "short", "reasons")
+
+
+class Counters:
+    """Counts of one site.
+
+    Attributes:
+        counts: What happened, by the names of ``TOTALS`` that are counted one by one.
+        operations: What was materialised, by operation and the line of code that asked for it.
+        obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
+        sums: Fused calls that a capture saw, by what summed their probabilities.
+        short: Calls that were too short to be watched, by an upper bound on their rows.
+        reasons: Rules that left a call native, by the names of ``REASONS``.
+        numbers: Of each of them, the numbers of its largest call.
+        largest: Bytes of the largest tensor of query x key elements that was made.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to count."""
+        self.counts: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.obstacles: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
+        self.short: Counter[int] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.numbers: dict[str, tuple[int, ...]] = {}
+        self.largest = 0
+
+    # ------------------------------------------------------------------------------------------- as rows' ``Tally``
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+
+    def materialised(self, operation: str) -> None:
+        self.counts["materialised"] += 1
+        try:
+            place = users_line()
+        except Exception:
+            place = ""  # a folder on sys.path that is no path: the operation alone will do
+        self.operations[f"{operation} ({place})" if place else operation] += 1
+
+    def not_fused(self, step: str) -> None:
+        self.obstacles[step] += 1
+
+    def summed(self, by: str) -> None:
+        self.sums[by] += 1
+
+    def left_native(self, reason: str, *numbers: int) -> None:
+        self.reasons[reason] += 1
+        if numbers and numbers[-1] >= self.numbers.get(reason, numbers)[-1]:
+            self.numbers[reason] = numbers
+
+    def made(self, size: int) -> None:
+        if size > self.largest:
+            self.largest = size
+
+    # ------------------------------------------------------------------------------------------------- for reports
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything was counted."""
+        return bool(self.counts or self.short or self.reasons)
+
+    @property
+    def passed(self) -> int:
+        """Native calls in which no attention was counted: too short to be watched, or made of products only."""
+        return self.counts["passed"] + self.short.total() + sum(self.reasons[rule] for rule in _OF_CALLS)
+
+    def add(self, other: Counters) -> None:
+        """Count what another one counted too."""
+        for name in _NAMES:
+            getattr(self, name).update(getattr(other, name))
+        for reason, numbers in other.numbers.items():
+            if numbers[-1] >= self.numbers.get(reason, numbers)[-1]:
+                self.numbers[reason] = numbers
+        self.made(other.largest)
+
+    def why_native(self, min_tokens: int) -> dict[str, int]:
+        """Rules that left calls native, in words, and how often, the most frequent first."""
+        found = Counter(self.reasons)
+        numbers = dict(self.numbers)
+        if self.short:
+            found["short"] += self.short.total()
+            numbers["short"] = max(
+                numbers.get("short", (0, 0)), (min_tokens, max(self.short)), key=lambda n: n[-1]
+            )
+        return {_said(reason, numbers.get(reason, ())): count for reason, count in found.most_common()}
+
+
+def _said(reason: str, numbers: tuple[int, ...]) -> str:
+    if reason == "memory":
+        return REASONS[reason].format(*map(size_text, numbers))
+    if reason == "short":
+        return REASONS[reason].format(*numbers, "s" * (numbers[-1] != 1))
+    return REASONS[reason]
+
+
+@contextlib.contextmanager
+def counted_apart(all_of: Iterable[Counters]) -> Iterator[None]:
+    """What is counted inside the block is seen by itself there, and belongs to the rest afterwards."""
+    kept = []
+    for counters in all_of:
+        earlier = Counters()
+        earlier.add(counters)
+        kept.append((counters, earlier))
+        counters.forget()
+    try:
+        yield
+    finally:
+        for counters, earlier in kept:
+            counters.add(earlier)
+
+
+# ----------------------------------------------------------------------------------------------- the line of a user
+
+_TORCH, _OWN = (
+    str(pathlib.Path(path).parent) + os.sep
+    for path in (torch.__file__, __file__.rpartition("patching")[0] + "x")
+)
+# Between a user's line and torch: packages and files that only hand tensors on.
+_PACKAGES, _FILES = frozenset(["einops", "opt_einsum", "numpy"]), frozenset(["contextlib.py", "functools.py"])
+
+
+def users_line() -> str:
+    """``file.py:12``, the innermost line of the running code that is neither attnpatch's nor torch's; or nothing."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = _place(frame.f_code.co_filename)
+        if name:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(filename: str) -> str:
+    """A file as it would be imported from its folder on ``sys.path``; nothing for those that are nobody's own code."""
+    if filename.startswith((_OWN, _TORCH, "<frozen")):
+        return ""
+    path = pathlib.Path(filename)
+    if path.parent.name in _PACKAGES or path.name in _FILES:
+        return ""
+    folders = [folder for folder in sys.path if folder and path.is_relative_to(folder)]
+    return path.relative_to(max(folders, key=len)).as_posix() if folders else path.name

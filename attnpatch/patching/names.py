@@ -1,0 +1,275 @@
+"""Which names a module's code uses: in its forward, in what that calls, and in the parts that it calls.
+
+Byte code is there where source is not (notebooks, ``exec``). Names say little, so what is found by them is only a guess;
+that makes it cheap to look wherever a softmax may be kept (a list, a partial, a processor object, another project).
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import re
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# Calls that are followed; items of a list or a dictionary that are looked at, and how deep they may lie.
+_DEPTH, _ITEMS, _NESTED = 3, 32, 3
+_OPERATION = dis.opmap["BINARY_OP"]
+_MATMULS = frozenset(
+    step.arg
+    for step in dis.get_instructions(compile("a @ b; a @= b", "", "exec"))
+    if step.opcode == _OPERATION
+)
+_OPERATOR = re.compile(r"aten::(\w+)")
+_WRAPPERS = (
+    staticmethod,
+    classmethod,
+    functools.partial,
+    functools.partialmethod,
+    functools.cached_property,
+    property,
+)
+
+# Where no attention is: following it takes time.
+_SKIPPED = frozenset(
+    "attnpatch builtins collections contextlib copy dataclasses enum functools inspect itertools logging math operator "
+    "os random re types typing warnings".split()
+)
+_INTERNAL = frozenset(vars(nn.Module()))
+
+_classes: weakref.WeakKeyDictionary[type[nn.Module], dict[int, frozenset[str]]] = weakref.WeakKeyDictionary()
+_methods: weakref.WeakKeyDictionary[type[nn.Module], dict[str, frozenset[str]]] = weakref.WeakKeyDictionary()
+
+
+def names_of_class(kind: type[nn.Module], depth: int = _DEPTH) -> frozenset[str]:
+    """Names that the forward of a class uses, and what it calls by these names; read once per class."""
+    found = _classes.setdefault(kind, {})
+    if depth not in found:
+        found[depth] = frozenset([*_torch_bases(kind), *_Reader(kind).names(kind.forward, depth)])
+    return found[depth]
+
+
+def names_of_instance(module: nn.Module) -> set[str]:
+    """Names in the code of functions, processors and collections of them that a module holds beside its submodules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return set(_operators(module, "inlined_graph"))
+    reader = _Reader(type(module), names_of_class(type(module)))
+    values = [value for name, value in vars(module).items() if name not in _INTERNAL]
+    return {name for value in values for name in reader.names(value, _DEPTH)}
+
+
+def names_of_methods(module: nn.Module, owner: type[nn.Module]) -> set[str]:
+    """Names in the code of methods of ``module`` that its owner calls instead of its forward."""
+    kind, called = type(module), names_of_class(owner, 1)
+    if kind not in _methods:
+        own = {name for base in kind.__mro__ if not is_torch(base) for name in vars(base)}
+        _methods[kind] = dict.fromkeys(own - {"forward", "__call__", "__init__"})
+    found: set[str] = set()
+    for name in called & _methods[kind].keys():
+        words = _methods[kind][name]
+        if words is None:
+            reader = _Reader(kind)
+            words = frozenset(n for value in reader.methods(name) for n in reader.names(value, _DEPTH))
+            _methods[kind][name] = words
+        found |= words
+    return found
+
+
+def _torch_bases(kind: type[Any]) -> Iterator[str]:
+    """Names of torch's classes that a class is, or is made from: ``Softmax``."""
+    return (base.__name__ for base in kind.__mro__ if is_torch(base))
+
+
+def is_torch(value: Any) -> bool:
+    """Whether a function or a class is torch's own."""
+    return _project(getattr(value, "__module__", None)) == "torch"
+
+
+def _project(name: Any) -> str:
+    return name.partition(".")[0] if isinstance(name, str) else ""
+
+
+class _Reader:
+    """Follows code from one class on.
+
+    Args:
+        kind: Where methods are looked up.
+        called: Names by which objects that are found are called.
+        seen: Code that was read, and how many calls further it was followed.
+    """
+
+    def __init__(
+        self, kind: type[Any], called: Iterable[str] = (), seen: dict[Any, int] | None = None
+    ) -> None:
+        self.kind, self.called = kind, frozenset(called)
+        self.seen: dict[Any, int] = {} if seen is None else seen
+
+    def names(self, value: Any, depth: int) -> Iterator[str]:
+        """Names in whatever can be called, or holds what can be."""
+        if depth < 0:
+            return
+        if isinstance(value, _WRAPPERS):
+            for item in _wrapped(value):
+                yield from self.names(item, depth)
+        elif isinstance(value, (list, tuple, dict)):
+            for item in _items(value, _NESTED):
+                # Classes in a table are not made here: transformers lists those whose results it collects.
+                if not isinstance(item, type):
+                    yield from self.names(item, depth)
+        elif isinstance(value, types.MethodType):
+            yield from _Reader(type(value.__self__), (), self.seen).names(value.__func__, depth)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            yield from _operators(value, "graph")
+        elif isinstance(value, types.FunctionType):
+            yield value.__name__
+            yield from self._in_function(value, depth)
+        elif isinstance(value, (type, types.BuiltinFunctionType, types.MethodDescriptorType)):
+            yield value.__name__
+            if isinstance(value, type):
+                yield from self._in_class(value, depth)
+        elif isinstance(value, nn.Module):
+            # In a plain list, or in the globals of a file.
+            for part in itertools.islice(value.modules(), _ITEMS):
+                yield from self._in_class(type(part), depth)
+        elif is_torch(type(value)):
+            yield str(getattr(value, "__name__", ""))  # an operator of ``torch.ops``
+        elif not isinstance(value, types.ModuleType):
+            yield from self._in_class(type(value), depth)
+            yield from self._held_by(value, depth)
+
+    def _held_by(self, value: Any, depth: int) -> Iterator[str]:
+        """What a processor holds: functions, tables of them, a softmax module; not the module that it serves."""
+        held = getattr(value, "__dict__", None)
+        if not isinstance(held, dict) or not callable(value) or self._is_read(id(value), depth):
+            return
+        for item in _items(held, _NESTED):
+            if isinstance(item, nn.Module):
+                is_helper = is_torch(type(item)) and next(item.parameters(), None) is None
+            else:
+                is_helper = callable(item)
+            if is_helper and not isinstance(item, type):
+                yield from self.names(item, depth - 1)
+
+    def _is_read(self, what: Any, depth: int) -> bool:
+        """Whether something was followed as far before; if not, it is now."""
+        if self.seen.get(what, -1) >= depth:
+            return True
+        self.seen[what] = depth
+        return False
+
+    def _in_class(self, kind: type[Any], depth: int) -> Iterator[str]:
+        """What is called of a class or of an object: a processor's ``__call__``, the forward of an ``autograd.Function``."""
+        yield from _torch_bases(kind)
+        if (
+            is_torch(kind)
+            or _project(kind.__module__) in _SKIPPED
+            or self._is_read((kind, self.called), depth)
+        ):
+            return
+        reader = _Reader(kind, (), self.seen)
+        entry = "forward" if issubclass(kind, (nn.Module, torch.autograd.Function)) else "__call__"
+        for name in sorted({entry, *self.called}):
+            for value in reader.methods(name):
+                yield from reader.names(value, depth)
+
+    def _in_function(self, func: types.FunctionType, depth: int) -> Iterator[str]:
+        # What is decorated, and the decorator's own code.
+        yield from self.names(getattr(func, "__wrapped__", None), depth)
+        if is_torch(func) or _project(func.__module__) in _SKIPPED or self._is_read(func.__code__, depth):
+            return
+        names = frozenset(_names(func.__code__))
+        yield from names
+        reader = _Reader(self.kind, names, self.seen)
+        for value in reader.called_by(func):
+            yield from reader.names(value, depth - 1)
+
+    def called_by(self, func: types.FunctionType) -> Iterator[Any]:
+        """Values that the names in a function's code may stand for."""
+        cells = zip(func.__code__.co_freevars, func.__closure__ or (), strict=False)
+        captured = {name: _content(cell) for name, cell in cells}
+        spaces = [captured, func.__globals__, *map(vars, _modules(func, self.called))]
+        yield from (*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values())
+        for name in sorted(self.called):
+            yield from self.methods(name, everywhere="super" in self.called)
+            yield from (space[name] for space in spaces if name in space)
+
+    def methods(self, name: str, everywhere: bool = False) -> list[Any]:
+        """What a class has under a name; ``everywhere``: in its bases too, which ``super`` reaches."""
+        found = [vars(base)[name] for base in self.kind.__mro__ if name in vars(base) and not is_torch(base)]
+        return found if everywhere else found[:1]
+
+
+def _items(value: Any, nested: int) -> Iterator[Any]:
+    """What lists and dictionaries in one another hold."""
+    if not isinstance(value, (list, tuple, dict)):
+        yield value
+    elif nested:
+        for item in itertools.islice(value.values() if isinstance(value, dict) else value, _ITEMS):
+            yield from _items(item, nested - 1)
+
+
+def _wrapped(value: Any) -> list[Any]:
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, property):
+        return [value.fget]
+    return [value.__func__ if isinstance(value, (staticmethod, classmethod)) else value.func]
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    yield from code.co_freevars
+    steps, given = code.co_code[::2], code.co_code[1::2]
+    if any(given[i] in _MATMULS for i in range(len(steps)) if steps[i] == _OPERATION):
+        yield "__matmul__"
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _modules(func: types.FunctionType, names: Iterable[str]) -> list[types.ModuleType]:
+    """Python modules that a function's code names, of its own project or another, but not torch's.
+
+    A function that is imported where it is called is found too, once somebody has imported it.
+    """
+    package = func.__globals__.get("__package__") or ""
+    named = [func.__globals__.get(name) for name in names]
+    named += [sys.modules.get(full) for name in names for full in (name, f"{package}.{name}")]
+    found = {id(module): module for module in named if _is_foreign(module)}
+    waiting = list(found.values())
+    while waiting:  # ``project.ops.attention.attend``
+        space = vars(waiting.pop())
+        for name in names:
+            module = space.get(name)
+            if _is_foreign(module) and id(module) not in found:
+                found[id(module)] = module
+                waiting.append(module)
+    return list(found.values())
+
+
+def _is_foreign(value: Any) -> bool:
+    project = _project(getattr(value, "__name__", None)) if isinstance(value, types.ModuleType) else ""
+    return project not in ("", "torch", *_SKIPPED)
+
+
+def _operators(scripted: Any, graph: str) -> Iterator[str]:
+    """Operators of a scripted function or module, and the name of the former."""
+    yield getattr(scripted, "name", "")
+    try:
+        yield from _OPERATOR.findall(str(getattr(scripted, graph)))
+    except (AttributeError, RuntimeError):
+        return  # a scripted module without a forward
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None  # a name that is bound later
