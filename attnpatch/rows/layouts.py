@@ -132,7 +132,7 @@ def _made(node: Node) -> Any:
         return below[0][node.index]
     if isinstance(node, Call):
         return _called(node, below)
-    if not below or isinstance(node, Strided):
+    if not below or isinstance(node, Strided) or node.lies_by_rows:
         # What was padded or joined, and what nobody had before.
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
     return below[0] * 1 if node.copies_layout else None

@@ -7,20 +7,15 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows import layouts
-from attnpatch.rows.arguments import argument, deferred_in
-from attnpatch.rows.blank import Blank
-from attnpatch.rows.deferred import DeferredRows, wrap
-from attnpatch.rows.masks import Filled
-from attnpatch.rows.recipe import Node, map_structure
+from attnpatch.rows.arguments import deferred_in
+from attnpatch.rows.deferred import DeferredRows
+from attnpatch.rows.recipe import map_structure
 
 # What they return is small, or of a size that the caller names.
 _ASKING = (
     "new_tensor new_empty_strided new result_type is_pinned is_shared is_conj is_neg is_coalesced is_distributed "
     "is_same_size has_names dim_order can_cast _is_zerotensor is_set_to"
 )
-# Functions of one value everywhere, and the value (``None``: an argument says it).
-_VALUES = {"zeros": 0, "ones": 1, "full": None, "empty": None}
 _RANDOM = "rand_like randn_like randint_like"
 # Options that change nothing where they are given their defaults.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -51,37 +46,7 @@ def asked(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return func(*map_structure(args, _stand_in), **map_structure(kwargs, _stand_in))
 
 
-def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``zeros_like``, ``new_zeros`` and their kind: deferred if they have the shape of the scores."""
-    source = args[0]
-    if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
-        return NotImplemented
-    kind, node = name.removesuffix("_like").removeprefix("new_"), source.handle.node
-    value = _VALUES[kind]
-    if name.startswith("new_"):
-        given = [size for size in args[1:] if isinstance(size, int)] if kind != "full" else []
-        size = given or argument(args, kwargs, 1, "size")
-        value = argument(args, kwargs, 2, "fill_value") if kind == "full" else value
-        if not isinstance(size, (tuple, list)) or tuple(size) != tuple(node.shape):
-            return asked(name, func, args, kwargs)
-    elif kind == "full":
-        value = argument(args, kwargs, 1, "fill_value")
-    is_known = kind == "empty" or isinstance(value, (bool, int, float))
-    if not is_known or not _are_defaults(kwargs, node.device):
-        # The result takes memory as the scores would.
-        source.handle.call.tally.materialised(name)
-        return asked(name, func, args, kwargs)
-    dtype = kwargs.get("dtype") or node.dtype
-    if kind == "empty":
-        made: Node = Blank.like(node, dtype)
-    else:
-        made = Filled(value, node.dims, dtype, node.device)
-    if name.endswith("_like"):
-        made.shadow = layouts.like(node)
-    return wrap(made, source.handle.call)
-
-
-def _are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
+def are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
     """Whether the options of a function that makes a tensor are those of a plain one on ``device``."""
     for key, value in kwargs.items():
         if key in ("dtype", "size", "fill_value"):
@@ -111,7 +76,5 @@ def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_ASKING.split(), asked),
-    **{f"new_{kind}": constant for kind in _VALUES},
-    **{f"{kind}_like": constant for kind in _VALUES},
     **dict.fromkeys(_RANDOM.split(), random),
 }

@@ -1,4 +1,4 @@
-"""What begins a recipe though nobody multiplied anything: positions against positions, and zeros for scores.
+"""What begins a recipe though nobody multiplied anything: positions against positions, and constants.
 
 A host makes them for a bias (T5's and DeBERTa's distances) or a mask of its own, inside its attention or before it.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from attnpatch.ledger import is_plain
-from attnpatch.rows import biases, rowwise
-from attnpatch.rows.axes import KEY, ROW, Dims, fresh
+from attnpatch.rows import biases, constants, rowwise
+from attnpatch.rows.constants import dims_of
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
@@ -27,7 +27,6 @@ from attnpatch.rows.deferred import (
     wrap,
 )
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
-from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, View
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
@@ -47,11 +46,6 @@ def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bo
         return True
     call.tally.made(8 * math.prod(shape))
     return False
-
-
-def _dims(shape: torch.Size) -> Dims:
-    """Fresh axes of ``[..., rows, keys]``."""
-    return (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
 
 
 def _are_positions(*values: Any) -> bool:
@@ -86,7 +80,7 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Sit
         return NotImplemented
     if not _goes_by_rows(shape, args[0].device, call):
         return NotImplemented
-    dims = _dims(shape)
+    dims = dims_of(shape)
     nodes = [
         Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
         for t in args
@@ -118,30 +112,9 @@ def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
     shape = torch.Size([*counts[:-1], tensor.shape[-1]])
     if not _goes_by_rows(shape, tensor.device, call):
         return NotImplemented
-    dims = _dims(shape)
+    dims = dims_of(shape)
     keys = Leaf(tensor, (*((),) * (tensor.dim() - 1), dims[-1]))
     return wrap(View(keys, dims, expand=True), call)
-
-
-def zeros(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
-    """``torch.zeros`` of the shape of scores (a bias that a layer has none of), deferred if its size goes by rows.
-
-    Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
-
-    Returns:
-        The deferred tensor, or ``NotImplemented``.
-    """
-    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
-    if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
-        return NotImplemented
-    if not isinstance(size, (tuple, list)) or len(size) != 4 or not all(isinstance(n, int) for n in size):
-        return NotImplemented
-    if min(size) < 1 or min(size[-2:]) <= biases.WIDEST_HEAD:
-        return NotImplemented
-    like = torch.zeros((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-    if not call.by_rows(size[-2], 3 * math.prod(size) * like.element_size(), like.device):
-        return NotImplemented
-    return wrap(Filled(0.0, _dims(torch.Size(size)), like.dtype, like.device), call)
 
 
 def _functions(names: str) -> list[Any]:
@@ -176,7 +149,7 @@ OF_POSITIONS: dict[Any, Begin] = {
     **dict.fromkeys(_functions("repeat tile"), repeated),
     **dict.fromkeys([torch.Tensor.__getitem__, F.embedding, *_functions("index_select")], biases.looked_up),
 }
-BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, torch.zeros: zeros}
+BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, **constants.BEGINNINGS}
 
 
 # --------------------------------------------------------------------------------------------- before any attention

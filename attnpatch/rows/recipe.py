@@ -51,6 +51,7 @@ class Node:
             what computes it.
         copies_layout: Whether its result lies in memory as a copy of its first child would.
         laid_as: The node whose native strides it has, where those are not of its own making (a write in place).
+        lies_by_rows: Whether natively it lies in memory row by row, whatever it is made of.
         shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
     """
 
@@ -69,6 +70,7 @@ class Node:
     native: tuple[Callable[..., Any], Any, dict[str, Any]] | None = None
     copies_layout = False
     laid_as: Node | None = None
+    lies_by_rows = False
     shadow: Any = None
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()

@@ -76,7 +76,7 @@ class Written(Node):
                 return rest_of(value, self.dims, tile, cut)
             start = region.start + first * region.step - span[0]
             place.append(slice(start, start + (last - first - 1) * region.step + 1, region.step))
-            narrowed.append((position - len(self.dims), *_asked(region.axis, first, last, wanted, run)))
+            narrowed.append((position - len(self.dims), *asked((region.axis,), first, last, wanted, run)))
         part = run.value(source, wanted)
         for back, offset, count in narrowed:
             # What the source has once for all of the region stays as it is.
@@ -86,9 +86,12 @@ class Written(Node):
         return rest_of(value, self.dims, tile, cut)
 
 
-def _asked(axis: Axis, first: int, last: int, wanted: Tile, run: Run) -> tuple[int, int]:
-    """Ask for ``first:last`` of an axis in the tile ``wanted``; where that begins in what comes, and its length."""
-    parts = leaves((axis,))
+def asked(dim: Dim, first: int, last: int, wanted: Tile, run: Run) -> tuple[int, int]:
+    """Ask for ``first:last`` of a dimension in the tile ``wanted``; where that begins in what comes, and its length.
+
+    A dimension that cannot be cut there comes whole.
+    """
+    parts = leaves(dim)
     if len(parts) != 1 or parts[0] in run.whole:
         return first, last - first
     low, high = widened(first, last, parts[0])

@@ -13,10 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows import diagonals, gumbel, into, metadata, products, shaping, sharing, tables, within
+from attnpatch.rows import (
+    constants,
+    diagonals,
+    gumbel,
+    into,
+    joining,
+    metadata,
+    parameters,
+    products,
+    shaping,
+    sharing,
+    tables,
+    within,
+)
 from attnpatch.rows import writes as writing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tensors_in
-from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
+from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import (
     DeferredRows,
     before_write,
@@ -41,7 +54,7 @@ _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift fl
 FLAGS = {
     **dict.fromkeys("relu relu6 selu silu mish hardsigmoid hardswish".split(), 1),
     **dict.fromkeys("leaky_relu elu celu".split(), 2),
-    **dict.fromkeys("hardtanh threshold dropout alpha_dropout".split(), 3),
+    **dict.fromkeys("hardtanh threshold _threshold dropout alpha_dropout".split(), 3),
     "rrelu": 4,
 }
 
@@ -268,7 +281,8 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
             elif not same(found, own):
                 return None
         if not found and shape[-back] != 1:
-            found = (Axis(shape[-back]),)
+            # Figures of rows against a real row of figures: the columns of a matrix.
+            found = (Axis(shape[-back], KEY if back == 1 and _has_no_keys(nodes) else LEAD),)
         dims.append(found)
     return tuple(dims)
 
@@ -326,7 +340,7 @@ def _beside_keys(tensors: list[torch.Tensor]) -> set[int] | None:
         for number, node in given.items()
         if _has_no_keys([node])
         and any(
-            axis.kind == ROW and (back in keys or len(places[axis]) > 1)
+            axis.kind == ROW and (back in keys or back < max(places[axis]))
             for back, dim in enumerate(reversed(node.dims))
             for axis in leaves(dim)
         )
@@ -405,6 +419,9 @@ def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return wrap(call, args[0].handle.call)
 
 
+_EXTREMES = frozenset("max min amax amin any all".split())
+
+
 def mixes_figures(node: Node, positions: list[int]) -> bool:
     """Whether a step needs all rows of what has one figure for each: small, so it is computed first."""
     return _has_no_keys([node]) and any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i]))
@@ -413,6 +430,8 @@ def mixes_figures(node: Node, positions: list[int]) -> bool:
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
     positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
+    if node is not None and len(args) == 1 and not kwargs and name in _EXTREMES:
+        return within.extreme(name, func, args[0])
     if node is None or positions is None:
         return NotImplemented
     if mixes_figures(node, positions):
@@ -435,6 +454,8 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return elementwise(name, func, args, kwargs)
     if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
         return NotImplemented
+    if len(args) == 1 and not kwargs and name in _EXTREMES:
+        return within.extreme(name, func, args[0])
     node = args[0].handle.node
     dim = argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
     positions = _dims_of(node, dim)
@@ -515,5 +536,8 @@ HANDLERS: dict[str, Handler] = {
     **within.HANDLERS,
     **writing.HANDLERS,
     **diagonals.HANDLERS,
+    **joining.HANDLERS,
+    **parameters.HANDLERS,
+    **constants.HANDLERS,
     **products.HANDLERS,
 }

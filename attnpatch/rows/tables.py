@@ -3,84 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from attnpatch.rows import indexing, strided
+from attnpatch.rows import indexing
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, wrap
-from attnpatch.rows.masks import Filled
 from attnpatch.rows.recipe import Call, Leaf, Node, tensors_of
-
-
-def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``cat`` along a dimension that the recipe then needs whole (a sink's column beside the scores)."""
-    pieces, dim = argument(args, kwargs, 0, "tensors"), argument(args, kwargs, 1, "dim", 0)
-    first = first_deferred(args, kwargs)
-    if not isinstance(dim, int) or any(piece.dim() != first.dim() for piece in pieces):
-        return NotImplemented
-    position = dim % first.dim()
-    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
-    total = sum(piece.shape[position] for piece in pieces)
-    has_rows = any(strided.has_rows(node, position) for node in nodes)
-    joined = () if has_rows else (Axis(total, KEY),)
-    dims: list[Dim] = []
-    for i, own in enumerate(nodes[0].dims):
-        others = [node.dims[i] for node in nodes[1:]]
-        if i != position and not all(same(own, other) for other in others):
-            return NotImplemented
-        dims.append(joined if i == position else own)
-    whole = [*joined]
-    parts: list[Node] = []
-    for piece in pieces:
-        if isinstance(piece, DeferredRows):
-            part = piece.handle.node
-            whole += part.dims[position]
-        else:
-            own = fresh(piece.shape)[position] if has_rows else ()
-            part = Leaf(piece, tuple(own if i == position else dim for i, dim in enumerate(dims)))
-        parts.append(part)
-    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
-    if has_rows:
-        # No row needs the others: what is put before or after them is read beside them.
-        fits = all(part.dtype == dtype for part in parts)
-        return wrap(strided.joined(parts, position), first.handle.call) if fits else NotImplemented
-    call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
-    return wrap(call, first.handle.call)
-
-
-def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A value before and after some dimensions, as ``cat``; a negative amount cuts off."""
-    source, amounts = args[0], list(argument(args, kwargs, 1, "pad"))
-    if not isinstance(source, DeferredRows) or argument(args, kwargs, 2, "mode", "constant") != "constant":
-        return NotImplemented
-    if not any(amounts):
-        return source.clone()
-    value, call = argument(args, kwargs, 3, "value") or 0, source.handle.call
-    result: Any = source
-    for last, counts in enumerate(zip(amounts[::2], amounts[1::2], strict=False)):
-        if not any(counts):
-            continue
-        node = result.handle.node
-        position = len(node.dims) - last - 1
-        start, stop = max(0, -counts[0]), node.shape[position] - max(0, -counts[1])
-        if stop <= start:
-            return NotImplemented
-        if (start, stop) != (0, node.shape[position]):
-            node = strided.cut(node, position, start, stop)
-        pieces = [wrap(node, call)]
-        for at, count in zip((0, 2), counts, strict=True):
-            if count > 0:
-                dims = (*node.dims[:position], *fresh([count], KEY), *node.dims[position + 1 :])
-                pieces.insert(at, wrap(Filled(value, dims, node.dtype, node.device), call))
-        result = pieces[0] if len(pieces) == 1 else concatenate("cat", torch.cat, (pieces, position), {})
-        if result is NotImplemented:
-            return NotImplemented
-    return result
 
 
 def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -123,6 +55,14 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
             node = Leaf(source, tuple(() if i == position else dim for i, dim in enumerate(dims)))
     call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
     return wrap(call, first_deferred(args, kwargs).handle.call)
+
+
+def along_dim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``take_along_dim``: ``gather``, where nothing is broadcast."""
+    source, index, dim = args[0], argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "dim")
+    if dim is None or not isinstance(index, torch.Tensor) or source.dim() != index.dim():
+        return NotImplemented
+    return gather("gather", torch.gather, (source, dim, index), {})
 
 
 def _renamed(root: Node) -> Node:
@@ -212,10 +152,9 @@ def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 
 
 HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("gather", "index_select"), gather),
+    "take_along_dim": along_dim,
     **dict.fromkeys(("scatter", "scatter_add"), scatter),
     "__getitem__": getitem,
     "embedding": embedding,
-    "pad": pad,
 }

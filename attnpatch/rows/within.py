@@ -15,6 +15,7 @@ import torch
 from attnpatch.rows.arguments import argument, deferred_in
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, fresh, leaves
 from attnpatch.rows.deferred import DeferredRows, wrap
+from attnpatch.rows.joining import flip_rows, roll_rows
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, map_structure
 
 # From the arguments and the number of dimensions to the dimensions that must be complete; ``None``: not understood.
@@ -106,15 +107,32 @@ def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
         return NotImplemented
     node = source.handle.node
-    positions = _positions(WITHIN[name](args, kwargs, len(node.dims)), len(node.dims))
-    if positions is None or any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i])):
+    dims = WITHIN[name](args, kwargs, len(node.dims))
+    positions = _positions(dims, len(node.dims))
+    if positions is None:
         return NotImplemented
+    if any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i])):
+        return _of_rows(name, source, args, kwargs, dims)
     shape = [size if i in positions else 1 for i, size in enumerate(node.shape)]
     if math.prod(shape) > _MOST_ASKED:
         return NotImplemented
     with torch.no_grad():
         told = func(torch.ones(shape, dtype=node.dtype, device=node.device), *args[1:], **kwargs)
     return becoming(source, func, args[1:], kwargs, positions, told)
+
+
+def _of_rows(name: str, source: DeferredRows, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
+    """What can be said of rows without having all of them."""
+    if name == "flip":
+        return flip_rows(source, dims)
+    shifts = argument(args, kwargs, 1, "shifts")
+    shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
+    if name != "roll" or len(shifts) != len(dims):
+        return NotImplemented
+    for shift, dim in zip(shifts, dims, strict=True):
+        has_rows = any(axis.kind == ROW for axis in leaves(source.handle.node.dims[dim]))
+        source = roll_rows(source, shift, dim) if has_rows else torch.roll(source, shift, dim)
+    return source
 
 
 def becoming(
@@ -172,6 +190,20 @@ def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[D
         else:
             dims.append(fresh([size], KEY)[0])
     return tuple(dims)
+
+
+def extreme(name: str, func: Callable[..., Any], source: DeferredRows) -> Any:
+    """``max()``, ``any()`` and their kind of everything: of the keys, a figure for each row, and of these figures.
+
+    Not under autograd, where equal elements share a gradient.
+    """
+    node = source.handle.node
+    keys = [i for i, dim in enumerate(node.dims) if any(axis.kind == KEY for axis in leaves(dim))]
+    if not keys or source.requires_grad:
+        return NotImplemented
+    step = {"max": torch.amax, "min": torch.amin}.get(name, getattr(torch, name))
+    figures = step(source, tuple(keys))
+    return func(figures.handle.reduced()) if isinstance(figures, DeferredRows) else func(figures)
 
 
 HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys(WITHIN, within)
