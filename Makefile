@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test fuzz venv lint bench bench-peers bench-gpu coverage docs clean
+.PHONY: demo demo-figures test fuzz formulations venv lint bench bench-peers bench-gpu coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -16,6 +16,10 @@ test: lint
 # Random programs on scores, natively and by rows. ATTNPATCH_FUZZ_SEED and ATTNPATCH_FUZZ_N choose which and how many.
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
+
+# Attention as others formulate it: the table of docs/formulations.md.
+formulations: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.formulations
 
 .PHONY: test-latest
 # What reads the calls, the masks and the caches of transformers, with a release beside that of constraints.txt: models

@@ -1,0 +1,91 @@
+"""Attention as other people formulate it, by rows: what the unpatched module computes, and maps that are right or refused."""
+
+import formulations.table
+import formulations.trying
+import pytest
+import torch
+from formulations.page import counts, row
+
+FORMULATIONS = {one.name: one for one in formulations.table.all_of_them()}
+# What is wrong today, by the cells of the table; ``docs/formulations.md`` says how.
+KNOWN = {
+    "exp and sum": {"captured", "checkpoint"},
+    "products and a sum": {"checkpoint"},
+    "in chunks by hand": {"captured", "checkpoint", "gradients", "reentrant"},
+    "linear as a product": {"checkpoint"},
+    "a window of distances": {"captured"},
+    "fewer queries, table of offsets": {"captured"},
+    "decomposed positions": {"captured"},
+    "table by one-hot products": {"captured"},
+    "keys from a smaller picture": {"captured"},
+    "latents ask the input": {"captured"},
+    "slots compete": {"captured"},
+    "positions with queries and keys": {"reentrant"},
+    "squares of pictures, one head": {"captured"},
+    "pooled queries": {"captured"},
+    "talking heads": {"captured"},
+    "talking heads by einsum": {"captured"},
+    "memory and null keys": {"autocast", "captured"},
+    "edges multiply scores": {"reentrant"},
+    "entmax by bisection": {"checkpoint", "gradients", "reentrant"},
+    "blocks and their neighbours": {"captured"},
+    "blocks drawn at random": {"captured"},
+    "queries are keys, in buckets": {"captured"},
+    "the most telling queries": {"captured", "checkpoint"},
+    "landmarks": {"captured"},
+    "dual softmax": {"autocast", "reentrant"},
+    "soft argmax of a grid": {"captured", "checkpoint"},
+    "correlations in four dimensions": {"autocast", "checkpoint"},
+    "additive": {"reentrant"},
+    "memory read": {"captured"},
+    "graph attention over all pairs": {"reentrant"},
+    "nn.MultiheadAttention, both masks": {"reentrant"},
+    "softmax as a Function": {"checkpoint", "gradients", "reentrant"},
+    "fused scale, mask and softmax": {"checkpoint", "gradients", "reentrant"},
+    "scripted softmax": {"checkpoint", "gradients", "reentrant"},
+    "a checkpointed core": {"checkpoint", "gradients", "reentrant"},
+    "a checkpoint of the weights": {"checkpoint", "gradients", "reentrant"},
+    "hooks on weights": {"checkpoint", "gradients", "reentrant"},
+    "weights returned and used again": {"captured"},
+}
+
+
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_a_formulation(name):
+    """Results, gradients and a map; the largest tensor is for ``make formulations``."""
+    tried = formulations.trying.try_out(FORMULATIONS[name], everything=False)
+    wrong = [line for line in tried.wrong if line.split(":")[0] not in KNOWN.get(name, ())]
+    assert not wrong, tried
+
+
+def test_what_is_known_to_be_wrong_exists():
+    assert set(KNOWN) <= set(FORMULATIONS)
+
+
+class Wrong(torch.nn.Module):
+    """Attention whose result is another where ``attnpatch`` watches: the table must see it."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            scores = x @ x.transpose(1, 2)
+            return (scores if type(scores) is torch.Tensor else scores * 1.001).softmax(-1) @ x
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.Attention()
+
+    def forward(self, x):
+        return self.attention(x)
+
+
+def test_a_wrong_result_is_seen():
+    one = formulations.table.Formulation("wrong", "", Wrong, formulations.table.sequence)
+    tried = formulations.trying.try_out(one)
+    assert tried.float32.startswith("WRONG") and tried.gradients.startswith("WRONG") and tried.wrong
+    assert "wrong" in counts([(one, tried)]) and "WRONG" in row(one, tried)
+
+
+def test_a_whole_matrix_is_seen():
+    one = FORMULATIONS["eager"]
+    tried = formulations.trying.try_out(one)
+    assert not tried.is_held and tried.largest[1] > tried.bound
