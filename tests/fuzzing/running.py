@@ -151,8 +151,9 @@ def _error(value: torch.Tensor, wide: Any) -> float:
     return (value.double() - wide.double()).nan_to_num(0, 0, 0).abs().max().item()
 
 
-def _sensitivity(program: Program, native: Outcome, exact: Outcome, dtype: torch.dtype) -> dict[str, float]:
+def _sensitivity(program: Program, native: Outcome, exact: Outcome) -> dict[str, float]:
     """The largest error of native passes whose inputs are rounded otherwise, by result."""
+    dtype = getattr(torch, program.dtype)
     errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(1)
     for _ in range(NEIGHBOURS):
