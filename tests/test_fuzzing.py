@@ -1,0 +1,74 @@
+"""Random programs on scores: two hundred of them, and what the fuzzer says of a fault; ``make fuzz`` runs many more."""
+
+import dataclasses
+
+import pytest
+from fuzzing.processes import chunk
+from fuzzing.programs import Program, compiled
+from fuzzing.running import check, shrunk
+
+# What is wrong today in some place: a program whose text has one of these is run by ``make fuzz`` and not here.
+OPEN = ("s.diagonal(dim", "around='other'", "s.detach().mul_", "s = t; s = s * 1.0")
+PLAIN = Program(
+    ("s = q @ k.mT", "s = s * 0.5", "s = s.softmax(-1)", "vv = keys_of(v, s.shape, full)", "out = s @ vv")
+)
+# A result that is another where the scores are no plain tensor.
+FAULT = "s = s * (1.0 if type(s) is torch.Tensor else 1.01)"
+
+
+def with_line(line: str, **fields) -> Program:
+    return dataclasses.replace(PLAIN, lines=(PLAIN.lines[0], line, *PLAIN.lines[1:]), **fields)
+
+
+def test_two_hundred_programs(tmp_path):
+    """From a fixed seed: values and gradients are the native ones."""
+    result = chunk(0, 200, 0, tmp_path / "present", OPEN)
+    assert sum(result["counts"].values()) == 200 and result["counts"]["ok"] > 120, result["counts"]
+    assert not result["found"], "\n".join(f"{what}\n{program}" for what, program in result["found"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"around": "reentrant"}, {"around": "other"}, {"dtype": "bfloat16"}, {"autocast": True}],
+    ids=str,
+)
+def test_a_program_that_is_right(fields):
+    assert check(dataclasses.replace(PLAIN, **fields))[0] in ("ok", "rounding")
+
+
+def test_a_wrong_value_is_seen_and_made_small():
+    verdict, what = check(with_line(FAULT, shape=(2, 4, 9, 11), policy=3))
+    assert verdict == "wrong" and "off by" in what
+    small = shrunk(with_line(FAULT, shape=(2, 4, 9, 11), policy=3))
+    assert small.lines == (PLAIN.lines[0], FAULT, *PLAIN.lines[3:]) and small.shape == (1, 1, 4, 4), small
+    assert check(eval(str(small), {"Program": Program}))[0] == "wrong"
+
+
+def test_a_wrong_gradient_is_seen():
+    fault = "s = s if type(s) is torch.Tensor else s.detach() + 0.999 * (s - s.detach())"
+    assert check(with_line(fault))[1].startswith("grad")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("assert type(s) is torch.Tensor", "raises AssertionError"),
+        ("notes.write(type(s) is torch.Tensor)", "note 0: False instead of True"),
+        ("s = s if type(s) is torch.Tensor else s.double()", "out 0: torch.float64"),
+        ("s = s if type(s) is torch.Tensor else s.detach()", "grad q: None"),
+    ],
+)
+def test_what_else_can_be_wrong_is_seen(line, said):
+    lines = (PLAIN.lines[0], line, "vv = keys_of(v, s.shape, full).to(s.dtype)", "out = s @ vv")
+    assert check(dataclasses.replace(PLAIN, lines=lines))[1].startswith(said)
+
+
+def test_an_error_of_the_native_pass_is_no_fault():
+    assert check(with_line("s = s.view(7, 7, 7)"))[0] == "native raises"
+
+
+def test_the_reference_is_wide():
+    """What a program casts to is float64 in the pass that others are measured by."""
+    program = with_line("s = s.bfloat16().float().to(torch.bfloat16)")
+    assert "float64" in program.source(wide=True) and "bfloat16" not in program.source(wide=True)
+    assert compiled(program, False) is not compiled(program, True)
