@@ -12,7 +12,7 @@ import torch
 
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
-from attnpatch.rows import checkpoints, edges, sharing
+from attnpatch.rows import checkpoints, edges, guard, plain, sharing
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
 from attnpatch.rows.recipe import Node, View, map_structure, tensors_of
@@ -174,11 +174,19 @@ class SiteCall:
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         restart = self.observer.restart if watched and self.observer is not None else _nothing
         attempts, self.attempts = self.attempts, Attempts()
-        return Replay(node, self.policy, watched, self.retried, restart, free, attempts, self.tally.made)()
+        return Replay(
+            node, self.policy, watched, self.retried, restart, free, attempts, self.tally.made, self.failed
+        )()
 
     def of_gradients(self, twin: Node) -> Replay:
         """What computes the gradients of a deferred tensor."""
-        return Replay(twin, self.policy, on_retry=self.retried, on_size=self.tally.made)
+        return Replay(
+            twin, self.policy, on_retry=self.retried, on_size=self.tally.made, on_failure=self.failed
+        )
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Our own code failed, and the host's was used."""
+        guard.failed(what, error, self.tally)
 
     def retried(self) -> None:
         self.tally.count("retried")
@@ -251,13 +259,23 @@ class Handle:
             return self.written
         if self.values is None:
             with torch.no_grad():
-                sharing.compute(self)
+                self._compute()
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
             return self.values
         if self._bridged is None or self._bridged[1] is not edges.history(tensor):
             self._bridged = edges.bridged(tensor, self.values), edges.history(tensor)
         return self._bridged[0]
+
+    def _compute(self) -> None:
+        try:
+            sharing.compute(self)
+        except Exception as error:
+            if guard.passes(error):
+                raise
+            self.call.failed("the computation of scores by rows", error)
+            self.values = plain.evaluated(self.node)
+            self.pending.discard(self)
 
     def is_written(self, value: torch.Tensor) -> None:
         """The computed tensor was written to in place: it alone stands for the result, with its history."""
@@ -323,6 +341,12 @@ def secure_escaped() -> None:
             leaf.secure()
 
 
+def left() -> None:
+    """Called when a watch ends: nothing notices later writes to what deferred tensors read."""
+    if pending():
+        secure_escaped()
+
+
 # Answered from the wrapper itself, without computing anything.
 _ATTRIBUTES = frozenset(
     "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
@@ -364,28 +388,69 @@ class DeferredRows(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return dispatch(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        return guard.guarded(
+            dispatch, (func, args, kwargs), lambda: natively(func, args, kwargs), name, _tally(args, kwargs)
+        )
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The safety net below everything that Python can intercept."""
-        from attnpatch.rows import rowwise
-
+        kwargs = kwargs or {}
         # No mode is switched off here as it is inside __torch_function__: a replay would be deferred again.
         # Autograd has done its part above already: what comes of this gets its history from there.
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            result = rowwise.below(func, args, kwargs or {})
-            if result is not NotImplemented:
-                return result
-            return func(*settle(args, str(func)), **settle(kwargs or {}, str(func)))
+            return guard.guarded(
+                _below,
+                (func, args, kwargs),
+                lambda: natively(func, args, kwargs),
+                str(func),
+                _tally(args, kwargs),
+            )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         handle = self.handle
         if handle.is_computed:
             return repr(handle.reduced())
         return f"DeferredRows(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
+
+
+def _below(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    from attnpatch.rows import rowwise  # as in `dispatch`
+
+    result = rowwise.below(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
+    return guard.ran(func(*settle(args, str(func)), **settle(kwargs, str(func))))
+
+
+def _tally(args: Any, kwargs: dict[str, Any]) -> Tally | None:
+    """Who counts what happens to the first deferred tensor among some arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, DeferredRows):
+            return value.handle.call.tally
+        if isinstance(value, (list, tuple)) and (found := _tally(value, {})) is not None:
+            return found
+    return None
+
+
+def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The host's own call on computed tensors, where ours has failed: with as little of ours as there can be."""
+    name = getattr(func, "__name__", str(func))
+    target = args[0] if args and isinstance(args[0], DeferredRows) else None
+    # A write under no_grad leaves the history as it is.
+    with torch.set_grad_enabled(torch.is_grad_enabled() or (target is not None and has_history(target))):
+        real = settle(target, name)
+    args = (real, *settle(tuple(args[1:]), name)) if target is not None else settle(tuple(args), name)
+    result = func(*args, **settle(kwargs, name))
+    if target is None or not (result is real or name == "__setitem__"):
+        return result
+    target.handle.written = real
+    guard.attempted(target.handle.is_written, real, name=name, tally=target.handle.call.tally)
+    return None if result is None else target
 
 
 def settle(value: Any, operation: str) -> Any:

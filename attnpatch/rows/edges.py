@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from attnpatch.ledger import ledger_of
+from attnpatch.rows import guard, plain
 from attnpatch.rows.randomness import RandomState, restored
 from attnpatch.rows.recipe import Leaf, Node, copied, graph, tensors_of, twin
 
@@ -29,7 +30,9 @@ from attnpatch.rows.recipe import Leaf, Node, copied, graph, tensors_of, twin
 class Again(Protocol):
     """What computes the gradients of a recipe that holds no tensors."""
 
+    node: Node
     random: RandomState | None
+    on_failure: Callable[[str, Exception], None]
 
     def gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
@@ -156,9 +159,17 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
             leaf for leaf in wanted if leaf in ctx.direct
         ]
     bound = _bound(ctx)
-    method = ctx.again.differentiable_gradients if torch.is_grad_enabled() else ctx.again.gradients
-    with restored(ctx.again.random):
-        return dict(zip(wanted, method(grad, bound, wanted), strict=True))
+    again = ctx.again
+    method = again.differentiable_gradients if torch.is_grad_enabled() else again.gradients
+    try:
+        with restored(again.random):
+            found = method(grad, bound, wanted)
+    except Exception as error:
+        if guard.passes(error) or torch.is_grad_enabled():
+            raise
+        again.on_failure("the backward pass of attention by rows", error)
+        found = plain.gradients(again.node, grad, bound, wanted)
+    return dict(zip(wanted, found, strict=True))
 
 
 def _is_observed(roots: list[Node]) -> bool:

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnpatch.rows import blank, checkpoints, fastpaths, positions, products, rowwise, sdpa
+from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa
 from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
     dispatch,
     is_watching_writes,
-    pending,
-    secure_escaped,
+    left,
+    natively,
     settle,
 )
 from attnpatch.rows.spellings import FUNCTIONS
@@ -56,14 +56,13 @@ class RowsMode(TorchFunctionMode):
         self.checkpoint: Any = None
 
     def __enter__(self) -> RowsMode:
-        self.checkpoint = checkpoints.current()
+        self.checkpoint = guard.attempted(checkpoints.current, name="a checkpoint", tally=self.call.tally)
         return super().__enter__()
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        self.trail.saved.hand_on()
-        if pending():
-            secure_escaped()
+        guard.attempted(self.trail.saved.hand_on, name="what autograd saved", tally=self.call.tally)
+        guard.attempted(left, name="the end of attention", tally=self.call.tally)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -72,6 +71,15 @@ class RowsMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             # A part of the attention that is compiled on its own is traced through this mode.
             return func(*args, **kwargs)
+        return guard.guarded(
+            self._served,
+            (func, types, args, kwargs),
+            lambda: natively(func, args, kwargs),
+            getattr(func, "__name__", str(func)),
+            self.call.tally,
+        )
+
+    def _served(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:
@@ -111,7 +119,7 @@ class RowsMode(TorchFunctionMode):
     def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self.call.answers_shortage:
             return self.trail.run(func, args, kwargs, self.call)
-        return func(*args, **kwargs)
+        return guard.ran(func(*args, **kwargs))
 
     def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Inside ``vmap`` or ``torch.func.grad`` tensors are not what they seem: computed as the host asks."""
@@ -125,7 +133,7 @@ class RowsMode(TorchFunctionMode):
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if not fastpaths.goes_by_rows(args[0], num_heads(func, args), self.call):
             try:
-                return func(*args, **kwargs)
+                return guard.ran(func(*args, **kwargs))
             except RuntimeError as error:
                 if not self.call.is_answered(error):
                     raise

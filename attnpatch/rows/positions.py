@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from attnpatch.ledger import is_plain
-from attnpatch.rows import biases, constants, rowwise
+from attnpatch.rows import biases, constants, guard, rowwise
 from attnpatch.rows.constants import dims_of
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
     is_watching_writes,
-    pending,
-    secure_escaped,
+    left,
+    natively,
     wrap,
 )
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
@@ -179,6 +179,15 @@ class Before(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or _thread.watch is not self:
             return func(*args, **kwargs)
+        return guard.guarded(
+            self._served,
+            (func, types, args, kwargs),
+            lambda: natively(func, args, kwargs),
+            getattr(func, "__name__", str(func)),
+            self.call.tally,
+        )
+
+    def _served(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         begin = OF_POSITIONS.get(func)
         is_inside = torch._C._functorch.peek_interpreter_stack() is not None
         if begin is not None and not is_inside and DeferredRows not in types:
@@ -187,7 +196,7 @@ class Before(TorchFunctionMode):
                 return begun
         if DeferredRows not in types and is_watching_writes():
             rowwise.protect(func, args, kwargs)
-        return func(*args, **kwargs)
+        return guard.ran(func(*args, **kwargs))
 
 
 @contextlib.contextmanager
@@ -199,8 +208,7 @@ def watched(call: SiteCall) -> Iterator[None]:
             yield
     finally:
         _thread.watch = outer
-        if pending():
-            secure_escaped()
+        guard.attempted(left, name="the end of a model's call", tally=call.tally)
 
 
 def is_watching() -> bool:

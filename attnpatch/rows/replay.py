@@ -44,6 +44,7 @@ class Replay:
         free: Free bytes on the device; ``None``: plenty.
         attempts: What was tried before.
         on_size: Called with the bytes of the largest tensor of query x key elements in a step.
+        on_failure: Told of a backward pass by rows that failed by a fault of ours, and was done in one piece.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Replay:
         free: int | None = None,
         attempts: Attempts | None = None,
         on_size: Callable[[int], None] = lambda _: None,
+        on_failure: Callable[[str, Exception], None] = lambda what, error: None,
     ) -> None:
         self.node, self.policy, self.watched, self.free = node, policy, watched, free
-        self.on_retry, self.on_restart, self.on_size = on_retry, on_restart, on_size
+        self.on_retry, self.on_restart = on_retry, on_restart
+        self.on_size, self.on_failure = on_size, on_failure
         self.attempts = attempts or Attempts()
         # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
         self.shrink, self.limit = 1, Limit.EXACT
@@ -73,7 +76,10 @@ class Replay:
         return self.forward() if result is None else result
 
     def _again(self, twin: Node) -> Replay:
-        self.again = Replay(twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size)
+        self.again = Replay(
+            twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size,
+            on_failure=self.on_failure,
+        )  # fmt: skip
         return self.again
 
     def _kept(self) -> torch.Tensor:

@@ -41,6 +41,7 @@ from attnpatch.rows.deferred import (
     wrap,
 )
 from attnpatch.rows.dropout import Dropout
+from attnpatch.rows.guard import ran
 from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
@@ -164,9 +165,10 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     rest, kwargs = settle(args[1:], name), settle(kwargs, name)
     before_write(real)
     result = func(real, *rest, **kwargs)
+    result = ran(target if result is real else result)
     if isinstance(target, DeferredRows):
         target.handle.is_written(real)
-    return target if result is real else result
+    return result
 
 
 def _viewed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,105 @@
+"""No error of ours leaves a user's forward: the operation that failed is answered natively, on computed tensors.
+
+Modules are never run again: a cache would be appended to twice. An operation is run natively only if it was not before: a
+step in place would be done twice, and random numbers drawn twice. So whatever calls the host's own function for it says
+so (``ran``).
+
+What is raised on purpose passes: running out of memory, a checkpoint that has seen enough, a refusal in our own words. An
+error of the host's own is raised by the native call, as without attnpatch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.utils import checkpoint
+
+from attnpatch.errors import AttnpatchError
+from attnpatch.failures import warn_once
+from attnpatch.rows.attempts import is_out_of_memory
+
+_PASSING = (AttnpatchError, getattr(checkpoint, "_StopRecomputationError", AttnpatchError))
+
+
+class Counting(Protocol):
+    def count(self, what: str) -> None: ...
+
+
+class _Thread(threading.local):
+    """The results of host's own calls for the operation that is going on."""
+
+    ran: list[Any] | None = None
+
+
+_thread = _Thread()
+
+
+def ran(result: Any) -> Any:
+    """Say that the host's own function has run for this operation, and given ``result``."""
+    if _thread.ran is not None:
+        _thread.ran.append(result)
+    return result
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error is no failure of ours."""
+    return isinstance(error, _PASSING) or is_out_of_memory(error)
+
+
+def guarded(
+    ours: Callable[..., Any],
+    args: tuple[Any, ...],
+    natively: Callable[[], Any],
+    name: str,
+    tally: Counting | None,
+) -> Any:
+    """``ours(*args)``; where that fails, what the host's own function has given already, or ``natively()``.
+
+    Args:
+        ours: Our way to do an operation.
+        args: Its arguments.
+        natively: The host's own, on computed tensors.
+        name: Of the operation, for the warning.
+        tally: Counts the failure.
+    """
+    outer, _thread.ran = _thread.ran, []
+    try:
+        return ours(*args)
+    except Exception as error:
+        if passes(error):
+            raise
+        result = _thread.ran[0] if _thread.ran else natively()
+        failed(name, error, tally)
+        return result
+    finally:
+        _thread.ran = outer
+
+
+def failed(name: str, error: Exception, tally: Counting | None) -> None:
+    """Warn of a failure of ours once, and count it."""
+    warn_once(name, error)
+    if tally is not None:
+        try:
+            tally.count("failed")
+        except Exception as other:
+            warn_once("counting", other)
+
+
+def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counting | None = None) -> Any:
+    """``step(*args)``, of which nothing but memory depends; ``None`` where it fails."""
+    try:
+        return step(*args)
+    except Exception as error:
+        if passes(error):
+            raise
+        failed(name, error, tally)
+        return None
+
+
+def without_handlers(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The host's own function on plain tensors, past everything that watches."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
