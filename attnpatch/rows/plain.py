@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.axes import Tile, take
-from attnpatch.rows.recipe import Call, Child, Leaf, Node, View, graph, map_structure
+from attnpatch.rows.recipe import Call, Child, Leaf, Node, View, map_structure
 
 
 class _Everything:
@@ -80,10 +80,7 @@ class Plain:
 
 def evaluated(root: Node) -> torch.Tensor:
     """All of a recipe."""
-    run = Plain()
-    for node in graph(root):
-        run.value(node, {})
-    return run.values[root]
+    return Plain().value(root, {})
 
 
 def gradients(
