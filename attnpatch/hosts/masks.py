@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.errors import AttnpatchError
 from attnpatch.policy import Policy
-from attnpatch.rows import masks, positions
+from attnpatch.rows import guard, masks, positions
 from attnpatch.rows.deferred import DeferredRows, SiteCall
 
 _MODULE = "transformers.masking_utils"
@@ -127,9 +126,9 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if "mask_function" in kwargs and masks.may_defer(kwargs["q_length"]):
                 return _asked(original, kwargs)
-        except AttnpatchError:
-            raise
         except Exception as error:
+            if guard.passes(error):
+                raise
             failure = error
         found = original(**kwargs)  # whose own error comes again, and is the one that is raised
         if failure is not None:

@@ -424,7 +424,7 @@ def _below(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     result = rowwise.below(func, args, kwargs)
     if result is not NotImplemented:
         return result
-    return guard.ran(func(*settle(args, str(func)), **settle(kwargs, str(func))))
+    return guard.native(func, settle(args, str(func)), settle(kwargs, str(func)))
 
 
 def _tally(args: Any, kwargs: dict[str, Any]) -> Tally | None:

@@ -32,6 +32,8 @@ class _Thread(threading.local):
     """The results of host's own calls for the operation that is going on."""
 
     ran: list[Any] | None = None
+    # The error that the host's own function has raised: by identity, since its frames hold tensors.
+    raised: int | None = None
 
 
 _thread = _Thread()
@@ -42,6 +44,16 @@ def ran(result: Any) -> Any:
     if _thread.ran is not None:
         _thread.ran.append(result)
     return result
+
+
+def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The host's own call. What it raises is the host's, and not tried again."""
+    try:
+        result = func(*args, **kwargs)
+    except Exception as error:
+        _thread.raised = id(error)
+        raise
+    return ran(result)
 
 
 def passes(error: Exception) -> bool:
@@ -69,13 +81,15 @@ def guarded(
     try:
         return ours(*args)
     except Exception as error:
-        if passes(error):
+        if passes(error) or _thread.raised == id(error):
             raise
         result = _thread.ran[0] if _thread.ran else natively()
         failed(name, error, tally)
         return result
     finally:
         _thread.ran = outer
+        if outer is None:
+            _thread.raised = None
 
 
 def failed(name: str, error: Exception, tally: Counting | None) -> None:

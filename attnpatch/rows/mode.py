@@ -119,7 +119,7 @@ class RowsMode(TorchFunctionMode):
     def _native(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self.call.answers_shortage:
             return self.trail.run(func, args, kwargs, self.call)
-        return guard.ran(func(*args, **kwargs))
+        return guard.native(func, args, kwargs)
 
     def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Inside ``vmap`` or ``torch.func.grad`` tensors are not what they seem: computed as the host asks."""
@@ -133,7 +133,7 @@ class RowsMode(TorchFunctionMode):
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if not fastpaths.goes_by_rows(args[0], num_heads(func, args), self.call):
             try:
-                return guard.ran(func(*args, **kwargs))
+                return guard.native(func, args, kwargs)
             except RuntimeError as error:
                 if not self.call.is_answered(error):
                     raise

@@ -196,7 +196,7 @@ class Before(TorchFunctionMode):
                 return begun
         if DeferredRows not in types and is_watching_writes():
             rowwise.protect(func, args, kwargs)
-        return guard.ran(func(*args, **kwargs))
+        return guard.native(func, args, kwargs)
 
 
 @contextlib.contextmanager

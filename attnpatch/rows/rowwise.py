@@ -41,7 +41,7 @@ from attnpatch.rows.deferred import (
     wrap,
 )
 from attnpatch.rows.dropout import Dropout
-from attnpatch.rows.guard import ran
+from attnpatch.rows.guard import native
 from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
@@ -76,7 +76,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if not any(is_pending(value) for value in tensors_in(args, kwargs)):
         if is_write and given and isinstance(given[0], DeferredRows):
             return _write(name, func, given, kwargs)
-        return func(*args, **kwargs)
+        return native(func, args, kwargs)
     if not args and "input" in kwargs and name != "where":
         args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
     if kwargs.get("out") is None:
@@ -95,7 +95,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return _write(name, func, args, kwargs)
     if name in sharing.ALIASES and is_pending(args[0]) and sharing.is_part(args[0].handle):
         args[0].handle.settle_family(name)
-    return func(*settle(args, name), **settle(kwargs, name))
+    return native(func, settle(args, name), settle(kwargs, name))
 
 
 # Another tensor of the same memory.
@@ -164,11 +164,10 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
             real = settle(target, name)
     rest, kwargs = settle(args[1:], name), settle(kwargs, name)
     before_write(real)
-    result = func(real, *rest, **kwargs)
-    result = ran(target if result is real else result)
+    result = native(func, (real, *rest), kwargs)
     if isinstance(target, DeferredRows):
         target.handle.is_written(real)
-    return result
+    return target if result is real else result
 
 
 def _viewed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
-from attnpatch.rows import autocast, weights
+from attnpatch.rows import autocast, guard, weights
 from attnpatch.rows import lse as logsumexp
 from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.grain import Grain, of_fused
-from attnpatch.rows.guard import ran
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
@@ -115,7 +114,7 @@ def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: Site
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
-        result = ran(_attend(call, args, kwargs, site))
+        result = guard.ran(_attend(call, args, kwargs, site))
         if result.requires_grad:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
@@ -123,7 +122,7 @@ def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: Site
     result, lse = _fused(call, site)
     if result is None:
         result = _attend(call, args, kwargs, site)
-    ran(result)
+    guard.ran(result)
     _look(call, site, lse)
     return result
 
@@ -219,7 +218,7 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: SiteC
         saved = Saved()
         try:
             with saved.holding() if site.answers_shortage else contextlib.nullcontext():
-                result = ran(F.scaled_dot_product_attention(*args, **kwargs))
+                result = guard.native(F.scaled_dot_product_attention, args, kwargs)
             saved.hand_on()
             site.tally.count("fused" if fused else "native")
             if fused:

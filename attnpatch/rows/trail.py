@@ -15,7 +15,7 @@ import torch
 
 from attnpatch.rows import products
 from attnpatch.rows.deferred import SiteCall, dispatch
-from attnpatch.rows.guard import ran
+from attnpatch.rows.guard import native
 from attnpatch.rows.names import CASTS
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
 from attnpatch.rows.recipe import Context, map_structure
@@ -154,10 +154,10 @@ class Trail:
         if writes(name) or kwargs.get("out") is not None:
             self.saved.hand_on()
         if step is None:
-            return ran(func(*args, **kwargs))
+            return native(func, args, kwargs)
         try:
             with self.saved.holding():
-                result = ran(func(*args, **kwargs))
+                result = native(func, args, kwargs)
         except RuntimeError as error:
             if not call.is_answered(error) or writes(name) or kwargs.get("out") is not None:
                 raise
