@@ -4,6 +4,7 @@ Errors are injected below torch's own operators, at an allocation inside an atte
 """
 
 import contextlib
+import functools
 import traceback
 
 import pytest
@@ -106,6 +107,8 @@ def llama(implementation, **fields):
 # ------------------------------------------------------------------------------- every allocation, once
 
 # Large, and not made of scores: relative positions and biases that a host computes in its attention modules.
+# Where a softmax runs along rows, its figures are summed in another order (README, "What it does not do").
+TO_ROUNDING = {"not"}
 OTHERS = {
     "deberta": {"aten.add.Tensor", "aten.clamp.default", "aten.neg.default"},
     "deberta_v2": {"aten.add.Tensor", "aten.clamp.default", "aten.neg.default", "aten.gather.default",
@@ -150,6 +153,8 @@ def test_each_allocation(case, implementation):
             assert totals["retried"] == 1, f"{at}: {totals}"
             assert totals["by_rows"] + totals["materialised"] > 0, f"{at}: {totals}"
             same = torch.equal if case.exact else torch.allclose
+            if case.name in TO_ROUNDING:
+                same = functools.partial(torch.allclose, rtol=1e-4, atol=1e-4)
             assert all(same(got[name].nan_to_num(), native[name].nan_to_num()) for name in native), f"{at}"
             answered += 1
     assert answered
@@ -312,7 +317,9 @@ def test_one_row_at_last(kind):
     # torch's dense math makes a scaled copy of a head's keys, twice as large as a row of scores here.
     got, totals = held(kind, {Plain: 1, Fused: 2}[kind] * ROW)
     assert totals["by_rows"] == 1
-    torch.testing.assert_close(got, native)
+    # A matrix times a vector is summed one key after the other: at most as many roundings as keys, some cancel.
+    most = 8000 * torch.finfo(torch.float32).eps / 8
+    torch.testing.assert_close(got, native, rtol=0, atol=most)
 
 
 @pytest.mark.parametrize("kind", [Plain, Fused])

@@ -27,8 +27,9 @@ LONG_ROW_BYTES = 128 * 2**10
 # scaled and packed again for every step), still holds at most this part of all scores.
 MOST_SHARE = 16
 # Below so many multiplications per head torch's CPU bmm takes a loop of its own (aten LinearAlgebra.cpp,
-# bmm_out_or_baddbmm_), which rounds differently.
-LEAST_WORK = 400
+# bmm_out_or_baddbmm_), which rounds differently; and the matrix library takes another kernel for products that are a little
+# larger (measured on a processor with AVX-512: 416 differ, 512 do not).
+NATIVE_LOOP, LEAST_WORK = 400, 512
 
 
 @dataclasses.dataclass
@@ -138,7 +139,7 @@ def products_grain(works: list[int], tileable: list[Axis], device: torch.device)
     row, _ = row_and_lead(tileable)
     if row is None or device.type != "cpu":
         return Grain()
-    rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= LEAST_WORK]
+    rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= NATIVE_LOOP]
     return Grain(max(LEAST[ROW], *rows, 0))
 
 
