@@ -38,6 +38,19 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
+class Halved(torch.autograd.Function):
+    """A step in place, as functions of somebody's own do them."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        ctx.mark_dirty(scores)
+        return scores.mul_(0.5)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
 @torch.jit.script
 def scripted(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores * 0.2, -1)
@@ -179,6 +192,29 @@ def function_with_another_gradient(module, scores, query, value):
     return Doubled.apply(scores).softmax(-1) @ value
 
 
+def function_in_place(module, scores, query, value):
+    return Halved.apply(scores).softmax(-1) @ value
+
+
+def retained_over_both_sides(module, scores, query, value):
+    scores = scores + 0.1
+    module.kept = scores
+    out = (scores.softmax(-1) * scores.softmax(-2)) @ value
+    scores.retain_grad()
+    return out
+
+
+def read_in_inference_mode(module, scores, query, value):
+    with torch.inference_mode():
+        module.seen.update(mean=scores.mean() * 1)
+    scores *= 0.5
+    return scores.softmax(-1) @ value
+
+
+def joined_with_nothing(module, scores, query, value):
+    return torch.cat([scores, scores[:0]]).softmax(-1) @ value
+
+
 def function_that_is_scripted(module, scores, query, value):
     return scripted(scores) @ value
 
@@ -220,7 +256,8 @@ MIDDLES = [
     detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
     written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,
     differentiated_twice, probabilities_differentiated_twice, function_on_scores, function_with_another_gradient,
-    function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
+    function_in_place, retained_over_both_sides, read_in_inference_mode, joined_with_nothing,
+    written_through_detached, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
     checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
 ]  # fmt: skip
 
@@ -303,6 +340,51 @@ def test_only_who_asks_gets_the_gradient_of_scores(middle, is_whole):
         with Largest() as held:
             result.sum().backward()
     assert (held.most >= tokens * tokens * 4) == is_whole
+
+
+def test_weights_that_leave_a_checkpoint():
+    """Returned weights of a checkpointed layer, differentiated beside its output, whose forward runs again meanwhile."""
+
+    def middle(module, scores, query, value):
+        probabilities = scores.softmax(-1)
+        module.weights = probabilities
+        return probabilities @ value
+
+    def gradient(mode, use_reentrant):
+        module = MyAttention(middle)
+        layer = lambda x: (module(x), module.weights)
+        with attnpatch.patched(module, mode=mode, min_tokens=4):
+            x = torch.linspace(-1, 1, 2 * LENGTH * WIDTH).view(2, LENGTH, WIDTH).requires_grad_()
+            out, weights = checkpoint(layer, x, use_reentrant=use_reentrant)
+            torch.autograd.backward([out, weights], [torch.ones_like(out), torch.full(weights.shape, 0.25)])
+        return x.grad
+
+    for use_reentrant in (True, False):
+        native, by_rows = gradient("never", use_reentrant), gradient("always", use_reentrant)
+        torch.testing.assert_close(by_rows, native, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, 0.1])
+def test_the_fused_kernel_leaves_scores_observable(bias):
+    """``fuse=True``: the kernel has no scores, and who asks for their gradient gets it."""
+
+    def middle(module, scores, query, value):
+        scores = scores / WIDTH**0.5
+        scores = scores if bias is None else scores + bias * torch.arange(LENGTH)
+        probabilities = scores.softmax(-1)
+        out = probabilities @ value
+        probabilities.retain_grad()
+        module.kept = probabilities
+        return out
+
+    found = []
+    for options in ({"mode": "never"}, {"fuse": True, "min_tokens": 4}):
+        module = MyAttention(middle)
+        with attnpatch.patched(module, **options):
+            module(torch.linspace(-1, 1, 2 * LENGTH * WIDTH).view(2, LENGTH, WIDTH)).square().sum().backward()
+        found.append((module.kept.grad, module.projection.weight.grad))
+    for mine, native in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(mine, native, rtol=1e-3, atol=1e-5)
 
 
 def test_two_checkpointed_passes_of_one_size(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
@@ -256,15 +257,24 @@ class Handle:
     def reduced(self) -> torch.Tensor:
         """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
         if self.written is not None:
-            return self.written
+            tensor = self.tensor
+            return (
+                self.written if tensor is None or not is_foreign(tensor) else self._with_history(self.written)
+            )
         if self.values is None:
-            with torch.no_grad():
+            # What is read in inference mode only now may be written to, or need gradients, later.
+            is_read = torch.is_inference_mode_enabled() and not _is_inference(self.tensor)
+            with torch.no_grad(), torch.inference_mode(False) if is_read else contextlib.nullcontext():
                 self._compute()
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
             return self.values
+        return self._with_history(self.values)
+
+    def _with_history(self, values: torch.Tensor) -> torch.Tensor:
+        tensor = self.tensor
         if self._bridged is None or self._bridged[1] is not edges.history(tensor):
-            self._bridged = edges.bridged(tensor, self.values), edges.history(tensor)
+            self._bridged = edges.bridged(tensor, values), edges.history(tensor)
         return self._bridged[0]
 
     def _compute(self) -> None:
@@ -354,7 +364,7 @@ _ATTRIBUTES = frozenset(
     "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad grad_fn output_nr _version".split()
 )
 # Who calls these asks for the gradient of the deferred tensor itself.
-_OBSERVING = frozenset(["register_hook", "retain_grad", "grad", "backward"])
+_OBSERVING = frozenset(["register_hook", "retain_grad"])
 _METHODS = frozenset(
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
     "is_contiguous __len__ is_inference storage_offset is_same_size __hash__ requires_grad_".split()
@@ -488,42 +498,80 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     elif name in _METHODS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    elif name in _OBSERVING:
+    elif name in _OBSERVING and isinstance(args[0], DeferredRows):
         return _observed(func, args, kwargs)
+    elif func in _INPUTS:
+        return _differentiated(func, args, kwargs)
     elif name == "__repr__" and isinstance(args[0], DeferredRows):
         return DeferredRows.__repr__(args[0])
     return rowwise.apply(name, func, args, kwargs)
 
 
 def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Functions of autograd: they need the history of a deferred tensor, and not what is in it.
+    """A hook on a deferred tensor, or ``retain_grad``: somebody asks for its own gradient."""
+    target = args[0]
+    if target.handle.written is not None:
+        return guard.native(func, (target.handle.written, *args[1:]), kwargs)
+    _observe(target)
+    with torch._C.DisableTorchFunctionSubclass():
+        return guard.native(func, args, kwargs)
 
-    A hook, ``retain_grad`` and ``torch.autograd.grad`` ask for the gradient of the deferred tensor itself.
+
+def _observe(tensor: DeferredRows) -> None:
+    if tensor.handle.node.marks is not None:
+        tensor.handle.node.marks.is_observed = True
+
+
+# Where each of autograd's functions takes what gradients are for.
+_INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.backward: 4}
+
+
+def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``backward`` and ``grad``: they need the history of a deferred tensor, and not what is in it.
+
+    Nothing deferred is among the arguments then: the call runs checkpointed layers again, which have to defer as before.
     """
-    is_backward = func.__name__ == "backward"
 
-    def note(value: Any, is_observed: bool) -> Any:
+    def source(value: Any) -> Any:
+        if not is_pending(value) or not has_history(value):
+            return settle(value, func.__name__)
+        nothing = torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+        return edges.bridged(value, nothing)
+
+    def target(value: Any) -> Any:
         if not isinstance(value, DeferredRows):
             return value
         if value.handle.written is not None:
             return value.handle.written
-        if is_observed and value.handle.node.marks is not None:
-            value.handle.node.marks.is_observed = True
-        return value
+        _observe(value)
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.autograd.graph.get_gradient_edge(value)
 
-    args = map_structure(args, lambda value: note(value, not is_backward))
-    kwargs = {
-        key: map_structure(value, lambda each, key=key: note(each, not is_backward or key == "inputs"))
-        for key, value in kwargs.items()
-    }
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+    place = _INPUTS[func]
+    with torch.enable_grad():
+        args = tuple(
+            map_structure(value, source if i == 0 else target if i == place else lambda v: settle(v, "grad"))
+            for i, value in enumerate(args)
+        )
+        ways = {"outputs": source, "tensors": source, "inputs": target}
+        kwargs = {
+            key: map_structure(value, ways.get(key, lambda v: settle(v, "grad")))
+            for key, value in kwargs.items()
+        }
+    return guard.native(func, args, kwargs)
 
 
 def has_history(tensor: DeferredRows) -> bool:
     """Whether gradients go to a deferred tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.requires_grad
+
+
+def _is_inference(tensor: DeferredRows | None) -> bool:
+    if tensor is None:
+        return True
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.is_inference()
 
 
 def is_foreign(tensor: DeferredRows) -> bool:

@@ -128,15 +128,7 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.again, ctx.parents, ctx.leaves, ctx.direct, ctx.own = (
-            plan.again, plan.parents, plan.leaves, plan.direct, plan.own,
-        )  # fmt: skip
-        ctx.save_for_backward(*plan.saved)
-        ctx.unpacked = None
-        # With hooks the saved tensors are whatever these made of them.
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        ctx.kept = _Kept(plan.saved) if hooks is None else None
+        _keep(ctx, plan)
         return plan.result()
 
     @staticmethod
@@ -144,10 +136,29 @@ class _ByRows(torch.autograd.Function):
         found = dict.fromkeys((*ctx.parents, *ctx.leaves))
         if grad is not None:
             found |= _gradients(ctx, grad, ctx.needs_input_grad[1:])
-        ctx.unpacked = None
-        if ctx.kept is not None:
-            ctx.kept.forget()
+        _forget(ctx)
         return (None, *found.values())
+
+
+def _keep(ctx: Any, plan: Plan) -> None:
+    """What an edge knows for its backward pass; the recipes it keeps hold no tensors."""
+    ctx.set_materialize_grads(False)
+    ctx.again, ctx.parents, ctx.leaves, ctx.direct, ctx.own = (
+        plan.again, plan.parents, plan.leaves, plan.direct, plan.own,
+    )  # fmt: skip
+    ctx.save_for_backward(*plan.saved)
+    # Where the parents begin among the inputs.
+    ctx.first, ctx.unpacked = 0, None
+    # With hooks the saved tensors are whatever these made of them.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    ctx.kept = _Kept(plan.saved) if hooks is None else None
+
+
+def _forget(ctx: Any) -> None:
+    """The backward pass has come by: autograd frees what was saved."""
+    ctx.unpacked = None
+    if ctx.kept is not None:
+        ctx.kept.forget()
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[Node, torch.Tensor | None]:
@@ -190,7 +201,9 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
             kept = edge.kept
             is_replaced = kept is not None and kept.is_replaced and not torch.is_grad_enabled()
             found.update(zip(edge.own, kept.tensors if is_replaced else _unpacked(edge), strict=True))
-            stack += [function for function, _ in edge.next_functions[: len(edge.parents)]]
+            stack += [
+                function for function, _ in edge.next_functions[edge.first : edge.first + len(edge.parents)]
+            ]
         elif hasattr(edge, "adopts"):
             stack += [function for function, _ in edge.next_functions]
     return found
@@ -203,6 +216,29 @@ def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
     if edge.unpacked is None:
         edge.unpacked = edge.saved_tensors
     return edge.unpacked
+
+
+class _Fork(torch.autograd.Function):
+    """A result that was computed in another way than its recipe says, and has the history of that way.
+
+    The gradient goes that way too, save where somebody asks for the gradient of scores or probabilities: these are in the
+    recipe only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        _keep(ctx, plan)
+        ctx.first = 1
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = dict.fromkeys((*ctx.parents, *ctx.leaves))
+        if grad is not None and _is_observed(ctx.parents):
+            found |= _gradients(ctx, grad, ctx.needs_input_grad[2:])
+            grad = None
+        _forget(ctx)
+        return (None, grad, *found.values())
 
 
 class _Bridge(torch.autograd.Function):
@@ -287,6 +323,22 @@ def record(
     node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
 ) -> torch.Tensor | None:
     """``result()`` with an edge to what ``node`` is computed from; ``None`` where nothing of it has gradients."""
+    found = _planned(node, result, again)
+    return None if found is None else _ByRows.apply(*found)
+
+
+def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch.Tensor:
+    """``out``, the result of ``node`` that was computed in another way, with an edge to the scores of ``node`` too."""
+    if not out.requires_grad or not any(parent.needs_grad for parent in _below(node)[0]):
+        return out
+    found = _planned(node, lambda: out, again)
+    return out if found is None else _Fork.apply(found[0], out, *found[1:])
+
+
+def _planned(
+    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
+) -> list[Any] | None:
+    """An edge and what it leads to."""
     parents, direct = _below(node)
     if not parents and not any(_requires_grad(leaf) for leaf in direct):
         return None
@@ -306,7 +358,7 @@ def record(
         [leaf.tensor for leaf in own],
     )
     carriers = [parent.carrier() for parent in parents]
-    return _ByRows.apply(plan, *carriers, *(leaf.tensor for leaf in leaves))
+    return [plan, *carriers, *(leaf.tensor for leaf in leaves)]
 
 
 def _below(root: Node) -> tuple[list[Node], list[Leaf]]:

@@ -95,6 +95,8 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
     if not -count <= dim < count or any(piece.dim() != count for piece in pieces):
         return NotImplemented
     position = dim % count
+    if not all(piece.numel() for piece in pieces):
+        return NotImplemented  # nothing has no axis
     for piece in pieces:
         sizes = zip(piece.shape, first.shape, strict=True)
         if piece.device != first.device or any(a != b for i, (a, b) in enumerate(sizes) if i != position):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
-from attnpatch.rows import both_sides
+from attnpatch.rows import both_sides, edges
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
 from attnpatch.rows.dropout import Dropout
@@ -276,7 +276,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
 
         found = fused.attend(call, node, keys, site)
         if found is not None:
-            return found
+            return edges.fork(call, found, site.of_gradients)
     try:
         cut = both_sides.cut(call, site)
     except both_sides.Stuck as step:
@@ -284,7 +284,8 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         cut = call
     else:
         site.tally.count("by_rows")
-    return site.replay(cut, _watch(cut.children[call.children.index(node)], keys, site))
+    result = site.replay(cut, _watch(cut.children[call.children.index(node)], keys, site))
+    return result if cut is call else edges.fork(call, result, site.of_gradients)
 
 
 def _is_wrong_guess(node: Node) -> bool:
