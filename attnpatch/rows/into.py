@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import deferred_in, tensors_in
-from attnpatch.rows.deferred import DeferredRows, before_write, dispatch, goes_on_as, is_pending
+from attnpatch.rows.deferred import DeferredRows, before_write, dispatch, goes_on_as, has_history, is_pending
 
 
 def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -23,8 +23,8 @@ def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(args, kwargs)):
         return NotImplemented  # torch has an error for it
-    if is_pending(out) and out.handle.is_shared():
-        return NotImplemented
+    if is_pending(out) and (out.handle.is_shared() or has_history(out)):
+        return NotImplemented  # under no_grad its values change, and its history does not
     result = _result(name, func, args, rest, out)
     if not isinstance(result, torch.Tensor) or result.shape != out.shape or result.dtype != out.dtype:
         return NotImplemented

@@ -41,7 +41,8 @@ class Product:
         found: dict[str, int] = {}
         for tensor, labels in zip(self.operands, self.labels, strict=True):
             for label, size in zip(labels, tensor.shape, strict=True):
-                found[label] = max(size, found.get(label, 1))
+                known = found.get(label, 1)
+                found[label] = min(size, known) if 0 in (size, known) else max(size, known)
         return found
 
     def elements(self) -> int:
