@@ -150,6 +150,8 @@ class Seen(Watch):
             len(known) > 1 or not any(_is_weight(tensor) for tensor, mark in given if not mark)
         ):
             return SCORES
+        if is_product and most == INPUT:
+            return INPUT  # a layer, its weight on either side
         if name == "exp" and most == SCORES:
             return PROBABILITIES  # whose sum is taken off before
         return super()._became(name, given, result, most)
@@ -163,12 +165,11 @@ class Seen(Watch):
         product = self._product
         if product is None:
             return 2
-        is_left = any(t is product.left for t, mark in given if mark == PROBABILITIES)
-        own, other = product.labels[:2] if is_left else product.labels[1::-1]
+        first, second = product.pair()
+        is_first = any(t is product.operands[first] for t, mark in given if mark == PROBABILITIES)
+        own = product.only(first, second) if is_first else product.only(second, first)
         sizes = product.sizes()
-        return max(
-            (sizes[label] for label in own if label in product.labels[2] and label not in other), default=1
-        )
+        return max((sizes[label] for label in own), default=1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

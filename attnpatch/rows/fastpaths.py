@@ -108,6 +108,9 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | No
         mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True))
     )
     call = Call(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
+    call.lies_by_rows = (
+        True  # as the operator lays out its result, which it has no rule of for tensors without data
+    )
     return wrap(call, scores.handle.call)
 
 

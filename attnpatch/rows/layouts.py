@@ -112,6 +112,8 @@ def _shadow(node: Node) -> Any:
 def _made(node: Node) -> Any:
     if node.laid_as is not None:
         return _shadow(node.laid_as)
+    if node.lies_by_rows:
+        return torch.empty(node.shape, dtype=node.dtype, device="meta")
     if isinstance(node, Leaf):
         tensor = node.tensor
         if tensor is None:
@@ -132,7 +134,7 @@ def _made(node: Node) -> Any:
         return below[0][node.index]
     if isinstance(node, Call):
         return _called(node, below)
-    if not below or isinstance(node, Strided) or node.lies_by_rows:
+    if not below or isinstance(node, Strided):
         # What was padded or joined, and what nobody had before.
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
     return below[0] * 1 if node.copies_layout else None
