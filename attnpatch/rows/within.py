@@ -125,9 +125,11 @@ def _of_rows(name: str, source: DeferredRows, args: Any, kwargs: dict[str, Any],
     """What can be said of rows without having all of them."""
     if name == "flip":
         return flip_rows(source, dims)
+    if name != "roll":
+        return NotImplemented
     shifts = argument(args, kwargs, 1, "shifts")
     shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
-    if name != "roll" or len(shifts) != len(dims):
+    if len(shifts) != len(dims):
         return NotImplemented
     for shift, dim in zip(shifts, dims, strict=True):
         has_rows = any(axis.kind == ROW for axis in leaves(source.handle.node.dims[dim]))
