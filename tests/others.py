@@ -286,7 +286,8 @@ _FLASH = ("plain", "encoder", "alibi", "rotary", "memory_keys")
 OTHERS = [
     *[_case(f"x_{name}", _x_transformers(**options)) for name, options in _X.items()],
     # What a row may see depends on the rows before it: no attention whose rows are independent.
-    _case("x_selective", _x_transformers(attn_selective=True), clean=False),
+    # Its gate is summed over the rows before it: made whole, and counted so instead of as by rows.
+    _case("x_selective", _x_transformers(attn_selective=True), clean=False, by_rows=False),
     *[_case(f"x_{name}_flash", _x_transformers(flash=True, **_X[name])) for name in _FLASH],
     _case("latent_diffusion", lambda _: Blocks(CrossAttention), _context_inputs),
     _case("einops", lambda _: Blocks(EinopsAttention), _context_inputs),

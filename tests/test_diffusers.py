@@ -31,15 +31,29 @@ MODELS = [
 ROWS = [7, None]
 
 
-def assert_by_rows(model: nn.Module, run, native_calls: int = 0) -> None:
-    """The same bits by rows, in every call of every site that ran; nothing left behind."""
+def agree(got: torch.Tensor, native: torch.Tensor, rows: int | None) -> bool:
+    """The same bits, or the same to rounding where the test says how many rows.
+
+    The CPU's matrix library takes another kernel for few rows of small heads: with AVX-512, ``torch.baddbmm`` itself, of 7
+    of 77 rows with 8 channels, rounds differently. What attnpatch chooses is larger.
+    """
+    return torch.equal(got, native) if rows is None else torch.allclose(got, native, rtol=1e-5, atol=5e-6)
+
+
+def assert_by_rows(model: nn.Module, run, native_calls: int = 0, few_round: bool = False) -> None:
+    """The same bits by rows, in every call of every site that ran; nothing left behind.
+
+    Args:
+        few_round: Whether few rows may round differently.
+    """
     native, before = run(), snapshot(model)
     for rows in ROWS:
         with attnpatch.patched(model, mode="always", rows=rows):
             got = run()
             report = attnpatch.report(model)
         assert len(got) == len(native)
-        assert all(map(torch.equal, got, native)), f"rows={rows}\n{report}"
+        loose = rows if few_round else None
+        assert all(agree(*pair, loose) for pair in zip(got, native, strict=True)), f"rows={rows}\n{report}"
         assert report.totals["by_rows"] > 0 and report.totals["native"] == native_calls, report
         assert report.totals["materialised"] == 0, report
     assert snapshot(model) == before
@@ -140,7 +154,8 @@ def test_processors(name, fields, attention, context):
         with torch.no_grad():
             return sweep.tensors(module(hidden_states, encoder_hidden_states=context))
 
-    assert_by_rows(model, run)
+    # These multiply by ``torch.baddbmm``.
+    assert_by_rows(model, run, few_round=not name.endswith("2_0"))
 
 
 def test_scaled_adapters():

@@ -27,6 +27,8 @@ KNOWN = {
     "pooled queries": {"captured"},
     "talking heads": {"captured"},
     "talking heads by einsum": {"captured"},
+    # Heads are mixed after the softmax, as in those; refused while its norm was made whole.
+    "re-attention": {"captured"},
     "memory and null keys": {"captured"},
     "edges multiply scores": {"checkpoint"},
     "blocks and their neighbours": {"captured"},

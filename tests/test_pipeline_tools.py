@@ -82,6 +82,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def agree(got, expected, tool):
+    """The same bits. Slicing goes by few heads at a time through ``torch.baddbmm``, and with AVX-512 that rounds few rows of
+    small heads differently from all of them (see ``test_diffusers.agree``): the same to rounding.
+    """
+    if tool == "attention_slicing":
+        return np.allclose(got, expected, rtol=0, atol=5e-6)
+    return np.array_equal(got, expected)
+
+
 @pytest.mark.parametrize(("name", "tool"), CASES)
 def test_with(name, tool):
     on, off = TOOLS[tool]
@@ -95,7 +104,7 @@ def test_with(name, tool):
     first = build(name)
     on(first)
     attnpatch.apply(first, **ROWS)
-    assert np.array_equal(run(first, name), expected)
+    assert agree(run(first, name), expected, tool)
     # What is compiled keeps its own attention.
     parts = set(modules(first)) - ({denoiser(first)} if tool.startswith("compile") else set())
     assert by_rows(first) == parts
@@ -106,20 +115,20 @@ def test_with(name, tool):
     )
     attnpatch.remove(first)
     assert structure(first) == with_tool
-    assert np.array_equal(run(first, name), expected)
+    assert agree(run(first, name), expected, tool)
 
     second = attnpatch.apply(build(name), **ROWS)
     on(second)
-    assert np.array_equal(run(second, name), expected)
+    assert agree(run(second, name), expected, tool)
     assert by_rows(second) == parts
     if off is not None:
         off(second)
         off(plain)
         expected = run(plain, name)
-        assert np.array_equal(run(second, name), expected)
+        assert agree(run(second, name), expected, tool)
     attnpatch.remove(second)
     assert structure(second) == structure(plain)
-    assert np.array_equal(run(second, name), expected)
+    assert agree(run(second, name), expected, tool)
 
 
 def test_attention_of_no_torch_function_is_left_and_said():

@@ -121,6 +121,8 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
         return NotImplemented
     if min(rows, keys) < FEWEST or (numbers.dim() == 1 and rows * keys != numbers.numel()):
         return NotImplemented
+    if call.is_of_masks and numbers.dim() == 1 and table.shape[at] < rows:
+        return NotImplemented  # fewer than there are distances: the experts of as many tokens as a square has places
     count = numbers.numel() * width
     if count < _GROWTH * table.numel() or table.device != numbers.device:
         return NotImplemented
