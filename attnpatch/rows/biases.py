@@ -81,7 +81,7 @@ def _are_masks(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> boo
         return False
     if len(lines) == 2 and not _are_opposite(one, other, -2, -1):
         return False
-    return min(shape[-2:]) >= FEWEST and all(_is_padding(t) for t in lines)
+    return min(shape[-2:]) >= FEWEST and all(_is_padding(t, min(shape[-2:])) for t in lines)
 
 
 def _are_figures(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
@@ -89,12 +89,14 @@ def _are_figures(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> b
     return min(shape[-2:]) > WIDEST_HEAD and _are_opposite(one, other, -2, -1)
 
 
-def _is_padding(line: torch.Tensor) -> bool:
+def _is_padding(line: torch.Tensor, narrowest: int) -> bool:
     """Whether a tensor says of each key whether it is seen: by truth values, zeros and ones, or numbers that hide it."""
-    if line.dtype == torch.bool or ledger_of(line) is not None:
+    if line.dtype == torch.bool:
         return True
     if not line.is_floating_point():
         return False  # positions, which are looked for elsewhere
+    if ledger_of(line) is not None:
+        return narrowest > WIDEST_HEAD  # no values to look at: positions by frequencies are narrower
     return bool(((line == 0) | (line == 1) | (line <= _HIDDEN)).all())
 
 

@@ -213,9 +213,13 @@ class Run:
 
     def padded(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` with what lies between its rows, where ``buffer`` has laid them apart; or as it is."""
-        storage = value.untyped_storage().data_ptr()
-        if value.is_contiguous() or not any(
-            self._padded.get(node) and buffer.data_ptr() == storage for node, buffer in self._buffers.items()
+        if value.is_contiguous() or not self._buffers:
+            return value
+        # By identity: on shapes nothing has an address.
+        storage = value.untyped_storage()._cdata
+        if not any(
+            self._padded.get(node) and buffer.untyped_storage()._cdata == storage
+            for node, buffer in self._buffers.items()
         ):
             return value
         return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
