@@ -17,7 +17,7 @@ LENGTH, WIDTH = 40, 16
 # What the answer to a failure itself is made of: who is asked last cannot be answered for.
 LAST_RESORT = {
     "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "deferred.natively",
-    "deferred.settle", "deferred.has_history", "deferred.is_pending", "deferred.DeferredRows.__torch_function__",
+    "deferred.settle", "deferred.has_history", "deferred.is_foreign", "deferred.is_pending", "deferred.DeferredRows.__torch_function__",
     "deferred.DeferredRows.__torch_dispatch__", "deferred.SiteCall.failed", "attempts.is_out_of_memory",
 }  # fmt: skip
 
