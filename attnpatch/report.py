@@ -152,7 +152,7 @@ def report_of(patch: Patch) -> Report:
 
 
 def _went_otherwise(site: SiteReport) -> bool:
-    return any(site.counts[name] for name in ("materialised", "retried", "failed"))
+    return any(count for name, count in site.counts.items() if name != "largest")
 
 
 def _site_report(site: Site, is_around: bool) -> SiteReport:

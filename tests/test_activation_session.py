@@ -152,9 +152,6 @@ def test_a_model_without_attention_is_noted(active):
     assert session.counts == {"without": 1}
 
 
-@pytest.mark.xfail(
-    reason="after other tests, with transformers 5.24, its attention counts nothing", strict=False
-)
 def test_a_model_made_from_the_class_of_a_patched_one(active):
     """It is patched on its own; calls must be served once."""
     active(policy=Policy(mode="never"))

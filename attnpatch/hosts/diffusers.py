@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from attnpatch.rows.graphs import is_compiled
+
 
 def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
     """The modules a pipeline runs, by name, each once; ``None`` if it is no pipeline.
@@ -34,9 +36,15 @@ def compiled_in(model: Any) -> tuple[str, ...]:
     found: list[str] = []
     for name, part in parts.items():
         for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
-            is_compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+            forward = vars(module).get("forward")
+            is_one = (
+                "_orig_mod" in module._modules
+                or module._compiled_call_impl is not None
+                or is_compiled(forward)
+                or is_compiled(getattr(forward, "__wrapped__", None))  # under ours
+            )
             full = ".".join(filter(None, (name, path)))
-            if is_compiled and not any(not outer or full.startswith(outer + ".") for outer in found):
+            if is_one and not any(not outer or full.startswith(outer + ".") for outer in found):
                 found.append(full)
     return tuple(found)
 

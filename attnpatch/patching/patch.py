@@ -179,6 +179,8 @@ class Site(Counters):
             _thread.patch, _thread.room, _thread.is_calm = self.patch, Room(), is_calm
             if not is_short:
                 renew()
+            # A compiled graph makes its masks itself, and a mode on the stack would have it compiled anew.
+            if not is_short and not graphs.is_compiled(forward):
                 call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
