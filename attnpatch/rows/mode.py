@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa
 from attnpatch.rows.attempts import Attempts
@@ -19,11 +18,11 @@ from attnpatch.rows.deferred import (
     dispatch,
     is_watching_writes,
     left,
-    natively,
     settle,
 )
 from attnpatch.rows.spellings import FUNCTIONS
 from attnpatch.rows.trail import Trail
+from attnpatch.rows.watching import Watching
 
 _BLANK_USERS = frozenset(
     getattr(space, name) for space in (torch, torch.Tensor) for name in ("baddbmm", "addbmm", "addmm")
@@ -42,7 +41,7 @@ def num_heads(func: Callable[..., Any], args: Any) -> int:
     return args[4] if func is torch._native_multi_head_attention else args[2]
 
 
-class RowsMode(TorchFunctionMode):
+class RowsMode(Watching):
     """Attention by rows for the call of one site.
 
     Args:
@@ -50,8 +49,7 @@ class RowsMode(TorchFunctionMode):
     """
 
     def __init__(self, call: SiteCall) -> None:
-        super().__init__()
-        self.call = call
+        super().__init__(call)
         self.trail = Trail()
         self.checkpoint: Any = None
 
@@ -64,22 +62,7 @@ class RowsMode(TorchFunctionMode):
         guard.attempted(self.trail.saved.hand_on, name="what autograd saved", tally=self.call.tally)
         guard.attempted(left, name="the end of attention", tally=self.call.tally)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            # A part of the attention that is compiled on its own is traced through this mode.
-            return func(*args, **kwargs)
-        return guard.guarded(
-            self._served,
-            (func, types, args, kwargs),
-            lambda: natively(func, args, kwargs),
-            getattr(func, "__name__", str(func)),
-            self.call.tally,
-        )
-
-    def _served(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:

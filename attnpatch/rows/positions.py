@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import biases, constants, guard, rowwise
@@ -23,11 +23,11 @@ from attnpatch.rows.deferred import (
     SiteCall,
     is_watching_writes,
     left,
-    natively,
     wrap,
 )
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.recipe import Call, Leaf, View
+from attnpatch.rows.watching import Watching
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
 
@@ -162,32 +162,21 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class Before(TorchFunctionMode):
+class Before(Watching):
     """Defers what a model makes of positions before its attention.
 
     Args:
         call: Policy and counters of the model's call.
     """
 
-    def __init__(self, call: SiteCall) -> None:
-        super().__init__()
-        self.call = call
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or _thread.watch is not self:
-            return func(*args, **kwargs)
-        return guard.guarded(
-            self._served,
-            (func, types, args, kwargs),
-            lambda: natively(func, args, kwargs),
-            getattr(func, "__name__", str(func)),
-            self.call.tally,
-        )
+        if _thread.watch is not self:
+            return func(*args, **(kwargs or {}))  # taken away, but below a mode of the host's
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _served(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         begin = OF_POSITIONS.get(func)
         is_inside = torch._C._functorch.peek_interpreter_stack() is not None
         if begin is not None and not is_inside and DeferredRows not in types:

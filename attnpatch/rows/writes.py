@@ -164,19 +164,25 @@ def _with_ones(source: Node, missing: list[bool]) -> Node:
     return View(source, tuple(dims))
 
 
+def _spread(value: Any, node: Node, shape: torch.Size) -> torch.Tensor | None:
+    """What is written as a tensor of no more dimensions than ``shape``, if it is one value or spreads over that."""
+    if isinstance(value, (bool, int, float)):
+        return torch.tensor(value, device=node.device).to(node.dtype)
+    if not isinstance(value, torch.Tensor) or (value.dim() and value.device != node.device):
+        return None
+    while value.dim() > len(shape) and value.shape[0] == 1:
+        value = value[0]
+    try:
+        return value if torch.broadcast_shapes(value.shape, shape) == shape else None
+    except RuntimeError:
+        return None
+
+
 def _source(target: DeferredRows, value: Any, dims: tuple[Dim, ...], shape: torch.Size) -> Node | None:
     """The values of a write as a node, aligned from the right with ``dims``."""
     node = target.handle.node
-    if isinstance(value, (bool, int, float)):
-        return Leaf(torch.tensor(value, device=node.device).to(node.dtype), ())
-    if not isinstance(value, torch.Tensor) or (value.dim() and value.device != node.device):
-        return None
-    while value.dim() > len(dims) and value.shape[0] == 1:
-        value = value[0]
-    try:
-        if torch.broadcast_shapes(value.shape, shape) != shape:
-            return None
-    except RuntimeError:
+    value = _spread(value, node, shape)
+    if value is None:
         return None
     if not isinstance(value, DeferredRows):
         aligned = dims[len(dims) - value.dim() :]
@@ -257,18 +263,8 @@ def _scattered(
         flat.append(Leaf(torch.where(index < 0, index + size, index), ((),)))
     before, after = node.dims[: positions[0]], node.dims[positions[-1] + 1 :]
     region = torch.Size([*map(size_of, before), *shape, *map(size_of, after)])
-    if isinstance(value, (bool, int, float)):
-        value = torch.tensor(value, device=node.device).to(node.dtype)
-    if not isinstance(value, torch.Tensor) or value.dtype != node.dtype:
-        return NotImplemented
-    if value.dim() and value.device != node.device:
-        return NotImplemented
-    while value.dim() > len(region) and value.shape[0] == 1:
-        value = value[0]
-    try:
-        if torch.broadcast_shapes(value.shape, region) != region:
-            return NotImplemented
-    except RuntimeError:
+    value = _spread(value, node, region)
+    if value is None or value.dtype != node.dtype:
         return NotImplemented
     spread = value.dim() > len(after) and any(
         size != 1
