@@ -1,6 +1,7 @@
 """Attention weights that a patched model returns compute the rows that are asked for, under eager and under SDPA."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnpatch
 from attnpatch.rows import weights
-from attnpatch.rows.deferred import DeferredRows, is_pending
+from attnpatch.rows.deferred import DeferredRows, is_pending, pending
 
 KINDS = ["Llama", "Mistral", "Bert", "T5"]
 
@@ -246,3 +247,25 @@ def test_an_overwritten_key_is_said_aloud():
         output.past_key_values.layers[0].keys.zero_()
         with pytest.raises(attnpatch.errors.AttnpatchError, match="overwritten"):
             output.attentions[0].cpu()
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Bert", "T5"])
+@pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
+def test_they_go_with_who_holds_them(kind, attention, mode, is_training):
+    """Query and key of every layer are in them: not one may wait for the garbage collector."""
+    model, inputs = model_of(kind, attention), inputs_of(kind, 37)
+    policy = {"mode": "always"} if mode == "always" else {"min_tokens": 4, "min_free": "1000TB"}
+    gc.collect()
+    gc.disable()
+    try:
+        with attnpatch.patched(model, **policy), torch.set_grad_enabled(is_training):
+            output = model(**inputs, output_attentions=True)
+            assert pending()
+            if is_training:
+                output[0].float().sum().backward()
+            del output
+            assert not pending()
+    finally:
+        gc.enable()

@@ -265,8 +265,9 @@ class Site(Counters):
     def _attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        outer = _thread.mode
+        running, outer = _thread.mode, None
         try:
+            outer = running if running is not None and running.is_active() else None
             call = self._call_of(module, args, kwargs)
             if not isinstance(call, (str, int)):
                 mode = self.mode_class(call) if outer is None else outer
@@ -293,7 +294,7 @@ class Site(Counters):
                     _thread.mode = mode if around.entered else None
                     result = forward(*first, **kwargs)
             finally:
-                _thread.mode = None
+                _thread.mode = running
         if self.counts.total() == before[0]:
             try:
                 result = with_no_keys(result)
@@ -307,8 +308,10 @@ class Site(Counters):
         if call.observer is not None:
             self._tell(call.observer.finish, "the end of a captured attention call")
         if call.weights:
+            # They name the call: it names them no longer, or keys would live until the garbage collector comes.
+            made, call.weights = call.weights, None
             try:
-                return weights.put_in(module, args, kwargs, result, call.weights)
+                return weights.put_in(module, args, kwargs, result, made)
             except Exception as error:
                 self.failed("putting attention weights in", error)
         return result

@@ -204,6 +204,7 @@ class Handle:
         node: The recipe.
         call: The site call it came from.
         edge: The history it was given; another one means that somebody below Python's reach has made something of it.
+        checkpoint: The one that saves its history.
         values: All of it, without history, once somebody needed it.
         written: The tensor that stands for it, history included, once it was written to in place.
         memory: What it shares with views of it, or with what it is a view of.
@@ -216,6 +217,7 @@ class Handle:
     ) -> None:
         self.node, self.call = node, call
         self.edge: Any = None
+        self.checkpoint: weakref.ref[Any] | None = None
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
         self._bridged: tuple[torch.Tensor, Any] | None = None
@@ -578,7 +580,16 @@ def is_foreign(tensor: DeferredRows) -> bool:
     """Whether its history is not its recipe's: it came out of a function of somebody's own, or is a leaf of a graph."""
     if not torch.is_grad_enabled() or not has_history(tensor):
         return False
-    return tensor.handle.edge is None or edges.history(tensor) is not tensor.handle.edge
+    handle = tensor.handle
+    return handle.edge is None or edges.history(tensor) is not handle.edge or _is_of_outer_checkpoint(handle)
+
+
+def _is_of_outer_checkpoint(handle: Handle) -> bool:
+    """Whether it goes from one checkpoint into another: when they run again, what arrives has a history of torch's."""
+    if handle.checkpoint is None:
+        return False
+    here = checkpoints.current()
+    return here is not None and here is not handle.checkpoint()
 
 
 def is_pending(value: Any) -> bool:
@@ -613,6 +624,9 @@ def wrap(
         node = View(node, node.dims)  # another tensor's recipe
     tensor = DeferredRows(Handle(node, call, memory, path))
     tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
+    if tensor.handle.edge is not None:
+        frame = checkpoints.current()
+        tensor.handle.checkpoint = None if frame is None else weakref.ref(frame)
     return tensor
 
 

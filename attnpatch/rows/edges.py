@@ -14,17 +14,21 @@ are alive as long as it is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows import guard, plain
 from attnpatch.rows.randomness import RandomState, restored
 from attnpatch.rows.recipe import Leaf, Node, copied, graph, tensors_of, twin
+
+_functorch = torch._C._functorch
 
 
 class Again(Protocol):
@@ -51,10 +55,13 @@ class _Kept:
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.tensors = [tensor.detach() for tensor in tensors]
+        self.tensors: list[Any] = self.held(tensors)
         self.is_replaced = False
-        for tensor in self.tensors:
+        for tensor in tensors:
             _thread.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        return [tensor.detach() for tensor in tensors]
 
     def preserve(self, storage: int) -> None:
         for i, tensor in enumerate(self.tensors):
@@ -62,10 +69,52 @@ class _Kept:
                 self.tensors[i] = copied(tensor)
                 self.is_replaced = True
 
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        """The tensors, given what autograd saved."""
+        return self.tensors if self.is_replaced and not torch.is_grad_enabled() else list(saved())
+
     def forget(self) -> None:
         """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
         if not self.is_replaced:
             self.tensors = []
+
+
+class _Packed(_Kept):
+    """Those that hooks have saved in their own way (a checkpoint, an offload): not held, and copied before a write.
+
+    A checkpoint saves what it makes when it runs again, and no hook sees that this is overwritten later in that run.
+    """
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        self.places = [
+            None if ledger_of(tensor) is not None or _functorch.is_functorch_wrapped_tensor(tensor)
+            else (StorageWeakRef(tensor.untyped_storage()), memory_of(tensor), _layout(tensor))
+            for tensor in tensors
+        ]  # fmt: skip
+        return [None] * len(tensors)
+
+    def preserve(self, storage: int) -> None:
+        for i, place in enumerate(self.places):
+            if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
+                continue
+            memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
+            dtype, *layout = place[2]
+            self.tensors[i] = copied(torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout))
+            self.is_replaced = True
+
+    def forget(self) -> None:
+        pass  # nothing is held but copies
+
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        if self.is_replaced and torch.is_grad_enabled():
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        return [own if own is not None else packed for own, packed in zip(self.tensors, saved(), strict=True)]
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 class _Thread(threading.local):
@@ -78,10 +127,9 @@ _thread = _Thread()
 
 def memory_of(tensor: torch.Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while _functorch.is_functorch_wrapped_tensor(tensor):
         # vmap hands out tensors without memory of their own.
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _functorch.get_unwrapped(tensor)
     storage = tensor.untyped_storage()
     # Shapes have no data to tell them apart by.
     return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
@@ -150,15 +198,14 @@ def _keep(ctx: Any, plan: Plan) -> None:
     # Where the parents begin among the inputs.
     ctx.first, ctx.unpacked = 0, None
     # With hooks the saved tensors are whatever these made of them.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    ctx.kept = _Kept(plan.saved) if hooks is None else None
+    ctx.has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.kept = (_Packed if ctx.has_hooks else _Kept)(plan.saved)
 
 
 def _forget(ctx: Any) -> None:
     """The backward pass has come by: autograd frees what was saved."""
     ctx.unpacked = None
-    if ctx.kept is not None:
-        ctx.kept.forget()
+    ctx.kept.forget()
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[Node, torch.Tensor | None]:
@@ -198,9 +245,8 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
         seen.add(id(edge))
         # Autograd's nodes are of classes that it makes of these functions.
         if hasattr(edge, "own"):
-            kept = edge.kept
-            is_replaced = kept is not None and kept.is_replaced and not torch.is_grad_enabled()
-            found.update(zip(edge.own, kept.tensors if is_replaced else _unpacked(edge), strict=True))
+            saved = edge.kept.instead_of(functools.partial(_unpacked, edge))
+            found.update(zip(edge.own, saved, strict=True))
             stack += [
                 function for function, _ in edge.next_functions[edge.first : edge.first + len(edge.parents)]
             ]
@@ -211,7 +257,7 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
 
 def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
     """The saved tensors of an edge. A checkpoint gives them once; later edges want them too, and the last is its own."""
-    if edge.kept is not None:
+    if not edge.has_hooks:
         return edge.saved_tensors
     if edge.unpacked is None:
         edge.unpacked = edge.saved_tensors
