@@ -56,6 +56,11 @@ def scripted(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores * 0.2, -1)
 
 
+@torch.jit.script
+def scripted_step(scores: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(scores) * 2.0
+
+
 class MyAttention(nn.Module):
     """Attention whose middle is given; what the middle keeps in ``seen`` is compared too."""
 
@@ -215,6 +220,44 @@ def joined_with_nothing(module, scores, query, value):
     return torch.cat([scores, scores[:0]]).softmax(-1) @ value
 
 
+def kept_before_a_write(module, scores, query, value):
+    scores = scores * 0.5
+    scores.retain_grad()
+    module.kept = scores
+    scores.mul_(1.5)
+    return scores.softmax(-1) @ value
+
+
+def kept_after_a_write(module, scores, query, value):
+    scores.mul_(1.5)
+    scores.retain_grad()
+    module.kept = scores
+    return scores.softmax(-1) @ value
+
+
+def kept_after_a_function_in_place(module, scores, query, value):
+    scores = Halved.apply(scores)
+    out = scores @ value
+    scores.retain_grad()
+    module.kept = scores
+    return out
+
+
+def kept_before_a_write_to_what_a_function_gave(module, scores, query, value):
+    scores = scripted_step(scores)
+    scores.retain_grad()
+    module.kept = scores
+    scores.add_(0.5)
+    return scores @ value
+
+
+def hooked_before_and_after_a_write(module, scores, query, value):
+    scores.register_hook(lambda grad: module.seen.update(before=grad.clone()))
+    scores.mul_(1.5)
+    scores.register_hook(lambda grad: grad * 0.5)
+    return scores.softmax(-1) @ value
+
+
 def function_that_is_scripted(module, scores, query, value):
     return scripted(scores) @ value
 
@@ -257,7 +300,8 @@ MIDDLES = [
     written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,
     differentiated_twice, probabilities_differentiated_twice, function_on_scores, function_with_another_gradient,
     function_in_place, retained_over_both_sides, read_in_inference_mode, joined_with_nothing,
-    written_through_detached, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
+    written_through_detached, kept_before_a_write, kept_after_a_write, kept_after_a_function_in_place,
+    kept_before_a_write_to_what_a_function_gave, hooked_before_and_after_a_write, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
     checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
 ]  # fmt: skip
 

@@ -297,6 +297,10 @@ class Handle:
         if tensor is not None and value.requires_grad and torch.is_grad_enabled():
             edges.adopt(tensor, value)
             self.edge = edges.history(tensor)
+            with torch._C.DisableTorchFunctionSubclass():
+                retains = tensor.retains_grad
+            if retains:
+                value.retain_grad()
 
     def is_shared(self) -> bool:
         return bool(self.memory.others(self))
@@ -365,6 +369,8 @@ _ATTRIBUTES = frozenset(
     "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
     "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad grad_fn output_nr _version".split()
 )
+# What is of the tensor that stands for it since it was written to in place.
+_OF_HISTORY = frozenset(["grad", "retains_grad"])
 # Who calls these asks for the gradient of the deferred tensor itself.
 _OBSERVING = frozenset(["register_hook", "retain_grad"])
 _METHODS = frozenset(
@@ -494,6 +500,8 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         if found is not None:
             return found
     if is_attribute:
+        if name in _OF_HISTORY and (passed := _passed_by(args[0])) is not args[0]:
+            return guard.native(func, (passed, *args[1:]), kwargs)
         if name in _ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -512,11 +520,19 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
 def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A hook on a deferred tensor, or ``retain_grad``: somebody asks for its own gradient."""
     target = args[0]
-    if target.handle.written is not None:
-        return guard.native(func, (target.handle.written, *args[1:]), kwargs)
+    passed = _passed_by(target)
+    if passed is not target:
+        return guard.native(func, (passed, *args[1:]), kwargs)
     _observe(target)
     with torch._C.DisableTorchFunctionSubclass():
         return guard.native(func, args, kwargs)
+
+
+def _passed_by(tensor: Any) -> Any:
+    """What gradients pass by on their way to a deferred tensor's history: itself, or what it was written to as."""
+    if not isinstance(tensor, DeferredRows) or tensor.handle.written is None or _has_other_history(tensor):
+        return tensor
+    return tensor.handle.written
 
 
 def _observe(tensor: DeferredRows) -> None:
@@ -543,8 +559,9 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     def target(value: Any) -> Any:
         if not isinstance(value, DeferredRows):
             return value
-        if value.handle.written is not None:
-            return value.handle.written
+        passed = _passed_by(value)
+        if passed is not value:
+            return passed
         _observe(value)
         with torch._C.DisableTorchFunctionSubclass():
             return torch.autograd.graph.get_gradient_edge(value)
@@ -580,8 +597,13 @@ def is_foreign(tensor: DeferredRows) -> bool:
     """Whether its history is not its recipe's: it came out of a function of somebody's own, or is a leaf of a graph."""
     if not torch.is_grad_enabled() or not has_history(tensor):
         return False
-    handle = tensor.handle
-    return handle.edge is None or edges.history(tensor) is not handle.edge or _is_of_outer_checkpoint(handle)
+    return _has_other_history(tensor) or _is_of_outer_checkpoint(tensor.handle)
+
+
+def _has_other_history(tensor: DeferredRows) -> bool:
+    if not has_history(tensor):
+        return False
+    return tensor.handle.edge is None or edges.history(tensor) is not tensor.handle.edge
 
 
 def _is_of_outer_checkpoint(handle: Handle) -> bool:
