@@ -287,6 +287,30 @@ def checkpointed_core(module, scores, query, value):
     return checkpoint(core, query, value, value, use_reentrant=False) + scores.softmax(-1) @ value
 
 
+def checkpointed_with_what_is_computed_later(module, scores, query, value):
+    bias = query.detach() @ query.detach().transpose(1, 2)
+    out = checkpoint(lambda s, b: (s * 0.5 + b * 0.1).softmax(-1) @ value, scores, bias, use_reentrant=False)
+    module.seen.update(scores=scores.detach().clone(), bias=bias.sum())
+    return out
+
+
+def checkpointed_around_what_is_computed_later(module, scores, query, value):
+    bias = query.detach() @ query.detach().transpose(1, 2)
+    out = checkpoint(lambda v: (scores * 0.5 + bias * 0.1).softmax(-1) @ v, value, use_reentrant=False)
+    module.seen.update(scores=scores.detach().clone(), bias=bias.sum())
+    return out
+
+
+def checkpointed_and_computed_inside(module, scores, query, value):
+    bias = query.detach() @ query.detach().transpose(1, 2)
+
+    def core(s, b, v):
+        first = (s + b * 0.1).softmax(-1) @ v
+        return first * b.std() + (s - b).softmax(-1) @ v
+
+    return checkpoint(core, scores, bias, value, use_reentrant=False)
+
+
 def checkpointed_scores_reentrant(module, scores, query, value):
     def core(q, k):
         return (q @ k.transpose(1, 2)).softmax(-1)
@@ -302,7 +326,8 @@ MIDDLES = [
     function_in_place, retained_over_both_sides, read_in_inference_mode, joined_with_nothing,
     written_through_detached, kept_before_a_write, kept_after_a_write, kept_after_a_function_in_place,
     kept_before_a_write_to_what_a_function_gave, hooked_before_and_after_a_write, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
-    checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
+    checkpointed_with_what_is_computed_later, checkpointed_around_what_is_computed_later,
+    checkpointed_and_computed_inside, checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
 ]  # fmt: skip
 
 

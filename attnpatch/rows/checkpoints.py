@@ -18,26 +18,54 @@ from torch.utils import checkpoint
 
 _FRAME = getattr(checkpoint, "_CheckpointFrame", None)
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
+_used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, bool]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def current() -> Any:
     """The checkpoint whose saved tensors are recorded now; ``None`` outside of any, or where torch hides it."""
+    return _found()[0]
+
+
+def _found() -> tuple[Any, Any]:
+    """That checkpoint, and what stands for its running again: ``None`` the first time."""
     if _FRAME is None or not torch.is_grad_enabled():
-        return None
+        return None, None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
-        return None
+        return None, None
     # Recorded for the first time, the hook knows the checkpoint; when it runs again, a reference to it.
     hook = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
     for cell in getattr(hook, "__closure__", None) or ():
         with contextlib.suppress(ValueError):
             value = cell.cell_contents
-            if isinstance(value, weakref.ref):
-                value = value()
             if isinstance(value, _FRAME):
-                return value
-    return None
+                return value, None
+            if isinstance(value, weakref.ref) and isinstance(value(), _FRAME):
+                return value(), hook
+    return None, None
+
+
+def is_to_be_pending(handle: Any) -> bool:
+    """Whether a deferred tensor from outside was not computed when this checkpoint first used it, and is to be so again.
+
+    It may have been computed since, and a tensor is saved where a recipe is not.
+    """
+    frame, again = _found()
+    if frame is None:
+        return False
+    if again is None:
+        used = _used.setdefault(frame, weakref.WeakKeyDictionary())
+        used.setdefault(handle, not handle.has_values)
+        return False
+    if not _used.get(frame, {}).get(handle, False):
+        return False
+    seen = _seen.setdefault(again, weakref.WeakSet())
+    if handle in seen:
+        return False
+    seen.add(handle)
+    return True
 
 
 def decisions(otherwise: dict[Any, bool]) -> dict[Any, bool]:

@@ -244,8 +244,14 @@ class Handle:
             self.pending.add(self)
 
     @property
-    def is_computed(self) -> bool:
+    def has_values(self) -> bool:
         return self.values is not None or self.written is not None
+
+    @property
+    def is_computed(self) -> bool:
+        if checkpoints.is_to_be_pending(self) and self.written is None:
+            self.forget()
+        return self.has_values
 
     def materialise(self, operation: str) -> torch.Tensor:
         """The whole tensor, computed by rows; ``operation`` is what asked for it.
