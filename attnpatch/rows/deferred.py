@@ -249,7 +249,8 @@ class Handle:
 
     @property
     def is_computed(self) -> bool:
-        if checkpoints.is_to_be_pending(self) and self.written is None:
+        ask, tally = checkpoints.is_to_be_pending, self.call.tally
+        if self.written is None and guard.attempted(ask, self, name="a checkpoint", tally=tally):
             self.forget()
         return self.has_values
 
