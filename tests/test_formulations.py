@@ -11,10 +11,8 @@ FORMULATIONS = {one.name: one for one in formulations.table.all_of_them()}
 KNOWN = {
     # By rows its random numbers are others, as those of dropout are.
     "Gumbel noise": {"float32", "bfloat16", "autocast", "gradients", "checkpoint", "reentrant"},
-    "exp and sum": {"captured", "checkpoint"},
-    "products and a sum": {"checkpoint"},
+    "exp and sum": {"captured"},
     "in chunks by hand": {"captured"},
-    "linear as a product": {"checkpoint"},
     "a window of distances": {"captured"},
     "fewer queries, table of offsets": {"captured"},
     "decomposed positions": {"captured"},
@@ -22,7 +20,6 @@ KNOWN = {
     "keys from a smaller picture": {"captured"},
     "latents ask the input": {"captured"},
     "slots compete": {"captured"},
-    "positions with queries and keys": {"checkpoint"},
     "squares of pictures, one head": {"captured"},
     "pooled queries": {"captured"},
     "talking heads": {"captured"},
@@ -30,18 +27,13 @@ KNOWN = {
     # Heads are mixed after the softmax, as in those; refused while its norm was made whole.
     "re-attention": {"captured"},
     "memory and null keys": {"captured"},
-    "edges multiply scores": {"checkpoint"},
     "blocks and their neighbours": {"captured"},
     "blocks drawn at random": {"captured"},
     "queries are keys, in buckets": {"captured"},
-    "the most telling queries": {"captured", "checkpoint"},
+    "the most telling queries": {"captured"},
     "landmarks": {"captured"},
-    "dual softmax": {"checkpoint"},
-    "soft argmax of a grid": {"captured", "checkpoint"},
-    "correlations in four dimensions": {"checkpoint"},
-    "additive": {"checkpoint"},
+    "soft argmax of a grid": {"captured"},
     "memory read": {"captured"},
-    "nn.MultiheadAttention, both masks": {"checkpoint"},
     "weights returned and used again": {"captured"},
 }
 

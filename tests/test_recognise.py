@@ -12,6 +12,7 @@ from test_block_maps_dense import assert_same, dense_map, select, token_blocks
 from test_exact import snapshot
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import attnpatch
 
@@ -214,6 +215,37 @@ def test_left_alone(kind):
     assert report.left_alone in ((), ("1",)) and ("left alone: 1" in str(report)) == bool(report.left_alone)
     attnpatch.remove(model)
     assert snapshot(model) == before
+
+
+class Elementwise(Mixer):
+    """No product at all, so it is left alone; what it makes goes by rows all the same in its first call."""
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) * self.scale
+        return self.join(scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["one pass", "two passes before the backward passes"])
+@pytest.mark.parametrize("kind", [*NOT, Elementwise])
+def test_left_alone_after_a_first_call_in_a_checkpoint(kind, steps):
+    """It runs again in the backward pass as it ran, and leaves no trace afterwards."""
+
+    def gradients(model):
+        given = [x().requires_grad_() for _ in range(steps)]
+        results = [checkpoint(model, each, use_reentrant=False) for each in given]
+        for result in results:
+            result.square().sum().backward()
+        return [each.grad for each in given] + [p.grad for p in model.parameters() if p.grad is not None]
+
+    native, model = gradients(stack(Mixer, kind)), stack(Mixer, kind)
+    before = snapshot(model)
+    attnpatch.apply(model, mode="always", rows=7)
+    for got, expected in zip(gradients(model), native, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1))
+    run(model, x())
+    assert [site.name for site in attnpatch.report(model).sites] == ["0"]
+    assert snapshot(model)["1"] == before["1"]
 
 
 def test_nothing_there():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows import graphs, positions
+from attnpatch.rows import checkpoints, graphs, positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
@@ -93,6 +94,7 @@ class Site(Counters):
         is_attention: Whether attention is watched inside it.
         why: Why it is an attention site, in words.
         below: The site of another patch that this one lies on.
+        waits_for: The checkpoint that a candidate, found to be no attention, was first called in.
     """
 
     # What a rehearsal does otherwise.
@@ -106,10 +108,11 @@ class Site(Counters):
         self.is_entry = is_root or masks.makes_masks(module)
         self.decisions: dict[tuple[int, int], bool] = {}
         self.below: Site | None = None
+        self.waits_for: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), **vars(Counters()), "decisions": {}}
+        return {**vars(self), **vars(Counters()), "decisions": {}, "waits_for": None}
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -238,6 +241,8 @@ class Site(Counters):
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """The first call of a candidate: served as attention is, which changes nothing if it is none."""
+        if self.waits_for is not None:
+            return self._as_judged(forward, module, first, args, kwargs)
         try:
             watch = Watch((args, kwargs), self.failed)
         except Exception as error:
@@ -261,6 +266,20 @@ class Site(Counters):
         except Exception as error:
             self.failed("what a first call has shown", error)
         return result
+
+    def _as_judged(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of what is no attention, and was first called in a checkpoint: that runs again as it ran."""
+        try:
+            frame = self.waits_for()
+            if frame is None:
+                self.patch.leave(self, module)
+            is_again = frame is not None and checkpoints.current() is frame
+        except Exception as error:
+            self.failed("a checkpoint", error)
+            is_again = False
+        return (self._attend if is_again else _called)(forward, module, first, args, kwargs)
 
     def _attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -358,6 +377,10 @@ class Site(Counters):
             return None
         rows = most_rows(args, kwargs)
         return None if rows > policy.min_tokens else rows
+
+
+def _called(forward: Callable[..., Any], _: nn.Module, first: Any, __: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(*first, **kwargs)
 
 
 @contextlib.contextmanager
@@ -568,8 +591,17 @@ class Patch:
             if is_attention:
                 site.why = RECOGNISED
                 return
-            # As if it had not been looked at.
             self.left_alone.append(site.name or "(model)")
+            frame = checkpoints.current()
+            if frame is not None:
+                site.waits_for = weakref.ref(frame)
+            else:
+                self.leave(site, module)
+
+    def leave(self, site: Site, module: nn.Module) -> None:
+        """Leave what is no attention as if it had not been looked at."""
+        with changing:
+            site.waits_for = None
             site.is_attention, site.why = False, None
             failures = Counter(failed=site.counts["failed"])
             site.forget()
