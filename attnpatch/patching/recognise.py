@@ -93,6 +93,10 @@ def _multiplies(names: set[str]) -> bool:
     return any(map(_PRODUCT_NAMES.search, names))
 
 
+# A product that is added to their first argument.
+_SUMMED_PRODUCTS = frozenset("baddbmm addbmm addmm baddbmm_ addbmm_ addmm_".split())
+
+
 class Watch(TorchFunctionMode):
     """Follows the inputs of one call of a candidate: to a product of two of them, its softmax, a product with that.
 
@@ -168,6 +172,12 @@ class Watch(TorchFunctionMode):
             return INPUT
         if name in _LAYERS and len(known) == 1:
             return most if _is_mixed(given, result, most) else INPUT
+        if name in _SUMMED_PRODUCTS:
+            # What is added (a bias made of scores) is no factor.
+            (_, added), *factors = given
+            known_of_factors = max((mark for _, mark in factors), default=0)
+            product = self._multiplied(factors, result, known_of_factors) if known_of_factors else 0
+            return max(added, product)
         if name in _PRODUCTS or name in _LAYERS:
             return self._multiplied(given, result, most)
         if name in _SUMS and most >= SCORES:

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.deferred import DeferredRows
+from attnpatch.rows.deferred import DeferredRows, site_of
 from attnpatch.rows.recipe import map_structure
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
-    """The first deferred tensor of a site; a mask is many sites'."""
+    """The first deferred tensor of the site whose a step of them is."""
     found = deferred_in(args, kwargs)
-    return next((value for value in found if not value.handle.call.is_of_masks), found[0])
+    site = site_of(found)
+    return next(value for value in found if value.handle.call is site)
 
 
 def deferred_in(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from attnpatch.policy import Policy
 from attnpatch.rows import checkpoints, edges, guard, plain, sharing
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
-from attnpatch.rows.recipe import Node, View, map_structure, tensors_of
+from attnpatch.rows.recipe import Node, View, depth_of, map_structure, tensors_of
 from attnpatch.rows.replay import Look, Replay
 
 
@@ -330,6 +330,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self.site: SiteCall | None = None
 
 
 _thread = _Thread()
@@ -378,6 +379,8 @@ _ATTRIBUTES = frozenset(
 )
 # What is of the tensor that stands for it since it was written to in place.
 _OF_HISTORY = frozenset(["grad", "retains_grad"])
+# Steps of a recipe before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
+DEEPEST = 100
 # Who calls these asks for the gradient of the deferred tensor itself.
 _OBSERVING = frozenset(["register_hook", "retain_grad"])
 _METHODS = frozenset(
@@ -490,6 +493,31 @@ def settle(value: Any, operation: str) -> Any:
     return value
 
 
+def dispatch_in(site: SiteCall, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``dispatch`` inside the call of a site."""
+    outer, _thread.site = _thread.site, site
+    try:
+        return dispatch(func, args, kwargs)
+    finally:
+        _thread.site = outer
+
+
+def site_of(tensors: Sequence[torch.Tensor]) -> SiteCall:
+    """Whose a step of some deferred tensors is: the site's that runs if one of them is its own, else one's that has them.
+
+    A mask is many sites'; a bias may be a layer's that has handed it on to the next (WavLM).
+    """
+    calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredRows)]
+    if any(call is _thread.site for call in calls):
+        return running_site(calls[0])
+    return next((call for call in calls if not call.is_of_masks), calls[0])
+
+
+def running_site(otherwise: SiteCall) -> SiteCall:
+    """The site whose call goes on."""
+    return otherwise if _thread.site is None else _thread.site
+
+
 def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A torch function with a DeferredRows among its arguments."""
     from attnpatch.rows import (
@@ -521,7 +549,15 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         return _differentiated(func, args, kwargs)
     elif name == "__repr__" and isinstance(args[0], DeferredRows):
         return DeferredRows.__repr__(args[0])
-    return rowwise.apply(name, func, args, kwargs)
+    result = rowwise.apply(name, func, args, kwargs)
+    # Not an error of the step: that is done, and must not be done again.
+    guard.attempted(_bound, result, name, name="the depth of a recipe", tally=_tally((result,), {}))
+    return result
+
+
+def _bound(result: Any, operation: str) -> None:
+    if is_pending(result) and depth_of(result.handle.node) > DEEPEST:
+        result.handle.materialise(f"{operation} after {DEEPEST} steps")
 
 
 def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

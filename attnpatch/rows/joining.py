@@ -224,7 +224,9 @@ def _several(node: Node, old: Dims, counts: Sequence[int], inside: bool) -> Node
         apart += [own, ()] if inside else [(), own]
         spread += [own, new] if inside else [new, own]
         merged.append((*own, *new) if inside else (*new, *own))
-    return View(View(View(node, tuple(apart)), tuple(spread), expand=True), tuple(merged))
+    found = View(View(View(node, tuple(apart)), tuple(spread), expand=True), tuple(merged))
+    found.lies_by_rows = True  # a copy, whatever it is of
+    return found
 
 
 def roll_rows(source: DeferredRows, shift: int, dim: int) -> Any:

@@ -15,7 +15,7 @@ from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
-    dispatch,
+    dispatch_in,
     is_watching_writes,
     left,
     settle,
@@ -134,4 +134,4 @@ class RowsMode(Watching):
         if func in _COMPOSITES:
             with self:
                 return fastpaths.opened(func)(*args, **kwargs)
-        return dispatch(func, args, kwargs)
+        return dispatch_in(self.call, func, args, kwargs)

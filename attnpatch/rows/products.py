@@ -11,7 +11,7 @@ import torch
 from attnpatch.ledger import is_plain
 from attnpatch.rows import both_sides, edges
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
-from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, settle, wrap
+from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, running_site, settle, site_of, wrap
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.recipe import Call, Leaf, Node, View, graph
 from attnpatch.rows.replay import Look
@@ -204,7 +204,7 @@ def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any
     """Scores that are added to something deferred (``baddbmm`` onto a mask)."""
     if not isinstance(product.added, DeferredRows):
         return NotImplemented
-    site = product.added.handle.call
+    site = running_site(product.added.handle.call)
     if not _looks_like_scores(product) or product.added.dim() != len(product.result):
         return NotImplemented
     scores = deferred(func, product, site)
@@ -230,7 +230,8 @@ def _share_rows(product: Product, main: int, other: int) -> bool:
 
 def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[int]) -> Any:
     own = [product.operands[i] for i in deferred_at]
-    main: DeferredRows = next((t for t in own if not t.handle.call.is_of_masks), own[0])  # type: ignore[attr-defined]
+    site = site_of(own)
+    main: DeferredRows = next(t for t in own if t.handle.call is site)  # type: ignore[attr-defined]
     sizes = product.sizes()
     axes: dict[str, Dim] = {}
     for i in deferred_at:
@@ -260,7 +261,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     # A width of one is in no axis: values of one channel.
     dims = tuple(axes.get(label, ()) for label in product.result)
     call = _call(func, product, operands, dims, (*summed, *added))
-    node, site = main.handle.node, main.handle.call
+    node = main.handle.node
     keys = leaves(summed)
     if not any(axis.kind == KEY for axis in keys):
         if not any(axis.kind == ROW for axis in keys):

@@ -22,7 +22,14 @@ def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(map_structure(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: map_structure(item, change) for key, item in value.items()}
+        items = {key: map_structure(item, change) for key, item in value.items()}
+        if type(value) is dict or all(items[key] is value[key] for key in items):
+            return items if type(value) is dict else value
+        # A host's output: of its own class, with attributes of its own.
+        changed = copy.copy(value)
+        for key, item in items.items():
+            changed[key] = item
+        return changed
     return change(value)
 
 
@@ -53,6 +60,7 @@ class Node:
         laid_as: The node whose native strides it has, where those are not of its own making (a write in place).
         lies_by_rows: Whether natively it lies in memory row by row, whatever it is made of.
         shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
+        depth: What ``depth_of`` has found.
     """
 
     stands_for_memory = False
@@ -72,6 +80,7 @@ class Node:
     laid_as: Node | None = None
     lies_by_rows = False
     shadow: Any = None
+    depth: int | None = None
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
@@ -394,6 +403,13 @@ def twin(root: Node) -> Node:
                 node.twin.tensor = None
     assert root.twin is not None
     return root.twin
+
+
+def depth_of(node: Node) -> int:
+    """Steps from a recipe down to what it is made from: each is a few frames of Python when it is computed."""
+    if node.depth is None:
+        node.depth = 1 + max((depth_of(child) for child in node.children), default=0)
+    return node.depth
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
