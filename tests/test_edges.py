@@ -318,6 +318,63 @@ def checkpointed_scores_reentrant(module, scores, query, value):
     return checkpoint(core, query, value, use_reentrant=True) @ value
 
 
+def checkpointed_step_whose_bias_is_overwritten(module, scores, query, value):
+    def core(s):
+        bias = torch.arange(LENGTH) * 0.1
+        s = s + bias
+        bias.zero_()
+        return scripted(s).square()
+
+    return checkpoint(core, scores, use_reentrant=False) @ value
+
+
+def given_other_values(module, scores, query, value):
+    view, scaled = scores[:, 1:], scores * 3.0
+    scores.data = scores.data * 0.25
+    with torch.no_grad():
+        module.seen.update(mean=scores.mean(), other=view.mean())
+    view.mul_(0.5)
+    return (scores + scaled).softmax(-1) @ value + view.mean()
+
+
+def operand_given_other_values(module, scores, query, value):
+    query, value = query * 1.0, value * 0.5
+    scores = query @ value.mT
+    query.data = query.data * 2.0
+    value.data = value.data * 2.0
+    return scores.softmax(-1) @ value
+
+
+def figures_without_gradients_over_both_sides(module, scores, query, value):
+    with torch.no_grad():
+        most = scores.amax(-1, keepdim=True)
+    scores = scores - most
+    return ((scores - scores.amax(-2, keepdim=True)) @ value).square()
+
+
+def bias_written_after_a_backward_pass(module, scores, query, value):
+    bias = torch.arange(LENGTH) * 0.1
+    probabilities = (scores + bias).softmax(-1)
+    module.seen.update(grad=torch.autograd.grad(probabilities.square().sum(), query, retain_graph=True)[0])
+    out = probabilities @ value
+    bias.zero_()
+    return out
+
+
+def function_on_what_was_written_to_by_views(module, scores, query, value):
+    scores[..., 0].fill_(-0.5)
+    scores.diagonal(dim1=-2, dim2=-1).mul_(0.25)
+    scores[:, 1].mul_(2.0)
+    return Softmax.apply(scores) @ value
+
+
+def detached_in_place(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    probabilities.detach_()
+    module.seen.update(needs=torch.tensor(probabilities.requires_grad))
+    return probabilities @ value
+
+
 MIDDLES = [
     hook_on_scores, hook_that_changes, retained, gradient_inside, hook_on_a_part, detached_scores,
     detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
@@ -328,6 +385,9 @@ MIDDLES = [
     kept_before_a_write_to_what_a_function_gave, hooked_before_and_after_a_write, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
     checkpointed_with_what_is_computed_later, checkpointed_around_what_is_computed_later,
     checkpointed_and_computed_inside, checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
+    given_other_values,
+    operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
+    bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
 ]  # fmt: skip
 
 

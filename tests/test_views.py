@@ -266,6 +266,25 @@ def test_written_in_place(name, needs_grad):
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("is_read", [False, True])
+def test_detached_in_place(product, is_read):
+    """What is computed without gradients is no view, which torch would not detach in place."""
+
+    def body(s):
+        s = (s.flatten(0, 1) * 0.5).reshape(s.shape).softmax(-1)
+        if is_read:
+            s.sum().item()
+        s.detach_()
+        s += 1.0
+        return (s,)
+
+    module = Attention()
+    native = outcome(module, product, body, False)
+    with zoo.by_rows(module, CASE, min_tokens=1):
+        assert differs(native, outcome(module, product, body, False)) is None
+
+
 # One step of a chain, of a tensor of any number of dimensions; what does not fit leaves the tensor as it is.
 STEPS = {
     "transpose": lambda t: t.transpose(0, -1),

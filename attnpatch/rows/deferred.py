@@ -16,6 +16,7 @@ from attnpatch.policy import Policy
 from attnpatch.rows import checkpoints, edges, guard, plain, sharing
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
+from attnpatch.rows.names import called
 from attnpatch.rows.recipe import Node, View, depth_of, map_structure, tensors_of
 from attnpatch.rows.replay import Look, Replay
 
@@ -221,6 +222,7 @@ class Handle:
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
         self._bridged: tuple[torch.Tensor, Any] | None = None
+        self._adopted: Any = None  # the history of ``written`` that its own has gone on with
         self._tensor: weakref.ref[DeferredRows] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
         self.memory.members.add(self)
@@ -300,6 +302,8 @@ class Handle:
         """The computed tensor was written to in place: it alone stands for the result, with its history."""
         self.written = value
         self.pending.discard(self)
+        _thread.written.add(self)
+        self._adopted = value.grad_fn
         tensor = self.tensor
         if tensor is not None and value.requires_grad and torch.is_grad_enabled():
             edges.adopt(tensor, value)
@@ -308,6 +312,14 @@ class Handle:
                 retains = tensor.retains_grad
             if retains:
                 value.retain_grad()
+
+    def follow(self) -> None:
+        """Go on with the history of the tensor that stands for it, if that has another one since it was written to."""
+        tensor, value = self.tensor, self.written
+        if tensor is None or value is None or _has_other_history(tensor):
+            return
+        if torch.is_grad_enabled() and value.grad_fn is not self._adopted:
+            self.is_written(value)
 
     def is_shared(self) -> bool:
         return bool(self.memory.others(self))
@@ -330,6 +342,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self.written: weakref.WeakSet[Handle] = weakref.WeakSet()
         self.site: SiteCall | None = None
 
 
@@ -342,8 +355,8 @@ def pending() -> bool:
 
 
 def is_watching_writes() -> bool:
-    """Whether something of this thread still reads tensors that may be overwritten."""
-    return bool(_thread.pending) or edges.are_kept()
+    """Whether something of this thread still reads tensors that may be overwritten, or stands for one."""
+    return bool(_thread.pending) or bool(_thread.written) or edges.are_kept()
 
 
 def before_write(tensor: torch.Tensor) -> None:
@@ -356,6 +369,12 @@ def before_write(tensor: torch.Tensor) -> None:
         edges.before_write(storage)
         for handle in list(_thread.pending):
             handle.preserve(storage)
+
+
+def after_write() -> None:
+    """Let deferred tensors whose memory may have been written to as another tensor's have the history it has now."""
+    for handle in list(_thread.written):
+        handle.follow()
 
 
 def secure_escaped() -> None:
@@ -474,7 +493,7 @@ def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         real = settle(target, name)
     args = (real, *settle(tuple(args[1:]), name)) if target is not None else settle(tuple(args), name)
     result = func(*args, **settle(kwargs, name))
-    if target is None or not (result is real or name == "__setitem__"):
+    if target is None or not (result is real or name in ("__setitem__", "__set__")):
         return result
     target.handle.written = real
     guard.attempted(target.handle.is_written, real, name=name, tally=target.handle.call.tally)
@@ -524,12 +543,8 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         rowwise,  # the table builds DeferredRows, so it cannot be imported before the class
     )
 
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__"):
-        name = func.__self__.__name__
-        is_attribute = True
-    else:
-        is_attribute = False
+    name = called(func)
+    is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")
     if name in _GEOMETRY and isinstance(args[0], DeferredRows):
         found = sharing.geometry(args[0].handle, name, func, args[1:], kwargs)
         if found is not None:
@@ -695,12 +710,18 @@ def wrap(
     return tensor
 
 
+def detached(tensor: DeferredRows) -> None:
+    """Take its history from a deferred tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.detach_()
+    tensor.handle.edge = None
+
+
 def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
     """A step in place: the same Python object stands for the result."""
     handle = target.handle
     if result.handle.node.stops_gradient and has_history(target):
-        with torch._C.DisableTorchFunctionSubclass():
-            target.detach_()
+        detached(target)
     elif has_history(result) or (has_history(target) and torch.is_grad_enabled()):
         edges.adopt(target, result)
     handle.node = result.handle.node

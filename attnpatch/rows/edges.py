@@ -203,9 +203,10 @@ def _keep(ctx: Any, plan: Plan) -> None:
 
 
 def _forget(ctx: Any) -> None:
-    """The backward pass has come by: autograd frees what was saved."""
+    """The backward pass has come by: autograd frees what was saved, unless there will be another one."""
     ctx.unpacked = None
-    ctx.kept.forget()
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.kept.forget()
 
 
 def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[Node, torch.Tensor | None]:
@@ -385,6 +386,8 @@ def _planned(
     node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
 ) -> list[Any] | None:
     """An edge and what it leads to."""
+    if node.stops_gradient:
+        return None
     parents, direct = _below(node)
     if not parents and not any(_requires_grad(leaf) for leaf in direct):
         return None

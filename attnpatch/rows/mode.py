@@ -15,6 +15,7 @@ from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.deferred import (
     DeferredRows,
     SiteCall,
+    after_write,
     dispatch_in,
     is_watching_writes,
     left,
@@ -86,9 +87,11 @@ class RowsMode(Watching):
                 return begun
         if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
-        if is_watching_writes():
-            rowwise.protect(func, args, kwargs)
-        return self._native(func, args, kwargs)
+        is_write = is_watching_writes() and rowwise.protect(func, args, kwargs)
+        result = self._native(func, args, kwargs)
+        if is_write:
+            after_write()
+        return result
 
     def _follow(self) -> None:
         """Where a part of the module is checkpointed on its own: watch it again when it runs again."""
@@ -125,6 +128,7 @@ class RowsMode(Watching):
             return FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        self._follow()  # scores that come from outside of a checkpoint: what they read may be overwritten in it
         if func in _BLANK_USERS:
             found = blank.without(args, kwargs)
             if found is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _BASIC = (
     "add sub subtract mul multiply div divide true_divide floor_divide rsub pow float_power neg negative positive "
     "abs absolute square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p logit xlogy logaddexp logaddexp2 "
@@ -48,3 +50,12 @@ PAIRS = frozenset("max min sort topk".split())
 CASTS = frozenset("to type type_as float half bfloat16 double".split())
 # Casts after which a result may be counts or indices.
 TO_WHOLE = frozenset("to type int long short char byte".split())
+# Attributes that give a tensor other values when they are set.
+_VALUES = frozenset("data real imag".split())
+
+
+def called(func: Any) -> str:
+    """The name of a function of torch; values that are set by an attribute are a step in place (``data_``)."""
+    name: str = getattr(func, "__name__", "")
+    own: str = func.__self__.__name__ if name in ("__get__", "__set__") else ""
+    return f"{own}_" if name == "__set__" and own in _VALUES else own or name

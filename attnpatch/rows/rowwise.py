@@ -32,8 +32,10 @@ from attnpatch.rows.arguments import argument, deferred_in, first_deferred, tens
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Dims, all_leaves, fresh, leaves, same, size_of
 from attnpatch.rows.deferred import (
     DeferredRows,
+    after_write,
     before_write,
     computed,
+    detached,
     goes_on_as,
     has_history,
     is_pending,
@@ -42,7 +44,7 @@ from attnpatch.rows.deferred import (
 )
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.guard import native
-from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE
+from attnpatch.rows.names import ALONG, CASTS, ELEMENTWISE, PAIRS, REDUCING, TO_WHOLE, called
 from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph, map_structure
 
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
@@ -141,15 +143,16 @@ def writes(name: str) -> bool:
     return name in _PLAIN or name in writing.IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
-    """Before something is overwritten, let recipes keep what they still read from it."""
-    name = getattr(func, "__name__", "")
+def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    """Before something is overwritten, let recipes keep what they still read from it; whether it is."""
+    name = called(func)
     if writes(name) and args and isinstance(args[0], torch.Tensor):
         before_write(computed(args[0]))
     out = kwargs.get("out")
     for tensor in out if isinstance(out, (list, tuple)) else [out]:
         if isinstance(tensor, torch.Tensor):
             before_write(tensor)
+    return writes(name) or out is not None
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -167,6 +170,9 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     result = native(func, (real, *rest), kwargs)
     if isinstance(target, DeferredRows):
         target.handle.is_written(real)
+        if name == "detach_":
+            detached(target)
+    after_write()
     return target if result is real else result
 
 

@@ -207,7 +207,8 @@ def _compute_all(handle: Handle) -> None:
     if memory.whole is None:
         if not memory.others(handle):
             memory.recipe, handle.path = handle.node, ()
-        memory.whole = layouts.laid(handle.call.replay(memory.recipe), memory.recipe, gaps=True)
+        found = layouts.laid(handle.call.replay(memory.recipe), memory.recipe, gaps=True)
+        memory.whole = found.detach()  # no view: torch refuses some steps in place on those (``detach_``)
     for member in memory.members:
         member.values = _part(member.path, memory.whole)
         member.pending.discard(member)

@@ -16,7 +16,7 @@ import torch
 from attnpatch.rows import products
 from attnpatch.rows.deferred import SiteCall, dispatch
 from attnpatch.rows.guard import native
-from attnpatch.rows.names import CASTS
+from attnpatch.rows.names import CASTS, called
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
 from attnpatch.rows.recipe import Context, map_structure
 from attnpatch.rows.rowwise import writes
@@ -95,7 +95,7 @@ class Step:
             return value.again(call) if isinstance(value, _Made) else value
 
         args, kwargs = map_structure(self.args, revive), map_structure(self.kwargs, revive)
-        name = self.func.__name__
+        name = called(self.func)
         if not writes(name):
             return dispatch(self.func, args, kwargs)
         # The native tensor was overwritten; the recipe of what stood there before may still be needed.
@@ -136,7 +136,7 @@ class Trail:
             RuntimeError: The error of ``func``, where it is another one or the step overwrites its input: the host
                 goes on with that tensor, whatever is returned.
         """
-        name = getattr(func, "__name__", "")
+        name = called(func)
         product = None
         if name in products.NAMES and not any(isinstance(v, _Made) for v in map(self._place, _flat(args))):
             product = products.native_scores(name, args, kwargs)

@@ -91,6 +91,20 @@ class Two(torch.autograd.Function):
         return first * keep + second * 0.25, None
 
 
+class Saves(torch.autograd.Function):
+    """Identity that saves its argument."""
+
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (a,) = ctx.saved_tensors
+        return grad + 0 * a
+
+
 class Overwrites(torch.autograd.Function):
     """Works in place and says so."""
 
@@ -146,24 +160,65 @@ class Parts(nn.Module):
         self.seen.register_forward_hook(lambda module, args, result: result * 1.0)
 
 
+def _is_again() -> bool:
+    """Whether a backward pass is going on, and a checkpoint runs again in it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Notes:
-    """What a program writes down while it runs, and tensors whose gradient it asks to be kept."""
+    """What a program writes down while it runs, and tensors whose gradient it asks to be kept.
+
+    Attributes:
+        log: What is written in the forward pass. A checkpoint that runs again ends where it has seen enough, by rows
+            earlier or later than natively, so what that writes is not kept.
+        grads: What hooks write, and whether a part that runs again has made them.
+        kept: Tensors whose gradient is to be kept, and whether by such a part.
+        views: Views whose gradient is asked for, and their version then.
+        histories: Of tensors that have a hook.
+        is_hooked_twice: Whether a part that runs again gives a hook to a tensor of the first run: to an argument of it.
+    """
 
     def __init__(self) -> None:
         self.log: list = []
-        self.kept: list[torch.Tensor] = []
+        self.grads: list[tuple[torch.Tensor, bool]] = []
+        self.kept: list[tuple[torch.Tensor, bool]] = []
+        self.views: list[tuple[torch.Tensor, int]] = []
+        self.histories: list = []
+        self.is_hooked_twice = False
 
     def write(self, value) -> None:
-        self.log.append(value.detach().clone() if isinstance(value, torch.Tensor) else value)
+        if not _is_again():
+            self.log.append(value.detach().clone() if isinstance(value, torch.Tensor) else value)
 
     def keep(self, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
+            self._look(tensor)
             tensor.retain_grad()
-            self.kept.append(tensor)
+            self.kept.append((tensor, _is_again()))
 
     def hook(self, tensor: torch.Tensor, factor: float | None = None) -> None:
         if tensor.requires_grad:
-            tensor.register_hook(lambda grad: self.write(grad) if factor is None else grad * factor)
+            self._look(tensor)
+            self.is_hooked_twice |= _is_again() and any(tensor.grad_fn is other for other in self.histories)
+            self.histories.append(tensor.grad_fn)
+            found, is_again = self.grads, _is_again()
+            tensor.register_hook(
+                lambda grad: (
+                    found.append((grad.detach().clone(), is_again)) if factor is None else grad * factor
+                )
+            )
+
+    def _look(self, tensor: torch.Tensor) -> None:
+        # Without that, ``register_hook`` ends the process (torch 2.13) for a view of what another view was written to.
+        assert tensor.grad_fn is not None or tensor.is_leaf
+        if type(tensor) is torch.Tensor and tensor._is_view():
+            self.views.append((tensor, tensor._version))
+
+    def of_torch(self) -> str:
+        """What torch itself has done with hooks that is an accident, if anything."""
+        if any(tensor._version != version for tensor, version in self.views):
+            return "a view was written to after its gradient was asked for: its history is another now"
+        return "an argument of a checkpoint has a hook more for each time it runs" * self.is_hooked_twice
 
     def gradient(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
         if tensor.requires_grad and source.requires_grad:
@@ -175,6 +230,6 @@ class Notes:
 
 NAMES = {
     "torch": torch, "F": F, "math": math, "checkpoint": checkpoint, "ramp": ramp, "fit": fit, "keys_of": keys_of,
-    "Same": Same, "Halved": Halved, "OwnSoftmax": OwnSoftmax, "Two": Two, "Overwrites": Overwrites,
+    "Same": Same, "Halved": Halved, "OwnSoftmax": OwnSoftmax, "Two": Two, "Overwrites": Overwrites, "Saves": Saves,
     "scripted": scripted, "scripted_step": scripted_step, "sparsemax": sparsemax, "quiet_softmax": quiet_softmax,
 }  # fmt: skip

@@ -16,6 +16,8 @@ from . import helpers, products, steps
 POLICIES = ({"rows": 4}, {}, {"rows": 1, "heads": 1}, {"rows": 3, "heads": 2}, {"rows": 100})
 _WIDER = (
     ("torch.float32", "torch.float64"), ("torch.bfloat16", "torch.float64"), (".float()", ".double()"),
+    # The lowest number of float64 would swallow others than that of a narrower dtype.
+    ("torch.finfo(s.dtype).min", "-3.4028234663852886e38"),
     (".bfloat16()", ".double()"), (".half()", ".double()"), ("torch.autocast('cpu', torch.bfloat16)", "torch.autocast('cpu', enabled=False)"),
 )  # fmt: skip
 

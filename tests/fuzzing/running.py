@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import torch
@@ -44,10 +45,11 @@ def modules() -> tuple[Attention, list[Attention]]:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run gave: every result by name, or the error."""
+    """What a run gave: every result by name, or the error, and what torch did with hooks that cannot be compared."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: BaseException | None = None
+    accident: str = ""
 
 
 def run(
@@ -76,11 +78,18 @@ def run(
     except Exception as error:
         found.error = error
         return found
+    finally:
+        found.accident = notes.of_torch()
     found.values = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
     found.values |= {f"requires_grad {i}": flag for i, flag in enumerate(flags)}
     found.values |= {f"grad {name}": leaf.grad for name, leaf in leaves.items()}
-    found.values |= {f"kept {i}": tensor.grad for i, tensor in enumerate(notes.kept)}
+    # Who runs again until it has seen enough comes to different steps.
+    ends_early = program.around == "other" or "use_reentrant=False" in str(program.lines)
+    kept = [tensor.grad for tensor, is_again in notes.kept if not (is_again and ends_early)]
+    hooked = [grad for grad, is_again in notes.grads if not (is_again and ends_early)]
     found.values |= {f"note {i}": value for i, value in enumerate(notes.log)}
+    found.values |= {f"kept {i}": grad for i, grad in enumerate(kept)}
+    found.values |= {f"hook {i}": grad for i, grad in enumerate(hooked)}
     return found
 
 
@@ -175,24 +184,43 @@ def _sensitivity(program: Program, native: Outcome, exact: Outcome) -> dict[str,
     return errors
 
 
-def _not_noticed(program: Program, dtype: torch.dtype) -> BaseException | None:
-    """What torch says of a saved tensor that is overwritten where it notices: not in a checkpoint, nor by ``data``."""
-    lines = tuple(line.replace(".data.", ".detach().") for line in program.lines)
+# A checkpoint inside a program that is not reentrant.
+_INNER = re.compile(r"checkpoint\(part, (.*), use_reentrant=False\)")
+
+
+def _not_noticed(program: Program, dtype: torch.dtype) -> str:
+    """What torch says of a program where it notices; nothing: it is as right there.
+
+    That a saved tensor is overwritten it does not see in a checkpoint, nor if it is written to by ``data``. That an argument
+    of a checkpoint was overwritten, or has a hook, does not matter if nothing is saved in that, and it need not run again.
+    """
+    lines = tuple(
+        _INNER.sub(r"part(\1)", re.sub(r"\.data\b(?! =)", ".detach()", line)) for line in program.lines
+    )
     around = "" if program.around == "other" else program.around
-    if (lines, around) == (program.lines, program.around):
-        return None
-    error = run(dataclasses.replace(program, lines=lines, around=around), modules()[0], dtype).error
-    return error if "modified by an inplace operation" in str(error) else None
+    saving = tuple(line.replace("return s\ns =", "return Saves.apply(s)\ns =") for line in program.lines)
+    for changed in (
+        dataclasses.replace(program, lines=lines, around=around),
+        dataclasses.replace(program, lines=saving),
+    ):
+        if changed != program:
+            found = run(changed, modules()[0], dtype)
+            if "modified by an inplace operation" in str(found.error):
+                return f"not noticed: {str(found.error)[:120]}"
+            if found.accident:
+                return found.accident
+    return ""
 
 
 def check(program: Program) -> tuple[str, str]:
-    """``ok``, ``rounding``, ``native raises`` or ``wrong``, and what was."""
+    """``ok``, ``rounding``, ``native raises``, ``torch's own`` or ``wrong``, and what was."""
     dtype = getattr(torch, program.dtype)
     plain, patched = modules()
     native = run(program, plain, dtype)
-    error = native.error or _not_noticed(program, dtype)
-    if error is not None:
-        return "native raises", str(error)[:120]
+    if native.error is not None:
+        return "native raises", str(native.error)[:120]
+    if said := native.accident or _not_noticed(program, dtype):
+        return "torch's own", said
     got = run(program, patched[program.policy], dtype)
     nothing = Outcome(error=RuntimeError())
     # What a program rounds to on the way is not finer than that.
