@@ -7,9 +7,11 @@ import copy
 import threading
 import types
 
+import pipelines
 import pytest
 import torch
 import zoo
+from dense_images import pipe_of
 from torch import nn
 
 import attnpatch
@@ -17,6 +19,7 @@ from attnpatch import failures
 from attnpatch.capture.observer import SiteObserver
 from attnpatch.capture.recorder import Recorder
 from attnpatch.errors import AttnpatchWarning
+from attnpatch.hosts.prompts import Prompts
 from attnpatch.patching import patch as patching
 from attnpatch.patching.recognise import Watch
 from attnpatch.rows import masks as row_masks
@@ -315,3 +318,17 @@ def test_what_is_noted_of_a_step_lives_with_its_result():
     assert len(trail._made) == 1
     del weights
     assert not trail._made
+
+
+@pytest.mark.parametrize("step", ["begin", "end"])
+def test_a_pipeline_goes_on(step, monkeypatch):
+    """An error in what a capture notes of a pipeline's call is none of that call."""
+    pipe = pipe_of("sd15")
+    native = pipelines.run(pipe, "sd15")
+    monkeypatch.setattr(Prompts, step, broken)
+    with (
+        attnpatch.capture(pipe),
+        pytest.warns(AttnpatchWarning, match="KeyError: 'put in by the test'"),
+    ):
+        got = pipelines.run(pipe, "sd15")
+    assert (got == native).all()

@@ -17,6 +17,8 @@ from torch import nn
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.sampling import DenoiserCall
 from attnpatch.class_methods import Replaced, changing, owner_of
+from attnpatch.errors import AttnpatchError
+from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import parameter_names
 
 _IMAGES = ("sample", "hidden_states", "x")
@@ -150,12 +152,14 @@ class _CallOfClass(Replaced):
             except TypeError:
                 return call(*args, **kwargs)  # which says what is wrong
             for begin, _ in told:
-                begin({**given, **given.get("kwargs", {})})
+                _attempted(
+                    begin, {**given, **given.get("kwargs", {})}, where="the beginning of a pipeline's call"
+                )
             try:
                 return call(*args, **kwargs)
             finally:
                 for _, end in told:
-                    end()
+                    _attempted(end, where="the end of a pipeline's call")
 
         self.put_in(__call__)
         _watched[owner] = self
@@ -169,6 +173,16 @@ class _CallOfClass(Replaced):
 
 
 _watched: dict[type[Any], _CallOfClass] = {}
+
+
+def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
+    """A step of a watcher, whose failure is none of the pipeline's call."""
+    try:
+        step(*args)
+    except AttnpatchError:
+        raise
+    except Exception as error:
+        warn_once(where, error)
 
 
 def image_size(given: dict[str, Any]) -> Grid | None:
