@@ -275,9 +275,12 @@ def test_detached_in_place(product, is_read):
         s = (s.flatten(0, 1) * 0.5).reshape(s.shape).softmax(-1)
         if is_read:
             s.sum().item()
+        t = s.detach()
+        t -= 0.5
+        t.detach_()
         s.detach_()
         s += 1.0
-        return (s,)
+        return s, t
 
     module = Attention()
     native = outcome(module, product, body, False)

@@ -298,9 +298,11 @@ class View(Node):
 
     def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
         """This view of a tensor, in a shape."""
+        value = value.expand(shape) if self.expand else value.reshape(shape)
         if self.is_detached:
+            # Last: torch does not take what was detached for a view.
             value = value.data if self.forgets_versions else value.detach()
-        return value.expand(shape) if self.expand else value.reshape(shape)
+        return value
 
 
 class Cut(Node):
