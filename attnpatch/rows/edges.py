@@ -98,8 +98,10 @@ class _Packed(_Kept):
             if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
                 continue
             memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
-            dtype, *layout = place[2]
-            self.tensors[i] = copied(torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout))
+            (dtype, is_conj, is_neg), *layout = place[2]
+            tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout)
+            tensor = tensor.conj() if is_conj else tensor
+            self.tensors[i] = copied(torch._neg_view(tensor) if is_neg else tensor)
             self.is_replaced = True
 
     def forget(self) -> None:
@@ -114,7 +116,8 @@ class _Packed(_Kept):
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return kind, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 class _Thread(threading.local):
