@@ -5,13 +5,17 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test fuzz formulations venv lint bench bench-peers bench-gpu coverage docs clean
+.PHONY: demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+
+# What shorter tests show, at more tokens.
+test-long: venv
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 
 # Random programs on scores, natively and by rows. ATTNPATCH_FUZZ_SEED and ATTNPATCH_FUZZ_N choose which and how many.
 fuzz: venv
@@ -81,6 +85,10 @@ bench-peers: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		memory-efficient-attention memory-efficient-attention-pytorch
 	$(BIN)/python -W ignore -m benchmarks.peers
+
+# Beside another checkout of this project: make bench-against OTHER=<folder>
+bench-against: venv
+	$(BIN)/python -m benchmarks.against $(OTHER)
 
 # On a machine with a GPU; correctness first.
 bench-gpu: venv

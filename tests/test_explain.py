@@ -57,20 +57,20 @@ def test_peaks_at_2048_tokens(case):
 
 
 @LINUX
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["bert eager", "llama sdpa", "research"])
 def test_peaks_at_4096_tokens(case):
     check(case, 4096)
 
 
 @LINUX
-@pytest.mark.slow
+@pytest.mark.long
 def test_peaks_at_8192_tokens():
     check("llama sdpa", 8192)
 
 
 @LINUX
-@pytest.mark.slow
+@pytest.mark.long
 def test_peaks_with_the_allocator_as_it_comes():
     check("research", 4096, ("native",), {})
 
