@@ -33,6 +33,7 @@ def a_run(outcome="passed", value=1.0, **more):
         (a_run(value=float("nan")), "scores: by nan"),
         (a_run(more={"outcome": "passed", "reason": ""}), "passed"),
         ({"outcomes": {}, "written": {}}, "was not run"),
+        ({**a_run(), "written": {}}, "0 items instead of 1"),
     ],
 )
 def test_what_differs_is_named_and_counted(patched, words, capsys):

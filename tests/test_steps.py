@@ -148,17 +148,6 @@ WITHIN = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", WITHIN)
-def test_steps_along_keys_and_heads(name, dtype):
-    check(WITHIN[name], dtype)
-
-
-@pytest.mark.parametrize("name", WITHIN)
-def test_gradients_of_steps_along_keys_and_heads(name):
-    check_gradients(WITHIN[name])
-
-
 PLACES = torch.arange(N)
 LATER = torch.ones(N, N).triu(1).bool()
 PADDED = PLACES > 80
@@ -279,17 +268,6 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", WRITES)
-def test_writes(name, dtype):
-    check(WRITES[name], dtype)
-
-
-@pytest.mark.parametrize("name", WRITES)
-def test_gradients_of_writes(name):
-    check_gradients(WRITES[name])
-
-
 JOINS = {
     "cat of keys": lambda a: torch.cat([like(a, 2, HEADS, N, 1), a], -1).softmax(-1)[..., 1:],
     "cat of rows": lambda a: torch.cat([a[:, :, 48:], a[:, :, :48]], 2),
@@ -319,17 +297,6 @@ JOINS = {
     "flip of rows and keys": lambda a: a.flip(-1, -2),
     "broadcast_tensors": lambda a: torch.broadcast_tensors(a.amax(-1, keepdim=True), a)[0] + a,
 }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", JOINS)
-def test_joins(name, dtype):
-    check(JOINS[name], dtype)
-
-
-@pytest.mark.parametrize("name", JOINS)
-def test_gradients_of_joins(name):
-    check_gradients(JOINS[name])
 
 
 def after(change):
@@ -378,15 +345,19 @@ POINTWISE = {
 }
 
 
+TABLES = {"within": WITHIN, "writes": WRITES, "joins": JOINS, "pointwise": POINTWISE}
+STEPS = {f"{table}: {name}": step for table, steps in TABLES.items() for name, step in steps.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", POINTWISE)
-def test_pointwise_steps(name, dtype):
-    check(POINTWISE[name], dtype)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_steps(step, dtype):
+    check(step, dtype)
 
 
-@pytest.mark.parametrize("name", POINTWISE)
-def test_gradients_of_pointwise_steps(name):
-    check_gradients(POINTWISE[name])
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_gradients_of_steps(step):
+    check_gradients(step)
 
 
 @pytest.mark.parametrize(

@@ -527,9 +527,8 @@ def site_of(tensors: Sequence[torch.Tensor]) -> SiteCall:
     A mask is many sites'; a bias may be a layer's that has handed it on to the next (WavLM).
     """
     calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredRows)]
-    if any(call is _thread.site for call in calls):
-        return running_site(calls[0])
-    return next((call for call in calls if not call.is_of_masks), calls[0])
+    own = [call for call in calls if call is _thread.site] or [call for call in calls if not call.is_of_masks]
+    return (own or calls)[0]
 
 
 def running_site(otherwise: SiteCall) -> SiteCall:

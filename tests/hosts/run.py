@@ -95,8 +95,9 @@ def differences(plain: dict[str, Any], patched: dict[str, Any]) -> list[tuple[st
         one, other = (each.get(test, {"outcome": "was not run", "reason": ""}) for each in (before, after))
         if one["outcome"] != other["outcome"]:
             found.append((test, f"{one['outcome']} {one['reason']}", f"{other['outcome']} {other['reason']}"))
-    for test in sorted(plain["written"].keys() & patched["written"].keys()):
-        what = unlike(plain["written"][test], patched["written"][test])
+    for test in sorted(plain["written"].keys() | patched["written"].keys()):
+        # A list for each model; none where a run wrote nothing, which its outcome need not show.
+        what = unlike(plain["written"].get(test, []), patched["written"].get(test, []))
         if what:
             found.append((test, "passed", f"passed with other values: {what}"))
     return found
