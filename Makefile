@@ -13,7 +13,7 @@ demo: venv
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 
-# What shorter tests show, at more tokens.
+# What others show too, at more tokens or of more kinds.
 test-long: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 

@@ -51,7 +51,15 @@ def check(case, length, ways=("native", "rows"), environment=GIVES_BACK):
 
 @LINUX
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["llama eager", "llama sdpa", "t5 sdpa", "dense math"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama eager",
+        "t5 sdpa",
+        pytest.param("llama sdpa", marks=pytest.mark.long),
+        pytest.param("dense math", marks=pytest.mark.long),
+    ],
+)
 def test_peaks_at_2048_tokens(case):
     check(case, 2048)
 

@@ -38,7 +38,14 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", FORMULATIONS)
+# Each third one; all of them in "make test-long" and, with their table, in "make formulations".
+SAMPLED = [
+    pytest.param(name, marks=[pytest.mark.long] if place % 3 else [])
+    for place, name in enumerate(FORMULATIONS)
+]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_a_formulation(name):
     """Results, gradients and a map; the largest tensor is for ``make formulations``."""
     tried = formulations.trying.try_out(FORMULATIONS[name], everything=False)

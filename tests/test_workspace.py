@@ -135,7 +135,8 @@ def allowed(tokens: int) -> int:
 @pytest.mark.parametrize(
     ("name", "attention", "capture"),
     [(name, "eager", False) for name in CASES]
-    + [(name, "sdpa", False) for name in ("llama", "mistral", "t5", "bert")]
+    + [(name, "sdpa", False) for name in ("llama", "bert")]
+    + [pytest.param(name, "sdpa", False, marks=pytest.mark.long) for name in ("mistral", "t5")]
     + [("mistral", "eager", True), ("bert", "sdpa", True)],
 )
 def test_ceiling(name, attention, capture):
