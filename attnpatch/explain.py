@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from attnpatch import memory
-from attnpatch.capture.recorder import pattern_of
+from attnpatch.capture.places import pattern_of
 from attnpatch.errors import ExplainError
 from attnpatch.hosts import transformers as host
 from attnpatch.ledger import Shapes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,27 +13,8 @@ from attnpatch.capture.collected import block_map, measured, together
 from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
 from attnpatch.capture.measures import checked_measures
 from attnpatch.capture.observer import HostCall, Record, SiteFacts, SiteObserver
+from attnpatch.capture.places import chosen_sites, pattern_of
 from attnpatch.errors import CaptureError
-
-
-def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """The group of each site and its place in it.
-
-    Sites of one kind differ in their layer number only: ``model.layers.3.self_attn`` is number 3 of
-    ``model.layers.*.self_attn``. The first number of a path is taken for the layer's; others only where they vary.
-    """
-    loose: dict[str, list[str]] = {}
-    for name in names:
-        loose.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    found: dict[str, tuple[str, int]] = {}
-    for members in loose.values():
-        numbers = [re.findall(r"\d+", name) for name in members]
-        varies = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*numbers, strict=True))]
-        for place, name in enumerate(members):
-            parts = re.split(r"(\d+)", name)
-            parts[1::2] = ["*" if star else number for star, number in zip(varies, parts[1::2], strict=True)]
-            found[name] = ("".join(parts), place)
-    return found
 
 
 class Calls(dict[str, Record]):
@@ -108,40 +87,13 @@ class Recorder:
                 "measures and sample_rows are of probabilities; leave them out with weighting='gradient'"
             )
         self.places = pattern_of(names)
-        self.wanted = self._chosen(names, layers, sites)
+        self.wanted = chosen_sites(self.places, names, layers, sites)
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
         self.call: HostCall | None = None
         self.last: HostCall | None = None
         self.sequences: list[Calls] = []
         # Whether the last sequence has only been seen by a part of the model, as generate() runs an encoder first.
         self.is_partial = False
-
-    def _chosen(self, names: Sequence[str], layers: Sequence[int] | None, sites: str | None) -> set[str]:
-        matching = [name for name in names if sites is None or fnmatch.fnmatchcase(name, sites)]
-        if not matching:
-            groups = sorted({group for group, _ in self.places.values()})
-            raise CaptureError(f"no attention site matches {sites!r}; there are: {', '.join(groups)}")
-        if layers is None:
-            return set(matching)
-        if isinstance(layers, int) or not all(isinstance(layer, int) for layer in layers):
-            raise CaptureError(
-                f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None"
-            )
-        sizes: dict[str, int] = {}
-        for name in matching:
-            sizes[self.places[name][0]] = sizes.get(self.places[name][0], 0) + 1
-        most = max(sizes.values())
-        outside = [layer for layer in layers if not -most <= layer < most]
-        if outside or not layers:
-            raise CaptureError(
-                f"layers={list(layers)!r}: there are {most} layers; give numbers from {-most} to {most - 1}"
-            )
-        return {
-            name
-            for name in matching
-            for group, place in [self.places[name]]
-            if any(layer % sizes[group] == place for layer in layers if -sizes[group] <= layer < sizes[group])
-        }
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
