@@ -144,8 +144,75 @@ def test_arguments_that_are_no_json_stay_text(tmp_path):
     assert found.messages[2]["tool_calls"][0]["function"]["arguments"] == "{broken"
 
 
+# What a table that several were put together in has in the columns that a row lacks.
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+FILLED = {
+    "content beside value": ({"conversations": [{**m, "role": ..., "content": ...} for m in SHAREGPT]}, PAIR),
+    "value beside content": ({"messages": [{**m, "from": ..., "value": ...} for m in PAIR]}, PAIR),
+    "messages beside conversations": ({"messages": ..., "conversations": SHAREGPT}, PAIR),
+    "conversations beside messages": ({"conversations": ..., "conversation": ..., "messages": PAIR}, PAIR),
+    "what is around them": ({"messages": PAIR, "id": ..., "system": ..., "tools": ...}, PAIR),
+    "what a message may have": (
+        [{**m, "tool_calls": ..., "function_call": ..., "name": ..., "reasoning_content": ...} for m in PAIR],
+        PAIR,
+    ),
+    "fields of a function_call": (
+        [{**m, "function_call": {"name": ..., "arguments": ...}} for m in PAIR],
+        PAIR,
+    ),
+    "a call's own fields": (
+        [{"role": "assistant", "content": ..., "tool_calls": [{"id": ..., "function": CALL}]}],
+        [CALLING],
+    ),
+    "a call without a function": (
+        [{"role": "assistant", "content": ..., "tool_calls": [{**CALL, "function": ...}]}],
+        [CALLING],
+    ),
+    "fields of a part": (
+        [{**m, "content": [{"type": ..., "text": m["content"], "image_url": ...}]} for m in PAIR],
+        PAIR,
+    ),
+}
+
+
+def filled(value, filling):
+    if value is ...:
+        return filling
+    if isinstance(value, dict):
+        return {key: filled(item, filling) for key, item in value.items()}
+    return [filled(item, filling) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("record, wanted", FILLED.values(), ids=FILLED)
+@pytest.mark.parametrize("filling", [None, float("nan")], ids=["null", "NaN"])
+@pytest.mark.parametrize("shape", ["line", "listed"])
+def test_columns_that_a_merged_table_filled(tmp_path, record, wanted, filling, shape):
+    record = filled(record, filling)
+    content = lines(record) if shape == "line" else json.dumps([record, {"messages": PAIR}])
+    found = read(tmp_path, content)
+    assert [type(item) for item in found] == [Conversation] * (1 if shape == "line" else 2), found
+    assert list(found[0].messages) == wanted
+
+
+@pytest.mark.parametrize("empty", ["", []])
+def test_an_empty_field_gives_way_to_a_full_one_of_another_name(tmp_path, empty):
+    turns = [{**m, "content": empty} for m in SHAREGPT]
+    assert list(one(tmp_path, {"messages": [], "conversations": turns}).messages) == PAIR
+    # Two that are full: the first name counts, as it always did.
+    assert one(tmp_path, {"messages": PAIR, "conversations": SHAREGPT[:1]}).messages == tuple(PAIR)
+
+
 USER = {"role": "user", "content": "hi"}
 BAD = {
+    "role and from are null": (
+        [{"role": None, "from": None, "content": "hi"}],
+        "neither a role nor a 'from'",
+    ),
+    "every list is null": ({"messages": None, "conversations": None}, "its messages are nothing"),
+    "content and value are null": (
+        [{**USER, "content": None, "value": None}],
+        "message 0 (user) has no content",
+    ),
     "null": (None, "its messages are nothing"),
     "number": (5, "its messages are a number"),
     "text": ("hi", "its messages are text"),

@@ -1,6 +1,7 @@
 """One record of a file as a list of chat messages, whichever of the usual shapes it has."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,12 +27,27 @@ class BadRecord(AnalysisError):
 
 def is_message(value: Any) -> bool:
     """Whether a value looks like a message, however wrong, and not like a conversation."""
-    return isinstance(value, Mapping) and ("role" in value or "from" in value) and not is_record(value)
+    named = isinstance(value, Mapping) and any(_is_given(value.get(key)) for key in ("role", "from"))
+    return named and not is_record(value)
 
 
 def is_record(value: Any) -> bool:
     """Whether a value looks like a conversation with its list of messages."""
-    return isinstance(value, list) or (isinstance(value, Mapping) and any(key in value for key in _LISTS))
+    return isinstance(value, list) or (
+        isinstance(value, Mapping) and any(_is_given(value.get(key)) for key in _LISTS)
+    )
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a value is there: tables that were put together fill what a row lacks with null, pandas with NaN."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _first(value: Mapping, keys: tuple[str, ...]) -> str | None:
+    """Of several names for the same thing the one that holds it: not null, and not empty if another is full."""
+    there = [key for key in keys if _is_given(value.get(key))]
+    full = [key for key in there if not isinstance(value[key], str | list) or value[key]]
+    return next(iter(full or there), None)
 
 
 def messages_of(record: Any) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
@@ -46,7 +62,7 @@ def messages_of(record: Any) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
     """
     found, tools = record, ()
     if isinstance(record, Mapping):
-        key = next((key for key in _LISTS if key in record), None)
+        key = _first(record, _LISTS) or next((key for key in _LISTS if key in record), None)
         if key is None:
             keys = ", ".join(shown(name) for name in list(record)[:6]) or "none"
             raise BadRecord(f"no messages in it (its keys: {keys}); {ACCEPTED}")
@@ -71,9 +87,10 @@ def _message(index: int, message: Any) -> dict:
     where = f"message {index}"
     if not isinstance(message, Mapping):
         raise BadRecord(f"{where} is {_kind(message)}; {ACCEPTED}")
-    if "role" not in message and "from" not in message:
+    key = _first(message, ("role", "from"))
+    if key is None:
         raise BadRecord(f"{where} has neither a role nor a 'from'; {ACCEPTED}")
-    given = message["role"] if "role" in message else message["from"]
+    given = message[key]
     role = _SAME_ROLE.get(given, given) if isinstance(given, str) else given
     if not isinstance(role, str) or role not in ROLES:
         raise BadRecord(
@@ -81,12 +98,14 @@ def _message(index: int, message: Any) -> dict:
             f"{', '.join(name for name in SHAREGPT_ROLES if name not in ROLES)}"
         )
     where = f"{where} ({role})"
-    content = message.get("content", message.get("value"))
-    calls = message.get("tool_calls")
+    content = message.get(_first(message, ("content", "value")) or "content")
+    content = content if _is_given(content) else None
+    calls = message.get("tool_calls") if _is_given(message.get("tool_calls")) else None
+    called = message.get("function_call")
     if given == "function_call":
         content, calls = "", _parsed(where, content)
-    elif isinstance(message.get("function_call"), Mapping):  # before there were several calls
-        calls = [message["function_call"]]
+    elif isinstance(called, Mapping) and any(map(_is_given, called.values())):  # before there were several
+        calls = [called]
     if content is None and not calls and not any(message.get(key) for key in _KEPT[2:]):
         raise BadRecord(f"{where} has no content")
     normal: dict[str, Any] = {"role": role, "content": _text(where, content)}
@@ -111,7 +130,7 @@ def _text(where: str, content: Any) -> str:
     texts = []
     for number, part in enumerate(content):
         if isinstance(part, Mapping):
-            kind = part.get("type", "text")
+            kind = part["type"] if _is_given(part.get("type")) else "text"
             text = part.get("text")
             if kind not in ("text", "input_text", "output_text"):
                 raise BadRecord(f"{where}: its part {number} is of type {shown(kind)}; only text is analysed")
@@ -137,10 +156,13 @@ def _calls(where: str, calls: Any) -> list[dict]:
         raise BadRecord(f"{where}: its tool_calls are {_kind(calls)}; accepted is a list")
     normal = []
     for number, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function = call
+        if isinstance(call, Mapping) and _is_given(call.get("function")):
+            function = call["function"]
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRecord(f"{where}: its tool call {number} has no function name")
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments")
+        arguments = arguments if _is_given(arguments) else {}
         parsed = _from_json(arguments)
         arguments = parsed if isinstance(parsed, Mapping) else arguments
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -152,7 +174,7 @@ def _calls(where: str, calls: Any) -> list[dict]:
 
 def _tools(tools: Any) -> tuple[dict, ...]:
     tools = _from_json(tools) if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
+    if not tools or not _is_given(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRecord("its tools are no list of tool descriptions")
@@ -200,7 +222,7 @@ def shown(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    if value is None:
+    if not _is_given(value):
         return "nothing"
     names = {bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list"}
     return names.get(type(value), "an object")
