@@ -24,7 +24,7 @@ def run(model, padding="none"):
         ({"blocks": 128}, "blocks=128.*Blocks.fixed"),
         ({"blocks": Blocks.fixed(8), "heads": "most"}, "heads='most'.*'mean'"),
         ({"blocks": Blocks.fixed(8), "heads": []}, r"heads=\[\]"),
-        ({"blocks": Blocks.fixed(8), "layers": [2]}, r"there are 2 layers.*-2 to 1"),
+        ({"blocks": Blocks.fixed(8), "layers": [2]}, r"layers with attention are 0, 1;.*-1 to -2"),
         ({"blocks": Blocks.fixed(8), "layers": 0}, "layers=0.*list"),
         ({"blocks": Blocks.fixed(8), "sites": "encoder.*"}, r"'encoder\.\*'.*model\.layers\.\*\.self_attn"),
     ],
