@@ -223,6 +223,7 @@ def test_a_file_in_which_nothing_is_good(chat_model, tmp_path):
         (line,) = said(result).splitlines()
         assert result.exit_code == 1 and line.startswith(name) and reason in line
         assert len(line) < 300
+        assert "results: none" in result.stdout and not (tmp_path / f"{name}.out").exists()
 
 
 def test_names_of_files_that_are_no_text(chat_model, two, tmp_path):

@@ -240,6 +240,53 @@ def test_a_folder_with_results_is_refused(tmp_path):
         run(Pretended(), records, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("kept", ["nothing", "the folder", "a file"])
+@pytest.mark.parametrize("end", ["all fail", "an error"])
+def test_a_run_without_a_result_leaves_nothing_behind(end, kept, tmp_path):
+    folder = tmp_path / "one" / "two"
+    if kept != "nothing":
+        folder.mkdir(parents=True)
+    if kept == "a file":
+        (folder / "mine.txt").write_text("mine")
+    if end == "all fail":
+        assert len(run(Pretended(), said("fail", "bug"), folder).failed) == 2
+    else:
+        with pytest.raises(AnalysisError, match="gone"):
+            run(Pretended(), vanishing(), folder)
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == {"nothing": [], "the folder": ["one", "two"], "a file": ["mine.txt", "one", "two"]}[kept]
+    # Whatever the options of that run were, another one may begin there.
+    assert run(Pretended(), said("a"), folder, normalize="none").done == 1
+    assert run(Pretended(), said("a"), folder, normalize="none", resume=True).skipped == 1
+
+
+def vanishing():
+    """A file that can no longer be read after a record that is none."""
+    yield Refused("f.jsonl record 1", "not JSON")
+    raise AnalysisError("f.jsonl: it is gone")
+
+
+def test_results_that_were_there_outlive_a_run_that_fails(tmp_path):
+    run(Pretended(), said("a"), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(run(Pretended(), said("a", "fail"), tmp_path, resume=True).failed) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert [line["record"] for line in chats.index_of(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "none"}])
+def test_what_a_process_left_that_was_killed_before_its_first_result_is_no_result(options, tmp_path):
+    pytest.importorskip("fcntl")
+    killed = RunFolder(tmp_path, {"some": "options"}, False, (1, 2))
+    killed.append({"record": 1, "source": "f.jsonl record 1", "error": "of that run"})
+    # While it is at work its folder is its own.
+    with pytest.raises(AnalysisError, match="other options"):
+        run(Pretended(), said("a"), tmp_path, **options)
+    killed.close()
+    assert run(Pretended(), said("a"), tmp_path, **options).done == 1
+    assert [line["name"] for line in chats.index_of(tmp_path)] == ["c1"]
+
+
 def test_two_at_once_on_one_part_are_refused(tmp_path):
     pytest.importorskip("fcntl")
     first = RunFolder(tmp_path, {}, False, (0, 1))

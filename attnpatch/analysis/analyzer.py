@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from attnpatch.analysis.gradient import attributed, target_positions
-from attnpatch.analysis.passes import blocks_of, feed, input_device, main_sites, pieces, text_config
+from attnpatch.analysis.passes import (
+    blocks_of,
+    check_model,
+    feed,
+    input_device,
+    main_sites,
+    pieces,
+    text_config,
+)
 from attnpatch.analysis.rendering import Rendered, render
 from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
@@ -114,7 +122,8 @@ class BlockAttentionAnalyzer:
         **options: Fields of ``Options``.
 
     Raises:
-        AnalysisError: The model cannot be loaded, or an option cannot be used.
+        AnalysisError: The model cannot be loaded, has an encoder and a decoder or takes no tokens; or an option cannot be
+            used.
         MissingExtraError: transformers, accelerate or bitsandbytes is needed and not installed.
     """
 
@@ -145,6 +154,7 @@ class BlockAttentionAnalyzer:
             name, device_map=device_map, dtype=torch_dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
             max_memory=max_memory,
         )  # fmt: skip
+        check_model(self.model)
         self.name = Path(name).name if name is not None else type(self.model).__name__
         self.use_gradient_checkpointing = use_gradient_checkpointing
         self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class RunFolder:
     ) -> None:
         self.folder = folder
         self.rank, count = shard
+        # Innermost first: the folders that this process makes.
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         if folder.exists() and not folder.is_dir():
             raise AnalysisError(f"{folder} is a file; give a folder, or a name that is not taken")
         try:
@@ -56,6 +58,7 @@ class RunFolder:
             self._agree(json.loads(json.dumps(dict(options), default=str)), resume, count)
             self._part = self._open_part(resume)
         except OSError as error:
+            _remove_empty(self._made)
             raise AnalysisError(f"cannot write into {folder}: {error.strerror or error}") from error
         self.entries = {_key(line): line for line in self._lines()}
         self._left: dict[str, list[Path]] = {}
@@ -65,6 +68,13 @@ class RunFolder:
     def close(self) -> None:
         """Let others go on with this process's part."""
         self._part.close()
+
+    def discard(self) -> None:
+        """Take away what this run put down, if there is no result: nothing then says that the folder holds some.
+
+        Only after ``close``, and of a run whose other processes are through.
+        """
+        discard(self.folder, self._made)
 
     def path(self, name: str) -> Path:
         """Where the file of a conversation is."""
@@ -134,6 +144,15 @@ class RunFolder:
                 )
             if _create(path, json.dumps(wanted, indent=1), self.rank):
                 return
+        if not resume and self._is_of_nothing():
+            # Left by a run that was killed before its first result. Processes that start together write the same.
+            temporary = path.with_name(f".{path.name}.{self.rank}.tmp")
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+            for part in self.folder.glob(_PARTS):
+                if int(part.stem.removeprefix("index-")) >= count:
+                    part.unlink(missing_ok=True)
+            return
         found = _read_run(path)
         different = sorted(
             name for name in {*options, *found["options"]} if options.get(name) != found["options"].get(name)
@@ -149,11 +168,25 @@ class RunFolder:
         if not resume and found["processes"] != count:
             raise AnalysisError(f"{self.folder} holds results already; {way_out}")
 
+    def _is_of_nothing(self) -> bool:
+        """Whether the folder has no result, and no process is at work on one."""
+        if fcntl is None or any(self.folder.glob(f"*{SUFFIX}")):
+            return False
+        for path in self.folder.glob(_PARTS):
+            with open(path, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:  # locked, or a file system without locks
+                    return False
+        return True
+
     def _open_part(self, resume: bool) -> Any:
         """This process's part of the index, its half-written last line cut off."""
         path = self.folder / f"index-{self.rank:05d}.jsonl"
+        is_of_nothing = not resume and path.exists() and self._is_of_nothing()
         try:
-            file = open(path, "r+b" if resume and path.exists() else "xb")  # noqa: SIM115
+            mode = "r+b" if is_of_nothing or (resume and path.exists()) else "xb"
+            file = open(path, mode)  # noqa: SIM115
         except FileExistsError:
             raise AnalysisError(
                 f"{self.folder} holds results already; go on with it by --resume, or give another folder"
@@ -169,10 +202,32 @@ class RunFolder:
             except OSError:  # a file system without locks
                 pass
         if file.readable():
-            whole = file.read()
+            whole = b"" if is_of_nothing else file.read()
             file.truncate(whole.rfind(b"\n") + 1)
             file.seek(0, os.SEEK_END)
         return file
+
+
+def discard(folder: Path, made: Sequence[Path] = ()) -> None:
+    """Take away what a run put into a folder in which there is no result.
+
+    Args:
+        folder: Of the run; its processes are through.
+        made: Folders to remove as well where nothing else is in them, innermost first.
+    """
+    if any(folder.glob(f"*{SUFFIX}")):
+        return
+    half_written = (f".{RUN}.*.tmp", f".{INDEX}.*.tmp", f".*{SUFFIX}.*.tmp")
+    for pattern in (_PARTS, INDEX, RUN, *half_written):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # others have put something there
+            path.rmdir()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

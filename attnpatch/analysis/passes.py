@@ -13,6 +13,27 @@ from attnpatch.analysis.rendering import NEXT, Rendered
 from attnpatch.capture.blocks import Blocks
 from attnpatch.errors import AnalysisError
 from attnpatch.hosts import caches
+from attnpatch.hosts.loading import ENCODER_DECODER
+
+
+def check_model(model: nn.Module) -> None:
+    """See that a model takes a conversation as one sequence of tokens.
+
+    Raises:
+        AnalysisError: It has an encoder and a decoder, or takes no token ids.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    of_both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    # An encoder or a decoder that was taken out of such a model shares its configuration.
+    if "decoder_input_ids" in parameters or (of_both and "input_ids" not in parameters):
+        raise AnalysisError(ENCODER_DECODER.format(type(model).__name__))
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    is_of_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    if "input_ids" not in parameters and not (takes_any and is_of_text):
+        raise AnalysisError(
+            f"{type(model).__name__} takes no input_ids, and a conversation is tokens of text; give a language model, or "
+            "see this one by attnpatch.capture(model, blocks=...)"
+        )
 
 
 def main_sites(maps: Any) -> str:

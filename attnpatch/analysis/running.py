@@ -108,7 +108,8 @@ def analyze_all(
 
     ``folder/index.jsonl`` has one line per conversation, in order: ``record`` (its number), ``source``, ``name``,
     ``file``, ``tokens``, ``messages``, ``seconds``, ``peak_bytes``, ``method``, ``notes``; or ``error``. A process
-    that is killed at any moment loses the conversation it was at, and with ``resume`` nothing is done twice.
+    that is killed at any moment loses the conversation it was at, and with ``resume`` nothing is done twice. Where no
+    conversation could be analysed, no index and no folder is left (of several processes: see ``index.discard``).
 
     Args:
         analyzer: Model and options.
@@ -154,6 +155,8 @@ def analyze_all(
         run.merge()
     finally:
         run.close()
+        if count == 1:
+            run.discard()
     return summary
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from attnpatch.analysis.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
 from attnpatch.analysis.conversations import Conversation, Refused, read_conversations
-from attnpatch.analysis.index import INDEX
+from attnpatch.analysis.index import INDEX, discard
 from attnpatch.analysis.running import Step, Summary, analyze_all
 from attnpatch.commands.processes import Processes
 from attnpatch.commands.saying import say
@@ -112,6 +112,8 @@ def _run(task: Task, processes: Processes) -> int:
         say(errors, "attnpatch: another process ended before its share was done; run it again with --resume")
     together = functools.reduce(operator.add, gathered or [summary])
     if processes.is_main:
+        if len(gathered or ()) == processes.count and not together.done + together.skipped:
+            discard(task.out, [task.out])
         _close(shown, task, together, time.perf_counter() - start, drawn)
     if gathered is None:
         return SOME_FAILED
@@ -243,6 +245,9 @@ def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn
     for name, value in rows:
         table.add_row(name, str(value))
     console.print(table)
+    if not summary.done + summary.skipped:
+        say(console, "results: none")
+        return
     say(console, f"results: {task.out}")
     say(console, f"index: {task.out / INDEX}")
     if drawn:

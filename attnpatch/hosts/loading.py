@@ -10,6 +10,11 @@ from torch import nn
 
 from attnpatch.errors import AnalysisError, MissingExtraError
 
+ENCODER_DECODER = (
+    "{} has an encoder and a decoder, and here a conversation is one sequence; give a decoder-only model, or see both "
+    "sides of this one by attnpatch.capture(model, blocks=...)"
+)
+
 
 def load_model(
     name: str,
@@ -32,7 +37,7 @@ def load_model(
         attention: transformers' attention implementation; a model that has it not gets eager attention.
 
     Raises:
-        AnalysisError: There is no such model, or it cannot be loaded this way.
+        AnalysisError: There is no such model, it cannot be loaded this way, or it has an encoder and a decoder.
         MissingExtraError: transformers, accelerate or bitsandbytes is not installed.
     """
     transformers = _transformers()
@@ -54,6 +59,9 @@ def load_model(
         _needs("accelerate", "all")
     _check_folder(name)
     try:
+        # Of the decoder alone the checkpoint has too little: what it lacks would be drawn at random.
+        if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
+            raise AnalysisError(f"model {name!r}: {ENCODER_DECODER.format('it')}")
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, attn_implementation=attention, **options
