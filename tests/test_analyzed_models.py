@@ -1,4 +1,4 @@
-"""Which models the analyzer takes: a conversation is one sequence of tokens, or the model is refused in one line."""
+"""Which models the analyzer takes, and which of them piece by piece: the map is that of dense attention in a single pass."""
 
 import chats
 import pytest
@@ -101,3 +101,170 @@ def test_a_folder_of_such_a_model_is_refused_before_any_conversation(name, token
     assert result.exit_code == 1 and "an encoder and a decoder" in line and "attnpatch.capture" in line
     assert "record" not in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- piece by piece
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CAUSAL = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 512}
+STATES = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1}
+T = transformers
+
+
+def of(model, config, **fields):
+    return lambda: getattr(T, model)(getattr(T, config)(**fields))
+
+
+GOES_ON = {
+    "Llama": of("LlamaForCausalLM", "LlamaConfig", **CAUSAL),
+    "GPT-2": of("GPT2LMHeadModel", "GPT2Config", vocab_size=320, n_embd=64, n_layer=2, n_head=4),
+    "Mistral, a window of 8": of("MistralForCausalLM", "MistralConfig", **CAUSAL, sliding_window=8),
+    "Gemma 3": of("Gemma3ForCausalLM", "Gemma3TextConfig", **CAUSAL, head_dim=16),
+    "LFM2, convolutions": of("Lfm2ForCausalLM", "Lfm2Config", **CAUSAL, layer_types=["conv", "full_attention"]),
+    "Granite, states": of(
+        "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **CAUSAL, **STATES, num_local_experts=2,
+        layer_types=["mamba", "attention"], num_experts_per_tok=1,
+    ),
+}  # fmt: skip
+STOPS = {
+    "BERT": (of("BertModel", "BertConfig", **SMALL), "look ahead"),
+    "BERT with a head": (of("BertLMHeadModel", "BertConfig", **SMALL), "look ahead"),
+    "XLM-R": (of("XLMRobertaModel", "XLMRobertaConfig", **SMALL), "look ahead"),
+    "EmbeddingGemma": (
+        of("Gemma3TextModel", "Gemma3TextConfig", **CAUSAL, head_dim=16, layer_types=["full_attention"] * 2,
+           use_bidirectional_attention=True),
+        "look ahead",
+    ),
+    "T5's encoder": (lambda: T.T5EncoderModel(T.T5Config(**T5)), "no KV cache"),
+    "Bamba": (of("BambaForCausalLM", "BambaConfig", **CAUSAL, **STATES, attn_layer_indices=[1]), "another map"),
+    "RecurrentGemma": (
+        of("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", **{**CAUSAL, "num_hidden_layers": 3},
+           attention_window_size=64, lru_width=64, head_dim=16),
+        "another map",
+    ),
+}  # fmt: skip
+
+
+def sharp(model):
+    """Attention that differs from row to row."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("q_proj", "k_proj", "query", "key", "c_attn", ".q.", ".k.")):
+            parameter.data.mul_(6)
+    return model.eval()
+
+
+def dense(model, tokenizer, spans):
+    """``[layers, blocks, blocks]`` of eager attention in a single pass, by plain sums."""
+    ids = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False, return_tensors="pt")
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            found = model(ids, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(before)
+    layers = [layer[0].double().mean(0) for layer in found]
+    return torch.stack(
+        [
+            torch.stack([torch.stack([w[a:b, c:d].sum(1).mean() for c, d in spans]) for a, b in spans])
+            for w in layers
+        ]
+    )
+
+
+@pytest.mark.parametrize("way", ["sequential", "chunked"])
+@pytest.mark.parametrize("name", [*GOES_ON, *STOPS])
+def test_pieces_are_the_single_pass_or_are_not_made(name, way, tokenizer):
+    torch.manual_seed(0)
+    build, words = STOPS.get(name) or (GOES_ON[name], None)
+    model = sharp(build())
+    analyzer = attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, chunk_size=19)
+    found = getattr(analyzer, f"analyze_conversation_{way}")(TALK, "none")
+    ends = found.block_map.query_sizes.cumsum(0).tolist()
+    expected = dense(model, tokenizer, list(zip([0, *ends[:-1]], ends, strict=True)))
+    torch.testing.assert_close(found.block_map.mass.double(), expected, rtol=0, atol=1e-5)
+    if words is None:
+        assert found.notes == () and found.block_map.metadata["method"] == way
+    else:
+        (note,) = found.notes
+        assert note.startswith("in a single pass: ") and words in note and len(note.splitlines()) == 1
+        assert type(model).__name__ in note and found.block_map.metadata["method"] == "single pass"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_narrow_dtypes_is_no_reason_and_a_lost_state_is(dtype, tokenizer):
+    for name, words in (
+        ("Llama", None),
+        ("Mistral, a window of 8", None),
+        ("Bamba", "another map"),
+        ("BERT", "ahead"),
+    ):
+        torch.manual_seed(0)
+        build = GOES_ON.get(name) or STOPS[name][0]
+        analyzer = attnpatch.BlockAttentionAnalyzer(model=sharp(build()).to(dtype), tokenizer=tokenizer)
+        assert (analyzer.why_single_pass is None) == (words is None), name
+        assert words is None or words in analyzer.why_single_pass
+
+
+def test_it_is_tried_once_and_leaves_the_model_as_it_was(tokenizer):
+    model = sharp(GOES_ON["Llama"]())
+    lengths = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    analyzer = attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer)
+    before = {name: {*vars(module)} for name, module in model.named_modules()}
+    first = analyzer.analyze_conversation_sequential(TALK)
+    tried = len(lengths)
+    again = analyzer.analyze_conversation_sequential(TALK)
+    assert lengths[tried:] == lengths[tried - len(TALK) : tried] and max(lengths) <= 40
+    assert first.block_map.metadata["attention"] == again.block_map.metadata["attention"]
+    # One message is one piece: nothing to try.
+    lengths.clear()
+    attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer).analyze_conversation_sequential(
+        TALK[:1]
+    )
+    assert len(lengths) == 1
+    hook.remove()
+    assert {name: {*vars(module)} for name, module in model.named_modules()} == before
+
+
+def test_the_command_line_says_it_once(tokenizer, tmp_path):
+    sharp(STOPS["BERT with a head"][0]()).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = chats.write_good(tmp_path / "chats.jsonl", 2)
+    given = [
+        "analyze",
+        "--model",
+        str(tmp_path / "model"),
+        "--json",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, given)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("in a single pass: tokens look ahead") == 1
+    for line in chats.index_of(tmp_path / "out"):
+        assert line["method"] == "single pass" and "look ahead" in line["notes"][0]
+
+
+@pytest.mark.parametrize(
+    "way, options, words",
+    [
+        ("analyze_generation", {}, "writes no answers"),
+        ("analyze_conversation", {"weighting": "gradient"}, "no logits"),
+    ],
+)
+def test_what_a_model_without_a_head_cannot_do(way, options, words, tokenizer):
+    model = STOPS["BERT"][0]().eval()
+    with pytest.raises(AnalysisError, match=words) as raised:
+        getattr(attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, **options), way)(TALK)
+    assert len(str(raised.value).splitlines()) == 1

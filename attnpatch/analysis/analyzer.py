@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch.analysis.chosen import Options
 from attnpatch.analysis.gradient import attributed, target_positions
 from attnpatch.analysis.passes import (
     blocks_of,
@@ -23,87 +25,21 @@ from attnpatch.analysis.passes import (
     pieces,
     text_config,
 )
+from attnpatch.analysis.piecewise import SINGLE_PASS, why_single_pass
 from attnpatch.analysis.rendering import Rendered, render
 from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
 from attnpatch.capture.map_fields import NORMALIZATIONS
-from attnpatch.capture.measures import MEASURES
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.loading import load_model, load_tokenizer
 from attnpatch.memory import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
 
-# Tokens of a piece where nobody says how many.
-CHUNK = 2048
 CHECKPOINTING_NOTE = (
     "gradient checkpointing saves nothing here: in a pass without gradients nothing is kept for a backward pass; it "
     "matters for weighting='gradient'"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to look at, and how. Every ``analyze_...`` method takes them by name, over those of the analyzer.
-
-    Attributes:
-        blocks: ``"messages"``, a number of tokens, or ``"words"``.
-        layers: ``None`` or ``"all"``: all; ``"last"``; or numbers, negative from the last.
-        heads: ``"mean"``, ``"all"`` or numbers.
-        measures: Also ``"received"``, ``"entropy"``, ``"sink"``.
-        sample_rows: Look at so many query rows of each block; ``None``: at all.
-        seed: Of the sample.
-        weighting: ``"probability"``, or ``"gradient"``: probability times the gradient of the log-probability of
-            ``target`` (single pass only).
-        target: ``"answer"``, the last message of the assistant, or positions of tokens.
-        max_tokens: The most a conversation may have.
-        truncate: What is cut off a longer one, ``"left"`` or ``"right"``; ``None``: it is refused.
-        chunk_size: Tokens of a piece of ``analyze_conversation_chunked``.
-        template_options: For the chat template.
-    """
-
-    blocks: str | int = "messages"
-    layers: str | Sequence[int] | None = None
-    heads: str | Sequence[int] = "mean"
-    measures: Sequence[str] = ()
-    sample_rows: int | None = None
-    seed: int = 0
-    weighting: str = "probability"
-    target: str | Sequence[int] = "answer"
-    max_tokens: int | None = None
-    truncate: str | None = None
-    chunk_size: int = CHUNK
-    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def changed(self, given: Mapping[str, Any]) -> Options:
-        """With some of them replaced.
-
-        Raises:
-            AnalysisError: There is no such option, or its value cannot be used.
-        """
-        known = {f.name for f in dataclasses.fields(self)}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise AnalysisError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        found = dataclasses.replace(self, **given)
-        is_size = type(found.blocks) is int and found.blocks > 0
-        if not is_size and found.blocks not in ("messages", "words"):
-            raise AnalysisError(
-                f"blocks={found.blocks!r} is not accepted; give 'messages', 'words' or a number of tokens"
-            )
-        if type(found.chunk_size) is not int or found.chunk_size < 1:
-            raise AnalysisError(f"chunk_size={found.chunk_size!r} is not accepted; give 1 token or more")
-        unknown = [name for name in found.measures if name not in MEASURES]
-        if unknown:
-            raise AnalysisError(f"measures={unknown!r} is not accepted; there are {', '.join(MEASURES)}")
-        return found
-
-    @property
-    def chosen_layers(self) -> list[int] | None:
-        """As ``capture`` takes them."""
-        if self.layers in (None, "all"):
-            return None
-        return [-1] if self.layers == "last" else list(self.layers)  # type: ignore[arg-type]
 
 
 class BlockAttentionAnalyzer:
@@ -186,6 +122,9 @@ class BlockAttentionAnalyzer:
     ) -> Analysis:
         """Message by message through the KV cache: the same map, and memory that follows the longest message.
 
+        A model of which a short text shows that the map would be another one is run in a single pass, and the notes say
+        why: it looks ahead, or does not go on from its cache.
+
         Args, Returns, Raises: As ``analyze_conversation``.
         """
         chosen = self._options(options, normalize)
@@ -195,7 +134,8 @@ class BlockAttentionAnalyzer:
         self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
     ) -> Analysis:
         """Pieces of ``chunk_size`` tokens through the KV cache, which on CUDA waits in the host's memory: for a
-        conversation of which one message is too long already.
+        conversation of which one message is too long already. In a single pass where ``analyze_conversation_sequential``
+        is.
 
         Args, Returns, Raises: As ``analyze_conversation``.
         """
@@ -229,6 +169,10 @@ class BlockAttentionAnalyzer:
             As ``analyze_conversation``.
         """
         chosen = self._options(options, normalize)
+        if not getattr(self.model, "can_generate", lambda: hasattr(self.model, "generate"))():
+            raise AnalysisError(
+                f"{type(self.model).__name__} writes no answers; see what was said with analyze_conversation"
+            )
         rendered = self._rendered(messages, chosen, add_generation_prompt=True)
         more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
         return self._run(rendered, chosen, normalize, "generation", steps=steps, generate=more)
@@ -254,6 +198,11 @@ class BlockAttentionAnalyzer:
         written.append(result.save(folder / "analysis.safetensors"))
         return [Path(str(path)) for path in written]
 
+    @functools.cached_property
+    def why_single_pass(self) -> str | None:
+        """Why this model is not passed piece by piece; ``None`` if it is. Tried once, with a short text."""
+        return why_single_pass(self.model, self.tokenizer, self.policy)
+
     # ------------------------------------------------------------------------------------------------------- inside
 
     def _options(self, options: Mapping[str, Any], normalize: str) -> Options:
@@ -269,10 +218,16 @@ class BlockAttentionAnalyzer:
         limit = options.max_tokens
         if limit is None:
             limit = getattr(text_config(self.model), "max_position_embeddings", None)
+            # XLNet's is -1: there is none.
+            limit = limit if isinstance(limit, int) and limit > 0 else None
         return render(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, max_tokens=limit,
             truncate=options.truncate, **options.template_options,
         )  # fmt: skip
+
+    @staticmethod
+    def _is_cut(method: str, rendered: Rendered, options: Options) -> bool:
+        return len(list(pieces(method, rendered, options.chunk_size))) > 1
 
     def _run(
         self,
@@ -287,10 +242,17 @@ class BlockAttentionAnalyzer:
     ) -> Analysis:
         if options.weighting == "gradient" and method != "gradient":
             raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
+        notes = list(rendered.notes)
+        if (
+            method in ("sequential", "chunked")
+            and self._is_cut(method, rendered, options)
+            and self.why_single_pass
+        ):
+            method = "single pass"
+            notes.append(f"{SINGLE_PASS}{self.why_single_pass}")
         device = input_device(self.model)
         ids = torch.tensor([rendered.ids], device=device)
         blocks, texts = blocks_of(options.blocks, rendered, self.tokenizer, generate is not None)
-        notes = list(rendered.notes)
         facts: dict[str, Any] = {"method": method, "template": rendered.template}
         if self.use_gradient_checkpointing and method != "gradient":
             notes.append(CHECKPOINTING_NOTE)

@@ -55,6 +55,9 @@ def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkp
 
     Returns:
         The log-probability, summed.
+
+    Raises:
+        AnalysisError: The model has no logits, or no checkpointing.
     """
     before = torch.tensor(positions, device=ids.device) - 1
     more = (
@@ -68,6 +71,11 @@ def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkp
         # The inputs carry the gradient: no weight needs one.
         inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
         output = model(inputs_embeds=inputs, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+        if getattr(output, "logits", None) is None:
+            raise AnalysisError(
+                f"{type(model).__name__} gives no logits, so no answer has a log-probability; load it with its head, or "
+                "leave out weighting='gradient'"
+            )
         logits = output.logits[0] if more else output.logits[0, before]
         chosen = ids[0, before + 1].to(logits.device)
         log_probability = torch.log_softmax(logits.float(), -1).gather(1, chosen[:, None]).sum()

@@ -28,6 +28,7 @@ from rich.table import Table
 from attnpatch.analysis.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
 from attnpatch.analysis.conversations import Conversation, Refused, read_conversations
 from attnpatch.analysis.index import INDEX, discard
+from attnpatch.analysis.piecewise import SINGLE_PASS
 from attnpatch.analysis.running import Step, Summary, analyze_all
 from attnpatch.commands.processes import Processes
 from attnpatch.commands.saying import say
@@ -94,13 +95,16 @@ def _run(task: Task, processes: Processes) -> int:
         say(errors, f"note: {CHECKPOINTING_NOTE}")
     start = time.perf_counter()
     drawn: list[str] = []
+    said: set[str] = set()
     with _progress(errors, own, processes) as advance:
 
         def after(step: Step) -> None:
             if step.outcome == "failed":
                 say(errors, f"{step.entry['source']}: {step.entry['error']}")
-            elif step.analysis is not None and draws:
-                drawn.extend(_draw(analyzer, step, task, errors))
+            elif step.analysis is not None:
+                _say_once(said, step.analysis.notes, errors if processes.is_main else None)
+                if draws:
+                    drawn.extend(_draw(analyzer, step, task, errors))
             advance(step)
 
         summary = analyze_all(
@@ -218,6 +222,14 @@ class _Pace:
     def left(self) -> str:
         seconds = int(self._each * (self.total - self.seen))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> None:
+    """What is so of the model and not of one conversation."""
+    for note in notes:
+        if console is not None and note.startswith(SINGLE_PASS) and note not in said:
+            said.add(note)
+            say(console, f"note: {note}")
 
 
 def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Console) -> list[str]:
