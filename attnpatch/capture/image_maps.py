@@ -16,7 +16,7 @@ from attnpatch.capture import overlay, picture
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.heads import Heads
 from attnpatch.capture.reading import Reading, kind_of
-from attnpatch.capture.sampling import Run, Sampling
+from attnpatch.capture.sampling import Run, Sampling, TextRow
 from attnpatch.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -137,19 +137,22 @@ class ImageMaps:
         Raises:
             CaptureError: The word is not in the prompt, or nothing captured has an image's rows and text's columns.
         """
-        return self._heat(self._showing(sites, run), word, sequence, step, head, size)
+        return self._heat(self._showing(sites, run), self._run(run), word, sequence, step, head, size)
 
     def _heat(
-        self, maps: list[BlockMap], word: Any, sequence: int | None, step: Any, head: Any, size: Any
+        self, maps: list[BlockMap], run: Run, word: Any, sequence: int | None, step: Any, head: Any, size: Any
     ) -> np.ndarray:
         place = self._sequence(maps[0], sequence)
+        text = _text_of(maps[0], place, run)
         layers = []
         for one in maps:
             chosen = one.select(sequence=place, step=step, head=head, layer="mean")
             frames, rows, columns = one.metadata["query_tiles"]
-            words = chosen.key_labels[: len(chosen.key_labels) - _tiles_in(one, "key_tiles")]
             part = chosen.mass.flatten(0, -3).mean(0)[-frames * rows * columns :]
-            each = [part[:, _places(one_word, words)].mean(1) for one_word in _listed(word, words)]
+            each = []
+            for one_word in _listed(word, [label for label, _ in text.words]):
+                blocks = [list(text.words[number][1]) for number in _places(one_word, text)]
+                each.append(torch.stack([part[:, some].sum(1) for some in blocks]).mean(0))
             layers.append(len(one.layers) * torch.stack(each).mean(0).reshape(frames, rows, columns))
         heat = (torch.stack(layers).sum(0) / sum(len(one.layers) for one in maps)).numpy()
         if size is not None:
@@ -159,19 +162,21 @@ class ImageMaps:
     def _heats(self, wanted: Sequence[tuple[Any, Any]], options: dict[str, Any]) -> list[np.ndarray]:
         """Heat maps of words at steps, with the options of ``heat_map``; the maps are made once."""
         options = {"sequence": None, "step": "mean", "head": "mean", "size": None, **options}
-        maps = self._showing(options.pop("sites", None), options.pop("run", -1))
+        which = options.pop("run", -1)
+        maps, run = self._showing(options.pop("sites", None), which), self._run(which)
         unknown = set(options) - {"sequence", "step", "head", "size"}
         if unknown:
             raise CaptureError(
                 f"unknown option {unknown.pop()!r}; there are sequence, step, head, sites, size and run"
             )
-        return [self._heat(maps, word, **{**options, "step": step}) for word, step in wanted]
+        return [self._heat(maps, run, word, **{**options, "step": step}) for word, step in wanted]
 
     def words(self, *, sequence: int | None = None, run: int = -1) -> list[str]:
         """The words of the prompt that heat maps can be had of, each once, in order."""
         one = self._showing(None, run)[0]
-        labels = one.select(sequence=self._sequence(one, sequence)).key_labels
-        return list(dict.fromkeys(filter(_plain, labels[: len(labels) - _tiles_in(one, "key_tiles")])))
+        text = _text_of(one, self._sequence(one, sequence), self._run(run))
+        labels = (label for label, _ in text.words if _plain(label) and not _why_missing(label, text))
+        return list(dict.fromkeys(labels))
 
     def plot_overlay(
         self,
@@ -240,10 +245,11 @@ class ImageMaps:
         return figure if path is None else picture.write(figure, path)
 
     def __repr__(self) -> str:
-        if not self.num_runs:
-            return "ImageMaps(nothing captured yet)"
-        kinds = ", ".join(f"{kind} at {len(n)} sites" for kind, n in self._kinds(self._run(-1)).items())
-        return f"ImageMaps({self.num_runs} sampled; {kinds}; {len(self.left_out)} left out)"
+        said = "nothing captured yet"
+        if self.num_runs:
+            kinds = ", ".join(f"{kind} at {len(n)} sites" for kind, n in self._kinds(self._run(-1)).items())
+            said = f"{self.num_runs} sampled; {kinds}; {len(self.left_out)} left out"
+        return "\n".join([f"ImageMaps({said})", *_reasons(self.left_out)])
 
     # --------------------------------------------------------------------------------------------------------- inside
 
@@ -311,9 +317,20 @@ class ImageMaps:
         return sequence
 
 
-def _tiles_in(one: BlockMap, name: str) -> int:
-    shape = one.metadata[name]
-    return int(np.prod(shape)) if shape else 0
+def _text_of(one: BlockMap, place: int, run: Run) -> TextRow:
+    return run.texts[one.metadata["sequences"][place]["text_number"]]
+
+
+def _reasons(left_out: dict[str, str]) -> list[str]:
+    """A line for each reason, with the first of what it left out."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    shown = (
+        (", ".join(each[:2]) + (f" and {len(each) - 2} more" if each[2:] else ""), why)
+        for why, each in names.items()
+    )
+    return [f"  left out: {each}: {why}" for each, why in shown]
 
 
 def _listed(words: Any, labels: Sequence[str]) -> list[Any]:
@@ -328,12 +345,21 @@ def _plain(word: str) -> str:
     return word.casefold().strip(string.punctuation + " ")
 
 
-def _places(word: str | int, labels: Sequence[str]) -> list[int]:
+def _why_missing(word: str, text: TextRow) -> str | None:
+    """Why a word has no map, if it stands somewhere without one."""
+    return next((why for label, why in text.missing.items() if _plain(label) == _plain(word)), None)
+
+
+def _places(word: str | int, text: TextRow) -> list[int]:
     """Where a word stands."""
+    labels = [label for label, _ in text.words]
     if isinstance(word, int) and not isinstance(word, bool):
         if 0 <= word < len(labels):
             return [word]
     else:
+        why = _why_missing(str(word), text)
+        if why is not None:
+            raise CaptureError(f"there is no map of {word!r}: {why}")
         wanted = _plain(str(word))
         found = [i for i, label in enumerate(labels) if label == word or (wanted and _plain(label) == wanted)]
         if found:

@@ -159,4 +159,7 @@ class Reading:
 
     def _described(self, row: Row) -> dict[str, Any]:
         text = self.run.texts[row[0]]
-        return {"role": text.role, "text": text.text, "text_number": row[0], "image": row[1]}
+        found = {"role": text.role, "text": text.text, "text_number": row[0], "image": row[1]}
+        steps = sorted(self.run.rows[row])
+        # Guidance may end before the sampler does, and a prompt may be exchanged on the way.
+        return found if len(steps) == len(self.run.timesteps) else {**found, "steps": steps}

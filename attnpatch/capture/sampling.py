@@ -25,16 +25,30 @@ class TextRow:
     """The text of one row of a batch (``attnpatch.hosts`` finds it).
 
     Attributes:
-        labels: One per word.
-        assignment: int64 ``[tokens]``, the word of each text token the denoiser is given, -1 for none.
+        labels: One per block.
+        assignment: int64 ``[tokens]``, the block of each text token the denoiser is given, -1 for none.
         text: As it was given; ``None``: not known.
         role: ``"prompt"``, ``"negative"``, or ``""``: not known.
+        listed: Words and their blocks, where these are not one word each.
+        missing: Words without a block of their own: why.
     """
 
     labels: tuple[str, ...]
     assignment: torch.Tensor
     text: str | None = None
     role: str = ""
+    listed: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Words in order, and the blocks of each."""
+        return self.listed or tuple((label, (number,)) for number, label in enumerate(self.labels))
+
+    def is_like(self, other: TextRow) -> bool:
+        """Whether the same words of the same text are the same tokens, whatever their embeddings are."""
+        mine, its = ((e.text, e.role, e.labels, e.listed, sorted(e.missing)) for e in (self, other))
+        return self.text is not None and mine == its and torch.equal(self.assignment, other.assignment)
 
 
 @dataclasses.dataclass
@@ -139,7 +153,7 @@ class Run:
     Attributes:
         timesteps: In order; a sampler's step may call the denoiser several times.
         texts: Every text that rows were given.
-        rows: Every row there was.
+        rows: Every row there was, and its steps.
         image: The shape of the image; known when the first site has run.
         records: By step and rows of the batch, then by site.
     """
@@ -147,7 +161,7 @@ class Run:
     def __init__(self) -> None:
         self.timesteps: list[float | None] = []
         self.texts: list[TextRow] = []
-        self.rows: dict[Row, None] = {}
+        self.rows: dict[Row, set[int]] = {}
         self.image: Grid | None = None
         self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
 
@@ -177,7 +191,7 @@ class Sampling:
         self.runs: list[Run] = []
         self.left_out: dict[str, str] = {}
         self._known: dict[bytes, int] = {}
-        self._last: tuple[Any, int, tuple[Row, ...]] | None = None
+        self._last: tuple[Any, int, list[int]] | None = None
 
     def begin_run(self) -> None:
         """A pipeline is called."""
@@ -201,21 +215,29 @@ class Sampling:
         run, text = self.run, call.texts[0] if call.texts else None
         if text is None or text.shape[0] != call.batch:
             numbers = [self._number(b"", None)] * call.batch
+        elif self._last is not None and self._last[0]() is text and self._last[1] == text._version:
+            numbers = self._last[2]
         else:
-            if self._last is not None and self._last[0]() is text and self._last[1] == text._version:
-                return self._last[2]
             numbers = self._numbers(text, call.text_mask)
+            self._last = weakref.ref(text), text._version, numbers
         rows = tuple((number, numbers[:place].count(number)) for place, number in enumerate(numbers))
-        run.rows.update(dict.fromkeys(rows))
-        self._last = None if text is None else (weakref.ref(text), text._version, rows)
+        step = len(run.timesteps) - 1
+        for row in rows:
+            run.rows.setdefault(row, set()).add(step)
         return rows
 
     def _numbers(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
         given = text.detach().float().cpu().contiguous()
         keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in given]
-        if any(key not in self._known for key in keys):
-            for key, row in zip(keys, self._texts(text, mask), strict=True):
-                self._number(key, row)
+        new = {key: place for place, key in enumerate(keys) if key not in self._known}
+        if new:
+            # All rows of a batch, where blocks were given for each of them.
+            places = list(range(len(keys))) if self.plan.text is not None else list(new.values())
+            found = self._texts(text[places], None if mask is None else mask[places])
+            texts = dict(zip(places, found, strict=True))
+            used = {self._known[key] for key in keys if key in self._known}
+            for key, place in new.items():
+                used.add(self._number(key, texts[place], used))
         return [self._known[key] for key in keys]
 
     def _texts(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[TextRow]:
@@ -238,13 +260,32 @@ class Sampling:
         if chosen:
             asked = blocks.resolve(valid[chosen])
             for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
-                found[place].labels, found[place].assignment = labels, assignment
+                before = found[place]
+                found[place] = TextRow(labels, assignment, before.text, before.role)
 
-    def _number(self, key: bytes, row: TextRow | None) -> int:
+    def _number(self, key: bytes, row: TextRow | None, used: set[int] = frozenset()) -> int:
+        """The number of a text: that of one with other embeddings of the same tokens, which went before it."""
         if key not in self._known:
-            self._known[key] = len(self.run.texts)
-            self.run.texts.append(row or TextRow((), torch.zeros(0, dtype=torch.int64)))
+            texts, row = self.run.texts, row or TextRow((), torch.zeros(0, dtype=torch.int64))
+            step = len(self.run.timesteps) - 1
+            now = used | {number for (number, _), steps in self.run.rows.items() if step in steps}
+            alike = [number for number, text in enumerate(texts) if number not in now and row.is_like(text)]
+            self._known[key] = alike[0] if alike else len(texts)
+            if not alike:
+                texts.append(row)
+                self._say(len(texts) - 1, row)
         return self._known[key]
+
+    def _say(self, number: int, row: TextRow) -> None:
+        """Note what of a text is in no map."""
+        for word, reason in row.missing.items():
+            self.left_out.setdefault(f"word {word!r}", reason)
+        if row.labels and row.text is None and self.find_texts is not None and self.plan.text is None:
+            self.left_out.setdefault(
+                f"words of text {number}",
+                "no text encoder of the pipeline returned its embeddings inside the with block, so its tokens have "
+                "numbers; encode the prompt there, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
+            )
 
 
 def tiles_of(sampling: Sampling, run: Run, most: int) -> Tiles:
