@@ -164,7 +164,7 @@ WRONG = {
     "out_below_a_file": (["--out", "{two}/below"], "cannot write"),
     "out_unwritable": (["--out", "/proc/none"], "cannot write into /proc/none"),
     "layers_text": (["--layers", "first"], "--layers first: give all, last"),
-    "layers_none": (["--layers", "7"], "there are 2 layers"),
+    "layers_none": (["--layers", "7"], "the layers with attention are 0, 1"),
     "heads_text": (["--heads", "0,,1"], "--heads 0,,1: give mean, all"),
     "heads_none": (["--heads", "7"], "there are 4 heads"),
     "blocks": (["--blocks", "0"], "--blocks 0"),
