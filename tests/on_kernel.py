@@ -176,6 +176,28 @@ def test_masks(name):
     check(a_call(batch=2, mask=MASKS[name]()), blocks, blocks, (count, count))
 
 
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e30, -1e9, -1e4])
+def test_a_row_that_is_closed_by_a_number_is_left_to_torch(low):
+    mask = torch.zeros(50, 50)
+    mask[:, 40:] = low  # padding: no matter
+    blocks, count = in_blocks(50, 15)
+    call = a_call(mask=mask)
+    found, rows = fused_mass.checked_sums(
+        call, probabilities(call)[1], blocks, blocks, (count, count), None, None
+    )
+    torch.testing.assert_close(found.sum((1, -1)), 2 * rows, atol=1e-4, rtol=0)
+    mask[7] = low
+    call = a_call(mask=mask)
+    lse = probabilities(call)[1]
+    asked = (call, lse, blocks, blocks, (count, count), None, None)
+    assert fused_mass.checked_sums(*asked) == "closed rows"
+    in_no_block = blocks.clone()
+    in_no_block[:, 7] = -1
+    found, rows = fused_mass.checked_sums(call, lse, in_no_block, blocks, (count, count), None, None)
+    torch.testing.assert_close(found.sum((1, -1)), 2 * rows, atol=1e-4, rtol=0)
+    assert rows.sum() == 49
+
+
 def test_a_mask_over_blocks_in_many_runs():
     tiles = Blocks.tiles(8, 8, 4).resolve(torch.ones(1, 64, dtype=torch.bool)).assignment
     check(a_call(64, mask=sliding(64, 13)), tiles, tiles, (4, 4))

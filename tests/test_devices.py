@@ -20,7 +20,7 @@ from attnpatch.capture import mass
 from attnpatch.capture.measures import MEASURES, Measures
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy
-from attnpatch.rows import dense, graphs, lse, sdpa, showing
+from attnpatch.rows import dense, graphs, lse, sdpa
 from attnpatch.rows.replay import Replay
 
 
@@ -244,27 +244,6 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), sdpa.without_cudnn():
         assert torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.parametrize("allowed", ["highest", "high"])
-def test_float32_scores_are_not_rounded_to_tf32(allowed):
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        before = precision()
-        with FakeTensorMode():
-            on_cuda, on_cpu = torch.empty(2, device="cuda"), torch.empty(2)
-        with showing._in_full(on_cuda):
-            assert precision() in ("ieee", False)
-        with showing._in_full(on_cpu), showing._in_full(on_cuda.half()):
-            assert precision() == before
-        assert precision() == before and torch.get_float32_matmul_precision() == allowed
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def precision():
-    products = torch.backends.cuda.matmul
-    return products.fp32_precision if hasattr(products, "fp32_precision") else products.allow_tf32
 
 
 class OnMps(torch.Tensor):

@@ -27,6 +27,9 @@ _PROGRAMS = 8
 # What probabilities may be off by, on average over the rows of a block.
 _OFF = 1e-2
 _TILE_SIZES = (16, 32, 64, 128)
+# A logsumexp below this is that of a row which an added mask closes with a very low number (finfo.min, -1e9). Beside such a
+# number the scores of the row, and the logarithm of how many keys share it, are lost in rounding.
+_CLOSED = -256.0
 # More work than this for the empty places of tiles, and tokens are taken block by block.
 _WASTE = 1.5
 
@@ -266,6 +269,8 @@ def checked_sums(
     Returns:
         The sums, and float64 ``[batch, query_blocks]``.
     """
+    if _has_closed_rows(call, lse, query_blocks):
+        return "closed rows"
     scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
     try:
         sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
@@ -279,6 +284,14 @@ def checked_sums(
     if not is_plausible(sums, of_heads, call["attn_mask"] is not None):
         return "a wrong logsumexp"
     return sums, rows
+
+
+def _has_closed_rows(call: dict[str, Any], lse: torch.Tensor, query_blocks: torch.Tensor) -> bool:
+    """Whether a row of a block has to be summed and divided by its sum, since its logsumexp says too little."""
+    if call["attn_mask"] is None or call["attn_mask"].dtype == torch.bool:
+        return False
+    is_counted = (query_blocks >= 0).to(lse.device)[:, None]
+    return bool(((lse < _CLOSED) & lse.isfinite() & is_counted).any())
 
 
 def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import ledger_of
+from attnpatch.precision import in_full
 
 Call = dict[str, Any]
 # Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one
@@ -160,7 +161,8 @@ def _agrees(call: Call, lse: torch.Tensor, key_head: int) -> bool:
     rows = torch.linspace(0, q_len - 1, min(_ROWS, q_len), device=query.device).long()
     scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query[0, heads][:, rows].to(dtype) @ key[0, key_head].to(dtype).T) * scale
+    with in_full(query):
+        scores = (query[0, heads][:, rows].to(dtype) @ key[0, key_head].to(dtype).T) * scale
     if call["is_causal"]:
         scores.masked_fill_(torch.arange(kv_len, device=query.device) > rows[:, None], -math.inf)
     if mask is not None:

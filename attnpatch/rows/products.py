@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
+from attnpatch.precision import in_full
 from attnpatch.rows import both_sides, edges
 from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
 from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, running_site, settle, site_of, wrap
@@ -341,7 +342,8 @@ def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node,
             low, high = tile.get(axis, (0, axis.size))
             numbers = (numbers * axis.size).unsqueeze(-1) + torch.arange(low, high)
         value = value.reshape(numbers.numel(), span[1] - span[0], kv_len)
-        observer.observe(value, Passing(numbers.reshape(-1), span, count, q_len, kv_len))
+        with in_full(value):
+            observer.observe(value, Passing(numbers.reshape(-1), span, count, q_len, kv_len))
 
     return node, look
 

@@ -6,13 +6,13 @@ row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from attnpatch.precision import in_full
 from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import Tile, leaves
 from attnpatch.rows.budget import LIVE_COPIES
@@ -88,6 +88,7 @@ def _show(
     query = query.expand(*lead, *query.shape[-2:]).unflatten(-3, (outer[-1], group))
     key = key.expand(*outer, *key.shape[-2:])
     masks = _Masks(mask, lead, q_len, kv_len, group)
+    is_added = mask is not None and mask.dtype != torch.bool
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
     if grad is not None:
         value = value.expand(*outer, *value.shape[-2:])
@@ -105,7 +106,7 @@ def _show(
     ):
         at = tuple(where)
         leads = torch.arange(number * group, (number + 1) * group)
-        head = _Head(query[at], key[at], None if lse is None else lse[at], scale)
+        head = _Head(query[at], key[at], None if lse is None else lse[at], scale, is_added)
         low = 0
         while low < count:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
@@ -114,12 +115,14 @@ def _show(
             high = min(count, low + _tile_rows(elements // group, seen))
             tile_mask = masks.rows(at, low, high) if rows is None else masks.picked(at, rows[low:high])
             places = None if rows is None else rows[low:high]
-            powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
-            if grad is not None:
-                seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
-                powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
-            where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
-            observer.observe(powers, where_from)
+            # The products here are nobody's but ours, and so are the sums of who looks.
+            with torch.autocast(query.device.type, enabled=False), in_full(head.query):
+                powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
+                if grad is not None:
+                    seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
+                    powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
+                where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
+                observer.observe(powers, where_from)
             low = high
 
 
@@ -192,25 +195,34 @@ def _tile_rows(elements: int, kv_len: int) -> int:
 class _Head:
     """One key head and the query heads that share it.
 
+    A mask that is added may close a row with one very low number for every key (``finfo.min``, -1e30). Scores beside it
+    are lost in rounding, so softmax makes such a row uniform. Here it comes out so as well because numbers are added
+    in the order in which a kernel adds them, and in its units: first the mask, then what is subtracted from the row.
+    Without such a mask the logsumexp is subtracted by the product of query and key.
+
     Args:
         query: ``[group, q_len, head_dim]``.
         key: ``[kv_len, head_dim]``.
         lse: ``[group, q_len]`` or ``None``.
         scale: Of the scores.
+        is_added: Whether there will be a mask that is added.
     """
 
     def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, scale: float
+        self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, scale: float, is_added: bool
     ) -> None:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        self.query = query.to(dtype) * (scale * LOG2_E)
+        self.is_added = is_added
+        unit = 1.0 if is_added else LOG2_E
+        self.query = query.to(dtype) * (scale * unit)
         self.key = key.to(dtype)
-        self.has_lse = lse is not None
+        self.lse = None
         if lse is not None:
             # A row that may look at nothing has no finite lse; it puts no mass anywhere.
-            lse = torch.where(lse.isfinite(), lse, math.inf).to(dtype)
+            self.lse = torch.where(lse.isfinite(), lse, math.inf).to(dtype).unsqueeze(-1)
+        if lse is not None and not is_added:
             # One more column makes the product subtract the lse, without a pass over the scores.
-            self.query = torch.cat([self.query, lse.unsqueeze(-1) * -LOG2_E], -1)
+            self.query = torch.cat([self.query, self.lse * -LOG2_E], -1)
             self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
 
     def powers(
@@ -227,41 +239,26 @@ class _Head:
         """
         first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
         query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
-        with torch.autocast(query.device.type, enabled=False), _in_full(query):
-            scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
-        if mask is not None and mask.dtype == torch.bool:
-            scores.masked_fill_(mask.logical_not(), -math.inf)
+        scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
+        if mask is not None and self.is_added:
+            scores.add_(mask[..., : scores.shape[-1]])
         elif mask is not None:
-            scores.add_(mask, alpha=LOG2_E)
-        if not self.has_lse:
+            scores.masked_fill_(mask[..., : scores.shape[-1]].logical_not(), -math.inf)
+        if self.lse is None:
             if is_causal:
                 corner = scores[..., first:]
                 corner.masked_fill_(_later(corner[0], places), -math.inf)
             highest = scores.amax(-1, keepdim=True)
             scores.sub_(torch.where(highest == -math.inf, 0.0, highest))
-        scores.exp2_()
-        if self.has_lse and is_causal:
+        elif self.is_added:
+            scores.sub_(self.lse[:, low:high])
+        scores.exp_() if self.is_added else scores.exp2_()
+        if self.lse is not None and is_causal:
             corner = scores[..., first:]
             corner.tril_() if places is None else corner.masked_fill_(_later(corner[0], places), 0.0)
         # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
         total = scores.sum(-1)
         return scores, torch.where(total > 0, total.reciprocal(), 0.0)
-
-
-@contextlib.contextmanager
-def _in_full(tensor: torch.Tensor) -> Iterator[None]:
-    """Products of float32 in float32 on CUDA, also where the host has allowed 10 bits for its own (TF32)."""
-    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
-        yield
-        return
-    products = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(products, name)
-    setattr(products, name, full)
-    try:
-        yield
-    finally:
-        setattr(products, name, before)
 
 
 def _later(corner: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
