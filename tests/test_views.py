@@ -7,6 +7,8 @@ import zoo
 from hypothesis import given, settings
 from torch import nn
 
+import attnpatch
+
 PRODUCTS = {
     "matmul": lambda q, k: q @ k.mT,
     # torch lays these out as a permuted product.
@@ -286,6 +288,39 @@ def test_detached_in_place(product, is_read):
     native = outcome(module, product, body, False)
     with zoo.by_rows(module, CASE, min_tokens=1):
         assert differs(native, outcome(module, product, body, False)) is None
+
+
+@pytest.mark.parametrize("view", ["contiguous", "flatten_heads", "alias"])
+@pytest.mark.parametrize("write", ["setitem", "add_", "tanh_"])
+def test_view_of_a_part_whose_layout_nobody_knows(view, write):
+    """A part that was computed alone is forgotten with the next write; a native view of it is none of what is forgotten."""
+
+    def body(s):
+        part = s.mT.roll(1, 0)[1:]
+        result = FUNCTIONS[view](part)
+        WRITES[write](part)
+        return part, result, part @ torch.ones(part.shape[-1], 2)
+
+    module = Attention()
+    native = outcome(module, "matmul", body, False)
+    with zoo.by_rows(module, CASE, min_tokens=1):
+        assert differs(native, outcome(module, "matmul", body, False), layout=False) is None
+
+
+def test_layout_beside_a_mask_made_of_scores():
+    """``ones_like`` in another dtype: how a mask lies that it becomes, and what is filled where the mask says so, is known."""
+    module, found = Attention(), []
+
+    def body(s):
+        filled = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -6.0)
+        found.append((filled.stride(), filled.is_contiguous()))
+        return (filled.softmax(-1) @ torch.ones(s.shape[-1], 2),)
+
+    body(PRODUCTS["einsum"](*(torch.zeros(2, 2, n, 4) for n in SHAPE[2:])))
+    with zoo.by_rows(module, CASE, min_tokens=1):
+        outcome(module, "einsum", body, False)
+        assert not attnpatch.report(module).totals["materialised"]
+    assert found[0] == found[1]
 
 
 # One step of a chain, of a tensor of any number of dimensions; what does not fit leaves the tensor as it is.

@@ -127,7 +127,7 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     dtype = kwargs.get("dtype") or node.dtype
     made: Node = Filled(value, node.dims, dtype, node.device) if kind != "empty" else Blank.like(node, dtype)
     if name.endswith("_like"):
-        made.shadow = layouts.like(node)
+        made.shadow = layouts.like(node, dtype)
     return wrap(made, source.handle.call)
 
 

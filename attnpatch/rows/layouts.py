@@ -156,7 +156,7 @@ def _called(node: Call, below: list[Any]) -> Any:
         return node.func(*map_structure(node.args, fill), **map_structure(node.kwargs, fill))
 
 
-def like(node: Node) -> Any:
-    """``Node.shadow`` of a new tensor that is laid out as ``empty_like`` would lay it out."""
-    found = applied(node, torch.empty_like, (), {})
+def like(node: Node, dtype: torch.dtype) -> Any:
+    """``Node.shadow`` of a new tensor of a dtype that is laid out as ``empty_like`` would lay it out."""
+    found = applied(node, torch.empty_like, (), {"dtype": dtype})
     return False if found is None else found

@@ -97,7 +97,12 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return _write(name, func, args, kwargs)
     if name in sharing.ALIASES and is_pending(args[0]) and sharing.is_part(args[0].handle):
         args[0].handle.settle_family(name)
-    return native(func, settle(args, name), settle(kwargs, name))
+    result = native(func, settle(args, name), settle(kwargs, name))
+    if name in shaping.VIEWS and sharing.is_view_of_part(result, args[0]):
+        # What was computed alone is forgotten with the next write, and its native view would not see that.
+        args[0].handle.settle_family(name)
+        return native(func, settle(args, name), settle(kwargs, name))
+    return result
 
 
 # Another tensor of the same memory.

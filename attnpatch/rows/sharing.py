@@ -268,6 +268,15 @@ def is_part(handle: Handle) -> bool:
     return bool(handle.memory.others(handle) or handle.path) or layouts.has_gaps(handle.node)
 
 
+def is_view_of_part(result: Any, source: Any) -> bool:
+    """Whether a function has given memory of a slice that was computed alone: of how that lies nothing was known."""
+    handle = getattr(source, "handle", None)
+    if handle is None or handle.values is None or handle.memory.whole is not None or not is_part(handle):
+        return False
+    own = handle.values.untyped_storage()._cdata
+    return type(result) is torch.Tensor and result.untyped_storage()._cdata == own
+
+
 def begins_anew(handle: Handle) -> None:
     """Before a computed tensor is written to: let what shares its memory follow.
 
