@@ -375,6 +375,50 @@ def detached_in_place(module, scores, query, value):
     return probabilities @ value
 
 
+def kept_before_a_write_without_gradients(module, scores, query, value):
+    scores = scores * 0.5
+    scores.retain_grad()
+    module.kept = scores
+    with torch.no_grad():
+        scores.mul_(0.5)
+    return scores @ value
+
+
+def kept_after_a_part_was_written_without_gradients(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    with torch.no_grad():
+        scores[..., 0].zero_()
+    scores.retain_grad()
+    module.kept = scores
+    return scores @ value + probabilities @ query
+
+
+def function_on_what_was_read_and_written_to_by_a_view(module, scores, query, value):
+    scores.sum().item()
+    scores[..., 0].zero_()
+    return Doubled.apply(scores) @ value
+
+
+def function_on_what_got_a_history_by_a_view(module, scores, query, value):
+    scores = scores.detach() * 0.5
+    scores.sum().item()
+    scores[..., 0].add_(query[..., 0])
+    module.seen.update(needs=torch.tensor(scores.requires_grad))
+    return Doubled.apply(scores) @ value
+
+
+def nothing_done_in_place_to_what_a_function_has_saved(module, scores, query, value):
+    probabilities = Softmax.apply(scores)
+    nn.functional.dropout(probabilities, 0.0, inplace=True)
+    return probabilities @ value
+
+
+def other_values_for_what_a_function_has_saved(module, scores, query, value):
+    probabilities = Softmax.apply(scores)
+    probabilities.data = probabilities.data * 0.5
+    return probabilities @ value
+
+
 MIDDLES = [
     hook_on_scores, hook_that_changes, retained, gradient_inside, hook_on_a_part, detached_scores,
     detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
@@ -388,6 +432,9 @@ MIDDLES = [
     given_other_values,
     operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
     bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
+    kept_before_a_write_without_gradients, kept_after_a_part_was_written_without_gradients,
+    function_on_what_was_read_and_written_to_by_a_view, function_on_what_got_a_history_by_a_view,
+    nothing_done_in_place_to_what_a_function_has_saved, other_values_for_what_a_function_has_saved,
 ]  # fmt: skip
 
 

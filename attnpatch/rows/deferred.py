@@ -222,7 +222,9 @@ class Handle:
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
         self._bridged: tuple[torch.Tensor, Any] | None = None
-        self._adopted: Any = None  # the history of ``written`` that its own has gone on with
+        # The history of the tensor that stands for it: the one it began with, or that its own has gone on with.
+        self._known: Any = None
+        self._has_adopted = False
         self._tensor: weakref.ref[DeferredRows] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
         self.memory.members.add(self)
@@ -244,6 +246,7 @@ class Handle:
         self.values = self._bridged = None
         if self.written is None:
             self.pending.add(self)
+            self._known = None
 
     @property
     def has_values(self) -> bool:
@@ -277,6 +280,7 @@ class Handle:
             is_read = torch.is_inference_mode_enabled() and not _is_inference(self.tensor)
             with torch.no_grad(), torch.inference_mode(False) if is_read else contextlib.nullcontext():
                 self._compute()
+        _thread.real.add(self)
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
             return self.values
@@ -286,6 +290,8 @@ class Handle:
         tensor = self.tensor
         if self._bridged is None or self._bridged[1] is not edges.history(tensor):
             self._bridged = edges.bridged(tensor, values), edges.history(tensor)
+            if self.written is None:
+                self._known = self._bridged[0].grad_fn
         return self._bridged[0]
 
     def _compute(self) -> None:
@@ -298,16 +304,20 @@ class Handle:
             self.values = plain.evaluated(self.node)
             self.pending.discard(self)
 
+    def stands_for(self, value: torch.Tensor) -> None:
+        """From now on the computed tensor alone stands for it; its history goes on to the one that there is."""
+        self.written, self._known = value, value.grad_fn
+        self.pending.discard(self)
+        _thread.real.add(self)
+
     def is_written(self, value: torch.Tensor) -> None:
         """The computed tensor was written to in place: it alone stands for the result, with its history."""
-        self.written = value
-        self.pending.discard(self)
-        _thread.written.add(self)
-        self._adopted = value.grad_fn
+        has_another = value.grad_fn is not self._known
+        self.stands_for(value)
         tensor = self.tensor
-        if tensor is not None and value.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and has_another and value.requires_grad and torch.is_grad_enabled():
             edges.adopt(tensor, value)
-            self.edge = edges.history(tensor)
+            self.edge, self._has_adopted = edges.history(tensor), True
             with torch._C.DisableTorchFunctionSubclass():
                 retains = tensor.retains_grad
             if retains:
@@ -316,10 +326,20 @@ class Handle:
     def follow(self) -> None:
         """Go on with the history of the tensor that stands for it, if that has another one since it was written to."""
         tensor, value = self.tensor, self.written
+        if value is None:
+            value = self.values if self._bridged is None else self._bridged[0]
         if tensor is None or value is None or _has_other_history(tensor):
             return
-        if torch.is_grad_enabled() and value.grad_fn is not self._adopted:
+        if torch.is_grad_enabled() and value.grad_fn is not self._known:
             self.is_written(value)
+
+    @property
+    def passes_by(self) -> torch.Tensor | None:
+        """What it was written to as, if gradients pass by that on their way to its history, and by no tensor of its own.
+
+        One that was written to without gradients recorded leads to the history that there was.
+        """
+        return self.written if self._has_adopted else None
 
     def is_shared(self) -> bool:
         return bool(self.memory.others(self))
@@ -342,7 +362,8 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
-        self.written: weakref.WeakSet[Handle] = weakref.WeakSet()
+        # For these a real tensor stands, which may be written to as another one's.
+        self.real: weakref.WeakSet[Handle] = weakref.WeakSet()
         self.site: SiteCall | None = None
 
 
@@ -356,7 +377,7 @@ def pending() -> bool:
 
 def is_watching_writes() -> bool:
     """Whether something of this thread still reads tensors that may be overwritten, or stands for one."""
-    return bool(_thread.pending) or bool(_thread.written) or edges.are_kept()
+    return bool(_thread.pending) or bool(_thread.real) or edges.are_kept()
 
 
 def before_write(tensor: torch.Tensor) -> None:
@@ -373,7 +394,7 @@ def before_write(tensor: torch.Tensor) -> None:
 
 def after_write() -> None:
     """Let deferred tensors whose memory may have been written to as another tensor's have the history it has now."""
-    for handle in list(_thread.written):
+    for handle in list(_thread.real):
         handle.follow()
 
 
@@ -587,9 +608,10 @@ def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
 
 def _passed_by(tensor: Any) -> Any:
     """What gradients pass by on their way to a deferred tensor's history: itself, or what it was written to as."""
-    if not isinstance(tensor, DeferredRows) or tensor.handle.written is None or _has_other_history(tensor):
+    if not isinstance(tensor, DeferredRows) or _has_other_history(tensor):
         return tensor
-    return tensor.handle.written
+    passed = tensor.handle.passes_by
+    return tensor if passed is None else passed
 
 
 def _observe(tensor: DeferredRows) -> None:

@@ -172,13 +172,22 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
             real = settle(target, name)
     rest, kwargs = settle(args[1:], name), settle(kwargs, name)
     before_write(real)
+    before = _state(real)
     result = native(func, (real, *rest), kwargs)
-    if isinstance(target, DeferredRows):
+    if isinstance(target, DeferredRows) and (before is None or before != _state(real)):
         target.handle.is_written(real)
         if name == "detach_":
             detached(target)
     after_write()
     return target if result is real else result
+
+
+def _state(tensor: Any) -> Any:
+    """What any write changes, so that one that has done nothing (dropout of nothing) is none; ``None``: not to be told."""
+    if not isinstance(tensor, torch.Tensor) or tensor.is_inference():
+        return None
+    where = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor._version, id(tensor.grad_fn), tensor.requires_grad, where
 
 
 def _viewed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -238,12 +238,21 @@ def settle(handle: Handle) -> None:
     with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(handle)):
         with torch.no_grad():
             _compute_all(handle)
-        whole = wrap(memory.recipe, handle.call)
-        whole.handle.values = memory.whole
-        whole.handle.pending.discard(whole.handle)
-        real = whole.handle.reduced()
+        root = next(
+            (member for member in memory.members if not member.path and member.tensor is not None), None
+        )
+        if root is not None:
+            # Its history stays: gradients of what was made of it before go there too.
+            real = root.reduced()
+            root.stands_for(real)
+        else:
+            whole = wrap(memory.recipe, handle.call)
+            whole.handle.values = memory.whole
+            whole.handle.pending.discard(whole.handle)
+            real = whole.handle.reduced()
         for member in list(memory.members):
-            member.is_written(_part(member.path, real))
+            if member is not root:
+                member.is_written(_part(member.path, real))
 
 
 def has_history(handle: Handle) -> bool:
