@@ -384,6 +384,15 @@ def kept_before_a_write_without_gradients(module, scores, query, value):
     return scores @ value
 
 
+def kept_before_a_view_of_it_was_written_to(module, scores, query, value):
+    scores = Doubled.apply(scores)
+    scores.retain_grad()
+    module.kept = scores
+    view = scores.transpose(1, 2)
+    view.add_(view)
+    return scores @ value
+
+
 def kept_after_a_part_was_written_without_gradients(module, scores, query, value):
     probabilities = scores.softmax(-1)
     with torch.no_grad():
@@ -432,7 +441,8 @@ MIDDLES = [
     given_other_values,
     operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
     bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
-    kept_before_a_write_without_gradients, kept_after_a_part_was_written_without_gradients,
+    kept_before_a_write_without_gradients,
+    kept_before_a_view_of_it_was_written_to, kept_after_a_part_was_written_without_gradients,
     function_on_what_was_read_and_written_to_by_a_view, function_on_what_got_a_history_by_a_view,
     nothing_done_in_place_to_what_a_function_has_saved, other_values_for_what_a_function_has_saved,
 ]  # fmt: skip

@@ -221,9 +221,9 @@ class Handle:
         self.checkpoint: weakref.ref[Any] | None = None
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
-        self._bridged: tuple[torch.Tensor, Any] | None = None
-        # The history of the tensor that stands for it: the one it began with, or that its own has gone on with.
-        self._known: Any = None
+        # The tensor with the deferred one's history, that history, and the one it began with itself.
+        self._bridged: tuple[torch.Tensor, Any, Any] | None = None
+        self._adopted: Any = None  # the history of ``written`` that its own has gone on with
         self._has_adopted = False
         self._tensor: weakref.ref[DeferredRows] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
@@ -246,7 +246,6 @@ class Handle:
         self.values = self._bridged = None
         if self.written is None:
             self.pending.add(self)
-            self._known = None
 
     @property
     def has_values(self) -> bool:
@@ -270,6 +269,7 @@ class Handle:
 
     def reduced(self) -> torch.Tensor:
         """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
+        _thread.real.add(self)
         if self.written is not None:
             tensor = self.tensor
             return (
@@ -280,7 +280,6 @@ class Handle:
             is_read = torch.is_inference_mode_enabled() and not _is_inference(self.tensor)
             with torch.no_grad(), torch.inference_mode(False) if is_read else contextlib.nullcontext():
                 self._compute()
-        _thread.real.add(self)
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
             return self.values
@@ -289,9 +288,8 @@ class Handle:
     def _with_history(self, values: torch.Tensor) -> torch.Tensor:
         tensor = self.tensor
         if self._bridged is None or self._bridged[1] is not edges.history(tensor):
-            self._bridged = edges.bridged(tensor, values), edges.history(tensor)
-            if self.written is None:
-                self._known = self._bridged[0].grad_fn
+            found = edges.bridged(tensor, values)
+            self._bridged = found, edges.history(tensor), found.grad_fn
         return self._bridged[0]
 
     def _compute(self) -> None:
@@ -306,13 +304,13 @@ class Handle:
 
     def stands_for(self, value: torch.Tensor) -> None:
         """From now on the computed tensor alone stands for it; its history goes on to the one that there is."""
-        self.written, self._known = value, value.grad_fn
+        self.written, self._adopted = value, value.grad_fn
         self.pending.discard(self)
         _thread.real.add(self)
 
     def is_written(self, value: torch.Tensor) -> None:
         """The computed tensor was written to in place: it alone stands for the result, with its history."""
-        has_another = value.grad_fn is not self._known
+        has_another = value.grad_fn is not self._begun_with(value)
         self.stands_for(value)
         tensor = self.tensor
         if tensor is not None and has_another and value.requires_grad and torch.is_grad_enabled():
@@ -323,14 +321,24 @@ class Handle:
             if retains:
                 value.retain_grad()
 
+    def _begun_with(self, value: torch.Tensor) -> Any:
+        """The history that a tensor which stands for it had when it began to, or when this one's last went on with it."""
+        if value is self.written:
+            return self._adopted
+        return self._bridged[2] if self._bridged is not None and value is self._bridged[0] else None
+
     def follow(self) -> None:
-        """Go on with the history of the tensor that stands for it, if that has another one since it was written to."""
-        tensor, value = self.tensor, self.written
-        if value is None:
-            value = self.values if self._bridged is None else self._bridged[0]
-        if tensor is None or value is None or _has_other_history(tensor):
+        """Go on with the history of the tensor that stands for it, if that has another one since: a view was written to."""
+        tensor, value = self.tensor, self.values
+        if tensor is None:
             return
-        if torch.is_grad_enabled() and value.grad_fn is not self._known:
+        if self._bridged is not None and self._bridged[1] is edges.history(tensor):
+            value = self._bridged[0]
+        elif _has_other_history(tensor):
+            return
+        elif self.written is not None:
+            value = self.written
+        if value is not None and torch.is_grad_enabled() and value.grad_fn is not self._begun_with(value):
             self.is_written(value)
 
     @property
