@@ -29,8 +29,8 @@ class Analysis:
     Attributes:
         block_map: Which message (or other block) attends to which, in every layer; its ``metadata`` holds ``texts`` (what
             each block says), ``method``, ``template`` and the like.
-        received: float32 ``[layers, tokens]``, attention each token receives (summed over query tokens, mean over
-            heads), or ``None``.
+        received: float32 ``[layers, (heads,) tokens]``, attention each token receives (summed over query tokens, mean
+            over heads unless they are kept apart), or ``None``.
         entropy: float32 ``[layers, heads]``, of attention rows in nats, mean over query tokens, or ``None``.
         sink: float32 ``[layers, heads]``, mean mass on the first token, or ``None``.
         seconds: The model's passes took.

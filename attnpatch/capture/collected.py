@@ -10,7 +10,6 @@ import torch
 
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.heads import chosen_heads
-from attnpatch.capture.measures import Measures
 from attnpatch.capture.observer import Record
 from attnpatch.errors import CaptureError
 
@@ -29,9 +28,7 @@ def _added(before: Record, record: Record) -> Record:
     variance = None if record.variance is None else record.variance + grown(before.variance, record)
     measures = record.measures
     if measures is not None and before.measures is not None:
-        old = before.measures.grown(measures.received.shape[1])
-        sums = ((getattr(old, f.name), getattr(measures, f.name)) for f in dataclasses.fields(Measures))
-        measures = Measures(*(a + b for a, b in sums))
+        measures = before.measures.plus(measures)
     sums = record.sums + grown(before.sums, record)
     counts = record.counts.clone()
     counts[:, : before.counts.shape[1]] += before.counts
@@ -97,9 +94,14 @@ def block_map(
 def measured(records: Sequence[Record], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """What else was measured, of one record per layer; see ``Maps.measured``."""
     each = [record.measures for record in records]
+    if any(one.entropy.shape != each[0].entropy.shape for one in each):
+        raise CaptureError(
+            "layers differ in heads and do not fit one table; capture them one by one with layers=[...]"
+        )
     rows = torch.stack([one.rows for one in each], 1).clamp(min=1)[..., None]
+    received = torch.stack([one.received for one in each], 1)
     values = {
-        "received": torch.stack([one.received for one in each], 1) / records[0].num_heads,
+        "received": received[:, :, 0] / records[0].num_heads if each[0].apart is None else received,
         "entropy": torch.stack([one.entropy for one in each], 1) / rows,
         "sink": torch.stack([one.sink for one in each], 1) / rows,
     }

@@ -58,7 +58,8 @@ class Maps:
         Returns:
             By name, float32, the batch first where there are several sequences:
             ``"received"`` ``[layers, tokens]``: attention each token receives, summed over the query tokens and averaged
-            over heads (the score that H2O evicts by; Zhang et al. 2023);
+            over heads (the score that H2O evicts by; Zhang et al. 2023); ``[layers, heads, tokens]`` of the heads that
+            are kept apart;
             ``"entropy"`` ``[layers, heads]``: mean over query tokens of ``-sum p log p``, in nats;
             ``"sink"`` ``[layers, heads]``: mean mass on the first token (attention sinks; Xiao et al. 2023).
 

@@ -18,27 +18,41 @@ class Measures:
     """Sums over the query rows of one site; all float64.
 
     Attributes:
-        received: ``[batch, tokens]``, attention that each token receives, over heads and rows.
+        received: ``[batch, 1 or kept heads, tokens]``, attention that each token receives, over rows, and over heads where
+            none is kept apart.
         entropy: ``[batch, heads]``, of the rows, in nats.
         sink: ``[batch, heads]``, mass on the first token of the sequence.
         rows: ``[batch]``, how many.
+        apart: Numbers of the heads that are kept apart; ``None``: none.
     """
 
     received: torch.Tensor
     entropy: torch.Tensor
     sink: torch.Tensor
     rows: torch.Tensor
+    apart: tuple[int, ...] | None = None
 
     @classmethod
-    def empty(cls, batch: int, num_heads: int, tokens: int) -> Measures:
-        sizes = ((batch, tokens), (batch, num_heads), (batch, num_heads), (batch,))
-        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
+    def empty(cls, batch: int, num_heads: int, tokens: int, apart: Sequence[int] | None = None) -> Measures:
+        """Zeros; ``apart``: the heads that are kept apart."""
+        places = 1 if apart is None else len(apart)
+        sizes = ((batch, places, tokens), (batch, num_heads), (batch, num_heads), (batch,))
+        zeros = (torch.zeros(size, dtype=torch.float64) for size in sizes)
+        return cls(*zeros, apart=None if apart is None else tuple(apart))
 
     def grown(self, tokens: int) -> Measures:
         """A copy for a sequence that has so many tokens by now."""
-        more = max(0, tokens - self.received.shape[1])
+        more = max(0, tokens - self.received.shape[-1])
         received = torch.nn.functional.pad(self.received, (0, more))
-        return Measures(received, self.entropy.clone(), self.sink.clone(), self.rows.clone())
+        return Measures(received, self.entropy.clone(), self.sink.clone(), self.rows.clone(), self.apart)
+
+    def plus(self, more: Measures) -> Measures:
+        """The sums of both, of sequences that began alike and of which the second has at least as many tokens."""
+        old = self.grown(more.received.shape[-1])
+        pairs = [
+            (getattr(old, name), getattr(more, name)) for name in ("received", "entropy", "sink", "rows")
+        ]
+        return Measures(*(a + b for a, b in pairs), apart=self.apart)
 
     def add(
         self,
@@ -71,8 +85,7 @@ class Measures:
         weight = rows[kept].to(tile.device, torch.float32)
         place = torch.tensor(heads)
         if "received" in names:
-            summed = (factors * weight).reshape(1, -1) @ tile.reshape(-1, tile.shape[-1])
-            self.received[b, first : first + tile.shape[-1]] += summed[0].cpu().double()
+            self._receive(b, heads, tile, factors * weight, first)
         if "sink" in names and first <= start < first + tile.shape[-1]:
             mass = (tile[..., start - first] * factors * weight).sum(-1)
             self.sink[b].index_add_(0, place, mass.cpu().double())
@@ -84,6 +97,20 @@ class Measures:
             self.entropy[b].index_add_(0, place, (entropy * weight).sum(-1).cpu().double())
         if 0 in heads:
             self.rows[b] += rows[kept].sum()
+
+    def _receive(
+        self, b: int, heads: list[int], tile: torch.Tensor, factors: torch.Tensor, first: int
+    ) -> None:
+        """Add what keys get from rows, each ``factors`` times its own."""
+        keys = slice(first, first + tile.shape[-1])
+        if self.apart is None:
+            summed = factors.reshape(1, -1) @ tile.reshape(-1, tile.shape[-1])
+            self.received[b, 0, keys] += summed[0].cpu().double()
+            return
+        summed = torch.bmm(factors.unsqueeze(1), tile)[:, 0].cpu().double()
+        for place, head in enumerate(self.apart):
+            if head in heads:
+                self.received[b, place, keys] += summed[heads.index(head)]
 
 
 def checked_measures(names: Any) -> tuple[str, ...]:

@@ -336,7 +336,8 @@ class SiteObserver:
         self._real = queries, keys
         tokens = max(keys.shape[1], kv_len)
         if old is None or old.measures is None:
-            return Measures.empty(self.call.batch, num_heads, tokens)
+            apart = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
+            return Measures.empty(self.call.batch, num_heads, tokens, apart)
         return old.measures.grown(tokens)
 
     def restart(self) -> None:
