@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.grid import Grid
 from attnpatch.capture.heads import Heads
 from attnpatch.capture.image_maps import ImageMaps, Steps
 from attnpatch.capture.image_observer import ImageRecorder
@@ -147,15 +146,14 @@ def _capture_image(
     plan, kept = Plan.of(blocks), _checked_steps(steps)
     with contextlib.ExitStack() as undo:
         sampling = Sampling(plan, kept, prompts.find if "" not in whole else None)
-        hints: list[Grid | None] = [None]
         if "" not in whole:
             undo.enter_context(prompts.watching())
-            undo.enter_context(_runs(model, sampling, prompts, hints))
+            undo.enter_context(_runs(model, sampling, prompts))
         recorders = []
         for name, part in parts.items():
             (patch,) = put_in_place(part, Policy(mode="never"), undo)
             prefix = f"{name}." if name else ""
-            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites, hints)
+            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites)
             undo.enter_context(_recording(patch, recorder))
             recorders.append(recorder)
         if not any(recorder.wanted for recorder in recorders):
@@ -163,14 +161,11 @@ def _capture_image(
         yield ImageMaps(sampling, heads, steps, type(model).__name__)
 
 
-def _runs(
-    pipeline: Any, sampling: Sampling, prompts: Prompts, hints: list[Grid | None]
-) -> contextlib.AbstractContextManager[None]:
+def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:
     """Every call of a pipeline is a run."""
 
     def begin(given: dict[str, Any]) -> None:
         prompts.begin(denoisers.texts_given(given))
-        hints[0] = denoisers.image_size(given)
         sampling.begin_run()
 
     def end() -> None:
@@ -187,12 +182,11 @@ def image_recorder_of(
     prefix: str,
     heads: Heads,
     sites: str | None,
-    hints: list[Grid | None],
 ) -> ImageRecorder:
     """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
 
     def read_call(args: Any, kwargs: Any) -> DenoiserCall:
-        return denoisers.read_denoiser_call(type(part), args, kwargs, hints[0])
+        return denoisers.read_denoiser_call(part, args, kwargs)
 
     def site_call(args: Any, kwargs: Any) -> SiteFacts:
         return SiteFacts(None, None, host.is_cross(kwargs), *host.called_with(args, kwargs))

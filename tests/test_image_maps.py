@@ -87,8 +87,10 @@ def test_refused_when_read(plain, case):
 def test_steps_and_heads_that_there_are_not():
     with pytest.raises(errors.CaptureError, match=r"steps=\[0, 7\]: there were 2"):
         captured(steps=[0, 7])["cross"]
-    with pytest.raises(errors.CaptureError, match=r"heads=\[99\]: there are 8 heads"):
-        captured(heads=[99])
+    maps = captured(heads=[99])
+    assert len(maps.left_out) == 8
+    with pytest.raises(errors.CaptureError, match=r"nothing was captured.*heads=\[99\]: there are 8 heads"):
+        maps["cross"]
 
 
 def test_before_anything_ran():

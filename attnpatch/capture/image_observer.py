@@ -12,7 +12,7 @@ import torch
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
 from attnpatch.capture.observer import Passing, Record, SiteFacts, SiteObserver
-from attnpatch.capture.origins import IMAGE, TEXT, Origin, Origins
+from attnpatch.capture.origins import IMAGE, OTHER, TEXT, Origin, Origins
 from attnpatch.capture.partition import Partition
 from attnpatch.capture.sampling import (
     KEY_TILES,
@@ -21,7 +21,14 @@ from attnpatch.capture.sampling import (
     ImageRecord,
     Sampling,
     Side,
+    TextRow,
     tiles_of,
+)
+from attnpatch.errors import AttnpatchError, CaptureError
+
+UNSAID = (
+    "in which rows and columns they lie is not said by the call (no img_ids, img_shapes, or height and width); give "
+    "blocks=Blocks.tiles(height, width, tile) with the rows and columns of its tokens"
 )
 
 
@@ -67,10 +74,16 @@ class ImageRecorder:
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """The denoiser is about to run."""
-        sampling = self.sampling
-        self.call = call = self.read_call(args, kwargs)
+        sampling, self.call = self.sampling, None
+        call = self.read_call(args, kwargs)
         step = sampling.run.step_of(call.timestep)
-        self.rows = sampling.rows_of(call)
+        try:
+            self.rows = sampling.rows_of(call)
+        except AttnpatchError as error:
+            # Blocks that do not fit the text, say: the images are made all the same.
+            sampling.left_out.setdefault(f"step {step}", str(error))
+            return
+        self.call = call
         key = (step if sampling.is_kept_apart else 0, self.rows)
         self.records = sampling.run.records.setdefault(key, {})
         self.origins = self._stack.enter_context(Origins())
@@ -120,6 +133,7 @@ class ImageObserver(SiteObserver):
         super().__init__(*rest)
         self.lengths: tuple[int, int] | None = None
         self.is_out = False
+        self.grids: dict[int | None, Grid] = {}
 
     def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities, which are nobody's tokens."""
@@ -139,11 +153,14 @@ class ImageObserver(SiteObserver):
         if self.lengths is None:
             self.lengths = (q_len, kv_len)
             whole = self.call.batch * self.recorder.num_heads.get(self.name, 0)
-            if whole and lead_count != whole:
+            if self.name in self.recorder.sampling.run.refused:
+                self.is_out = True
+            elif (whole and lead_count != whole) or lead_count % self.call.batch:
                 # Some rows of the batch only (perturbed attention guidance), some heads, or other rows than images.
-                self._refuse(f"attends in {lead_count} pieces, not in the {whole} of its batch and heads")
+                heads = f"{whole} of its batch and heads" if whole else f"{self.call.batch} of its batch"
+                self._refuse(f"attends in {lead_count} pieces, not in the {heads}")
             else:
-                self._place(q_len, kv_len)
+                self._place(q_len, kv_len, lead_count // self.call.batch)
         elif self.lengths != (q_len, kv_len):
             # A second attention inside the module, as an image prompt's: shown it would be mixed with the first.
             self._leave_out(f"attends a second time, to {kv_len} keys", f" ({kv_len} keys)")
@@ -152,12 +169,13 @@ class ImageObserver(SiteObserver):
 
     def _refuse(self, reason: str) -> None:
         self._leave_out(reason)
+        self.recorder.sampling.run.refused.add(self.name)
         self.is_out = True
 
     def _leave_out(self, reason: str, part: str = "") -> None:
         self.recorder.sampling.left_out.setdefault(self.name + part, reason)
 
-    def _place(self, q_len: int, kv_len: int) -> None:
+    def _place(self, q_len: int, kv_len: int, num_heads: int) -> None:
         """Find out whose tokens the queries and the keys are."""
         queries, keys = self._kinds_of(q_len, self.inputs[:1]), None
         if queries is not None:
@@ -174,16 +192,87 @@ class ImageObserver(SiteObserver):
         if not {kind for kind, _ in queries} & plan.queries or not {kind for kind, _ in keys} & plan.keys:
             self.is_out = True  # not asked for
             return
-        self.segments = queries, keys
-        for kind, length in (*queries, *keys):
-            if kind == IMAGE and self._grid(length) is None:
-                self._refuse(
-                    f"attends with {length} image tokens, which show no image of the size of this one"
+        try:
+            self.segments = self._segments(queries), self._segments(keys)
+            if self.recorder.heads != "mean":
+                self.recorder.head_numbers(num_heads)
+            self._check_before()
+        except AttnpatchError as error:
+            self._refuse(str(error))
+
+    def _segments(self, side: Origin) -> Origin:
+        """Kinds of tokens on one side and how many; of several pictures the image is the first.
+
+        Raises:
+            CaptureError: They cannot be shown.
+        """
+        found: list[tuple[str, int | None]] = []
+        for kind, length in side:
+            if kind in (each for each, _ in found if each != OTHER):
+                raise CaptureError(f"attends with tokens of the {kind} in several places of one sequence")
+            rest = 0
+            if kind == IMAGE:
+                image = self._image(length)
+                rest = length - image.tokens
+            elif kind == TEXT in self._asked() and any(
+                len(text.assignment) != length for text in self._texts()
+            ):
+                given = self.call.texts[0].shape[:2] if self.call.texts else (0, 0)
+                raise CaptureError(
+                    f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
+                    f"{given[0]}"
                 )
-            elif kind == TEXT and length != self._text_tokens():
-                self._refuse(
-                    f"attends with {length} text tokens, the denoiser is given {self._text_tokens()}"
+            found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
+        return tuple(found)
+
+    def _image(self, tokens: int) -> Grid:
+        """Rows and columns of the image in so many tokens, which may be followed by those of other pictures."""
+        sampling, call = self.recorder.sampling, self.call
+        tiles = [
+            each.image for each in (sampling.plan.query_tiles, sampling.plan.key_tiles) if each is not None
+        ]
+        if call.pictures:
+            grid, *others = call.pictures
+            whole = grid.tokens + sum(other.tokens for other in others)
+            if tokens != whole:
+                raise CaptureError(
+                    f"attends with {tokens} image tokens, the pictures it is given have {whole}"
                 )
+        elif call.latents is not None:
+            grid, others = Grid.fitting(tokens, call.latents), []
+            if grid is None:
+                raise CaptureError(
+                    f"attends with {tokens} image tokens, which show no image of the size of this one"
+                )
+        else:
+            grid, others = next((each for each in tiles if each.tokens == tokens), None), []
+            if grid is None:
+                raise CaptureError(f"attends with {tokens} image tokens: {UNSAID}")
+        if any(Grid.fitting(grid.tokens, each) != grid for each in tiles):
+            raise CaptureError(
+                f"attends with {grid.tokens} image tokens, which show no image of the size of this one"
+            )
+        run = sampling.run
+        self.grids[grid.tokens] = grid
+        run.image = run.image or (tiles[0] if tiles else call.latents or grid)
+        for number, other in enumerate(others, 2):
+            name = f"picture {number} of {len(others) + 1}"
+            size = f"{other.height} x {other.width} tokens"
+            self.recorder.sampling.left_out.setdefault(
+                name, f"its {size} are in no block; maps show the first picture"
+            )
+        return grid
+
+    def _check_before(self) -> None:
+        """Sums that go on are of the same blocks."""
+        self.partitions = self._made()
+        before = self.records.get(self.name)
+        if before is not None and (before.query_side, before.key_side) != (self.query_side, self.key_side):
+            del self.records[self.name]
+            raise CaptureError(
+                "attends to an image of another size, or to another text, than before in one mean; capture with "
+                "steps='all'"
+            )
 
     def _kinds_of(self, length: int, inputs: list[tuple[Origin, set[int]]]) -> Origin | None:
         """Kinds of so many tokens: those of an input, or of what was put together since."""
@@ -192,21 +281,17 @@ class ImageObserver(SiteObserver):
                 return ((origin[0][0], length),) if len(origin) == 1 else origin
         return self.recorder.origins.joined.get(length)
 
-    def _text_tokens(self) -> int:
-        texts = self.call.texts
-        return texts[0].shape[1] if texts else 0
+    def _asked(self) -> frozenset[str]:
+        plan = self.recorder.sampling.plan
+        return plan.queries | plan.keys
 
-    def _grid(self, tokens: int) -> Grid | None:
-        run, plan = self.recorder.sampling.run, self.recorder.sampling.plan
-        asked = [tiles.image for tiles in (plan.query_tiles, plan.key_tiles) if tiles is not None]
-        for image in [run.image] if run.image is not None else (asked or self.call.grids):
-            found = Grid.fitting(tokens, image)
-            if found is not None:
-                run.image = image
-                return found
-        return None
+    def _texts(self) -> list[TextRow]:
+        return [self.recorder.sampling.run.texts[number] for number, _ in self.recorder.rows]
 
     def _partitions(self, q_len: int, kv_len: int) -> tuple[Partition, Partition]:
+        return self.partitions
+
+    def _made(self) -> tuple[Partition, Partition]:
         sampling = self.recorder.sampling
         query, self.query_side = self._side(self.segments[0], sampling.plan.queries, QUERY_TILES)
         key, self.key_side = self._side(self.segments[1], sampling.plan.keys, KEY_TILES)
@@ -214,7 +299,7 @@ class ImageObserver(SiteObserver):
 
     def _side(self, segments: Origin, kinds: frozenset[str], most: int) -> tuple[Partition, Side]:
         sampling = self.recorder.sampling
-        texts = [sampling.run.texts[number] for number, _ in self.recorder.rows]
+        texts = self._texts()
         has_text = TEXT in kinds and any(kind == TEXT for kind, _ in segments)
         side = Side(has_text, max(len(text.labels) for text in texts) if has_text else 0)
         pieces, count = [], side.words
@@ -223,7 +308,7 @@ class ImageObserver(SiteObserver):
             if kind == TEXT and has_text:
                 piece = torch.stack([text.assignment for text in texts])
             elif kind == IMAGE and IMAGE in kinds:
-                side.grid = self._grid(length)
+                side.grid = self.grids[length]
                 tiles = tiles_of(sampling, sampling.run, most)
                 cells = tiles.cells(side.grid)
                 count = side.words + int(cells.max()) + 1

@@ -60,7 +60,9 @@ class DenoiserCall:
         images, texts: What it is given of either.
         text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
         timestep: Of the sampler, ``None`` if it has none.
-        grids: Shapes that the image may have, the likeliest first.
+        latents: Shape of the image, where it comes as rows and columns.
+        pictures: Shapes of the pictures, where they come as a sequence of tokens; the first is the one that is sampled.
+            Neither: not known.
         past: Tokens in a cache, which a denoiser has not.
     """
 
@@ -69,7 +71,8 @@ class DenoiserCall:
     texts: list[torch.Tensor]
     text_mask: torch.Tensor | None
     timestep: float | None
-    grids: list[Grid]
+    latents: Grid | None = None
+    pictures: tuple[Grid, ...] = ()
     past: int = 0
 
 
@@ -155,6 +158,7 @@ class Run:
         texts: Every text that rows were given.
         rows: Every row there was, and its steps.
         image: The shape of the image; known when the first site has run.
+        refused: Sites that are in no map of this run.
         records: By step and rows of the batch, then by site.
     """
 
@@ -163,6 +167,7 @@ class Run:
         self.texts: list[TextRow] = []
         self.rows: dict[Row, set[int]] = {}
         self.image: Grid | None = None
+        self.refused: set[str] = set()
         self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
 
     def step_of(self, timestep: float | None) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.capture.grid import Grid
 from attnpatch.capture.sampling import DenoiserCall
 from attnpatch.class_methods import Replaced, changing, owner_of
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
+from attnpatch.hosts import pictures
 from attnpatch.hosts.transformers import parameter_names
 
 _IMAGES = ("sample", "hidden_states", "x")
@@ -40,18 +40,15 @@ def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
     return {name: heads for name, heads in found.items() if type(heads) is int}
 
 
-def read_denoiser_call(
-    kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], hint: Grid | None = None
-) -> DenoiserCall:
+def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DenoiserCall:
     """What a denoiser is called with.
 
     Args:
-        kind: Its class.
+        part: The denoiser.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        hint: The shape of the image, if its pipeline has said it.
     """
-    given = {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
+    given = {**dict(zip(parameter_names(type(part)), args, strict=False)), **kwargs}
     images = [tensor for name in _IMAGES for tensor in _tensors(given.get(name))]
     texts = [tensor for name in _TEXTS for tensor in _tensors(given.get(name)) if tensor.dim() == 3]
     mask = next((given[name] for name in _MASKS if isinstance(given.get(name), torch.Tensor)), None)
@@ -64,7 +61,8 @@ def read_denoiser_call(
         texts=texts,
         text_mask=(mask != 0).cpu() if mask is not None and mask.dim() == 2 else None,
         timestep=None if timestep is None else float(timestep),
-        grids=_grids(given, images, hint),
+        latents=pictures.latents_grid(part, images),
+        pictures=pictures.pictures_of(given, images),
     )
 
 
@@ -72,32 +70,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     """A tensor, or those of a list; not a list of lists."""
     values = value if isinstance(value, (tuple, list)) else [value]
     return [one for one in values if isinstance(one, torch.Tensor)]
-
-
-def _grids(given: dict[str, Any], images: list[torch.Tensor], hint: Grid | None) -> list[Grid]:
-    """Shapes that the image may have: as latents show it, as the call says it, as the pipeline does, or a square."""
-    found: list[tuple[int, int, int]] = []
-    shape = images[0].shape if images else ()
-    if len(shape) == 4:
-        found.append((1, shape[2], shape[3]))
-    elif len(shape) == 5:
-        # Channels before frames, or after.
-        found += [(shape[2], shape[3], shape[4]), (shape[1], shape[3], shape[4])]
-    height, width = given.get("height"), given.get("width")
-    if type(height) is int and type(width) is int:
-        found.append((given.get("num_frames") or 1, height, width))
-    ids = given.get("img_ids")
-    if isinstance(ids, torch.Tensor) and ids.shape[-1] >= 3:
-        last = ids.reshape(-1, ids.shape[-1]).max(0).values.tolist()
-        found.append((1, int(last[1]) + 1, int(last[2]) + 1))
-    shapes = given.get("img_shapes")
-    while isinstance(shapes, (list, tuple)) and shapes and isinstance(shapes[0], (list, tuple)):
-        shapes = shapes[0]
-    if isinstance(shapes, (list, tuple)) and len(shapes) == 3:
-        found.append(tuple(int(each) for each in shapes))
-    if hint is not None:
-        found.append((hint.frames, hint.height, hint.width))
-    return [Grid(*each) for each in found] or [Grid(1, 1, 1)]
 
 
 @contextlib.contextmanager
@@ -183,14 +155,6 @@ def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
         raise
     except Exception as error:
         warn_once(where, error)
-
-
-def image_size(given: dict[str, Any]) -> Grid | None:
-    """The size of the image that a pipeline is called for, in pixels, if the call says it."""
-    height, width = given.get("height"), given.get("width")
-    if type(height) is int and type(width) is int:
-        return Grid(1, height, width)
-    return None
 
 
 def texts_given(given: dict[str, Any]) -> list[tuple[str, str]]:
