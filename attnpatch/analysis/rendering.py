@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from attnpatch.capture.closings import Special
 from attnpatch.capture.division import Division, Piece, divide
-from attnpatch.capture.messages import Span, prompted, template_of, token_counts
+from attnpatch.capture.messages import Span, template_of, token_counts
 from attnpatch.errors import AnalysisError, BlockError
 
 Side = Literal["left", "right"]
@@ -122,22 +123,20 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
 def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> Rendered:
     template = template_of(tokenizer, options)
     notes = []
+    how: dict[str, Any] = {"prompt": prompt, "special": Special.of(tokenizer)}
     try:
-        division = divide(template, messages, options)
+        division = divide(template, messages, options, **how)
     except BlockError:
         # Some templates write arguments as JSON, some put a text of JSON together with their own.
         messages, changed = _with_arguments_as_text(messages)
         if not changed:
             raise
-        division = divide(template, messages, options)
+        division = divide(template, messages, options, **how)
         notes.append("the arguments of tool calls are given to the chat template as text")
     notes += division.notes
-    longer = None
-    if prompt:
-        longer = prompted(template, messages, division.text)
-        if longer is None:
-            notes.append("the chat template has no opening of the assistant's next message: no block for it")
-    return _in_tokens(tokenizer, messages, replace(division, notes=tuple(notes)), longer, "chat template")
+    if prompt and not division.opening:
+        notes.append("the chat template has no opening of the assistant's next message: no block for it")
+    return _in_tokens(tokenizer, messages, replace(division, notes=tuple(notes)), "chat template")
 
 
 def _with_arguments_as_text(messages: list[Mapping]) -> tuple[list[Mapping], bool]:
@@ -160,7 +159,7 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
     ]
     if options:
         notes.append(f"without a chat template nothing is done with {', '.join(sorted(options))}")
-    text, pieces = "", []
+    pieces = []
     contents = [_text_of(message) for message in messages]
     lines = [
         f"{message['role']}: {_with_calls(message, content)}\n"
@@ -170,16 +169,15 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
     for index, line in enumerate(lines):
         end += len(line)
         pieces.append(Piece((index,), end))
-    text = "".join(lines)
-    division = Division(text, tuple(pieces), tuple(contents), tuple(notes))
-    return _in_tokens(tokenizer, messages, division, text + "assistant:" if prompt else None, "plain")
+    opening = "assistant:" if prompt else ""
+    text = "".join([*lines, opening])
+    division = Division(text, tuple(pieces), tuple(contents), tuple(notes), opening)
+    return _in_tokens(tokenizer, messages, division, "plain")
 
 
-def _in_tokens(
-    tokenizer: Any, messages: list[Mapping], division: Division, longer: str | None, template: Any
-) -> Rendered:
-    """The tokens of a divided text; ``longer`` is the text with a generation prompt."""
-    text = division.text if longer is None else longer
+def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, template: Any) -> Rendered:
+    """The tokens of a divided text."""
+    text = division.text
     try:
         encoded = tokenizer(text, add_special_tokens=template == "plain", return_offsets_mapping=True)
     except (UnicodeEncodeError, TypeError) as error:  # depends on the version of tokenizers
@@ -193,9 +191,9 @@ def _in_tokens(
         raise BlockError("the tokenizer makes no token of this conversation; use another tokenizer.")
     members = [piece.messages for piece in division.pieces]
     ends = [piece.end for piece in division.pieces]
-    if longer is not None:
+    if division.opening:
         members.append(())
-        ends.append(len(longer))
+        ends.append(len(text))
     counts = token_counts(encoded["offset_mapping"], ends)
     labels = [_label(messages, who) for who in members]
     texts = [_said(messages, who, division) for who in members]

@@ -11,18 +11,22 @@ halving and marked elsewhere, at last in their middle only.
 What stands between two contents, such as ``<|im_end|>\n<|im_start|>user\n``, is the closing of one message and
 the header of the next. Where the closing ends is learnt from the conversation cut off after that message: what
 comes there behind the mark. The same text between messages of the same roles is divided in the same way, so the
-number of renderings is that of the different texts between messages, not that of the messages. A message that is
-not closed so, because its text comes out inside the next message's, is one piece together with it.
+number of renderings is that of the different texts between messages, not that of the messages. Where a template closes
+the last message in another way, the opening of the assistant's next message is put behind it, other messages show how
+they close and begin, or it begins a conversation alone (``attnpatch.capture.closings``). A message that is not closed
+at all, because its text comes out inside the next message's, is one piece together with it.
 
 Where no marking survives the check, each end is where the conversation cut off there ends (one rendering per
 message), and a message whose text is elsewhere is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from attnpatch.capture.closings import Closings, Special
 from attnpatch.capture.ends import Ends
 from attnpatch.capture.locating import Places, locate
 from attnpatch.capture.marks import CONTENT, Marked, Marker, came_out
@@ -33,6 +37,13 @@ Render = Callable[..., str]
 
 # Messages without text that are left out one by one to see whether the template ever looks at them.
 _LEFT_OUT = 64
+_UNTOLD = (
+    "where the first one ends cannot be told, since the template closes it otherwise while it is the last"
+)
+_NO_OPENING = (
+    "where the last message ends and the assistant's next one opens cannot be told with this chat template; leave "
+    "add_generation_prompt out, or use Blocks.spans."
+)
 _BY_PREFIXES = "the template changes what it writes when messages are marked: each ends where the conversation cut off there does"
 
 
@@ -53,20 +64,29 @@ class Division:
     """A rendered conversation and whose its parts are.
 
     Attributes:
-        text: The rendering, without a generation prompt.
-        pieces: Cover it from 0 to its end.
+        text: The rendering.
+        pieces: Cover it from 0 to its end, or to where the opening of the assistant's next message begins.
         contents: What came out of each message's content; None where that is not known.
         notes: What the template did to messages, for people.
+        opening: The opening of the assistant's next message, with which the text ends; empty where it was not asked for or
+            the template has none.
     """
 
     text: str
     pieces: tuple[Piece, ...]
     contents: tuple[str | None, ...]
     notes: tuple[str, ...]
+    opening: str = ""
 
 
 def divide(
-    render: Render, messages: Sequence[Mapping], also: Any = None, *, strict: bool = False
+    render: Render,
+    messages: Sequence[Mapping],
+    also: Any = None,
+    *,
+    strict: bool = False,
+    prompt: bool = False,
+    special: Special | None = None,
 ) -> Division:
     """Divide a conversation's rendering among its messages.
 
@@ -75,24 +95,33 @@ def divide(
         messages: The conversation, not empty.
         also: What else the template is given; marks are characters that do not occur in it.
         strict: Refuse a message without text of its own, rather than join it with the next or leave it out.
+        prompt: With the opening of the assistant's next message at the end.
+        special: Special tokens of the tokenizer.
 
     Raises:
         BlockError: The template refuses the conversation, moves or repeats messages, or gives no text.
     """
+    written = Closings(render, messages, special or Special())
+    whole = partial(render, add_generation_prompt=True) if prompt else render
     try:
-        text = render(messages)
+        text = whole(messages)
+        opening = written.opening(render(messages), text) if prompt else ""
     except Exception as error:  # templates stop with jinja errors: "roles must alternate"
         raise BlockError(
             f"the chat template refuses this conversation ({error}); change it or the template."
         ) from error
-    located = locate(render, messages, text, Marker(messages, text, also))
+    if opening is None:
+        raise BlockError(_NO_OPENING)
+    located = locate(whole, messages, text, Marker(messages, text, also))
     if located is None:
-        ends = ends_of_prefixes(render, messages, text)
+        ends = ends_of_prefixes(render, messages, text, len(text) - len(opening), written)
         pieces = tuple(Piece((index,), end) for index, end in enumerate(ends))
-        return Division(text, pieces, (None,) * len(messages), (_BY_PREFIXES,))
+        return Division(text, pieces, (None,) * len(messages), (_BY_PREFIXES,), opening)
     marked, places = located
-    work = _Work(render, messages, text, marked, places, strict)
-    return work.divided()
+    if opening and any(found[-1][0] > len(text) - len(opening) for found in places.values()):
+        raise BlockError(_NO_OPENING)
+    work = _Work(render, whole, messages, text, len(text) - len(opening), marked, places, strict, written)
+    return replace(work.divided(), opening=opening)
 
 
 @dataclass
@@ -100,11 +129,14 @@ class _Work:
     """The division of one conversation while it is made."""
 
     render: Render
+    whole: Render
     messages: Sequence[Mapping]
     text: str
+    stop: int
     marked: Marked
     places: Places
     strict: bool
+    written: Closings
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,10 +149,13 @@ class _Work:
                 "the chat template gives no text for any of these messages; use another template."
             )
         self._check_order()
-        ends = Ends(self.render, self.messages, self.text, self.marked, self.places, self.strict).found()
+        work = Ends(
+            self.render, self.messages, self.text, self.stop, self.marked, self.places, self.strict, self.written
+        )  # fmt: skip
+        ends = work.found()
         absent = self._absent(ends)
         if self.strict:
-            self._check_own_text(ends, absent)
+            self._check_own_text(ends, absent, work.otherwise)
         contents = tuple(self._content(index, absent) for index in range(len(self.messages)))
         pieces: list[Piece] = []
         members: list[int] = []
@@ -132,16 +167,18 @@ class _Work:
                 pieces.append(Piece(tuple(members), end))
                 members = []
         if members:  # all that follows them was left out
-            pieces.append(Piece(tuple(members), len(self.text)))
+            pieces.append(Piece(tuple(members), self.stop))
         if not pieces:
             raise BlockError(
                 "the chat template gives no text for any of these messages; use another template."
             )
-        pieces[-1] = Piece(pieces[-1].messages, len(self.text))
+        pieces[-1] = Piece(pieces[-1].messages, self.stop)
         for piece in pieces:
             if len(piece.messages) > 1:
                 names = " and ".join(self._name(index) for index in piece.messages)
-                self.notes.append(f"{names} are one block: the template joins them")
+                first = piece.messages[0]
+                why = _UNTOLD if self._is_untold(first, work.otherwise) else "the template joins them"
+                self.notes.append(f"{names} are one block: {why}")
         return Division(self.text, tuple(pieces), contents, tuple(self.notes))
 
     def _name(self, index: int) -> str:
@@ -170,11 +207,25 @@ class _Work:
                 rest = [region for region in regions if region[0] != one]
                 self._refuse(one if all(a[2] <= b[1] for a, b in pairwise(rest)) else other, "moves")
 
-    def _check_own_text(self, ends: list[int | None], absent: set[int]) -> None:
+    def _is_untold(self, index: int, otherwise: Mapping[int, str]) -> bool:
+        """Whether a message that runs on into the next one is closed somewhere between, rather than joined with it."""
+        after = next((other for other in sorted(self.places) if other > index), None)
+        if index not in otherwise or after is None:
+            return False
+        (_, base), (limit, last) = self._region(index), self._region(after)
+        is_deferred = after < len(self.messages) - 1 and self.text.startswith(otherwise[index], last)
+        return bool(self.written.special.tags(self.text[base:limit])) and not is_deferred
+
+    def _check_own_text(self, ends: list[int | None], absent: set[int], otherwise: Mapping[int, str]) -> None:
         for index, end in enumerate(ends):
             lost = index not in self.places and self.placed.get(index, set()) - {"blank"}
             if index in absent or lost:
                 self._refuse(index, "drops")
+            if end is None and self._is_untold(index, otherwise):
+                raise BlockError(
+                    f"where {self._name(index)} ends cannot be told: the chat template closes it otherwise while it is the "
+                    "last; use Blocks.spans."
+                )
             if end is None:
                 self._refuse(index, "merges")
 
@@ -198,7 +249,7 @@ class _Work:
     def _same_without(self, indexes: set[int]) -> bool:
         rest = [message for index, message in enumerate(self.messages) if index not in indexes]
         try:
-            return self.render(rest) == self.text
+            return self.whole(rest) == self.text
         except Exception:  # the template refuses what is left: it does look at them
             return False
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from attnpatch.capture.closings import Closings
 from attnpatch.capture.locating import Places
 from attnpatch.capture.marks import Marked
 from attnpatch.capture.prefixes import common_prefix
@@ -70,37 +71,51 @@ class Ends:
         render: Text of a list of messages.
         messages: The conversation.
         text: Its rendering.
-        marked: The same with marks that do not change the rendering.
+        stop: Where in it the last message ends; the opening of the next one may follow.
+        marked: The messages with marks that do not change the rendering.
         places: Where these came out, in order of the messages.
         strict: Raise a ``BlockError`` when the template refuses the conversation cut off after some message.
+        written: How the template writes messages that others follow.
     """
 
     render: Callable[..., str]
     messages: Sequence[Mapping]
     text: str
+    stop: int
     marked: Marked
     places: Places
     strict: bool
+    written: Closings
     # Ends of a run's messages, counted from its base; by the text and the roles it has.
     learnt: dict[tuple, list[int | None]] = field(default_factory=dict)
     # How messages of a role close, for templates that refuse the conversation cut off after some message.
     closings: dict[Any, set[str]] = field(default_factory=dict)
-    refused: dict[tuple, str] = field(default_factory=dict)
+    # What the messages of a role begin with, behind one whose end is known.
+    headers: dict[Any, set[str]] = field(default_factory=dict)
+    # Texts between messages that cannot be divided by the conversation cut off there: refused, or closed otherwise.
+    open: set[tuple] = field(default_factory=set)
+    # Messages that close otherwise while they are last, and how.
+    otherwise: dict[int, str] = field(default_factory=dict)
 
     def found(self) -> list[int | None]:
         """Where each message ends; None where it runs on into the next one."""
         ends: list[int | None] = [None] * len(self.messages)
         runs = [run for run in self._runs() if run.members]
         if runs[-1].located and len(runs[-1].members) == 1:
-            self._learn_closing(runs[-1].members[0], self.text[runs[-1].base :])
+            self._learn_closing(runs[-1].members[0], self.text[runs[-1].base : self.stop])
         self._learn(runs)
         for run in runs:
+            if run.key not in self.open:
+                self._learn_header(run)
+        for run in runs:
             offsets = self.learnt[run.key]
-            if run.key in self.refused:
+            if run.key in self.open:
                 offsets = [self._closed_as_others(run), *offsets[1:]]
+            elif run.located and len(run.members) == 1 and offsets[0] is not None:
+                offsets = [self._with_white_space(run, offsets[0])]
             for index, offset in zip(run.members, offsets, strict=True):
                 ends[index] = None if offset is None else run.base + offset
-        ends[-1] = len(self.text)
+        ends[-1] = self.stop
         return ends
 
     def _learn(self, runs: list[_Run]) -> None:
@@ -133,16 +148,16 @@ class Ends:
             if run.located and index == run.members[0]:
                 end = self._closed(index, run)
             elif index == len(self.messages) - 1:
-                end = len(self.text)
+                end = self.stop
             else:
                 end = self._end_without_marks(index, last, run.limit)
             ends.append(end)
             last = end if end is not None else last
         return [None if end is None else end - run.base for end in ends]
 
-    def _prefix(self, count: int, messages: Sequence[Mapping]) -> str:
+    def _prefix(self, count: int, messages: Sequence[Mapping], **options: Any) -> str:
         try:
-            return self.render(messages[:count])
+            return self.render(messages[:count], **options)
         except Exception as error:  # templates stop with jinja errors: "roles must alternate"
             raise _Refused(
                 f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
@@ -151,43 +166,100 @@ class Ends:
     def _closed(self, index: int, run: _Run) -> int | None:
         """Where a message with marks closes: as it does where the conversation is cut off after it."""
         if index == len(self.messages) - 1:
-            return len(self.text)
+            return self.stop
+        only = [*self.messages[:index], self.marked.messages[index]]
         try:
-            only = [*self.messages[:index], self.marked.messages[index]]
-            prefix, places = self.marked.read(self._prefix(index + 1, only))
+            closing = self._behind_marks(index, self._prefix(index + 1, only))
         except _Refused as error:
             if self.strict:
                 raise BlockError(str(error)) from error
-            self.refused[run.key] = str(error)
+            self.open.add(run.key)
             return None
-        found = [place for place, kind in places.get(index, []) if kind == self.places[index][-1][1]]
-        if not found:
+        if closing is None:
             return None
-        closing = prefix[found[-1] :]
-        end = run.base + len(closing)
-        if end > run.limit or not self.text.startswith(closing, run.base):
-            return None
+        if not self._fits(closing, run):
+            self.otherwise[index] = closing
+            prompted = self._behind_marks(index, self._prefix(index + 1, only, add_generation_prompt=True))
+            followed = self.written.followed(closing, prompted or closing)
+            if not followed.strip() or not self._fits(followed, run):
+                self.open.add(run.key)
+                return None
+            closing = followed
+        elif not closing.strip() and self.text[run.base : run.limit].strip():
+            # Nothing closes it while it is last; whether anything does otherwise, the next header tells.
+            header = self._header_at_end(run)
+            closing = self.text[run.base : run.limit - len(header)] if header else closing
         self._learn_closing(index, closing)
-        return end
+        return run.base + len(closing)
+
+    def _behind_marks(self, index: int, rendered: str) -> str | None:
+        """What follows a message's last mark at the end of a text; None where that mark is not in it."""
+        prefix, places = self.marked.read(rendered)
+        found = [place for place, kind in places.get(index, []) if kind == self.places[index][-1][1]]
+        return prefix[found[-1] :] if found else None
+
+    def _fits(self, closing: str, run: _Run) -> bool:
+        return run.base + len(closing) <= run.limit and self.text.startswith(closing, run.base)
 
     def _learn_closing(self, index: int, closing: str) -> None:
         if closing.strip():
             self.closings.setdefault(self.messages[index].get("role"), set()).add(closing)
 
+    def _learn_header(self, run: _Run) -> None:
+        """What the message after a run begins with, where the run's last message is known to end."""
+        end, after = self.learnt[run.key][-1], run.members[-1] + 1
+        if end is not None and after < len(self.messages) and self.text[run.base + end : run.limit].strip():
+            role = self.messages[after].get("role")
+            self.headers.setdefault(role, set()).add(self.text[run.base + end : run.limit])
+
     def _closed_as_others(self, run: _Run) -> int | None:
-        """The end of a message whose prefix is refused, if it closes as messages of its role, or of any, do."""
+        """The end of a message that the conversation cut off there does not tell.
+
+        It closes as messages of its role do, or of any; or what follows it begins as messages of that role do.
+        """
         role = self.messages[run.members[0]].get("role")
-        known = self.closings.get(role) or {text for texts in self.closings.values() for text in texts}
         gap = self.text[run.base : run.limit]
-        return max((len(closing) for closing in known if gap.startswith(closing)), default=None)
+        for known in (
+            self.closings.get(role, ()),
+            [text for texts in self.closings.values() for text in texts],
+        ):
+            found = [len(closing) for closing in known if gap.startswith(closing)]
+            if found:
+                return max(found)
+        header = self._header_at_end(run) if len(run.members) == 1 else ""
+        return len(gap) - len(header) if header else None
+
+    def _header_at_end(self, run: _Run) -> str:
+        """What the text of a run ends with, if that is how messages of the next one's role begin; else empty."""
+        after = run.members[-1] + 1
+        if after >= len(self.messages):
+            return ""
+        gap, message = self.text[run.base : run.limit], self.messages[after]
+        known = {*self.headers.get(message.get("role"), ()), self.written.header(message)}
+        return max(
+            (header for header in known if header.strip() and gap.endswith(header)), key=len, default=""
+        )
+
+    def _with_white_space(self, run: _Run, end: int) -> int:
+        """The end of a message, behind white space that the header which comes then does not begin with elsewhere."""
+        after = run.members[0] + 1
+        header = self.text[run.base + end : run.limit]
+        bare = header.lstrip()
+        if bare == header or not bare or after >= len(self.messages):
+            return end
+        message = self.messages[after]
+        known = {*self.headers.get(message.get("role"), ())}
+        if bare not in known and self.text[run.base : run.base + end].strip():
+            known.add(self.written.header(message))
+        return end + len(header) - len(bare) if bare in known else end
 
     def _end_without_marks(self, index: int, last: int, limit: int) -> int | None:
         """Where a message ends that has no text, or none in the rendering: by the text its turn adds."""
         try:
-            prefix = self._prefix(index + 1, self.messages)
+            prefix = self._followed_prefix(index + 1)
             if self.text.startswith(prefix) and last <= len(prefix) <= limit:
                 return len(prefix)
-            before = self._prefix(index, self.messages) if index else ""
+            before = self._followed_prefix(index) if index else ""
         except _Refused as error:
             if self.strict:
                 raise BlockError(str(error)) from error
@@ -197,6 +269,13 @@ class Ends:
         fits = prefix.startswith(before) and end <= limit and self.text.startswith(added, last)
         return end if fits else None
 
+    def _followed_prefix(self, count: int) -> str:
+        """The conversation cut off after some messages, as it is written when others follow."""
+        plain = self._prefix(count, self.messages)
+        if self.text.startswith(plain):
+            return plain
+        return self.written.followed(plain, self._prefix(count, self.messages, add_generation_prompt=True))
+
     def _runs(self) -> list[_Run]:
         count, known, runs = len(self.messages), sorted(self.places), []
         roles = [message.get("role") for message in self.messages]
@@ -204,7 +283,7 @@ class Ends:
             located = one >= 0
             first, kind = (one, self.places[one][-1][1]) if located else (0, "")
             base = self._region(one)[1] if located else 0
-            limit = self._region(other)[0] if other < count else len(self.text)
+            limit = self._region(other)[0] if other < count else self.stop
             key = (located, kind, tuple(roles[first : other + 1]), other == count, self.text[base:limit])
             runs.append(_Run(range(first, other), located, base, limit, key))
         return runs

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.capture.closings import Special
 from attnpatch.capture.division import divide
 from attnpatch.errors import BlockError
 
@@ -27,15 +28,14 @@ def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options
     if not getattr(tokenizer, "is_fast", False):
         raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
     render = template_of(tokenizer, options)
-    division = divide(render, messages, options, strict=True)
+    division = divide(render, messages, options, strict=True, prompt=prompt, special=Special.of(tokenizer))
     text, ends = division.text, [piece.end for piece in division.pieces]
     if prompt:
-        longer = prompted(render, messages, text)
-        if longer is None:
+        if not division.opening:
             raise BlockError(
                 "add_generation_prompt=True adds nothing at the end with this chat template; leave it out."
             )
-        text, ends = longer, [*ends, len(longer)]
+        ends.append(len(text))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     counts = token_counts(encoded["offset_mapping"], ends)
     if 0 in counts:
@@ -53,12 +53,6 @@ def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
         return tokenizer.apply_chat_template(list(some), tokenize=False, **{**options, **more})
 
     return render
-
-
-def prompted(render: Callable[..., str], messages: Sequence[Mapping], text: str) -> str | None:
-    """The conversation with the opening of the assistant's next message, or None if the template has none."""
-    longer = render(messages, add_generation_prompt=True)
-    return longer if longer.startswith(text) and longer != text else None
 
 
 def token_counts(offsets: Sequence[Span], ends: Sequence[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Ends of messages from the conversation cut off after each: for templates in which marks change too much."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from attnpatch.errors import BlockError
@@ -12,13 +13,27 @@ Span = tuple[int, int]
 _MARK = "\ue000"
 
 
-def ends_of_prefixes(render: Any, messages: Sequence[Mapping], text: str) -> list[int]:
-    """Character of ``text`` at which each message ends; every message must own the text it brought in."""
+def ends_of_prefixes(
+    render: Any, messages: Sequence[Mapping], text: str, stop: int, written: Any
+) -> list[int]:
+    """Character of ``text`` at which each message ends; every message must own the text it brought in.
+
+    Args:
+        render: Text of a list of messages.
+        messages: The conversation.
+        text: Its rendering, to ``stop``; the opening of the assistant's next message may follow.
+        stop: Where the last message ends.
+        written: ``closings.Closings`` of the template.
+
+    Raises:
+        BlockError: A message does not own the text it brought in, or where one ends cannot be told.
+    """
+    whole = partial(render, add_generation_prompt=True) if stop < len(text) else render
     ends: list[int] = []
     for count in range(1, len(messages) + 1):
-        end = len(text) if count == len(messages) else _prefix_end(render, messages, count, text)
+        end = stop if count == len(messages) else _prefix_end(render, messages, count, text, written)
         start = ends[-1] if ends else 0
-        first, last = _changed_region(render, messages, count - 1, text) or (start, end)
+        first, last = _changed_region(whole, messages, count - 1, text) or (start, end)
         if end is None or end <= start or first < start or last > end:
             role = messages[count - 1].get("role", "?")
             raise BlockError(
@@ -29,10 +44,14 @@ def ends_of_prefixes(render: Any, messages: Sequence[Mapping], text: str) -> lis
     return ends
 
 
-def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str) -> int | None:
+def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str, written: Any) -> int | None:
     """Where the first ``count`` messages end in ``text``, or None if that cannot be told."""
     try:
         prefix = render(messages[:count])
+        if not text.startswith(prefix):
+            # As it is written when something follows, where a template closes the last message otherwise.
+            followed = written.followed(prefix, render(messages[:count], add_generation_prompt=True))
+            prefix = followed if text.startswith(followed) and followed.strip() else prefix
     except Exception as error:  # templates stop with jinja errors: "roles must alternate"
         raise BlockError(
             f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
