@@ -234,6 +234,20 @@ def test_gradient_maps_are_the_dense_ones(model, tokenizer, checkpointing, polic
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_gradients_are_divided_by_no_sum_with_signs(model, tokenizer):
+    analyzer = BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, weighting="gradient")
+    found = analyzer.analyze_conversation(MESSAGES)
+    mass = found.block_map.mass.double()
+    assert found.block_map.normalization == "none" and (mass < 0).any() and (mass > 0).any()
+    asked = analyzer.analyze_conversation(MESSAGES, "row").block_map
+    assert asked.normalization == "absolute row"
+    shares = mass / mass.abs().sum(-1, keepdim=True)
+    torch.testing.assert_close(asked.values.double(), shares.nan_to_num(0), rtol=1e-5, atol=1e-6)
+    for measure in (found.lookback, found.rollout):
+        with pytest.raises(AnalysisError, match="weighted by gradients"):
+            measure()
+
+
 def test_targets(analyzer):
     some = analyzer.analyze_conversation(MESSAGES, "none", weighting="gradient", target=[5, 9], measures=())
     # Nothing after the tokens that lead to the target has a gradient.

@@ -81,6 +81,7 @@ def test_normalizations(any_map):
         "density": mass / torch.arange(2, 6),
         "column": mass / mass.sum(-2, keepdim=True),
     }
+    expected |= {f"absolute {name}": expected[name] for name in ("row", "column")}
     for first in NORMALIZATIONS:
         for second in NORMALIZATIONS:
             found = any_map.normalize(first).normalize(second)

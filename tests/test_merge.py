@@ -1,9 +1,12 @@
 """Mean maps of many conversations against numpy in float64, and the command that makes them."""
 
+import dataclasses
+
 import chats
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from attnpatch.analysis import merging
@@ -11,6 +14,7 @@ from attnpatch.analysis.merging import Spread, merge_folder, pooled, role_of
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.cli import app
 from attnpatch.errors import AnalysisError
+from attnpatch.viewing.page import write_page
 
 FIVE = ("0 system", "1 user", "2 assistant", "3 user", "4 assistant")
 THREE = ("0 user", "1 assistant", "2 user")
@@ -40,10 +44,11 @@ def test_by_labels(heads, tmp_path):
     merged = merge_folder(write(tmp_path, [*maps, *others]))
     stacked = np.stack([one.mass.double().numpy() for one in maps])
     np.testing.assert_allclose(merged.block_map.mass, stacked.mean(0), atol=1e-7)
-    np.testing.assert_allclose(merged.block_map.error, stacked.std(0, ddof=1), atol=1e-7)
+    np.testing.assert_allclose(merged.block_map.spread, stacked.std(0, ddof=1), atol=1e-7)
     assert (merged.merged, merged.left_out, merged.damaged) == (7, ("c007", "c008"), ())
     assert merged.block_map.query_labels == FIVE and merged.block_map.heads == heads
     assert merged.block_map.metadata["spread"] == "standard deviation over 7 conversations"
+    assert merged.block_map.error is None and merged.block_map.normalization == "none"
     sizes = np.stack([one.query_sizes.numpy() for one in maps]).mean(0).round()
     assert merged.block_map.query_sizes.tolist() == sizes.tolist()
 
@@ -64,7 +69,7 @@ def test_by_role(tmp_path):
                         of_tokens = [sizes[i] * sum(mass[layer, i, j] for j in keys) for i in queries]
                         expected[number, layer, row, column] = sum(of_tokens) / sizes[queries].sum()
     np.testing.assert_allclose(merged.block_map.mass, np.nanmean(expected, 0), atol=1e-7)
-    np.testing.assert_allclose(merged.block_map.error, np.nanstd(expected, 0, ddof=1), atol=1e-7)
+    np.testing.assert_allclose(merged.block_map.spread, np.nanstd(expected, 0, ddof=1), atol=1e-7)
     assert merged.block_map.query_labels == tuple(roles)
     assert merged.merged == 5 and merged.left_out == ()
     assert merged.block_map.metadata["conversations with the role"] == {
@@ -100,7 +105,7 @@ def test_roles_of_blocks():
 
 def test_one_conversation_has_no_spread(tmp_path):
     merged = merge_folder(write(tmp_path, [random_map(FIVE, 0)]))
-    assert merged.block_map.error.isnan().all()
+    assert merged.block_map.spread.isnan().all()
     assert merged.block_map.metadata["spread"] == "standard deviation over 1 conversation"
 
 
@@ -123,6 +128,44 @@ def test_what_cannot_be_merged(tmp_path):
         merge_folder(tmp_path, "role")
 
 
+def test_maps_of_gradients_and_of_probabilities_are_not_merged(tmp_path):
+    maps = [random_map(FIVE, seed) for seed in range(5)]
+    gradients = [
+        dataclasses.replace(one, mass=one.mass - 0.2, metadata={"weighting": "gradient"}) for one in maps[:3]
+    ]
+    merged = merge_folder(write(tmp_path, [*gradients, *maps[3:]]))
+    assert merged.merged == 3 and merged.block_map.is_signed
+    assert merged.block_map.metadata["weighting"] == "gradient"
+    np.testing.assert_allclose(merged.block_map.mass, np.mean([one.mass for one in gradients], 0), atol=1e-6)
+
+
+def test_the_spread_is_called_one_everywhere(tmp_path):
+    pytest.importorskip("matplotlib")
+    one = merge_folder(write(tmp_path, [random_map(FIVE, seed) for seed in range(7)])).block_map
+    again = BlockMap.load(one.save(tmp_path / "merged.safetensors"))
+    assert again == one and again.error is None
+    spread = "spread (standard deviation over 7 conversations)"
+    averaged = one.select(layer="mean")
+    # Not the standard error of a mean: layers of one conversation go together.
+    torch.testing.assert_close(averaged.spread, one.spread.mean(0, keepdim=True))
+    for drawn, largest in ((one.plot(), averaged.spread.max()), (one.plot(layer=1), one.spread[1].max())):
+        assert f"{spread} up to {largest:.2g}" in drawn.get_suptitle().replace("\n", " ")
+        label = drawn.axes[1].get_ylabel()
+        assert "\u00b1: spread" in label
+        assert "error" not in drawn.get_suptitle() + label and "sampled" not in drawn.get_suptitle()
+    page = write_page({"merged": one}, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '"spread":"standard deviation over 7 conversations"' in page
+
+
+def test_a_merged_file_that_calls_its_spread_an_error_is_read(tmp_path):
+    """As files were that 0.1.0 wrote."""
+    one = merge_folder(write(tmp_path, [random_map(FIVE, seed) for seed in range(3)])).block_map
+    path = dataclasses.replace(one, error=one.spread, spread=None).save(tmp_path / "merged.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert "error" in file.keys() and "spread" not in file.keys()  # noqa: SIM118
+    assert BlockMap.load(path) == one
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -137,7 +180,7 @@ def test_command(chat_model, tmp_path):
     by_labels = merge(out)
     assert by_labels.exit_code == 0, by_labels.output
     assert "6 conversations merged, 1 left out" in by_labels.stdout
-    assert "standard deviation over 6 conversations" in by_labels.stdout
+    assert "spread (standard deviation over 6 conversations)" in by_labels.stdout
     for role in ("0 system", "4 assistant"):
         assert role in by_labels.stdout
     by_role = merge(out, "--by", "role", "--out", out / "roles.safetensors")

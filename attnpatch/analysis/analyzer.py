@@ -96,13 +96,14 @@ class BlockAttentionAnalyzer:
         self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}
 
     def analyze_conversation(
-        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+        self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
     ) -> Analysis:
         """One pass over the whole conversation.
 
         Args:
             messages: ``[{"role": ..., "content": ...}, ...]``.
-            normalize: Of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``.
+            normalize: Of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``; ``None``: ``"row"``, and ``"none"``
+                with ``weighting="gradient"``, whose rows have no share (asked for, it is that of absolute values).
             **options: Fields of ``Options``, for this conversation.
 
         Returns:
@@ -111,7 +112,8 @@ class BlockAttentionAnalyzer:
         Raises:
             AnalysisError, BlockError, CaptureError: Something cannot be used; one line says what and the way out.
         """
-        chosen = self._options(options, normalize)
+        chosen = self._options(options, normalize or "none")
+        normalize = chosen.normalization(normalize)
         rendered = self._rendered(messages, chosen)
         if chosen.weighting == "gradient":
             return self._run(rendered, chosen, normalize, "gradient", messages)

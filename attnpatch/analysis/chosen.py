@@ -69,6 +69,12 @@ class Options:
             raise AnalysisError(f"measures={unknown!r} is not accepted; there are {', '.join(MEASURES)}")
         return found
 
+    def normalization(self, asked: str | None) -> str:
+        """Of the map: what was asked for, or shares of the row, which gradients with their signs have none of."""
+        if asked is None:
+            return "none" if self.weighting == "gradient" else "row"
+        return asked
+
     @property
     def chosen_layers(self) -> list[int] | None:
         """As ``capture`` takes them."""

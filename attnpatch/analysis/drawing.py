@@ -10,6 +10,7 @@ import numpy as np
 
 from attnpatch.capture import picture
 from attnpatch.capture.block_map import BlockMap
+from attnpatch.capture.meaning import meaning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ def layers(block_map: BlockMap, most: int) -> Figure:
     rows = math.ceil(len(chosen) / columns)
     figure = figure_class(figsize=(2.3 * columns + 1.2, 2.4 * rows + 0.7), layout="constrained")
     canvas_class(figure)
-    norm, cmap = picture.colours(values, "sqrt", colormaps, colors)
+    norm, cmap = picture.colours(values, "sqrt", colormaps, colors, one.is_signed)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.set_visible(False)
@@ -38,7 +39,7 @@ def layers(block_map: BlockMap, most: int) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
     bar = figure.colorbar(image, ax=grid, aspect=30, pad=0.02)
-    bar.set_label(picture.MEANING[one.normalization])
+    bar.set_label(f"{meaning(one)}\n(square-root scale)")
     blocks = f"{values.shape[1]} query x {values.shape[2]} key blocks"
     figure.suptitle(_title(block_map, f"{len(chosen)} of {len(values)} layers, {blocks}"), fontsize=10)
     return figure
@@ -53,7 +54,8 @@ def row(block_map: BlockMap, number: int) -> Figure:
         query_labels=[f"layer {layer}" for layer in one.layers],
         key_labels=one.key_labels,
         title=_title(block_map, f"where {picture.shorten(one.query_labels[number], 40)!r} looks"),
-        colour_label=picture.MEANING[one.normalization],
+        colour_label=meaning(one),
+        is_signed=one.is_signed,
         axis_labels=("layer", "key block (is attended to)"),
     )
 

@@ -28,7 +28,8 @@ class Merged:
     """The mean of many maps.
 
     Attributes:
-        block_map: Mean mass; ``error`` is the standard deviation over the conversations (with N - 1; NaN of one).
+        block_map: Mean mass; ``spread`` is the standard deviation over the conversations (with N - 1; NaN of one), and
+            there is no standard error: of a sample in each conversation the mean says nothing.
         merged: How many conversations are in it.
         left_out: Names of those whose blocks, layers or heads are not those of the most.
         damaged: Lines ``"file: reason"``.
@@ -115,10 +116,14 @@ def _headers(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[str]]:
 
 def _kind(facts: Mapping[str, Any], by: By) -> tuple:
     """What maps must have in common."""
-    same = (tuple(facts["layers"]), str(facts["heads"]), tuple(facts.get("steps", ())))
+    same = (tuple(facts["layers"]), str(facts["heads"]), tuple(facts.get("steps", ())), _weighting(facts))
     if by == "role":
         return same
     return (*same, str(facts["query_labels"]), str(facts["key_labels"]))
+
+
+def _weighting(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("metadata", {}).get("weighting", "probability"))
 
 
 def _loaded(paths: Iterable[Path], damaged: list[str]) -> Iterable[BlockMap]:
@@ -225,6 +230,15 @@ def _made(first: BlockMap, spread: Spread, more: Mapping[str, Any], read: int, *
         "spread": f"standard deviation over {read} conversation{plural}",
         **more,
     }
+    if "weighting" in first.metadata:
+        metadata["weighting"] = first.metadata["weighting"]
+    # The mass, whatever the first of them shows: the spread is that of the mass.
     return dataclasses.replace(
-        first, mass=spread.mean.float(), error=spread.deviation.float(), metadata=metadata, **fields
+        first,
+        mass=spread.mean.float(),
+        spread=spread.deviation.float(),
+        error=None,
+        normalization="none",
+        metadata=metadata,
+        **fields,
     )

@@ -65,9 +65,9 @@ class Analysis:
             ratio of Chuang et al. 2024 for blocks. NaN where there is neither.
 
         Raises:
-            AnalysisError: Query and key blocks differ.
+            AnalysisError: Query and key blocks differ, or the map is of gradients.
         """
-        mass = self._square().double()
+        mass = self._square("lookback").double()
         own = mass.diagonal(dim1=-2, dim2=-1)
         before = mass.tril(-1).sum(-1)
         return (before / (before + own)).float()
@@ -86,11 +86,9 @@ class Analysis:
         Raises:
             AnalysisError: Query and key blocks differ, or the map is of gradients.
         """
-        mass = self._square().double()
+        mass = self._square("rollout").double()
         if self.block_map.heads != "mean":
             mass = mass.mean(-3)
-        if bool((mass < 0).any()):
-            raise AnalysisError("rollout is of probabilities, and this map is weighted by gradients")
         rolled = torch.eye(mass.shape[-1], dtype=torch.float64)
         for layer in mass:
             total = layer.sum(-1, keepdim=True)
@@ -165,7 +163,9 @@ class Analysis:
         facts["memory"] = [(float(at), int(held)) for at, held in facts.get("memory", ())]
         return cls(BlockMap.load(path), **{name: content.get(name) for name in _MEASURED}, **facts)
 
-    def _square(self) -> Tensor:
+    def _square(self, what: str) -> Tensor:
+        if self.block_map.is_signed:
+            raise AnalysisError(f"{what} is of probabilities, and this map is weighted by gradients")
         one = self.block_map.select(step="mean")
         mass = one.mass if not one.steps else one.mass[0]
         if one.query_labels != one.key_labels:

@@ -99,7 +99,7 @@ def analyze_all(
     *,
     method: str = "sequential",
     resume: bool = False,
-    normalize: str = "row",
+    normalize: str | None = None,
     on_progress: Callable[[Step], None] = lambda step: None,
     shard: tuple[int, int] = (0, 1),
     options: Mapping[str, Any] | None = None,
@@ -136,6 +136,7 @@ def analyze_all(
     if not 0 <= rank < count:
         raise AnalysisError(f"shard={shard!r} is not accepted; give the process's number, below their count")
     check(analyzer, method)
+    normalize = analyzer.options.normalization(normalize)
     chosen = {**dataclasses.asdict(analyzer.options), "method": method, "normalize": normalize}
     chosen = {**chosen, "model": analyzer.name, **(options or {})}
     run = RunFolder(Path(folder), chosen, resume, shard)

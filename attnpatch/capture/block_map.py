@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnpatch.capture import picture, storage
+from attnpatch.capture import dataframe, meaning, picture, storage
 from attnpatch.capture.map_fields import (
     Labels,
     checked_fields,
+    is_signed,
     over_rows,
     position,
-    shortened,
 )
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-_TENSORS = ("mass", "query_sizes", "key_sizes", "error")
+_TENSORS = ("mass", "query_sizes", "key_sizes", "error", "spread")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,19 +37,23 @@ class BlockMap:
 
     Attributes:
         mass: ``[(batch,) (steps,) layers, (heads,) query_blocks, key_blocks]`` float32 on the CPU: the probability a
-            query token of block I puts on all tokens of block J, averaged over the query tokens of I. Always
-            this number, whatever ``normalization`` says; ``values`` is the normalised one.
+            query token of block I puts on all tokens of block J, averaged over the query tokens of I; weighted
+            by gradients it has signs (``is_signed``). Always this number, whatever ``normalization`` says; ``values`` is
+            the normalised one.
         layers: Number or name of each layer.
         query_labels: One per query block; one tuple of them per sequence when there are several.
         key_labels: One per key block, likewise.
         query_sizes: ``[(batch,) query_blocks]`` int64, tokens per block.
         key_sizes: ``[(batch,) key_blocks]`` int64, tokens per block.
         heads: ``"mean"``, or the numbers of the heads that were kept apart.
-        normalization: What ``values`` holds: ``"none"``, ``"row"``, ``"density"`` or ``"column"``.
+        normalization: What ``values`` holds: ``"none"``, ``"row"``, ``"density"``, ``"column"``, ``"absolute row"`` or
+            ``"absolute column"``; see ``normalize``.
         metadata: Facts about the capture (model, sequence length, ...), anything JSON can hold.
         steps: Number or name of each step that was kept apart (of a sampler, of a generation); empty without.
         error: Standard error of ``mass``, shaped like it, where a sample of the query rows was looked at; NaN where one
             row of several was. ``None``: all rows were.
+        spread: Standard deviation of ``mass`` over the maps that this one is the mean of, shaped like it; how much
+            conversations differ, which more of them do not make smaller. NaN of one map. ``None``: it is no mean.
 
     Raises:
         CaptureError: The fields do not fit each other.
@@ -66,6 +70,7 @@ class BlockMap:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     steps: Sequence[int | str] = ()
     error: Tensor | None = None
+    spread: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in checked_fields(self).items():
@@ -74,7 +79,17 @@ class BlockMap:
     @property
     def num_sequences(self) -> int:
         """Sequences in the map."""
-        return self.mass.shape[0] if self._batched else 1
+        return self.mass.shape[0] if self.is_batch else 1
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the batch is an axis of the fields."""
+        return self.mass.ndim == 4 + (self.heads != "mean") + bool(self.steps)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the numbers have signs, as those weighted by gradients have."""
+        return is_signed(self.mass, self.metadata)
 
     @property
     def values(self) -> Tensor:
@@ -83,9 +98,10 @@ class BlockMap:
             return self.mass
         if self.normalization == "density":
             sizes = self.key_sizes.clamp(min=1)
-            between = (1,) * (self.mass.ndim - 1 - self._batched)
+            between = (1,) * (self.mass.ndim - 1 - self.is_batch)
             return self.mass / sizes.view(*sizes.shape[:-1], *between, -1)
-        total = self.mass.sum(-1 if self.normalization == "row" else -2, keepdim=True, dtype=torch.float64)
+        mass = self.mass.abs() if self.normalization.startswith("absolute") else self.mass
+        total = mass.sum(-1 if self.normalization.endswith("row") else -2, keepdim=True, dtype=torch.float64)
         return torch.where(total == 0, 0.0, self.mass / total).float()
 
     @property
@@ -93,7 +109,12 @@ class BlockMap:
         """``[(batch,) (steps,) layers, (heads,) query_blocks]``: 1 - row sum of ``mass``.
 
         What learned sinks and keys outside every block took; 0 for a query block without tokens.
+
+        Raises:
+            CaptureError: The map is weighted by gradients, whose rows sum to nothing in particular.
         """
+        if self.is_signed:
+            raise CaptureError("missing_mass is of probabilities, and this map is weighted by gradients")
         missing = (1 - self.mass.double().sum(-1)).float()
         return missing.masked_fill(over_rows(self.query_sizes == 0, missing), 0)
 
@@ -103,7 +124,9 @@ class BlockMap:
         Args:
             normalization: ``"none"`` the mass itself; ``"row"`` every row sums to 1; ``"density"`` divided by
                 the tokens of the key block, so that long blocks do not win by length; ``"column"`` every
-                column sums to 1 (a column of zeros stays zero).
+                column sums to 1 (a column of zeros stays zero). ``"absolute row"`` and ``"absolute column"``: their
+                absolute values sum to 1. Where numbers have signs, sums may be near 0 and of either sign: nothing
+                is divided by them, and ``"row"`` and ``"column"`` become the absolute ones.
 
         Raises:
             CaptureError: The name is another.
@@ -129,8 +152,8 @@ class BlockMap:
         Raises:
             CaptureError: There is no such layer, head, sequence or step.
         """
-        changes: dict[str, Any] = {"mass": self.mass, "error": self.error}
-        batch, split = int(self._batched), self.heads != "mean"
+        changes: dict[str, Any] = {name: getattr(self, name) for name in ("mass", "error", "spread")}
+        batch, split = int(self.is_batch), self.heads != "mean"
         of_layers = batch + bool(self.steps)
         if head == "mean" and split:
             # The heads of a row were drawn together: no less uncertain than on average.
@@ -154,7 +177,7 @@ class BlockMap:
             _choose(changes, step, batch, self.steps, "step")
         if sequence is not None:
             found = position(sequence, range(self.num_sequences), "sequence")
-            if self._batched:
+            if self.is_batch:
                 per_sequence = ("query_labels", "key_labels", "query_sizes", "key_sizes")
                 changes.update({name: getattr(self, name)[found] for name in per_sequence})
                 queries, keys = len(changes["query_labels"]), len(changes["key_labels"])
@@ -176,29 +199,7 @@ class BlockMap:
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
-        frames = []
-        for sequence in range(self.num_sequences):
-            one = self.select(sequence=sequence)
-            queries, keys = one.mass.shape[-2:]
-            axes = {"sequence": [sequence]} if self._batched else {}
-            if one.steps:
-                axes["step"] = list(one.steps)
-            axes["layer"] = list(one.layers)
-            if one.heads != "mean":
-                axes["head"] = list(one.heads)
-            axes |= {"query": range(queries), "key": range(keys)}
-            frame = pandas.MultiIndex.from_product(axes.values(), names=axes.keys()).to_frame(index=False)
-            frame["query_label"] = np.array(one.query_labels, dtype=object)[frame["query"]]
-            frame["key_label"] = np.array(one.key_labels, dtype=object)[frame["key"]]
-            frame["mass"] = one.mass.reshape(-1).numpy()
-            if self.normalization != "none":
-                frame["value"] = one.values.reshape(-1).numpy()
-            frames.append(frame)
-        return pandas.concat(frames, ignore_index=True)
+        return dataframe.long_form(self)
 
     def plot(
         self,
@@ -231,26 +232,19 @@ class BlockMap:
             if len(found) != 1:
                 raise CaptureError(f"{len(found)} {what}s in one picture; give one {what} or 'mean'.")
         if title is None:
-            layers = f"mean of {len(self.layers)} layers" if layer == "mean" else f"layer {one.layers[0]}"
-            heads = "mean over heads" if one.heads == "mean" else f"head {one.heads[0]}"
-            steps = (
-                f"mean of {len(self.steps)} steps" if one.steps == ("mean",) else f"step {(*one.steps, 0)[0]}"
-            )
-            parts = [self.metadata.get("model"), layers, heads]
-            parts += [_sampling(one)]
-            parts += [steps * bool(self.steps), f"sequence {sequence}" * self._batched]
-            title = ", ".join(str(part) for part in parts if part)
+            title = meaning.title(self, one, layer, sequence)
         values = one.to_numpy().reshape(one.mass.shape[-2:])
+        errors = None if self.normalization != "none" else one.error if one.spread is None else one.spread
         figure = picture.draw(
             values,
             query_labels=one.query_labels,
             key_labels=one.key_labels,
             title=title,
-            colour_label=_meaning(self),
+            colour_label=meaning.meaning(self),
             scale=scale,
-            errors=None
-            if one.error is None or self.normalization != "none"
-            else one.error.reshape(values.shape).numpy(),
+            errors=None if errors is None else errors.reshape(values.shape).numpy(),
+            errors_are="standard error" if one.spread is None else "spread",
+            is_signed=self.is_signed,
         )
         return figure if path is None else picture.write(figure, path)
 
@@ -285,63 +279,36 @@ class BlockMap:
         Raises:
             BlockMapFileError: The file is missing, cut short, of another kind or version, or incomplete.
         """
-        content = {"steps": (), "error": None, **storage.read(Path(path))}  # not in every file
+        content = {
+            "steps": (),
+            "error": None,
+            "spread": None,
+            **storage.read(Path(path)),
+        }  # not in every file
         try:
+            if content["spread"] is None and "spread" in content.get("metadata", ()):
+                # Merged maps used to have it in the place of the standard error.
+                content.update(spread=content["error"], error=None)
             return cls(**{f.name: content[f.name] for f in fields(cls)})
         except KeyError as error:
             raise BlockMapFileError(f"{path} lacks {error}; {storage.AGAIN}") from error
         except (ValueError, TypeError, CaptureError) as error:
             raise BlockMapFileError(f"{path} is damaged ({error}); {storage.AGAIN}") from error
 
-    @property
-    def _batched(self) -> bool:
-        return self.mass.ndim == 4 + (self.heads != "mean") + bool(self.steps)
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockMap):
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+        are_tensors = [isinstance(a, Tensor) and isinstance(b, Tensor) for a, b in pairs]
+        return all(
+            torch.equal(a, b) if both else a is b or (type(a) is type(b) and a == b)
+            for (a, b), both in zip(pairs, are_tensors, strict=True)
+        )
 
     __hash__ = None
 
     def __repr__(self) -> str:
-        queries, keys = self.mass.shape[-2:]
-        size = [f"{len(self.layers)} layers", f"{queries} query x {keys} key blocks"]
-        if self.heads != "mean":
-            size.insert(1, f"{len(self.heads)} heads")
-        if self.steps:
-            size.insert(0, f"{len(self.steps)} steps")
-        if self._batched:
-            size.insert(0, f"{self.num_sequences} sequences")
-        labels = self.query_labels[0] if self._batched else self.query_labels
-        tokens = self.query_sizes.sum(-1).tolist()
-        sums = self.mass.sum(-1)
-        sums = sums[over_rows(self.query_sizes > 0, sums)]
-        rows = f"rows sum to {sums.min():.4g} to {sums.max():.4g}" if sums.numel() else "no rows"
-        lines = [
-            f"BlockMap: {', '.join(size)}",
-            f"  layers    {shortened(self.layers)}",
-            f"  heads     {self.heads if self.heads == 'mean' else shortened(self.heads)}",
-            f"  queries   {shortened(labels)} ({tokens} tokens)",
-            f"  mass      {rows}; normalization {self.normalization!r}",
-        ]
-        lines += [f"  {name}: {picture.shorten(str(value), 160)}" for name, value in self.metadata.items()]
-        return "\n".join(lines)
-
-
-def _meaning(one: BlockMap) -> str:
-    if one.metadata.get("weighting") == "gradient" and one.normalization == "none":
-        return "probability x gradient, mean over the query tokens"
-    return picture.MEANING[one.normalization]
-
-
-def _sampling(one: BlockMap) -> str:
-    """How far off a drawn map may be, for its title."""
-    if one.error is None:
-        return ""
-    known = one.error[~one.error.isnan()]
-    return f"sampled, standard error up to {known.max():.2g}" if known.numel() else "sampled, error unknown"
+        return meaning.described(self)
 
 
 def _change(
@@ -349,9 +316,13 @@ def _change(
     change: Callable[[Tensor], Tensor],
     change_error: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    changes["mass"] = change(changes["mass"])
-    if changes["error"] is not None:
-        changes["error"] = (change_error or change)(changes["error"])
+    """Change mass, spread and standard error alike, the last one in a way of its own if it has one.
+
+    A mean of spreads is the most that the spread of the mean can be.
+    """
+    for name, how in (("mass", change), ("spread", change), ("error", change_error or change)):
+        if changes[name] is not None:
+            changes[name] = how(changes[name])
 
 
 def _choose(changes: dict[str, Any], wanted: Any, axis: int, among: Sequence, what: str) -> None:

@@ -1,7 +1,7 @@
 """The fields of a block map: checked, brought to one form, and found by name or number."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from attnpatch.capture import picture
 from attnpatch.errors import CaptureError
 
-NORMALIZATIONS = ("none", "row", "density", "column")
+NORMALIZATIONS = ("none", "row", "density", "column", "absolute row", "absolute column")
 
 Labels = Sequence[str] | Sequence[Sequence[str]]
 
@@ -20,6 +20,11 @@ def over_rows(per_block: Tensor, like: Tensor) -> Tensor:
     """``[(batch,) query_blocks]`` spread over the layers and heads of ``like``."""
     between = (1,) * (like.ndim - per_block.ndim)
     return per_block.view(*per_block.shape[:-1], *between, per_block.shape[-1]).expand(like.shape)
+
+
+def is_signed(mass: Tensor, metadata: Mapping[str, Any]) -> bool:
+    """Whether numbers of a map have signs, as those weighted by gradients have: its sums may be near 0."""
+    return metadata.get("weighting") == "gradient" or bool((mass < 0).any())
 
 
 def shortened(items: Sequence) -> str:
@@ -71,17 +76,20 @@ def checked_fields(given: Any) -> dict[str, Any]:
         checked[f"{side}_sizes"], checked[f"{side}_labels"] = _checked_side(side, sizes, labels, count, batch)
     empty = over_rows(checked["query_sizes"] == 0, mass.new_empty(mass.shape[:-1]))
     checked["mass"] = mass.masked_fill(empty[..., None], 0)
-    if given.error is not None:
-        error = given.error.detach().to("cpu", torch.float32)
-        if error.numel() != mass.numel():
-            raise CaptureError(
-                f"error is {list(error.shape)}, mass {list(mass.shape)}; give one for each mass."
-            )
-        checked["error"] = error.reshape(mass.shape).masked_fill(empty[..., None], 0)
+    for name in ("error", "spread"):
+        if getattr(given, name) is not None:
+            each = getattr(given, name).detach().to("cpu", torch.float32)
+            if each.numel() != mass.numel():
+                raise CaptureError(
+                    f"{name} is {list(each.shape)}, mass {list(mass.shape)}; give one for each mass."
+                )
+            checked[name] = each.reshape(mass.shape).masked_fill(empty[..., None], 0)
     try:
         checked["metadata"] = json.loads(json.dumps(dict(given.metadata)))
     except (TypeError, ValueError) as error:
         raise CaptureError(f"metadata does not fit JSON ({error}); give strings and numbers.") from error
+    if given.normalization in ("row", "column") and is_signed(mass, checked["metadata"]):
+        checked["normalization"] = f"absolute {given.normalization}"
     return checked
 
 

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 SCALES = ("sqrt", "linear")
 
-MEANING = {
-    "none": "attention mass, mean over the query tokens",
-    "row": "share of the query block's attention mass",
-    "density": "attention mass per key token",
-    "column": "share of the mass the key block receives",
-}
-
 _MOST_TICKS = 42  # more labels than this do not fit on an axis at a readable size
 _STEPS = [step * 10**power for power in range(9) for step in (1, 2, 5)]  # every 1st, 2nd, 5th, 10th, ...
 _MOST_NUMBERS = 10  # up to this many blocks the number is written into each cell
@@ -42,6 +35,8 @@ def draw(
     scale: str = "sqrt",
     errors: np.ndarray | None = None,
     axis_labels: tuple[str, str] = ("query block (attends)", "key block (is attended to)"),
+    errors_are: str = "standard error",
+    is_signed: bool = False,
 ) -> "Figure":
     """A heat map with query blocks downwards and key blocks across.
 
@@ -56,7 +51,10 @@ def draw(
         title: Over the picture.
         colour_label: What the number is.
         scale: ``"sqrt"`` or ``"linear"`` colours.
-        errors: Standard errors of the values, written beneath them; NaN: not known.
+        errors: Written beneath the values after a sign of plus and minus; NaN: not known.
+        axis_labels: Of the rows, and of the columns.
+        errors_are: What ``errors`` are.
+        is_signed: Whether the values have signs, if only by chance of one kind: the colours go as far down as up.
 
     Raises:
         CaptureError: The scale is another.
@@ -70,7 +68,7 @@ def draw(
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     canvas_class(figure)
     axes = figure.add_subplot()
-    norm, cmap = colours(values, scale, colormaps, colors)
+    norm, cmap = colours(values, scale, colormaps, colors, is_signed)
     image = axes.imshow(
         np.ma.masked_where(values == 0, values),
         norm=norm,
@@ -88,19 +86,24 @@ def draw(
         figure.suptitle(textwrap.fill(shorten(title, 2 * line), line), fontsize=11, parse_math=False)
     if max(rows, columns) <= _MOST_TICKS:
         _separate_cells(axes, rows, columns)
-    if max(rows, columns) <= _MOST_NUMBERS:
+    has_numbers = max(rows, columns) <= _MOST_NUMBERS
+    if has_numbers:
         _write_numbers(axes, values, norm, errors)
     bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
     notes = ["square-root scale"] * (scale == "sqrt") + ["grey: exactly 0"] * bool((values == 0).any())
+    if has_numbers and errors is not None:
+        notes.append(f"\u00b1: {errors_are}")
     bar.set_label(f"{colour_label}\n({', '.join(notes)})" if notes else colour_label)
     return figure
 
 
-def colours(values: np.ndarray, scale: str, colormaps: Any, colors: Any) -> tuple[Any, Any]:
-    """Norm and colour map for some values."""
+def colours(
+    values: np.ndarray, scale: str, colormaps: Any, colors: Any, is_signed: bool = False
+) -> tuple[Any, Any]:
+    """Norm and colour map for some values; for those with signs, 0 is in the middle."""
     low, top = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
-    if low < 0:
-        most = max(-low, top)
+    if is_signed or low < 0:
+        most = max(-low, top) or 1.0
         power = 0.5 if scale == "sqrt" else 1.0
         norm = colors.FuncNorm(
             (lambda x: np.sign(x) * np.abs(x) ** power, lambda x: np.sign(x) * np.abs(x) ** (1 / power)),

@@ -93,7 +93,9 @@ def analyze(
     head_chunk_size: Annotated[
         int | None, typer.Option(metavar="N", help="Heads of one step where attention goes by rows.")
     ] = None,
-    normalize: Annotated[Normalization, typer.Option(help="Of the maps.")] = Normalization.row,
+    normalize: Annotated[
+        Normalization | None, typer.Option(help="Of the maps; row if not given, none of gradients.")
+    ] = None,
     weighting: Annotated[
         Weighting, typer.Option(help="gradient: times the gradient of the answer's log-probability.")
     ] = Weighting.probability,
@@ -171,7 +173,7 @@ def analyze(
     }
     from attnpatch.commands.analyzing import Task, run_task
 
-    task = Task(model, json, out, method, str(normalize), resume, pictures, loading, options)
+    task = Task(model, json, out, method, normalize and str(normalize), resume, pictures, loading, options)
     code = run_task(task)
     if code:
         raise typer.Exit(code)

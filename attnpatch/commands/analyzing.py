@@ -58,7 +58,7 @@ class Task:
     json: Path | None
     out: Path
     method: str
-    normalize: str
+    normalize: str | None
     resume: bool
     pictures: bool | None
     loading: dict[str, Any]

@@ -71,9 +71,10 @@ def merge(
 
 
 def _show(console: Console, block_map: BlockMap) -> None:
-    """Mean over layers, and spread of each cell as mean over layers of the deviations there."""
+    """Mean over layers, and the spread of each cell as mean over layers of the spreads there."""
     from rich.table import Table
 
+    from attnpatch.capture.meaning import meaning
     from attnpatch.commands.saying import say
 
     labels = block_map.query_labels
@@ -83,10 +84,10 @@ def _show(console: Console, block_map: BlockMap) -> None:
         return
     axes = tuple(range(block_map.mass.ndim - 2))
     mass = block_map.mass.double().mean(axes)
-    spread = block_map.error.double().mean(axes)  # type: ignore[union-attr]
+    spread = block_map.spread.double().mean(axes)  # type: ignore[union-attr]
     sign = "\u00b1" if (console.encoding or "").lower().startswith("utf") else "+-"
-    spread_is = block_map.metadata["spread"]
-    table = Table("from \\ to", title=f"attention mass {sign} {spread_is}, mean over layers")
+    what = f"{meaning(block_map)} {sign} spread"
+    table = Table("from \\ to", title=f"{what} ({block_map.metadata['spread']}), mean over layers")
     for label in block_map.key_labels:
         table.add_column(str(label), justify="right")
     for row, label in enumerate(labels):

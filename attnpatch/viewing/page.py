@@ -109,7 +109,8 @@ def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
     facts = {key: value for key, value in block_map.metadata.items() if key != "texts"}
     return {
         "name": name,
-        "normalization": block_map.normalization,
+        "normalization": block_map.normalization.removeprefix("absolute "),
+        "signed": block_map.is_signed,
         "layers": _with_mean(block_map.layers),
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
         "steps": _with_mean(block_map.steps or (_MEAN,)),
