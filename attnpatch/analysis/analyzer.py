@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch.analysis.answers import answer_of
 from attnpatch.analysis.chosen import Options
 from attnpatch.analysis.gradient import attributed, target_positions
 from attnpatch.analysis.passes import (
@@ -254,7 +255,7 @@ class BlockAttentionAnalyzer:
             notes.append(f"{SINGLE_PASS}{self.why_single_pass}")
         device = input_device(self.model)
         ids = torch.tensor([rendered.ids], device=device)
-        blocks, texts = blocks_of(options.blocks, rendered, self.tokenizer, generate is not None)
+        blocks, texts = blocks_of(options.blocks, rendered, generate is not None)
         facts: dict[str, Any] = {"method": method, "template": rendered.template}
         if self.use_gradient_checkpointing and method != "gradient":
             notes.append(CHECKPOINTING_NOTE)
@@ -280,7 +281,9 @@ class BlockAttentionAnalyzer:
             elif generate is not None:
                 with torch.inference_mode():
                     written = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate)
-                facts["answer"] = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+                answer = answer_of(self.tokenizer, written[0, ids.shape[1] :].tolist())
+                facts["answer"], texts = answer.text, answer.texts_of_blocks(options.blocks, texts, rendered)
+                notes += answer.notes
             else:
                 feed(self.model, ids, pieces(method, rendered, options.chunk_size))
             seconds = time.perf_counter() - start
@@ -297,8 +300,6 @@ class BlockAttentionAnalyzer:
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
-        if "answer" in facts and options.blocks == "messages":
-            metadata["texts"] = [*texts[:-1], facts["answer"]]
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
         return Analysis(
             block_map,

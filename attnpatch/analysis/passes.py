@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,42 +75,44 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
             model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=True, **handed, **more)
 
 
-def blocks_of(kind: str | int, rendered: Rendered, tokenizer: Any, grows: bool) -> tuple[Blocks, list[str]]:
-    """Blocks, and what each says."""
+def blocks_of(kind: str | int, rendered: Rendered, grows: bool) -> tuple[Blocks, list[str]]:
+    """Blocks, and what each says.
+
+    Args:
+        kind: ``"messages"``, ``"words"`` or a number of tokens.
+        rendered: The conversation.
+        grows: An answer is written after it. It is the last block, or goes on in blocks of that number of tokens.
+    """
+    after = NEXT if grows else ""
     if kind == "messages":
-        if grows and rendered.labels[-1] != NEXT:
-            raise AnalysisError(
-                "the chat template has no opening of an answer, so it has no block; use another"
-            )
-        return Blocks.spans(rendered.spans, rendered.labels, grows=grows, ahead=True), list(rendered.texts)
+        if grows and rendered.labels[-1] == NEXT:
+            return Blocks.spans(rendered.spans, rendered.labels, grows=True, ahead=True), list(rendered.texts)
+        return Blocks.spans(rendered.spans, rendered.labels, ahead=True, after=after), list(rendered.texts)
     if kind == "words":
-        spans, labels = words_of(rendered, tokenizer)
-        return Blocks.spans(spans, labels, ahead=True), list(labels)
+        spans, labels = words_of(rendered)
+        return Blocks.spans(spans, labels, ahead=True, after=after), list(labels)
     size = int(kind)
-    pieces = [rendered.ids[i : i + size] for i in range(0, len(rendered.ids), size)]
-    return Blocks.fixed(size), [tokenizer.decode(piece) for piece in pieces]
+    return Blocks.fixed(size), ["".join(piece) for piece in in_pieces(rendered.tokens, size)]
 
 
-def words_of(rendered: Rendered, tokenizer: Any) -> tuple[list[tuple[int, int]], list[str]]:
+def in_pieces(tokens: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """``size`` at a time; the last one may have fewer."""
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+
+def words_of(rendered: Rendered) -> tuple[list[tuple[int, int]], list[str]]:
     """Spans of words in tokens, and the words: a token that brings white space with it begins one, as does a block."""
     starts = {start for start, _ in rendered.spans}
     spans: list[tuple[int, int]] = []
-    labels: list[str] = []
-    text = ""
-    for place in range(len(rendered.ids)):
-        # Decoded together with the one before: alone, a token's leading space may be left out.
-        pair = tokenizer.decode(rendered.ids[max(0, place - 1) : place + 1])
-        before = tokenizer.decode(rendered.ids[max(0, place - 1) : place])
-        piece = pair[len(before) :] if pair.startswith(before) else pair
-        if not spans or place in starts or (piece[:1].isspace() and text.strip()):
+    texts: list[str] = []
+    for place, piece in enumerate(rendered.tokens):
+        if not spans or place in starts or (piece[:1].isspace() and texts[-1].strip()):
             spans.append((place, place + 1))
-            labels.append(piece.strip())
-            text = piece
+            texts.append(piece)
         else:
-            text += piece
             spans[-1] = (spans[-1][0], place + 1)
-            labels[-1] = text.strip()
-    return spans, [label or "\u2423" for label in labels]
+            texts[-1] += piece
+    return spans, [text.strip() or "\u2423" for text in texts]
 
 
 def text_config(model: nn.Module) -> Any:

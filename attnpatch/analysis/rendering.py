@@ -7,12 +7,10 @@ from typing import Any, Literal
 
 from attnpatch.capture.closings import Special
 from attnpatch.capture.division import Division, Piece, divide
-from attnpatch.capture.messages import Span, template_of, token_counts
+from attnpatch.capture.messages import NEXT, Span, template_of, token_counts
 from attnpatch.errors import AnalysisError, BlockError
 
 Side = Literal["left", "right"]
-# The label of an answer that is still to be written.
-NEXT = "assistant (next)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Rendered:
             ``"assistant (next)"`` for the generation prompt.
         texts: What each block says: the content of its messages as it came out, and tool calls.
         members: Of each block, the indices of its messages.
+        tokens: What each token brings of the text: a character that takes several is the first one's.
         template: ``"chat template"``, or ``"plain"`` where the tokenizer has none.
         notes: One line for each thing that is not as one would expect.
         truncated: What was cut off, if anything was.
@@ -51,6 +50,7 @@ class Rendered:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
+    tokens: tuple[str, ...]
     template: Literal["chat template", "plain"]
     notes: tuple[str, ...] = ()
     truncated: Truncated | None = None
@@ -218,9 +218,24 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
         tuple(" + ".join(labels[block] for block in group) for group in kept),
         tuple("\n".join(texts[block] for block in group) for group in kept),
         tuple(tuple(index for block in group for index in members[block]) for group in kept),
+        _texts_of_tokens(tokenizer, text, ids, encoded["offset_mapping"]),
         template,
         tuple(notes),
     )
+
+
+def _texts_of_tokens(
+    tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span]
+) -> tuple[str, ...]:
+    """From the end of the token before to its own; decoded alone, part of a character would be none."""
+    special, found, begin = {*tokenizer.all_special_ids}, [], 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        if start == end and token in special and not text[begin:end]:
+            found.append(tokenizer.convert_ids_to_tokens(token))  # put there by the tokenizer
+            continue
+        found.append(text[begin:end])
+        begin = max(begin, end)
+    return tuple(found)
 
 
 def _label(messages: list[Mapping], who: tuple[int, ...]) -> str:
@@ -288,6 +303,7 @@ def _fitted(rendered: Rendered, count: int, max_tokens: int | None, side: Side |
     return replace(
         rendered,
         ids=rendered.ids[first : first + max_tokens],
+        tokens=rendered.tokens[first : first + max_tokens],
         spans=tuple(span for _, span in kept),
         labels=tuple(rendered.labels[block] for block in blocks),
         texts=tuple(rendered.texts[block] for block in blocks),

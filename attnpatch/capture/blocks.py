@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpatch.capture.messages import Span, message_spans
+from attnpatch.capture.messages import NEXT, Span, message_spans
 from attnpatch.capture.partition import Partition, blocks_of_tokens, tiled
 from attnpatch.capture.words import text_spans
 from attnpatch.errors import BlockError
@@ -32,6 +32,8 @@ class Blocks:
     image: tuple[int, int, int, int, int] | None = None
     grows: bool = False
     ahead: bool = False
+    after: str = ""
+    after_from: tuple[int, ...] = ()
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -56,6 +58,7 @@ class Blocks:
         *,
         grows: bool = False,
         ahead: bool = False,
+        after: str = "",
     ) -> "Blocks":
         """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
 
@@ -65,9 +68,11 @@ class Blocks:
             labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
             grows: The last block takes all tokens from its first one on, those generated later too.
             ahead: The sequence comes in pieces through a cache: blocks that it has not reached yet are no mistake.
+            after: Label of one block more, of all tokens behind the last span, which is there once the sequence is longer.
 
         Raises:
-            BlockError: Spans are empty, negative, unsorted or overlap, or labels do not match them.
+            BlockError: Spans are empty, negative, unsorted or overlap, labels do not match them, or ``grows`` and
+                ``after`` were both given.
         """
         per_sequence = _is_nested(spans)
         by_sequence = tuple(_check_spans(s) for s in (spans if per_sequence else [spans]))
@@ -75,7 +80,12 @@ class Blocks:
             named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
         else:
             named = _check_labels(labels if per_sequence else [labels], by_sequence)
-        return cls("spans", None, by_sequence, named, per_sequence, grows=grows, ahead=ahead)
+        if not isinstance(after, str) or (grows and after):
+            raise BlockError(
+                f"after={after!r} with grows={grows!r}; accepted is one of them: a label for the tokens that come after "
+                "the last span, or grows=True to put them into its block."
+            )
+        return cls("spans", None, by_sequence, named, per_sequence, grows=grows, ahead=ahead, after=after)
 
     @classmethod
     def messages(
@@ -99,7 +109,7 @@ class Blocks:
             messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
             add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
                 becomes a last block ``"assistant (next)"``, which grows with the tokens that are generated. Without it
-                these belong to no block.
+                there is such a block once the sequence is longer than the conversation.
             **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
 
         Raises:
@@ -109,13 +119,15 @@ class Blocks:
         if isinstance(messages, Mapping | str) or not messages:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
         per_sequence = not isinstance(messages[0], Mapping)
-        spans, labels = [], []
+        spans, labels, ends = [], [], []
         for conversation in messages if per_sequence else [messages]:
-            found = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
+            found, end = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
+            ends.append(end)
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
             spans.append(_check_spans(found))
-            labels.append((*names, "assistant (next)") if add_generation_prompt else tuple(names))
-        return cls("messages", None, tuple(spans), tuple(labels), per_sequence, grows=add_generation_prompt)
+            labels.append((*names, NEXT) if add_generation_prompt else tuple(names))
+        more = {"grows": True} if add_generation_prompt else {"after": NEXT, "after_from": tuple(ends)}
+        return cls("messages", None, tuple(spans), tuple(labels), per_sequence, **more)
 
     @classmethod
     def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
@@ -225,22 +237,35 @@ class Blocks:
                 f"blocks were given for {given} sequences, the batch has {len(lengths)}; give one list of "
                 "spans or messages per sequence, or a single one for all."
             )
-        repeat = 1 if self.per_sequence else len(lengths)
-        spans, labels = self.spans_by_sequence * repeat, self.labels_by_sequence * repeat
-        for row, (sequence, length) in enumerate(zip(spans, lengths, strict=True)):
-            whole = sequence
-            if self.ahead:
-                sequence = tuple((start, min(end, length)) for start, end in sequence if start < length)
-                spans = (*spans[:row], sequence, *spans[row + 1 :])
-            is_last = bool(sequence) and len(sequence) == len(whole)
-            if self.grows and is_last and sequence[-1][0] < length:
-                spans = (*spans[:row], (*sequence[:-1], (sequence[-1][0], length)), *spans[row + 1 :])
-            elif sequence and sequence[-1][1] > length:
-                raise BlockError(
-                    f"block {len(sequence) - 1} ends at token {sequence[-1][1]}, sequence {row} has {length} "
-                    "real tokens; give spans that end there or earlier (padding does not count)."
-                )
-        return list(spans), labels
+        rows = range(given) if self.per_sequence else [0] * len(lengths)
+        found = [
+            self._grown(row, place, length)
+            for place, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
+        return [spans for spans, _ in found], tuple(labels for _, labels in found)
+
+    def _grown(self, row: int, place: int, length: int) -> tuple[tuple[Span, ...], tuple[str, ...]]:
+        """Spans and labels of a sequence of some length, the ``place``-th of its batch."""
+        whole, labels = self.spans_by_sequence[row], self.labels_by_sequence[row]
+        sequence = whole
+        if self.ahead:
+            sequence = tuple((start, min(end, length)) for start, end in whole if start < length)
+        if not sequence:
+            return sequence, labels
+        start, end = sequence[-1]
+        is_last = len(sequence) == len(whole)
+        if self.grows and is_last and start < length:
+            return (*sequence[:-1], (start, length)), labels
+        if self.after and is_last and end < length:
+            # The last message may be closed by other tokens when the next one is opened.
+            begin = max(start + 1, self.after_from[row]) if self.after_from else end
+            return (*sequence[:-1], (start, begin), (begin, length)), (*labels, self.after)
+        if end > length:
+            raise BlockError(
+                f"block {len(sequence) - 1} ends at token {end}, sequence {place} has {length} "
+                "real tokens; give spans that end there or earlier (padding does not count)."
+            )
+        return sequence, labels
 
     def __repr__(self) -> str:
         if self.kind == "fixed":

@@ -10,10 +10,17 @@ from attnpatch.capture.division import divide
 from attnpatch.errors import BlockError
 
 Span = tuple[int, int]
+# The label of an answer that is still to be written.
+NEXT = "assistant (next)"
 
 
-def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> list[Span]:
+def message_spans(
+    tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict
+) -> tuple[list[Span], int]:
     """Token spans of the messages of one conversation, and of the generation prompt if there is one.
+
+    Returns:
+        The spans, and at which token the last message ends when the assistant's next one follows it.
 
     Raises:
         BlockError: A message has no text or no token of its own. ``attnpatch.analysis.rendering`` joins or notes
@@ -43,7 +50,19 @@ def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options
             f"message {counts.index(0)} got no token of its own; use Blocks.spans for this tokenizer."
         )
     stops = torch.tensor(counts).cumsum(0).tolist()
-    return list(zip([0, *stops[:-1]], stops, strict=True))
+    spans = list(zip([0, *stops[:-1]], stops, strict=True))
+    return spans, spans[-1][0] if prompt else _end_when_followed(
+        tokenizer, messages, options, text, stops[-1]
+    )
+
+
+def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, text: str, end: int) -> int:
+    """At which token the last message ends when the assistant's next one follows; ``end`` where it closes alike."""
+    try:
+        prompted = template_of(tokenizer, options)(messages, add_generation_prompt=True)
+        return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options)[1]
+    except Exception:  # a template that opens no answer here, whatever it raises
+        return end
 
 
 def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
