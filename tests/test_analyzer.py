@@ -1,5 +1,7 @@
 """BlockAttentionAnalyzer: every way through a conversation gives the map of dense attention."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from attnpatch.analysis.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyz
 from attnpatch.analysis.rendering import render
 from attnpatch.analysis.result import Analysis
 from attnpatch.capture.block_map import BlockMap
-from attnpatch.errors import AnalysisError, BlockMapFileError, CaptureError
+from attnpatch.errors import AnalysisError, BlockMapFileError, CaptureError, MissingExtraError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -336,6 +338,18 @@ def test_files_and_pictures(analyzer, tmp_path):
     assert found.plot_row("3 user", tmp_path / "row.svg").exists()
     with pytest.raises(AnalysisError, match="no block 'nobody'"):
         found.plot_row("nobody")
+
+
+def test_pictures_that_cannot_be_drawn_leave_no_folder(analyzer, tmp_path, monkeypatch):
+    found = analyzer.analyze_conversation(MESSAGES)
+    (tmp_path / "mine").mkdir()
+    # As where matplotlib is not installed.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for folder in (tmp_path / "new" / "one", tmp_path / "mine"):
+        with pytest.raises(MissingExtraError, match="matplotlib"):
+            analyzer.visualize_results(found, save_dir=folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

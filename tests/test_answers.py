@@ -1,5 +1,7 @@
 """Tokens that a model writes are the answer's block, whatever the blocks are; and no text is cut inside a character."""
 
+import warnings
+
 import pytest
 import test_closings
 import torch
@@ -111,6 +113,39 @@ def test_a_block_for_what_comes_after_is_there_when_it_comes():
     for wrong in ({"after": 3}, {"after": "more", "grows": True}):
         with pytest.raises(BlockError, match="accepted is one of them"):
             Blocks.spans([(0, 3)], **wrong)
+
+
+@pytest.mark.parametrize("kind", ["spans", "words", "tokens"])
+def test_tokens_that_are_generated_into_no_block_are_said_once(kind):
+    tokenizer = make_tokenizer(CHATML)
+    model = sharp(llama(len(tokenizer) + 8))
+    ids = tokenizer("the key is red", return_tensors="pt", add_special_tokens=False).input_ids
+    made = {
+        "spans": lambda **more: Blocks.spans([(0, 2), (2, ids.shape[1])], **more),
+        "words": lambda: Blocks.words(tokenizer, "the key is red", add_special_tokens=False),
+        "tokens": lambda: Blocks.tokens(tokenizer, "the key is red", add_special_tokens=False),
+    }[kind]
+
+    def said_of(blocks, **more):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with attnpatch.capture(model, blocks) as maps, torch.no_grad():
+                for _ in range(2):
+                    model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert len(maps.sequences) == 2
+        return [str(one.message) for one in caught if "in no block" in str(one.message)]
+
+    (line,) = said_of(made())
+    assert "Blocks.messages" in line and "after='answer'" in line
+    if kind == "spans":
+        assert said_of(made(after="answer")) == said_of(made(grows=True)) == []
+    # Prompts of several lengths, and what stands behind the last word from the first call on, are nothing new.
+    blocks = made()
+    for length in (ids.shape[1] + 3, ids.shape[1] + 3, ids.shape[1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            blocks.resolve(valid(length))
+    assert blocks == made() and hash(blocks) == hash(made())
 
 
 ODD = "a\U0001f468\u200d\U0001f469 \u4e2d\u6587e\u0301 \u00e9t\u00e9 x\ufffdy"

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 from test_rendering import make_tokenizer, said
 
 from attnpatch.analysis.rendering import render
@@ -197,6 +198,27 @@ def test_a_message_without_text_has_its_block_too(name):
             tokenizer.decode(found.ids[a:b], clean_up_tokenization_spaces=False) for a, b in found.spans
         ]
         assert pieces == written.pieces(messages, False), empty
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_last_message_that_is_left_open_grows(name):
+    """Of the messages before it nothing changes."""
+    written = TEMPLATES[name]
+    tokenizer = make_tokenizer(written.template)
+    messages = [
+        said("user", "red"),
+        said("assistant", "fine"),
+        said("user", "which"),
+        said("assistant", "the key"),
+    ]
+    found = render(tokenizer, messages, continue_final_message=True)
+    pieces = [tokenizer.decode(found.ids[a:b], clean_up_tokenization_spaces=False) for a, b in found.spans]
+    expected = written.pieces(messages, False)
+    assert pieces == [*expected[:-1], expected[-1].partition("the key")[0] + "the key"]
+    blocks = Blocks.messages(tokenizer, messages, continue_final_message=True)
+    longer = blocks.resolve(torch.ones(1, len(found.ids) + 5, dtype=torch.bool))
+    assert longer.labels == (("0 user", "1 assistant", "2 user", "3 assistant"),)
+    assert longer.ends.tolist()[0] == [end for _, end in found.spans[:-1]] + [len(found.ids) + 5]
 
 
 # Nothing tells a closing from a header, and both are others each time.

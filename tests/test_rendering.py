@@ -613,6 +613,9 @@ def test_what_no_tokenizer_can_do():
         render(Slow(), TALK)
     with pytest.raises(BlockError, match="empty or holds something else"):
         render(tokenizer_of(CHATML), [])
+    for role in (None, 3):
+        with pytest.raises(BlockError, match=f"the role {role}; accepted is text"):
+            render(tokenizer_of(CHATML), [TALK[0], said(role, "hi")])
     for template in (CHATML, None):
         with pytest.raises(BlockError, match="lone surrogate"):
             render(tokenizer_of(template), [said("user", "\ud83d")])

@@ -17,6 +17,7 @@ from torch import nn
 from attnpatch.analysis.answers import answer_of
 from attnpatch.analysis.chosen import Options
 from attnpatch.analysis.gradient import attributed, target_positions
+from attnpatch.analysis.index import made_for
 from attnpatch.analysis.passes import (
     blocks_of,
     check_model,
@@ -192,13 +193,13 @@ class BlockAttentionAnalyzer:
         from attnpatch.viewing.page import write_page
 
         folder = Path(save_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [result.plot(folder / "block_map.png"), result.plot_layers(folder / "layers.png")]
-        written.append(result.plot_row(-1, folder / "last_message.png"))
-        if len(result.memory) > 1:
-            written.append(result.plot_memory(folder / "memory.png"))
-        written.append(write_page({self.name: result.block_map}, folder / "page.html"))
-        written.append(result.save(folder / "analysis.safetensors"))
+        with made_for(folder):
+            written = [result.plot(folder / "block_map.png"), result.plot_layers(folder / "layers.png")]
+            written.append(result.plot_row(-1, folder / "last_message.png"))
+            if len(result.memory) > 1:
+                written.append(result.plot_memory(folder / "memory.png"))
+            written.append(write_page({self.name: result.block_map}, folder / "page.html"))
+            written.append(result.save(folder / "analysis.safetensors"))
         return [Path(str(path)) for path in written]
 
     @functools.cached_property

@@ -224,6 +224,22 @@ def discard(folder: Path, made: Sequence[Path] = ()) -> None:
     _remove_empty(made)
 
 
+@contextlib.contextmanager
+def made_for(folder: Path) -> Iterator[None]:
+    """A folder for what is written inside the block; if that raises before anything is, it goes again.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
 def _remove_empty(folders: Sequence[Path]) -> None:
     for path in folders:
         with contextlib.suppress(OSError):  # others have put something there

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpatch.capture.growing import grown, say_what_is_left_out
 from attnpatch.capture.messages import NEXT, Span, message_spans
 from attnpatch.capture.partition import Partition, blocks_of_tokens, tiled
 from attnpatch.capture.words import text_spans
@@ -109,7 +110,8 @@ class Blocks:
             messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
             add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
                 becomes a last block ``"assistant (next)"``, which grows with the tokens that are generated. Without it
-                there is such a block once the sequence is longer than the conversation.
+                there is such a block once the sequence is longer than the conversation. With
+                ``continue_final_message=True`` the last message's block grows.
             **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
 
         Raises:
@@ -126,7 +128,9 @@ class Blocks:
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
             spans.append(_check_spans(found))
             labels.append((*names, NEXT) if add_generation_prompt else tuple(names))
-        more = {"grows": True} if add_generation_prompt else {"after": NEXT, "after_from": tuple(ends)}
+        # The answer is the opened message, or one that was left open for it.
+        grows = bool(add_generation_prompt or template_options.get("continue_final_message"))
+        more = {"grows": True} if grows else {"after": NEXT, "after_from": tuple(ends)}
         return cls("messages", None, tuple(spans), tuple(labels), per_sequence, **more)
 
     @classmethod
@@ -211,6 +215,7 @@ class Blocks:
         if self.image is not None:
             return tiled(self.image, valid)
         lengths = valid.sum(1).tolist()
+        say_what_is_left_out(self, lengths)
         spans, labels = self._spans_for(lengths)
         num_blocks = max([1, *(len(s) for s in spans)])
         starts = torch.zeros(len(spans), num_blocks, dtype=torch.int64)
@@ -239,33 +244,10 @@ class Blocks:
             )
         rows = range(given) if self.per_sequence else [0] * len(lengths)
         found = [
-            self._grown(row, place, length)
+            grown(self, row, place, length)
             for place, (row, length) in enumerate(zip(rows, lengths, strict=True))
         ]
         return [spans for spans, _ in found], tuple(labels for _, labels in found)
-
-    def _grown(self, row: int, place: int, length: int) -> tuple[tuple[Span, ...], tuple[str, ...]]:
-        """Spans and labels of a sequence of some length, the ``place``-th of its batch."""
-        whole, labels = self.spans_by_sequence[row], self.labels_by_sequence[row]
-        sequence = whole
-        if self.ahead:
-            sequence = tuple((start, min(end, length)) for start, end in whole if start < length)
-        if not sequence:
-            return sequence, labels
-        start, end = sequence[-1]
-        is_last = len(sequence) == len(whole)
-        if self.grows and is_last and start < length:
-            return (*sequence[:-1], (start, length)), labels
-        if self.after and is_last and end < length:
-            # The last message may be closed by other tokens when the next one is opened.
-            begin = max(start + 1, self.after_from[row]) if self.after_from else end
-            return (*sequence[:-1], (start, begin), (begin, length)), (*labels, self.after)
-        if end > length:
-            raise BlockError(
-                f"block {len(sequence) - 1} ends at token {end}, sequence {place} has {length} "
-                "real tokens; give spans that end there or earlier (padding does not count)."
-            )
-        return sequence, labels
 
     def __repr__(self) -> str:
         if self.kind == "fixed":

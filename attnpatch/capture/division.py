@@ -93,7 +93,7 @@ def divide(
     Args:
         render: Text of a list of messages.
         messages: The conversation, not empty.
-        also: What else the template is given; marks are characters that do not occur in it.
+        also: What else the template is given, by name; marks are characters that do not occur in it.
         strict: Refuse a message without text of its own, rather than join it with the next or leave it out.
         prompt: With the opening of the assistant's next message at the end.
         special: Special tokens of the tokenizer.
@@ -101,8 +101,11 @@ def divide(
     Raises:
         BlockError: The template refuses the conversation, moves or repeats messages, or gives no text.
     """
-    written = Closings(render, messages, special or Special())
     whole = partial(render, add_generation_prompt=True) if prompt else render
+    if isinstance(also, Mapping) and also.get("continue_final_message"):
+        # Only the last message is left open.
+        render = partial(render, continue_final_message=False)
+    written = Closings(render, messages, special or Special())
     try:
         text = whole(messages)
         opening = written.opening(render(messages), text) if prompt else ""

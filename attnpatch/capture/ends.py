@@ -179,8 +179,9 @@ class Ends:
             return None
         if not self._fits(closing, run):
             self.otherwise[index] = closing
-            prompted = self._behind_marks(index, self._prefix(index + 1, only, add_generation_prompt=True))
-            followed = self.written.followed(closing, prompted or closing)
+            prompted = self._prompted(index + 1, only)
+            behind = None if prompted is None else self._behind_marks(index, prompted)
+            followed = self.written.followed(closing, behind or closing)
             if not followed.strip() or not self._fits(followed, run):
                 self.open.add(run.key)
                 return None
@@ -274,7 +275,14 @@ class Ends:
         plain = self._prefix(count, self.messages)
         if self.text.startswith(plain):
             return plain
-        return self.written.followed(plain, self._prefix(count, self.messages, add_generation_prompt=True))
+        return self.written.followed(plain, self._prompted(count, self.messages) or plain)
+
+    def _prompted(self, count: int, messages: Sequence[Mapping]) -> str | None:
+        """Some messages with the opening of the assistant's next one, unless the template refuses that."""
+        try:
+            return self._prefix(count, messages, add_generation_prompt=True)
+        except _Refused:
+            return None
 
     def _runs(self) -> list[_Run]:
         count, known, runs = len(self.messages), sorted(self.places), []
