@@ -3,6 +3,7 @@
 Right by plain float64 probabilities (``dense_images.recording``), or left out with a reason; never by how many there are.
 """
 
+import contextlib
 import functools
 
 import diffusers
@@ -439,3 +440,96 @@ def test_blocks_that_do_not_fit_do_not_end_the_call():
     assert "blocks were given for 3 sequences, the batch has 1" in repr(maps)
     with pytest.raises(errors.CaptureError, match="blocks were given for 3 sequences"):
         maps.heat_map("red")
+
+
+# ------------------------------------------------------------------------------------------------ tokens taken away
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.heads = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), 2
+
+    def forward(self, hidden_states, context=None):
+        context = hidden_states if context is None else context
+        query = self.to_q(hidden_states).unflatten(-1, (2, 8)).transpose(1, 2)
+        key = self.to_k(context).unflatten(-1, (2, 8)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
+
+
+class Thrifty(torch.nn.Module):
+    """Attends with some of the image's tokens only, or to some, of which there are 16 as in 4 x 4 of 8 x 8."""
+
+    def __init__(self, few):
+        super().__init__()
+        self.patch, self.attention, self.few = torch.nn.Conv2d(4, 16, 2, 2), Attention(), few
+
+    def forward(self, sample, timestep):
+        tokens = self.patch(sample).flatten(2).mT
+        return self.few(self.attention, tokens)
+
+
+def merged(attention, tokens):
+    order = tokens.norm(dim=-1).argsort(1)
+    kept, rest = (tokens.gather(1, part[..., None].expand(-1, -1, 16)) for part in order.split([16, 48], 1))
+    return attention(kept.scatter_reduce(1, torch.zeros(1, 48, 16, dtype=torch.long), rest, "mean"))
+
+
+FEW = {
+    "merged": merged,
+    "keys that are every fourth": lambda attention, tokens: attention(tokens, tokens[:, ::4]),
+    "the first": lambda attention, tokens: attention(tokens[:, :16]),
+    "keys pooled in a row": lambda attention, tokens: attention(
+        tokens, torch.nn.functional.avg_pool1d(tokens.mT, 4).mT
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_tokens_that_are_not_all_of_the_image(case):
+    torch.manual_seed(0)
+    denoiser = Thrifty(FEW[case]).eval()
+    with torch.no_grad(), attnpatch.capture(denoiser, blocks=Blocks.tiles(8, 8, 2)) as maps:
+        denoiser(numbers(1, 1, 4, 16, 16), 5)
+    side = "keys" if "keys" in case else "queries"
+    assert maps.left_out == {"attention": f"attends with 16 {side} of which it is not known what they are"}
+
+
+def test_keys_of_a_smaller_image():
+    """Pooled by rows and columns they are the same image at another resolution."""
+
+    def pooled(attention, tokens):
+        small = torch.nn.functional.avg_pool2d(tokens.mT.reshape(1, 16, 8, 8), 2)
+        return attention(tokens, small.flatten(2).mT)
+
+    torch.manual_seed(0)
+    denoiser = Thrifty(pooled).eval()
+    inputs = numbers(1, 1, 4, 16, 16), 5
+    with torch.no_grad(), recording_of(denoiser) as probabilities:
+        denoiser(*inputs)
+    with torch.no_grad(), attnpatch.capture(denoiser, blocks=Blocks.tiles(4, 4, 2)) as maps:
+        denoiser(*inputs)
+    dense, expected = probabilities[0][0].mean(0), np.zeros((4, 4))
+    for query in range(64):
+        for key in range(16):
+            tile = query // 32 * 2 + query % 8 // 4
+            expected[tile, key // 8 * 2 + key % 4 // 2] += dense[query, key] / 16
+    assert np.abs(maps.block_map.mass[0].numpy() - expected).max() < 1e-6
+
+
+@contextlib.contextmanager
+def recording_of(denoiser):
+    """float64 probabilities of the one attention of a module of ours."""
+    found = []
+
+    def keep(attention, args):
+        hidden, context = args[0], args[-1]
+        query = attention.to_q(hidden).unflatten(-1, (2, 8)).transpose(1, 2).double()
+        key = attention.to_k(context).unflatten(-1, (2, 8)).transpose(1, 2).double()
+        found.append(torch.softmax(query @ key.mT / 8**0.5, -1).numpy())
+
+    handle = denoiser.attention.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -1,5 +1,6 @@
 """Whose tokens a tensor holds, followed through the functions of torch."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -44,3 +45,39 @@ def test_nothing_is_known_of_others():
         mixed = torch.cat([image, other], 1)
     assert origins.of(other) is None
     assert origins.of(mixed) == ((IMAGE, 4), ("other", 4))
+
+
+LOSES = {
+    "gathered": lambda x: torch.gather(x, 1, torch.arange(4)[None, :, None].expand(2, 4, 8)),
+    "indexed": lambda x: x[:, torch.arange(9).flip(0)],
+    "a list": lambda x: x[:, [0, 2, 1]],
+    "masked": lambda x: x[torch.ones(2, 9, dtype=torch.bool)],
+    "every other": lambda x: x[:, ::2],
+    "rolled": lambda x: x.roll(1, 1),
+    "sorted": lambda x: x.sort(1).values,
+    "the first": lambda x: x[:, :4],
+    "chunks": lambda x: x.chunk(3, 1)[1],
+    "narrowed": lambda x: x.narrow(1, 0, 4),
+    "pooled": lambda x: F.avg_pool1d(x.mT, 3).mT,
+    "convolved": lambda x: F.conv1d(x.mT, torch.ones(8, 8, 3), stride=3).mT,
+    "taken together": lambda x: x.reshape(2, 3, 3, 8).mean(2),
+}
+KEEPS = {
+    "features": lambda x: x[..., :4],
+    "chunks of features": lambda x: x.chunk(2, -1)[1],
+    "one of a batch": lambda x: x[:1],
+    "a new axis": lambda x: x[:, None],
+    "rows and columns": lambda x: F.avg_pool2d(x.mT.reshape(2, 8, 3, 3), 3).flatten(2).mT,
+    "a mean of features": lambda x: x - x.mean(-1, keepdim=True),
+    "as they are": lambda x: x[:, :],
+}
+
+
+@pytest.mark.parametrize("case", [*LOSES, *KEEPS])
+def test_tokens_in_another_order(case):
+    """Or some of them only: where they lie is not known, whatever their number would fit."""
+    image = torch.randn(2, 9, 8)
+    with Origins() as origins:
+        origins.mark(image, IMAGE)
+        result = {**LOSES, **KEEPS}[case](image)
+    assert origins.of(result) == (None if case in LOSES else ((IMAGE, None),))

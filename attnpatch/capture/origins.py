@@ -24,6 +24,25 @@ _ROWS_OF = {"addmm": 1, "baddbmm": 1, "addbmm": 1, "einsum": 1}
 _PRODUCTS = frozenset(
     ["matmul", "__matmul__", "bmm", "mm", "linear", "scaled_dot_product_attention", *_ROWS_OF]
 )
+# What puts tokens into another order, or takes some of them; what takes several together along one axis.
+_PICKING = frozenset(
+    [
+        "gather",
+        "index_select",
+        "take_along_dim",
+        "take",
+        "masked_select",
+        "index_add",
+        "index_copy",
+        "index_put",
+    ]
+    + ["scatter", "scatter_add", "scatter_reduce", "masked_scatter", "topk", "sort", "flip", "roll"]
+)
+_CUTTING = frozenset(["__getitem__", "narrow", "split", "split_with_sizes", "chunk", "tensor_split"])
+_ALONG_ONE_AXIS = frozenset(
+    ["conv1d", "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "interpolate"]
+)
+_REDUCING = frozenset(["mean", "sum", "amax", "amin", "max", "min", "median", "logsumexp", "prod"])
 
 
 class Origins(TorchFunctionMode):
@@ -62,7 +81,8 @@ class Origins(TorchFunctionMode):
         if source is not None:
             origin = self._known[source]
             for one in [result] if isinstance(result, torch.Tensor) else result:
-                if isinstance(one, torch.Tensor) and one is not source:
+                is_kept = len(origin) > 1 or not _loses_order(func, args, source, one)
+                if isinstance(one, torch.Tensor) and one is not source and is_kept:
                     self._hand_on(origin, source, one)
         return result
 
@@ -106,6 +126,37 @@ class Origins(TorchFunctionMode):
             parts = parts[:1] if is_first else parts[-1:] if shares else []
         if parts:
             self._known[result] = ((parts[0], None),)
+
+
+def _loses_order(func: Callable[..., Any], args: Any, source: torch.Tensor, result: Any) -> bool:
+    """Whether a result's tokens are not all of its source's, in their order: where they lie cannot be told any more.
+
+    Feature maps keep it: a convolution or a mean over rows and columns shows the same image.
+    """
+    name = getattr(func, "__name__", "")
+    name = name if name.startswith("__") else name.rstrip("_")
+    if name in _PICKING or (name == "__getitem__" and any(map(_picks, _listed(args[1:])))):
+        return True
+    if not isinstance(result, torch.Tensor):
+        return False
+    if name in _ALONG_ONE_AXIS:
+        return source.dim() == 3 and result.shape[-1] != source.shape[-1]
+    if name in _REDUCING:
+        return result.dim() < source.dim() and result.shape[-1:] == source.shape[-1:]
+    if name in _CUTTING and source.dim() == result.dim() == 3:
+        return result.shape[::2] == source.shape[::2] and result.shape[1] < source.shape[1]
+    return False
+
+
+def _picks(index: Any) -> bool:
+    """Whether an index takes single elements, or every other."""
+    if isinstance(index, slice):
+        return index.step not in (None, 1)
+    return isinstance(index, list) or (isinstance(index, torch.Tensor) and index.dim() > 0)
+
+
+def _listed(args: Any) -> Any:
+    return args[0] if args and isinstance(args[0], tuple) else args
 
 
 def _pieces(args: Any, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], int]:
