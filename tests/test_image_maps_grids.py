@@ -173,6 +173,16 @@ def test_references_of_flux_2():
     assert {"picture 2 of 3", "picture 3 of 3"} <= set(maps.left_out)
 
 
+def test_rows_and_columns_last():
+    """Positions of four numbers of which the last two are the row and the column."""
+    inputs = flux_inputs(torch.cat([torch.zeros(24, 1), positions((4, 6))], 1)[None])
+    del inputs["pooled_projections"]
+    inputs.update(txt_ids=torch.zeros(1, TEXT, 4), guidance=torch.full((1,), 3.0))
+    sites, maps = captured(flux2(), inputs)
+    assert_joint(maps, sites, True, 24)
+    assert maps["joint"].metadata["query_tiles"] == [1, 4, 6]
+
+
 def kontext():
     """Flux Kontext's pipeline, of Flux's parts."""
     pipe = pipe_of("flux")
@@ -389,6 +399,54 @@ def test_as_many_frames_as_channels():
     inputs = {"hidden_states": numbers(1, 1, 16, 16, 4, 6), "timestep": torch.full((1,), 5.0)}
     _, maps = captured(wan, {**inputs, "encoder_hidden_states": numbers(7, 1, TEXT, 32)})
     assert maps["cross"].metadata["query_tiles"] == [16, 4, 6] and maps.left_out == {}
+
+
+def test_channels_last():
+    """Latents as some hosts have them: frames, rows, columns, channels."""
+
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.config = Attention(), type("Config", (), {"in_channels": 16})
+
+        def forward(self, hidden_states, timestep):
+            return self.attention(hidden_states.flatten(1, 3))
+
+    torch.manual_seed(0)
+    denoiser = Last().eval()
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(numbers(1, 1, 2, 4, 6, 16), 5)
+    assert maps.block_map.metadata["query_tiles"] == [2, 4, 6]
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(numbers(1, 1, 16, 4, 6, 16), 5)  # frames or channels first
+    assert "in which rows and columns they lie is not said" in maps.left_out["attention"]
+
+
+def test_an_image_that_looks_at_text_which_does_not_look():
+    """Queries of the image, keys of both: heat maps can be had, and tokens of neither are said to be in no block."""
+
+    class Joint(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            image, extra = sample.flatten(2).mT, torch.ones(1, 3, 16)
+            return self.attention(image, torch.cat([encoder_hidden_states, extra, image], 1))
+
+    torch.manual_seed(0)
+    denoiser = Joint().eval()
+    inputs = numbers(1, 1, 16, 4, 4), 5, numbers(7, 1, TEXT, 16)
+    with torch.no_grad(), recording_of(denoiser) as probabilities:
+        denoiser(*inputs)
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(*inputs)
+    assert maps.keys() == ["image to text+image"]
+    expected = probabilities[0][0].mean(0)[:, 5].reshape(4, 4)
+    assert np.abs(maps.heat_map(5) - expected).max() < 1e-6
+    assert maps.left_out == {"attention (3 tokens)": "are neither the image's nor the text's: in no block"}
+    beside = probabilities[0][0].mean(0)[:, TEXT : TEXT + 3].sum(1)
+    assert np.abs(maps.block_map.missing_mass[0].numpy() - beside).max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------- sizes that change, blocks

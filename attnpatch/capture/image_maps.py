@@ -290,6 +290,7 @@ class ImageMaps:
             name
             for kind, n in self._kinds(self._run(run)).items()
             if kind in ("cross", "joint")
+            or ("image" in kind.split(" to ")[0] and "text" in kind.split(" to ")[-1])
             for name in n
         ]
         names = [name for name in names if sites is None or fnmatch.fnmatchcase(name, sites)]

@@ -222,6 +222,8 @@ class ImageObserver(SiteObserver):
                     f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
                     f"{given[0]}"
                 )
+            elif kind == OTHER:
+                self._leave_out("are neither the image's nor the text's: in no block", f" ({length} tokens)")
             found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
         return tuple(found)
 

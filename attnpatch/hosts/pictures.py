@@ -46,22 +46,22 @@ def latents_grid(part: nn.Module, images: list[torch.Tensor]) -> Grid | None:
         return Grid(1, shape[2], shape[3])
     if len(shape) != 5:
         return None
-    # Channels before frames, or after them.
+    # Channels before frames, after them, or last.
     channels = getattr(getattr(part, "config", None), "in_channels", None)
-    is_first, is_second = shape[1] == channels, shape[2] == channels
-    if is_first == is_second:
+    is_first, is_second, is_last = (shape[axis] == channels for axis in (1, 2, 4))
+    if is_first + is_second + is_last != 1:
         # A convolution over frames takes them after the channels.
         convolutions = (module for module in part.modules() if isinstance(module, nn.Conv3d))
         is_first = any(module.in_channels == shape[1] for module in convolutions)
-        is_second = False
-    if is_first or is_second:
-        return Grid(shape[2] if is_first else shape[1], shape[3], shape[4])
-    return None
+        is_second = is_last = False
+    if is_last:
+        return Grid(shape[1], shape[2], shape[3])
+    return Grid(shape[2] if is_first else shape[1], shape[3], shape[4]) if is_first or is_second else None
 
 
 def _by_positions(ids: torch.Tensor) -> tuple[Grid, ...]:
-    """Pictures by ``[tokens, 3 or more]`` positions (also ``[batch, ...]``), of which the second is the row, the third
-    the column; the others are the same all over a picture."""
+    """Pictures by ``[tokens, 3 or more]`` positions (also ``[batch, ...]``), of which the second is the row and the
+    third the column, or the last two are; the others are the same all over a picture."""
     ids = ids.detach().cpu()
     if ids.dim() == 3:
         if not bool((ids == ids[:1]).all()):
@@ -69,18 +69,25 @@ def _by_positions(ids: torch.Tensor) -> tuple[Grid, ...]:
         ids = ids[0]
     if ids.dim() != 2 or ids.shape[1] < 3 or not len(ids):
         return ()
-    others = torch.cat([ids[:, :1], ids[:, 3:]], 1)
+    pairs = dict.fromkeys([(1, 2), (ids.shape[1] - 2, ids.shape[1] - 1)])
+    return next(filter(None, (_by_columns(ids, *pair) for pair in pairs)), ())
+
+
+def _by_columns(ids: torch.Tensor, row: int, column: int) -> tuple[Grid, ...]:
+    """The same, of the row and the column in two of the numbers."""
+    others = ids[:, [place for place in range(ids.shape[1]) if place not in (row, column)]]
     changes = (others[1:] != others[:-1]).any(1).nonzero().flatten() + 1
     bounds = [0, *changes.tolist(), len(ids)]
     if len(bounds) > _MOST:
         return ()
     found: list[Grid] = []
     for start, end in itertools.pairwise(bounds):
-        pictures = _in_rows(ids[start:end, 1:3])
+        pictures = _in_rows(ids[start:end, [row, column]])
         if not pictures or len(found) + len(pictures) > _MOST:
             return ()
         found += pictures
-    return tuple(found)
+    # Several pictures of a token are one of which rows or columns were taken for its number.
+    return () if len(found) > 1 and any(each.tokens == 1 for each in found) else tuple(found)
 
 
 def _in_rows(places: torch.Tensor) -> list[Grid]:
