@@ -328,6 +328,15 @@ def checkpointed_step_whose_bias_is_overwritten(module, scores, query, value):
     return checkpoint(core, scores, use_reentrant=False) @ value
 
 
+def checkpointed_step_that_overwrites_its_argument(module, scores, query, value):
+    def core(s):
+        view = s.flatten(0, 1)
+        s[..., 0] = 0.25
+        return s + view.view(s.shape)
+
+    return checkpoint(core, scores, use_reentrant=False) @ value
+
+
 def given_other_values(module, scores, query, value):
     view, scaled = scores[:, 1:], scores * 3.0
     scores.data = scores.data * 0.25
@@ -441,7 +450,7 @@ MIDDLES = [
     given_other_values,
     operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
     bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
-    kept_before_a_write_without_gradients,
+    kept_before_a_write_without_gradients, checkpointed_step_that_overwrites_its_argument,
     kept_before_a_view_of_it_was_written_to, kept_after_a_part_was_written_without_gradients,
     function_on_what_was_read_and_written_to_by_a_view, function_on_what_got_a_history_by_a_view,
     nothing_done_in_place_to_what_a_function_has_saved, other_values_for_what_a_function_has_saved,

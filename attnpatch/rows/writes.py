@@ -181,6 +181,9 @@ def _spread(value: Any, node: Node, shape: torch.Size) -> torch.Tensor | None:
 def _source(target: DeferredRows, value: Any, dims: tuple[Dim, ...], shape: torch.Size) -> Node | None:
     """The values of a write as a node, aligned from the right with ``dims``."""
     node = target.handle.node
+    if isinstance(value, (bool, int, float)):
+        # No tensor, which an edge would save: a checkpoint that natively saves nothing does not run again.
+        return Filled(value, (), node.dtype, node.device)
     value = _spread(value, node, shape)
     if value is None:
         return None
