@@ -384,6 +384,15 @@ def detached_in_place(module, scores, query, value):
     return probabilities @ value
 
 
+def hooked_and_gone_when_a_part_is_written_to(module, scores, query, value):
+    scores = scores * 0.5
+    scores.register_hook(lambda grad: module.seen.update(scores=grad.clone()))
+    scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], -1)[..., :-1]
+    view = scores.expand_as(scores)
+    view += 0.3
+    return scores @ value
+
+
 def kept_before_a_write_without_gradients(module, scores, query, value):
     scores = scores * 0.5
     scores.retain_grad()
@@ -450,7 +459,7 @@ MIDDLES = [
     given_other_values,
     operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
     bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
-    kept_before_a_write_without_gradients, checkpointed_step_that_overwrites_its_argument,
+    hooked_and_gone_when_a_part_is_written_to, kept_before_a_write_without_gradients, checkpointed_step_that_overwrites_its_argument,
     kept_before_a_view_of_it_was_written_to, kept_after_a_part_was_written_without_gradients,
     function_on_what_was_read_and_written_to_by_a_view, function_on_what_got_a_history_by_a_view,
     nothing_done_in_place_to_what_a_function_has_saved, other_values_for_what_a_function_has_saved,

@@ -623,8 +623,18 @@ def _passed_by(tensor: Any) -> Any:
 
 
 def _observe(tensor: DeferredRows) -> None:
-    if tensor.handle.node.marks is not None:
-        tensor.handle.node.marks.is_observed = True
+    node = tensor.handle.node
+    if node.marks is None:
+        return
+    node.marks.is_observed = True
+    if node.anchor is None and tensor.handle.edge is edges.history(tensor):
+        with torch.enable_grad():
+            node.anchor = edges.bridged(tensor, _nothing_like(tensor))
+
+
+def _nothing_like(tensor: DeferredRows) -> torch.Tensor:
+    """What has the shape of a deferred tensor, and one element."""
+    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 # Where each of autograd's functions takes what gradients are for.
@@ -640,8 +650,7 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     def source(value: Any) -> Any:
         if not is_pending(value) or not has_history(value):
             return settle(value, func.__name__)
-        nothing = torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
-        return edges.bridged(value, nothing)
+        return edges.bridged(value, _nothing_like(value))
 
     def target(value: Any) -> Any:
         if not isinstance(value, DeferredRows):

@@ -254,7 +254,7 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
             stack += [
                 function for function, _ in edge.next_functions[edge.first : edge.first + len(edge.parents)]
             ]
-        elif hasattr(edge, "adopts"):
+        elif hasattr(edge, "leads_on"):
             stack += [function for function, _ in edge.next_functions]
     return found
 
@@ -297,6 +297,7 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, deferred: torch.Tensor, computed: list[torch.Tensor]) -> torch.Tensor:
         ctx.set_materialize_grads(False)
+        ctx.leads_on = True
         return computed[0].detach()
 
     @staticmethod
@@ -310,7 +311,7 @@ class _Adopt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.adopts = True
+        ctx.leads_on = True
         ctx.mark_dirty(target)
         return target
 
@@ -409,7 +410,7 @@ def _planned(
         [leaf.twin for leaf in own],
         [leaf.tensor for leaf in own],
     )
-    carriers = [parent.carrier() for parent in parents]
+    carriers = [parent.carrier() if is_carried(parent) else parent.anchor for parent in parents]
     return [plan, *carriers, *(leaf.tensor for leaf in leaves)]
 
 
@@ -428,7 +429,7 @@ def _below(root: Node) -> tuple[list[Node], list[Leaf]]:
             direct.append(node)
         elif node.needs_grad is False or node.stops_gradient:
             continue
-        elif node.needs_grad and is_carried(node):
+        elif node.needs_grad and (is_carried(node) or node.anchor is not None):
             parents.append(node)
         else:
             stack.extend(node.children)

@@ -50,6 +50,7 @@ class Node:
         stops_gradient: Whether its result has no history, whatever it was made from: detached, or under no_grad.
         needs_grad: Whether the deferred tensor of it has a history; ``None``: it has no deferred tensor.
         carrier: That deferred tensor.
+        anchor: What leads to its history when it is gone, if somebody has asked for its own gradient.
         marks: What became of it; the twin has the same.
         twin: The copy without tensors that backward passes keep.
         reached: Tensors that its gradients go to.
@@ -71,6 +72,7 @@ class Node:
     stops_gradient = False
     needs_grad: bool | None = None
     carrier: weakref.ref[torch.Tensor] | None = None
+    anchor: torch.Tensor | None = None
     marks: Any = None
     twin: Node | None = None
     reached: Sequence[Leaf] = ()
@@ -110,7 +112,7 @@ class Node:
 
 
 # What a node has to do with autograd's graph; a copy of it is another tensor's.
-_OF_GRAPH = frozenset(["needs_grad", "carrier", "marks", "twin", "reached", "saved"])
+_OF_GRAPH = frozenset(["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved"])
 
 
 class Leaf(Node):
