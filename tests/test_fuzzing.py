@@ -65,6 +65,42 @@ def test_an_error_of_the_native_pass_is_no_fault():
     assert check(with_line("s = s.view(7, 7, 7)"))[0] == "native raises"
 
 
+VALUES = "vv = keys_of(v, s.shape, full)"
+HIDDEN = "s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float('-inf'))"
+# Programs of which the bits, or some numbers, are no matter of rows.
+ALLOWED = {
+    "a row that gives NaN and is cut off": Program(
+        ("s = q @ k.mT", HIDDEN, "s = s - s.sum(-1).unsqueeze(-1) * 0.1", "s = s.softmax(-1)", "s = s.narrow(-2, 1, s.shape[-2] - 1)", VALUES, "out = s.tril() @ vv"),
+        shape=(1, 1, 7, 4), grads=("q",),
+    ),
+    "sums that overflow in one order": Program(
+        ("s = q @ k.mT", "s = s.masked_fill(~fit(keep, s, full), float('-inf'))", "s = s.nan_to_num()", VALUES, "out = s @ vv[..., :1]"),
+        shape=(1, 4, 9, 4), grads=("v",), seed=126,
+    ),
+    "NaN of a kernel for larger products": Program(
+        ("s = q @ k.mT", "s = s.masked_fill(~fit(keep, s, full), float('-inf'))", "vv = keys_of(v, s.shape, full).to(s.dtype)", "out = s @ vv"),
+        shape=(1, 6, 17, 11), dim=8, autocast=True, grads=(),
+    ),
+    "scores that are computed twice": Program(
+        ("s = torch.baddbmm(bias.expand(full).flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.25)", "s = s.pow(2)", "s = s.softmax(-1) * s.softmax(-2)", "s = s.pow(2)", "s = s * s", VALUES, "out = s @ vv"),
+        shape=(2, 2, 13, 11), dim=8, grads=(), grid=False, seed=111,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_is_no_fault(name):
+    assert check(ALLOWED[name])[0] in ("ok", "rounding")
+
+
+def test_a_result_that_is_read_after_what_it_needs_was_overwritten_is_refused():
+    """A checkpoint that runs again writes to its argument by a tensor that nobody watches."""
+    part = "def part(s):\n    s.detach().mul_(1.5)\n    return s\ns = checkpoint(part, s, use_reentrant=True)"
+    lines = ("s = (q @ k.mT).half().float()", part, VALUES, "out = s @ vv", "more.append(s.sum(-2))")
+    verdict, what = check(Program(lines))
+    assert verdict == "refused" and "overwritten in place" in what
+
+
 def test_the_reference_is_wide():
     """What a program casts to is float64 in the pass that others are measured by."""
     program = with_line("s = s.bfloat16().float().to(torch.bfloat16)")

@@ -27,7 +27,7 @@ POINTWISE = [
 IN_PLACE = [
     "s *= {x}", "s += {x}", "s -= 0.3", "s /= 1.7", "s.mul_({x})", "s.add_({x})", "s.div_(2.0)", "s.neg_()", "s.tanh_()",
     "s.clamp_(-2.1, 2.3)", "s.relu_()", "s.exp_()", "s.masked_fill_(s < -1.37, -9.0)", "torch.relu_(s)", "s.zero_()",
-    "s.fill_({x})", "s.copy_(s * {x})", "s.copy_(s.transpose(-1, -2) if s.shape[-1] == s.shape[-2] else s + 1.0)",
+    "s.fill_({x})", "s.copy_(s * {x})", "s.copy_(s.transpose(-1, -2).clone() if s.shape[-1] == s.shape[-2] else s + 1.0)",
     "s.sub_(s * 0.5)", "s.lerp_(s * 2, 0.25)", "s.addcmul_(s, s, value=0.1)", "s.nan_to_num_()", "s.add_(s)",
     "s.mul_(s)", "s.clamp_max_(2.0)", "with torch.no_grad(): torch.mul(s, {x}, out=s)", "s.detach().mul_({x})", "s.data.mul_({x})",
     "s.detach_()", "F.dropout(s, 0.0, inplace=True)", "F.relu(s, inplace=True)", "s.requires_grad_()",
