@@ -543,3 +543,79 @@ def test_an_old_browser_is_told_so(browser, tmp_path):
     page.locator("#trouble").wait_for(state="visible")
     assert "too old" in page.locator("#trouble").inner_text()
     context.close()
+
+
+def signed_map(mass):
+    """Of probability times gradient."""
+    return block_map(count=mass.shape[-1], layers=len(mass), mass=mass, metadata={"weighting": "gradient"})
+
+
+# A row that sums to 0, one that is negative, and a cell of 0.
+SIGNED = torch.tensor([[[0.2, -0.2, 0.0], [-0.5, 0.125, 0.0], [0.25, 0.125, -0.125]]])
+
+
+@pytest.mark.parametrize("kind", NORMALIZATIONS)
+def test_numbers_with_signs_are_divided_by_absolute_sums(opened, kind):
+    given = signed_map(SIGNED)
+    page = opened(given)
+    page.select_option("#normalization", kind)
+    settled(page)
+    seen = page.evaluate("current.mass.length && [...valuesOf(current, state.normalization)]")
+    sizes = given.key_sizes.clamp(min=1)
+    divisor = {
+        "none": 1,
+        "density": sizes,
+        "row": SIGNED.abs().sum(-1, keepdim=True),
+        "column": SIGNED.abs().sum(-2),
+    }
+    expected = (SIGNED / divisor[kind]).flatten().tolist()
+    assert seen == pytest.approx(expected, rel=1e-4)
+    text = page.locator("#meaning").inner_text()
+    assert text.startswith("probability \u00d7 gradient") and "mass" not in text
+    assert ("absolute" in text) == (kind in ("row", "column"))
+
+
+@pytest.mark.parametrize("scale", ["sqrt", "linear", "log"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_colours_of_numbers_with_signs_go_both_ways(opened, scale, sign):
+    page = opened(signed_map(sign * SIGNED[:, :2, :2]))
+    page.select_option("#scale", scale)
+    settled(page)
+    seen = page.evaluate(
+        COPIED
+        + """[[1, 0], [0, 0], [0, 1]].map(([row, column]) => {
+            const at = frameElement.dataset;
+            const pixel = (place, start, size) => Math.round(Number(start) + (place + 0.1) * size);
+            const where = [pixel(column, at.left, at.cellWidth), pixel(row, at.top, at.cellHeight)];
+            return [...copied().getImageData(...where, 1, 1).data].slice(0, 3);
+        })"""
+    )
+    purple, orange = [0x2D, 0, 0x4B], [0x7F, 0x3B, 0x08]
+    assert seen[0] == (purple if sign > 0 else orange)  # -0.5 times the sign, the largest
+    for (red, _, blue), is_above in zip(seen[1:], (sign > 0, sign < 0), strict=True):
+        assert (red > blue) == is_above
+    ticks = page.locator("#ticks span").all_inner_texts()
+    assert (ticks[0], ticks[2], ticks[4]) == ("-0.5", "0", "+0.5")
+    assert ticks[1] == "-" + ticks[3][1:] and ticks[3][0] == "+"
+
+
+def test_a_row_of_numbers_with_signs(opened):
+    page = opened(signed_map(SIGNED))
+    page.evaluate("select({ row: 1, column: 0 }, 1)")
+    settled(page)
+    bars = page.locator("#row-list .number").all_inner_texts()
+    assert bars == ["-0.500", "0.125"]  # largest in size first
+    assert page.locator("#row-list .fill.down").count() == page.locator("#row-list .fill.up").count() == 1
+    assert page.locator("#row-note").inner_text() == ""  # nothing about what a row sums to
+    page.select_option("#order", "order")
+    settled(page)
+    # Down from the line of 0.
+    places = page.evaluate(
+        "[rowFrame.y(0), rowFrame.y(-0.5), rowFrame.box.bottom, rowFrame.y(0.125), rowFrame.box.top]"
+    )
+    assert places[4] <= places[3] < places[0] < places[1] <= places[2]
+    page.evaluate("select(null, null)")
+    settled(page)
+    assert "mass" not in page.locator("#profile-title").inner_text()
+    profile = page.evaluate("theSequence().profile[0][0].largest")
+    assert profile == pytest.approx([(0.2 - 0.5 + 0.25) / 3], rel=1e-3)

@@ -195,14 +195,16 @@ def _profiles(one: BlockMap) -> list[list[dict[str, list[float | None]]]]:
     """Shares of the mass in every layer, mean over rows, by position of the step and of the head.
 
     ``own`` is what a block gives to itself (only where queries and keys are the same blocks), ``first`` what it gives
-    to the first block, ``largest`` what it gives to the block it attends to most.
+    to the first block, ``largest`` what it gives to the block it attends to most; of numbers with signs, the largest in
+    size.
     """
     mass = _by_axes(one)
     rows = np.flatnonzero((one.query_sizes > 0).numpy())
     measured = {}
     if len(rows) and mass.shape[-1]:
         mass = mass[..., rows, :]
-        measured = {"first": mass[..., 0], "largest": mass.max(-1)}
+        largest = np.abs(mass).argmax(-1, keepdims=True)
+        measured = {"first": mass[..., 0], "largest": np.take_along_axis(mass, largest, -1)[..., 0]}
         if one.query_labels == one.key_labels:
             measured["own"] = mass[..., np.arange(len(rows)), rows]
     by_layer = {name: values.mean(-1, dtype=np.float64) for name, values in measured.items()}

@@ -17,9 +17,28 @@ const VIRIDIS =
   "addc30afdc2eb2dd2cb5dd2bb7dd29bade27bdde26bfdf24c2df22c5df21c7e01fcae01ecde01dcfe11cd2e11bd4e11a" +
   "d7e219dae218dce218dfe318e1e318e4e318e7e419e9e419ece41aeee51bf1e51cf3e51ef6e61ff8e621fae622fde724";
 
+// For numbers with signs: purple below 0, orange above, white between; what differs in lightness alone differs in size.
+const SIDES = ["2d004b", "542788", "8073ac", "b2abd2", "d8daeb", "f7f7f7", "fee0b6", "fdb863", "e08214", "b35806", "7f3b08"];
+
+// 256 colours for numbers without signs, and for those with.
+const COLOURS = [
+  Array.from({ length: 256 }, (_, i) => "#" + VIRIDIS.slice(6 * i, 6 * i + 6)),
+  Array.from({ length: 256 }, (_, i) => between(SIDES, i / 255)),
+];
+const coloursOf = (signed) => COLOURS[Number(signed)];
+
+function between(colours, part) {
+  const at = Math.min(colours.length - 2, Math.floor(part * (colours.length - 1)));
+  const weight = part * (colours.length - 1) - at;
+  const parts = [0, 2, 4].map((byte) => {
+    const [low, high] = [at, at + 1].map((i) => parseInt(colours[i].slice(byte, byte + 2), 16));
+    return Math.round(low + weight * (high - low)).toString(16).padStart(2, "0");
+  });
+  return "#" + parts.join("");
+}
+
 // As canvas pixels: red, green, blue, opaque, lowest byte first.
-const PIXELS = new Uint32Array(256);
-for (let i = 0; i < 256; i++) PIXELS[i] = pixel("#" + VIRIDIS.slice(6 * i, 6 * i + 6));
+const PIXELS = COLOURS.map((colours) => Uint32Array.from(colours, pixel));
 
 function pixel(colour) {
   const [red, green, blue] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
@@ -28,14 +47,16 @@ function pixel(colour) {
 
 const DECADES = 4; // from the largest value down, on the logarithmic scale
 
-// Where a value is on the bar, 0 to 1.
-function onScale(value, top, scale) {
+// Where a value is on the bar, 0 to 1; with signs, 0 is in its middle.
+function onScale(value, top, scale, signed) {
+  if (signed) return 0.5 + (Math.sign(value) * onScale(Math.abs(value), top, scale, false)) / 2;
   const part = Math.min(1, Math.max(0, value / top));
   if (scale === "log") return part > 0 ? Math.max(0, 1 + Math.log10(part) / DECADES) : 0;
   return scale === "sqrt" ? Math.sqrt(part) : part;
 }
 
-function valueOnScale(part, top, scale) {
+function valueOnScale(part, top, scale, signed) {
+  if (signed) return Math.sign(part - 0.5) * valueOnScale(Math.abs(2 * part - 1), top, scale, false);
   if (scale === "log") return top * 10 ** (DECADES * (part - 1));
   return top * (scale === "sqrt" ? part * part : part);
 }

@@ -37,10 +37,10 @@ function unpacked(bytes) {
 
 const planeId = (at) => `n${at.map}-${at.sequence}-${at.step}-${at.layer}-${at.head}`;
 
-// Numbers of one picture: {id, rows, columns, mass, keySizes, sums}. Asked for twice it is inflated once.
+// Numbers of one picture: {id, rows, columns, mass, signed, keySizes, sums}. Asked for twice it is inflated once.
 function plane(at) {
   const id = planeId(at);
-  const entry = held.get(id) ?? readPlane(id, maps[at.map].sequences[at.sequence]);
+  const entry = held.get(id) ?? readPlane(id, maps[at.map].sequences[at.sequence], maps[at.map].signed);
   held.delete(id);
   held.set(id, entry); // the last in order is the last that was looked at
   for (const [old, { bytes }] of held) {
@@ -51,16 +51,19 @@ function plane(at) {
   return entry.promise;
 }
 
-function readPlane(id, { query, key }) {
+function readPlane(id, { query, key }, signed) {
   const [rows, columns] = [query.labels.length, key.labels.length];
   const bytes = 4 * rows * columns;
   heldBytes += bytes;
   const packed = bytesOf(document.getElementById(id).textContent);
   const promise = inflated(packed).then((raw) => {
-    return { id, rows, columns, mass: unpacked(raw), keySizes: key.sizes, sums: {} };
+    return { id, rows, columns, mass: unpacked(raw), signed, keySizes: key.sizes, sums: {} };
   });
   return { bytes, promise };
 }
+
+// A number's size. Where numbers have signs (gradients), their sums may be near 0 and are nothing to divide by.
+const sizeOf = (value, signed) => (signed ? Math.abs(value) : value);
 
 // What the mass is divided by: {by: "row" or "column" or null, values}.
 function divisor(one, kind) {
@@ -69,7 +72,7 @@ function divisor(one, kind) {
   if (!one.sums[kind]) {
     const values = new Float64Array(kind === "row" ? one.rows : one.columns);
     for (let r = 0, i = 0; r < one.rows; r++) {
-      for (let c = 0; c < one.columns; c++, i++) values[kind === "row" ? r : c] += one.mass[i];
+      for (let c = 0; c < one.columns; c++, i++) values[kind === "row" ? r : c] += sizeOf(one.mass[i], one.signed);
     }
     one.sums[kind] = values;
   }
@@ -103,6 +106,15 @@ const MEANING = {
   density: "attention mass per key token",
   column: "share of the mass the column receives",
 };
+
+const SIGNED_MEANING = {
+  none: "probability \u00d7 gradient, mean over the row's tokens",
+  row: "probability \u00d7 gradient, share of the row's absolute sum",
+  density: "probability \u00d7 gradient per key token",
+  column: "probability \u00d7 gradient, share of the column's absolute sum",
+};
+
+const meaningOf = (kind, signed) => (signed ? SIGNED_MEANING : MEANING)[kind];
 
 // Three significant digits.
 function shown(value) {

@@ -48,17 +48,28 @@ function roundTicks(top) {
   return ticks;
 }
 
+// From the least to the greatest of some values, with 0 between them.
+function rangeOf(values) {
+  const numbers = values.filter(Number.isFinite);
+  return [Math.min(0, ...numbers), Math.max(0, ...numbers)];
+}
+
 // Frame of a chart: values upwards, positions across. Returns where things are.
-function chartFrame(canvas, height, top, positions) {
+function chartFrame(canvas, height, [low, top], positions) {
   const width = Math.max(120, canvas.parentElement.clientWidth - 28); // a window may have no room at all
   const context = sized(canvas, width, height);
-  const ticks = roundTicks(top);
+  const ticks = roundTicks(Math.max(top, -low));
+  if (low < 0) {
+    const above = ticks.filter((tick, i) => i === 0 || ticks[i - 1] < top);
+    const below = ticks.filter((tick, i) => i > 0 && ticks[i - 1] < -low);
+    ticks.splice(0, ticks.length, ...below.reverse().map((tick) => -tick), ...above);
+  }
   context.font = font(12);
   const names = ticks.map((tick) => compact(tick));
   const left = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 8;
   const box = { left, top: 8, right: width - 6, bottom: height - 22 };
-  const highest = ticks[ticks.length - 1];
-  const y = (value) => box.bottom - (value / highest) * (box.bottom - box.top);
+  const [lowest, highest] = [ticks[0], ticks[ticks.length - 1]];
+  const y = (value) => box.bottom - ((value - lowest) / (highest - lowest)) * (box.bottom - box.top);
   context.textBaseline = "middle";
   context.textAlign = "right";
   context.lineWidth = 1;
@@ -94,8 +105,7 @@ const DASHES = [[], [7, 4], [2, 3]];
 
 // Lines over positions; places without a number are left out.
 function lineChart(canvas, positions, lines, current) {
-  const top = Math.max(0, ...lines.flatMap((line) => line.values.filter(Number.isFinite)));
-  const frame = chartFrame(canvas, 170, top, positions);
+  const frame = chartFrame(canvas, 170, rangeOf(lines.flatMap((line) => line.values)), positions);
   const { context, box, x, y } = frame;
   if (current !== null) {
     context.fillStyle = themeColour("line");
@@ -120,14 +130,15 @@ function lineChart(canvas, positions, lines, current) {
 }
 
 // One bar per position, at least a pixel wide; the current one stands out.
-function barChart(canvas, positions, values, current) {
-  const frame = chartFrame(canvas, 190, Math.max(0, ...values.filter(Number.isFinite)), positions);
+function barChart(canvas, positions, values, signed, current) {
+  const frame = chartFrame(canvas, 190, rangeOf(values), positions);
   const { context, slot, x, y } = frame;
   const width = Math.max(1, slot > 4 ? slot * 0.8 : slot);
   values.forEach((value, i) => {
-    if (!(value > 0)) return;
-    context.fillStyle = themeColour(i === current ? "mark" : "bar");
-    context.fillRect(x(i) - width / 2, y(value), width, y(0) - y(value));
+    if (!(sizeOf(value, signed) > 0)) return;
+    const colour = signed ? (value < 0 ? "down" : "up") : "bar";
+    context.fillStyle = themeColour(i === current ? "mark" : colour);
+    context.fillRect(x(i) - width / 2, Math.min(y(value), y(0)), width, Math.abs(y(0) - y(value)));
   });
   return frame;
 }

@@ -68,7 +68,10 @@ function paint(one, kind, scale, key) {
   if (painted.key === whole) return;
   const values = valuesOf(one, kind);
   let top = 0;
-  for (let i = 0; i < values.length; i++) if (values[i] > top && values[i] < Infinity) top = values[i];
+  for (let i = 0; i < values.length; i++) {
+    const size = sizeOf(values[i], one.signed);
+    if (size > top && size < Infinity) top = size;
+  }
   painted.top = top || 1;
   let pooled = values;
   if (columns < one.columns || rows < one.rows) {
@@ -77,15 +80,17 @@ function paint(one, kind, scale, key) {
       const start = Math.floor((r * rows) / one.rows) * columns;
       for (let c = 0; c < one.columns; c++, i++) {
         const to = start + Math.floor((c * columns) / one.columns);
-        if (values[i] > pooled[to]) pooled[to] = values[i];
+        if (sizeOf(values[i], one.signed) > sizeOf(pooled[to], one.signed)) pooled[to] = values[i];
       }
     }
   }
   const image = new ImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer);
   const zero = pixel(themeColour("zero"));
+  const colours = PIXELS[Number(one.signed)];
   for (let i = 0; i < pooled.length; i++) {
-    pixels[i] = pooled[i] > 0 ? PIXELS[colourIndex(onScale(pooled[i], painted.top, scale))] : zero;
+    const isSeen = sizeOf(pooled[i], one.signed) > 0;
+    pixels[i] = isSeen ? colours[colourIndex(onScale(pooled[i], painted.top, scale, one.signed))] : zero;
   }
   painted.canvas.width = columns;
   painted.canvas.height = rows;
@@ -95,7 +100,8 @@ function paint(one, kind, scale, key) {
 
 function drawCells(one, sequence, kind, scale, zoom, key) {
   // Before the map is laid out: what stands above it decides how much height is left.
-  document.getElementById("meaning").textContent = MEANING[kind] + (SCALES[scale] ? ` (${SCALES[scale]})` : "");
+  const meaning = meaningOf(kind, one.signed);
+  document.getElementById("meaning").textContent = meaning + (SCALES[scale] ? ` (${SCALES[scale]})` : "");
   layOut(one, sequence, zoom);
   paint(one, kind, scale, key);
   const width = place.left + place.width + 2;
@@ -144,9 +150,12 @@ function writeNumbers(context, one, kind, scale, { rows, columns }, zoom) {
   for (let r = rows[0]; r < rows[1]; r++) {
     for (let c = columns[0]; c < columns[1]; c++) {
       const value = valueAt(one, kind, r, c);
-      if (!(value > 0)) continue;
-      context.fillStyle = onScale(value, painted.top, scale) > 0.55 ? "#000" : "#fff";
-      const text = value >= 0.01 && value < 100 ? value.toPrecision(2) : value.toExponential(0);
+      const size = sizeOf(value, one.signed);
+      if (!(size > 0)) continue;
+      const part = onScale(value, painted.top, scale, one.signed);
+      const isLight = one.signed ? Math.abs(part - 0.5) < 0.3 : part > 0.55;
+      context.fillStyle = isLight ? "#000" : "#fff";
+      const text = size >= 0.01 && size < 100 ? value.toPrecision(2) : value.toExponential(0);
       context.fillText(text, cellLeft(c + 0.5, zoom), cellTop(r + 0.5, zoom));
     }
   }
@@ -228,19 +237,20 @@ function outline(context, x, y, width, height, thickness) {
 }
 
 // The bar of colours with its numbers.
-function drawLegend(scale) {
+function drawLegend(scale, signed) {
   const bar = document.getElementById("bar");
   const width = bar.parentElement.clientWidth;
   const context = sized(bar, width, 14);
   bar.style.width = "";
   for (let i = 0; i < 256; i++) {
-    context.fillStyle = "#" + VIRIDIS.slice(6 * i, 6 * i + 6);
+    context.fillStyle = coloursOf(signed)[i];
     context.fillRect((i * width) / 256, 0, width / 256 + 1, 14);
   }
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => {
     const tick = document.createElement("span");
-    const below = part === 0 && scale === "log" ? "\u2264 " : "";
-    tick.textContent = below + compact(valueOnScale(part, painted.top, scale));
+    const below = part === 0 && scale === "log" && !signed ? "\u2264 " : "";
+    const value = valueOnScale(part, painted.top, scale, signed);
+    tick.textContent = below + (signed && value > 0 ? "+" : "") + compact(value);
     tick.style.left = `${100 * part}%`;
     return tick;
   });

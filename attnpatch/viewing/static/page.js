@@ -3,6 +3,11 @@
 const byId = (id) => document.getElementById(id);
 const AXES = ["step", "layer", "head"];
 const MANY = 100; // blocks
+const NUMBERS = { none: "mass", row: "share of the row", density: "mass per key token", column: "share of the column" };
+const SIGNED_NUMBERS = {
+  none: "probability \u00d7 gradient", row: "share of the row's absolute sum", density: "the same per key token",
+  column: "share of the column's absolute sum",
+};
 const axisOf = { step: "steps", layer: "layers", head: "heads" };
 
 const state = {
@@ -31,7 +36,7 @@ async function refresh() {
   current = one;
   const { normalization, scale } = state;
   drawCells(one, theSequence(), normalization, scale, state.zoom, shownNow());
-  drawLegend(scale);
+  drawLegend(scale, one.signed);
   mark();
   document.documentElement.dataset.shown = shownNow();
 }
@@ -62,6 +67,7 @@ let profiled = 0;
 async function profile() {
   const mine = ++profiled;
   const { cursor, normalization } = state;
+  const { signed } = theMap();
   const positions = realLayers();
   const names = positions.map((position) => String(theMap().layers[position]));
   const shownAt = positions.indexOf(state.layer);
@@ -69,9 +75,9 @@ async function profile() {
   if (!cursor) {
     const measured = theSequence().profile[state.step][state.head];
     const lines = Object.keys(WHOLE).filter((name) => measured[name]).map((name) => {
-      return { name: WHOLE[name][0], colour: WHOLE[name][1], values: measured[name] };
+      return { name: signed && name === "largest" ? LARGEST_SIGNED : WHOLE[name][0], colour: WHOLE[name][1], values: measured[name] };
     });
-    return drawProfile("Over the layers: mass, mean of all rows", names, lines, chosen);
+    return drawProfile(`Over the layers: ${signed ? "" : "mass, "}mean of all rows`, names, lines, chosen);
   }
   const planes = await Promise.all(positions.map((layer) => plane({ ...state, layer })));
   if (mine !== profiled) return;
@@ -125,6 +131,10 @@ function setAxis(axis, position) {
 function openMap(index) {
   const map = maps[index];
   Object.assign(state, { map: index, sequence: 0, row: null, cursor: null, hover: null });
+  for (const option of byId("normalization").options) {
+    option.textContent = (map.signed ? SIGNED_NUMBERS : NUMBERS)[option.value];
+  }
+  byId("signed-help").hidden = !map.signed;
   setChoice("normalization", map.normalization);
   for (const axis of AXES) {
     const count = map[axisOf[axis]].length;

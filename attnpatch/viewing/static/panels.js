@@ -34,7 +34,7 @@ function blockName(side, index) {
 
 // The number of a cell and both its blocks, in short.
 function aboutCell(value, kind, sequence, { row, column }) {
-  const parts = [make("span", "value", shown(value)), make("span", "what", ` ${MEANING[kind]}`)];
+  const parts = [make("span", "value", shown(value)), make("span", "what", ` ${meaningOf(kind, theMap().signed)}`)];
   for (const [word, side, index] of [["row", sequence.query, row], ["column", sequence.key, column]]) {
     parts.push(make("div", "label", `${word}: ${shortened(blockName(side, index), 120)}`));
     if (side.texts?.[index]) parts.push(make("div", "words", shortened(side.texts[index], IN_TOOLTIP)));
@@ -48,7 +48,7 @@ function fillCellPanel(value, kind, sequence, cursor) {
   if (!cursor) return;
   const { row, column } = cursor;
   document.getElementById("cell-value").textContent = shown(value);
-  document.getElementById("cell-meaning").textContent = MEANING[kind];
+  document.getElementById("cell-meaning").textContent = meaningOf(kind, theMap().signed);
   for (const [id, word, side, index] of [["cell-query", "row", sequence.query, row], ["cell-key", "column", sequence.key, column]]) {
     document.getElementById(`${id}-label`).textContent = `${word}: ${blockName(side, index)}`;
     const text = side.texts?.[index] ?? "";
@@ -75,20 +75,21 @@ function fillRowPanel(one, kind, sequence, row, order, cursor, choose) {
   const values = Array.from({ length: one.columns }, (_, column) => valueAt(one, kind, row, column));
   const current = cursor && cursor.row === row ? cursor.column : null;
   const notes = [];
-  if (order === "sorted") notes.push(listLargest(list, labels, values, current, choose));
-  else rowFrame = barChart(bars, labels.map(oneLine), values, current);
+  if (order === "sorted") notes.push(listLargest(list, labels, values, one.signed, current, choose));
+  else rowFrame = barChart(bars, labels.map(oneLine), values, one.signed, current);
   const total = values.reduce((sum, value) => sum + value, 0);
-  if (kind === "none" && total < 0.999 && sequence.query.sizes[row] > 0) {
+  if (kind === "none" && !one.signed && total < 0.999 && sequence.query.sizes[row] > 0) {
     notes.push(`The row sums to ${shown(total)}: the rest went to learned sinks or to tokens outside every block.`);
   }
   note.textContent = notes.filter(Boolean).join(" ");
 }
 
 // Bars with names, largest first; what is said about those left out.
-function listLargest(list, labels, values, current, choose) {
-  const places = values.map((_, column) => column).filter((column) => values[column] > 0);
-  places.sort((a, b) => values[b] - values[a] || a - b);
-  const most = values[places[0]] ?? 1;
+function listLargest(list, labels, values, signed, current, choose) {
+  const sizes = values.map((value) => sizeOf(value, signed));
+  const places = values.map((_, column) => column).filter((column) => sizes[column] > 0);
+  places.sort((a, b) => sizes[b] - sizes[a] || a - b);
+  const most = sizes[places[0]] ?? 1;
   const focused = list.contains(document.activeElement) ? document.activeElement.dataset.column : null;
   const scrolled = list.scrollTop;
   const items = places.slice(0, LISTED).map((column) => {
@@ -96,8 +97,8 @@ function listLargest(list, labels, values, current, choose) {
     button.type = "button";
     button.dataset.column = column;
     const track = make("span", "track");
-    const fill = make("span", "fill");
-    fill.style.width = `${(100 * values[column]) / most}%`;
+    const fill = make("span", signed ? `fill ${values[column] < 0 ? "down" : "up"}` : "fill");
+    fill.style.width = `${(100 * sizes[column]) / most}%`;
     track.append(fill);
     const name = oneLine(labels[column]);
     const label = make("span", "name", name);
@@ -122,6 +123,7 @@ const WHOLE = {
   first: ["on the first block", "second"],
   largest: ["on the block each row attends to most", "third"],
 };
+const LARGEST_SIGNED = "on the block of each row's largest number, whatever its sign";
 
 let profileFrame = null;
 
