@@ -8,6 +8,7 @@ from test_blocks import make_tokenizer
 from typer.testing import CliRunner
 
 import attnpatch
+from attnpatch.analysis.piecewise import tokens_to_try
 from attnpatch.cli import app
 from attnpatch.errors import AnalysisError
 
@@ -141,6 +142,11 @@ STOPS = {
            use_bidirectional_attention=True),
         "look ahead",
     ),
+    # Of its window only the cache knows.
+    "Moshi, a window of 24": (
+        of("MoshiForCausalLM", "MoshiConfig", **CAUSAL, head_dim=16, sliding_window=24, ffn_dim=64),
+        "another map",
+    ),
     "T5's encoder": (lambda: T.T5EncoderModel(T.T5Config(**T5)), "no KV cache"),
     "Bamba": (of("BambaForCausalLM", "BambaConfig", **CAUSAL, **STATES, attn_layer_indices=[1]), "another map"),
     "RecurrentGemma": (
@@ -208,8 +214,21 @@ def test_rounding_of_narrow_dtypes_is_no_reason_and_a_lost_state_is(dtype, token
         torch.manual_seed(0)
         build = GOES_ON.get(name) or STOPS[name][0]
         analyzer = attnpatch.BlockAttentionAnalyzer(model=sharp(build()).to(dtype), tokenizer=tokenizer)
-        assert (analyzer.why_single_pass is None) == (words is None), name
-        assert words is None or words in analyzer.why_single_pass
+        why = analyzer.why_single_pass()
+        assert (why is None) == (words is None), name
+        assert words is None or words in why
+
+
+def test_a_longer_text_is_tried_where_a_conversation_passes_a_window():
+    windows = transformers.MistralForCausalLM(transformers.MistralConfig(**CAUSAL, sliding_window=64)).eval()
+    topk = GOES_ON["Llama"]()
+    topk.config.index_topk = 2048
+    for model, length, expected in (
+        (windows, 60, 40), (windows, 65, 104), (topk, 2048, 40), (topk, 4000, 2560), (GOES_ON["Llama"](), 10**6, 40),
+    ):  # fmt: skip
+        assert tokens_to_try(model, length) == expected
+    windows.config.sliding_window = 100_000
+    assert tokens_to_try(windows, 200_000) == 8192
 
 
 def test_it_is_tried_once_and_leaves_the_model_as_it_was(tokenizer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from attnpatch.analysis.passes import (
     pieces,
     text_config,
 )
-from attnpatch.analysis.piecewise import SINGLE_PASS, why_single_pass
+from attnpatch.analysis.piecewise import SINGLE_PASS, tokens_to_try, why_single_pass
 from attnpatch.analysis.rendering import Rendered, render
 from attnpatch.analysis.result import Analysis
 from attnpatch.api import capture, patched, report
@@ -95,6 +94,7 @@ class BlockAttentionAnalyzer:
         check_model(self.model)
         self.name = Path(name).name if name is not None else type(self.model).__name__
         self.use_gradient_checkpointing = use_gradient_checkpointing
+        self._tried: dict[int, str | None] = {}
         self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}
 
     def analyze_conversation(
@@ -202,10 +202,15 @@ class BlockAttentionAnalyzer:
             written.append(result.save(folder / "analysis.safetensors"))
         return [Path(str(path)) for path in written]
 
-    @functools.cached_property
-    def why_single_pass(self) -> str | None:
-        """Why this model is not passed piece by piece; ``None`` if it is. Tried once, with a short text."""
-        return why_single_pass(self.model, self.tokenizer, self.policy)
+    def why_single_pass(self, tokens: int = 0) -> str | None:
+        """Why a conversation of some length is not passed piece by piece; ``None`` if it is.
+
+        Tried with a short text, once, and again where the conversation is longer than a window of the model.
+        """
+        count = tokens_to_try(self.model, tokens)
+        if count not in self._tried:
+            self._tried[count] = why_single_pass(self.model, self.tokenizer, self.policy, count)
+        return self._tried[count]
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -247,13 +252,11 @@ class BlockAttentionAnalyzer:
         if options.weighting == "gradient" and method != "gradient":
             raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
         notes = list(rendered.notes)
-        if (
-            method in ("sequential", "chunked")
-            and self._is_cut(method, rendered, options)
-            and self.why_single_pass
-        ):
-            method = "single pass"
-            notes.append(f"{SINGLE_PASS}{self.why_single_pass}")
+        if method in ("sequential", "chunked") and self._is_cut(method, rendered, options):
+            why = self.why_single_pass(len(rendered.ids))
+            if why is not None:
+                method = "single pass"
+                notes.append(f"{SINGLE_PASS}{why}")
         device = input_device(self.model)
         ids = torch.tensor([rendered.ids], device=device)
         blocks, texts = blocks_of(options.blocks, rendered, generate is not None)
