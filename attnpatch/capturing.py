@@ -54,7 +54,8 @@ def capture(
             ``Blocks.tiles(height, width, tile)``, of any unit: tiles attending to tiles, or in a pair with words. ``None``
             for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
         heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
-        layers: Positions among like sites, negative from the end; ``None``: all. Not of images: give ``sites``.
+        layers: Numbers of layers, as the map's ``layers`` has them: the model's own. Negative ones count the layers with
+            attention from the last. ``None``: all. Not of images: give ``sites``.
         sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
             the component's name, as in ``report``.
         steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers. Of text each call of the

@@ -31,7 +31,7 @@ class Recorder:
     Args:
         blocks: Blocks of queries and keys, or a pair of them.
         heads: ``"mean"``, ``"all"`` or head numbers.
-        layers: Positions within a group of like sites, negative from the end; ``None``: all.
+        layers: Numbers of layers, as ``pattern_of`` gives them, negative from the last with attention; ``None``: all.
         sites: Pattern (``fnmatch``) of site names to capture; ``None``: all.
         names: The attention sites, in order.
         read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
