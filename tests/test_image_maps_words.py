@@ -127,6 +127,51 @@ def test_weighted(change):
     assert maps.left_out == {}
 
 
+@pytest.mark.parametrize(
+    "change", [scaled, away_from_nothing, same_mean, taken_back], ids=lambda change: change.__name__
+)
+def test_weighted_in_half_precision(change):
+    """Rounded once more: the same words."""
+    pipe = pipe_of("sd15", "half")
+    given, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+    empty = pipe.encode_prompt("", "cpu", 1, False)[0]
+    changed = change(given.clone(), empty).to(torch.bfloat16)
+    assert (changed != given).any()
+    call = {"prompt_embeds": changed, "negative_prompt_embeds": negative}
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+        pipe.encode_prompt("", "cpu", 1, False)
+        sample(pipe, **call)
+    for word in ("red", "cube", "blue", "lamp"):
+        assert_shows(maps.heat_map(word, sequence=1), column(calls, 1, [1 + WORDS.index(word)]))
+    assert maps.left_out == {}
+
+
+@pytest.mark.parametrize("weight", [1, 1.3])
+def test_an_earlier_layer_of_the_encoder(weight, monkeypatch):
+    """``clip_skip``: the pipeline itself brings its states to the last norm."""
+    pipe = pipe_of("sd15")
+    # Where diffusers looks for the norm; newer transformers have it in the encoder itself.
+    monkeypatch.setitem(vars(pipe.text_encoder), "text_model", pipe.text_encoder)
+
+    def encoded():
+        return pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE, clip_skip=1)
+
+    given, negative = encoded()
+    given[:, 2] *= weight
+    call = {"prompt_embeds": given, "negative_prompt_embeds": negative}
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        encoded()
+        sample(pipe, **call)
+        sample(pipe, PROMPT, negative_prompt=NEGATIVE, clip_skip=1)
+    assert_shows(maps.heat_map("red", sequence=1, run=0), column(calls, 1, [2]))
+    assert [each["role"] for each in maps["cross"].metadata["sequences"]] == ["prompt", "negative"]
+    assert maps.words() == list(dict.fromkeys(WORDS))
+    assert maps.left_out == {}
+
+
 @pytest.mark.parametrize("change", [scaled, noise, same_mean], ids=lambda change: change.__name__)
 def test_changed_while_sampling(change):
     """By a callback after the first step: one sequence, and the mean is over both steps."""

@@ -7,6 +7,7 @@ stay (``hosts.matching``), and with them the ids, in which the words of the prom
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,11 +41,19 @@ class Prompts:
         self.texts: list[tuple[str, str]] = []
         self.encoded: dict[nn.Module, list[Encoded]] = {part: [] for part in self.encoders}
         self._is_called = False
+        self._running: set[nn.Module] = set()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Look at what the encoders return, inside a ``with`` block."""
-        handles = [part.register_forward_hook(self._returned, with_kwargs=True) for part in self.encoders]
+        handles = []
+        for part in self.encoders:
+            handles.append(part.register_forward_pre_hook(lambda part, _: self._running.add(part)))
+            handles.append(part.register_forward_hook(self._returned, with_kwargs=True))
+            for name, norm in part.named_modules():
+                if name.endswith("final_layer_norm"):
+                    normed = functools.partial(self._normed, part)
+                    handles.append(norm.register_forward_hook(normed))
         try:
             yield
         finally:
@@ -61,7 +70,17 @@ class Prompts:
         self._is_called = False
         self.encoded = {part: [e for e in kept if not e.is_own] for part, kept in self.encoded.items()}
 
+    def _normed(self, part: nn.Module, norm: nn.Module, args: Any, output: Any) -> None:
+        """A pipeline that skips the last layers (``clip_skip``) brings the states of another to the last one's norm."""
+        if part in self._running or not args or not isinstance(output, torch.Tensor):
+            return
+        for row, state in zip(args[0].detach(), output.detach(), strict=True):
+            for encoded in self.encoded[part]:
+                if any(each.shape == row.shape and torch.equal(each, row) for each in encoded.states):
+                    encoded.states.append(state.clone())
+
     def _returned(self, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._running.discard(part)
         given = {**dict(zip(parameter_names(type(part)), args, strict=False)), **kwargs}
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
