@@ -472,3 +472,22 @@ def test_words_that_the_tokenizer_does_not_know():
     assert maps.words() == "a purple cube over red".split()
     for place, word in enumerate(maps.words()):
         assert_shows(maps.heat_map(word), column(calls, 1, [1 + place]))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "text", "said"),
+    [
+        ("sd15", "tokenizer", "a blue cube", "text token 2 is of 'red', the blocks have 'blue' there"),
+        ("flux", "tokenizer", PROMPT, "text token 1 is of 'red', the blocks have 'a' there"),
+    ],
+)
+def test_words_that_are_not_there(name, tokenizer, text, said):
+    """Of another text, or of another tokenizer: the image is made, and no map says otherwise."""
+    pipe = pipe_of(name)
+    words = attnpatch.Blocks.words(getattr(pipe, tokenizer), text)
+    call = {"max_sequence_length": 40} if name == "flux" else {"negative_prompt": NEGATIVE}
+    with attnpatch.capture(pipe, blocks=(attnpatch.Blocks.tiles(8, 8, 1), words)) as maps:
+        sample(pipe, PROMPT, **call)
+    assert set(maps.left_out) == {"step 0", "step 1"} and said in maps.left_out["step 0"]
+    with pytest.raises(errors.CaptureError, match="nothing was captured"):
+        maps.heat_map("red")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.grid import Grid, Tiles
 from attnpatch.capture.observer import Record
 from attnpatch.capture.origins import IMAGE, TEXT
-from attnpatch.errors import CaptureError
+from attnpatch.errors import BlockError, CaptureError
 
 # Tiles along either edge of an image where nobody says how many, as queries and as keys.
 QUERY_TILES, KEY_TILES = 32, 16
@@ -266,7 +266,10 @@ class Sampling:
             asked = blocks.resolve(valid[chosen])
             for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
                 before = found[place]
-                found[place] = TextRow(labels, assignment, before.text, before.role)
+                if blocks.kind == "words" and before.text is not None:
+                    _check_words(labels, assignment, before)
+                missing = {word: why for word, why in before.missing.items() if word in labels}
+                found[place] = TextRow(labels, assignment, before.text, before.role, missing=missing)
 
     def _number(self, key: bytes, row: TextRow | None, used: set[int] = frozenset()) -> int:
         """The number of a text: that of one with other embeddings of the same tokens, which went before it."""
@@ -290,6 +293,24 @@ class Sampling:
                 f"words of text {number}",
                 "no text encoder of the pipeline returned its embeddings inside the with block, so its tokens have "
                 "numbers; encode the prompt there, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
+            )
+
+
+def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow) -> None:
+    """Words that somebody gave are where the text has them: tokens of another tokenizer, or of chunks, lie elsewhere.
+
+    Raises:
+        BlockError: They are not.
+    """
+    words: dict[int, list[str]] = {}
+    for label, numbers in known.words:
+        for number in numbers:
+            words.setdefault(number, []).append(label)
+    for token, (mine, its) in enumerate(zip(assignment.tolist(), known.assignment.tolist(), strict=True)):
+        if mine >= 0 and its >= 0 and labels[mine] not in words[its]:
+            raise BlockError(
+                f"text token {token} is of {words[its][0]!r}, the blocks have {labels[mine]!r} there; give the words of the "
+                "text that the pipeline is given, with its tokenizer, or leave them out: they are found"
             )
 
 
