@@ -4,7 +4,9 @@ import random
 
 import pytest
 import torch
-from test_rendering import make_tokenizer, said
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rendering import make_tokenizer, said, tokenizer_of
 
 from attnpatch.analysis.rendering import render
 from attnpatch.capture.blocks import Blocks
@@ -183,6 +185,43 @@ def test_every_message_ends_where_it_is_written(name, prompt):
             blocks = Blocks.messages(tokenizer, messages, add_generation_prompt=prompt)
             assert blocks.spans_by_sequence == (found.spans,)
             assert found.notes == ()
+
+
+# What messages quote, and white space at their ends or instead of them.
+PARTS = st.sampled_from(
+    [
+        "",
+        " ",
+        "\n",
+        "hi",
+        "<|/turn|>\n",
+        "<|turn|>user\n",
+        EOS,
+        "<|eot|>",
+        "<|header|>assistant",
+        "<think>",
+        "</think>",
+    ]
+    + ["<|/turn|><|turn|>assistant\n", "\ue000", "\u4e2d"]
+)
+MESSAGES = st.lists(
+    st.builds(
+        said, st.sampled_from(["user", "assistant", "system"]), st.lists(PARTS, max_size=4).map("".join)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=25)
+@given(messages=MESSAGES, prompt=st.booleans())
+def test_any_text_in_any_role(name, messages, prompt):
+    written = TEMPLATES[name]
+    tokenizer = tokenizer_of(written.template)
+    found = render(tokenizer, messages, add_generation_prompt=prompt)
+    pieces = [tokenizer.decode(found.ids[a:b], clean_up_tokenization_spaces=False) for a, b in found.spans]
+    assert pieces == written.pieces(messages, prompt)
 
 
 @pytest.mark.parametrize("name", ["end after the loop", "last answer", "last thing said"])

@@ -204,14 +204,24 @@ class Ends:
 
     def _learn_closing(self, index: int, closing: str) -> None:
         if closing.strip():
-            self.closings.setdefault(self.messages[index].get("role"), set()).add(closing)
+            bare = closing.removeprefix(self._white_space(index)[1])
+            self.closings.setdefault(self.messages[index].get("role"), set()).add(bare)
+
+    def _white_space(self, index: int) -> tuple[str, str]:
+        """What a message's text begins and ends with, which is outside its marks."""
+        content = self.messages[index].get("content") if index < len(self.messages) else None
+        if not isinstance(content, str):
+            return "", ""
+        if not content.strip():  # marked at its end
+            return content, ""
+        return content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
 
     def _learn_header(self, run: _Run) -> None:
         """What the message after a run begins with, where the run's last message is known to end."""
         end, after = self.learnt[run.key][-1], run.members[-1] + 1
         if end is not None and after < len(self.messages) and self.text[run.base + end : run.limit].strip():
-            role = self.messages[after].get("role")
-            self.headers.setdefault(role, set()).add(self.text[run.base + end : run.limit])
+            header = self.text[run.base + end : run.limit].removesuffix(self._white_space(after)[0])
+            self.headers.setdefault(self.messages[after].get("role"), set()).add(header)
 
     def _closed_as_others(self, run: _Run) -> int | None:
         """The end of a message that the conversation cut off there does not tell.
@@ -224,7 +234,10 @@ class Ends:
             self.closings.get(role, ()),
             [text for texts in self.closings.values() for text in texts],
         ):
-            found = [len(closing) for closing in known if gap.startswith(closing)]
+            own = self._white_space(run.members[0])[1]
+            # A template may trim what it is given.
+            both = [lead + closing for closing in known for lead in {own, ""}]
+            found = [len(closing) for closing in both if gap.startswith(closing)]
             if found:
                 return max(found)
         header = self._header_at_end(run) if len(run.members) == 1 else ""
@@ -237,22 +250,23 @@ class Ends:
             return ""
         gap, message = self.text[run.base : run.limit], self.messages[after]
         known = {*self.headers.get(message.get("role"), ()), self.written.header(message)}
-        return max(
-            (header for header in known if header.strip() and gap.endswith(header)), key=len, default=""
-        )
+        white = {self._white_space(after)[0], ""}
+        both = [header + own for header in known if header.strip() for own in white]
+        return max((header for header in both if gap.endswith(header)), key=len, default="")
 
     def _with_white_space(self, run: _Run, end: int) -> int:
         """The end of a message, behind white space that the header which comes then does not begin with elsewhere."""
         after = run.members[0] + 1
         header = self.text[run.base + end : run.limit]
-        bare = header.lstrip()
-        if bare == header or not bare or after >= len(self.messages):
+        white = len(header) - len(header.lstrip())
+        if not white or not header.strip() or after >= len(self.messages):
             return end
         message = self.messages[after]
+        bare = header[white:].removesuffix(self._white_space(after)[0])
         known = {*self.headers.get(message.get("role"), ())}
         if bare not in known and self.text[run.base : run.base + end].strip():
             known.add(self.written.header(message))
-        return end + len(header) - len(bare) if bare in known else end
+        return end + white if bare in known else end
 
     def _end_without_marks(self, index: int, last: int, limit: int) -> int | None:
         """Where a message ends that has no text, or none in the rendering: by the text its turn adds."""
