@@ -81,3 +81,33 @@ def test_tokens_in_another_order(case):
         origins.mark(image, IMAGE)
         result = {**LOSES, **KEEPS}[case](image)
     assert origins.of(result) == (None if case in LOSES else ((IMAGE, None),))
+
+
+def test_what_takes_only_a_size_or_a_type():
+    """Buffers and other tokens in an image's type are none of its tokens."""
+    image, time = torch.randn(2, 9, 8), torch.randn(2, 1, 8)
+    with Origins() as origins:
+        origins.mark(image, IMAGE)
+        made = [torch.zeros_like(image), image.new_zeros(2, 12, 8), torch.randn_like(image), time.to(image)]
+        made += [time.type_as(image), time.expand_as(image)]
+        typed = image.to(time)
+        joined = torch.cat([time.to(image), image], 1)
+    assert [origins.of(each) for each in made] == [None] * 6
+    assert origins.of(typed) == ((IMAGE, None),)
+    assert origins.of(joined) == (("other", 1), (IMAGE, 9))
+
+
+def test_what_is_written_over():
+    image, text, registers = torch.randn(2, 9, 8), torch.randn(2, 3, 8), torch.randn(2, 2, 8)
+    with Origins() as origins:
+        tensors = [image.clone() for _ in range(5)]
+        for tensor in (image, *tensors):
+            origins.mark(tensor, IMAGE)
+        origins.mark(text, TEXT)
+        tensors[0][:, :3] = text
+        tensors[1][:, 2:4] = registers
+        tensors[2][:, :3] = 0
+        tensors[3].copy_(image)
+        tensors[4][torch.zeros(2, 9, dtype=torch.bool)] = image[0, 0]
+    known = [origins.of(tensor) for tensor in tensors]
+    assert known == [None, None, ((IMAGE, None),), ((IMAGE, None),), ((IMAGE, None),)]

@@ -43,6 +43,20 @@ _ALONG_ONE_AXIS = frozenset(
     ["conv1d", "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "interpolate"]
 )
 _REDUCING = frozenset(["mean", "sum", "amax", "amin", "max", "min", "median", "logsumexp", "prod"])
+# What takes a size or a type of another tensor, and none of its tokens.
+_LIKE = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
+_NEW = (
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "new_",
+)
+# What puts other tokens into a tensor that is there.
+_WRITING = frozenset(["__setitem__", "copy_", "index_put_", "index_copy_", "scatter_", "masked_scatter_"])
 
 
 class Origins(TorchFunctionMode):
@@ -70,6 +84,8 @@ class Origins(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _WRITING:
+            self._write(args)
         if torch.compiler.is_compiling() or not isinstance(result, (torch.Tensor, tuple, list)):
             return result
         if isinstance(result, torch.Size):
@@ -89,10 +105,20 @@ class Origins(TorchFunctionMode):
     def _source(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The first argument whose origin is known; of a product, the one whose rows the result has."""
         name = getattr(func, "__name__", "")
+        if name.startswith(_NEW):
+            return None
+        if name in _LIKE:
+            args, kwargs = args[:1], {}
         if name in _PRODUCTS:
             args, kwargs = [a for a in args if isinstance(a, (torch.Tensor, str))], {}
             args = args[_ROWS_OF.get(name, 0) :][:1]
         return next((t for t in _tensors((*args, *kwargs.values())) if t in self._known), None)
+
+    def _write(self, args: Any) -> None:
+        """Tokens of another kind are written into a tensor: it is not of one kind any more."""
+        target, values = args[0], [each for each in args[1:] if isinstance(each, torch.Tensor)]
+        if values and target in self._known and self._known.get(values[-1]) != self._known[target]:
+            del self._known[target]
 
     def _join(self, result: torch.Tensor, pieces: list[torch.Tensor], dim: int) -> None:
         if not any(piece in self._known for piece in pieces):
