@@ -337,6 +337,20 @@ def checkpointed_step_that_overwrites_its_argument(module, scores, query, value)
     return checkpoint(core, scores, use_reentrant=False) @ value
 
 
+def checkpointed_step_that_adds_a_bias_to_its_argument(module, scores, query, value):
+    bias = torch.arange(LENGTH) * 0.1
+    scores = checkpoint(lambda s, b: s.add_(b), scores * 0.5, bias, use_reentrant=False)
+    scores.mul_(-0.75)
+    others = checkpoint(lambda s, b: s.add_(b), scores.detach() * 0.5, query.mT[:, :1], use_reentrant=False)
+    others.mul_(-0.75)
+    return scores @ value + others @ value
+
+
+def checkpointed_figures_of_what_is_normalised_along_its_rows_later(module, scores, query, value):
+    core = lambda s: s + s.sum(-1, keepdim=True).softmax(-2)
+    return checkpoint(core, scores, use_reentrant=False).softmax(-2) @ value
+
+
 def given_other_values(module, scores, query, value):
     view, scaled = scores[:, 1:], scores * 3.0
     scores.data = scores.data * 0.25
@@ -459,7 +473,9 @@ MIDDLES = [
     given_other_values,
     operand_given_other_values, figures_without_gradients_over_both_sides, checkpointed_step_whose_bias_is_overwritten,
     bias_written_after_a_backward_pass, function_on_what_was_written_to_by_views, detached_in_place,
-    hooked_and_gone_when_a_part_is_written_to, kept_before_a_write_without_gradients, checkpointed_step_that_overwrites_its_argument,
+    hooked_and_gone_when_a_part_is_written_to, kept_before_a_write_without_gradients,
+    checkpointed_step_that_overwrites_its_argument, checkpointed_step_that_adds_a_bias_to_its_argument,
+    checkpointed_figures_of_what_is_normalised_along_its_rows_later,
     kept_before_a_view_of_it_was_written_to, kept_after_a_part_was_written_without_gradients,
     function_on_what_was_read_and_written_to_by_a_view, function_on_what_got_a_history_by_a_view,
     nothing_done_in_place_to_what_a_function_has_saved, other_values_for_what_a_function_has_saved,

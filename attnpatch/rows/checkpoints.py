@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch.utils import checkpoint
 
+from attnpatch.rows.axes import all_leaves
+
 _FRAME = getattr(checkpoint, "_CheckpointFrame", None)
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-_used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, bool]] = weakref.WeakKeyDictionary()
+# Of deferred tensors that came from outside and were pending when first used: what their axes were taken for.
+_used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
+# Runs of checkpoints in which something from outside was written to.
+_overwriting: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def current() -> Any:
@@ -50,22 +55,59 @@ def _found() -> tuple[Any, Any]:
 def is_to_be_pending(handle: Any) -> bool:
     """Whether a deferred tensor from outside was not computed when this checkpoint first used it, and is to be so again.
 
-    It may have been computed since, and a tensor is saved where a recipe is not.
+    It may have been computed since, and a tensor is saved where a recipe is not. Its rows may be keys since (a softmax along
+    them has followed), and figures of rows are computed where figures of keys are put off: they are rows again.
     """
     frame, again = _found()
     if frame is None:
         return False
     if again is None:
         used = _used.setdefault(frame, weakref.WeakKeyDictionary())
-        used.setdefault(handle, not handle.has_values)
+        if handle not in used:
+            axes = all_leaves(handle.node.dims)
+            used[handle] = None if handle.has_values else [(axis, axis.kind) for axis in axes]
         return False
-    if not _used.get(frame, {}).get(handle, False):
+    kinds = _used.get(frame, {}).get(handle)
+    if kinds is None:
         return False
     seen = _seen.setdefault(again, weakref.WeakSet())
     if handle in seen:
         return False
     seen.add(handle)
+    for axis, kind in kinds:
+        for leaf in axis.leaves():
+            leaf.kind = kind
     return True
+
+
+def overwrites(handle: Any) -> None:
+    """A deferred tensor is about to be written to, maybe one from outside of the present checkpoint."""
+    frame, again = _found()
+    if frame is not None and (handle.checkpoint is None or handle.checkpoint() is not frame):
+        _overwriting.add(again or frame)
+
+
+def saving() -> contextlib.AbstractContextManager[Any]:
+    """While an edge saves what it reads.
+
+    A checkpoint whose argument was overwritten cannot run again, so what natively saves nothing (a bias that is added) must
+    not ask for that: it is held.
+    """
+    if not _overwriting:
+        return contextlib.nullcontext()
+    frame, again = _found()
+    if frame is None or (again or frame) not in _overwriting:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unchanged)
+
+
+def _unchanged(held: tuple[torch.Tensor, int]) -> torch.Tensor:
+    tensor, version = held
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation"
+        )
+    return tensor
 
 
 def decisions(otherwise: dict[Any, bool]) -> dict[Any, bool]:

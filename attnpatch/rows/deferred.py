@@ -205,7 +205,7 @@ class Handle:
         node: The recipe.
         call: The site call it came from.
         edge: The history it was given; another one means that somebody below Python's reach has made something of it.
-        checkpoint: The one that saves its history.
+        checkpoint: The one in which it was made, which saves its history.
         values: All of it, without history, once somebody needed it.
         written: The tensor that stands for it, history included, once it was written to in place.
         memory: What it shares with views of it, or with what it is a view of.
@@ -742,9 +742,8 @@ def wrap(
         node = View(node, node.dims)  # another tensor's recipe
     tensor = DeferredRows(Handle(node, call, memory, path))
     tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
-    if tensor.handle.edge is not None:
-        frame = checkpoints.current()
-        tensor.handle.checkpoint = None if frame is None else weakref.ref(frame)
+    frame = checkpoints.current()
+    tensor.handle.checkpoint = None if frame is None else weakref.ref(frame)
     return tensor
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows import guard, plain
+from attnpatch.rows import checkpoints, guard, plain
 from attnpatch.rows.randomness import RandomState, restored
 from attnpatch.rows.recipe import Leaf, Node, copied, graph, tensors_of, twin
 
@@ -375,7 +375,10 @@ def record(
 ) -> torch.Tensor | None:
     """``result()`` with an edge to what ``node`` is computed from; ``None`` where nothing of it has gradients."""
     found = _planned(node, result, again)
-    return None if found is None else _ByRows.apply(*found)
+    if found is None:
+        return None
+    with checkpoints.saving():
+        return _ByRows.apply(*found)
 
 
 def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch.Tensor:

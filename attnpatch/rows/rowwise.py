@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.rows import (
+    checkpoints,
     constants,
     diagonals,
     gumbel,
@@ -220,6 +221,7 @@ def _in_place(
         flag: The arguments without ``inplace=True``.
     """
     target: DeferredRows = args[0]
+    checkpoints.overwrites(target.handle)
     plain, given = _PLAIN.get(name, name[:-1]), (args, kwargs)
     handler, base = writing.IN_PLACE.get(name), func
     if flag is not None:
