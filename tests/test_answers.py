@@ -68,6 +68,30 @@ def test_blocks_of_messages_hold_what_is_generated(case):
     torch.testing.assert_close(found.mass.sum(-1), torch.ones(3, 4), rtol=0, atol=1e-5)
 
 
+def test_each_conversation_of_a_batch_has_its_answer():
+    tokenizer = make_tokenizer(CHATML)
+    model = sharp(llama(len(tokenizer) + 8))
+    talks = [TALK, TALK[:1]]
+    tokenizer.padding_side, tokenizer.pad_token = "left", "<|eot|>"
+    given = tokenizer.apply_chat_template(
+        talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    more = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
+    with attnpatch.capture(model, Blocks.messages(tokenizer, talks)) as maps, torch.no_grad():
+        model.generate(**given, **more)
+    for row, talk in enumerate(talks):
+        alone = tokenizer.apply_chat_template(
+            talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        one = maps.block_map.select(sequence=row)
+        with attnpatch.capture(model, Blocks.messages(tokenizer, talk)) as single, torch.no_grad():
+            model.generate(**alone, **more)
+        assert one.query_labels == single.block_map.query_labels
+        assert one.query_labels[-1] == NEXT and len(one.query_labels) == len(talk) + 1
+        assert one.query_sizes.tolist() == single.block_map.query_sizes.tolist()
+        torch.testing.assert_close(one.mass, single.block_map.mass, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["messages", "words", 7])
 @pytest.mark.parametrize("count", [1, WRITTEN])
 def test_the_analyzer_s_blocks_hold_what_is_generated(case, kind, count):
