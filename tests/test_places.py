@@ -68,6 +68,36 @@ def test_layers_of_a_hybrid_have_the_models_numbers(name):
         assert some.block_map.layers == names
 
 
+# Attention under other names, some of it in a part that layers share out among them.
+OTHERS = {
+    "RecurrentGemma": (
+        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]},
+        {"model.layers.*.temporal_block": (2,)},
+    ),
+    "NemotronH": (
+        {"layers_block_type": ["mamba", "attention", "mlp", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+         "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8},
+        {"model.layers.*.mixer": (1, 3)},
+    ),
+    "Zamba2": (
+        {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4,
+         "mamba_headdim": 16, "attention_hidden_size": 64, "attention_head_dim": 16, "num_mem_blocks": 2,
+         "chunk_size": 8, "adapter_rank": 4},
+        {"model.layers.*.shared_transformer.self_attn": (1, 3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_whose_attention_has_another_name(name):
+    more, expected = OTHERS[name]
+    config = getattr(transformers, f"{name}Config")(**SMALL, head_dim=8, **more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad(), attnpatch.capture(model, blocks=Blocks.fixed(4)) as maps:
+        model(torch.arange(1, 13)[None])
+    assert {kind: maps[kind].layers for kind in maps.keys()} == expected  # noqa: SIM118
+
+
 def test_a_layer_without_attention_cannot_be_asked_for():
     model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SMALL, **HYBRIDS["lfm2"][1]))
     for layers in ([0], [1, 2], [-3], [4]):
