@@ -289,6 +289,32 @@ def test_shapes_that_are_not_the_tokens():
     assert maps.left_out == {"attention": "attends with 64 image tokens, the pictures it is given have 16"}
 
 
+def test_pictures_among_the_tokens_of_text():
+    """OmniGen: references stand in the text's sequence, and the image after it."""
+    torch.manual_seed(0)
+    rope = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    denoiser = diffusers.OmniGenTransformer2DModel(
+        in_channels=4, patch_size=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
+        num_layers=2, pad_token_id=0, vocab_size=97, pos_embed_max_size=16, rope_scaling=rope,
+        time_step_dim=32, rope_base=10000, max_position_embeddings=64, original_max_position_embeddings=64,
+    ).eval()  # fmt: skip
+    before, image = 16 + 1, 4 * 6
+    inputs = {
+        "hidden_states": numbers(1, 1, 4, 8, 12),
+        "timestep": torch.full((1,), 0.5),
+        "input_ids": torch.arange(1, 17)[None],
+        "input_img_latents": [numbers(2, 1, 4, 4, 6), numbers(3, 1, 4, 4, 4)],
+        "input_image_sizes": {0: [[2, 8], [9, 13]]},
+        "attention_mask": torch.ones(1, before + image, before + image),
+        "position_ids": torch.arange(before + image)[None],
+    }
+    sites, maps = captured(denoiser, inputs, blocks=Blocks.tiles(4, 6, 1))
+    assert len(maps.block_map.layers) == 2
+    for name, layer in zip(maps.block_map.layers, maps.block_map.mass.numpy(), strict=True):
+        assert np.abs(layer - sites[name][0].mean(0)[before:, before:]).max() < 1e-6
+    assert set(maps.left_out.values()) == {"are neither the image's nor the text's: in no block"}
+
+
 # ----------------------------------------------------------------------------------------------------- sizes unsaid
 
 

@@ -372,6 +372,31 @@ def test_embeddings_for_two_images():
         assert_shows(maps.heat_map("red", sequence=1, run=run), column(calls, 1, [2]))
 
 
+@pytest.mark.parametrize("change", [None, scaled], ids=["as it is", "scaled"])
+def test_a_prompt_in_a_template(change):
+    """A pipeline that puts a text before the prompt and cuts it off again, as those with a language model do."""
+    pipe = pipe_of("sd15")
+    inner = type(pipe).encode_prompt
+
+    class Templating(type(pipe)):
+        def encode_prompt(self, prompt, device, number, guided, negative=None, **_):
+            texts = (f"the blue lamp under {each} on a" for each in (prompt, negative))
+            found = [inner(self, text, device, number, False)[0][:, 4:] for text in texts]
+            return [found[0] if change is None else change(found[0].clone(), None), found[1]]
+
+    pipe = Templating(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "red cube on table", "negative_prompt": NEGATIVE}
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        sample(pipe, **call)
+    assert maps.words() == ["red", "cube", "on", "table"] and maps.words(sequence=1) == NEGATIVE.split()
+    # A start token and four of the template come before the words, of which the first four tokens are gone.
+    for place, word in enumerate(maps.words()):
+        assert_shows(maps.heat_map(word), column(calls, 1, [1 + place]))
+    assert [each["role"] for each in maps["cross"].metadata["sequences"]] == ["prompt", "negative"]
+
+
 # --------------------------------------------------------------------------------------------------- several encoders
 
 
@@ -421,6 +446,62 @@ def test_one_of_two_encoders_is_weighted(name):
         sites = [site[1] for each in calls for end, site in each.sites.items() if end.endswith(".attn")]
         expected = np.mean([site[:, :256, 256 + 2].mean(0) for site in sites], axis=0)
         assert np.abs(heat - expected.reshape(16, 16)).max() < 1e-6
+
+
+def test_chunks_of_two_encoders():
+    """SDXL, beyond 77 tokens: two encoders side by side, and two chunks of each; the second chunk's prompts differ."""
+    pipe = pipe_of("sdxl")
+
+    def encoded(*texts):
+        return pipe.encode_prompt(texts[0], prompt_2=texts[-1], negative_prompt=NEGATIVE, device="cpu")
+
+    first, negative, pooled, none = encoded("a red cube")
+    second = encoded("under lamp", "blue table")[0]
+    call = {
+        "prompt_embeds": torch.cat([first, second], 1),
+        "negative_prompt_embeds": torch.cat([negative, negative], 1),
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": none,
+    }
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        encoded("a red cube"), encoded("under lamp", "blue table")
+        sample(pipe, **call)
+    assert set(maps.words(sequence=1)) == {*"a red cube under lamp blue table".split()}
+    for word, token in {"red": 2, "cube": 3, "under": 73, "lamp": 74, "blue": 73, "table": 74}.items():
+        assert_shows(maps.heat_map(word, sequence=1), column(calls, 1, [token]))
+    assert_shows(maps.heat_map("photo", sequence=0), (column(calls, 0, [3]) + column(calls, 0, [75])) / 2)
+
+
+def test_a_weighted_prompt_of_wan():
+    """Padding is nothing but zeros, which tell nothing; guidance is a call of its own."""
+    pipe = pipe_of("wan")
+    size = {"max_sequence_length": 40, "num_frames": 5}
+
+    def encoded():
+        return pipe.encode_prompt(PROMPT, NEGATIVE, device="cpu", max_sequence_length=40)
+
+    given, negative = (each.clone() for each in encoded())
+    given[:, 1] *= 1.3
+    given[:, 4] = torch.randn(32, generator=torch.Generator().manual_seed(5))
+    call = {"prompt_embeds": given, "negative_prompt_embeds": negative, **size}
+    calls = probabilities(pipe, "transformer", **call)
+    with attnpatch.capture(pipe) as maps:
+        encoded()
+        sample(pipe, **call)
+    described = [each["text"] for each in maps["cross"].metadata["sequences"]]
+    row = described.index(PROMPT)
+    for word in ("red", "cube", "blue", "lamp"):
+        columns = [
+            site[0, :, :, WORDS.index(word)].mean(0)
+            for each in calls[::2]
+            for name, site in each.sites.items()
+            if name.endswith("attn2")
+        ]
+        heat = maps.heat_map(word, sequence=row)
+        expected = np.mean(columns, axis=0).reshape(heat.shape[0], 2, 2)
+        assert np.abs(heat - np.kron(expected, np.ones((1, 2, 2)))).max() < 1e-6
+    assert maps.left_out == {}
 
 
 def test_a_weighted_prompt_of_flux():
