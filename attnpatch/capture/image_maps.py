@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 from attnpatch.capture import overlay, picture
 from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.heads import Heads
+from attnpatch.capture.image_words import listed, places, plain, why_missing
 from attnpatch.capture.reading import Reading, kind_of
 from attnpatch.capture.sampling import Run, Sampling, TextRow
 from attnpatch.errors import CaptureError
@@ -150,8 +150,8 @@ class ImageMaps:
             frames, rows, columns = one.metadata["query_tiles"]
             part = chosen.mass.flatten(0, -3).mean(0)[-frames * rows * columns :]
             each = []
-            for one_word in _listed(word, [label for label, _ in text.words]):
-                blocks = [list(text.words[number][1]) for number in _places(one_word, text)]
+            for one_word in listed(word, [label for label, _ in text.words]):
+                blocks = [list(text.words[number][1]) for number in places(one_word, text)]
                 each.append(torch.stack([part[:, some].sum(1) for some in blocks]).mean(0))
             layers.append(len(one.layers) * torch.stack(each).mean(0).reshape(frames, rows, columns))
         heat = (torch.stack(layers).sum(0) / sum(len(one.layers) for one in maps)).numpy()
@@ -175,7 +175,7 @@ class ImageMaps:
         """The words of the prompt that heat maps can be had of, each once, in order."""
         one = self._showing(None, run)[0]
         text = _text_of(one, self._sequence(one, sequence), self._run(run))
-        labels = (label for label, _ in text.words if _plain(label) and not _why_missing(label, text))
+        labels = (label for label, _ in text.words if plain(label) and not why_missing(label, text))
         return list(dict.fromkeys(labels))
 
     def plot_overlay(
@@ -202,10 +202,10 @@ class ImageMaps:
         """
         if words is None:
             words = self.words(**{name: heat_map[name] for name in ("sequence", "run") if name in heat_map})
-        listed = _listed(words, ())
+        asked = listed(words, ())
         step = heat_map.get("step", "mean")
-        found = self._heats([(word, step) for word in listed], heat_map)
-        heats = {str(word): heat for word, heat in zip(listed, found, strict=True)}
+        found = self._heats([(word, step) for word in asked], heat_map)
+        heats = {str(word): heat for word, heat in zip(asked, found, strict=True)}
         if any(heat.ndim == 3 for heat in heats.values()):
             if len(heats) > 1:
                 raise CaptureError(
@@ -332,38 +332,3 @@ def _reasons(left_out: dict[str, str]) -> list[str]:
         for why, each in names.items()
     )
     return [f"  left out: {each}: {why}" for each, why in shown]
-
-
-def _listed(words: Any, labels: Sequence[str]) -> list[Any]:
-    """Words one by one; what is a label as a whole stays whole."""
-    if isinstance(words, str):
-        is_label = any(_plain(label) == _plain(words) for label in labels)
-        return [words] if is_label else words.split() or [words]
-    return [words] if isinstance(words, int) else list(words)
-
-
-def _plain(word: str) -> str:
-    return word.casefold().strip(string.punctuation + " ")
-
-
-def _why_missing(word: str, text: TextRow) -> str | None:
-    """Why a word has no map, if it stands somewhere without one."""
-    return next((why for label, why in text.missing.items() if _plain(label) == _plain(word)), None)
-
-
-def _places(word: str | int, text: TextRow) -> list[int]:
-    """Where a word stands."""
-    labels = [label for label, _ in text.words]
-    if isinstance(word, int) and not isinstance(word, bool):
-        if 0 <= word < len(labels):
-            return [word]
-    else:
-        why = _why_missing(str(word), text)
-        if why is not None:
-            raise CaptureError(f"there is no map of {word!r}: {why}")
-        wanted = _plain(str(word))
-        found = [i for i, label in enumerate(labels) if label == word or (wanted and _plain(label) == wanted)]
-        if found:
-            return found
-    shown = ", ".join(repr(label) for label in labels[:20]) + (", ..." if len(labels) > 20 else "")
-    raise CaptureError(f"{word!r} is not among the words: {shown}")
