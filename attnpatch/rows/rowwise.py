@@ -17,6 +17,7 @@ from attnpatch.rows import (
     checkpoints,
     constants,
     diagonals,
+    edges,
     gumbel,
     into,
     joining,
@@ -187,7 +188,7 @@ def _state(tensor: Any) -> Any:
     """What any write changes, so that one that has done nothing (dropout of nothing) is none; ``None``: not to be told."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_inference():
         return None
-    where = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.storage_offset()
+    where = edges.memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
     return tensor._version, id(tensor.grad_fn), tensor.requires_grad, where
 
 
