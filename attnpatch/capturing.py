@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from attnpatch.capture.blocks import Blocks
+from attnpatch.capture.facts import SiteFacts
 from attnpatch.capture.heads import Heads
 from attnpatch.capture.image_maps import ImageMaps, Steps
 from attnpatch.capture.image_observer import ImageRecorder
 from attnpatch.capture.maps import Maps
-from attnpatch.capture.observer import SiteFacts
 from attnpatch.capture.recorder import Recorder
 from attnpatch.capture.sampling import DenoiserCall, Plan, Sampling
-from attnpatch.errors import CaptureError, PatchError
-from attnpatch.hosts import denoisers
+from attnpatch.capture.threads import Owner
+from attnpatch.errors import AttnpatchWarning, CaptureError, PatchError
+from attnpatch.hosts import caches, denoisers
 from attnpatch.hosts import transformers as host
 from attnpatch.hosts.diffusers import tokenizers_of
 from attnpatch.hosts.prompts import Prompts
-from attnpatch.patching.patch import Patch
+from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.placing import parts_in, put_in_place
 from attnpatch.policy import Policy
 
@@ -96,7 +99,7 @@ def capture(
         raise CaptureError("say what a block is, such as blocks=Blocks.fixed(128) or Blocks.messages(...)")
     (part,) = parts.values()
     with contextlib.ExitStack() as undo:
-        (patch,) = put_in_place(part, Policy(mode="never"), undo)
+        patch = _patch_for(part, undo)
         more = {
             "is_kept_apart": _checked_steps(steps),
             "measures": measures,
@@ -105,20 +108,59 @@ def capture(
             "weighting": weighting,
         }
         recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
+        maps = Maps(recorder, None if isinstance(steps, str) else steps)
         with _recording(patch, recorder):
-            yield Maps(recorder, None if isinstance(steps, str) else steps)
+            try:
+                yield maps
+            finally:
+                recorder.finish()
+        _warn_of(recorder.left_out)
+
+
+_lock = threading.Lock()
+
+
+def _patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
+    """The patch of a model; one that captures have put in place goes with the last of them (each thread may have one)."""
+    with _lock:
+        known = patch_of(part)
+        if known is not None and not known.captures:
+            return known  # the user's
+        # Taken out below, with the last capture.
+        (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
+        patch.captures += 1
+
+    def release() -> None:
+        with _lock:
+            patch.captures -= 1
+            if patch.captures == 0:
+                patch.take_out(part)
+
+    undo.callback(release)
+    return patch
 
 
 @contextlib.contextmanager
 def _recording(patch: Patch, recorder: Any) -> Iterator[None]:
-    before = patch.recorder
-    if before is not None and not before.gives_way:
+    if any(not each.gives_way and each.is_mine() for each in patch.recorders):
         raise PatchError("this model is being captured already; end the outer capture first")
-    patch.recorder = recorder
-    try:
-        yield
-    finally:
-        patch.recorder = before
+    with Owner() as owner:
+        recorder.owner = owner
+        with _lock:
+            patch.recorders = (*patch.recorders, recorder)
+        try:
+            yield
+        finally:
+            with _lock:
+                patch.recorders = tuple(each for each in patch.recorders if each is not recorder)
+
+
+def _warn_of(left_out: dict[str, str]) -> None:
+    """Once: what is in no map."""
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
+        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4)
 
 
 def _of_image(blocks: Any) -> bool:
@@ -152,7 +194,7 @@ def _capture_image(
             undo.enter_context(_runs(model, sampling, prompts))
         recorders = []
         for name, part in parts.items():
-            (patch,) = put_in_place(part, Policy(mode="never"), undo)
+            patch = _patch_for(part, undo)
             prefix = f"{name}." if name else ""
             recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites)
             undo.enter_context(_recording(patch, recorder))
@@ -189,11 +231,8 @@ def image_recorder_of(
     def read_call(args: Any, kwargs: Any) -> DenoiserCall:
         return denoisers.read_denoiser_call(part, args, kwargs)
 
-    def site_call(args: Any, kwargs: Any) -> SiteFacts:
-        return SiteFacts(None, None, host.is_cross(kwargs), *host.called_with(args, kwargs))
-
     num_heads = denoisers.num_heads_of(part)
-    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, site_call, num_heads)
+    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, num_heads)
 
 
 def _checked_steps(steps: Any) -> bool:
@@ -235,15 +274,23 @@ def recorder_of(
         CaptureError: What was asked for does not fit the model.
     """
 
-    def read_call(args: Any, kwargs: Any, whole: bool) -> host.ModelCall:
-        return host.read_call(kind if whole else None, args, kwargs)
+    def read_call(args: Any, kwargs: Any, part: type | None) -> host.ModelCall:
+        return host.read_call(part or kind, args, kwargs)
 
     def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
         cross = host.is_cross(kwargs)
-        masks, others = host.masks_of(call, name, cross), host.other_lengths(args, kwargs)
-        past = call.past_of(args, kwargs)
-        return SiteFacts(*masks, cross, *host.called_with(args, kwargs), others, past)
+        handed = caches.among((), args, kwargs)
+        return SiteFacts(
+            *host.masks_of(call, name, cross),
+            past=call.past_of(handed),
+            has_cache=bool(handed),
+            cache=handed[0] if handed else None,
+            batches=call.batches,
+            lengths=call.lengths,
+            is_part=host.is_part(args, kwargs),
+        )
 
+    more = {"marks": caches.marks_of, "tokens_in": caches.tokens_in, **more}
     return Recorder(
         blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
     )

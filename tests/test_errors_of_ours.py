@@ -16,15 +16,16 @@ from torch import nn
 
 import attnpatch
 from attnpatch import failures
-from attnpatch.capture.observer import SiteObserver
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capture.text_observer import TextObserver
 from attnpatch.errors import AttnpatchWarning
 from attnpatch.hosts.prompts import Prompts
 from attnpatch.patching import patch as patching
 from attnpatch.patching.recognise import Watch
 from attnpatch.rows import masks as row_masks
-from attnpatch.rows import positions
+from attnpatch.rows import positions, sdpa, shown
 from attnpatch.rows.mode import RowsMode
+from attnpatch.rows.sources import Sources
 from attnpatch.rows.trail import Trail
 
 IDS = zoo.tokens(33, batch=2)
@@ -105,7 +106,14 @@ STEPS = [
     (Recorder, "end_call", llama, captured),
     (Recorder, "wants", llama, captured),
     (Recorder, "observer", llama, captured),
-    (SiteObserver, "finish", llama, captured),
+    (TextObserver, "begin", llama, captured),
+    (TextObserver, "end", llama, captured),
+    (TextObserver, "finish", llama, captured),
+    (Sources, "__init__", llama, captured),
+    (Sources, "follow", llama, captured),
+    (shown, "scored", llama, captured),
+    (shown, "_watched", llama, captured),
+    (sdpa, "_is_shown", lambda: llama("sdpa"), captured),
     (Watch, "__init__", lambda: small(Recognised), by_rows),
     (Watch, "_became", lambda: small(Recognised), by_rows),
     (Watch, "mark", lambda: small(Recognised), by_rows),
@@ -158,9 +166,13 @@ def tensors(output):
 
 def test_refusals_still_reach_the_user():
     model, inputs = llama()
-    too_long = attnpatch.capture(model, blocks=attnpatch.Blocks.spans([(0, 900)]))
-    with pytest.raises(attnpatch.errors.BlockError), too_long:
+    with (
+        pytest.warns(attnpatch.errors.AttnpatchWarning, match="in no map"),
+        attnpatch.capture(model, blocks=attnpatch.Blocks.spans([(0, 900)])) as maps,
+    ):
         model(*inputs)
+    with pytest.raises(attnpatch.errors.CaptureError, match="900"):
+        _ = maps.block_map
 
 
 class Failing(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 
 from attnpatch.activation.files import Folder
+from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.observer import SiteObserver
+from attnpatch.capture.gathered import maps_of, nothing
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capture.text_observer import TextObserver
 from attnpatch.capturing import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.patching.patch import Patch
 
 
-class AutomaticRecorder:
+class ThreadRecorder:
     """Writes a file for every sequence: one call, or one ``generate`` with the calls that continue its cache.
 
     The file is written when the first call ends, and once more when a sequence that went on ends; only the sequence
@@ -33,9 +36,6 @@ class AutomaticRecorder:
         block_size: Tokens per block.
         failed: Called with the error of a sequence that is not captured.
     """
-
-    gives_way = True
-    is_of_gradient = False
 
     def __init__(
         self,
@@ -53,37 +53,49 @@ class AutomaticRecorder:
         self.is_out = self._is_out_in_part = False
         self._number: tuple[int, int] | None = None
         self._is_dirty = False
-        self._thread: int | None = None
+        # The cache of the call, and that of a sequence that is given up.
+        self._cache: Any = None
+        self._given_up: Any = None
+        self._is_inside = self._is_part = False
         self._raised: BaseException | None = None
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """The model is called."""
-        me = threading.get_ident()
-        if self._thread not in (None, me):
-            self.failed(RuntimeError("two threads call the model at once"))
-            return
-        self._thread, self._raised = me, sys.exc_info()[1]
+        self._is_inside, self._is_part, self._raised = True, False, sys.exc_info()[1]
         try:
             inner = self._recorder()
-            goes_on = inner.goes_on(inner.read_call(args, kwargs, True))
+            call = inner.read_call(args, kwargs, None)
+            goes_on = inner.goes_on(call) or (self.is_out and call.past > 0 and self._given_up is call.cache)
             if not goes_on:
                 if not inner.is_partial:
                     self.finish()
                 if not self._is_out_in_part:
                     self.is_out = False
             self._is_out_in_part = False
+            self._given_up = call.cache if self.is_out else None
             inner.begin_call(args, kwargs)
+            self._cache = call.cache
+        except Exception as error:
+            self.fail(error)
+
+    def begin_part(self, kind: type, args: Any, kwargs: Any) -> None:
+        """A part of the model is called on its own."""
+        self._is_inside, self._is_part, self._raised = True, True, sys.exc_info()[1]
+        try:
+            inner = self._recorder()
+            if not inner.is_partial:
+                self.finish()
+                self.is_out = False
+            inner.begin_part(kind, args, kwargs)
         except Exception as error:
             self.fail(error)
 
     def end_call(self) -> None:
         """The call has ended, or an exception has left it."""
-        if self._thread != threading.get_ident():
-            return
         try:
             self._end_call()
         finally:
-            self._thread = self._raised = None
+            self._is_inside, self._raised, self._cache = False, None, None
 
     def _end_call(self) -> None:
         if self._inner is None:
@@ -94,14 +106,13 @@ class AutomaticRecorder:
             self._drop()
         if not self.is_out:
             self._is_dirty = True
-            if self._number is None or self._number[0] != os.getpid():
+            # A part, such as an encoder, is written with the calls of the model that follow.
+            if not self._is_part and (self._number is None or self._number[0] != os.getpid()):
                 self._write()
 
     def wants(self, name: str) -> bool:
         """Whether a site is captured now."""
-        if self._thread not in (None, threading.get_ident()):
-            return False
-        if self.is_out and self._thread is None and not self._is_out_in_part:
+        if self.is_out and not self._is_inside and not self._is_out_in_part:
             # A part is called after a whole call that failed: something new begins.
             self.is_out = False
         if self.is_out:
@@ -117,10 +128,11 @@ class AutomaticRecorder:
         try:
             inner = self._recorder()
             if inner.call is None:
-                if not inner.sequences or site.name in inner.sequences[-1]:
+                last = inner.sequences[-1].calls if inner.sequences else None
+                if last is None or any(site.name in calls for calls in last):
                     self.finish()
                     self.is_out = False
-                self._is_dirty = True
+            self._is_dirty = True
             return _Guarded(self, inner.observer(site, args, kwargs))
         except Exception as error:
             self.fail(error)
@@ -138,14 +150,15 @@ class AutomaticRecorder:
             return
         if self._is_dirty:
             self._write()
-        self._inner.sequences.clear()
+        self._inner.forget()
         self._number = None
 
     def _drop(self) -> None:
-        self.is_out, self._is_out_in_part = True, self._thread is None
+        self._given_up = self._cache
+        self.is_out, self._is_out_in_part = True, not self._is_inside
         self._is_dirty, self._number = False, None
         if self._inner is not None:
-            self._inner.sequences.clear()
+            self._inner.forget()
 
     def _recorder(self) -> Recorder:
         """The recorder, which knows all sites that the patch has by now."""
@@ -158,13 +171,24 @@ class AutomaticRecorder:
             self._sites = len(self.patch.sites)
         return self._inner
 
+    @staticmethod
+    def _maps(inner: Recorder) -> dict[str, BlockMap]:
+        """What was captured; of a module that was called again inside a call of the model, with the number of the time."""
+        found: dict[str, BlockMap] = {}
+        for calls in inner.captured():
+            maps, _ = maps_of(inner, calls)
+            for kind, one in maps.items():
+                times = sum(key.partition(" (call ")[0] == kind for key in found)
+                found[f"{kind} (call {times + 1})" if times else kind] = one
+        if not found:
+            raise nothing(inner) if inner.left_out else CaptureError("no attention was seen in it")
+        return found
+
     def _write(self) -> None:
         self._is_dirty = False
         assert self._inner is not None
         try:
-            if not any(self._inner.sequences):
-                raise CaptureError("no attention was seen in it")
-            maps = self._inner.maps()
+            maps = self._maps(self._inner)
             is_new = self._number is None or self._number[0] != os.getpid()
             if is_new:
                 # After a fork the number is the parent's.
@@ -185,36 +209,80 @@ class _Guarded:
 
     is_of_gradient = False
 
-    def __init__(self, recorder: AutomaticRecorder, observer: SiteObserver) -> None:
+    def __init__(self, recorder: ThreadRecorder, observer: TextObserver) -> None:
         self.recorder, self.observer = recorder, observer
 
-    def observe(self, probabilities: Any, passing: Any) -> None:
-        if not self.recorder.is_out:
-            try:
-                self.observer.observe(probabilities, passing)
-            except Exception as error:
-                self.recorder.fail(error)
-
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
+    def _attempted(self, step: Callable[..., Any], *args: Any, otherwise: Any = None) -> Any:
         if self.recorder.is_out:
-            return "given up"
+            return otherwise
         try:
-            return self.observer.take(call, lse, workspace)
+            return step(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self.recorder.fail(error)
-            return "given up"
+            return otherwise
+
+    def begin(self, layout: Any, opened: Any) -> bool:
+        found: bool = self._attempted(self.observer.begin, layout, opened, otherwise=False)
+        return found
+
+    def observe(self, probabilities: Any, passing: Any) -> None:
+        self._attempted(self.observer.observe, probabilities, passing)
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
+        found: str | None = self._attempted(self.observer.take, call, lse, workspace, otherwise="given up")
+        return found
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> None:
         return None
 
-    def finish(self) -> None:
-        pass
-
     def restart(self) -> None:
-        if not self.recorder.is_out:
-            try:
-                self.observer.restart()
-            except Exception as error:
-                self.recorder.fail(error)
+        self._attempted(self.observer.restart)
+
+    def end(self) -> None:
+        self._attempted(self.observer.end)
+
+    def finish(self) -> None:
+        self._attempted(self.observer.finish)
+
+
+class AutomaticRecorder:
+    """Captures every call of an automatically patched model: those of each thread apart.
+
+    Args:
+        patch, kind, folder, block_size, failed: As ``ThreadRecorder`` takes them.
+    """
+
+    gives_way = True
+    is_of_gradient = False
+
+    def __init__(
+        self,
+        patch: Patch,
+        kind: type[nn.Module],
+        folder: Folder,
+        block_size: int,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._new = functools.partial(ThreadRecorder, patch, kind, folder, block_size, failed)
+        self._local = threading.local()
+        self._threads: list[ThreadRecorder] = []
+        # What is called of it belongs to the running thread.
+        for name in ("begin_call", "begin_part", "end_call", "wants", "observer", "fail"):
+            setattr(self, name, functools.partial(self._told, name))
+
+    def is_mine(self) -> bool:
+        """Whether the running thread's calls are seen: every thread's are."""
+        return True
+
+    def _told(self, name: str, *args: Any) -> Any:
+        if not hasattr(self._local, "recorder"):
+            self._local.recorder = self._new()
+            self._threads.append(self._local.recorder)
+        return getattr(self._local.recorder, name)(*args)
+
+    def finish(self) -> None:
+        """Write what was added to the sequences that go on, and forget them."""
+        for recorder in self._threads:
+            recorder.finish()

@@ -103,14 +103,14 @@ class Session:
         self.patches[id(patch)] = patch
         # Not at exit, where the report comes first.
         weakref.finalize(model, self._fold, patch).atexit = False
-        if self.settings.capture is not None and patch.recorder is None:
+        if self.settings.capture is not None and not patch.recorders:
             from attnpatch.activation.files import Folder
             from attnpatch.activation.recording import AutomaticRecorder
 
             self._folder = self._folder or Folder(self.settings.capture)
             failed = functools.partial(self._not_captured, patch.model_kind)
             blocks = self.settings.blocks
-            patch.recorder = AutomaticRecorder(patch, kind, self._folder, blocks, failed)
+            patch.recorders = (AutomaticRecorder(patch, kind, self._folder, blocks, failed),)
 
     def _not_captured(self, kind: str, error: Exception) -> None:
         self.counts["not captured"] += 1
@@ -120,10 +120,9 @@ class Session:
         """A model is gone: keep what it did, together with others of its kind."""
         if self.patches.pop(id(patch), None) is None:
             return
-        if patch.recorder is not None:
-            # This may run in the middle of anything; the file is written later.
-            self._waiting.append(patch.recorder)
-            patch.recorder = None
+        # This may run in the middle of anything; the files are written later.
+        self._waiting += _automatic(patch)
+        patch.recorders = ()
         if not was_used(patch):
             self.never_called[patch.model_kind] += 1
             return
@@ -154,7 +153,7 @@ class Session:
             return
         try:
             self._finish(self._waiting)
-            self._finish([patch.recorder for patch in self.patches.values() if patch.recorder is not None])
+            self._finish([each for patch in self.patches.values() for each in _automatic(patch)])
             if self.settings.report and sys.stderr is not None:
                 from attnpatch.activation.closing import closing_lines
 
@@ -187,3 +186,7 @@ def _leave(model: Any) -> None:
     except Exception:
         # Nothing more can be done, and the script must not hear of it.
         return
+
+
+def _automatic(patch: Patch) -> list[AutomaticRecorder]:
+    return [each for each in patch.recorders if each.gives_way]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from attnpatch.capture import fused_mass
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
-from attnpatch.capture.observer import Passing, Record, SiteFacts, SiteObserver
+from attnpatch.capture.observer import Passing, SiteObserver
 from attnpatch.capture.origins import IMAGE, OTHER, TEXT, Origin, Origins
 from attnpatch.capture.partition import Partition
 from attnpatch.capture.sampling import (
@@ -42,7 +43,6 @@ class ImageRecorder:
         heads: As ``capture`` takes them.
         sites: Pattern of site names, ``None``: all.
         read_call: Makes a ``DenoiserCall`` of arguments.
-        site_call: Says what is known of a call of a site.
         num_heads: Of sites, where it is known.
 
     Raises:
@@ -62,15 +62,19 @@ class ImageRecorder:
         heads: Heads,
         sites: str | None,
         read_call: Callable[[Any, Any], DenoiserCall],
-        site_call: Callable[[Any, Any], SiteFacts],
         num_heads: dict[str, int],
     ) -> None:
         self.sampling, self.prefix, self.heads = sampling, prefix, checked_heads(heads)
         self.num_heads = {prefix + name: count for name, count in num_heads.items()}
-        self.read_call, self.site_call = read_call, site_call
+        self.read_call = read_call
         self.wanted = {name for name in names if sites is None or fnmatch.fnmatchcase(prefix + name, sites)}
         self.call: DenoiserCall | None = None
+        self.owner: Any = None
         self._stack = contextlib.ExitStack()
+
+    def is_mine(self) -> bool:
+        """Whether the running thread's calls are seen."""
+        return self.owner is None or bool(self.owner.is_mine())
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """The denoiser is about to run."""
@@ -113,8 +117,7 @@ class ImageRecorder:
         values = [v for v in (*args, *kwargs.values()) for v in (v if isinstance(v, tuple) else (v,))]
         given = [(self.origins.of(t), t) for t in values if isinstance(t, torch.Tensor)]
         inputs = [(origin, _lengths(t)) for origin, t in given if origin is not None]
-        facts = self.site_call(args, kwargs)
-        return ImageObserver(self, self.prefix + site.name, self.call, facts, self.records, inputs)
+        return ImageObserver(self, self.prefix + site.name, self.call, self.records, inputs)
 
 
 def _lengths(tensor: torch.Tensor) -> set[int]:
@@ -128,21 +131,65 @@ def _lengths(tensor: torch.Tensor) -> set[int]:
 class ImageObserver(SiteObserver):
     """Adds the tiles of one call of one site of a denoiser to its record."""
 
-    def __init__(self, *args: Any) -> None:
-        *rest, self.inputs = args
-        super().__init__(*rest)
+    def __init__(
+        self,
+        recorder: ImageRecorder,
+        name: str,
+        call: Any,
+        records: dict[str, Any],
+        inputs: list[tuple[Origin, set[int]]],
+    ) -> None:
+        super().__init__(recorder, name)  # type: ignore[arg-type]
+        self.recorder: Any = recorder
+        self.call, self.records, self.inputs = call, records, inputs
+        self.before: Any = None
         self.lengths: tuple[int, int] | None = None
         self.is_out = False
         self.grids: dict[int | None, Grid] = {}
 
-    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
-        """Add ``[leads, rows, kv_len]`` probabilities, which are nobody's tokens."""
-        with torch._C.DisableTorchFunction():
-            super().observe(probabilities, passing)
+    def begin(self, layout: Any, opened: Any) -> bool:
+        """An attention of the site: what its tokens are is found out at its first tile."""
+        return True
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
+        """Add a whole attention call at once; see ``sums_of``."""
+        reason = fused_mass.why_not(call)
+        if reason is not None:
+            return reason
+        (batch, num_heads, q_len, _), kv_len = call["query"].shape, call["key"].shape[-2]
+        if batch != self.call.batch:
+            return "another layout"
+        if not self._is_shown(batch * num_heads, q_len, kv_len):
+            return "some rows"
+        if self.record is None:
+            self._open(q_len, kv_len, num_heads)
+        return self.sums_of(call, lse, workspace, num_heads)
 
     def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
-        if self._is_shown(passing.lead_count, passing.q_len, passing.kv_len):
-            super()._observe(probabilities, passing)
+        if not self._is_shown(passing.lead_count, passing.q_len, passing.kv_len):
+            return
+        if passing.lead_count % self.call.batch:
+            self._refuse(f"attends in {passing.lead_count} pieces, which is no multiple of its batch")
+            return
+        num_heads = passing.lead_count // self.call.batch
+        if self.record is None:
+            self._open(passing.q_len, passing.kv_len, num_heads)
+        for b, numbers, tile, weights in self.of_sequences(probabilities, passing, num_heads):
+            if 0 in numbers:
+                self.count(b, *passing.rows)
+            for place, chosen in self.places(numbers, num_heads):
+                some = None if weights is None else weights[chosen]
+                self.add(b, place, tile[chosen], some, *passing.rows)
+
+    def restart(self) -> None:
+        """Forget the tiles of this call."""
+        if self.record is None:
+            return
+        if self.before is None:
+            del self.records[self.name]
+        else:
+            self.records[self.name] = self.before
+        self.record = None
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """All rows, or none of an attention that is in no map."""
@@ -320,8 +367,13 @@ class ImageObserver(SiteObserver):
         sizes = torch.stack([torch.bincount(row[row >= 0], minlength=count) for row in assignment])
         return Partition(assignment, sizes, sizes, sizes, ((),) * self.call.batch), side
 
-    def _open(self, q_len: int, kv_len: int, num_heads: int) -> Record:
-        record = super()._open(q_len, kv_len, num_heads)
-        found = ImageRecord(**vars(record), query_side=self.query_side, key_side=self.key_side)
-        self.records[self.name] = found
-        return found
+    def _open(self, q_len: int, kv_len: int, num_heads: int) -> None:
+        query, key = self._partitions(q_len, kv_len)
+        self.place(query, key, kv_len, 0)
+        record = self.empty(query, key, num_heads)
+        self.before = old = self.records.get(self.name)
+        if old is not None:
+            record.sums[..., :-1] += old.sums[..., :-1]
+            record.counts += old.counts
+        self.record = ImageRecord(**vars(record), query_side=self.query_side, key_side=self.key_side)
+        self.records[self.name] = self.record

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from attnpatch.capture.block_map import BlockMap
+from attnpatch.capture.gathered import maps_of, measured_of, nothing
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capture.sequences import Calls
 from attnpatch.errors import CaptureError
 
 
@@ -37,17 +39,53 @@ class Maps:
         return next(iter(found.values()))
 
     def __getitem__(self, sites: str) -> BlockMap:
-        """The block map of one kind of site, by its pattern as ``maps.keys()`` gives it."""
-        found = self._maps()
-        if sites not in found:
-            raise CaptureError(f"nothing was captured at {sites!r}; there are: {', '.join(map(repr, found))}")
-        return found[sites]
+        """The block map of one kind of site, by its pattern as ``maps.keys()`` gives it, of the last sequence that has it."""
+        captured = self._captured()
+        for calls in reversed(captured):
+            found = self._of(calls)
+            if sites in found:
+                return found[sites]
+        if sites in self._problems:
+            raise CaptureError(self._problems[sites])
+        known = ", ".join(map(repr, dict.fromkeys(key for calls in captured for key in self._of(calls))))
+        raise CaptureError(f"nothing was captured at {sites!r}; there are: {known}{self._why_not(sites)}")
+
+    def _why_not(self, sites: str) -> str:
+        reasons = [
+            why
+            for name, why in self.left_out.items()
+            if name in self._recorder.places and self._recorder.place_of(name)[0] == sites
+        ]
+        return f". It is left out: {reasons[0]}" if reasons else ""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Sites that are in no map, or not in the maps of every sequence, and why: what a map rests on is not known there."""
+        self._problems: dict[str, str] = {}
+        for calls in self._recorder.captured():
+            self._of(calls)
+        return {**self._recorder.left_out, **self._problems}
+
+    def _captured(self) -> list[Calls]:
+        self._problems = {}
+        captured = self._recorder.captured()
+        if not captured:
+            raise nothing(self._recorder)
+        return captured
 
     def _maps(self, sequence: int = -1) -> dict[str, BlockMap]:
-        found = self._recorder.maps(sequence)
+        found = self._of(self._captured()[sequence])
+        if not found:
+            raise CaptureError(next(iter(self._problems.values())))
+        return found
+
+    def _of(self, calls: Calls) -> dict[str, BlockMap]:
+        found, problems = maps_of(self._recorder, calls)
+        self._problems.update(problems)
         if self._steps is None:
             return found
-        return {sites: one.select(step=list(self._steps)) for sites, one in found.items()}
+        steps = list(self._steps)
+        return {sites: one.select(step=steps) if one.steps else one for sites, one in found.items()}
 
     def measured(self, sites: str | None = None) -> dict[str, torch.Tensor]:
         """What else was asked for with ``measures``, of the last sequence.
@@ -66,7 +104,8 @@ class Maps:
         Raises:
             CaptureError: Nothing was measured, or there are several kinds of sites.
         """
-        found = self._recorder.measured()
+        captured = self._recorder.captured()
+        found = measured_of(self._recorder, captured[-1]) if captured else {}
         if sites is None and len(found) == 1:
             return next(iter(found.values()))
         if sites not in found:
@@ -84,9 +123,15 @@ class Maps:
     @property
     def sequences(self) -> list[dict[str, BlockMap]]:
         """Block maps of every sequence that was run, by pattern, in order."""
-        count = self._recorder.num_sequences
-        return [self._maps(i) for i in range(count)]
+        self._problems = {}
+        return [self._of(calls) for calls in self._recorder.captured()]
 
     def __repr__(self) -> str:
-        count = self._recorder.num_sequences
-        return f"Maps({count} sequences{', ' + ', '.join(self.keys()) if count else ''})"
+        found = self._recorder.captured()
+        keys = dict.fromkeys(key for calls in found for key in self._of_quietly(calls))
+        lines = [f"Maps({len(found)} sequences{', ' + ', '.join(keys) if keys else ''})"]
+        lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+    def _of_quietly(self, calls: Calls) -> list[str]:
+        return list(maps_of(self._recorder, calls)[0])

@@ -33,6 +33,16 @@ class Partition:
         """Blocks of the sequence that has most of them."""
         return self.sizes.shape[1]
 
+    def of_rows(self, order: list[int]) -> "Partition":
+        """The blocks of some of the sequences, in an order."""
+        return Partition(
+            self.assignment[order],
+            self.sizes[order],
+            self.starts[order],
+            self.ends[order],
+            tuple(self.labels[row] for row in order),
+        )
+
     def __repr__(self) -> str:
         batch, total = self.assignment.shape
         return f"Partition({batch} x {total} positions, {self.num_blocks} blocks)"

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from typing import Any, Protocol
 
 import torch
 
-from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.collected import block_map, measured, together
+from attnpatch.capture.facts import SiteFacts, Unknown
 from attnpatch.capture.heads import Heads, checked_heads, chosen_heads
+from attnpatch.capture.history import cut
 from attnpatch.capture.measures import checked_measures
-from attnpatch.capture.observer import HostCall, Record, SiteFacts, SiteObserver
+from attnpatch.capture.observer import Record
+from attnpatch.capture.partition import Partition
 from attnpatch.capture.places import chosen_sites, pattern_of
+from attnpatch.capture.sequences import Calls, Marks, Sequence
+from attnpatch.capture.text_observer import TextObserver
+from attnpatch.capture.threads import Owner
 from attnpatch.errors import CaptureError
 
 
-class Calls(dict[str, Record]):
-    """The records of one sequence by site; where calls are kept apart, those of each call instead."""
+class HostCall(Protocol):
+    """What is known of a call of the model (``attnpatch.hosts`` reads it).
+
+    Attributes:
+        cache: The cache that it was handed, or ``None``.
+        past: Tokens in it when the call began.
+    """
+
+    cache: Any
+    past: int
+
+
+class _State(threading.local):
+    """What a thread is doing.
+
+    Attributes:
+        call: The call of the model, or of a part of it, that is going on.
+        sequence: What it adds to.
+        last: What the call before added to.
+        times: How often each site was called in it.
+        tokens: Which tokens each self-attention has found to be real.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.apart: list[dict[str, Record]] = []
+        self.call: HostCall | None = None
+        self.sequence: Sequence | None = None
+        self.last: Sequence | None = None
+        self.times: Counter[str] = Counter()
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.is_part = False
 
 
 class Recorder:
@@ -42,6 +75,7 @@ class Recorder:
         seed: Of the sample.
         weighting: ``"gradient"``: each probability times its gradient, which the backward pass shows.
         is_kept_apart: Whether the calls of a sequence are, as steps.
+        marks, tokens_in: What a cache holds of some tokens, and how many it has.
 
     Raises:
         CaptureError: No such layer, head or site, or one of the others cannot be used.
@@ -54,17 +88,19 @@ class Recorder:
         self,
         blocks: Blocks | tuple[Blocks, Blocks],
         heads: Heads,
-        layers: Sequence[int] | None,
+        layers: Several[int] | None,
         sites: str | None,
-        names: Sequence[str],
-        read_call: Callable[[Any, Any, bool], HostCall],
+        names: Several[str],
+        read_call: Callable[[Any, Any, type | None], HostCall],
         site_call: Callable[[HostCall, str, Any, Any], SiteFacts],
         model_name: str,
-        measures: Sequence[str] = (),
+        measures: Several[str] = (),
         sample_rows: int | None = None,
         seed: int = 0,
         weighting: str = "probability",
         is_kept_apart: bool = False,
+        marks: Marks = lambda *_: None,
+        tokens_in: Callable[[Any], int] = lambda _: 0,
     ) -> None:
         pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
         if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
@@ -89,114 +125,293 @@ class Recorder:
         self.places = pattern_of(names)
         self.wanted = chosen_sites(self.places, names, layers, sites)
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
-        self.call: HostCall | None = None
-        self.last: HostCall | None = None
-        self.sequences: list[Calls] = []
-        # Whether the last sequence has only been seen by a part of the model, as generate() runs an encoder first.
-        self.is_partial = False
+        self.marks, self.tokens_in = marks, tokens_in
+        self.owner: Owner | None = None
+        self.sequences: list[Sequence] = []
+        # Why a site is in no map, by its name.
+        self.left_out: dict[str, str] = {}
+        self._state = _State()
+        self._partitions: tuple[Any, ...] | None = None
+
+    # -------------------------------------------------------------------------------------------- calls of the model
+
+    def is_mine(self) -> bool:
+        """Whether the running thread's calls are seen."""
+        return self.owner is None or self.owner.is_mine()
+
+    @property
+    def call(self) -> HostCall | None:
+        """The call of the model that is going on in this thread."""
+        return self._state.call
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the latest sequence has only been seen by a part of the model."""
+        return self._state.last is not None and self._state.last.is_partial
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
-        """A model is about to run: what follows belongs to a new sequence unless it continues a cache."""
-        before, self.call = self.last, self.read_call(args, kwargs, True)
-        goes_on = self.goes_on(self.call)
-        self.last = self.call
-        if not self.sequences or not (goes_on or self.is_partial):
-            self.sequences.append(Calls())
-        elif goes_on:
-            self.call.go_on(before)
-        if self.is_kept_apart:
-            self.sequences[-1].apart.append({})
-        self.is_partial = False
+        """The model is about to run: what follows belongs to a new sequence unless it continues a cache."""
+        self._begin(self.read_call(args, kwargs, None), is_part=False)
+
+    def begin_part(self, kind: type, args: Any, kwargs: Any) -> None:
+        """A part of the model is about to run on its own, as ``generate`` runs an encoder."""
+        self._begin(self.read_call(args, kwargs, kind), is_part=True)
+
+    def _begin(self, call: HostCall, is_part: bool) -> None:
+        state = self._state
+        if self.owner is not None:
+            self.owner.begin()
+        state.call, state.is_part = call, is_part
+        state.times, state.tokens = Counter(), {}
+        found = self.sequence_of(call)
+        if found is None:
+            joins = state.last is not None and state.last.is_partial
+            found = state.last if joins else self._new()
+            assert found is not None
+            if call.cache is not None:
+                found.cache = _reference(call.cache)
+        found.is_partial = is_part and (found.is_partial or not found.has_records())
+        state.sequence = state.last = found
+        if self.is_kept_apart and not is_part:
+            for calls in found.calls:
+                calls.apart.append({})
+
+    def _new(self) -> Sequence:
+        found = Sequence()
+        self.sequences.append(found)
+        return found
 
     def goes_on(self, call: HostCall) -> bool:
-        """Whether a call of the model continues the last sequence."""
-        return self.last is not None and call.continues(self.last)
+        """Whether a call of the model continues a sequence that was seen, with the same cache."""
+        if call.cache is None or call.past == 0:
+            return False
+        found, _ = self._known(call.cache, call.past)
+        return found is not None and found.cache is not None and found.cache() is call.cache
+
+    def forget(self) -> None:
+        """Forget all sequences."""
+        self.sequences.clear()
+        self.left_out.clear()
+        self._state.last = self._state.sequence = None
+
+    def sequence_of(self, call: HostCall) -> Sequence | None:
+        """The sequence that a call goes on with, as its cache is now; ``None``: a new one."""
+        if call.cache is None or call.past == 0:
+            return None
+        found, order = self._known(call.cache, call.past)
+        if found is None:
+            return None
+        if found.cache is None or found.cache() is not call.cache:
+            # A copy of what was computed once: what is there stays as it is.
+            found = found.changed(lambda _, record: record)
+            self.sequences.append(found)
+            found.cache = _reference(call.cache)
+        self._follow(found, call.past, order)
+        return found
+
+    def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
+        """The sequence that a cache holds the beginning of, and which of its rows the cache's are."""
+        held = self.marks(cache, past - 1, past) if past else None
+        now = None if held is None else held[:, 0]
+        own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]
+        for sequence in reversed(own):
+            order = sequence.order_of(now, past - 1)
+            if order is not None or (now is None and 0 < past <= sequence.length):
+                return sequence, order
+        for sequence in reversed(self.sequences):
+            order = sequence.order_of(now, past - 1) if sequence not in own else None
+            if order is not None:
+                return sequence, order
+        return None, None
+
+    def _follow(self, sequence: Sequence, past: int, order: list[int] | None) -> None:
+        """Bring the records of a sequence to what its cache holds."""
+        rows = max((len(mark) for mark in sequence.marks.values()), default=0)
+        moved = order is not None and order != list(range(rows))
+
+        def followed(name: str, record: Record) -> Record | None:
+            try:
+                if record.history.follows_cache and past < record.history.total:
+                    record = cut(record, past, self.partitions)
+                return record.of_rows(order) if moved and len(record.sums) == rows else record
+            except Unknown as reason:
+                self.left_out.setdefault(name, str(reason))
+                sequence.out.add(name)
+                return None
+
+        if moved and len(order or ()) == rows:
+            # Which of the beams is returned is chosen after the last call.
+            self._leave_all_out(
+                sequence,
+                "rows of the batch took others' places between calls (beam search), and which of them is returned is "
+                "not known; capture one call with the sequences that are returned",
+            )
+        if past < sequence.length or moved:
+            sequence.calls = sequence.changed(followed).calls
+            sequence.marks = {at: mark for at, mark in sequence.marks.items() if at < past}
+            if moved:
+                sequence.marks = {at: mark[order] for at, mark in sequence.marks.items()}
+            sequence.length = past
 
     def end_call(self) -> None:
+        """The call has ended."""
+        state = self._state
+        call, sequence = state.call, state.sequence
+        if self.owner is not None:
+            self.owner.end()
         # The backward pass may run parts of the call again (gradient checkpointing).
         if not self.is_of_gradient:
-            self.call = None
+            state.call = None
+        if call is None or sequence is None:
+            return
+        sequence.held = None
+        cache = call.cache if call.cache is not None else sequence.cache and sequence.cache()
+        if cache is not None:
+            sequence.remember(cache, call.past, self.tokens_in(cache), self.marks)
+
+    def _leave_all_out(self, sequence: Sequence, reason: str) -> None:
+        names = {name for calls in sequence.calls for each in (calls, *calls.apart) for name in each}
+        for name in sorted(names):
+            self.left_out.setdefault(name, reason)
+        sequence.out |= names
+        sequence.calls = sequence.changed(lambda _, __: None).calls
+
+    def finish(self) -> None:
+        """The capture ends: a cache may have been cut, or its rows put into another order, after the last call."""
+        for sequence in self.sequences:
+            cache, sequence.held = sequence.held, None
+            if cache is None:
+                continue
+            try:
+                past = self.tokens_in(cache)
+                held = self.marks(cache, past - 1, past) if past else None
+                order = None if held is None else sequence.order_of(held[:, 0], past - 1)
+                if order is not None:
+                    self._follow(sequence, past, order)
+            except Exception as error:
+                self._leave_all_out(sequence, f"what its cache holds at the end cannot be read: {error}")
+
+    # --------------------------------------------------------------------------------------------- calls of its sites
 
     def wants(self, name: str) -> bool:
         """Whether a site was asked for."""
         return name in self.wanted
 
-    def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
+    def observer(self, site: Any, args: Any, kwargs: Any) -> TextObserver:
         """Who looks at the call of a site that is about to be made."""
-        call = self.call
-        if call is None:
-            self.is_partial = True
-            call = self.read_call(args, kwargs, False)
-            if not self.sequences or site.name in self.sequences[-1]:
-                self.sequences.append(Calls())
-        facts = self.site_call(call, site.name, args, kwargs)
-        calls = self.sequences[-1]
-        return SiteObserver(self, site.name, call, facts, calls.apart[-1] if calls.apart else calls)
+        state, name = self._state, site.name
+        if state.call is None:
+            # A module below the models that are told of: nothing is known but what it is called with.
+            again = state.last is not None and state.last.is_partial and name not in state.last.calls[0]
+            call = self.read_call(args, kwargs, None)
+            state.sequence = state.last if again else self._new()
+            assert state.sequence is not None
+            state.sequence.is_partial, state.last, state.is_part = True, state.sequence, True
+            state.times, state.tokens = Counter(), {}
+        else:
+            call = state.call
+        facts = self.site_call(call, name, args, kwargs)
+        self._adopt(call, facts)
+        assert state.sequence is not None
+        calls = self._calls(state, name, facts)
+        records = calls.apart[-1] if calls.apart and not state.is_part else calls
+        out = state.sequence.out
+        return TextObserver(
+            self, name, facts, records, calls.before, out.__contains__, getattr(site, "is_candidate", False)
+        )
 
-    def maps(self, sequence: int = -1) -> dict[str, BlockMap]:
-        """Block maps of one captured sequence, by group of like sites.
+    def _adopt(self, call: HostCall, facts: SiteFacts) -> None:
+        """A cache that the model makes inside its call is its sequence's."""
+        sequence = self._state.sequence
+        assert sequence is not None
+        if call.cache is None and facts.cache is not None and sequence.cache is None:
+            sequence.cache = _reference(facts.cache)
 
-        Raises:
-            CaptureError: Nothing was captured, or the sites of a group do not fit one map.
-        """
-        found = self._records(sequence)
-        if found is None:
-            raise CaptureError(
-                "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile "
-                "shows nothing), and see attnpatch.report(model) for what its attention sites did"
+    def _calls(self, state: _State, name: str, facts: SiteFacts) -> Calls:
+        """Where a call of a site belongs: the second one inside a call of the model is another sequence's."""
+        number, sequence = state.times[name], state.sequence
+        state.times[name] += 1
+        assert sequence is not None
+        if number and facts.is_part:
+            # Found out with the second piece: the first one is no sequence either.
+            self.leave_out(
+                name,
+                f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",
+                {},
             )
-        records, apart = found
-        facts: dict[str, Any] = {"model": self.model_name}
-        if self.is_of_gradient:
-            facts["weighting"] = "gradient"
-        if self.sample_rows is not None:
-            facts |= {"sample_rows": self.sample_rows, "seed": self.seed}
-        maps = {}
-        for group, names in self._groups(records).items():
-            # Asked for and not seen: attention that no door serves (nested tensors, a kernel of its own).
-            missing = sorted(n for n in self.wanted if self.places[n][0] == group and n not in names)
-            more = {"not_captured": missing} if missing else {}
-            maps[group] = block_map(
-                [records[name] for name in names],
-                [[call.get(name) for name in names] for call in apart],
-                layers=[self.places[name][1] for name in names],
-                heads=self.heads,
-                metadata={**facts, "sites": group, **more},
-            )
-        return maps
+        if not facts.has_cache and number == 0:
+            earlier = sequence.calls[0].before(name)
+            if earlier is not None and state.call is not None and state.call.cache is None:
+                # The same part of the model once more, of something else.
+                sequence = state.sequence = state.last = self._new()
+                sequence.is_partial = state.is_part
+            elif earlier is not None:
+                for calls in sequence.calls:
+                    self._forget(calls, name)
+        while len(sequence.calls) <= number:
+            calls = Calls()
+            calls.apart = [{} for _ in sequence.calls[0].apart]
+            sequence.calls.append(calls)
+        if self.is_kept_apart and not state.is_part:
+            for calls in sequence.calls:
+                if not calls.apart:
+                    calls.apart.append({})
+        return sequence.calls[number]
 
-    def measured(self, sequence: int = -1) -> dict[str, dict[str, torch.Tensor]]:
-        """What else was measured of one captured sequence, by group of like sites and by name; see ``Maps.measured``."""
-        found = self._records(sequence) if self.measures else None
-        if found is None:
-            return {}
-        groups = self._groups(found[0])
-        return {
-            group: measured([found[0][name] for name in names], self.measures)
-            for group, names in groups.items()
-        }
+    @staticmethod
+    def _forget(calls: Calls, name: str) -> None:
+        for records in (calls, *calls.apart):
+            for known in [known for known in records if known.partition(":")[0] == name]:
+                del records[known]
 
-    @property
-    def num_sequences(self) -> int:
-        """How many were captured."""
-        return sum(bool(calls) or any(calls.apart) for calls in self.sequences)
+    def leave_out(self, name: str, reason: str, records: Any) -> None:
+        """A site cannot be mapped: what was seen of it in this sequence goes too."""
+        self.left_out.setdefault(name, reason)
+        sequence = self._state.sequence or self._state.last
+        if sequence is not None:
+            sequence.out.add(name)
+            for calls in sequence.calls:
+                for each in (calls, *calls.apart):
+                    each.pop(name, None)
+        records.pop(name, None)
 
-    def _records(self, sequence: int) -> tuple[dict[str, Record], list[dict[str, Record]]] | None:
-        """The records of a captured sequence, and those of each of its calls where they were kept apart."""
-        kept = [calls for calls in self.sequences if calls or any(calls.apart)]
-        if not kept:
-            return None
-        calls = kept[sequence]
-        apart = [call for call in calls.apart if call]
-        return (together(apart) if apart else dict(calls)), apart
+    def tells_tokens(self, name: str, known: torch.Tensor) -> None:
+        """Which tokens the self-attention of a site has found to be real."""
+        self._state.tokens[name] = known
 
-    def _groups(self, records: dict[str, Record]) -> dict[str, list[str]]:
-        groups: dict[str, list[str]] = {}
-        # In the model's order: a backward pass shows the last layer first.
-        order = {name: place for place, name in enumerate(self.places)}
-        for name in sorted(records, key=order.__getitem__):
-            groups.setdefault(self.places[name][0], []).append(name)
-        return groups
+    def known_tokens(self, name: str, batch: int, total: int) -> torch.Tensor | None:
+        """Which query tokens are real, as the self-attention nearest to a site has found in this call."""
+        near = [
+            (_shared(name, other), known)
+            for other, known in self._state.tokens.items()
+            if known.shape == (batch, total)
+        ]
+        return max(near, key=lambda pair: pair[0])[1] if near else None
+
+    def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
+        """Blocks of a sequence's tokens, and of the keys': bool ``[batch, tokens]``, which are real."""
+        known = self._partitions
+        if known is not None and torch.equal(known[0], queries) and _equal(known[1], keys):
+            return known[2]
+        query = self.query_blocks.resolve(queries)
+        if keys is not None:
+            found = query, self.key_blocks.resolve(keys)
+        else:
+            found = query, query if self.query_blocks == self.key_blocks else self.key_blocks.resolve(queries)
+        self._partitions = queries, keys, found
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- its maps
+
+    def place_of(self, name: str) -> tuple[str, int]:
+        """The kind of a site and its layer; of a second attention inside a module the kind has a number."""
+        site, _, number = name.partition(":")
+        kind, layer = self.places[site]
+        return (f"{kind}:{number}" if number else kind), layer
+
+    def captured(self) -> list[Calls]:
+        """The records of every sequence, in order; those of modules that were called again each apart."""
+        return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart.
@@ -205,3 +420,20 @@ class Recorder:
             CaptureError: One was asked for that there is not.
         """
         return chosen_heads(self.heads, num_heads)
+
+
+def _reference(cache: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(cache)
+    except TypeError:
+        return lambda: cache  # its type has no room for a weak one
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def _shared(one: str, other: str) -> int:
+    """How many parts of two paths are the same from the front."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 # Where a parameter has no annotation.
@@ -56,6 +57,43 @@ def tokens_in(cache: Any) -> int:
     except (ValueError, NotImplementedError):
         # One of linear attention only keeps states and counts nothing; no site has keys in it.
         return 0
+
+
+# Numbers of a key that are kept for each token.
+_NUMBERS = 16
+
+
+def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
+    """A few numbers of the keys that a cache holds of tokens ``start:stop``: those of its last layer, which depend on all
+    tokens before.
+
+    Returns:
+        float32 ``[batch, tokens, numbers]`` on the CPU, NaN for tokens that its window has left behind; ``None`` where the
+        keys cannot be read.
+    """
+    keys, total = _keys_of(getattr(cache, "self_attention_cache", cache)), tokens_in(cache)
+    if keys is None or stop > total:
+        return None
+    # A window has the latest tokens only; a memory of fixed size has its first places filled.
+    first = max(0, total - keys.shape[2])
+    found = keys[:, 0, max(start - first, 0) : max(stop - first, 0), :_NUMBERS].detach().float().cpu()
+    return torch.nn.functional.pad(found, (0, 0, stop - start - found.shape[1], 0), value=torch.nan)
+
+
+def _keys_of(cache: Any) -> torch.Tensor | None:
+    """``[batch, heads, tokens, width]``: the keys of the last layer that keeps all of them, or else of the last one."""
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        known = [(layer, getattr(layer, "keys", None)) for layer in layers]
+    else:
+        known = [(None, keys) for keys in getattr(cache, "key_cache", ())]
+    plain = [
+        (layer, keys)
+        for layer, keys in known
+        if isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.is_floating_point() and keys.numel()
+    ]
+    whole = [pair for pair in plain if not getattr(pair[0], "is_sliding", False)]
+    return (whole or plain or [(None, None)])[-1][1]
 
 
 def reference(value: Any) -> weakref.ref[Any] | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
+import operator
 import pathlib
-import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,53 +28,27 @@ class ModelCall:
     """One call of a model.
 
     Attributes:
-        batch: Sequences in it.
         mask: Bool ``[batch, tokens]``, real tokens of the (encoder's) input, the cached ones included; or ``None``.
         decoder_mask: The same for a decoder that has an encoder.
         past: Tokens in the cache when the call began.
-        cache: Reference to the cache that it was handed, or ``None``.
+        cache: The cache that it was handed, or ``None``.
+        batches: How many sequences, pictures or sounds it may be called with; ``None``: that is not known.
+        lengths: Tokens of the sequences that it is called with; ``None``: there may be others (pictures, sound).
         pasts: Tokens in that cache, and in any other that it was handed for another part of the model, by the cache's id,
             which is good for as long as the call goes on.
     """
 
-    batch: int
     mask: torch.Tensor | None = None
     decoder_mask: torch.Tensor | None = None
     past: int = 0
-    cache: weakref.ref[Any] | None = None
+    cache: Any = None
+    batches: frozenset[int] | None = None
+    lengths: frozenset[int] | None = None
     pasts: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def continues(self, before: ModelCall) -> bool:
-        """Whether it goes on with the sequence of the call before, as far as can be told.
-
-        Not with a cache that is another than that call was handed (a prefix that was computed once and copied).
-        """
-        if self.past == 0:
-            return False
-        return self.cache is None or before.cache is None or self.cache() is before.cache()
-
-    def go_on(self, before: ModelCall) -> None:
-        """Take over what the call before knew of the padding among the tokens in the cache."""
-        self.mask = _continued(self.mask, before.mask, self.past)
-        self.decoder_mask = _continued(self.decoder_mask, before.decoder_mask, self.past)
-
-    def past_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """Tokens that were in the cache that one of its modules is handed; ``None``: in none that the model was handed.
-
-        Args:
-            args, kwargs: What the module is called with.
-        """
-        if not self.pasts:
-            return None
-        handed = (id(cache) for cache in caches.among((), args, kwargs))
-        return next((self.pasts[key] for key in handed if key in self.pasts), None)
-
-
-def _continued(mask: torch.Tensor | None, before: torch.Tensor | None, past: int) -> torch.Tensor | None:
-    if mask is None or before is None or mask.shape[1] < past or before.shape[0] != mask.shape[0]:
-        return mask
-    known = min(past, before.shape[1])
-    return torch.cat([mask[:, :known] & before[:, :known], mask[:, known:]], 1)
+    def past_of(self, handed: list[Any]) -> int | None:
+        """Tokens that were in the first of some caches that the model was handed; ``None``: it was handed none of them."""
+        return next((self.pasts[id(cache)] for cache in handed if id(cache) in self.pasts), None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,25 +60,57 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
     """What a model is called with.
 
     Args:
-        kind: The model's class; ``None`` if only a part of it is called.
+        kind: The model's class; ``None`` if it is not known.
         args: Positional arguments.
         kwargs: Keyword arguments.
     """
     names = parameter_names(kind) if kind is not None else ()
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # A batch is often handed over as one dict.
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Mapping):
+            given = {**{key: item for key, item in value.items() if isinstance(key, str)}, **given}
     pasts = [(cache, caches.tokens_in(cache)) for cache in caches.among(names, args, kwargs)]
     past = pasts[0][1] if pasts else 0
-    tensors = [
-        value for value in (*args, *given.values()) if isinstance(value, torch.Tensor) and value.dim() > 1
-    ]
     return ModelCall(
-        batch=tensors[0].shape[0] if tensors else 1,
         mask=_as_mask(given.get("attention_mask"), past),
         decoder_mask=_as_mask(given.get("decoder_attention_mask"), past),
         past=past,
-        cache=caches.reference(pasts[0][0]) if pasts else None,
+        cache=pasts[0][0] if pasts else None,
+        batches=_batches((args, kwargs)),
+        lengths=_lengths(given, args),
         pasts={id(cache): count for cache, count in pasts},
     )
+
+
+def _batches(value: Any) -> frozenset[int] | None:
+    found = {1}
+
+    def look(item: Any, depth: int) -> None:
+        if isinstance(item, torch.Tensor) and item.dim():
+            # Several pictures of a sequence: ``[batch, pictures, ...]``. Tokens may come first.
+            found.update(itertools.accumulate(item.shape[: max(1, item.dim() - 2)], operator.mul))
+            found.update(item.shape[1:2] if item.dim() == 3 and item.is_floating_point() else ())
+        elif isinstance(item, (Mapping, tuple, list)) and depth < 4:
+            for one in item.values() if isinstance(item, Mapping) else item:
+                look(one, depth + 1)
+
+    look(value, 0)
+    return frozenset(found) if len(found) > 1 else None
+
+
+def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | None:
+    """Tokens of the sequences that a model is called with, where all of its inputs are tokens."""
+    found: set[int] = set()
+    named = {id(value) for value in given.values()}
+    for name, value in [*given.items(), *(("", value) for value in args if id(value) not in named)]:
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        if value.dim() == 2 or name.endswith("inputs_embeds"):
+            found.add(value.shape[1])
+        elif value.is_floating_point() and not name.endswith("mask"):
+            return None
+    return frozenset(found) or None
 
 
 def _as_mask(value: Any, past: int) -> torch.Tensor | None:
@@ -136,10 +144,13 @@ def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | No
     return None, None
 
 
-def other_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
-    """Tokens of the sequences that an attention module is called with beside its first."""
-    given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3]
-    return frozenset(value.shape[1] for value in given[1:])
+def is_part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention module is called with some tokens of a longer tensor ``[batch, tokens, channels]``."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() == 3:
+            batch, tokens, channels = value.stride()
+            return channels == 1 and batch > value.shape[1] * tokens
+    return False
 
 
 def is_cross(kwargs: dict[str, Any]) -> bool:

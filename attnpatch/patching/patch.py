@@ -29,6 +29,7 @@ from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.results import with_no_keys
+from attnpatch.rows.sources import Sources, inputs_among, kept_by
 
 
 class _Thread(threading.local):
@@ -155,7 +156,7 @@ class Site(Counters):
             is_native = (
                 _thread.is_calm
                 and self.why != CANDIDATE
-                and self.patch.recorder is None
+                and not self.patch.recorders
                 and not weights.are_asked_for(module, kwargs)
                 and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )
@@ -193,11 +194,15 @@ class Site(Counters):
             self.failed("the beginning of a model's call", error)
             return forward(*first, **kwargs)
         # A part that is called on its own is none of the calls that a capture tells apart.
-        recorder = self.patch.recorder if self.is_root else None
+        recorder = self.patch.recorder
+        begin = None
+        if recorder is not None:
+            begin = recorder.begin_call if self.is_root else getattr(recorder, "begin_part", None)
+        of_part = () if self.is_root else (type(module),)
         try:
-            if recorder is not None and not graphs.is_recorded():
+            if begin is not None and not graphs.is_recorded():
                 _thread.is_recorded = self._tell(
-                    recorder.begin_call, "the beginning of a captured call", args, kwargs
+                    begin, "the beginning of a captured call", *of_part, args, kwargs
                 )
             if not contexts:
                 return self._serve(forward, module, first, args, kwargs)
@@ -205,7 +210,7 @@ class Site(Counters):
                 return self._serve(forward, module, first, args, kwargs)
         finally:
             _thread.patch, _thread.room, _thread.is_calm, _thread.is_recorded = outer
-            if recorder is not None:
+            if begin is not None:
                 self._tell(recorder.end_call, "the end of a captured call")
 
     def _tell(self, listener: Callable[..., Any], where: str, *args: Any) -> bool:
@@ -358,6 +363,11 @@ class Site(Counters):
                 return rule
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
+        if observer is not None and observer is not _SEEN:
+            try:
+                call.sources = Sources(inputs_among(args, kwargs), kept_by(module))
+            except Exception as error:
+                self.failed("the look at a module's inputs", error)
         return call
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
@@ -447,7 +457,13 @@ class _Blind:
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)
 
+    def begin(self, layout: Any, opened: Any) -> bool:
+        return False
+
     def restart(self) -> None:
+        pass
+
+    def end(self) -> None:
         pass
 
     def finish(self) -> None:
@@ -492,7 +508,8 @@ class Patch:
         is_watched: Whether what the model makes of positions before its attention goes by rows too.
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
-        recorder: Captures block maps while set.
+        recorders: Who captures block maps, each of its own threads' calls; the latest has the word.
+        captures: How many captures have put it in place, and take it out together.
         was_called: Whether the model has been called.
 
     Raises:
@@ -512,7 +529,8 @@ class Patch:
     ) -> None:
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []
-        self.recorder: Any = None
+        self.recorders: tuple[Any, ...] = ()
+        self.captures = 0
         self.first_call, self.was_called = first_call, False
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
@@ -560,6 +578,11 @@ class Patch:
                 if site.patch.automatic:
                     take_out(module, site)
 
+    @property
+    def recorder(self) -> Any:
+        """Who captures the running thread's calls, or ``None``."""
+        return next((each for each in reversed(self.recorders) if each.is_mine()), None)
+
     def complete(self, model: nn.Module) -> None:
         """Patch what was added to the model since."""
         new = {
@@ -571,7 +594,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not captured: nobody would look at it, and what a capture holds cannot be pickled."""
-        return {**vars(self), "recorder": None, "was_called": False}
+        return {**vars(self), "recorders": (), "captures": 0, "was_called": False}
 
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)

@@ -16,9 +16,14 @@ from attnpatch.policy import Policy
 from attnpatch.rows import checkpoints, edges, guard, plain, sharing
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import Tile
+from attnpatch.rows.layout import Layout
 from attnpatch.rows.names import called
 from attnpatch.rows.recipe import Node, View, depth_of, map_structure, tensors_of
 from attnpatch.rows.replay import Look, Replay
+from attnpatch.rows.sources import Sources
+
+# The keys that an attention is open to; see ``Observer.begin``.
+Opened = Callable[[int | None], torch.Tensor | None]
 
 
 class Tally(Protocol):
@@ -90,8 +95,20 @@ class Observer(Protocol):
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """Query rows that need to be shown, int64, ascending; ``None``: all. More may be."""
 
+    def begin(self, layout: Layout, opened: Opened) -> bool:
+        """An attention of the site is about to be shown, or would be; whether it is to be.
+
+        Args:
+            layout: What its dimensions are.
+            opened: From the place of the first query among the keys (``None``: they are others' tokens) to bool
+                ``[batch, kv_len]``, the keys that attention is open to; ``None``: to all; empty: that is not known.
+        """
+
     def restart(self) -> None:
-        """Forget the tiles of this call: it ran out of memory and begins again."""
+        """Forget the tiles of this attention: it ran out of memory and begins again."""
+
+    def end(self) -> None:
+        """All tiles of this attention were shown."""
 
     def finish(self) -> None:
         """The call has ended."""
@@ -112,6 +129,7 @@ class SiteCall:
         attempts: What ran out of memory on the way to the result that is being computed.
         is_of_masks: Whether it stands for the call of a model, whose masks it defers.
         weights: Where the probabilities of its attention are left, deferred, if somebody asked for them.
+        sources: Where its tensors come from, if somebody looks.
     """
 
     policy: Policy
@@ -123,6 +141,7 @@ class SiteCall:
     attempts: Attempts = dataclasses.field(default_factory=Attempts)
     is_of_masks: bool = False
     weights: list[torch.Tensor] | None = None
+    sources: Sources | None = None
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
         """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""

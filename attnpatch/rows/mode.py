@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa
+from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa, shown
 from attnpatch.rows.attempts import Attempts
 from attnpatch.rows.deferred import (
     DeferredRows,
@@ -28,6 +28,7 @@ from attnpatch.rows.watching import Watching
 _BLANK_USERS = frozenset(
     getattr(space, name) for space in (torch, torch.Tensor) for name in ("baddbmm", "addbmm", "addmm")
 )
+_SOFTMAX = frozenset([torch.softmax, torch.Tensor.softmax, F.softmax])
 _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 # Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
@@ -64,6 +65,15 @@ class RowsMode(Watching):
         guard.attempted(left, name="the end of attention", tally=self.call.tally)
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        sources = self.call.sources
+        result = self._answer(func, types, args, kwargs)
+        if sources is not None and sources is self.call.sources:
+            sources.follow(func, args, kwargs, result)
+            if func in _SOFTMAX and type(result) is torch.Tensor and result.shape[-2:] == (1, 1):
+                shown.of_one(result, self.call)
+        return result
+
+    def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:

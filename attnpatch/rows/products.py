@@ -9,17 +9,12 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
-from attnpatch.precision import in_full
-from attnpatch.rows import both_sides, edges
-from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, Tile, extent, leaves, same, size_of
-from attnpatch.rows.deferred import DeferredRows, Passing, SiteCall, running_site, settle, site_of, wrap
-from attnpatch.rows.dropout import Dropout
-from attnpatch.rows.recipe import Call, Leaf, Node, View, graph
-from attnpatch.rows.replay import Look
+from attnpatch.rows import both_sides, edges, guard, shown
+from attnpatch.rows.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
+from attnpatch.rows.deferred import DeferredRows, SiteCall, running_site, settle, site_of, wrap
+from attnpatch.rows.recipe import Call, Leaf, Node, graph
 from attnpatch.rows.spellings import NAMES, Product, parse
 
-# Steps between softmax and the product with the values that do not change what is attended to.
-_AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
 # A table of positions has as many rows as there are keys, or twice as many: one for each distance.
 _DISTANCES = (-2, 1)
 
@@ -63,6 +58,8 @@ def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> Defe
         )
         for tensor, part in zip(product.operands, product.labels, strict=True)
     ]
+    if call.sources is not None:
+        shown.scored(call.sources, product, axes)
     step = _call(func, product, nodes, dims, ())
     step.is_guess = _is_of_table(product)
     return wrap(step, call)
@@ -110,6 +107,11 @@ def _rows(product: Product) -> list[int]:
     return [sizes[label] for label in product.only(*product.pair())]
 
 
+def _keys(product: Product) -> list[int]:
+    sizes = product.sizes()
+    return [sizes[label] for label in product.only(*reversed(product.pair()))]
+
+
 def _is_large(product: Product) -> bool:
     """Whether the scores are what takes the memory; a product with the values is smaller than what it is made of."""
     return max(_rows(product)) > 1 and product.elements() > sum(t.numel() for t in product.operands)
@@ -123,7 +125,8 @@ def native_size(product: Product) -> tuple[int, int]:
 
 def _goes_by_rows(product: Product, call: SiteCall) -> bool:
     if call.observer is not None:
-        return True
+        # One token that looks at itself: softmax shows it (``shown.of_one``).
+        return max(_rows(product) + _keys(product)) > 1
     if max(_rows(product)) < 2:
         return False
     if call.policy.mode == "always":
@@ -286,7 +289,10 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         cut = call
     else:
         site.tally.count("by_rows")
-    result = site.replay(cut, _watch(cut.children[call.children.index(node)], keys, site))
+    watched = shown.watch(cut.children[call.children.index(node)], keys, site)
+    result = site.replay(cut, watched)
+    if watched is not None and site.observer is not None:
+        guard.attempted(site.observer.end, name="the end of attention that was shown", tally=site.tally)
     return result if cut is call else edges.fork(call, result, site.of_gradients)
 
 
@@ -302,50 +308,6 @@ def _is_wrong_guess(node: Node) -> bool:
 def _has_scores(node: Node) -> bool:
     """Whether a recipe goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
     return any(isinstance(step, Call) and step.work for step in graph(node))
-
-
-def _watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
-    """What to show an observer: the probabilities before dropout and casts, if these are probabilities at all."""
-    observer = site.observer
-    if observer is None or observer.is_of_gradient:
-        return None
-    node = probabilities
-    while (
-        isinstance(node, Dropout)
-        or (isinstance(node, View) and node.dims == node.children[0].dims)
-        or (
-            isinstance(node, Call)
-            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
-            and len(node.children) == 1
-        )
-    ):
-        node = node.children[0]
-    normalised = {leaf for step in graph(node) for leaf in leaves(step.whole)}
-    axes = [leaf for dim in node.dims for leaf in leaves(dim)]
-    if not normalised or len(set(axes)) != len(axes):
-        return None
-    site.tally.count("captured")
-    # Scores that serve both sides have the queries of one where the other one has keys.
-    rows = [axis for kind in (KEY, ROW) for axis in axes if axis.kind == kind and axis not in keys]
-    row = rows[-1] if rows else None
-    leads = [axis for axis in axes if axis is not row and axis not in keys]
-    count = math.prod(axis.size for axis in leads)
-    q_len, kv_len = 1 if row is None else row.size, math.prod(axis.size for axis in keys)
-
-    def look(value: torch.Tensor, tile: Tile) -> None:
-        value = value.reshape([extent((axis,), tile) for axis in axes])
-        order = [*leads, *([row] if row is not None else []), *[axis for axis in axes if axis in keys]]
-        value = value.permute([axes.index(axis) for axis in order])
-        span = (0, 1) if row is None else tile.get(row, (0, row.size))
-        numbers = torch.zeros((), dtype=torch.int64)
-        for axis in leads:
-            low, high = tile.get(axis, (0, axis.size))
-            numbers = (numbers * axis.size).unsqueeze(-1) + torch.arange(low, high)
-        value = value.reshape(numbers.numel(), span[1] - span[0], kv_len)
-        with in_full(value):
-            observer.observe(value, Passing(numbers.reshape(-1), span, count, q_len, kv_len))
-
-    return node, look
 
 
 HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys((*NAMES, "linear"), contract)

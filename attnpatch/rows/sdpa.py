@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
-from attnpatch.rows import autocast, guard, weights
+from attnpatch.rows import autocast, guard, shown, weights
 from attnpatch.rows import lse as logsumexp
 from attnpatch.rows.attempts import is_out_of_memory
 from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.grain import Grain, of_fused
+from attnpatch.rows.opened import causal_keys, open_keys
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
 from attnpatch.rows.saved import Saved
-from attnpatch.rows.showing import show
+from attnpatch.rows.showing import mask_rows, show
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -104,7 +105,10 @@ def attend(args: Any, kwargs: dict[str, Any], site: SiteCall) -> torch.Tensor:
     if dtype is None:
         return _watched(call, args, kwargs, site)
     # Kernels are chosen by what they are given, and their operators know nothing of autocast.
-    call = autocast.cast(call, device, dtype)
+    given, call = call, autocast.cast(call, device, dtype)
+    if site.sources is not None:
+        for name in ("query", "key"):
+            site.sources.same(given[name], call[name])
     with torch.autocast(device.type, enabled=False):
         return _watched(call, (), call, site)
 
@@ -118,6 +122,8 @@ def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: Site
         if result.requires_grad:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
+    if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
+        return _attend(call, args, kwargs, site)
     site.tally.count("captured")
     result, lse = _fused(call, site)
     if result is None:
@@ -165,13 +171,37 @@ def _look(call: dict[str, Any], site: SiteCall, lse: torch.Tensor | str) -> None
     site.tally.summed("kernel" if reason is None else f"torch ({reason})")
     if reason is not None:
         _show(call, site, None if isinstance(lse, str) else lse)
+    guard.attempted(observer.end, name="the end of attention that was shown", tally=site.tally)
+
+
+def _is_shown(call: dict[str, Any], site: SiteCall) -> bool:
+    """Whether an observer wants to be shown a call, once it knows what its dimensions are."""
+    assert site.observer is not None
+    layout = shown.of_call(call, site.sources)
+
+    def opened(own: int | None) -> torch.Tensor | None:
+        mask, (q_len, kv_len) = call["attn_mask"], (layout.q_len, layout.kv_len)
+        if mask is None:
+            return causal_keys(layout.batch, q_len, kv_len) if call["is_causal"] else None
+        rows = mask_rows(call)
+
+        def some(sequence: int, low: int, high: int) -> torch.Tensor:
+            return rows(sequence * layout.heads, low, high)
+
+        return open_keys(some, layout.batch, call["query"].shape[-2], kv_len, own)
+
+    return site.observer.begin(layout, opened)
 
 
 def _show_gradient(call: dict[str, Any], site: SiteCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
+    if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
+        return
     site.tally.count("captured")
     site.tally.summed("torch (gradients)")
     _show(call, site, None, grad)
+    assert site.observer is not None
+    guard.attempted(site.observer.end, name="the end of attention that was shown", tally=site.tally)
 
 
 def _show(

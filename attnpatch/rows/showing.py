@@ -126,6 +126,26 @@ def _show(
             low = high
 
 
+def mask_rows(call: dict[str, Any]) -> Callable[[int, int, int], torch.Tensor]:
+    """Rows of the mask of an SDPA call: from a flattened leading index, a first row and one past the last."""
+    query, key = call["query"], call["key"]
+    lead = query.shape[:-2] or (1,)
+    group = _group(call)
+    outer = (*lead[:-1], lead[-1] // group)
+    masks = _Masks(call["attn_mask"], tuple(lead), query.shape[-2], key.shape[-2], group)
+
+    def rows(number: int, low: int, high: int) -> torch.Tensor:
+        at, rest = [], number // group
+        for size in reversed(outer):
+            at.insert(0, rest % size)
+            rest //= size
+        found = masks.rows(tuple(at), low, high)
+        assert found is not None
+        return found[number % group]
+
+    return rows
+
+
 class _Masks:
     """The mask of a call by rows, whether it is there or deferred.
 

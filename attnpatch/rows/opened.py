@@ -1,0 +1,72 @@
+"""Which keys a mask leaves open: what padding is, from what attention itself is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+# At or below this a bias closes a key: hosts write -10000, -1e9 or the lowest number of a dtype.
+CLOSED = -9000.0
+# Elements that are looked at together.
+_STEP = 1 << 22
+
+# What makes rows of a mask or a bias of one sequence: ``[rows, kv_len]``, boolean (open) or added to the scores.
+Rows = Callable[[int, int, int], torch.Tensor]
+
+
+def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) -> torch.Tensor:
+    """Bool ``[batch, kv_len]``: the keys that some query looks at which is no padding itself.
+
+    A row of padding is closed to every key, or its host has opened it to all of them, so that softmax gives numbers: such
+    rows say nothing, unless all are open.
+
+    Args:
+        rows: Gives rows ``low:high`` of the mask of a sequence.
+        batch, q_len, kv_len: Sizes.
+        own: The place of the first query among the keys; ``None``: the keys are others' tokens.
+    """
+    found = torch.zeros(batch, kv_len, dtype=torch.bool)
+    step = max(1, _STEP // kv_len)
+    for sequence in range(batch):
+        told = opens = False
+        for low in range(0, q_len, step):
+            high = min(low + step, q_len)
+            is_open = _opened(rows(sequence, low, high)).expand(high - low, kv_len)
+            says = is_open.any(-1)
+            opens |= bool(says.any())
+            if own is not None:
+                # The last row of a causal mask is open to all by right.
+                is_last = torch.arange(own + low, own + high, device=is_open.device) >= kv_len - 1
+                says &= ~is_open.all(-1) | is_last
+            if bool(says.any()):
+                told = True
+                found[sequence] |= is_open[says].any(0).cpu()
+        if not told:
+            # All rows alike: open to all keys, or nothing but padding.
+            found[sequence] = opens
+    return found
+
+
+def _opened(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.bool else values > CLOSED
+
+
+def causal_keys(batch: int, q_len: int, kv_len: int) -> torch.Tensor:
+    """The same of a causal call, whose first query looks at the first key."""
+    return (torch.arange(kv_len) < q_len).expand(batch, kv_len)
+
+
+class Known:
+    """What was found out in a call of a model, for layers that are given the same mask."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, torch.Tensor] = {}
+        self._kept: list[object] = []
+
+    def of(self, key: object, keep: Iterator[object], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` finds; once for each ``key``, which names what ``keep`` holds alive."""
+        if key not in self._found:
+            self._found[key] = make()
+            self._kept.extend(keep)
+        return self._found[key]

@@ -1,0 +1,391 @@
+"""Where the dimensions of a tensor come from: followed from a module's inputs through its functions.
+
+A map of attention says which token looks at which. Its rows are tokens of an input of the module only if nothing on the
+way from that input to the query has cut, sorted, pooled or mixed them. So every dimension of every tensor that a module
+makes is followed: views by their strides, products by their labels, everything else by its shape. What cannot be followed
+is known to be unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnpatch.rows.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
+from attnpatch.rows.names import called
+from attnpatch.rows.spellings import NAMES, parse
+from attnpatch.rows.strides import Part, single, viewed
+
+# The result has the elements of the first operand in their order, whatever its shape.
+_IN_ORDER = frozenset(
+    "reshape view flatten unflatten contiguous clone view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split()
+)
+_JOINING = frozenset("cat concat concatenate".split())
+# The elements along one dimension, or along some, are other ones or in another order.
+_MOVING = frozenset(
+    "roll flip fliplr flipud rot90 sort argsort msort topk gather scatter scatter_ scatter_add scatter_add_ "
+    "index_select index_copy index_copy_ index_add index_add_ take_along_dim take put_ index_put index_put_ "
+    "masked_select masked_scatter masked_scatter_ nonzero unique embedding cumsum cumprod cummax cummin fft ifft rfft "
+    "irfft fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_fftn pixel_shuffle pixel_unshuffle channel_shuffle fold "
+    "unfold grid_sample repeat tile".split()
+)
+_REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max min any all".split())
+_CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+_WRITES = frozenset("copy_ index_copy_ __setitem__ index_put_ scatter_".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """An axis that is no input's, or no longer: joined of others, part of one, or made by the module.
+
+    Attributes:
+        parts: What it was joined from, in order: axes, ``None`` where they are not known, and how many.
+        of: What it is a part of; ``None``: of nothing known.
+        part: Which part.
+        has: What was written into it, where it was there before (a cache of fixed size).
+    """
+
+    parts: tuple[tuple[Dim | None, int], ...] = ()
+    of: Axis | None = None
+    part: Part | None = None
+    has: Dim | None = None
+
+
+class Sources:
+    """The dimensions of the tensors of one call of a module.
+
+    Args:
+        inputs: The tensors that it is called with, in order, each once.
+        kept: Tensors that the module has from before.
+
+    Attributes:
+        inputs: Their dimensions, every one an axis of its own.
+        made: What became of other axes.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], kept: Iterable[torch.Tensor] = ()) -> None:
+        self._kept = {id(tensor) for tensor in kept}
+        self._known: Any = WeakIdKeyDictionary()
+        # Of views with one element of a dimension: which.
+        self._singles: Any = WeakIdKeyDictionary()
+        self.inputs = [fresh(tensor.shape) for tensor in inputs]
+        self.made: dict[Axis, Made] = {}
+        # What was found of products of queries and keys (``shown``).
+        self.scores: list[Any] = []
+        # Whose probabilities were shown.
+        self.shown: list[Any] = []
+        for tensor, dims in zip(inputs, self.inputs, strict=True):
+            self._known[tensor] = dims
+
+    def of(self, tensor: torch.Tensor) -> Dims | None:
+        """The axes of each dimension; ``None`` where they are not known."""
+        if tensor in self._known:
+            return self._known[tensor]
+        return self._adopted(tensor)
+
+    def origin(self, leaf: Axis) -> tuple[int, int, int] | None:
+        """Of which input an axis is, of which of its dimensions, and which part of that; ``None``: of none."""
+        for number, dims in enumerate(self.inputs):
+            for place, dim in enumerate(dims):
+                parts = leaves(dim)
+                if leaf in parts:
+                    return number, place, parts.index(leaf)
+        return None
+
+    def query(self, tensor: torch.Tensor) -> Dims | None:
+        """The axes of a query, which is no module's memory: if it came from no function of torch's, those of one like it."""
+        dims = self.of(tensor)
+        if dims is not None or tensor in self._known or isinstance(tensor, torch.nn.Parameter):
+            return dims
+        found = [own for other, own in self._known.items() if own is not None and other.shape == tensor.shape]
+        if not found or any(self._signed(own) != self._signed(found[0]) for own in found):
+            return None
+        return found[0]
+
+    def _adopted(self, tensor: torch.Tensor) -> Dims | None:
+        """The axes of tokens that came from no function of torch's (a kernel's own normalisation): an input's.
+
+        Keys that a module has kept from earlier calls look like those of this call; they are given none.
+        """
+        if isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() or tensor.dim() != 3:
+            return None
+        if id(tensor) in self._kept:
+            return None
+        shape = tensor.shape
+        for dims in self.inputs:
+            if len(dims) == 3 and tuple(map(size_of, dims[:-1])) == tuple(shape[:-1]):
+                # A layer changes the last dimension only.
+                last = dims[-1] if size_of(dims[-1]) == shape[-1] else fresh(shape[-1:])[0]
+                self._known[tensor] = (*dims[:-1], last)
+                return self._known[tensor]
+        return None
+
+    def _signed(self, dims: Dims) -> list[list[Any]]:
+        """Where dimensions come from; all that a layer makes is alike."""
+        return [[self.origin(leaf) or self.made.get(leaf) for leaf in leaves(dim)] for dim in dims]
+
+    def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
+        """A tensor has the elements of another in their places."""
+        if copy is not tensor and tensor in self._known:
+            self._known[copy] = self._known[tensor]
+
+    def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """A function of torch's has run."""
+        name = called(func)
+        operands = [t for t in _tensors((args, kwargs)) if _is_plain(t)]
+        if name in _WRITES and operands:
+            self._written(operands, args)
+        results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
+        own = {id(t) for t in operands}
+        for one in results:
+            if id(one) in own and self._known.get(one) is not None:
+                continue  # a step in place
+            self._known[one] = self._found(name, args, kwargs, operands, one)
+
+    def _found(
+        self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
+    ) -> Dims | None:
+        known = [(t, dims) for t in operands if (dims := self.of(t)) is not None]
+        if not known:
+            return None
+        if name in NAMES or name == "linear":
+            return self._of_product(name, args, kwargs, result)
+        first, dims = known[0]
+        if name in _JOINING or name == "stack":
+            return self._joined(name, args, kwargs, result)
+        if first.dtype == result.dtype and _shares(first, result) and 0 not in first.stride():
+            return self._viewed(dims, first, result)
+        if name in _IN_ORDER and result.numel() == first.numel():
+            return regroup(dims, result.shape) or self._unknown(result)
+        if name in _MOVING:
+            return self._moved(dims, args, kwargs, result)
+        if name in _CONVOLUTIONS:
+            spatial = [
+                (dim if size_of(dim) == size else fresh([size])[0])
+                for dim, size in zip(dims[2:], result.shape[2:], strict=False)
+            ]
+            return (dims[0], *fresh(result.shape[1:2]), *spatial) if result.dim() == len(dims) else None
+        if name == "_transform_bias_rescale_qkv":
+            return (dims[0], *fresh(result.shape[1:2]), dims[1], *fresh(result.shape[3:4]))
+        if result.dim() == len(dims) + 1 and name == "view_as_real":
+            return (*dims, *fresh(result.shape[-1:]))
+        if result.dim() < len(dims):
+            return self._reduced(dims, args, kwargs, result, name)
+        return self._elementwise(known, result)
+
+    def _elementwise(self, known: list[tuple[torch.Tensor, Dims]], result: torch.Tensor) -> Dims:
+        """Each dimension is the operands' that have it: the earliest input's, where there are several."""
+        dims: list[Dim] = []
+        for place, size in enumerate(result.shape):
+            back = result.dim() - place
+            found = [own[-back] for t, own in known if back <= t.dim() and size_of(own[-back]) == size != 1]
+            dims.append(min(found, key=self._rank) if found else fresh([size])[0])
+        return tuple(dims)
+
+    def _rank(self, dim: Dim) -> int:
+        """The number of the input that it comes from; later ones are positions and masks."""
+        numbers = [found[0] for leaf in leaves(dim) if (found := self.origin(leaf)) is not None]
+        numbers += [
+            self._rank(part)
+            for leaf in leaves(dim)
+            for part, _ in self.made.get(leaf, Made()).parts
+            if part is not None
+        ]
+        return min(numbers, default=len(self.inputs))
+
+    def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
+        product = parse(name, args, kwargs)
+        if product is None and name == "addmm" and len(args) > 2:
+            product = parse("mm", args[1:3], {})
+        if product is None or len(product.result) != result.dim():
+            return self._unknown(result)
+        axes: dict[str, list[Dim]] = {}
+        for tensor, labels in zip(product.operands, product.labels, strict=True):
+            for label, dim in zip(labels, self.of(tensor) or (), strict=False):
+                if size_of(dim) > 1:
+                    axes.setdefault(label, []).append(dim)
+        sizes = zip(product.result, result.shape, strict=True)
+        return tuple(
+            min(found, key=self._rank)
+            if (found := [dim for dim in axes.get(label, []) if size_of(dim) == size])
+            else fresh([size])[0]
+            for label, size in sizes
+        )
+
+    def _viewed(self, dims: Dims, source: torch.Tensor, result: torch.Tensor) -> Dims:
+        found = viewed(dims, source, result)
+        ones = {p: part for p in range(result.dim()) if (part := single(dims, source, result, p)) is not None}
+        if ones:
+            self._singles[result] = ones
+        changed = []
+        for axes in found:
+            dim: list[Axis] = []
+            for axis in axes:
+                if isinstance(axis, Axis):
+                    dim.append(axis)
+                else:
+                    new = Axis(axis.count)
+                    self.made[new] = Made(of=axis.of, part=axis)
+                    dim.append(new)
+            changed.append(tuple(dim))
+        return tuple(changed)
+
+    def _joined(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
+        pieces = args[0] if args else kwargs.get("tensors", ())
+        at = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        if not isinstance(at, int) or not isinstance(pieces, (tuple, list)):
+            return self._unknown(result)
+        place = at % result.dim()
+        # An empty cache is a tensor of one dimension.
+        pieces = [
+            piece for piece in pieces if piece.numel() and piece.dim() == result.dim() - (name == "stack")
+        ]
+        known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
+        if not known:
+            return None
+        if name == "stack":
+            others = [(p.unsqueeze(place), (*own[:place], (), *own[place:])) for p, own in known]
+            return self._elementwise(others, result)
+        shape = list(result.shape)
+        shape[place] = 1
+        blank = torch.empty(shape, device="meta")
+        others = [(blank, (*own[:place], (), *own[place + 1 :])) for _, own in known]
+        dims = list(self._elementwise(others, blank))
+        parts = [(self._along(piece, place), piece.shape[place]) for piece in pieces]
+        dims[place] = self._one(parts)
+        return tuple(dims)
+
+    def _along(self, piece: torch.Tensor, place: int) -> Dim | None:
+        own = self._known.get(piece)
+        part = self._singles.get(piece, {}).get(place)
+        if own is None or part is None:
+            return None if own is None else own[place]
+        axis = Axis(1)
+        self.made[axis] = Made(of=part.of, part=part)
+        return (axis,)
+
+    def _one(self, parts: list[tuple[Dim | None, int]]) -> Dim:
+        """The dimension of pieces that lie one after the other."""
+        if len(parts) == 1 and parts[0][0] is not None:
+            return parts[0][0]
+        whole = self._whole_again(parts)
+        if whole is not None:
+            return whole
+        axis = Axis(sum(size for _, size in parts))
+        if any(dim is None or self.is_known(dim) for dim, _ in parts):
+            self.made[axis] = Made(tuple(parts))
+        return (axis,) if axis.size > 1 else ()
+
+    def is_known(self, dim: Dim) -> bool:
+        """Whether something of it is an input's."""
+        return self._rank(dim) < len(self.inputs) or any(
+            made.of is not None and self.is_known((made.of,))
+            for leaf in leaves(dim)
+            if (made := self.made.get(leaf)) is not None
+        )
+
+    def _whole_again(self, parts: list[tuple[Dim | None, int]]) -> Dim | None:
+        """The axis that was cut into these pieces, if they are all of it in its order."""
+        place, whole = 0, None
+        for dim, size in parts:
+            own = (list(dim) if size == 1 else leaves(dim)) if dim is not None else []
+            made = self.made.get(own[0]) if len(own) == 1 else None
+            if made is None or made.of is None or made.part is None:
+                return None
+            if whole not in (None, made.of) or made.part.start != place or made.part.step != 1:
+                return None
+            whole, place = made.of, place + size
+        return (whole,) if whole is not None and place == whole.size else None
+
+    def _moved(self, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
+        """Along some dimensions other elements; along all where it is not said along which."""
+        if result.dim() != len(dims):
+            return None
+        given = kwargs.get("dim", kwargs.get("dims"))
+        if given is None:
+            rest = args[1:]
+            given = next((v for v in reversed(rest) if isinstance(v, (int, tuple, list))), None)
+            if isinstance(given, (tuple, list)) and not all(isinstance(v, int) for v in given):
+                given = None
+        places = (given,) if isinstance(given, int) else given
+        moved = range(len(dims)) if places is None else {p % len(dims) for p in places}
+        return tuple(
+            fresh([size])[0] if place in moved or size_of(dim) != size else dim
+            for place, (dim, size) in enumerate(zip(dims, result.shape, strict=True))
+        )
+
+    def _reduced(
+        self, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor, name: str
+    ) -> Dims | None:
+        at = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if name == "view_as_complex" and result.dim() == len(dims) - 1:
+            return dims[:-1]
+        if name not in _REDUCING or not isinstance(at, int) or result.dim() != len(dims) - 1:
+            return self._unknown(result)
+        gone = at % len(dims)
+        return (*dims[:gone], *dims[gone + 1 :])
+
+    def _written(self, operands: list[torch.Tensor], args: Any) -> None:
+        """Something was written into a tensor that was there before: one of its dimensions holds what was written."""
+        target, value = operands[0], operands[-1]
+        own, dims = self._known.get(target), self.of(value)
+        if dims is None or own is not None or value.dim() != target.dim() or target is value:
+            return
+        place = [i for i, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
+        if len(place) > 1:
+            return
+        if not place and len(args) == 2 and value is args[1]:
+            self._known[target] = dims
+            return
+        at = args[1] if len(args) > 2 and isinstance(args[1], int) else target.dim() - 2
+        at = place[0] if place else at % target.dim()
+        axis = Axis(target.shape[at])
+        self.made[axis] = Made(has=dims[at])
+        self._known[target] = (*dims[:at], (axis,), *dims[at + 1 :])
+
+    def _unknown(self, result: torch.Tensor) -> Dims:
+        return fresh(result.shape)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not hasattr(value, "handle")
+
+
+def _shares(source: torch.Tensor, result: torch.Tensor) -> bool:
+    if source is result or source.is_meta or result.is_meta:
+        return (
+            source is result
+            or result._base is source
+            or (result._base is not None and result._base is source._base)
+        )
+    try:
+        return source.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):
+        return False  # a tensor without a storage of its own
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)) and depth < 4:
+        for item in value:
+            yield from _tensors(item, depth + 1)
+    elif isinstance(value, dict) and depth < 4:
+        for item in value.values():
+            yield from _tensors(item, depth + 1)
+
+
+def kept_by(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors that a module has by itself."""
+    own = (*vars(module).values(), *module._buffers.values())
+    return [value for value in own if isinstance(value, torch.Tensor)]
+
+
+def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of numbers that a module is called with, each once: arguments, and what tuples and dicts hold."""
+    found = (t for t in _tensors((list(args), kwargs)) if t.is_floating_point() and t.dim() > 1)
+    return list({id(tensor): tensor for tensor in found if _is_plain(tensor)}.values())
