@@ -2,6 +2,7 @@
 
 import chats
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from test_blocks import make_tokenizer
@@ -11,6 +12,7 @@ import attnpatch
 from attnpatch.analysis.piecewise import tokens_to_try
 from attnpatch.cli import app
 from attnpatch.errors import AnalysisError
+from attnpatch.hosts.loading import load_model
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TALK = [
@@ -102,6 +104,26 @@ def test_a_folder_of_such_a_model_is_refused_before_any_conversation(name, token
     assert result.exit_code == 1 and "an encoder and a decoder" in line and "attnpatch.capture" in line
     assert "record" not in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "BERT"])
+def test_weights_that_a_checkpoint_lacks_are_not_drawn_at_random(name, tmp_path):
+    """A head may be: no attention depends on it. Nor is one missed that shares its weights (Gemma)."""
+    build = GOES_ON.get(name) or STOPS[name][0]
+    build().save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    lost = next(
+        key for key in weights if "1.self_attn.q_proj.weight" in key or "1.attention.self.query.weight" in key
+    )
+    del weights[lost]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        AnalysisError, match=r"lacks 1 weights of its \w+, such as .*drawn at random"
+    ) as raised:
+        load_model(str(tmp_path))
+    assert len(str(raised.value).splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------- piece by piece

@@ -63,18 +63,31 @@ def load_model(
         if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
             raise AnalysisError(f"model {name!r}: {ENCODER_DECODER.format('it')}")
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, attn_implementation=attention, **options
+            model, about = transformers.AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation=attention, output_loading_info=True, **options
             )
         except ValueError as error:
             if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
                 raise
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, attn_implementation="eager", **options
+            model, about = transformers.AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation="eager", output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise AnalysisError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    _check_weights(name, model, about["missing_keys"])
     return model.eval()
+
+
+def _check_weights(name: str, model: nn.Module, missing: Any) -> None:
+    """See that what attention depends on was in the checkpoint; only a head may be drawn at random."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    parameters = {key for key, _ in model.named_parameters()}
+    drawn = sorted(key for key in missing if key.startswith(prefix) and key in parameters)
+    if drawn:
+        raise AnalysisError(
+            f"model {name!r} lacks {len(drawn)} weights of its {type(model).__name__}, such as {drawn[0]}, which would be "
+            "drawn at random; give a folder with all of them"
+        )
 
 
 def load_tokenizer(name: str) -> Any:
