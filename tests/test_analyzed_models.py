@@ -13,6 +13,7 @@ from attnpatch.analysis.piecewise import tokens_to_try
 from attnpatch.cli import app
 from attnpatch.errors import AnalysisError
 from attnpatch.hosts.loading import load_model
+from benchmarks import small_transformers
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TALK = [
@@ -251,6 +252,21 @@ def test_a_longer_text_is_tried_where_a_conversation_passes_a_window():
         assert tokens_to_try(model, length) == expected
     windows.config.sliding_window = 100_000
     assert tokens_to_try(windows, 200_000) == 8192
+
+
+@pytest.mark.filterwarnings("ignore:attnpatch: in no map")
+@pytest.mark.parametrize("way", ["", "_sequential"])
+def test_layers_that_are_in_no_map_are_in_the_notes(way, tokenizer):
+    """Of Kimi Linear one layer in two attends by a softmax."""
+    torch.manual_seed(0)
+    config = small_transformers.config_of("kimi_linear", 0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    analyzer = attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, max_tokens=400)
+    found = getattr(analyzer, f"analyze_conversation{way}")(TALK, "none")
+    (note,) = [note for note in found.notes if "left out" in note]
+    assert note.startswith("left out of the map: model.layers.0.self_attn: ")
+    assert found.block_map.layers == (1,)
+    torch.testing.assert_close(found.block_map.mass.sum(-1), torch.ones(1, len(TALK)), rtol=0, atol=1e-5)
 
 
 def test_it_is_tried_once_and_leaves_the_model_as_it_was(tokenizer):

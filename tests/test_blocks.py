@@ -146,7 +146,7 @@ def test_spans_may_be_arrays():
     assert Blocks.spans(np.array([[0, 5], [5, 9]])) == Blocks.spans([(0, 5), (5, 9)])
 
 
-@pytest.mark.filterwarnings("ignore:the sequence has grown")
+@pytest.mark.filterwarnings("ignore:attnpatch. the sequence has grown")
 @given(
     first=st.integers(1, 30),
     more=st.lists(st.integers(1, 5), max_size=5),

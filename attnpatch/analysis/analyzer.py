@@ -22,6 +22,7 @@ from attnpatch.analysis.passes import (
     check_model,
     feed,
     input_device,
+    left_out_note,
     main_sites,
     pieces,
     text_config,
@@ -303,6 +304,7 @@ class BlockAttentionAnalyzer:
             ) from error
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
+        notes += left_out_note(maps.left_out)
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
         return Analysis(

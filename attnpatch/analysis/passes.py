@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ def check_model(model: nn.Module) -> None:
 def main_sites(maps: Any) -> str:
     """The kind of attention that most layers have."""
     return max(maps.keys(), key=lambda sites: len(maps[sites].layers))
+
+
+def left_out_note(left_out: Mapping[str, str]) -> list[str]:
+    """One line about attention that is in no map, and why; none if all of it is."""
+    if not left_out:
+        return []
+    name, reason = next(iter(left_out.items()))
+    more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+    return [f"left out of the map: {name}: {reason}{more}"]
 
 
 def pieces(method: str, rendered: Rendered, chunk_size: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from attnpatch.capture.messages import Span
-from attnpatch.errors import BlockError
+from attnpatch.errors import AttnpatchWarning, BlockError
 
 if TYPE_CHECKING:
     from attnpatch.capture.blocks import Blocks
@@ -64,8 +64,9 @@ def say_what_is_left_out(blocks: Blocks, lengths: list[int]) -> None:
     if left:
         vars(blocks)[_SEEN] = "said"
         warnings.warn(
-            f"the sequence has grown past its last block: tokens from {min(left)} on are in no block of the map; give "
+            f"attnpatch: the sequence has grown past its last block: tokens from {min(left)} on are in no block of the map; give "
             "Blocks.messages, or Blocks.spans(..., after='answer') for a block of them (grows=True adds them to the last "
             "one).",
+            AttnpatchWarning,
             stacklevel=3,
         )
