@@ -254,7 +254,7 @@ def test_a_longer_text_is_tried_where_a_conversation_passes_a_window():
     assert tokens_to_try(windows, 200_000) == 8192
 
 
-@pytest.mark.filterwarnings("ignore:attnpatch: in no map")
+@pytest.mark.filterwarnings("ignore:.*in no map")
 @pytest.mark.parametrize("way", ["", "_sequential"])
 def test_layers_that_are_in_no_map_are_in_the_notes(way, tokenizer):
     """Of Kimi Linear one layer in two attends by a softmax."""
