@@ -132,7 +132,8 @@ class TextObserver(SiteObserver):
         """Sums of this attention alone, which join the record when it has ended."""
         layout, recorder = self.layout, self.recorder
         self.record = self.empty(query, key, layout.heads)
-        self.closed = torch.zeros_like(self.record.counts)
+        # Rows that look at nothing, of the heads that are summed.
+        self.closed = torch.zeros_like(self.record.sums[..., 0])
         self.off = _OFF
         if recorder.sample_rows is not None:
             self.record.variance = torch.zeros_like(self.record.sums)
@@ -227,6 +228,8 @@ class TextObserver(SiteObserver):
                 self.count(b, low, high)
             for place, chosen in self.places(numbers, layout.heads):
                 some = None if weights is None else weights[chosen]
+                if some is not None and self.sample is None and bool((some == 0).any()):
+                    self._count_closed(b, place, some, low, high)
                 if self.sample is None and self.rows_apart is None:
                     self.add(b, place, tile[chosen], some, low, high)
                     continue
@@ -237,6 +240,14 @@ class TextObserver(SiteObserver):
                 else:
                     assert self.rows_apart is not None
                     self.rows_apart[b, place, low - self.past : high - self.past] += bins
+
+    def _count_closed(self, b: int, place: slice, weights: torch.Tensor, low: int, high: int) -> None:
+        """Rows that may look at nothing: they put no mass anywhere, as they add nothing to what attention returns."""
+        assert self.record is not None
+        block = self.record.query.assignment[b, low:high]
+        closed = (weights == 0).double().cpu()
+        closed = closed.sum(0, keepdim=True) if place.stop - place.start == 1 else closed
+        self.closed[b, place].index_add_(1, block.clamp(min=0), closed * (block >= 0))
 
     def _measure(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor
@@ -312,9 +323,9 @@ class TextObserver(SiteObserver):
         if self.layout.is_mixed:
             return
         share = self.layout.heads if self.recorder.heads == "mean" else 1
-        expected = record.counts[:, None] * share
+        expected = record.counts[:, None] * share - self.closed
         totals = record.sums.sum(-1) / expected.clamp(min=1)
-        asked = (expected > 0).expand(totals.shape)
+        asked = expected > 0
         totals = totals[asked]
         too_few = not self.layout.drops_keys and bool((totals < 1 - self.off).any())
         if bool(totals.isnan().any()) or bool((totals > 1 + self.off).any()) or too_few:

@@ -90,7 +90,7 @@ class _Reading:
         """Whether an axis is made by a layer, or one part of the channels that the product sums over."""
         found = self.sources.origin(leaf)
         if found is None:
-            return self._made(leaf) is None
+            return not self.sources.is_known((leaf,))
         number, place, _ = found
         parts = leaves(self.sources.inputs[number][place])
         return len(parts) > 1 and (number, place) in self.summed

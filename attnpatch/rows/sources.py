@@ -283,7 +283,8 @@ class Sources:
     def is_known(self, dim: Dim) -> bool:
         """Whether something of it is an input's."""
         return self._rank(dim) < len(self.inputs) or any(
-            made.of is not None and self.is_known((made.of,))
+            (made.of is not None and self.is_known((made.of,)))
+            or (made.has is not None and (not leaves(made.has) or self.is_known(made.has)))
             for leaf in leaves(dim)
             if (made := self.made.get(leaf)) is not None
         )
