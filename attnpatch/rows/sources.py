@@ -189,12 +189,12 @@ class Sources:
     def _rank(self, dim: Dim) -> int:
         """The number of the input that it comes from; later ones are positions and masks."""
         numbers = [found[0] for leaf in leaves(dim) if (found := self.origin(leaf)) is not None]
-        numbers += [
-            self._rank(part)
-            for leaf in leaves(dim)
-            for part, _ in self.made.get(leaf, Made()).parts
-            if part is not None
-        ]
+        for leaf in leaves(dim):
+            made = self.made.get(leaf, Made())
+            inside = [part for part, _ in made.parts if part is not None]
+            inside += [(made.of,)] if made.of is not None else []
+            inside += [made.has] if made.has is not None else []
+            numbers += [self._rank(part) for part in inside]
         return min(numbers, default=len(self.inputs))
 
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
