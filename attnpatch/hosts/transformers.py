@@ -106,10 +106,11 @@ def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | N
     for name, value in [*given.items(), *(("", value) for value in args if id(value) not in named)]:
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
-        if value.dim() == 2 or name.endswith("inputs_embeds"):
+        is_mask = name.endswith("mask")
+        if (value.dim() == 2 and (is_mask or not value.is_floating_point())) or name.endswith("inputs_embeds"):
             found.add(value.shape[1])
-        elif value.is_floating_point() and not name.endswith("mask"):
-            return None
+        elif value.is_floating_point() and not is_mask:
+            return None  # pictures, or sound
     return frozenset(found) or None
 
 
