@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage docs clean
+.PHONY: demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage coverage-maps docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -96,6 +96,10 @@ bench-gpu: venv
 
 coverage: venv
 	$(BIN)/python -W ignore -m benchmarks coverage
+
+# Every block map of the same models beside their own softmax results. It goes on where it stopped: NEW=--again begins anew.
+coverage-maps: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.captured_transformers $(NEW)
 
 # Strict: a broken link or a missing page fails.
 docs: venv

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import attnpatch
-from benchmarks import small_transformers, sweep
+from benchmarks import captured_page, small_transformers, sweep
 from benchmarks.inputs_transformers import LENGTH, MEDIA, TARGET_LENGTH, inputs_of, parameters_of
 from benchmarks.sweep import ROWS
 
@@ -284,7 +284,9 @@ def main(names: list[str]) -> int:
             print(f"{name:36} {each.problem}", flush=True)
     print(*summary(outcomes), sep="\n")
     if not names:
-        DOCUMENT.write_text(document(outcomes))
+        DOCUMENT.write_text(
+            captured_page.with_part(document(outcomes), captured_page.kept(DOCUMENT.read_text()))
+        )
         built = sum(bool(each.runs) for each in outcomes)
         return int(not reached(outcomes) or built < BUILT)
     return int(not reached(outcomes))

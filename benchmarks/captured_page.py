@@ -1,0 +1,137 @@
+"""The part of docs/coverage.md that says which attention of transformers is mapped, and whether maps are right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from benchmarks import sweep
+
+TITLE = "## Block maps"
+# What a site is whose map is given.
+MAPPED = ("equal", "mixed", "no oracle", "WRONG")
+# Numbers of a reason are those of one model.
+_NUMBERS = re.compile(r"\d[\d.]*(, \d[\d.]*)*")
+
+
+def kept(page: str) -> str:
+    """The part of a page, if it has one: what writes the rest leaves it as it is."""
+    _, title, part = page.partition(f"\n{TITLE}\n")
+    return f"\n{TITLE}\n{part}" if title else ""
+
+
+def with_part(page: str, part: str) -> str:
+    """A page with the part at its end, in the place of an older one."""
+    return page.partition(f"\n{TITLE}\n")[0] + part
+
+
+def attending(run: Any) -> dict[str, Any]:
+    """Sites of more than one query row, by name."""
+    return {name: site for name, site in run.sites.items() if site.rows > 1}
+
+
+def mapped(run: Any) -> int:
+    return sum(site.status in MAPPED for site in attending(run).values())
+
+
+def reasons(run: Any) -> Counter[str]:
+    """Why attending sites are in no map."""
+    found: Counter[str] = Counter()
+    for site in attending(run).values():
+        if site.status == "left out":
+            found[_NUMBERS.sub("n", site.says)] += 1
+        elif site.status == "silent":
+            found["nothing is said of it" + (" (no site)" if site.says else "")] += 1
+    return found
+
+
+def _share(count: int, whole: int) -> str:
+    return f"{count} of {whole} ({count / max(1, whole):.1%})"
+
+
+def summary(outcomes: list[Any]) -> list[str]:
+    """The figures in lines."""
+    built = [each for each in outcomes if each.runs]
+    attend = [each for each in built if any(attending(run) for run in each.runs.values())]
+    runs = [run for each in attend for run in each.runs.values()]
+    sites = [site for run in runs for site in attending(run).values()]
+    count = Counter(site.status for site in sites)
+    some = [each for each in attend if any(mapped(run) for run in each.runs.values())]
+    whole = [each for each in some if all(mapped(r) == len(attending(r)) for r in each.runs.values())]
+    return [
+        f"{len(outcomes)} architectures, {len(built)} built and called; {len(attend)} of them have softmax attention of more "
+        "than one query row",
+        f"of which some attention is mapped: {_share(len(some), len(attend))}; all of it: {_share(len(whole), len(attend))}",
+        f"sites, with both implementations: {len(sites)}; mapped and equal to a softmax of their own: {count['equal']}; "
+        f"wrong: {count['WRONG']}; mapped without an oracle: {count['no oracle']}; mixed after softmax, which the map "
+        f"says: {count['mixed']}; left out with a reason: {count['left out']}; of which nothing is said: {count['silent']}",
+        f"runs that raise only when captured: {sum(bool(run.raised) for e in built for run in e.runs.values())}; whose "
+        f"outputs are other ones (eager): {sum(run.is_changed for e in built for run in e.runs.values())}",
+    ]
+
+
+def _cells(run: Any) -> tuple[str, ...]:
+    if run.raised:
+        return "", "", "", f"raises {run.raised}"
+    sites = attending(run)
+    wrong = sum(site.status == "WRONG" for site in sites.values())
+    notes = [f"{reason} x{count}" for reason, count in sorted(reasons(run).items())]
+    notes += ["outputs are other ones"] if run.is_changed else []
+    return str(len(sites)), str(mapped(run)), str(wrong), "; ".join(notes)
+
+
+def _is_whole(outcome: Any) -> bool:
+    return all(
+        not run.raised
+        and not run.is_changed
+        and all(site.status == "equal" for site in attending(run).values())
+        for run in outcome.runs.values()
+    )
+
+
+def part(outcomes: list[Any], version: str) -> str:
+    """The part of the page: no times, always in the same order."""
+    attend = [e for e in outcomes if any(attending(run) or run.raised for run in e.runs.values())]
+    whole = [
+        f"`{e.name}` {max(len(attending(run)) for run in e.runs.values())}" for e in attend if _is_whole(e)
+    ]
+    rows = []
+    why: Counter[str] = Counter()
+    for each in attend:
+        for run in each.runs.values():
+            why.update(reasons(run))
+        if _is_whole(each):
+            continue
+        cells = {name: _cells(run) for name, run in each.runs.items()}
+        if len(set(cells.values())) == 1:
+            cells = {", ".join(cells): next(iter(cells.values()))}
+        rows += [[f"`{each.name}`", name, *cell] for name, cell in cells.items()]
+    lines = [
+        "",
+        TITLE,
+        "",
+        "`make coverage-maps` runs the same small models, without padding, under `capture(model, Blocks.fixed(8))`, eager and",
+        "SDPA, and compares every map with what a loop makes of the softmax results that the model, without attnpatch, computes",
+        "inside the same module: equal is 1e-6 (SDPA: 1e-5), relative to 1, to one of them. Eager is the oracle of both; where a",
+        f"model gives SDPA another mask, SDPA's own dense math is. Of transformers {version}, in one state of this package:",
+        "",
+        *[f"* {line}" for line in summary(outcomes)],
+        "",
+        "All attention mapped and equal, with the number of sites:",
+        "",
+        ", ".join(whole),
+        "",
+        "### Attention in no map",
+        "",
+        "Why, counted over sites of both implementations (n: numbers of the model):",
+        "",
+        *sweep.table(["sites", "reason"], [[str(n), reason] for reason, n in why.most_common()]),
+        "",
+        *sweep.table(
+            ["architecture", "attention", "sites", "mapped", "wrong", "reasons and notes"],
+            [list(r) for r in rows],
+        ),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""Every softmax of a model's own run, and what a block map of each would be: by loops, without any code of a capture."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as modules
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+_SOFTMAX = {aten._softmax.default, aten._safe_softmax.default, aten.softmax.int}
+# Larger results are no attention of the small models that are run, and would fill memory.
+_MOST = 64 * 2**20
+
+
+class Softmaxes(TorchDispatchMode):
+    """Keeps what softmax returns, under every module whose forward is running.
+
+    Attributes:
+        found: By the name of a module: results, their keys in the last dimension.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running: list[str] = []
+        self.found: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _SOFTMAX and result.dim() > 1 and result.numel() <= _MOST:
+            # A copy: what comes next may be done in place.
+            kept = result.detach().movedim(args[1], -1).clone()
+            for name in set(self.running):
+                self.found[name].append(kept)
+        return result
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if module in self.names:
+            self.running.append(self.names[module])
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module in self.names:
+            self.running.pop()
+
+
+@contextlib.contextmanager
+def softmaxes(model: nn.Module) -> Iterator[Softmaxes]:
+    """Watch a model that nothing has changed. Fused attention is computed as its dense math, which has a softmax."""
+    watch = Softmaxes(model)
+    hooks = [
+        modules.register_module_forward_pre_hook(watch.enter),
+        modules.register_module_forward_hook(watch.leave, always_call=True),
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), watch:
+            yield watch
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
+
+
+# -------------------------------------------------------------------------------------------------------- block maps
+
+
+def reduced(probabilities: torch.Tensor, width: int) -> torch.Tensor:
+    """``[batch, heads, queries, keys]`` as ``[batch, query blocks, key blocks]``."""
+    mean = probabilities.double().mean(1)
+    columns = [mean[:, :, k : k + width].sum(2) for k in range(0, mean.shape[2], width)]
+    keys = torch.stack(columns, 2)
+    return torch.stack([keys[:, q : q + width].mean(1) for q in range(0, keys.shape[1], width)], 1)
+
+
+def readings(softmax: torch.Tensor, batch: int, queries: int, keys: int) -> Iterator[torch.Tensor]:
+    """What a result may be as ``[batch, heads, queries, keys]``: which of its dimensions are which is not told.
+
+    Keys that come after the tokens (a sink, zeros) are in no block.
+    """
+    shape = softmax.shape[:-1]
+    if softmax.shape[-1] < keys or math.prod(shape) % (batch * queries):
+        return
+    for count in range(len(shape) + 1):
+        for own in itertools.combinations(range(len(shape)), count):
+            if math.prod(shape[dim] for dim in own) != queries:
+                continue
+            others = [dim for dim in range(len(shape)) if dim not in own]
+            rows = softmax.permute(*others, *own, len(shape))[..., :keys].reshape(-1, queries, keys)
+            heads = len(rows) // batch
+            yield rows.view(batch, heads, queries, keys)
+            if batch > 1 and heads > 1:
+                yield rows.view(heads, batch, queries, keys).transpose(0, 1)
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What the oracle says of one map.
+
+    Attributes:
+        status: ``"equal"``, ``"WRONG"`` or ``"no oracle"``.
+        difference: To the nearest of the softmax results.
+        compared: Results of the same batch and number of keys.
+        says: Shapes, where it is not equal.
+    """
+
+    status: str
+    difference: float = math.inf
+    compared: int = 0
+    says: str = ""
+
+
+def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, tolerance: float) -> Verdict:
+    """A layer of a block map beside the softmax results of its site.
+
+    Args:
+        one: The ``BlockMap``, of ``Blocks.fixed(width)``.
+        layer: Its place in the map.
+        found: Results inside the site.
+        width: Tokens of a block.
+        tolerance: The largest absolute difference that is none.
+    """
+    mass = one.mass[:, layer] if one.is_batch else one.mass[layer][None]
+    sizes = [each.view(len(mass), -1).sum(1) for each in (one.query_sizes, one.key_sizes)]
+    queries, keys = (int(each.max()) for each in sizes)
+    # Sequences with padding are looked at in the tests.
+    whole = (sizes[0] == queries) & (sizes[1] == keys)
+    verdict = Verdict("no oracle")
+    for softmax in found:
+        for rows in readings(softmax, len(mass), queries, keys):
+            wanted = reduced(rows, width)
+            if wanted.shape != mass.shape:
+                continue
+            verdict.compared += 1
+            off = float((wanted - mass.double())[whole].abs().max())
+            verdict.difference = min(verdict.difference, off)
+    if verdict.compared:
+        verdict.status = "equal" if verdict.difference <= tolerance else "WRONG"
+    elif found:
+        verdict.status = "WRONG"
+    if verdict.status == "WRONG":
+        shapes = sorted({str(list(each.shape)) for each in found})
+        verdict.says = (
+            f"map of {len(mass)} sequences, {queries} queries x {keys} keys; softmax results {', '.join(shapes)}; "
+            f"{verdict.compared} compared, nearest {verdict.difference:.2g}"
+        )
+    return verdict
