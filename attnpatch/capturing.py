@@ -20,7 +20,7 @@ from attnpatch.capture.recorder import Recorder
 from attnpatch.capture.sampling import DenoiserCall, Plan, Sampling
 from attnpatch.capture.threads import Owner
 from attnpatch.errors import AttnpatchWarning, CaptureError, PatchError
-from attnpatch.hosts import caches, denoisers
+from attnpatch.hosts import caches, denoisers, image_tokens
 from attnpatch.hosts import transformers as host
 from attnpatch.hosts.diffusers import tokenizers_of
 from attnpatch.hosts.prompts import Prompts
@@ -108,6 +108,7 @@ def capture(
             "weighting": weighting,
         }
         recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
+        _check_pictures(recorder, part)
         maps = Maps(recorder, None if isinstance(steps, str) else steps)
         with _recording(patch, recorder):
             try:
@@ -115,6 +116,22 @@ def capture(
             finally:
                 recorder.finish()
         _warn_of(recorder.left_out)
+
+
+def _check_pictures(recorder: Recorder, part: nn.Module) -> None:
+    """Tiles in a language model's sequence are those of a picture that its call says is there."""
+    read_call = recorder.read_call
+    asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
+
+    def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
+        call = read_call(args, kwargs, kind)
+        given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
+        reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)
+        call.problem = next(filter(None, reasons), None)
+        return call
+
+    if asked:
+        recorder.read_call = checked
 
 
 _lock = threading.Lock()
@@ -202,6 +219,7 @@ def _capture_image(
         if not any(recorder.wanted for recorder in recorders):
             raise CaptureError(f"no attention site matches {sites!r}; see attnpatch.report() for their names")
         yield ImageMaps(sampling, heads, steps, type(model).__name__)
+    _warn_of(sampling.left_out)
 
 
 def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:

@@ -390,6 +390,9 @@ class Recorder:
 
     def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
         """Blocks of a sequence's tokens, and of the keys': bool ``[batch, tokens]``, which are real."""
+        problem = getattr(self.call, "problem", None)
+        if problem is not None:
+            raise CaptureError(problem)
         known = self._partitions
         if known is not None and torch.equal(known[0], queries) and _equal(known[1], keys):
             return known[2]

@@ -36,6 +36,7 @@ class ModelCall:
         lengths: Tokens of the sequences that it is called with; ``None``: there may be others (pictures, sound).
         pasts: Tokens in that cache, and in any other that it was handed for another part of the model, by the cache's id,
             which is good for as long as the call goes on.
+        problem: Why the blocks that were asked for are none of it.
     """
 
     mask: torch.Tensor | None = None
@@ -45,6 +46,7 @@ class ModelCall:
     batches: frozenset[int] | None = None
     lengths: frozenset[int] | None = None
     pasts: dict[int, int] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
 
     def past_of(self, handed: list[Any]) -> int | None:
         """Tokens that were in the first of some caches that the model was handed; ``None``: it was handed none of them."""
