@@ -172,12 +172,12 @@ def _recording(patch: Patch, recorder: Any) -> Iterator[None]:
                 patch.recorders = tuple(each for each in patch.recorders if each is not recorder)
 
 
-def _warn_of(left_out: dict[str, str]) -> None:
+def _warn_of(left_out: dict[str, str], deep: int = 0) -> None:
     """Once: what is in no map."""
     if left_out:
         name, reason = next(iter(left_out.items()))
         more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
-        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4)
+        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4 + deep)
 
 
 def _of_image(blocks: Any) -> bool:
@@ -219,7 +219,7 @@ def _capture_image(
         if not any(recorder.wanted for recorder in recorders):
             raise CaptureError(f"no attention site matches {sites!r}; see attnpatch.report() for their names")
         yield ImageMaps(sampling, heads, steps, type(model).__name__)
-    _warn_of(sampling.left_out)
+    _warn_of(sampling.left_out, deep=2)  # inside a context of its own
 
 
 def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:

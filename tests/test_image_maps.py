@@ -87,7 +87,9 @@ def test_refused_when_read(plain, case):
 def test_steps_and_heads_that_there_are_not():
     with pytest.raises(errors.CaptureError, match=r"steps=\[0, 7\]: there were 2"):
         captured(steps=[0, 7])["cross"]
-    maps = captured(heads=[99])
+    with pytest.warns(errors.AttnpatchWarning, match="in no map: unet.*and 7 more in maps.left_out") as said:
+        maps = captured(heads=[99])
+    assert [each.filename for each in said] == [__file__]  # once, and where it was asked for
     assert len(maps.left_out) == 8
     with pytest.raises(errors.CaptureError, match=r"nothing was captured.*heads=\[99\]: there are 8 heads"):
         maps["cross"]
