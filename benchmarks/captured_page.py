@@ -90,15 +90,11 @@ def _is_whole(outcome: Any) -> bool:
     )
 
 
-def part(outcomes: list[Any], version: str) -> str:
-    """The part of the page: no times, always in the same order."""
-    attend = [e for e in outcomes if any(attending(run) or run.raised for run in e.runs.values())]
-    whole = [
-        f"`{e.name}` {max(len(attending(run)) for run in e.runs.values())}" for e in attend if _is_whole(e)
-    ]
-    rows = []
+def _tables(outcomes: list[Any]) -> list[str]:
+    """What is in no map, and why."""
     why: Counter[str] = Counter()
-    for each in attend:
+    rows = []
+    for each in outcomes:
         for run in each.runs.values():
             why.update(reasons(run))
         if _is_whole(each):
@@ -107,14 +103,32 @@ def part(outcomes: list[Any], version: str) -> str:
         if len(set(cells.values())) == 1:
             cells = {", ".join(cells): next(iter(cells.values()))}
         rows += [[f"`{each.name}`", name, *cell] for name, cell in cells.items()]
+    header = ["architecture", "attention", "sites", "mapped", "wrong", "reasons and notes"]
+    counted = sorted(why.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [
+        *sweep.table(["sites", "reason"], [[str(count), reason] for reason, count in counted]),
+        "",
+        *sweep.table(header, rows),
+    ]
+
+
+def part(outcomes: list[Any], version: str) -> str:
+    """The part of the page: no times, always in the same order."""
+    attend = [e for e in outcomes if any(attending(run) or run.raised for run in e.runs.values())]
+    whole = [
+        f"`{e.name}` {max(len(attending(run)) for run in e.runs.values())}" for e in attend if _is_whole(e)
+    ]
+    states = len({each.state for each in outcomes})
+    state = "one state" if states == 1 else f"{states} states, one after the other,"
     lines = [
         "",
         TITLE,
         "",
         "`make coverage-maps` runs the same small models, without padding, under `capture(model, Blocks.fixed(8))`, eager and",
         "SDPA, and compares every map with what a loop makes of the softmax results that the model, without attnpatch, computes",
-        "inside the same module: equal is 1e-6 (SDPA: 1e-5), relative to 1, to one of them. Eager is the oracle of both; where a",
-        f"model gives SDPA another mask, SDPA's own dense math is. Of transformers {version}, in one state of this package:",
+        "inside the same module. Equal is a difference of at most 1e-6 (SDPA: 1e-5) to one of them. Eager is the oracle of both;",
+        "where a model gives SDPA another mask, SDPA's own dense math is. `sites` are those of more than one query row. Of",
+        f"transformers {version}, in {state} of this package:",
         "",
         *[f"* {line}" for line in summary(outcomes)],
         "",
@@ -124,14 +138,9 @@ def part(outcomes: list[Any], version: str) -> str:
         "",
         "### Attention in no map",
         "",
-        "Why, counted over sites of both implementations (n: numbers of the model):",
+        "Why, counted over sites of both implementations (n: numbers of the model), and where:",
         "",
-        *sweep.table(["sites", "reason"], [[str(n), reason] for reason, n in why.most_common()]),
-        "",
-        *sweep.table(
-            ["architecture", "attention", "sites", "mapped", "wrong", "reasons and notes"],
-            [list(r) for r in rows],
-        ),
+        *_tables(attend),
         "",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -71,11 +72,12 @@ class Run:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one architecture did; ``problem``: why it could not be built or called."""
+    """What one architecture did; ``problem``: why it could not be built or called; ``state``: of the package's files."""
 
     name: str
     problem: str = ""
     runs: dict[str, Run] = dataclasses.field(default_factory=dict)
+    state: str = ""
 
 
 # --------------------------------------------------------------------------------------------------------- one model
@@ -246,7 +248,14 @@ def read(path: pathlib.Path) -> Outcome:
         name: Run(**{**run, "sites": {own: Site(**site) for own, site in run["sites"].items()}})
         for name, run in data["runs"].items()
     }
-    return Outcome(data["name"], data["problem"], runs)
+    return Outcome(data["name"], data["problem"], runs, data.get("state", ""))
+
+
+def state_of_package() -> str:
+    """What tells one state of attnpatch from another: results of several are no one run."""
+    folder = pathlib.Path(attnpatch.__file__).parent
+    content = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def write(outcome: Outcome, folder: pathlib.Path) -> None:
@@ -272,13 +281,14 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     options.results.mkdir(parents=True, exist_ok=True)
-    known = list(small_transformers.model_classes())
+    state, known = state_of_package(), list(small_transformers.model_classes())
     with mock.patch.object(sweep, "SECONDS", SECONDS):
         for name in (options.names or known)[:: -1 if options.backwards else 1]:
             path = options.results / f"{name}.json"
             if path.exists() and not (options.again or options.names):
                 continue
             outcome = sweep.apart(examine, name, Outcome)
+            outcome.state = state
             write(outcome, options.results)
             print(line(outcome), flush=True)
     if options.names:
