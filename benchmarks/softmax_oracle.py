@@ -75,12 +75,26 @@ def softmaxes(model: nn.Module) -> Iterator[Softmaxes]:
 # -------------------------------------------------------------------------------------------------------- block maps
 
 
-def reduced(probabilities: torch.Tensor, width: int) -> torch.Tensor:
-    """``[batch, heads, queries, keys]`` as ``[batch, query blocks, key blocks]``."""
+def reduced(probabilities: torch.Tensor, width: int, first: int = 0) -> torch.Tensor:
+    """``[batch, heads, queries, keys]`` as ``[batch, query blocks, key blocks]``.
+
+    ``first``: the place of the first query in its sequence, whose tokens before it were read earlier.
+    """
     mean = probabilities.double().mean(1)
     columns = [mean[:, :, k : k + width].sum(2) for k in range(0, mean.shape[2], width)]
     keys = torch.stack(columns, 2)
-    return torch.stack([keys[:, q : q + width].mean(1) for q in range(0, keys.shape[1], width)], 1)
+    rows = []
+    for start in range(0, first + keys.shape[1], width):
+        own = keys[:, max(0, start - first) : max(0, start + width - first)]
+        rows.append(own.mean(1) if own.shape[1] else torch.zeros_like(keys[:, 0]))
+    return torch.stack(rows, 1)
+
+
+def first_of(sizes: list[int], width: int) -> int:
+    """The place of the first query, from the tokens of each query block."""
+    empty = next((i for i, size in enumerate(sizes) if size), 0)
+    is_cut = empty > 0 or (sizes[0] < width and any(sizes[1:]))
+    return empty * width + width - sizes[empty] if is_cut else 0
 
 
 def readings(softmax: torch.Tensor, batch: int, queries: int, keys: int) -> Iterator[torch.Tensor]:
@@ -135,10 +149,11 @@ def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, toleranc
     queries, keys = (int(each.max()) for each in sizes)
     # Sequences with padding are looked at in the tests.
     whole = (sizes[0] == queries) & (sizes[1] == keys)
+    first = first_of(one.query_sizes.view(len(mass), -1)[int(sizes[0].argmax())].tolist(), width)
     verdict = Verdict("no oracle")
     for softmax in found:
         for rows in readings(softmax, len(mass), queries, keys):
-            wanted = reduced(rows, width)
+            wanted = reduced(rows, width, first)
             if wanted.shape != mass.shape:
                 continue
             verdict.compared += 1
