@@ -11,30 +11,6 @@ FORMULATIONS = {one.name: one for one in formulations.table.all_of_them()}
 KNOWN = {
     # By rows its random numbers are others, as those of dropout are.
     "Gumbel noise": {"float32", "bfloat16", "autocast", "gradients", "checkpoint", "reentrant"},
-    "exp and sum": {"captured"},
-    "in chunks by hand": {"captured"},
-    "a window of distances": {"captured"},
-    "fewer queries, table of offsets": {"captured"},
-    "decomposed positions": {"captured"},
-    "table by one-hot products": {"captured"},
-    "keys from a smaller picture": {"captured"},
-    "latents ask the input": {"captured"},
-    "slots compete": {"captured"},
-    "squares of pictures, one head": {"captured"},
-    "pooled queries": {"captured"},
-    "talking heads": {"captured"},
-    "talking heads by einsum": {"captured"},
-    # Heads are mixed after the softmax, as in those; refused while its norm was made whole.
-    "re-attention": {"captured"},
-    "memory and null keys": {"captured"},
-    "blocks and their neighbours": {"captured"},
-    "blocks drawn at random": {"captured"},
-    "queries are keys, in buckets": {"captured"},
-    "the most telling queries": {"captured"},
-    "landmarks": {"captured"},
-    "soft argmax of a grid": {"captured"},
-    "memory read": {"captured"},
-    "weights returned and used again": {"captured"},
 }
 
 

@@ -111,6 +111,7 @@ class TextObserver(SiteObserver):
         self.known = queries
         query, key = self.partitions(queries, keys if relation.is_cross else None)
         self.place(query, key, layout.kv_len, relation.first)
+        self.key_blocks = key.assignment
         self.width_asked = self.width(layout.heads)
         if old is not None and old.sums.shape[:2] != (layout.batch, self.width_asked):
             raise Unknown(
@@ -322,6 +323,12 @@ class TextObserver(SiteObserver):
         """Every row of a map sums to 1, and attention puts nothing on what is taken for padding."""
         if self.layout.is_mixed:
             return
+        covers = (
+            bool((self.key_blocks >= 0)[self.real[1]].all()) and self.relation.tokens == self.layout.kv_len
+        )
+        closed = record.sums[..., -1].sum() / record.sums.sum().clamp(min=1e-9)
+        if covers and float(closed) > self.off:
+            raise Unknown(f"{float(closed):.4g} of its attention is on keys that its mask closes")
         share = self.layout.heads if self.recorder.heads == "mean" else 1
         expected = record.counts[:, None] * share - self.closed
         totals = record.sums.sum(-1) / expected.clamp(min=1)

@@ -109,7 +109,9 @@ def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | N
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
         is_mask = name.endswith("mask")
-        if (value.dim() == 2 and (is_mask or not value.is_floating_point())) or name.endswith("inputs_embeds"):
+        if (value.dim() == 2 and (is_mask or not value.is_floating_point())) or name.endswith(
+            "inputs_embeds"
+        ):
             found.add(value.shape[1])
         elif value.is_floating_point() and not is_mask:
             return None  # pictures, or sound

@@ -30,6 +30,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
     step = max(1, _STEP // kv_len)
     for sequence in range(batch):
         told = opens = False
+        hides_itself = 0
         for low in range(0, q_len, step):
             high = min(low + step, q_len)
             is_open = _opened(rows(sequence, low, high)).expand(high - low, kv_len)
@@ -39,9 +40,14 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
                 # The last row of a causal mask is open to all by right.
                 is_last = torch.arange(own + low, own + high, device=is_open.device) >= kv_len - 1
                 says &= ~is_open.all(-1) | is_last
+                places = torch.arange(low, high, device=is_open.device)
+                hides_itself += int((says & ~is_open[places - low, own + places]).sum())
             if bool(says.any()):
                 told = True
                 found[sequence] |= is_open[says].any(0).cpu()
+        if own is not None and hides_itself > q_len // 2:
+            # Tokens that do not look at themselves: who looks at a token says nothing of padding.
+            return torch.zeros(0, dtype=torch.bool)
         if not told:
             # All rows alike: open to all keys, or nothing but padding.
             found[sequence] = opens

@@ -126,11 +126,11 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: SiteCall) -> 
     rows = [axis for axis in axes if axis not in keys and axis.kind == row_kind]
     leads = [axis for axis in axes if axis not in rows and axis not in keys]
     key_axes = [axis for axis in axes if axis in keys]
-    layout = _layout(node, leads, rows, key_axes, sources)
+    is_mixed = _is_mixed(node)
+    layout = _layout(node, leads, rows, key_axes, sources, is_mixed)
     heads = [rows[i] for i in layout.head_rows]
     rows = [axis for axis in rows if axis not in heads]
     order = [*leads, *heads]
-    is_mixed = _is_mixed(node)
     layout = dataclasses.replace(layout, is_mixed=is_mixed)
     site.tally.count("captured")
     if not observer.begin(layout, _opened(node, key_axes, order, rows, layout)):
@@ -173,17 +173,25 @@ def _runs(rows: Sequence[Axis], tile: Tile) -> Iterator[tuple[int, int]]:
 
 
 def _layout(
-    node: Node, leads: list[Axis], rows: list[Axis], keys: list[Axis], sources: Sources | None
+    node: Node,
+    leads: list[Axis],
+    rows: list[Axis],
+    keys: list[Axis],
+    sources: Sources | None,
+    is_mixed: bool,
 ) -> Layout:
     if sources is None:
         sizes = (math.prod(axis.size for axis in side) for side in (leads, rows, keys))
         return Layout(1, *sizes, why_not="its inputs were not followed")
     names = {axis: _renamed(node, axis) for axis in (*leads, *rows, *keys)}
     found = {axis: _source(sources, name) for axis, name in names.items()}
+    if is_mixed:
+        # Heads that a product has made of others.
+        found.update({axis: ((Axis(axis.size),), []) for axis in leads if found[axis][0] is None})
     contracted = next((found[axis][1] for axis in rows or leads if found[axis][0] is not None), [])
     contracted = contracted or next((own for _, own in found.values() if own), [])
     entries = [[(axis.size, found[axis][0]) for axis in side] for side in (leads, rows, keys)]
-    drops_keys = any(names[axis] is not axis for axis in keys) and _has_sink(node)
+    drops_keys = any(names[axis] is not axis and not _is_whole_cut(node, axis) for axis in keys)
     return dataclasses.replace(layout_of(sources, *entries, contracted), drops_keys=drops_keys)
 
 
@@ -213,11 +221,12 @@ def _renamed(node: Node, axis: Axis) -> Axis:
     return axis
 
 
-def _has_sink(node: Node) -> bool:
-    """Whether softmax runs over more than what its probabilities are multiplied with."""
-    return any(
-        isinstance(step, Cut) and step.axis.size < step.children[0].shape[step.position]
+def _is_whole_cut(node: Node, axis: Axis) -> bool:
+    """Whether nothing was left away where an axis got another name."""
+    return all(
+        step.axis.size == step.children[0].shape[step.position]
         for step in graph(node)
+        if isinstance(step, Cut) and axis in step.axis.leaves()
     )
 
 
@@ -226,13 +235,29 @@ def _has_product(node: Node) -> bool:
 
 
 def _is_mixed(node: Node) -> bool:
-    """Whether the weights are of several softmaxes, or a product of one with something: no longer its own rows."""
+    """Whether the weights are of several softmaxes, or of one that was put together with itself: no longer its own rows."""
     steps = list(graph(node))
-    softmaxes = [s for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in _SOFTMAX]
-    below = {id(step) for softmax in softmaxes for step in graph(softmax)}
-    return len(softmaxes) > 1 or any(
-        isinstance(step, Call) and bool(step.work) and id(step) not in below for step in steps if softmaxes
-    )
+    softmaxes = {id(s) for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in _SOFTMAX}
+    above = _above(steps, softmaxes)
+    mixes = [
+        step
+        for step in steps
+        if id(step) in above
+        and (
+            (isinstance(step, Call) and bool(step.work))
+            or sum(id(child) in above or id(child) in softmaxes for child in step.children) > 1
+        )
+    ]
+    return bool(mixes)
+
+
+def _above(steps: list[Node], roots: set[int]) -> set[int]:
+    """What is computed from some steps; ``steps``: children before those that read them."""
+    found: set[int] = set()
+    for step in steps:
+        if any(id(child) in roots or id(child) in found for child in step.children):
+            found.add(id(step))
+    return found
 
 
 def _opened(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
@@ -244,6 +269,10 @@ def _opened(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], l
             return torch.zeros(0, dtype=torch.bool)  # not known
         run = Run(before)
         products = [step for step in graph(before) if isinstance(step, Call) and step.work]
+        steps = list(graph(before))
+        above = _above(steps, {id(product) for product in products})
+        if any(id(step) in above and not step.dtype.is_floating_point for step in steps):
+            return torch.zeros(0, dtype=torch.bool)  # which keys are open depends on the scores (the largest)
         inside = {id(step) for product in products for step in graph(product)}
         if not any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(before) if id(s) not in inside):
             return None

@@ -28,7 +28,7 @@ what is said about it, natively and by rows (`tests/formulations`).
   all three where they agree.
 * **report**: what `attnpatch.report` counts for a forward pass.
 * **map**: `as dense`: the block map is that of the probabilities which the unpatched module computes; `captured`: its rows
-  sum to 1, or to what the formulation's do; `refused`: there is none, and the error says why; `wrong` otherwise.
+  sum to 1, or to what the formulation's do; `mixed`: the weights are no longer rows of one softmax, and the map says so; `refused`: there is none, and the error says why; `wrong` otherwise.
 * **largest**: the largest tensor that an operator returned, by rows and natively, in MB at {longer} tokens (unless a
   formulation needs another number) with 32 rows a step. **Bold** where it has rows x keys elements all the same.
 
@@ -84,7 +84,7 @@ def counts(found: list[tuple[Formulation, Tried]]) -> str:
     right = sum({one.gradients, one.checkpoint, one.reentrant} <= {"bits", "rounding"} for one in served)
     by_rows = sum("by rows" in one.report for one in served)
     dense = sum(one.captured == "as dense" for one in served)
-    captured = sum(one.captured == "captured" for one in served)
+    captured = sum(one.captured.startswith("captured") for one in served)
     refused = sum(one.captured.startswith("refused") for one in served)
     small = sum(not one.is_held for one in served)
     lines = [
