@@ -272,6 +272,16 @@ def _innermost(patch: Patch) -> list[str]:
     return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
 
 
+def _owners(patch: Patch) -> list[str]:
+    """Names of the sites that hold others: what those are named for may be computed in the forward around them."""
+    inner = set(_innermost(patch))
+    return [
+        site.name
+        for site in patch.sites
+        if site.is_attention and not site.is_candidate and site.name not in inner
+    ]
+
+
 def recorder_of(
     patch: Patch,
     kind: type[nn.Module],
@@ -308,7 +318,7 @@ def recorder_of(
             is_part=host.is_part(args, kwargs),
         )
 
-    more = {"marks": caches.marks_of, "tokens_in": caches.tokens_in, **more}
+    more = {"owners": _owners(patch), "marks": caches.marks_of, "tokens_in": caches.tokens_in, **more}
     return Recorder(
         blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
     )

@@ -357,7 +357,14 @@ def of_tokens_first(q, k):
     return probabilities(q.transpose(0, 1), k.transpose(0, 1))
 
 
+def one_key_head(x):
+    k = x[:, None, :, :8].expand(-1, 4, -1, -1)
+    return attend(x.unflatten(-1, (4, 8)).transpose(1, 2), k).transpose(1, 2).flatten(2)
+
+
 MAPPED = {
+    "one key head for all": (one_key_head, [floats(2, 24, 32)],
+        lambda x: probabilities(x.unflatten(-1, (4, 8)).transpose(1, 2), x[:, None, :, :8])),
     "rows in two dimensions": (grid, [floats(1, 16, 4, 8)],
         lambda x: probabilities(x.flatten(2).mT, x.flatten(2).mT)),
     "heads after rows": (heads_after_rows, [floats(1, 24, 32), floats(1, 24, 8)],
@@ -451,6 +458,34 @@ def test_what_is_not_known_is_left_out_and_says_why(name):
     assert torch.equal(results[0], native)
     with pytest.raises(errors.CaptureError, match=words):
         _ = maps.block_map
+
+
+class ProjectionOfAttention(nn.Module):
+    """No attention, whatever it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_k = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.to_k(x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = ProjectionOfAttention()
+
+    def forward(self, x):
+        return attend(x, self.project(x))
+
+
+def test_a_part_that_is_called_attention_hides_no_attention_around_it():
+    model, x = nn.Sequential(SelfAttention()), floats(1, 24, 16)
+    maps = captured(model, lambda: model(x))
+    assert not maps.left_out
+    with torch.no_grad():
+        same(maps["*"].mass[0], reduced(probabilities(x, model[0].project(x)), cuts(24), cuts(24)))
 
 
 class TwoAttentions(nn.Module):

@@ -168,6 +168,7 @@ class ThreadRecorder:
                 self._inner = new
             else:
                 self._inner.places, self._inner.wanted = new.places, new.wanted
+                self._inner.owners = new.owners
             self._sites = len(self.patch.sites)
         return self._inner
 

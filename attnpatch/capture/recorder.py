@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
@@ -21,7 +22,7 @@ from attnpatch.capture.observer import Record
 from attnpatch.capture.partition import Partition
 from attnpatch.capture.places import chosen_sites, pattern_of
 from attnpatch.capture.sequences import Calls, Marks, Sequence
-from attnpatch.capture.text_observer import TextObserver
+from attnpatch.capture.text_observer import NOT_SEEN, TextObserver
 from attnpatch.capture.threads import Owner
 from attnpatch.errors import CaptureError
 
@@ -75,6 +76,7 @@ class Recorder:
         seed: Of the sample.
         weighting: ``"gradient"``: each probability times its gradient, which the backward pass shows.
         is_kept_apart: Whether the calls of a sequence are, as steps.
+        owners: Sites that hold some of ``names``; what is seen in their own forward is theirs.
         marks, tokens_in: What a cache holds of some tokens, and how many it has.
 
     Raises:
@@ -99,6 +101,7 @@ class Recorder:
         seed: int = 0,
         weighting: str = "probability",
         is_kept_apart: bool = False,
+        owners: Several[str] = (),
         marks: Marks = lambda *_: None,
         tokens_in: Callable[[Any], int] = lambda _: 0,
     ) -> None:
@@ -124,6 +127,12 @@ class Recorder:
             )
         self.places = pattern_of(names)
         self.wanted = chosen_sites(self.places, names, layers, sites)
+        self.owners: set[str] = set()
+        if owners:
+            around = pattern_of(owners)
+            with contextlib.suppress(CaptureError):  # none of them was asked for
+                self.owners = chosen_sites(around, owners, layers, sites)
+            self.places = {**around, **self.places}
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
         self.marks, self.tokens_in = marks, tokens_in
         self.owner: Owner | None = None
@@ -295,7 +304,13 @@ class Recorder:
 
     def wants(self, name: str) -> bool:
         """Whether a site was asked for."""
-        return name in self.wanted
+        return name in self.wanted or name in self.owners
+
+    def saw(self, name: str) -> None:
+        """Attention was seen in the forward of a site: what it holds need not show any."""
+        for inner in [inner for inner in self.left_out if inner.startswith(name + ".")]:
+            if self.left_out[inner] == NOT_SEEN:
+                del self.left_out[inner]
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> TextObserver:
         """Who looks at the call of a site that is about to be made."""
@@ -317,7 +332,13 @@ class Recorder:
         records = calls.apart[-1] if calls.apart and not state.is_part else calls
         out = state.sequence.out
         return TextObserver(
-            self, name, facts, records, calls.before, out.__contains__, getattr(site, "is_candidate", False)
+            self,
+            name,
+            facts,
+            records,
+            calls.before,
+            out.__contains__,
+            getattr(site, "is_candidate", False) or name in self.owners,
         )
 
     def _adopt(self, call: HostCall, facts: SiteFacts) -> None:

@@ -25,6 +25,7 @@ from attnpatch.capture.partition import Partition
 from attnpatch.capture.row_sample import RowSample, draw, generator_for
 from attnpatch.errors import AttnpatchError
 
+NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
 # What the rows of a map may be off by, which should sum to 1.
 _OFF = 1e-4
 # Numbers of a call that are kept row by row.
@@ -271,9 +272,9 @@ class TextObserver(SiteObserver):
         """The call of the site has ended."""
         if not (self.seen or self.is_candidate or self.is_of_gradient):
             self.name = self.site
-            self._leave_out(
-                "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
-            )
+            self._leave_out(NOT_SEEN)
+        if self.seen:
+            self.recorder.saw(self.site)
 
     # ------------------------------------------------------------------------------------------ what is kept
 

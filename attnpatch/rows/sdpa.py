@@ -185,10 +185,13 @@ def _is_shown(call: dict[str, Any], site: SiteCall) -> bool:
             return causal_keys(layout.batch, q_len, kv_len) if call["is_causal"] else None
         rows = mask_rows(call)
 
-        def some(sequence: int, low: int, high: int) -> torch.Tensor:
-            return rows(sequence * layout.heads, low, high)
+        # Where a host gives the heads of one token as rows, its first row is as good as any.
+        heads = layout.heads // (call["query"].shape[-2] if layout.head_rows else 1)
 
-        return open_keys(some, layout.batch, call["query"].shape[-2], kv_len, own)
+        def some(sequence: int, low: int, high: int) -> torch.Tensor:
+            return rows(sequence * heads, low, high)
+
+        return open_keys(some, layout.batch, q_len, kv_len, own)
 
     return site.observer.begin(layout, opened)
 

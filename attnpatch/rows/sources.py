@@ -157,7 +157,7 @@ class Sources:
         first, dims = known[0]
         if name in _JOINING or name == "stack":
             return self._joined(name, args, kwargs, result)
-        if first.dtype == result.dtype and _shares(first, result) and 0 not in first.stride():
+        if first.dtype == result.dtype and _shares(first, result):
             return self._viewed(dims, first, result)
         if name in _IN_ORDER and result.numel() == first.numel():
             return regroup(dims, result.shape) or self._unknown(result)

@@ -24,7 +24,7 @@ def viewed(dims: Dims, source: torch.Tensor, result: torch.Tensor) -> list[tuple
 
     Args:
         dims: Of ``source``.
-        source: Without strides of 0.
+        source: Its tensor.
         result: In the same storage, of the same dtype.
     """
     sizes = list(zip(result.shape, result.stride(), strict=True))
@@ -36,6 +36,8 @@ def _strided(dims: Dims, source: torch.Tensor) -> list[tuple[Axis, int]]:
     """Every leaf and its stride, the widest stride first."""
     found: list[tuple[Axis, int]] = []
     for dim, stride in zip(dims, source.stride(), strict=True):
+        if stride == 0:
+            continue  # expanded: its elements are one
         for leaf in reversed(leaves(dim)):
             found.append((leaf, stride))
             stride *= leaf.size
@@ -48,6 +50,13 @@ def _dim(
     count, stride = sizes[place]
     if count == 1:
         return []
+    if stride == 0:
+        expanded = [
+            dim
+            for dim, size, own in zip(dims, source.shape, source.stride(), strict=True)
+            if own == 0 and size == count
+        ]
+        return list(leaves(expanded[0])) if len(expanded) == 1 else [*fresh([count])[0]]
     others = [own for i, own in enumerate(sizes) if i != place and own[0] > 1]
     found: list[Axis | Part] = []
     while count > 1:
