@@ -76,10 +76,13 @@ def capture(
     Yields:
         ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
         sequence, every other call begins a new one. Of an image ``ImageMaps``: ``maps.heat_map("cat")``,
-        ``maps["cross"]``.
+        ``maps["cross"]``. Attention of which something is not known is in ``maps.left_out`` with the reason, which one
+        ``AttnpatchWarning`` says at the end of the block. The running thread's calls are seen, and those of threads that it
+        starts between its own calls.
 
     Raises:
-        CaptureError, BlockError: What was asked for does not fit the model or the sequence.
+        CaptureError: What was asked for does not fit the model. What does not fit a sequence (blocks, heads) is in
+            ``maps.left_out``, and reading a map that is not there raises; the model's call never does.
         PatchError: As ``apply``.
     """
     parts = parts_in(model)
