@@ -167,6 +167,8 @@ def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, toleranc
     whole = (sizes[0] == queries) & (sizes[1] == keys)
     first = first_of(one.query_sizes.view(len(mass), -1)[int(sizes[0].argmax())].tolist(), width)
     verdict = Verdict("no oracle")
+    if not bool(whole.any()):
+        return verdict
     for softmax in found:
         for rows in readings(softmax, len(mass), queries, keys):
             wanted = reduced(rows, width, first)
