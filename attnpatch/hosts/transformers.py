@@ -86,19 +86,20 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
 
 
 def _batches(value: Any) -> frozenset[int] | None:
-    found = {1}
+    found: set[int] = set()
 
     def look(item: Any, depth: int) -> None:
         if isinstance(item, torch.Tensor) and item.dim():
             # Several pictures of a sequence: ``[batch, pictures, ...]``. Tokens may come first.
             found.update(itertools.accumulate(item.shape[: max(1, item.dim() - 2)], operator.mul))
-            found.update(item.shape[1:2] if item.dim() == 3 and item.is_floating_point() else ())
+            is_first = item.dim() == 3 and item.is_floating_point() and item.shape[0] > 1
+            found.update(item.shape[1:2] if is_first else ())
         elif isinstance(item, (Mapping, tuple, list)) and depth < 4:
             for one in item.values() if isinstance(item, Mapping) else item:
                 look(one, depth + 1)
 
     look(value, 0)
-    return frozenset(found) if len(found) > 1 else None
+    return frozenset({1, *found}) if found else None
 
 
 def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | None:

@@ -29,7 +29,7 @@ from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.results import with_no_keys
-from attnpatch.rows.sources import Sources, inputs_among, kept_by
+from attnpatch.rows.sources import Sources, inputs_among
 
 
 class _Thread(threading.local):
@@ -363,9 +363,11 @@ class Site(Counters):
                 return rule
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
+        running = _thread.mode
+        call.sources = around = running.call.sources if running is not None and running.is_active() else None
         if observer is not None and observer is not _SEEN:
             try:
-                call.sources = Sources(inputs_among(args, kwargs), kept_by(module))
+                call.sources = Sources(inputs_among(args, kwargs), around)
             except Exception as error:
                 self.failed("the look at a module's inputs", error)
         return call

@@ -52,8 +52,8 @@ def scored(sources: Sources, product: Product, axes: dict[str, Dim]) -> None:
     """
     query, key = product.pair()
     known: list[dict[str, Dim] | None] = []
-    for i, of in ((query, sources.query), (key, sources.of)):
-        dims = of(product.operands[i])
+    for i in (query, key):
+        dims = sources.of(product.operands[i])
         known.append(None if dims is None else dict(zip(product.labels[i], dims, strict=True)))
     found: list[tuple[Axis, Dim | None]] = []
     for label, own in axes.items():
@@ -359,7 +359,7 @@ def of_call(call: dict[str, Any], sources: Sources | None) -> Layout:
     lead, q_len, kv_len = query.shape[:-2], query.shape[-2], key.shape[-2]
     if sources is None:
         return Layout(1, math.prod(lead), q_len, kv_len, why_not="its inputs were not followed")
-    own, other = sources.query(query), sources.of(key)
+    own, other = sources.of(query), sources.of(key)
     if query.dim() == 2:
         own, other, lead = own and ((), *own), other and ((), *other), (1,)
     leads: list[tuple[int, Dim | None]] = [

@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.rows.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
-from attnpatch.rows.names import called
+from attnpatch.rows.names import CASTS, ELEMENTWISE, called
 from attnpatch.rows.spellings import NAMES, parse
 from attnpatch.rows.strides import Part, single, viewed
 
@@ -35,6 +35,20 @@ _MOVING = frozenset(
 )
 _REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max min any all".split())
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+# Each element is made of those in its place, or of those in its row of channels.
+_IN_PLACE = frozenset(
+    ELEMENTWISE
+    | CASTS
+    | set(
+        "softmax log_softmax special_softmax layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout "
+        "dropout1d dropout2d alpha_dropout feature_alpha_dropout native_dropout prelu rrelu glu expand expand_as "
+        "broadcast_to requires_grad_ fill zero copy bernoulli rand_like randn_like zeros_like ones_like full_like "
+        "empty_like repeat_interleave cpu cuda pin_memory complex real imag view_as_complex view_as_real conj angle polar "
+        "interpolate pad mean sum amax amin norm vector_norm linalg_vector_norm var std argmax argmin softmin data chunk "
+        "split unbind tensor_split permute transpose unsqueeze squeeze select narrow swapaxes swapdims movedim moveaxis T "
+        "mT t adjoint diagonal unfold".split()
+    )
+)
 _WRITES = frozenset("copy_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
@@ -60,15 +74,15 @@ class Sources:
 
     Args:
         inputs: The tensors that it is called with, in order, each once.
-        kept: Tensors that the module has from before.
+        outer: Those of a call that this one is inside of.
 
     Attributes:
         inputs: Their dimensions, every one an axis of its own.
         made: What became of other axes.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], kept: Iterable[torch.Tensor] = ()) -> None:
-        self._kept = {id(tensor) for tensor in kept}
+    def __init__(self, inputs: Sequence[torch.Tensor], outer: Sources | None = None) -> None:
+        self.outer = outer
         self._known: Any = WeakIdKeyDictionary()
         # Of views with one element of a dimension: which.
         self._singles: Any = WeakIdKeyDictionary()
@@ -83,9 +97,7 @@ class Sources:
 
     def of(self, tensor: torch.Tensor) -> Dims | None:
         """The axes of each dimension; ``None`` where they are not known."""
-        if tensor in self._known:
-            return self._known[tensor]
-        return self._adopted(tensor)
+        return self._known.get(tensor)
 
     def origin(self, leaf: Axis) -> tuple[int, int, int] | None:
         """Of which input an axis is, of which of its dimensions, and which part of that; ``None``: of none."""
@@ -96,38 +108,6 @@ class Sources:
                     return number, place, parts.index(leaf)
         return None
 
-    def query(self, tensor: torch.Tensor) -> Dims | None:
-        """The axes of a query, which is no module's memory: if it came from no function of torch's, those of one like it."""
-        dims = self.of(tensor)
-        if dims is not None or tensor in self._known or isinstance(tensor, torch.nn.Parameter):
-            return dims
-        found = [own for other, own in self._known.items() if own is not None and other.shape == tensor.shape]
-        if not found or any(self._signed(own) != self._signed(found[0]) for own in found):
-            return None
-        return found[0]
-
-    def _adopted(self, tensor: torch.Tensor) -> Dims | None:
-        """The axes of tokens that came from no function of torch's (a kernel's own normalisation): an input's.
-
-        Keys that a module has kept from earlier calls look like those of this call; they are given none.
-        """
-        if isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point() or tensor.dim() != 3:
-            return None
-        if id(tensor) in self._kept:
-            return None
-        shape = tensor.shape
-        for dims in self.inputs:
-            if len(dims) == 3 and tuple(map(size_of, dims[:-1])) == tuple(shape[:-1]):
-                # A layer changes the last dimension only.
-                last = dims[-1] if size_of(dims[-1]) == shape[-1] else fresh(shape[-1:])[0]
-                self._known[tensor] = (*dims[:-1], last)
-                return self._known[tensor]
-        return None
-
-    def _signed(self, dims: Dims) -> list[list[Any]]:
-        """Where dimensions come from; all that a layer makes is alike."""
-        return [[self.origin(leaf) or self.made.get(leaf) for leaf in leaves(dim)] for dim in dims]
-
     def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
         """A tensor has the elements of another in their places."""
         if copy is not tensor and tensor in self._known:
@@ -135,6 +115,8 @@ class Sources:
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """A function of torch's has run."""
+        if self.outer is not None:
+            self.outer.follow(func, args, kwargs, result)
         name = called(func)
         operands = [t for t in _tensors((args, kwargs)) if _is_plain(t)]
         if name in _WRITES and operands:
@@ -175,6 +157,8 @@ class Sources:
             return (*dims, *fresh(result.shape[-1:]))
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
+        if not _keeps_places(name):
+            return self._unknown(result)
         return self._elementwise(known, result)
 
     def _elementwise(self, known: list[tuple[torch.Tensor, Dims]], result: torch.Tensor) -> Dims:
@@ -352,6 +336,13 @@ class Sources:
         return fresh(result.shape)
 
 
+def _keeps_places(name: str) -> bool:
+    """Whether a function computes each element from those in its place, also written in place (``add_``, ``__iadd__``)."""
+    if name.startswith("__"):
+        return name in _IN_PLACE or f"__{name[3:]}" in _IN_PLACE
+    return name in _IN_PLACE or name.rstrip("_") in _IN_PLACE
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not hasattr(value, "handle")
 
@@ -378,12 +369,6 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict) and depth < 4:
         for item in value.values():
             yield from _tensors(item, depth + 1)
-
-
-def kept_by(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Tensors that a module has by itself."""
-    own = (*vars(module).values(), *module._buffers.values())
-    return [value for value in own if isinstance(value, torch.Tensor)]
 
 
 def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
