@@ -103,7 +103,12 @@ def relation_of(layout: Layout, facts: SiteFacts, before: int | None) -> Relatio
             raise Unknown(
                 f"its keys begin with {kept} that it keeps itself (a cache of its own, learned tokens)"
             )
-        past = kept if facts.past is None else facts.past
+        if facts.past is None and kept:
+            raise Unknown(
+                f"its keys begin with {kept} tokens of a cache that the model fills inside its call: which tokens they are "
+                "is not known"
+            )
+        past = facts.past or 0
         if kept > past:
             raise Unknown(f"its keys begin with {kept} tokens, its cache held {past}")
         return Relation(False, past, past - kept, kept, tokens)

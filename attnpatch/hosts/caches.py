@@ -50,6 +50,12 @@ def _items(value: Any) -> Iterator[Any]:
     yield from value.values() if isinstance(value, dict) else value
 
 
+def parts_of(cache: Any) -> list[Any]:
+    """A cache, and the one of a decoder's own tokens inside it."""
+    own = getattr(cache, "self_attention_cache", None)
+    return [cache] if own is None else [cache, own]
+
+
 def tokens_in(cache: Any) -> int:
     """Tokens whose keys and values it keeps, or kept before its window moved on."""
     try:

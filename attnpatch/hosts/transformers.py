@@ -81,7 +81,7 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         cache=pasts[0][0] if pasts else None,
         batches=_batches((args, kwargs)),
         lengths=_lengths(given, args),
-        pasts={id(cache): count for cache, count in pasts},
+        pasts={id(part): count for cache, count in pasts for part in caches.parts_of(cache)},
     )
 
 
