@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows import flex, sdpa
+from attnpatch.rows import flex, sdpa, shown
 from attnpatch.rows.added import Added, arranged, fitting
 from attnpatch.rows.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
 from attnpatch.rows.deferred import SiteCall
@@ -51,6 +51,9 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
             whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
             if not node.has_sink:
                 # Nothing is as wide as the scores, so there is nothing to cut.
+                if site.sources is not None:
+                    lead = (node.leads[:-1], node.leads[-1:])
+                    shown.name_operands(whole, lead, node.row, node.keys, site.sources)
                 policy = dataclasses.replace(site.policy, mode="auto")
                 return node.laid_out(sdpa.attend((), whole, dataclasses.replace(site, policy=policy)), {})
     if site.observer is not None:

@@ -336,6 +336,30 @@ def _before_softmax(node: Node, keys: list[Axis]) -> Node | None:
     return chosen[0].children[0] if chosen else None
 
 
+def name_operands(
+    call: dict[str, Any], leads: Sequence[Sequence[Axis]], row: Axis, keys: Axis, sources: Sources
+) -> None:
+    """Say where the operands of an SDPA call come from that was made of a recipe.
+
+    Args:
+        call: Its arguments by name.
+        leads: The recipe's axes of each leading dimension.
+        row, keys: Its axes of queries and of keys.
+        sources: Of the site's call.
+    """
+
+    def dim_of(axes: Sequence[Axis]) -> Dim | None:
+        found = [_source(sources, leaf)[0] for leaf in leaves(axes)]
+        return None if any(dim is None for dim in found) else tuple(a for dim in found if dim for a in dim)
+
+    outer = [dim_of(group) for group in leads]
+    for name, axis in (("query", row), ("key", keys)):
+        inner = dim_of([axis])
+        if inner is not None and all(dim is not None for dim in outer):
+            width = (Axis(call[name].shape[-1]),)
+            sources.give(call[name], (*(dim or () for dim in outer), inner, width))
+
+
 def of_one(probabilities: torch.Tensor, site: SiteCall) -> None:
     """Show an observer the softmax ``[..., 1, 1]`` of one token that looks at itself: nothing of it is deferred."""
     observer, sources = site.observer, site.sources

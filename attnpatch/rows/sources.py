@@ -49,6 +49,8 @@ _IN_PLACE = frozenset(
         "mT t adjoint diagonal unfold".split()
     )
 )
+# What is written into these says what their dimensions are.
+_BLANK = frozenset(["new_empty"])
 _WRITES = frozenset("copy_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
@@ -84,6 +86,8 @@ class Sources:
     def __init__(self, inputs: Sequence[torch.Tensor], outer: Sources | None = None) -> None:
         self.outer = outer
         self._known: Any = WeakIdKeyDictionary()
+        # Of tensors that nothing was written into yet.
+        self._blank: set[Axis] = set()
         # Of views with one element of a dimension: which.
         self._singles: Any = WeakIdKeyDictionary()
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
@@ -108,6 +112,10 @@ class Sources:
                     return number, place, parts.index(leaf)
         return None
 
+    def give(self, tensor: torch.Tensor, dims: Dims) -> None:
+        """Say what the dimensions of a tensor are that came from none of these functions."""
+        self._known[tensor] = dims
+
     def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
         """A tensor has the elements of another in their places."""
         if copy is not tensor and tensor in self._known:
@@ -131,6 +139,10 @@ class Sources:
     def _found(
         self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
     ) -> Dims | None:
+        if name in _BLANK:
+            blank = fresh(result.shape)
+            self._blank.update(leaf for dim in blank for leaf in dim)
+            return blank
         known = [(t, dims) for t in operands if (dims := self.of(t)) is not None]
         if not known:
             return None
@@ -318,6 +330,15 @@ class Sources:
         """Something was written into a tensor that was there before: one of its dimensions holds what was written."""
         target, value = operands[0], operands[-1]
         own, dims = self._known.get(target), self.of(value)
+        if dims is not None and own is not None and len(dims) == len(own):
+            for mine, theirs in zip(own, dims, strict=True):
+                place, source = leaves(mine), leaves(theirs)
+                if (
+                    len(place) == len(source) == 1
+                    and place[0] in self._blank
+                    and place[0].size == source[0].size
+                ):
+                    place[0].become(source[0])
         if dims is None or own is not None or value.dim() != target.dim() or target is value:
             return
         place = [i for i, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
