@@ -120,32 +120,24 @@ class Native:
 
 def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
-    outcome, problems = Outcome(model_type), []
+    outcome = Outcome(model_type)
     special = small_transformers.special_of(model_type)
-    for level in (0, 1) if special.level is None else (special.level,):
-        try:
-            native: Native | None = None
-            for implementation in TOLERANCE:
-                try:
-                    model = small_transformers.build(model_type, level, implementation)
-                except ValueError as error:
-                    if implementation != "sdpa" or "does not support" not in str(error):
-                        raise
-                    continue
-                native = native or Native(model, special)
+
+    def attempt(level: int) -> dict[str, Run]:
+        native, runs = None, {}
+        for implementation, model in small_transformers.built_with(model_type, level, TOLERANCE):
+            native = native or Native(model, special)
+            found = captured(model, native, TOLERANCE[implementation])
+            if implementation == "sdpa" and found.has_wrong():
+                # Some models are handed other masks by it: then the oracle is its own dense math.
+                native = Native(small_transformers.build(model_type, level, implementation), special)
                 found = captured(model, native, TOLERANCE[implementation])
-                if implementation == "sdpa" and found.has_wrong():
-                    # Some models are handed other masks by it: then the oracle is its own dense math.
-                    native = Native(small_transformers.build(model_type, level, implementation), special)
-                    found = captured(model, native, TOLERANCE[implementation])
-                outcome.runs[implementation] = found
-            return outcome
-        except Exception as error:
-            problems.append(error)
-            if "-v" in sys.argv:
-                traceback.print_exc()
-            outcome.runs.clear()
-    outcome.problem = sweep.reason(problems[0])
+            runs[implementation] = found
+        return runs
+
+    levels = (0, 1) if special.level is None else (special.level,)
+    runs, outcome.problem = sweep.at_first_level(levels, attempt)
+    outcome.runs.update(runs or {})
     return outcome
 
 

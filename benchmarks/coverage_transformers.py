@@ -77,25 +77,17 @@ def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
     outcome = Outcome(model_type)
     special = small_transformers.special_of(model_type)
-    problems = []
-    for outcome.level in (0, 1) if special.level is None else (special.level,):
-        try:
-            for implementation in IMPLEMENTATIONS:
-                try:
-                    model = small_transformers.build(model_type, outcome.level, implementation)
-                except ValueError as error:
-                    if implementation != "sdpa" or "does not support" not in str(error):
-                        raise
-                    continue
-                inputs, native = sweep.first_that_runs(model, inputs_of(model, special))
-                outcome.runs[implementation] = compare(model, inputs, native)
-            return outcome
-        except Exception as error:
-            problems.append(error)
-            if "-v" in sys.argv:
-                traceback.print_exc()
-            outcome.runs.clear()
-    outcome.problem = sweep.reason(problems[0])
+
+    def attempt(level: int) -> dict[str, Run]:
+        outcome.level, runs = level, {}
+        for implementation, model in small_transformers.built_with(model_type, level, IMPLEMENTATIONS):
+            inputs, native = sweep.first_that_runs(model, inputs_of(model, special))
+            runs[implementation] = compare(model, inputs, native)
+        return runs
+
+    levels = (0, 1) if special.level is None else (special.level,)
+    runs, outcome.problem = sweep.at_first_level(levels, attempt)
+    outcome.runs.update(runs or {})
     return outcome
 
 

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -362,3 +362,17 @@ def build(model_type: str, level: int, implementation: str) -> nn.Module:
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation=implementation)
     return randomise(model).float().eval()
+
+
+def built_with(
+    model_type: str, level: int, implementations: Iterable[str]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The model with each attention implementation that it supports."""
+    for implementation in implementations:
+        try:
+            model = build(model_type, level, implementation)
+        except ValueError as error:
+            if implementation != "sdpa" or "does not support" not in str(error):
+                raise
+            continue
+        yield implementation, model

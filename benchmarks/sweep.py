@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import resource
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -284,3 +285,16 @@ def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+
+
+def at_first_level(levels: Iterable[int], attempt: Callable[[int], Any]) -> tuple[Any, str]:
+    """What an attempt gives at the first size of a model at which nothing raises, or else why the first one failed."""
+    problems = []
+    for level in levels:
+        try:
+            return attempt(level), ""
+        except Exception as error:
+            problems.append(error)
+            if "-v" in sys.argv:
+                traceback.print_exc()
+    return None, reason(problems[0])

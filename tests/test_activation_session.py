@@ -251,7 +251,7 @@ def test_a_sequence_is_written_when_it_begins_and_when_it_ends(capturing, tmp_pa
     capturing.end()
     assert writes == [1, 1, 2, 2]
     recorder = patch_of(model).recorder
-    assert [each._inner.sequences for each in recorder._threads] == [[]]
+    assert [each._inner.sequences for each in recorder._threads.values()] == [[]]
 
 
 def test_encoder_and_decoder_of_one_generate_are_one_number(capturing, tmp_path):
@@ -355,7 +355,7 @@ def test_memory_does_not_grow_with_calls_or_models(capturing, tmp_path):
         model = LlamaForCausalLM(LLAMA).eval()
         for _ in range(3):
             model(IDS)
-            assert len(patch_of(model).recorder._threads[0]._inner.sequences) == 1
+            assert len(patch_of(model).recorder._threads[threading.current_thread()]._inner.sequences) == 1
     del model
     gc.collect()
     assert not capturing.patches

@@ -60,6 +60,19 @@ WAYS = (
 )
 
 
+def analyzing(tmp_path, path):
+    """The command line of an analysis of a file."""
+    return [
+        "analyze",
+        "--model",
+        str(tmp_path / "model"),
+        "--json",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_models_of_more_than_one_sequence_are_refused_in_one_line(name, tokenizer):
     model = BOTH[name]().eval()
@@ -91,16 +104,7 @@ def test_a_folder_of_such_a_model_is_refused_before_any_conversation(name, token
     BOTH[name]().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     path = chats.write_good(tmp_path / "chats.jsonl")
-    given = [
-        "analyze",
-        "--model",
-        str(tmp_path / "model"),
-        "--json",
-        str(path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, given)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, analyzing(tmp_path, path))
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("attnpatch: ")]
     assert result.exit_code == 1 and "an encoder and a decoder" in line and "attnpatch.capture" in line
     assert "record" not in result.stderr and "Traceback" not in result.output
@@ -297,16 +301,7 @@ def test_the_command_line_says_it_once(tokenizer, tmp_path):
     sharp(STOPS["BERT with a head"][0]()).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     path = chats.write_good(tmp_path / "chats.jsonl", 2)
-    given = [
-        "analyze",
-        "--model",
-        str(tmp_path / "model"),
-        "--json",
-        str(path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, given)
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, analyzing(tmp_path, path))
     assert result.exit_code == 0, result.output
     assert result.stderr.count("in a single pass: tokens look ahead") == 1
     for line in chats.index_of(tmp_path / "out"):

@@ -28,6 +28,16 @@ from attnpatch import errors
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def changing(callback):
+    """A call whose text is changed after each step."""
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "callback_on_step_end": callback,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+
+
 def test_weighted(change):
     given, empty, negative = (each.clone() for each in encodings())
     call = {"prompt_embeds": change(given, empty), "negative_prompt_embeds": negative}
@@ -99,12 +109,7 @@ def test_changed_while_sampling(change):
             kwargs["prompt_embeds"] = embeds
         return kwargs
 
-    call = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "callback_on_step_end": callback,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-    }
+    call = changing(callback)
     pipe = pipe_of("sd15")
     calls = probabilities(pipe, **call)
     assert not np.array_equal(
@@ -126,12 +131,7 @@ def test_exchanged_while_sampling():
     def callback(pipe, step, timestep, kwargs):
         return {"prompt_embeds": torch.randn(2, 72, 32, generator=torch.Generator().manual_seed(5))}
 
-    call = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "callback_on_step_end": callback,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-    }
+    call = changing(callback)
     pipe = pipe_of("sd15")
     calls = probabilities(pipe, **call)
     with attnpatch.capture(pipe) as maps:

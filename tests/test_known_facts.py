@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 import zoo
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import attnpatch
 from attnpatch import Blocks, errors
+from attnpatch.rows.opened import once_for, open_keys
 
 WIDTH = 8
 
@@ -357,12 +359,68 @@ def of_tokens_first(q, k):
     return probabilities(q.transpose(0, 1), k.transpose(0, 1))
 
 
+def turned(x):
+    """Some of the channels are written over, as rotary positions do."""
+    q = x.clone()
+    q[..., :8] = 2 * q[..., :8]
+    q[:, 1:] = 3 * q[:, 1:]
+    return attend(q, F.pad(x, (0, 4))[..., :16])
+
+
+def turned_probabilities(x):
+    scale = torch.ones(24, 16)
+    scale[:, :8] *= 2
+    scale[1:] *= 3
+    return probabilities(x * scale, x)
+
+
 def one_key_head(x):
     k = x[:, None, :, :8].expand(-1, 4, -1, -1)
     return attend(x.unflatten(-1, (4, 8)).transpose(1, 2), k).transpose(1, 2).flatten(2)
 
 
+def shared_key_heads(x):
+    heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    return attend(heads, heads[:, :2].repeat_interleave(2, 1)).transpose(1, 2).flatten(2)
+
+
+def shared_probabilities(x):
+    heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    return probabilities(heads, torch.stack([heads[:, i // 2] for i in range(4)], 1))
+
+
+def largest(x):
+    """Only some keys stay open, chosen by their scores: the others are no padding."""
+    scores = x @ x.mT
+    values, index = scores.topk(6, -1)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, index, values).softmax(-1) @ x
+
+
+def largest_probabilities(x):
+    scores = x @ x.mT
+    least = scores.sort(-1, descending=True).values[..., 5:6]
+    return scores.where(scores >= least, -torch.inf).softmax(-1)
+
+
+EARLIER = torch.ones(24, 24, dtype=torch.bool).tril()
+
+
+def positive(x):
+    """A causal mask, and of the rest only scores above 0: at scores of 0 that would close every key."""
+    scores = (x @ x.mT).masked_fill(~EARLIER, -1e9)
+    return scores.masked_fill(scores <= 0, -1e9).softmax(-1) @ x
+
+
+def positive_probabilities(x):
+    scores = x @ x.mT
+    return scores.where(EARLIER & (scores > 0), -torch.inf).softmax(-1)
+
+
 MAPPED = {
+    "positive scores": (positive, [floats(1, 24, 16)], positive_probabilities),
+    "key heads that are shared": (shared_key_heads, [floats(2, 24, 32)], shared_probabilities),
+    "the largest scores": (largest, [floats(1, 24, 16)], largest_probabilities),
+    "written over in place": (turned, [floats(1, 24, 16)], turned_probabilities),
     "one key head for all": (one_key_head, [floats(2, 24, 32)],
         lambda x: probabilities(x.unflatten(-1, (4, 8)).transpose(1, 2), x[:, None, :, :8])),
     "rows in two dimensions": (grid, [floats(1, 16, 4, 8)],
@@ -421,7 +479,34 @@ def sorted_rows(x):
     return attend(picked, picked)
 
 
+def written(write):
+    """Attention to a copy of the tokens that something was written into."""
+
+    def function(x):
+        keys = x.clone()
+        write(keys, x)
+        return attend(x, keys)
+
+    return function
+
+
+def shifted(keys, x):
+    keys[:, 1:] = x[:, :-1]
+
+
+def shifted_by_a_view(keys, x):
+    keys[:, 1:].copy_(x[:, :-1])
+
+
+ORDER = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+
+
+def in_another_order(keys, x):
+    keys[:, ORDER] = x
+
+
 KEPT = floats(1, 8, 16)
+LEARNED, MIXING = floats(32, 16), floats(32, 32)
 REFUSED = {
     "windows": (windows, [floats(1, 32, 16)], "windows"),
     "rolled": (lambda x: attend(x.roll(4, 1), x.roll(4, 1)), [floats(1, 32, 16)], "moved"),
@@ -432,6 +517,23 @@ REFUSED = {
     "pooled keys": (lambda x: attend(x, x[:, ::4]), [floats(1, 32, 16)], "8 of 32"),
     "averaged keys": (lambda x: attend(x, x.view(1, 8, 4, 16).mean(2)), [floats(1, 32, 16)], None),
     "keys from two inputs": (lambda x, y: attend(y, torch.cat([x, y], 1)), [floats(1, 32, 16), floats(1, 8, 16)], "several"),
+    "rows that sum to 2": (lambda x: (2 * probabilities(x, x)) @ x, [floats(1, 32, 16)], "sum to 2"),
+    "picked by an index": (lambda x: attend(x, x[:, ORDER]), [floats(1, 32, 16)], "made inside"),
+    "written in another order": (written(in_another_order), [floats(1, 32, 16)], "made inside"),
+    "copied in another order": (
+        written(lambda keys, x: keys.index_copy_(1, ORDER, x)), [floats(1, 32, 16)], "made inside"),
+    "shifted by a write": (written(shifted), [floats(1, 32, 16)], "made inside"),
+    "shifted by a write to a view": (written(shifted_by_a_view), [floats(1, 32, 16)], "made inside"),
+    "shifted by padding": (lambda x: attend(x, F.pad(x, (0, 0, 1, -1))), [floats(1, 32, 16)], "made inside"),
+    "some twice": (
+        lambda x: attend(x, x.repeat_interleave(torch.tensor([2, 0] * 16), 1)), [floats(1, 32, 16)], "made inside"),
+    "tokens mixed": (lambda x: attend(x, MIXING @ x), [floats(1, 32, 16)], "made inside"),
+    "learned, in the shape of the input": (
+        lambda x: attend(LEARNED.expand_as(x), x), [floats(1, 32, 16)], "cannot be followed"),
+    "kept, in the shape of the input": (
+        lambda x: attend(x, LEARNED[None]), [floats(1, 32, 16)], "cannot be followed"),
+    "by numpy": (
+        lambda x: attend(x, torch.from_numpy(x.numpy()[:, ::-1].copy())), [floats(1, 32, 16)], "cannot be followed"),
     "pooled queries": (lambda x: attend(x.mean(1, keepdim=True), x), [floats(1, 32, 16)], None),
     "keys that it keeps": (lambda x: attend(x, torch.cat([KEPT, x], 1)), [floats(1, 32, 16)], "keeps"),
 }  # fmt: skip
@@ -458,6 +560,24 @@ def test_what_is_not_known_is_left_out_and_says_why(name):
     assert torch.equal(results[0], native)
     with pytest.raises(errors.CaptureError, match=words):
         _ = maps.block_map
+
+
+def test_a_module_called_piece_by_piece_is_left_out():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(lambda x: attend(x, x))
+
+        def forward(self, x):
+            return torch.cat([self.attention(part) for part in x.split(8, 1)], 1)
+
+    net = Pieces()
+    with (
+        attnpatch.patched(net, sites=["attention"], mode="never"),
+        pytest.warns(errors.AttnpatchWarning, match="part of the sequence"),
+    ):
+        maps = captured(net, lambda: net(floats(2, 32, 16)))
+    assert not maps.sequences
 
 
 class ProjectionOfAttention(nn.Module):
@@ -521,3 +641,84 @@ def test_mixed_weights_are_mapped_as_what_they_are_and_say_so():
         found = captured(net, lambda: net(x)).block_map
     same(found.mass[0], reduced(probabilities(x, x) - 0.3 * probabilities(x, 0.5 * x), cuts(24), cuts(24)))
     assert "mixed" in found.metadata["notes"][0]
+
+
+def test_heads_that_are_mixed_are_mapped_and_say_so():
+    mixing = floats(4, 4)
+
+    def talking(x):
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return torch.einsum("gh,bhij->bgij", mixing, probabilities(q, q)).matmul(q).transpose(1, 2).flatten(2)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention(talking)
+
+        def forward(self, x):
+            return self.attention(x)
+
+    net, x = Whole(), floats(1, 24, 32)
+    with attnpatch.patched(net, sites=["attention"], mode="never"):
+        found = captured(net, lambda: net(x)).block_map
+    q = x.unflatten(-1, (4, 8)).transpose(1, 2)[0]
+    mixed = torch.stack([sum(mixing[g, h] * probabilities(q[h], q[h]) for h in range(4)) for g in range(4)])
+    same(found.mass[0], reduced(mixed, cuts(24), cuts(24)))
+    assert "mixed" in found.metadata["notes"][0]
+
+
+# Of six tokens who looks at whom, which are padding, and what is found.
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
+EVERY = torch.ones(6, 6, dtype=torch.bool)
+
+
+def padded(mask, gone, how="closed"):
+    """The mask with padding, whose rows a host leaves closed or opens to everything."""
+    mask = mask.clone()
+    mask[:, gone] = False
+    if how != "as others":
+        mask[gone] = how == "open"
+    return mask
+
+
+MASKS = {
+    "causal": (CAUSAL, []),
+    "everything": (EVERY, []),
+    "padding in front, closed": (padded(CAUSAL, [0, 1]), [0, 1]),
+    "padding in front, opened": (padded(CAUSAL, [0, 1], "open"), [0, 1]),
+    "padding at the end": (padded(EVERY, [4, 5], "as others"), [4, 5]),
+    "padding at the end, causal": (padded(CAUSAL, [4, 5], "as others"), [4, 5]),
+    "a hole": (padded(EVERY, [2], "as others"), [2]),
+    "a window": (CAUSAL & ~CAUSAL.tril(-2), []),
+    "nothing but padding": (padded(EVERY, [0, 1, 2, 3, 4, 5]), [0, 1, 2, 3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+@pytest.mark.parametrize("name", MASKS)
+def test_padding_is_read_from_a_mask(name, kind):
+    mask, gone = MASKS[name]
+    if kind == "added":
+        mask = torch.zeros(6, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    (found,) = open_keys(lambda _, low, high: mask[low:high], 1, 6, 6, 0).tolist()
+    assert found == [i not in gone for i in range(6)]
+
+
+def test_tokens_that_do_not_look_at_themselves_say_nothing_of_padding():
+    hidden = CAUSAL.tril(-1)
+    assert not open_keys(lambda _, low, high: hidden[low:high], 1, 6, 6, 0).numel()
+
+
+def test_a_mask_is_looked_at_once_for_all_layers():
+    """And once more after it was written to."""
+    mask, looks = torch.ones(4, 4), []
+
+    def look():
+        looks.append(mask.clone())
+        return looks[-1]
+
+    for _ in range(3):
+        once_for(mask, "key", look)
+    assert len(looks) == 1
+    mask[0] = 0
+    assert once_for(mask, "key", look) is looks[1]

@@ -17,10 +17,15 @@ from attnpatch.capture.block_map import BlockMap
 from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.gathered import maps_of, nothing
 from attnpatch.capture.recorder import Recorder
+from attnpatch.capture.sequences import reference
 from attnpatch.capture.text_observer import TextObserver
 from attnpatch.capturing import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.patching.patch import Patch
+
+
+def _nothing() -> None:
+    """No cache."""
 
 
 class ThreadRecorder:
@@ -55,7 +60,7 @@ class ThreadRecorder:
         self._is_dirty = False
         # The cache of the call, and that of a sequence that is given up.
         self._cache: Any = None
-        self._given_up: Any = None
+        self._given_up: Callable[[], Any] = _nothing
         self._is_inside = self._is_part = False
         self._raised: BaseException | None = None
 
@@ -65,14 +70,16 @@ class ThreadRecorder:
         try:
             inner = self._recorder()
             call = inner.read_call(args, kwargs, None)
-            goes_on = inner.goes_on(call) or (self.is_out and call.past > 0 and self._given_up is call.cache)
+            goes_on = inner.goes_on(call) or (
+                self.is_out and call.past > 0 and self._given_up() is call.cache
+            )
             if not goes_on:
                 if not inner.is_partial:
                     self.finish()
                 if not self._is_out_in_part:
                     self.is_out = False
             self._is_out_in_part = False
-            self._given_up = call.cache if self.is_out else None
+            self._given_up = reference(call.cache) if self.is_out else _nothing
             inner.begin_call(args, kwargs)
             self._cache = call.cache
         except Exception as error:
@@ -154,7 +161,7 @@ class ThreadRecorder:
         self._number = None
 
     def _drop(self) -> None:
-        self._given_up = self._cache
+        self._given_up = reference(self._cache) if self._cache is not None else _nothing
         self.is_out, self._is_out_in_part = True, not self._is_inside
         self._is_dirty, self._number = False, None
         if self._inner is not None:
@@ -252,23 +259,15 @@ class AutomaticRecorder:
     """Captures every call of an automatically patched model: those of each thread apart.
 
     Args:
-        patch, kind, folder, block_size, failed: As ``ThreadRecorder`` takes them.
+        new: Makes what captures the calls of a thread.
     """
 
     gives_way = True
     is_of_gradient = False
 
-    def __init__(
-        self,
-        patch: Patch,
-        kind: type[nn.Module],
-        folder: Folder,
-        block_size: int,
-        failed: Callable[[Exception], None],
-    ) -> None:
-        self._new = functools.partial(ThreadRecorder, patch, kind, folder, block_size, failed)
-        self._local = threading.local()
-        self._threads: list[ThreadRecorder] = []
+    def __init__(self, new: Callable[[], ThreadRecorder]) -> None:
+        self._new = new
+        self._threads: dict[threading.Thread, ThreadRecorder] = {}
         # What is called of it belongs to the running thread.
         for name in ("begin_call", "begin_part", "end_call", "wants", "observer", "fail"):
             setattr(self, name, functools.partial(self._told, name))
@@ -278,12 +277,15 @@ class AutomaticRecorder:
         return True
 
     def _told(self, name: str, *args: Any) -> Any:
-        if not hasattr(self._local, "recorder"):
-            self._local.recorder = self._new()
-            self._threads.append(self._local.recorder)
-        return getattr(self._local.recorder, name)(*args)
+        thread = threading.current_thread()
+        if thread not in self._threads:
+            # Requests may have a thread each: what the ended ones have seen is written now.
+            for ended in [each for each in list(self._threads) if not each.is_alive()]:
+                self._threads.pop(ended).finish()
+            self._threads[thread] = self._new()
+        return getattr(self._threads[thread], name)(*args)
 
     def finish(self) -> None:
         """Write what was added to the sequences that go on, and forget them."""
-        for recorder in self._threads:
+        for recorder in list(self._threads.values()):
             recorder.finish()

@@ -105,12 +105,13 @@ class Session:
         weakref.finalize(model, self._fold, patch).atexit = False
         if self.settings.capture is not None and not patch.recorders:
             from attnpatch.activation.files import Folder
-            from attnpatch.activation.recording import AutomaticRecorder
+            from attnpatch.activation.recording import AutomaticRecorder, ThreadRecorder
 
             self._folder = self._folder or Folder(self.settings.capture)
             failed = functools.partial(self._not_captured, patch.model_kind)
             blocks = self.settings.blocks
-            patch.recorders = (AutomaticRecorder(patch, kind, self._folder, blocks, failed),)
+            new = functools.partial(ThreadRecorder, patch, kind, self._folder, blocks, failed)
+            patch.recorders = (AutomaticRecorder(new),)
 
     def _not_captured(self, kind: str, error: Exception) -> None:
         self.counts["not captured"] += 1

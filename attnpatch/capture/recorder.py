@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Several
@@ -21,7 +20,7 @@ from attnpatch.capture.measures import checked_measures
 from attnpatch.capture.observer import Record
 from attnpatch.capture.partition import Partition
 from attnpatch.capture.places import chosen_sites, pattern_of
-from attnpatch.capture.sequences import Calls, Marks, Sequence
+from attnpatch.capture.sequences import Calls, Marks, Sequence, reference
 from attnpatch.capture.text_observer import NOT_SEEN, TextObserver
 from attnpatch.capture.threads import Owner
 from attnpatch.errors import CaptureError
@@ -178,7 +177,7 @@ class Recorder:
             found = state.last if joins else self._new()
             assert found is not None
             if call.cache is not None:
-                found.cache = _reference(call.cache)
+                found.cache = reference(call.cache)
         found.is_partial = is_part and (found.is_partial or not found.has_records())
         state.sequence = state.last = found
         if self.is_kept_apart and not is_part:
@@ -214,7 +213,7 @@ class Recorder:
             # A copy of what was computed once: what is there stays as it is.
             found = found.changed(lambda _, record: record)
             self.sequences.append(found)
-            found.cache = _reference(call.cache)
+            found.cache = reference(call.cache)
         self._follow(found, call.past, order)
         return found
 
@@ -346,7 +345,7 @@ class Recorder:
         sequence = self._state.sequence
         assert sequence is not None
         if call.cache is None and facts.cache is not None and sequence.cache is None:
-            sequence.cache = _reference(facts.cache)
+            sequence.cache = reference(facts.cache)
 
     def _calls(self, state: _State, name: str, facts: SiteFacts) -> Calls:
         """Where a call of a site belongs: the second one inside a call of the model is another sequence's."""
@@ -444,13 +443,6 @@ class Recorder:
             CaptureError: One was asked for that there is not.
         """
         return chosen_heads(self.heads, num_heads)
-
-
-def _reference(cache: Any) -> Callable[[], Any]:
-    try:
-        return weakref.ref(cache)
-    except TypeError:
-        return lambda: cache  # its type has no room for a weak one
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

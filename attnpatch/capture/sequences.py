@@ -8,6 +8,7 @@ tokens before, and tell rows of a batch apart as well as prefixes.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,14 @@ from attnpatch.capture.observer import Record
 
 # From a cache, a first and one past a last token to float ``[batch, tokens, numbers]`` on the CPU; ``None``: not known.
 Marks = Callable[[Any, int, int], torch.Tensor | None]
+
+
+def reference(cache: Any) -> Callable[[], Any]:
+    """A weak reference to a cache; a strong one where its type has no room for a weak one."""
+    try:
+        return weakref.ref(cache)
+    except TypeError:
+        return lambda: cache
 
 
 class Calls(dict[str, Record]):

@@ -110,7 +110,7 @@ class TextObserver(SiteObserver):
         else:
             self.recorder.tells_tokens(self.site, queries)
         self.known = queries
-        query, key = self.partitions(queries, keys if relation.is_cross else None)
+        query, key = self.recorder.partitions(queries, keys if relation.is_cross else None)
         self.place(query, key, layout.kv_len, relation.first)
         self.key_blocks = key.assignment
         self.width_asked = self.width(layout.heads)
@@ -125,10 +125,6 @@ class TextObserver(SiteObserver):
     def _queries_of_cross(self, said: torch.Tensor) -> torch.Tensor:
         found = self.recorder.known_tokens(self.site, *said.shape)
         return said if found is None else found
-
-    def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
-        """Blocks of the tokens of a sequence, and of the keys' where those are another's."""
-        return self.recorder.partitions(queries, keys)
 
     def _renew(self, query: Partition, key: Partition) -> None:
         """Sums of this attention alone, which join the record when it has ended."""
@@ -190,11 +186,8 @@ class TextObserver(SiteObserver):
             return reason
         layout = self.layout
         batch, num_heads, q_len, _ = call["query"].shape
-        if (batch, num_heads, q_len) != (
-            layout.batch,
-            layout.heads,
-            layout.q_len,
-        ) or self._numbers is not None:
+        is_plain = (batch, num_heads, q_len) == (layout.batch, layout.heads, layout.q_len)
+        if not is_plain or self._numbers is not None:
             return "another layout"
         if self.sample is not None:
             return "some rows"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import typing
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -100,14 +99,6 @@ def _keys_of(cache: Any) -> torch.Tensor | None:
     ]
     whole = [pair for pair in plain if not getattr(pair[0], "is_sliding", False)]
     return (whole or plain or [(None, None)])[-1][1]
-
-
-def reference(value: Any) -> weakref.ref[Any] | None:
-    """A weak reference, where its type allows one."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return None
 
 
 def parameter_of(model: nn.Module) -> str | None:

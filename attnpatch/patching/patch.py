@@ -364,7 +364,8 @@ class Site(Counters):
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
         running = _thread.mode
-        call.sources = around = running.call.sources if running is not None and running.is_active() else None
+        around = running.call.sources if running is not None else None
+        call.sources = around = around if around is not None and running.is_active() else None
         if observer is not None and observer is not _SEEN:
             try:
                 call.sources = Sources(inputs_among(args, kwargs), around)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 # At or below this a bias closes a key: hosts write -10000, -1e9 or the lowest number of a dtype.
 CLOSED = -9000.0
@@ -44,7 +46,8 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
                 hides_itself += int((says & ~is_open[places - low, own + places]).sum())
             if bool(says.any()):
                 told = True
-                found[sequence] |= is_open[says].any(0).cpu()
+                some = is_open if bool(says.all()) else is_open[says]
+                found[sequence] |= some.any(0).cpu()
         if own is not None and hides_itself > q_len // 2:
             # Tokens that do not look at themselves: who looks at a token says nothing of padding.
             return torch.zeros(0, dtype=torch.bool)
@@ -63,16 +66,24 @@ def causal_keys(batch: int, q_len: int, kv_len: int) -> torch.Tensor:
     return (torch.arange(kv_len) < q_len).expand(batch, kv_len)
 
 
-class Known:
-    """What was found out in a call of a model, for layers that are given the same mask."""
+# Of masks that are there as tensors, which a model hands to all of its layers: their version, and what was found.
+_of_masks: Any = WeakIdKeyDictionary()
 
-    def __init__(self) -> None:
-        self._found: dict[object, torch.Tensor] = {}
-        self._kept: list[object] = []
 
-    def of(self, key: object, keep: Iterator[object], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``make`` finds; once for each ``key``, which names what ``keep`` holds alive."""
-        if key not in self._found:
-            self._found[key] = make()
-            self._kept.extend(keep)
-        return self._found[key]
+def once_for(mask: torch.Tensor, key: Hashable, find: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``find`` finds of a mask, once for all layers that are given it.
+
+    Args:
+        mask: The mask; one of which no versions are counted (``inference_mode``) is looked at each time.
+        key: What else it depends on.
+        find: Looks at the mask.
+    """
+    if type(mask) is not torch.Tensor or mask.is_inference():
+        return find()
+    version, found = _of_masks.get(mask, (None, {}))
+    if version != mask._version:
+        found = {}
+        _of_masks[mask] = mask._version, found
+    if key not in found:
+        found[key] = find()
+    return found[key]

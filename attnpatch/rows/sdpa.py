@@ -19,7 +19,7 @@ from attnpatch.rows.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.deferred import DeferredRows, SiteCall, computed, is_pending, settle
 from attnpatch.rows.dense import Dense, is_simple
 from attnpatch.rows.grain import Grain, of_fused
-from attnpatch.rows.opened import causal_keys, open_keys
+from attnpatch.rows.opened import causal_keys, once_for, open_keys
 from attnpatch.rows.randomness import random_state, set_random_state
 from attnpatch.rows.recipe import Context, Leaf, Node
 from attnpatch.rows.run import Run
@@ -191,7 +191,8 @@ def _is_shown(call: dict[str, Any], site: SiteCall) -> bool:
         def some(sequence: int, low: int, high: int) -> torch.Tensor:
             return rows(sequence * heads, low, high)
 
-        return open_keys(some, layout.batch, q_len, kv_len, own)
+        key = (layout.batch, heads, q_len, kv_len, own)
+        return once_for(mask, key, lambda: open_keys(some, layout.batch, q_len, kv_len, own))
 
     return site.observer.begin(layout, opened)
 

@@ -13,20 +13,18 @@ import torch
 from attnpatch.precision import in_full
 from attnpatch.rows import guard
 from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Tile, extent, leaves, regroup
-from attnpatch.rows.deferred import Opened, Passing, SiteCall
+from attnpatch.rows.bias import SOFTMAX, above, opened_by
+from attnpatch.rows.deferred import Passing, SiteCall
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.joining import Joined
 from attnpatch.rows.layout import Layout, layout_of
-from attnpatch.rows.opened import open_keys
-from attnpatch.rows.recipe import Call, Cut, Leaf, Node, View, graph
+from attnpatch.rows.recipe import Call, Cut, Node, View, graph
 from attnpatch.rows.replay import Look
-from attnpatch.rows.run import Run
 from attnpatch.rows.sources import Sources
 from attnpatch.rows.spellings import Product
 
 # Steps between softmax and the product with the values that do not change what is attended to.
-_AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
-_SOFTMAX = frozenset("softmax special_softmax _safe_softmax masked_softmax _masked_softmax_rows".split())
+_AFTERSOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
 
 
 @dataclasses.dataclass
@@ -100,7 +98,7 @@ def watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, 
         or (isinstance(node, View) and node.dims == node.children[0].dims)
         or (
             isinstance(node, Call)
-            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
+            and getattr(node.func, "__name__", "") in _AFTERSOFTMAX
             and len(node.children) == 1
         )
     ):
@@ -133,7 +131,7 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: SiteCall) -> 
     order = [*leads, *heads]
     layout = dataclasses.replace(layout, is_mixed=is_mixed)
     site.tally.count("captured")
-    if not observer.begin(layout, _opened(node, key_axes, order, rows, layout)):
+    if not observer.begin(layout, opened_by(node, key_axes, order, rows, layout)):
         return None
     count, kv_len = math.prod(axis.size for axis in order), layout.kv_len
     q_len = math.prod(axis.size for axis in rows)
@@ -237,103 +235,18 @@ def _has_product(node: Node) -> bool:
 def _is_mixed(node: Node) -> bool:
     """Whether the weights are of several softmaxes, or of one that was put together with itself: no longer its own rows."""
     steps = list(graph(node))
-    softmaxes = {id(s) for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in _SOFTMAX}
-    above = _above(steps, softmaxes)
+    softmaxes = {id(s) for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in SOFTMAX}
+    read = above(steps, softmaxes)
     mixes = [
         step
         for step in steps
-        if id(step) in above
+        if id(step) in read
         and (
             (isinstance(step, Call) and bool(step.work))
-            or sum(id(child) in above or id(child) in softmaxes for child in step.children) > 1
+            or sum(id(child) in read or id(child) in softmaxes for child in step.children) > 1
         )
     ]
     return bool(mixes)
-
-
-def _above(steps: list[Node], roots: set[int]) -> set[int]:
-    """What is computed from some steps; ``steps``: children before those that read them."""
-    found: set[int] = set()
-    for step in steps:
-        if any(id(child) in roots or id(child) in found for child in step.children):
-            found.add(id(step))
-    return found
-
-
-def _opened(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
-    """The keys that attention is open to: what its own steps make of scores that are all zero."""
-
-    def opened(own: int | None) -> torch.Tensor | None:
-        before = _before_softmax(node, keys)
-        if before is None:
-            return torch.zeros(0, dtype=torch.bool)  # not known
-        run = Run(before)
-        products = [step for step in graph(before) if isinstance(step, Call) and step.work]
-        steps = list(graph(before))
-        above = _above(steps, {id(product) for product in products})
-        if any(id(step) in above and not step.dtype.is_floating_point for step in steps):
-            return torch.zeros(0, dtype=torch.bool)  # which keys are open depends on the scores (the largest)
-        inside = {id(step) for product in products for step in graph(product)}
-        if not any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(before) if id(s) not in inside):
-            return None
-        for product in products:
-            zero = torch.zeros((), dtype=product.dtype, device=product.device)
-            run.fix(product, zero.expand(product.shape))
-        axes = [leaf for dim in before.dims for leaf in leaves(dim)]
-        # Beside a sink's column softmax has these keys under another name; they come first.
-        own_keys = keys if all(key in axes for key in keys) else leaves(before.dims[-1])
-        numbers = torch.arange(math.prod(axis.size for axis in leads))
-        if layout.numbers is not None:
-            numbers = layout.numbers
-
-        def some(sequence: int, low: int, high: int) -> torch.Tensor:
-            at = int((numbers == sequence * layout.heads).nonzero()[0])
-            tile: Tile = {}
-            for axis in reversed(leads):
-                tile[axis] = (at % axis.size, at % axis.size + 1)
-                at //= axis.size
-            if len(rows) == 1:
-                tile[rows[0]] = (low, high)
-            with torch.no_grad():
-                value = run.value(
-                    before, {axis: span for axis, span in tile.items() if axis not in run.whole}
-                )
-            run.next_tile()
-            run.next_rows()
-            run.next_lead()
-            sizes = [value_size(axis, tile, run) for axis in axes]
-            value = value.reshape(sizes)
-            for place, axis in enumerate(axes):
-                if axis in run.whole and axis in tile:
-                    value = value.narrow(place, tile[axis][0], tile[axis][1] - tile[axis][0])
-            order = [axis for axis in (*leads, *rows, *own_keys) if axis in axes]
-            value = value.permute([axes.index(axis) for axis in order])
-            counts = [1 if axis in leads else value.shape[order.index(axis)] for axis in order]
-            shape = math.prod(n for axis, n in zip(order, counts, strict=True) if axis in rows)
-            value = value.reshape(shape if any(axis in rows for axis in order) else 1, -1)
-            value = value[:, : layout.kv_len]
-            return value[low:high] if len(rows) != 1 and len(value) > 1 else value
-
-        return open_keys(some, layout.batch, layout.q_len, layout.kv_len, own)
-
-    return opened
-
-
-def value_size(axis: Axis, tile: Tile, run: Run) -> int:
-    low, high = (0, axis.size) if axis in run.whole else tile.get(axis, (0, axis.size))
-    return high - low
-
-
-def _before_softmax(node: Node, keys: list[Axis]) -> Node | None:
-    """What the softmax over the keys is given: the only one there is, or the one over them."""
-    softmaxes = [
-        step
-        for step in graph(node)
-        if isinstance(step, Call) and getattr(step.func, "__name__", "") in _SOFTMAX and step.children
-    ]
-    found = [step for step in softmaxes if set(leaves(step.whole)) & set(keys)]
-    chosen = found or (softmaxes if len(softmaxes) == 1 else [])
-    return chosen[0].children[0] if chosen else None
 
 
 def name_operands(

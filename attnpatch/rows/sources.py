@@ -15,43 +15,11 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch.rows import places
 from attnpatch.rows.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
-from attnpatch.rows.names import CASTS, ELEMENTWISE, called
+from attnpatch.rows.names import called
 from attnpatch.rows.spellings import NAMES, parse
 from attnpatch.rows.strides import Part, single, viewed
-
-# The result has the elements of the first operand in their order, whatever its shape.
-_IN_ORDER = frozenset(
-    "reshape view flatten unflatten contiguous clone view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split()
-)
-_JOINING = frozenset("cat concat concatenate".split())
-# The elements along one dimension, or along some, are other ones or in another order.
-_MOVING = frozenset(
-    "roll flip fliplr flipud rot90 sort argsort msort topk gather scatter scatter_ scatter_add scatter_add_ "
-    "index_select index_copy index_copy_ index_add index_add_ take_along_dim take put_ index_put index_put_ "
-    "masked_select masked_scatter masked_scatter_ nonzero unique embedding cumsum cumprod cummax cummin fft ifft rfft "
-    "irfft fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_fftn pixel_shuffle pixel_unshuffle channel_shuffle fold "
-    "unfold grid_sample repeat tile".split()
-)
-_REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max min any all".split())
-_CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
-# Each element is made of those in its place, or of those in its row of channels.
-_IN_PLACE = frozenset(
-    ELEMENTWISE
-    | CASTS
-    | set(
-        "softmax log_softmax special_softmax layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout "
-        "dropout1d dropout2d alpha_dropout feature_alpha_dropout native_dropout prelu rrelu glu expand expand_as "
-        "broadcast_to requires_grad_ fill zero copy bernoulli rand_like randn_like zeros_like ones_like full_like "
-        "empty_like repeat_interleave cpu cuda pin_memory complex real imag view_as_complex view_as_real conj angle polar "
-        "interpolate pad mean sum amax amin norm vector_norm linalg_vector_norm var std argmax argmin softmin data chunk "
-        "split unbind tensor_split permute transpose unsqueeze squeeze select narrow swapaxes swapdims movedim moveaxis T "
-        "mT t adjoint diagonal unfold".split()
-    )
-)
-# What is written into these says what their dimensions are.
-_BLANK = frozenset(["new_empty"])
-_WRITES = frozenset("copy_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +95,8 @@ class Sources:
             self.outer.follow(func, args, kwargs, result)
         name = called(func)
         operands = [t for t in _tensors((args, kwargs)) if _is_plain(t)]
-        if name in _WRITES and operands:
-            self._written(operands, args)
+        if operands and (name in places.WRITES or name in places.SCATTERING):
+            self._written(name, operands, args)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
         own = {id(t) for t in operands}
         for one in results:
@@ -139,7 +107,7 @@ class Sources:
     def _found(
         self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
     ) -> Dims | None:
-        if name in _BLANK:
+        if name in places.BLANK:
             blank = fresh(result.shape)
             self._blank.update(leaf for dim in blank for leaf in dim)
             return blank
@@ -148,42 +116,65 @@ class Sources:
             return None
         if name in NAMES or name == "linear":
             return self._of_product(name, args, kwargs, result)
-        first, dims = known[0]
-        if name in _JOINING or name == "stack":
+        if name in places.JOINING or name == "stack":
             return self._joined(name, args, kwargs, result)
+        first, dims = known[0]
+        if first is not operands[0]:
+            # Learned numbers in the shape of an input are none of its tokens.
+            return self._elementwise(known, result) if places.is_of(name, places.OF_ALL) else None
         if first.dtype == result.dtype and _shares(first, result):
             return self._viewed(dims, first, result)
-        if name in _IN_ORDER and result.numel() == first.numel():
+        return self._of_first(name, args, kwargs, known, result)
+
+    def _of_first(
+        self,
+        name: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        known: list[tuple[torch.Tensor, Dims]],
+        result: torch.Tensor,
+    ) -> Dims | None:
+        first, dims = known[0]
+        if name in places.IN_ORDER and result.numel() == first.numel():
             return regroup(dims, result.shape) or self._unknown(result)
-        if name in _MOVING:
-            return self._moved(dims, args, kwargs, result)
-        if name in _CONVOLUTIONS:
+        if name in places.MOVING:
+            return places.moved(dims, args, kwargs, result)
+        if name == "pad":
+            return places.padded(dims, args, kwargs, result)
+        if name in places.CONVOLUTIONS and result.dim() == len(dims):
             spatial = [
                 (dim if size_of(dim) == size else fresh([size])[0])
-                for dim, size in zip(dims[2:], result.shape[2:], strict=False)
+                for dim, size in zip(dims[2:], result.shape[2:], strict=True)
             ]
-            return (dims[0], *fresh(result.shape[1:2]), *spatial) if result.dim() == len(dims) else None
+            return (dims[0], *fresh(result.shape[1:2]), *spatial)
         if name == "_transform_bias_rescale_qkv":
             return (dims[0], *fresh(result.shape[1:2]), dims[1], *fresh(result.shape[3:4]))
-        if result.dim() == len(dims) + 1 and name == "view_as_real":
+        if name == "view_as_real":
             return (*dims, *fresh(result.shape[-1:]))
+        if name == "view_as_complex":
+            return dims[:-1]
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
-        if not _keeps_places(name):
-            return self._unknown(result)
-        return self._elementwise(known, result)
+        if places.is_of(name, places.OF_ALL):
+            return self._elementwise(known, result)
+        return (
+            self._elementwise(known[:1], result)
+            if places.is_of(name, places.OF_FIRST)
+            else self._unknown(result)
+        )
 
     def _elementwise(self, known: list[tuple[torch.Tensor, Dims]], result: torch.Tensor) -> Dims:
-        """Each dimension is the operands' that have it: the earliest input's, where there are several."""
+        """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions."""
+        order = sorted(known, key=lambda pair: min(map(self._rank, pair[1]), default=len(self.inputs)))
         dims: list[Dim] = []
         for place, size in enumerate(result.shape):
             back = result.dim() - place
-            found = [own[-back] for t, own in known if back <= t.dim() and size_of(own[-back]) == size != 1]
-            dims.append(min(found, key=self._rank) if found else fresh([size])[0])
+            found = (own[-back] for t, own in order if back <= t.dim() and size_of(own[-back]) == size != 1)
+            dims.append(next(found, fresh([size])[0]))
         return tuple(dims)
 
     def _rank(self, dim: Dim) -> int:
-        """The number of the input that it comes from; later ones are positions and masks."""
+        """The number of the input that it comes from; as many as there are: of none."""
         numbers = [found[0] for leaf in leaves(dim) if (found := self.origin(leaf)) is not None]
         for leaf in leaves(dim):
             made = self.made.get(leaf, Made())
@@ -298,49 +289,72 @@ class Sources:
             whole, place = made.of, place + size
         return (whole,) if whole is not None and place == whole.size else None
 
-    def _moved(self, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
-        """Along some dimensions other elements; along all where it is not said along which."""
-        if result.dim() != len(dims):
-            return None
-        given = kwargs.get("dim", kwargs.get("dims"))
-        if given is None:
-            rest = args[1:]
-            given = next((v for v in reversed(rest) if isinstance(v, (int, tuple, list))), None)
-            if isinstance(given, (tuple, list)) and not all(isinstance(v, int) for v in given):
-                given = None
-        places = (given,) if isinstance(given, int) else given
-        moved = range(len(dims)) if places is None else {p % len(dims) for p in places}
-        return tuple(
-            fresh([size])[0] if place in moved or size_of(dim) != size else dim
-            for place, (dim, size) in enumerate(zip(dims, result.shape, strict=True))
-        )
-
     def _reduced(
         self, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor, name: str
     ) -> Dims | None:
         at = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if name == "view_as_complex" and result.dim() == len(dims) - 1:
-            return dims[:-1]
-        if name not in _REDUCING or not isinstance(at, int) or result.dim() != len(dims) - 1:
+        if name not in places.REDUCING or not isinstance(at, int) or result.dim() != len(dims) - 1:
             return self._unknown(result)
         gone = at % len(dims)
         return (*dims[:gone], *dims[gone + 1 :])
 
-    def _written(self, operands: list[torch.Tensor], args: Any) -> None:
-        """Something was written into a tensor that was there before: one of its dimensions holds what was written."""
+    def _written(self, name: str, operands: list[torch.Tensor], args: Any) -> None:
+        """Something was written into a tensor that was there before."""
         target, value = operands[0], operands[-1]
         own, dims = self._known.get(target), self.of(value)
-        if dims is not None and own is not None and len(dims) == len(own):
-            for mine, theirs in zip(own, dims, strict=True):
-                place, source = leaves(mine), leaves(theirs)
-                if (
-                    len(place) == len(source) == 1
-                    and place[0] in self._blank
-                    and place[0].size == source[0].size
-                ):
-                    place[0].become(source[0])
-        if dims is None or own is not None or value.dim() != target.dim() or target is value:
+        if own is None:
+            if dims is not None and value is not target and value.dim() == target.dim():
+                self._into_unknown(target, value, dims, args)
             return
+        if name == "__setitem__":
+            place = args[1]
+            if any(
+                isinstance(one, (torch.Tensor, list))
+                for one in (place if isinstance(place, tuple) else (place,))
+            ):
+                self._forget(target)
+                return
+            view = target[place]
+            if not _shares(target, view):
+                self._forget(target)
+                return
+            own = self._viewed(own, target, view)
+        elif name in places.SCATTERING:
+            self._forget(target)
+            return
+        if dims is not None and value is not target and not self._take_places(own, dims):
+            self._forget(target)
+
+    def _take_places(self, own: Dims, dims: Dims) -> bool:
+        """Whether what is written comes from where it goes to; what is blank takes over where it comes from."""
+        for mine, theirs in zip(reversed(own), reversed(dims), strict=False):
+            place, source = leaves(mine), leaves(theirs)
+            if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
+                place[0].become(source[0])
+            elif source and self.is_known(theirs) and self._signed(mine) != self._signed(theirs):
+                return False
+        return True
+
+    def _signed(self, dim: Dim) -> list[Any]:
+        """Where a dimension comes from, alike for the same part of one input."""
+        return [
+            self.origin(leaf)
+            or (
+                (made.of, made.part)
+                if (made := self.made.get(leaf)) is not None and made.of is not None
+                else leaf
+            )
+            for leaf in leaves(dim)
+        ]
+
+    def _forget(self, target: torch.Tensor) -> None:
+        """A tensor holds other elements than before, and so does all that lies in its memory."""
+        for one in list(self._known):
+            if _shares(one, target):
+                self._known[one] = fresh(one.shape)
+
+    def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:
+        """A memory of fixed size holds tokens along the dimension in which it is longer."""
         place = [i for i, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
         if len(place) > 1:
             return
@@ -355,13 +369,6 @@ class Sources:
 
     def _unknown(self, result: torch.Tensor) -> Dims:
         return fresh(result.shape)
-
-
-def _keeps_places(name: str) -> bool:
-    """Whether a function computes each element from those in its place, also written in place (``add_``, ``__iadd__``)."""
-    if name.startswith("__"):
-        return name in _IN_PLACE or f"__{name[3:]}" in _IN_PLACE
-    return name in _IN_PLACE or name.rstrip("_") in _IN_PLACE
 
 
 def _is_plain(value: Any) -> bool:
