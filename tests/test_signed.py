@@ -70,6 +70,25 @@ def test_colours_go_both_ways_from_zero(mass, scale, normalization):
     assert colours[2, 0] > colours[2, 2]  # orange
 
 
+@pytest.mark.parametrize(
+    "mass", [torch.linspace(-1, 1, 63).view(7, 3, 3), torch.linspace(0, 1, 63).view(7, 3, 3)]
+)
+def test_numbers_can_be_read_on_every_colour(mass):
+    """A contrast of at least 4.5 (WCAG 2.2), of the colours as matplotlib's own rendering has them."""
+    pytest.importorskip("matplotlib")
+    one = signed(mass, {} if mass.min() >= 0 else GRADIENT)
+    light = {"black": 0.0, "white": 1.0}
+    for layer in range(len(mass)):
+        axes = one.select(layer=layer).plot().axes[0]
+        image = axes.images[0]
+        for text in axes.texts:
+            column, row = text.get_position()
+            channels = np.array(image.to_rgba(image.get_array()[int(row), int(column)])[:3])
+            linear = np.where(channels > 0.04045, ((channels + 0.055) / 1.055) ** 2.4, channels / 12.92)
+            low, high = sorted([float(linear @ [0.2126, 0.7152, 0.0722]), light[text.get_color()]])
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
 def test_pictures_of_layers_and_rows():
     pytest.importorskip("matplotlib")
     one = signed(torch.cat([MASS, MASS.abs()]))

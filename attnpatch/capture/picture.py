@@ -184,11 +184,20 @@ def _separate_cells(axes: "Axes", rows: int, columns: int) -> None:
     axes.tick_params(which="minor", length=0)
 
 
+# Above this luminance black has the higher contrast, below it white (WCAG 2.2).
+_MIDDLE = 0.179
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """The relative luminance of red, green and blue of sRGB (WCAG 2.2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def _write_numbers(axes: "Axes", values: np.ndarray, norm, errors: np.ndarray | None) -> None:
     for (row, column), value in np.ndenumerate(values):
         if value:
-            is_light = norm(value) > 0.6 if norm.vmin == 0 else abs(norm(value) - 0.5) < 0.35
-            colour = "black" if is_light else "white"
+            colour = "black" if _luminance(axes.images[0].cmap(norm(value))) > _MIDDLE else "white"
             text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
             if errors is not None and not np.isnan(errors[row, column]):
                 error = errors[row, column]
