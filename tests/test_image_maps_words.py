@@ -27,7 +27,6 @@ import attnpatch
 from attnpatch import errors
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def changing(callback):
     """A call whose text is changed after each step."""
     return {
@@ -38,6 +37,7 @@ def changing(callback):
     }
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_weighted(change):
     given, empty, negative = (each.clone() for each in encodings())
     call = {"prompt_embeds": change(given, empty), "negative_prompt_embeds": negative}
