@@ -38,12 +38,17 @@ OF_FIRST = CASTS | frozenset(
 )
 # What is written into these says what their dimensions are.
 BLANK = frozenset(["new_empty"])
-WRITES = frozenset("copy_ index_copy_ __setitem__ index_put_ scatter_".split())
+WRITES = frozenset("copy_ data_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
 def is_of(name: str, names: frozenset[str]) -> bool:
     """Whether a function is among some, also written in place (``add_``, ``__iadd__``)."""
     return name in names or name.rstrip("_") in names or (name[:3] == "__i" and f"__{name[3:]}" in names)
+
+
+def keeps(name: str) -> bool:
+    """Whether a function in place leaves elements where they are."""
+    return is_of(name, OF_ALL) or is_of(name, OF_FIRST)
 
 
 def moved(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:

@@ -94,15 +94,21 @@ class Sources:
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
         name = called(func)
-        operands = [t for t in _tensors((args, kwargs)) if _is_plain(t)]
+        # Memory that is handed over for the result says nothing of it.
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        operands = [t for t in _tensors((args, given)) if _is_plain(t)]
         if operands and (name in places.WRITES or name in places.SCATTERING):
             self._written(name, operands, args)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
         own = {id(t) for t in operands}
         for one in results:
-            if id(one) in own and self._known.get(one) is not None:
-                continue  # a step in place
-            self._known[one] = self._found(name, args, kwargs, operands, one)
+            if id(one) not in own:
+                found = self._found(name, args, given, operands, one)
+                if len(given) < len(kwargs):
+                    self._forget(one)
+                self._known[one] = found
+            elif self._known.get(one) is not None and name not in places.WRITES and not places.keeps(name):
+                self._forget(one)  # in place
 
     def _found(
         self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
@@ -322,7 +328,11 @@ class Sources:
         elif name in places.SCATTERING:
             self._forget(target)
             return
-        if dims is not None and value is not target and not self._take_places(own, dims):
+        if value is target:
+            return
+        # A vector that comes from nowhere is a token of the module's own; more than that may be tokens in any order.
+        is_told = self._take_places(own, dims) if dims is not None else sum(n > 1 for n in value.shape) < 2
+        if not is_told:
             self._forget(target)
 
     def _take_places(self, own: Dims, dims: Dims) -> bool:
@@ -331,7 +341,11 @@ class Sources:
             place, source = leaves(mine), leaves(theirs)
             if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
                 place[0].become(source[0])
-            elif source and self.is_known(theirs) and self._signed(mine) != self._signed(theirs):
+            elif (
+                source
+                and (self.is_known(theirs) or self.is_known(mine))
+                and self._signed(mine) != self._signed(theirs)
+            ):
                 return False
         return True
 

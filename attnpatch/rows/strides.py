@@ -74,7 +74,7 @@ def _dim(
         leaf, own = at
         step = stride // own
         if step == 1 and count >= leaf.size:
-            if count % leaf.size:
+            if count % leaf.size or _digit(strided, leaf, delta):
                 return [*fresh([sizes[place][0]])[0]]
             found.insert(0, leaf)
             count, stride = count // leaf.size, stride * leaf.size
