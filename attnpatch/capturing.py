@@ -111,7 +111,7 @@ def capture(
             "weighting": weighting,
         }
         recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
-        _check_pictures(recorder, part)
+        _check_tokens(recorder, part)
         maps = Maps(recorder, None if isinstance(steps, str) else steps)
         with _recording(patch, recorder):
             try:
@@ -121,19 +121,21 @@ def capture(
         _warn_of(recorder.left_out)
 
 
-def _check_pictures(recorder: Recorder, part: nn.Module) -> None:
-    """Tiles in a language model's sequence are those of a picture that its call says is there."""
+def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
+    """The sequence of a model has the tokens that blocks speak of: no others of an adapter's, and a picture's where asked."""
     read_call = recorder.read_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
 
     def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
         call = read_call(args, kwargs, kind)
-        given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
-        reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)
-        call.problem = next(filter(None, reasons), None)
+        call.problem = host.why_other_tokens(part)
+        if asked and call.problem is None:
+            given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
+            reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)
+            call.problem = next(filter(None, reasons), None)
         return call
 
-    if asked:
+    if asked or hasattr(part, "get_base_model"):
         recorder.read_call = checked
 
 
@@ -318,6 +320,7 @@ def recorder_of(
             cache=handed[0] if handed else None,
             batches=call.batches,
             lengths=call.lengths,
+            windows=frozenset().union(*map(caches.windows_of, handed)),
             is_part=host.is_part(args, kwargs),
         )
 

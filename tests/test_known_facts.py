@@ -498,6 +498,41 @@ def shifted_by_a_view(keys, x):
     keys[:, 1:].copy_(x[:, :-1])
 
 
+def in_memory_of_the_tokens(function, *more):
+    """Attention to what a function of torch writes into a copy of the tokens (``out=``)."""
+
+    def write(x):
+        keys = x.clone()
+        function(x, *more, out=keys)
+        return attend(x, keys)
+
+    return write
+
+
+def in_place(x):
+    return attend(x, x.clone().cumsum_(1))
+
+
+def turned_in_place(x):
+    keys = x[0].clone()
+    keys.t_()
+    return attend(x, keys[None])
+
+
+def other_values(x):
+    keys = x.clone()
+    keys.data = x.flip(1)
+    return attend(x, keys)
+
+
+def flipped(keys, x):
+    keys[:] = x.flip(1)
+
+
+def by_numpy(keys, x):
+    keys[:] = torch.from_numpy(x.numpy()[:, ::-1].copy())
+
+
 ORDER = torch.randperm(32, generator=torch.Generator().manual_seed(0))
 
 
@@ -524,6 +559,15 @@ REFUSED = {
         written(lambda keys, x: keys.index_copy_(1, ORDER, x)), [floats(1, 32, 16)], "made inside"),
     "shifted by a write": (written(shifted), [floats(1, 32, 16)], "made inside"),
     "shifted by a write to a view": (written(shifted_by_a_view), [floats(1, 32, 16)], "made inside"),
+    "written in reverse": (written(flipped), [floats(1, 32, 16)], "made inside"),
+    "written by numpy": (written(by_numpy), [floats(1, 32, 16)], "made inside"),
+    "other values": (other_values, [floats(1, 32, 16)], "made inside"),
+    "picked into memory of the tokens": (
+        in_memory_of_the_tokens(torch.index_select, 1, ORDER), [floats(1, 32, 16)], "made inside"),
+    "summed up in place": (in_place, [floats(1, 32, 16)], "made inside"),
+    "channels and tokens turned in place": (turned_in_place, [floats(1, 16, 16)], "made inside"),
+    "a part of tokens that lie twice": (
+        lambda x: attend(x, x.expand(2, 32, 16).reshape(1, 64, 16)[:, 10:42]), [floats(1, 32, 16)], "made inside"),
     "shifted by padding": (lambda x: attend(x, F.pad(x, (0, 0, 1, -1))), [floats(1, 32, 16)], "made inside"),
     "some twice": (
         lambda x: attend(x, x.repeat_interleave(torch.tensor([2, 0] * 16), 1)), [floats(1, 32, 16)], "made inside"),

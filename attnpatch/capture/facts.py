@@ -44,6 +44,7 @@ class SiteFacts:
         cache: The one.
         batches: How many sequences the model may have been called with; ``None``: that is not known.
         lengths: Tokens of the sequences that the model was called with; ``None``: there may be others.
+        windows: How many of the latest tokens the sliding layers of its cache keep.
         is_part: Whether it is called with some of the tokens of a longer tensor.
     """
 
@@ -54,6 +55,7 @@ class SiteFacts:
     cache: Any = None
     batches: frozenset[int] | None = None
     lengths: frozenset[int] | None = None
+    windows: frozenset[int] = frozenset()
     is_part: bool = False
 
 
@@ -93,7 +95,9 @@ def relation_of(layout: Layout, facts: SiteFacts, before: int | None) -> Relatio
         keys.pop()
     tokens = sum(piece.length for piece in keys)
     if keys == queries:
-        return Relation(False, 0, 0, 0, tokens)
+        # Also where a layer of a model with a cache looks at the new tokens alone.
+        past = facts.past or 0
+        return Relation(False, past, past, 0, tokens)
     if all(piece.kind == KEPT for piece in keys):
         keys = [dataclasses.replace(keys[0], length=tokens)]
     count = len(queries)
@@ -111,6 +115,8 @@ def relation_of(layout: Layout, facts: SiteFacts, before: int | None) -> Relatio
         past = facts.past or 0
         if kept > past:
             raise Unknown(f"its keys begin with {kept} tokens, its cache held {past}")
+        if kept < past and kept not in facts.windows:
+            raise Unknown(evicted(kept, past))
         return Relation(False, past, past - kept, kept, tokens)
     if len(keys) == 1:
         return _of_one(layout, facts, before, queries, keys[0])
@@ -128,6 +134,8 @@ def _of_one(layout: Layout, facts: SiteFacts, before: int | None, queries: list[
             return Relation(True, facts.past or 0, 0, None, key.length)
         past = 0 if facts.past is None else facts.past
         if facts.has_cache and past + layout.q_len > key.length >= layout.q_len:
+            if key.length not in facts.windows:
+                raise Unknown(evicted(key.length, past + layout.q_len))
             # Its window has moved on: it holds the latest tokens.
             return Relation(
                 False, past, past + layout.q_len - key.length, key.length - layout.q_len, key.length
@@ -150,6 +158,14 @@ def _of_one(layout: Layout, facts: SiteFacts, before: int | None, queries: list[
     if facts.has_cache and before == key.length:
         return Relation(True, facts.past or 0, 0, None, key.length)
     raise Unknown(f"its {key.length} keys come from where they cannot be followed")
+
+
+def evicted(kept: int, total: int) -> str:
+    """Why the tokens of a cache are not known."""
+    return (
+        f"its cache keeps {kept} of {total} tokens and is no sliding window: which tokens it keeps (evicted, compressed, "
+        "written over) is not known; capture without that"
+    )
 
 
 def real_tokens(
@@ -221,7 +237,7 @@ def _check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> Non
     """Whether queries are the model's own tokens, or those of two of its inputs together."""
     if lengths is None or q_len in lengths or total in lengths:
         return
-    if any(a + b in (q_len, total) for a in lengths for b in lengths):
+    if any(a + b in (q_len, total) for a in lengths for b in lengths if a != b):
         return
     given = ", ".join(map(str, sorted(lengths)))
     raise Unknown(

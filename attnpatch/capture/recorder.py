@@ -32,10 +32,12 @@ class HostCall(Protocol):
     Attributes:
         cache: The cache that it was handed, or ``None``.
         past: Tokens in it when the call began.
+        problem: Why nothing of it can be mapped, if something is known to be wrong.
     """
 
     cache: Any
     past: int
+    problem: str | None
 
 
 class _State(threading.local):
@@ -172,6 +174,11 @@ class Recorder:
         state.call, state.is_part = call, is_part
         state.times, state.tokens = Counter(), {}
         found = self.sequence_of(call)
+        if self._is_evicted(call, found):
+            call.problem = (
+                f"its cache holds {call.past} tokens, and not those that were seen there: which tokens they are (evicted, "
+                "compressed, written over) is not known; capture without that"
+            )
         if found is None:
             joins = state.last is not None and state.last.is_partial
             found = state.last if joins else self._new()
@@ -183,6 +190,13 @@ class Recorder:
         if self.is_kept_apart and not is_part:
             for calls in found.calls:
                 calls.apart.append({})
+
+    def _is_evicted(self, call: HostCall, found: Sequence | None) -> bool:
+        """Whether a cache that was seen holds another token in the last one's place than it did."""
+        if call.cache is None or call.past == 0 or found is not None:
+            return False
+        own = (s for s in self.sequences if s.cache is not None and s.cache() is call.cache)
+        return any(call.past - 1 in sequence.marks for sequence in own)
 
     def _new(self) -> Sequence:
         found = Sequence()
@@ -278,11 +292,15 @@ class Recorder:
             sequence.remember(cache, call.past, self.tokens_in(cache), self.marks)
 
     def _leave_all_out(self, sequence: Sequence, reason: str) -> None:
-        names = {name for calls in sequence.calls for each in (calls, *calls.apart) for name in each}
+        """All that follows the sequence's cache; an encoder's attention does not."""
+        records = (
+            pair for calls in sequence.calls for each in (calls, *calls.apart) for pair in each.items()
+        )
+        names = {name for name, record in records if record.history.follows_cache}
         for name in sorted(names):
             self.left_out.setdefault(name, reason)
         sequence.out |= names
-        sequence.calls = sequence.changed(lambda _, __: None).calls
+        sequence.calls = sequence.changed(lambda name, record: None if name in names else record).calls
 
     def finish(self) -> None:
         """The capture ends: a cache may have been cut, or its rows put into another order, after the last call."""
@@ -410,9 +428,8 @@ class Recorder:
 
     def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
         """Blocks of a sequence's tokens, and of the keys': bool ``[batch, tokens]``, which are real."""
-        problem = getattr(self.call, "problem", None)
-        if problem is not None:
-            raise CaptureError(problem)
+        if self.call is not None and self.call.problem is not None:
+            raise CaptureError(self.call.problem)
         known = self._partitions
         if known is not None and torch.equal(known[0], queries) and _equal(known[1], keys):
             return known[2]

@@ -14,6 +14,7 @@ from attnpatch.capture.facts import (
     Opened,
     SiteFacts,
     Unknown,
+    evicted,
     real_tokens,
     relation_of,
 )
@@ -100,6 +101,9 @@ class TextObserver(SiteObserver):
             raise Unknown(layout.why_not)
         old = self.before(self.name)
         self.layout, self.old = layout, old
+        past = self.facts.past
+        if old is not None and past is not None and old.history.follows_cache and old.history.total > past:
+            raise Unknown(evicted(past, old.history.total))
         keys_before = old.history.keys if old is not None else None
         self.relation = relation = relation_of(layout, self.facts, keys_before)
         self.past = relation.past

@@ -64,6 +64,18 @@ def tokens_in(cache: Any) -> int:
         return 0
 
 
+def windows_of(cache: Any) -> frozenset[int]:
+    """How many of the latest tokens its sliding layers may keep, as they say themselves."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ()
+    found: set[int] = set()
+    for layer in layers:
+        keys = getattr(layer, "keys", None)
+        if getattr(layer, "is_sliding", False) and isinstance(keys, torch.Tensor) and keys.dim() == 4:
+            # A memory of fixed size gives its oldest token away before it takes several new ones.
+            found.update((keys.shape[2], keys.shape[2] - 1))
+    return frozenset(found)
+
+
 # Numbers of a key that are kept for each token.
 _NUMBERS = 16
 

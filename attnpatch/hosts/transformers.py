@@ -141,6 +141,20 @@ def _as_mask(value: Any, past: int) -> torch.Tensor | None:
     return torch.cat([torch.ones(len(seen), past, dtype=torch.bool), seen.cpu()], 1)
 
 
+def why_other_tokens(model: nn.Module) -> str | None:
+    """Why the sequence of a model is not its text's: PEFT's soft prompts put virtual tokens before it."""
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return None
+    forward = vars(model).get("forward")
+    if getattr(forward, "__self__", None) is getattr(model, "base_model", model):
+        return None  # inside ``disable_adapter()``
+    return (
+        f"{config.num_virtual_tokens} virtual tokens of its {type(config).__name__} come before the text, which blocks do not "
+        "know; capture model.get_base_model(), whose sequence begins with them"
+    )
+
+
 def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
     """Sequences, and tokens of each, that an attention module is called with; ``None`` if that cannot be told."""
     for value in (*args, *kwargs.values()):

@@ -1,4 +1,4 @@
-"""The mask and the bias of hand-written attention: what its own steps before softmax make of scores that are all zero."""
+"""The mask and the bias of hand-written attention: what its own steps make of scores that are all zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from attnpatch.rows.axes import Axis, Tile, leaves
 from attnpatch.rows.deferred import Opened
 from attnpatch.rows.layout import Layout
-from attnpatch.rows.opened import open_keys
+from attnpatch.rows.opened import open_keys, open_of
 from attnpatch.rows.recipe import Call, Leaf, Node, graph
 from attnpatch.rows.run import Run
 
@@ -28,6 +28,9 @@ def above(steps: list[Node], roots: set[int]) -> set[int]:
 def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
     """The keys that attention is open to.
 
+    What is added before softmax says it, and what the weights are multiplied with after it. Where softmax is written by
+    hand, weights of 0 say it.
+
     Args:
         node: Its probabilities.
         keys, leads, rows: Their axes, in order.
@@ -35,13 +38,33 @@ def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis],
     """
 
     def opened(own: int | None) -> torch.Tensor | None:
-        before = _before_softmax(node, keys)
-        if before is None or _depends_on_scores(before):
-            return torch.zeros(0, dtype=torch.bool)  # not known
-        if not _has_mask(before):
-            return None
-        bias = _Bias(before, keys, leads, rows, layout)
-        return open_keys(bias.rows_of, layout.batch, layout.q_len, layout.kv_len, own)
+        unknown = torch.zeros(0, dtype=torch.bool)
+        softmax = _softmax_over(node, keys)
+        before = node if softmax is None else softmax.children[0]
+        products = _products(before)
+        read = above(list(graph(before)), {id(product) for product in products})
+        if _depends_on_scores(before, read) or (softmax is None and any(id(p) in read for p in products)):
+            return unknown
+        masks: list[tuple[_Steps, bool]] = []
+        if _has_mask(before, products):
+            values = dict.fromkeys(products, 0.0)
+            masks.append((_Steps(before, values, keys, leads, rows, layout), softmax is None))
+        if softmax is not None and _is_masked_after(node, softmax):
+            masks.append((_Steps(node, {softmax: 1.0}, keys, leads, rows, layout), True))
+        if not masks:
+            return unknown if softmax is None else None
+
+        def rows_of(sequence: int, low: int, high: int) -> torch.Tensor:
+            parts = [
+                part > 0 if is_weight else open_of(part)
+                for steps, is_weight in masks
+                for part in (steps.rows_of(sequence, low, high),)
+            ]
+            return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+        found = open_keys(rows_of, layout.batch, layout.q_len, layout.kv_len, own)
+        # Weights that are all 0 at scores of 0 are no softmax's.
+        return unknown if softmax is None and not bool(found.any()) else found
 
     return opened
 
@@ -50,30 +73,43 @@ def _products(node: Node) -> list[Node]:
     return [step for step in graph(node) if isinstance(step, Call) and step.work]
 
 
-def _depends_on_scores(before: Node) -> bool:
+def _depends_on_scores(before: Node, read: set[int]) -> bool:
     """Whether which keys are open is chosen by the scores themselves (the largest of them)."""
-    steps = list(graph(before))
-    read = above(steps, {id(product) for product in _products(before)})
-    return any(id(step) in read and not step.dtype.is_floating_point for step in steps)
+    return any(id(step) in read and not step.dtype.is_floating_point for step in graph(before))
 
 
-def _has_mask(before: Node) -> bool:
-    """Whether anything is read beside queries and keys."""
-    inside = {id(step) for product in _products(before) for step in graph(product)}
-    return any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(before) if id(s) not in inside)
+def _has_mask(node: Node, roots: list[Node]) -> bool:
+    """Whether anything is read beside what some steps are made of: queries and keys, or scores."""
+    inside = {id(step) for root in roots for step in graph(root)}
+    return any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(node) if id(s) not in inside)
 
 
-class _Bias:
-    """What is added to the scores of one head, by rows."""
+def _is_masked_after(node: Node, softmax: Node) -> bool:
+    """Whether the weights of a softmax, and of no other, are multiplied with something that is read."""
+    steps = list(graph(node))
+    read = above(steps, {id(softmax)})
+    later = [step for step in steps if id(step) in read]
+    is_plain = all((isinstance(s, Call) and not s.work) or not isinstance(s, Call) for s in later)
+    return is_plain and not _depends_on_scores(node, read) and _has_mask(node, [softmax])
+
+
+class _Steps:
+    """What the steps of attention make of one value for all scores, or all weights, by rows of one head."""
 
     def __init__(
-        self, before: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout
+        self,
+        before: Node,
+        values: dict[Node, float],
+        keys: list[Axis],
+        leads: list[Axis],
+        rows: list[Axis],
+        layout: Layout,
     ) -> None:
         self.before, self.leads, self.rows, self.layout = before, leads, rows, layout
         self.run = Run(before)
-        for product in _products(before):
-            zero = torch.zeros((), dtype=product.dtype, device=product.device)
-            self.run.fix(product, zero.expand(product.shape))
+        for step, number in values.items():
+            value = torch.full((), number, dtype=step.dtype, device=step.device)
+            self.run.fix(step, value.expand(step.shape))
         self.axes = [leaf for dim in before.dims for leaf in leaves(dim)]
         # Beside a sink's column softmax has these keys under another name; they come first.
         self.keys = keys if all(key in self.axes for key in keys) else leaves(before.dims[-1])
@@ -123,8 +159,8 @@ class _Bias:
         return value
 
 
-def _before_softmax(node: Node, keys: list[Axis]) -> Node | None:
-    """What the softmax over the keys is given: the only one there is, or the one over them."""
+def _softmax_over(node: Node, keys: list[Axis]) -> Node | None:
+    """The softmax over the keys: the only one there is, or the one over them."""
     softmaxes = [
         step
         for step in graph(node)
@@ -132,4 +168,4 @@ def _before_softmax(node: Node, keys: list[Axis]) -> Node | None:
     ]
     found = [step for step in softmaxes if set(leaves(step.whole)) & set(keys)]
     chosen = found or (softmaxes if len(softmaxes) == 1 else [])
-    return chosen[0].children[0] if chosen else None
+    return chosen[0] if chosen else None

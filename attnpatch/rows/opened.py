@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-# At or below this a bias closes a key: hosts write -10000, -1e9 or the lowest number of a dtype.
-CLOSED = -9000.0
+# At or below this a bias closes a key: hosts write -1000, -10000, -1e9 or the lowest number of a dtype, and some divide it
+# by the root of a head's width with the scores.
+CLOSED = -500.0
 # Elements that are looked at together.
 _STEP = 1 << 22
 
@@ -35,7 +36,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
         hides_itself = 0
         for low in range(0, q_len, step):
             high = min(low + step, q_len)
-            is_open = _opened(rows(sequence, low, high)).expand(high - low, kv_len)
+            is_open = open_of(rows(sequence, low, high)).expand(high - low, kv_len)
             says = is_open.any(-1)
             opens |= bool(says.any())
             if own is not None:
@@ -57,7 +58,8 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
     return found
 
 
-def _opened(values: torch.Tensor) -> torch.Tensor:
+def open_of(values: torch.Tensor) -> torch.Tensor:
+    """Bool like ``values``: what is true, or added and no number that closes."""
     return values if values.dtype == torch.bool else values > CLOSED
 
 

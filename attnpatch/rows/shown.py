@@ -12,7 +12,7 @@ import torch
 
 from attnpatch.precision import in_full
 from attnpatch.rows import guard
-from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Tile, extent, leaves, regroup
+from attnpatch.rows.axes import KEY, ROW, Axis, Dim, Tile, all_leaves, extent, leaves, regroup
 from attnpatch.rows.bias import SOFTMAX, above, opened_by
 from attnpatch.rows.deferred import Passing, SiteCall
 from attnpatch.rows.dropout import Dropout
@@ -124,7 +124,7 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: SiteCall) -> 
     rows = [axis for axis in axes if axis not in keys and axis.kind == row_kind]
     leads = [axis for axis in axes if axis not in rows and axis not in keys]
     key_axes = [axis for axis in axes if axis in keys]
-    is_mixed = _is_mixed(node)
+    is_mixed = _is_mixed(node, set(keys))
     layout = _layout(node, leads, rows, key_axes, sources, is_mixed)
     heads = [rows[i] for i in layout.head_rows]
     rows = [axis for axis in rows if axis not in heads]
@@ -232,8 +232,11 @@ def _has_product(node: Node) -> bool:
     return any(isinstance(step, Call) and bool(step.work) for step in graph(node))
 
 
-def _is_mixed(node: Node) -> bool:
-    """Whether the weights are of several softmaxes, or of one that was put together with itself: no longer its own rows."""
+def _is_mixed(node: Node, keys: set[Axis]) -> bool:
+    """Whether the weights are of several softmaxes, or of one that was put together with itself: no longer its own rows.
+
+    One factor for each row (their sum) leaves them that.
+    """
     steps = list(graph(node))
     softmaxes = {id(s) for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in SOFTMAX}
     read = above(steps, softmaxes)
@@ -243,7 +246,11 @@ def _is_mixed(node: Node) -> bool:
         if id(step) in read
         and (
             (isinstance(step, Call) and bool(step.work))
-            or sum(id(child) in read or id(child) in softmaxes for child in step.children) > 1
+            or sum(
+                (id(child) in read or id(child) in softmaxes) and bool(keys & set(all_leaves(child.dims)))
+                for child in step.children
+            )
+            > 1
         )
     ]
     return bool(mixes)
