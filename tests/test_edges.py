@@ -460,7 +460,45 @@ def other_values_for_what_a_function_has_saved(module, scores, query, value):
     return probabilities @ value
 
 
+def hook_on_an_edge(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    if scores.requires_grad:
+        probabilities.grad_fn.register_prehook(lambda grads: (grads[0] * 0.5,))
+        scores.grad_fn.register_hook(lambda _, grads: module.seen.update(scores=grads[0].clone()))
+    return probabilities @ value
+
+
+def hook_on_an_edge_after_a_write(module, scores, query, value):
+    scores = Halved.apply(scores)
+    if scores.requires_grad:
+        scores.grad_fn.register_prehook(lambda grads: (grads[0] * 0.5,))
+    return scores.softmax(-1) @ value
+
+
+def gradient_of_an_edge(module, scores, query, value):
+    edge = torch.autograd.graph.get_gradient_edge(scores)
+    out = scores.softmax(-1) @ value
+    del scores
+    module.seen.update(enumerate(torch.autograd.grad(out.square().sum(), edge, retain_graph=True)))
+    return out
+
+
+def hooks_on_many(module, scores, query, value):
+    probabilities = scores.softmax(-1)
+    told = lambda grads: module.seen.update(enumerate(grad.clone() for grad in grads))
+    if scores.requires_grad:
+        torch.autograd.graph.register_multi_grad_hook([scores, probabilities], told)
+    return probabilities @ value
+
+
+def hook_on_a_leaf_of_its_own(module, scores, query, value):
+    leaf = scores.detach().softmax(-1).requires_grad_()
+    leaf.register_post_accumulate_grad_hook(lambda t: module.seen.update(grad=t.grad.clone()))
+    return leaf @ value
+
+
 MIDDLES = [
+    hook_on_an_edge, hook_on_an_edge_after_a_write, gradient_of_an_edge, hooks_on_many, hook_on_a_leaf_of_its_own,
     hook_on_scores, hook_that_changes, retained, gradient_inside, hook_on_a_part, detached_scores,
     detached_probabilities, detached_view, frozen_value, read_without_gradients, written_without_gradients,
     written_in_steps, result_written, bias_written_later, leaf_of_its_own, used_twice,

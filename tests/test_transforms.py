@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import attnpatch
@@ -47,6 +48,46 @@ class ClosureAttention(nn.Module):
     def forward(self, query, key, value):
         scores = query @ key.transpose(-2, -1)
         return torch.func.vmap(lambda part: part + scores.mean(-1, keepdim=True)[0])(value)
+
+
+class JvpAttention(nn.Module):
+    """Scores made outside that a transform differentiates."""
+
+    def forward(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        out, tangent = torch.func.jvp(lambda s: s.softmax(-1) @ value, (scores,), (torch.ones_like(scores),))
+        return out + tangent + torch.func.jacrev(lambda t: (scores * t).sum())(torch.tensor(0.5))
+
+
+class TangentAttention(nn.Module):
+    """Forward mode: tangents of scores, of values, and of the query before there are scores. (Of softmax torch has no gradient there.)"""
+
+    def forward(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(scores, torch.ones_like(scores))
+            found = [dual.tanh() @ value]
+            found.append(scores.tanh() @ forward_ad.make_dual(value, torch.ones_like(value)))
+            dual = forward_ad.make_dual(query, torch.ones_like(query))
+            found.append((dual @ key.transpose(-2, -1)).tanh() @ value)
+            return sum(sum(forward_ad.unpack_dual(each)) for each in found)
+
+
+@pytest.mark.parametrize("attention", [JvpAttention, TangentAttention])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_scores_in_a_transform(attention, needs_grad):
+    """Scores from before a transform keep their history; forward mode is the host's own."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, 4, 24, 16, generator=generator).requires_grad_(needs_grad)
+    module, found = attention(), []
+    for mode in ("never", "always"):
+        with attnpatch.patched(module, mode=mode, rows=7, min_tokens=4):
+            out = module(*inputs.unbind())
+            grads = torch.autograd.grad(out.square().sum(), inputs) if needs_grad else ()
+            found.append([out, *grads])
+            assert not attnpatch.report(module).totals["failed"]
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from attnpatch.memory import Room
 from attnpatch.policy import Policy
@@ -297,7 +298,8 @@ class Handle:
         if self.values is None:
             # What is read in inference mode only now may be written to, or need gradients, later.
             is_read = torch.is_inference_mode_enabled() and not _is_inference(self.tensor)
-            with torch.no_grad(), torch.inference_mode(False) if is_read else contextlib.nullcontext():
+            mode = torch.inference_mode(False) if is_read else contextlib.nullcontext()
+            with torch.no_grad(), mode, _untransformed():
                 self._compute()
         tensor = self.tensor
         if tensor is None or not torch.is_grad_enabled() or not has_history(tensor):
@@ -307,7 +309,8 @@ class Handle:
     def _with_history(self, values: torch.Tensor) -> torch.Tensor:
         tensor = self.tensor
         if self._bridged is None or self._bridged[1] is not edges.history(tensor):
-            found = edges.bridged(tensor, values)
+            with _untransformed():
+                found = edges.bridged(tensor, values)
             self._bridged = found, edges.history(tensor), found.grad_fn
         return self._bridged[0]
 
@@ -317,8 +320,8 @@ class Handle:
         except Exception as error:
             if guard.passes(error):
                 raise
-            self.call.failed("the computation of scores by rows", error)
             self.values = plain.evaluated(self.node)
+            self.call.failed("the computation of scores by rows", error)
             self.pending.discard(self)
 
     def stands_for(self, value: torch.Tensor) -> None:
@@ -397,6 +400,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _untransformed() -> contextlib.AbstractContextManager[Any]:
+    """Outside of ``torch.func``'s transforms: what is read in one was made before it."""
+    is_inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext()
+
+
 def pending() -> bool:
     """Whether some deferred tensor of this thread is alive and not yet computed."""
     return bool(_thread.pending)
@@ -442,14 +451,14 @@ def left() -> None:
 _ATTRIBUTES = frozenset(
     "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
     "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
-    "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad grad_fn output_nr _version".split()
+    "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad output_nr _version".split()
 )
 # What is of the tensor that stands for it since it was written to in place.
 _OF_HISTORY = frozenset(["grad", "retains_grad"])
 # Steps of a recipe before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
 DEEPEST = 100
 # Who calls these asks for the gradient of the deferred tensor itself.
-_OBSERVING = frozenset(["register_hook", "retain_grad"])
+_OBSERVING = frozenset(["register_hook", "retain_grad", "register_post_accumulate_grad_hook"])
 _METHODS = frozenset(
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
     "is_contiguous __len__ is_inference storage_offset is_same_size __hash__ requires_grad_".split()
@@ -475,6 +484,8 @@ class DeferredRows(torch.Tensor):
     def __new__(cls, handle: Handle) -> DeferredRows:
         node = handle.node
         self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
+        # Who takes its address (an extension in C++, a DLPack capsule) gets an error, and no memory that is not there.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self.handle = handle
         handle.belongs_to(self)
         return self
@@ -599,6 +610,8 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     if is_attribute:
         if name in _OF_HISTORY and (passed := _passed_by(args[0])) is not args[0]:
             return guard.native(func, (passed, *args[1:]), kwargs)
+        if name == "grad_fn":
+            return _edge_of(args[0])
         if name in _ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -631,6 +644,14 @@ def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
     _observe(target)
     with torch._C.DisableTorchFunctionSubclass():
         return guard.native(func, args, kwargs)
+
+
+def _edge_of(tensor: Any) -> Any:
+    """``grad_fn``: who reads it may hook it, or ask for its gradient."""
+    passed = _passed_by(tensor)
+    if passed is tensor:
+        _observe(tensor)
+    return edges.history(passed)
 
 
 def _passed_by(tensor: Any) -> Any:

@@ -57,6 +57,7 @@ class _Kept:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.tensors: list[Any] = self.held(tensors)
         self.is_replaced = False
+        self.versions = [tensor._version for tensor in tensors]
         for tensor in tensors:
             _thread.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
 
@@ -65,13 +66,17 @@ class _Kept:
 
     def preserve(self, storage: int) -> None:
         for i, tensor in enumerate(self.tensors):
-            if memory_of(tensor) == storage:
+            if memory_of(tensor) == storage and tensor._version == self.versions[i]:
                 self.tensors[i] = copied(tensor)
+                self.versions[i] = self.tensors[i]._version
                 self.is_replaced = True
 
     def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """The tensors, given what autograd saved."""
-        return self.tensors if self.is_replaced and not torch.is_grad_enabled() else list(saved())
+        """The tensors, given what autograd saved: it raises where one was overwritten and nothing noticed in time."""
+        is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
+        return (
+            self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())
+        )
 
     def forget(self) -> None:
         """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
@@ -229,8 +234,9 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
     except Exception as error:
         if guard.passes(error) or torch.is_grad_enabled():
             raise
-        again.on_failure("the backward pass of attention by rows", error)
+        # What this raises is the host's error: of a step that has no gradient.
         found = plain.gradients(again.node, grad, bound, wanted)
+        again.on_failure("the backward pass of attention by rows", error)
     return dict(zip(wanted, found, strict=True))
 
 

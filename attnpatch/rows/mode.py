@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa, shown
 from attnpatch.rows.attempts import Attempts
@@ -74,10 +75,12 @@ class RowsMode(Watching):
         return result
 
     def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return self._transformed(func, types, args, kwargs)
         if DeferredRows in types:
             return self._deferred(func, args, kwargs)
+        if getattr(func, "__name__", "") == "__set__":
+            args = settle(args, "data")  # which are told by what is set, and not by what it is set to
         if func in _BEGINNINGS:
             self._follow()
         if func in FUNCTIONS:
@@ -118,7 +121,7 @@ class RowsMode(Watching):
         return guard.native(func, args, kwargs)
 
     def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Inside ``vmap`` or ``torch.func.grad`` tensors are not what they seem: computed as the host asks."""
+        """Inside ``vmap``, ``torch.func.grad`` or forward mode tensors are not what they seem: computed as the host asks."""
         if DeferredRows in types:
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)

@@ -55,7 +55,15 @@ _VALUES = frozenset("data real imag".split())
 
 
 def called(func: Any) -> str:
-    """The name of a function of torch; values that are set by an attribute are a step in place (``data_``)."""
+    """The name of a function of torch; values that are set by an attribute are a step in place (``data_``).
+
+    Another library's operator may have the name of one of torch's and do something else: it has its module in its name.
+    """
     name: str = getattr(func, "__name__", "")
+    module: str = getattr(func, "__module__", None) or "torch"
+    if module.partition(".")[0] != "torch" or (
+        module.startswith("torch._ops.") and module != "torch._ops.aten"
+    ):
+        return f"{module}.{name}"
     own: str = func.__self__.__name__ if name in ("__get__", "__set__") else ""
     return f"{own}_" if name == "__set__" and own in _VALUES else own or name

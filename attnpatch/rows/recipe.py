@@ -128,9 +128,14 @@ class Leaf(Node):
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
         return take(run.tensor(self), self.dims, tile)
 
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the tensor was overwritten since it was recorded, where nothing noticed."""
+        return self.version is not None and self.tensor is not None and self.tensor._version != self.version
+
     def check(self) -> None:
         """Raise if the tensor was overwritten since it was recorded (rows mode prevents it inside a site)."""
-        if self.version is not None and self.tensor is not None and self.tensor._version != self.version:
+        if self.is_overwritten:
             raise AttnpatchError(
                 f"a tensor of shape {tuple(self.tensor.shape)} was overwritten in place while attention weights "
                 "that are computed on demand still needed it; read the weights before (for example .clone() them), "
@@ -139,7 +144,7 @@ class Leaf(Node):
 
     def preserve(self) -> None:
         """Keep the present values: somebody is about to overwrite the tensor."""
-        if self.tensor is not None:
+        if self.tensor is not None and not self.is_overwritten:
             # The write may stand under no_grad; what reads the copy does not.
             with torch.set_grad_enabled(self.tensor.requires_grad):
                 self.tensor = copied(self.tensor)

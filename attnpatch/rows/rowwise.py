@@ -118,8 +118,12 @@ def below(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     Its history was recorded above, so no gradients are enabled here.
     """
-    name = func._schema.name.rpartition("::")[2]
-    if kwargs.get("out") is not None or not all(map(is_pending, deferred_in(args, kwargs))):
+    library, _, name = func._schema.name.partition("::")
+    if (
+        library != "aten"
+        or kwargs.get("out") is not None
+        or not all(map(is_pending, deferred_in(args, kwargs)))
+    ):
         return NotImplemented
     if name in _SAME:
         return shaping.same(name, torch.Tensor.detach, args[:1], {})
@@ -153,13 +157,34 @@ def writes(name: str) -> bool:
 def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
     """Before something is overwritten, let recipes keep what they still read from it; whether it is."""
     name = called(func)
-    if writes(name) and args and isinstance(args[0], torch.Tensor):
-        before_write(computed(args[0]))
-    out = kwargs.get("out")
-    for tensor in out if isinstance(out, (list, tuple)) else [out]:
-        if isinstance(tensor, torch.Tensor):
-            before_write(tensor)
-    return writes(name) or out is not None
+    found = _written(name, func, args, kwargs)
+    for tensor in tensors_in(found, {}):
+        before_write(computed(tensor))
+    return bool(found) and name not in _EXPOSING
+
+
+# What hands out memory that is written to past torch.
+_EXPOSING = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage storage _typed_storage".split())
+
+
+def _written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """Those arguments that a function may write to."""
+    found = [] if kwargs.get("out") is None else [kwargs["out"]]
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return [*found, args, kwargs] if _is_mutable(func) else found
+    if writes(name) or name in _EXPOSING or _flag(name, args, kwargs) is not None:
+        found.append(args[0] if args else kwargs)
+    return found
+
+
+def _is_mutable(func: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+    """Whether an operator writes to one of its arguments, ``out=`` left out."""
+    each = [func] if isinstance(func, torch._ops.OpOverload) else [getattr(func, o) for o in func.overloads()]
+    return any(
+        value.alias_info is not None and value.alias_info.is_write and not value.is_out
+        for overload in each
+        for value in overload._schema.arguments
+    )
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
