@@ -429,6 +429,9 @@ MAPPED = {
         lambda q, k: probabilities(q.unflatten(-1, (4, 8)).transpose(1, 2)[0], k)[None].flatten(0, 1)[None]),
     "heads before the batch": (heads_before_batch, [floats(2, 24, 32)],
         lambda x: probabilities(*[x.unflatten(-1, (4, 8)).transpose(1, 2)] * 2)),
+    "functions with nothing to do": (
+        lambda x: attend(x.contiguous(), F.dropout(x.to(torch.float32), training=False)), [floats(1, 24, 16)],
+        lambda x: probabilities(x, x)),
     "a key of its own": (with_a_key_of_its_own, [floats(1, 24, 16)],
         lambda x: probabilities(x, torch.cat([x, torch.zeros(1, 1, 16)], 1))[..., :-1]),
     "tokens first": (tokens_first, [floats(24, 2, 16), floats(40, 2, 16)], of_tokens_first),

@@ -47,8 +47,9 @@ def is_of(name: str, names: frozenset[str]) -> bool:
 
 
 def keeps(name: str) -> bool:
-    """Whether a function in place leaves elements where they are."""
-    return is_of(name, OF_ALL) or is_of(name, OF_FIRST)
+    """Whether a function that returns its operand leaves elements where they are: most of them have nothing to do."""
+    is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
+    return not is_in_place or is_of(name, OF_ALL) or is_of(name, OF_FIRST)
 
 
 def moved(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
