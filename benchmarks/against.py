@@ -19,6 +19,7 @@ CASES = [
     ("eager", "by rows", "seconds"),
     ("sdpa", "by rows", "seconds"),
     ("capture", "on", "seconds"),
+    ("capture decode", "pairs", "seconds"),
     ("training", "by rows", "seconds"),
     ("vae", "by rows", "seconds"),
     ("fuse t5", "by rows", "seconds"),

@@ -81,6 +81,31 @@ def capture(on: bool) -> dict[str, float]:
         return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
 
 
+def capture_decode(steps: int = 40, layers: int = 4) -> dict[str, float]:
+    """Tokens decoded one by one after a prompt of 512, with block maps of 128 tokens and without.
+
+    Returns:
+        Median seconds of a step, without a capture and within one, and what the capture adds for each layer.
+    """
+    from transformers import DynamicCache
+
+    model, prompt = llama("sdpa", layers), tokens(512)
+    found = {}
+    for name in ("off", "on", "off", "on"):  # The first of each warms up.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if name == "on":
+                stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)))
+            cache, seconds = DynamicCache(), []
+            model(prompt, past_key_values=cache)
+            for _ in range(steps):
+                start = time.perf_counter()
+                model(prompt[:, :1], past_key_values=cache)
+                seconds.append(time.perf_counter() - start)
+            found[name] = statistics.median(seconds)
+    return {**found, "seconds": (found["on"] - found["off"]) / layers}
+
+
 def training(implementation: str, **policy: object) -> dict[str, float]:
     """Forward and backward over 4,096 tokens."""
     model, ids = llama(implementation, layers=1), tokens(4096)
@@ -159,6 +184,7 @@ CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
     "eager": {"native": lambda: forward("eager"), "by rows": lambda: forward("eager", mode="always")},
     "sdpa": {"native": lambda: forward("sdpa"), "by rows": lambda: forward("sdpa", mode="always")},
     "capture": {"off": lambda: capture(False), "on": lambda: capture(True)},
+    "capture decode": {"pairs": capture_decode},
     "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
     "vae": {"native": vae, "by rows": lambda: vae(mode="always")},
     **{

@@ -60,6 +60,8 @@ class Sources:
         self._singles: Any = WeakIdKeyDictionary()
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
         self.made: dict[Axis, Made] = {}
+        # The number of the input that an axis is of. Only of those that are one's: others may yet become one's.
+        self._ranks: dict[Axis, int] = {}
         # What was found of products of queries and keys (``shown``).
         self.scores: list[Any] = []
         # Whose probabilities were shown.
@@ -94,12 +96,15 @@ class Sources:
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
         name = called(func)
+        results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
+        is_write = name in places.WRITES or name in places.SCATTERING
+        if not results and not is_write:
+            return  # a shape, a dtype
         # Memory that is handed over for the result says nothing of it.
         given = {key: value for key, value in kwargs.items() if key != "out"}
         operands = [t for t in _tensors((args, given)) if _is_plain(t)]
-        if operands and (name in places.WRITES or name in places.SCATTERING):
+        if operands and is_write:
             self._written(name, operands, args)
-        results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
         own = {id(t) for t in operands}
         for one in results:
             if id(one) not in own:
@@ -117,7 +122,7 @@ class Sources:
             blank = fresh(result.shape)
             self._blank.update(leaf for dim in blank for leaf in dim)
             return blank
-        known = [(t, dims) for t in operands if (dims := self.of(t)) is not None]
+        known = [(t, dims) for t in operands if (dims := self._known.get(t)) is not None]
         if not known:
             return None
         if name in NAMES or name == "linear":
@@ -127,7 +132,8 @@ class Sources:
         first, dims = known[0]
         if first is not operands[0]:
             # Learned numbers in the shape of an input are none of its tokens.
-            return self._elementwise(known, result) if places.is_of(name, places.OF_ALL) else None
+            is_made_of_all = places.is_of(name, places.OF_ALL)
+            return self._elementwise([own for _, own in known], result.shape) if is_made_of_all else None
         if first.dtype == result.dtype and _shares(first, result):
             return self._viewed(dims, first, result)
         return self._of_first(name, args, kwargs, known, result)
@@ -162,33 +168,39 @@ class Sources:
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
         if places.is_of(name, places.OF_ALL):
-            return self._elementwise(known, result)
-        return (
-            self._elementwise(known[:1], result)
-            if places.is_of(name, places.OF_FIRST)
-            else self._unknown(result)
-        )
+            return self._elementwise([own for _, own in known], result.shape)
+        if places.is_of(name, places.OF_FIRST):
+            return self._elementwise([dims], result.shape)
+        return self._unknown(result)
 
-    def _elementwise(self, known: list[tuple[torch.Tensor, Dims]], result: torch.Tensor) -> Dims:
+    def _elementwise(self, known: list[Dims], shape: Sequence[int]) -> Dims:
         """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions."""
-        order = sorted(known, key=lambda pair: min(map(self._rank, pair[1]), default=len(self.inputs)))
+        if len(known) > 1:
+            known = sorted(known, key=lambda own: min(map(self._rank, own), default=len(self.inputs)))
         dims: list[Dim] = []
-        for place, size in enumerate(result.shape):
-            back = result.dim() - place
-            found = (own[-back] for t, own in order if back <= t.dim() and size_of(own[-back]) == size != 1)
-            dims.append(next(found, fresh([size])[0]))
+        for back, size in zip(range(len(shape), 0, -1), shape, strict=True):
+            found = (own[-back] for own in known if back <= len(own) and size_of(own[-back]) == size != 1)
+            dim = next(found, None)
+            dims.append(fresh([size])[0] if dim is None else dim)
         return tuple(dims)
 
     def _rank(self, dim: Dim) -> int:
         """The number of the input that it comes from; as many as there are: of none."""
-        numbers = [found[0] for leaf in leaves(dim) if (found := self.origin(leaf)) is not None]
-        for leaf in leaves(dim):
-            made = self.made.get(leaf, Made())
-            inside = [part for part, _ in made.parts if part is not None]
-            inside += [(made.of,)] if made.of is not None else []
-            inside += [made.has] if made.has is not None else []
-            numbers += [self._rank(part) for part in inside]
-        return min(numbers, default=len(self.inputs))
+        return min(map(self._rank_of, leaves(dim)), default=len(self.inputs))
+
+    def _rank_of(self, leaf: Axis) -> int:
+        if leaf in self._ranks:
+            return self._ranks[leaf]
+        origin = self.origin(leaf)
+        made = self.made.get(leaf, Made())
+        inside = [part for part, _ in made.parts if part is not None]
+        inside += [(made.of,)] if made.of is not None else []
+        inside += [made.has] if made.has is not None else []
+        none = len(self.inputs)
+        found = min([origin[0] if origin is not None else none, *map(self._rank, inside)])
+        if found < none:
+            self._ranks[leaf] = found
+        return found
 
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
         product = parse(name, args, kwargs)
@@ -237,17 +249,14 @@ class Sources:
         pieces = [
             piece for piece in pieces if piece.numel() and piece.dim() == result.dim() - (name == "stack")
         ]
-        known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
+        known = [own for piece in pieces if (own := self._known.get(piece)) is not None]
         if not known:
             return None
         if name == "stack":
-            others = [(p.unsqueeze(place), (*own[:place], (), *own[place:])) for p, own in known]
-            return self._elementwise(others, result)
+            return self._elementwise([(*own[:place], (), *own[place:]) for own in known], result.shape)
         shape = list(result.shape)
         shape[place] = 1
-        blank = torch.empty(shape, device="meta")
-        others = [(blank, (*own[:place], (), *own[place + 1 :])) for _, own in known]
-        dims = list(self._elementwise(others, blank))
+        dims = list(self._elementwise([(*own[:place], (), *own[place + 1 :]) for own in known], shape))
         parts = [(self._along(piece, place), piece.shape[place]) for piece in pieces]
         dims[place] = self._one(parts)
         return tuple(dims)

@@ -29,7 +29,10 @@ def viewed(dims: Dims, source: torch.Tensor, result: torch.Tensor) -> list[tuple
     """
     sizes = list(zip(result.shape, result.stride(), strict=True))
     delta = result.storage_offset() - source.storage_offset()
-    return [tuple(_dim(dims, source, sizes, place, delta)) for place in range(len(sizes))]
+    if not delta and sizes == list(zip(source.shape, source.stride(), strict=True)):
+        return list(dims)
+    strided = _strided(dims, source)
+    return [tuple(_dim(dims, source, sizes, place, delta, strided)) for place in range(len(sizes))]
 
 
 def _strided(dims: Dims, source: torch.Tensor) -> list[tuple[Axis, int]]:
@@ -45,7 +48,12 @@ def _strided(dims: Dims, source: torch.Tensor) -> list[tuple[Axis, int]]:
 
 
 def _dim(
-    dims: Dims, source: torch.Tensor, sizes: list[tuple[int, int]], place: int, delta: int
+    dims: Dims,
+    source: torch.Tensor,
+    sizes: list[tuple[int, int]],
+    place: int,
+    delta: int,
+    strided: list[tuple[Axis, int]],
 ) -> list[Axis | Part]:
     count, stride = sizes[place]
     if count == 1:
@@ -60,7 +68,6 @@ def _dim(
     others = [own for i, own in enumerate(sizes) if i != place and own[0] > 1]
     found: list[Axis | Part] = []
     while count > 1:
-        strided = _strided(dims, source)
         at = next(
             (
                 pair
@@ -81,9 +88,11 @@ def _dim(
             continue
         if step > 1 and leaf.size % step == 0 and any(n == step and s == own for n, s in others):
             leaf.split(leaf.size // step)
+            strided[:] = _strided(dims, source)
             continue
         if step == 1 and leaf.size % count == 0 and any(s == own * count for _, s in others):
             leaf.split(leaf.size // count)
+            strided[:] = _strided(dims, source)
             continue
         start = _digit(strided, leaf, delta)
         if found or start + (count - 1) * step >= leaf.size:
