@@ -36,6 +36,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 _OVERRIDABLE = ("scaled_dot_product_attention", "softmax", "multi_head_attention_forward")
 
 
+def pytest_collection_finish():
+    """What was imported by now stays: tests that collect garbage need not go through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Fails a test that leaves a mode active or torch's and transformers' functions replaced."""

@@ -76,14 +76,19 @@ def in_blocks(length, size, batch=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "kv_heads", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_shared_key_heads_and_dtypes(kv_heads, is_causal, dtype):
     call = a_call(heads=4, kv_heads=kv_heads, dtype=dtype, is_causal=is_causal)
     blocks, count = in_blocks(50, 16)
     check(call, blocks, blocks, (count, count))
 
 
-@pytest.mark.parametrize("lengths", [(20, 45), (45, 20), (33, 33), (16, 70)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(20, 45), (45, 20), *(pytest.param(each, marks=pytest.mark.long) for each in ((33, 33), (16, 70)))],
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_other_lengths_of_queries_and_keys(lengths, is_causal):
     """With ``is_causal`` row i sees the keys up to i, whatever the lengths, as torch has it."""
@@ -92,7 +97,14 @@ def test_other_lengths_of_queries_and_keys(lengths, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 50), (5, 7), (17, 16), (50, 3), (16, 40)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 50),
+        (50, 3),
+        *(pytest.param(each, marks=pytest.mark.long) for each in ((5, 7), (17, 16), (16, 40))),
+    ],
+)
 def test_blocks_of_any_width(sizes, is_causal):
     (queries, rows), (keys, columns) = in_blocks(50, sizes[0]), in_blocks(50, sizes[1])
     check(a_call(is_causal=is_causal), queries, keys, (rows, columns))

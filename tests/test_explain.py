@@ -55,7 +55,7 @@ def check(case, length, ways=("native", "rows"), environment=GIVES_BACK):
     "case",
     [
         "llama eager",
-        "t5 sdpa",
+        pytest.param("t5 sdpa", marks=pytest.mark.long),
         pytest.param("llama sdpa", marks=pytest.mark.long),
         pytest.param("dense math", marks=pytest.mark.long),
     ],

@@ -43,8 +43,11 @@ def run(*command, tmp_path, **variables):
 
 @needs_triton
 @pytest.mark.slow
-def test_kernel_in_the_interpreter(tmp_path):
-    out = run("-m", "pytest", "-q", str(HERE / "on_kernel.py"), tmp_path=tmp_path, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_kernel_in_the_interpreter(which, tmp_path):
+    out = run(
+        "-m", "pytest", "-q", "-m", which, str(HERE / "on_kernel.py"), tmp_path=tmp_path, TRITON_INTERPRET="1"
+    )
     assert "skipped" not in out
 
 
@@ -74,6 +77,7 @@ def test_kernel_compiles(tmp_path):
 
 
 @needs_triton
+@pytest.mark.long
 def test_gpu_benchmark_rehearsed(tmp_path):
     """Every line of it but what only a GPU has, so that it does not fail on first contact with one."""
     report = tmp_path / "report.json"

@@ -302,7 +302,7 @@ PEAK = textwrap.dedent(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_training_step(record_property):
     """Forward and backward of an eager layer at 4,096 tokens: at most a quarter of the native peak."""

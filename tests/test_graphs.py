@@ -23,9 +23,22 @@ def operations(graph) -> list[str]:
     return [str(node.target) for node in graph.nodes]
 
 
-@pytest.mark.parametrize("order", ["exported_patched", "exported_before", "loaded"])
-@pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+EXPORTS = [
+    pytest.param(
+        implementation,
+        strict,
+        order,
+        # Strictly is by tracing the code: the same whatever follows, several seconds each.
+        marks=[pytest.mark.long] if strict and (implementation, order) != ("eager", "loaded") else [],
+        id=f"{implementation}-{'strict' if strict else 'not_strict'}-{order}",
+    )
+    for implementation in ("eager", "sdpa")
+    for strict in (False, True)
+    for order in ("exported_patched", "exported_before", "loaded")
+]
+
+
+@pytest.mark.parametrize(("implementation", "strict", "order"), EXPORTS)
 def test_export(implementation, strict, order):
     """The same program as of the unpatched model, also saved and loaded, and the model goes by rows as before."""
 

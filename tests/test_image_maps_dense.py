@@ -154,8 +154,21 @@ def kinds_of(name):
 # ------------------------------------------------------------------------------------------------------ every pipeline
 
 
-@pytest.mark.parametrize("way", ["native", "rows"])
-@pytest.mark.parametrize("name", [*GUIDED, "flux"])
+def some(*cases, of):
+    """Cases, those beyond the first ``of`` for ``make test-long``."""
+    return [pytest.param(*case, marks=[pytest.mark.long] if i >= of else []) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    some(
+        *((name, "native") for name in (*GUIDED, "flux")),
+        ("flux", "rows"),
+        ("sd15", "rows"),
+        *((name, "rows") for name in GUIDED if name != "sd15"),
+        of=len(GUIDED) + 3,
+    ),
+)
 def test_every_pipeline(name, way):
     """Words and the whole image, guidance beside the prompt, mean over heads and steps."""
     sampled = captured(name, way=way)
@@ -242,8 +255,14 @@ def test_own_grid(pattern, site):
             assert block_map.query_labels[0][-1] == f"r{site[1] - 1}c{site[2] - 1}"
 
 
-@pytest.mark.parametrize("edge", [1, 3])
-@pytest.mark.parametrize("name", ["flux wide", "pixart high", "sd3 wide", "wan", "ltx wide"])
+@pytest.mark.parametrize(
+    ("name", "edge"),
+    some(
+        *((name, 3) for name in ("flux wide", "pixart high", "sd3 wide", "wan", "ltx wide")),
+        *((name, 1) for name in ("flux wide", "pixart high", "sd3 wide", "wan", "ltx wide")),
+        of=6,
+    ),
+)
 def test_images_that_are_no_squares(name, edge):
     """All of it, and in tiles; of a video every frame."""
     if edge == 1:

@@ -93,7 +93,11 @@ def test_what_needs_no_torch_imports_none(what):
 
 @pytest.mark.parametrize(
     "first",
-    ["attnpatch.report", "attnpatch.capture.blocks", "attnpatch.api", "attnpatch.policy", "attnpatch.errors"],
+    [
+        "attnpatch.report",
+        "attnpatch.capture.blocks",
+        *(pytest.param(f"attnpatch.{name}", marks=pytest.mark.long) for name in ("api", "policy", "errors")),
+    ],
 )
 def test_public_names_are_what_they_are_whatever_is_imported_first(first):
     """``capture``, ``explain`` and ``report`` are functions, and also a folder and files."""

@@ -64,8 +64,10 @@ def inputs_of(kind: str, length: int = TOKENS, side: str = "left") -> dict[str, 
     }
 
 
+# Their masks are as those of the others.
+SLOW = [("T5", "eager"), ("Gemma2", "eager"), ("Mistral", "sdpa"), ("Bert", "eager")]
 CASES = [
-    (kind, attention)
+    pytest.param(kind, attention, marks=[pytest.mark.long] if (kind, attention) in SLOW else [])
     for kind in ("Llama", "Mistral", "Gemma2", "GptOss", "Bert", "T5")
     for attention in ("eager", "sdpa")
     if (kind, attention) not in (("GptOss", "sdpa"), ("Gemma2", "sdpa"))

@@ -58,7 +58,9 @@ TOOLS = {
     "compile_blocks": (of_denoiser("compile_repeated_blocks", backend="aot_eager"), None),
 }
 CASES = [
-    (name, tool)
+    pytest.param(
+        name, tool, marks=[pytest.mark.long] if tool in ("compile_in_place", "compile_blocks") else []
+    )
     for name in ("sd15", "flux")
     for tool in TOOLS
     if not (name == "sd15" and tool.startswith("compile"))
