@@ -19,6 +19,7 @@ LAST_RESORT = {
     "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "deferred.natively",
     "deferred.settle", "deferred.has_history", "deferred.is_foreign", "deferred.is_pending", "deferred.DeferredRows.__torch_function__",
     "deferred.DeferredRows.__torch_dispatch__", "deferred.SiteCall.failed", "attempts.is_out_of_memory",
+    "selective.is_hidden", "selective.shown",
 }  # fmt: skip
 
 

@@ -517,6 +517,11 @@ class DeferredRows(torch.Tensor):
                 _tally(args, kwargs),
             )
 
+    def as_subclass(self, cls: type[torch.Tensor]) -> torch.Tensor:  # torch does not ask __torch_function__
+        with torch._C.DisableTorchFunction():
+            real = self.handle.materialise("as_subclass")
+        return real.as_subclass(cls)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         handle = self.handle
         if handle.is_computed:

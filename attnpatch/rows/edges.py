@@ -227,6 +227,10 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
         ]
     bound = _bound(ctx)
     again = ctx.again
+    if _functorch.is_legacy_batchedtensor(grad) and not torch.is_grad_enabled():
+        # Many gradients at once (``is_grads_batched``): ``vmap`` sums nothing in place.
+        with restored(again.random):
+            return dict(zip(wanted, plain.gradients(again.node, grad, bound, wanted), strict=True))
     method = again.differentiable_gradients if torch.is_grad_enabled() else again.gradients
     try:
         with restored(again.random):

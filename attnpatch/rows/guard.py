@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
+from attnpatch.rows import selective
 from attnpatch.rows.attempts import is_out_of_memory
 
 _PASSING = (AttnpatchError, getattr(checkpoint, "_StopRecomputationError", AttnpatchError))
@@ -49,7 +50,11 @@ def ran(result: Any) -> Any:
 def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The host's own call. What it raises is the host's, and not tried again."""
     try:
-        result = func(*args, **kwargs)
+        if selective.is_hidden():
+            with selective.shown():
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
     except Exception as error:
         _thread.raised = id(error)
         raise
@@ -79,6 +84,9 @@ def guarded(
     """
     outer, _thread.ran = _thread.ran, []
     try:
+        if selective.is_active():
+            with selective.hidden():
+                return ours(*args)
         return ours(*args)
     except Exception as error:
         if passes(error) or _thread.raised == id(error):

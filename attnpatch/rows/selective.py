@@ -1,0 +1,75 @@
+"""Selective checkpoints (``create_selective_checkpoint_contexts``): they count operators and give what they kept of each.
+
+By rows there are other operators than natively, which overwrite each other's results and may be others when a checkpoint
+runs again. So such a checkpoint sees the host's operators and none of ours: attention by rows is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils import _python_dispatch as modes
+from torch.utils import checkpoint
+
+_KINDS = tuple(
+    getattr(checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(checkpoint, name)
+)
+
+
+class _Thread(threading.local):
+    hidden: tuple[Any, ...] = ()
+
+
+_thread = _Thread()
+
+
+def is_active() -> bool:
+    """Whether such a checkpoint sees the operators of this thread now."""
+    return bool(torch._C._len_torch_dispatch_stack()) and any(
+        isinstance(mode, _KINDS) for mode in modes._get_current_dispatch_mode_stack()
+    )
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """While our own operators run."""
+    outer, popped = _thread.hidden, []
+    while is_active():
+        popped.append(modes._pop_mode())
+    others = [mode for mode in reversed(popped) if not isinstance(mode, _KINDS)]
+    for mode in others:
+        modes._push_mode(mode)
+    _thread.hidden = tuple(mode for mode in reversed(popped) if isinstance(mode, _KINDS))
+    try:
+        yield
+    finally:
+        _thread.hidden = outer
+        for _ in others:
+            modes._pop_mode()
+        for mode in reversed(popped):
+            modes._push_mode(mode)
+
+
+def is_hidden() -> bool:
+    """Whether our own operators run, hidden from such a checkpoint."""
+    return bool(_thread.hidden)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """While the host's own operator runs."""
+    outer, _thread.hidden = _thread.hidden, ()
+    for mode in outer:
+        modes._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in outer:
+            modes._pop_mode()
+        _thread.hidden = outer
