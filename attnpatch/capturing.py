@@ -14,7 +14,7 @@ from attnpatch.capture.blocks import Blocks
 from attnpatch.capture.facts import SiteFacts
 from attnpatch.capture.heads import Heads
 from attnpatch.capture.image_maps import ImageMaps, Steps
-from attnpatch.capture.image_observer import ImageRecorder
+from attnpatch.capture.image_recorder import ImageRecorder
 from attnpatch.capture.maps import Maps
 from attnpatch.capture.recorder import Recorder
 from attnpatch.capture.sampling import DenoiserCall, Plan, Sampling
@@ -27,6 +27,7 @@ from attnpatch.hosts.prompts import Prompts
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.placing import parts_in, put_in_place
 from attnpatch.policy import Policy
+from attnpatch.rows.sources import inputs_among
 
 
 @contextlib.contextmanager
@@ -255,7 +256,8 @@ def image_recorder_of(
         return denoisers.read_denoiser_call(part, args, kwargs)
 
     num_heads = denoisers.num_heads_of(part)
-    return ImageRecorder(sampling, _innermost(patch), prefix, heads, sites, read_call, num_heads)
+    names = _innermost(patch)
+    return ImageRecorder(sampling, names, prefix, heads, sites, read_call, num_heads, inputs_among)
 
 
 def _checked_steps(steps: Any) -> bool:

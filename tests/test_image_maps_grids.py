@@ -172,7 +172,9 @@ def test_an_image_that_looks_at_text_which_does_not_look():
     assert maps.keys() == ["image to text+image"]
     expected = probabilities[0][0].mean(0)[:, 5].reshape(4, 4)
     assert np.abs(maps.heat_map(5) - expected).max() < 1e-6
-    assert maps.left_out == {"attention (3 tokens)": "are neither the image's nor the text's: in no block"}
+    assert maps.left_out == {
+        "attention (3 tokens)": "are not known to be the image's or the text's: in no block"
+    }
     beside = probabilities[0][0].mean(0)[:, TEXT : TEXT + 3].sum(1)
     assert np.abs(maps.block_map.missing_mass[0].numpy() - beside).max() < 1e-6
 

@@ -255,4 +255,4 @@ def test_pictures_among_the_tokens_of_text():
     assert len(maps.block_map.layers) == 2
     for name, layer in zip(maps.block_map.layers, maps.block_map.mass.numpy(), strict=True):
         assert np.abs(layer - sites[name][0].mean(0)[before:, before:]).max() < 1e-6
-    assert set(maps.left_out.values()) == {"are neither the image's nor the text's: in no block"}
+    assert set(maps.left_out.values()) == {"are not known to be the image's or the text's: in no block"}

@@ -416,7 +416,42 @@ def positive_probabilities(x):
     return scores.where(EARLIER & (scores > 0), -torch.inf).softmax(-1)
 
 
+LAYER = floats(16, 16)
+
+
+def written_by_halves(x):
+    """As positions are put into queries: every other channel of a tensor that holds nothing yet."""
+    given, made = x @ LAYER, torch.empty_like(x)
+    made[..., 0::2], made[..., 1::2] = given[..., 1::2], given[..., 0::2]
+    return attend(made, x)
+
+
+def repeated_heads(x):
+    heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    keys = heads[:, :2].unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1, 2)
+    return attend(heads, keys).transpose(1, 2).flatten(2)
+
+
+def repeated_probabilities(x):
+    heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    return probabilities(heads, heads[:, [0, 0, 1, 1]])
+
+
+def joined(x, y):
+    both = torch.cat([y, x], 1)
+    return attend(both, both)
+
+
 MAPPED = {
+    "written by halves": (written_by_halves, [floats(1, 24, 16)],
+        lambda x: probabilities((x @ LAYER).unflatten(-1, (8, 2)).flip(-1).flatten(2), x)),
+    "key heads that are repeated": (repeated_heads, [floats(2, 24, 32)], repeated_probabilities),
+    "one key head by an index": (
+        lambda x: attend(x.unflatten(-1, (4, 8)).transpose(1, 2), x.unflatten(-1, (4, 8))[..., [1], :].transpose(1, 2)),
+        [floats(2, 24, 32)],
+        lambda x: probabilities(x.unflatten(-1, (4, 8)).transpose(1, 2), x[:, None, :, 8:16])),
+    "queries of two inputs, of two sequences": (joined, [floats(2, 8, 16), floats(2, 24, 16)],
+        lambda x, y: probabilities(torch.cat([y, x], 1), torch.cat([y, x], 1))),
     "positive scores": (positive, [floats(1, 24, 16)], positive_probabilities),
     "key heads that are shared": (shared_key_heads, [floats(2, 24, 32)], shared_probabilities),
     "the largest scores": (largest, [floats(1, 24, 16)], largest_probabilities),
@@ -536,6 +571,12 @@ def by_numpy(keys, x):
     keys[:] = torch.from_numpy(x.numpy()[:, ::-1].copy())
 
 
+def half_written(x):
+    keys = torch.zeros_like(x)
+    keys[:, :16] = x[:, 16:]
+    return attend(x, keys)
+
+
 ORDER = torch.randperm(32, generator=torch.Generator().manual_seed(0))
 
 
@@ -581,6 +622,18 @@ REFUSED = {
         lambda x: attend(x, LEARNED[None]), [floats(1, 32, 16)], "cannot be followed"),
     "by numpy": (
         lambda x: attend(x, torch.from_numpy(x.numpy()[:, ::-1].copy())), [floats(1, 32, 16)], "cannot be followed"),
+    "keys of the first sequence": (lambda x: attend(x, x[:1].expand(2, -1, -1)), [floats(2, 32, 16)], "other sequences"),
+    "keys of the next sequence": (lambda x: attend(x, x.flip(0)), [floats(2, 32, 16)], "other sequences"),
+    "keys of picked sequences": (lambda x: attend(x, x[[0, 0]]), [floats(2, 32, 16)], "other sequences"),
+    "keys of the first sequence, fused": (
+        lambda x: F.scaled_dot_product_attention(x, x[:1].expand(2, -1, -1), x), [floats(2, 32, 16)], "other sequences"),
+    "in another order, with positions": (
+        lambda x, c: attend(x * c, x[:, ORDER] * c), [floats(1, 32, 16), floats(1, 32, 16)], "made inside"),
+    "projected and moved, with positions": (
+        lambda x, c: attend(x * c, (x @ LAYER).roll(4, 1) * c), [floats(1, 32, 16), floats(1, 32, 16)], "made inside"),
+    "turned both ways": (lambda x: attend(x, x.flip(1, 2)), [floats(1, 32, 16)], "made inside"),
+    "rolled as one row": (lambda x: attend(x, x.roll(16)), [floats(1, 32, 16)], "made inside"),
+    "half of it written": (half_written, [floats(1, 32, 16)], "made inside"),
     "pooled queries": (lambda x: attend(x.mean(1, keepdim=True), x), [floats(1, 32, 16)], None),
     "keys that it keeps": (lambda x: attend(x, torch.cat([KEPT, x], 1)), [floats(1, 32, 16)], "keeps"),
 }  # fmt: skip

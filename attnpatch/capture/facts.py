@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 INPUT, KEPT, SLOTS = "input", "kept", "slots"
+NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
 
 # From the place of the first query among the keys to bool ``[batch, kv_len]``, the keys attention is open to.
 Opened = Callable[[int | None], torch.Tensor | None]
@@ -23,6 +24,7 @@ class Layout(Protocol):
     kv_len: int
     queries: tuple[Any, ...]
     keys: tuple[Any, ...]
+    numbers: torch.Tensor | None
     why_not: str
     is_mixed: bool
     drops_keys: bool

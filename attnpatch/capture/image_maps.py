@@ -45,7 +45,7 @@ class ImageMaps:
     @property
     def num_runs(self) -> int:
         """How many times something was sampled."""
-        return sum(bool(run.records) for run in self._sampling.runs)
+        return sum(any(run.records.values()) for run in self._sampling.runs)
 
     @property
     def sites(self) -> dict[str, str]:

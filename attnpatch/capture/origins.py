@@ -144,6 +144,10 @@ class Origins(TorchFunctionMode):
         if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
             self._known[result] = origin
             return
+        cut = _cut(origin, source, result)
+        if cut:
+            self._known[result] = cut if len(cut) > 1 else ((cut[0][0], None),)
+            return
         parts = [kind for kind, length in origin if length in result.shape]
         if len(set(parts)) > 1:
             # As many tokens of either kind: a view of the first of them begins where its source does.
@@ -152,6 +156,27 @@ class Origins(TorchFunctionMode):
             parts = parts[:1] if is_first else parts[-1:] if shares else []
         if parts:
             self._known[result] = ((parts[0], None),)
+
+
+def _cut(origin: Origin, source: torch.Tensor, result: torch.Tensor) -> Origin:
+    """Whole kinds of a joined sequence, of which a result is a piece; none: it is none, or cuts one of them."""
+    count, dims = sum(length or 0 for _, length in origin), range(source.dim())
+    differ = [dim for dim in dims if result.dim() == source.dim() and source.shape[dim] != result.shape[dim]]
+    shares = source.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+    if (
+        len(differ) != 1
+        or source.shape[differ[0]] != count
+        or not shares
+        or source.stride() != result.stride()
+    ):
+        return ()
+    first = (result.storage_offset() - source.storage_offset()) // source.stride(differ[0])
+    last, place, found = first + result.shape[differ[0]], 0, []
+    for kind, length in origin:
+        if first <= place and place + (length or 0) <= last:
+            found.append((kind, length))
+        place += length or 0
+    return tuple(found) if sum(length or 0 for _, length in found) == last - first else ()
 
 
 def _loses_order(func: Callable[..., Any], args: Any, source: torch.Tensor, result: Any) -> bool:

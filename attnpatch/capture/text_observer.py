@@ -10,6 +10,7 @@ import torch
 
 from attnpatch.capture import fused_mass
 from attnpatch.capture.facts import (
+    NOT_SEEN,
     Layout,
     Opened,
     SiteFacts,
@@ -26,7 +27,6 @@ from attnpatch.capture.partition import Partition
 from attnpatch.capture.row_sample import RowSample, draw, generator_for
 from attnpatch.errors import AttnpatchError
 
-NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
 # What the rows of a map may be off by, which should sum to 1.
 _OFF = 1e-4
 # Numbers of a call that are kept row by row.

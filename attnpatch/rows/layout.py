@@ -155,6 +155,31 @@ class _Reading:
         return pieces
 
 
+def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
+    """A dimension of sequences or heads that queries and keys share, as the queries have it.
+
+    One of its own where the keys are those of other sequences: of the first for all, or in another order.
+    """
+    if key is None:
+        return query
+    summed = {found[:2] for leaf in contracted if (found := sources.origin(leaf)) is not None}
+
+    def sequences(dim: Dim) -> list[Axis]:
+        found = ((leaf, sources.origin(leaf)) for leaf in leaves(dim))
+        return [leaf for leaf, origin in found if origin is not None and origin[:2] not in summed]
+
+    mine, its = sequences(query), sequences(key)
+    alike = [one.size for one in mine] == [one.size for one in its] and all(
+        one is other or sources.number(one) != sources.number(other)
+        for one, other in zip(mine, its, strict=True)
+    )
+    if alike or not mine:
+        return query
+    strange = Axis(math.prod(axis.size for axis in query))
+    sources.made[strange] = Made(is_of_others=True)
+    return (strange,)
+
+
 def layout_of(
     sources: Sources,
     leads: Sequence[Entry],
@@ -188,6 +213,10 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     inner = [_followed([entry], "queries") for entry in rows]
     head_rows = tuple(i for i, own in enumerate(inner) if own and all(map(read.is_head, own)))
     outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
+    if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
+        raise Unknown(
+            "its keys are those of other sequences or windows than its queries: of one for all, or in another order"
+        )
     token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
     if any(map(read.is_head, token_axes)):
         raise Unknown("its query rows are tokens and heads at once")
@@ -258,11 +287,14 @@ def _query_input(
     if not own and queries:
         raise Unknown("its queries are tokens that it keeps itself, not those of an input")
     leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
-    number, places = own[0] if own else (leads[0][0] if leads else 0, ())
+    # Of tokens of several inputs: those whose sequences are followed.
+    led = {number for number, _, _ in leads}
+    first = next((pair for pair in own if pair[0] in led), own[0] if own else None)
+    number, places = first or (leads[0][0] if leads else 0, ())
     if number >= len(read.sources.inputs):
         raise Unknown("it is called with no tensor of tokens")
-    for other, there in own[1:]:
-        if _pattern(read, other, there, None) is None:
+    for other, there in own:
+        if other != number and _pattern(read, other, there, None) is None:
             raise Unknown("its queries are joined of dimensions that are not tokens")
     given = tuple(dict.fromkeys(place for at, place, _ in leads if at == number))
     found = _pattern(read, number, places, given)

@@ -38,6 +38,8 @@ OF_FIRST = CASTS | frozenset(
 )
 # What is written into these says what their dimensions are.
 BLANK = frozenset(["new_empty"])
+# The same where the operand is followed: what is made in the shape of a memory that is not may be one too.
+BLANK_LIKE = frozenset("empty_like zeros_like".split())
 WRITES = frozenset("copy_ data_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
@@ -52,13 +54,21 @@ def keeps(name: str) -> bool:
     return not is_in_place or is_of(name, OF_ALL) or is_of(name, OF_FIRST)
 
 
-def moved(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
+def moved(name: str, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
     """Along some dimensions other elements; along all where it is not said along which."""
+    if name in ("repeat", "tile"):
+        # Once along a dimension is all of it in its order.
+        whole = ((),) * (result.dim() - len(dims)) + dims
+        pairs = zip(whole, result.shape, strict=True)
+        return tuple(dim if size_of(dim) == size else fresh([size])[0] for dim, size in pairs)
     if result.dim() != len(dims):
         return None
     given = kwargs.get("dim", kwargs.get("dims"))
     if given is None:
-        given = next((v for v in reversed(args[1:]) if isinstance(v, (int, tuple, list))), None)
+        said = args[2:] if name == "roll" else args[1:]
+        given = next((v for v in reversed(said) if isinstance(v, (int, tuple, list))), None)
+        if name == "flip" and isinstance(given, int):
+            given = said
         if isinstance(given, (tuple, list)) and not all(isinstance(v, int) for v in given):
             given = None
     places = (given,) if isinstance(given, int) else given
@@ -77,3 +87,20 @@ def padded(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) 
         fresh([size])[0] if any(amounts[2 * back : 2 * back + 2]) else dim
         for back, dim, size in zip(range(len(dims) - 1, -1, -1), dims, result.shape, strict=True)
     )
+
+
+def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
+    """Which part of an index picks single elements, and along which dimension of the result; ``None``: it is not that
+    simple."""
+    picks = [place for place, one in enumerate(index) if isinstance(one, (list, torch.Tensor))]
+    if len(picks) != 1:
+        return None
+    pick, others = index[picks[0]], [one for place, one in enumerate(index) if place != picks[0]]
+    if isinstance(pick, list):
+        is_row = all(type(one) is int for one in pick)
+    else:
+        is_row = pick.dim() == 1 and pick.dtype not in (torch.bool, torch.uint8)
+    if not is_row or not all(one is None or one is ... or isinstance(one, slice) for one in others):
+        return None
+    rest = dims - sum(one is not None and one is not ... for one in index)
+    return picks[0], sum(rest if one is ... else 1 for one in index[: picks[0]])

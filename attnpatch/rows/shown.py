@@ -17,7 +17,7 @@ from attnpatch.rows.bias import SOFTMAX, above, opened_by
 from attnpatch.rows.deferred import Passing, SiteCall
 from attnpatch.rows.dropout import Dropout
 from attnpatch.rows.joining import Joined
-from attnpatch.rows.layout import Layout, layout_of
+from attnpatch.rows.layout import Layout, layout_of, paired
 from attnpatch.rows.recipe import Call, Cut, Node, View, graph
 from attnpatch.rows.replay import Look
 from attnpatch.rows.sources import Sources
@@ -53,13 +53,15 @@ def scored(sources: Sources, product: Product, axes: dict[str, Dim]) -> None:
     for i in (query, key):
         dims = sources.of(product.operands[i])
         known.append(None if dims is None else dict(zip(product.labels[i], dims, strict=True)))
+    first, second = (side or {} for side in known)
+    summed = [leaf for label, dim in first.items() if label not in product.result for leaf in leaves(dim)]
     found: list[tuple[Axis, Dim | None]] = []
     for label, own in axes.items():
-        sides = [side for side, i in zip(known, (query, key), strict=True) if label in product.labels[i]]
-        dim = next((side[label] for side in sides if side is not None and _is_whole(side[label], own)), None)
+        sides = (side[label] for side in (first, second) if label in side)
+        dim = next((side for side in sides if _is_whole(side, own)), None)
+        if dim is not None and label in first and label in second:
+            dim = paired(sources, dim, second[label], summed)
         found += [(axis, dim) for axis in own]
-    first = known[0] or {}
-    summed = [leaf for label, dim in first.items() if label not in product.result for leaf in leaves(dim)]
     sources.scores.append(Scored(found, summed))
 
 
@@ -306,10 +308,14 @@ def of_call(call: dict[str, Any], sources: Sources | None) -> Layout:
     own, other = sources.of(query), sources.of(key)
     if query.dim() == 2:
         own, other, lead = own and ((), *own), other and ((), *other), (1,)
+    contracted = leaves(own[-1]) if own is not None else []
     leads: list[tuple[int, Dim | None]] = [
-        (size, None if own is None else own[i]) for i, size in enumerate(lead)
+        (
+            size,
+            None if own is None else paired(sources, own[i], None if other is None else other[i], contracted),
+        )
+        for i, size in enumerate(lead)
     ]
     row = (q_len, None if own is None else own[-2])
     keys = (kv_len, None if other is None else other[-2])
-    contracted = leaves(own[-1]) if own is not None else []
     return layout_of(sources, leads, [row], [keys], contracted)

@@ -31,12 +31,14 @@ class Made:
         of: What it is a part of; ``None``: of nothing known.
         part: Which part.
         has: What was written into it, where it was there before (a cache of fixed size).
+        is_of_others: Whether it is of sequences of which the queries are one, and the keys another.
     """
 
     parts: tuple[tuple[Dim | None, int], ...] = ()
     of: Axis | None = None
     part: Part | None = None
     has: Dim | None = None
+    is_of_others: bool = False
 
 
 class Sources:
@@ -60,6 +62,8 @@ class Sources:
         self._singles: Any = WeakIdKeyDictionary()
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
         self.made: dict[Axis, Made] = {}
+        # Of axes that hold an input's elements in places that are not known: the number of the input.
+        self._losses: dict[Axis, int] = {}
         # The number of the input that an axis is of. Only of those that are one's: others may yet become one's.
         self._ranks: dict[Axis, int] = {}
         # What was found of products of queries and keys (``shown``).
@@ -81,6 +85,11 @@ class Sources:
                 if leaf in parts:
                     return number, place, parts.index(leaf)
         return None
+
+    def number(self, leaf: Axis) -> int | None:
+        """Of which input an axis is."""
+        found = self.origin(leaf)
+        return None if found is None else found[0]
 
     def give(self, tensor: torch.Tensor, dims: Dims) -> None:
         """Say what the dimensions of a tensor are that came from none of these functions."""
@@ -118,11 +127,11 @@ class Sources:
     def _found(
         self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
     ) -> Dims | None:
-        if name in places.BLANK:
+        known = [(t, dims) for t in operands if (dims := self._known.get(t)) is not None]
+        if name in places.BLANK or (known and name in places.BLANK_LIKE):
             blank = fresh(result.shape)
             self._blank.update(leaf for dim in blank for leaf in dim)
             return blank
-        known = [(t, dims) for t in operands if (dims := self._known.get(t)) is not None]
         if not known:
             return None
         if name in NAMES or name == "linear":
@@ -148,11 +157,13 @@ class Sources:
     ) -> Dims | None:
         first, dims = known[0]
         if name in places.IN_ORDER and result.numel() == first.numel():
-            return regroup(dims, result.shape) or self._unknown(result)
+            return regroup(dims, result.shape) or self._unknown(result, dims)
         if name in places.MOVING:
-            return places.moved(dims, args, kwargs, result)
+            return self._lost(places.moved(name, dims, args, kwargs, result), dims)
         if name == "pad":
-            return places.padded(dims, args, kwargs, result)
+            return self._lost(places.padded(dims, args, kwargs, result), dims)
+        if name == "__getitem__":
+            return self._picked(first, dims, args[1], result)
         if name in places.CONVOLUTIONS and result.dim() == len(dims):
             spatial = [
                 (dim if size_of(dim) == size else fresh([size])[0])
@@ -171,18 +182,47 @@ class Sources:
             return self._elementwise([own for _, own in known], result.shape)
         if places.is_of(name, places.OF_FIRST):
             return self._elementwise([dims], result.shape)
-        return self._unknown(result)
+        return self._unknown(result, dims)
+
+    def _picked(self, source: torch.Tensor, dims: Dims, index: Any, result: torch.Tensor) -> Dims:
+        """Some elements along one dimension, and the others as a view has them."""
+        given = index if isinstance(index, tuple) else (index,)
+        found = places.picked_at(given, source.dim())
+        if found is None:
+            return self._unknown(result, dims)
+        pick, at = found
+        view = source[(*given[:pick], slice(None), *given[pick + 1 :])]
+        own = self._viewed(dims, source, view)
+        return self._lost((*own[:at], *fresh([result.shape[at]]), *own[at + 1 :]), dims)
 
     def _elementwise(self, known: list[Dims], shape: Sequence[int]) -> Dims:
-        """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions."""
+        """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions.
+
+        Tokens that were moved are those of their input all the same, and no others become them.
+        """
         if len(known) > 1:
-            known = sorted(known, key=lambda own: min(map(self._rank, own), default=len(self.inputs)))
+            known = sorted(known, key=self._earliest)
         dims: list[Dim] = []
         for back, size in zip(range(len(shape), 0, -1), shape, strict=True):
             found = (own[-back] for own in known if back <= len(own) and size_of(own[-back]) == size != 1)
             dim = next(found, None)
             dims.append(fresh([size])[0] if dim is None else dim)
         return tuple(dims)
+
+    def _earliest(self, own: Dims) -> tuple[int, bool]:
+        """The number of the earliest input that a tensor was made of, and whether it is lost where in it."""
+        none = len(self.inputs)
+        rank = min(map(self._rank, own), default=none)
+        lost = min((self._losses.get(leaf, none) for dim in own for leaf in leaves(dim)), default=none)
+        return min(rank, lost), lost < none
+
+    def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
+        """Dimensions of a result, of which new ones are places in a tensor that are not known any more."""
+        if found is not None and (rank := self._earliest(dims)[0]) < len(self.inputs):
+            for leaf in (leaf for dim in found for leaf in leaves(dim)):
+                if leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
+                    self._losses.setdefault(leaf, rank)
+        return found
 
     def _rank(self, dim: Dim) -> int:
         """The number of the input that it comes from; as many as there are: of none."""
@@ -390,8 +430,10 @@ class Sources:
         self.made[axis] = Made(has=dims[at])
         self._known[target] = (*dims[:at], (axis,), *dims[at + 1 :])
 
-    def _unknown(self, result: torch.Tensor) -> Dims:
-        return fresh(result.shape)
+    def _unknown(self, result: torch.Tensor, dims: Dims = ()) -> Dims:
+        found = fresh(result.shape)
+        self._lost(found, dims)
+        return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,0 +1,138 @@
+"""What a denoiser's attention does to the tokens that it is given: followed, or left out, never told by counts."""
+
+import pytest
+import torch
+from image_denoisers import numbers, recording_of
+from torch import nn
+
+import attnpatch
+from attnpatch import errors
+
+HEIGHT, WIDTH, CHANNELS, HEADS = 4, 6, 16, 2
+TOKENS = HEIGHT * WIDTH
+
+
+class Attention(nn.Module):
+    """Calls a function with itself and the tokens. It does not say how many heads it has."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.to_q, self.to_k = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+
+    def heads(self, layer, tokens):
+        return layer(tokens).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+    def attend(self, queries, keys):
+        query, key = self.heads(self.to_q, queries), self.heads(self.to_k, keys)
+        return nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
+
+    def forward(self, tokens):
+        return self.function(self, tokens)
+
+
+class Denoiser(nn.Module):
+    def __init__(self, function, through=lambda attention, tokens: attention(tokens)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.attention, self.through = nn.Conv2d(4, CHANNELS, 1), Attention(function), through
+
+    def forward(self, sample, timestep):
+        return self.through(self.attention, self.patch(sample).flatten(2).mT)
+
+
+def captured(denoiser, **options):
+    given = numbers(1, 2, 4, HEIGHT, WIDTH), 5
+    with torch.no_grad(), recording_of(denoiser) as probabilities:
+        native = denoiser(*given)
+    with torch.no_grad(), attnpatch.capture(denoiser, **options) as maps:
+        assert torch.equal(denoiser(*given), native)
+    return probabilities, maps
+
+
+def heads_before_batch(attention, x):
+    query, key = (
+        attention.heads(layer, x).transpose(0, 1).flatten(0, 1) for layer in (attention.to_q, attention.to_k)
+    )
+    out = (query @ key.mT / 8**0.5).softmax(-1) @ key
+    return out.unflatten(0, (HEADS, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+def test_heads_before_the_batch():
+    """The pieces are those of one head of both images, then those of the next."""
+    denoiser = Denoiser(heads_before_batch)
+    _, maps = captured(denoiser, heads="all")
+    with torch.no_grad():
+        x = denoiser.patch(numbers(1, 2, 4, HEIGHT, WIDTH)).flatten(2).mT
+        query, key = (
+            denoiser.attention.heads(f, x) for f in (denoiser.attention.to_q, denoiser.attention.to_k)
+        )
+        dense = (query.double() @ key.double().mT / 8**0.5).softmax(-1)
+    assert (maps.block_map.mass[:, 0].double() - dense).abs().max() < 1e-6
+
+
+def tiled(x):
+    """Rows and columns in squares of 2 x 2, as attention that is sparse by tiles wants them."""
+    return x.view(-1, HEIGHT // 2, 2, WIDTH // 2, 2, CHANNELS).transpose(2, 3).reshape(-1, TOKENS, CHANNELS)
+
+
+INDEX = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+OTHERS = "its keys are those of other sequences or windows than its queries"
+FUNCTIONS = {
+    "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are made inside it"),
+    "in another order": (lambda a, x: a.attend(x[:, INDEX], x[:, INDEX]), "its queries are not all tokens"),
+    "keys moved": (lambda a, x: a.attend(x, x.roll(3, 1)), "its keys are made inside it"),
+    "keys of the first image": (lambda a, x: a.attend(x, x[:1].expand(2, -1, -1)), OTHERS),
+    "keys of the first image by an index": (lambda a, x: a.attend(x, x[[0, 0]]), OTHERS),
+    "keys of the other image": (lambda a, x: a.attend(x, x.flip(0)), OTHERS),
+    "of one image only": (
+        lambda a, x: torch.cat([a.attend(*[x.chunk(2)[0]] * 2), x[1:]]),
+        "of its input of",
+    ),
+    "no probabilities": (
+        lambda a, x: (2 * (x @ x.mT).softmax(-1)) @ x,
+        "its rows sum to 2 to 2",
+    ),
+    "no softmax": (lambda a, x: a.to_q(x) @ (a.to_k(x).mT @ x), "its probabilities were not seen"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_left_out(name):
+    function, said = FUNCTIONS[name]
+    with pytest.warns(errors.AttnpatchWarning):
+        _, maps = captured(Denoiser(function))
+    assert list(maps.left_out) == ["attention"]
+    assert maps.left_out["attention"].startswith(said)
+    assert maps.num_runs == 0 and said in repr(maps)
+
+
+def rows_apart(attention, tokens):
+    """One row of the image after the other, as sequences of their own."""
+    return attention(tokens.reshape(2 * HEIGHT, WIDTH, CHANNELS)).view(2, TOKENS, CHANNELS)
+
+
+THROUGH = {
+    "rows of the image": (rows_apart, "attends in 8 sequences, the denoiser is given 2"),
+    "twice": (lambda attention, tokens: attention(attention(tokens)), "is called several times in one call"),
+    "one image after the other": (
+        lambda attention, tokens: torch.cat([attention(one) for one in tokens.split(1)]),
+        "attends in 1 sequences, the denoiser is given 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_called_with_other_sequences(name):
+    through, said = THROUGH[name]
+    with pytest.warns(errors.AttnpatchWarning):
+        _, maps = captured(Denoiser(lambda a, x: a.attend(x, x), through))
+    assert maps.left_out["attention"].startswith(said)
+    assert maps.num_runs == 0
+
+
+def test_plain():
+    """What the cases above are changes of."""
+    probabilities, maps = captured(Denoiser(lambda a, x: a.attend(x, x)))
+    assert (maps.block_map.mass[:, 0].numpy() - probabilities[0].mean(1)).__abs__().max() < 1e-6
+    assert not maps.left_out
