@@ -100,6 +100,7 @@ coverage: venv
 # Every block map of the same models beside their own softmax results. It goes on where it stopped: NEW=--again begins anew.
 coverage-maps: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.captured_transformers $(NEW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.captured_diffusers $(NEW)
 
 # Strict: a broken link or a missing page fails.
 docs: venv

@@ -1,9 +1,11 @@
-"""The part of docs/coverage.md that says which attention of transformers is mapped, and whether maps are right."""
+"""The part of a coverage page that says which attention is mapped, and whether maps are right."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import sweep
@@ -13,6 +15,17 @@ TITLE = "## Block maps"
 MAPPED = ("equal", "mixed", "no oracle", "WRONG")
 # Numbers of a reason are those of one model.
 _NUMBERS = re.compile(r"\d[\d.]*(, \d[\d.]*)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What a page calls its models, and the runs of each; ``exact``: of which runs outputs are compared."""
+
+    model: str
+    models: str
+    run: str
+    runs: str
+    exact: str = ""
 
 
 def kept(page: str) -> str:
@@ -50,7 +63,7 @@ def _share(count: int, whole: int) -> str:
     return f"{count} of {whole} ({count / max(1, whole):.1%})"
 
 
-def summary(outcomes: list[Any]) -> list[str]:
+def summary(outcomes: list[Any], words: Words) -> list[str]:
     """The figures in lines."""
     built = [each for each in outcomes if each.runs]
     attend = [each for each in built if any(attending(run) for run in each.runs.values())]
@@ -60,14 +73,14 @@ def summary(outcomes: list[Any]) -> list[str]:
     some = [each for each in attend if any(mapped(run) for run in each.runs.values())]
     whole = [each for each in some if all(mapped(r) == len(attending(r)) for r in each.runs.values())]
     return [
-        f"{len(outcomes)} architectures, {len(built)} built and called; {len(attend)} of them have softmax attention of more "
+        f"{len(outcomes)} {words.models}, {len(built)} built and called; {len(attend)} of them have softmax attention of more "
         "than one query row",
         f"of which some attention is mapped: {_share(len(some), len(attend))}; all of it: {_share(len(whole), len(attend))}",
-        f"sites, with both implementations: {len(sites)}; mapped and equal to a softmax of their own: {count['equal']}; "
+        f"sites, {words.runs}: {len(sites)}; mapped and equal to a softmax of their own: {count['equal']}; "
         f"wrong: {count['WRONG']}; mapped without an oracle: {count['no oracle']}; mixed after softmax, which the map "
         f"says: {count['mixed']}; left out with a reason: {count['left out']}; of which nothing is said: {count['silent']}",
         f"runs that raise only when captured: {sum(bool(run.raised) for e in built for run in e.runs.values())}; whose "
-        f"outputs are other ones (eager): {sum(run.is_changed for e in built for run in e.runs.values())}",
+        f"outputs are other ones{words.exact}: {sum(run.is_changed for e in built for run in e.runs.values())}",
     ]
 
 
@@ -90,7 +103,7 @@ def _is_whole(outcome: Any) -> bool:
     )
 
 
-def _tables(outcomes: list[Any]) -> list[str]:
+def _tables(outcomes: list[Any], words: Words) -> list[str]:
     """What is in no map, and why."""
     why: Counter[str] = Counter()
     rows = []
@@ -103,7 +116,7 @@ def _tables(outcomes: list[Any]) -> list[str]:
         if len(set(cells.values())) == 1:
             cells = {", ".join(cells): next(iter(cells.values()))}
         rows += [[f"`{each.name}`", name, *cell] for name, cell in cells.items()]
-    header = ["architecture", "attention", "sites", "mapped", "wrong", "reasons and notes"]
+    header = [words.model, words.run, "sites", "mapped", "wrong", "reasons and notes"]
     counted = sorted(why.items(), key=lambda pair: (-pair[1], pair[0]))
     return [
         *sweep.table(["sites", "reason"], [[str(count), reason] for reason, count in counted]),
@@ -112,8 +125,14 @@ def _tables(outcomes: list[Any]) -> list[str]:
     ]
 
 
-def part(outcomes: list[Any], version: str) -> str:
-    """The part of the page: no times, always in the same order."""
+def part(outcomes: list[Any], words: Words, about: Sequence[str]) -> str:
+    """The part of the page: no times, always in the same order.
+
+    Args:
+        outcomes: Of every model.
+        words: What the page calls them.
+        about: Lines that say how it was made; ``{state}`` is what of this package it is of.
+    """
     attend = [e for e in outcomes if any(attending(run) or run.raised for run in e.runs.values())]
     whole = [
         f"`{e.name}` {max(len(attending(run)) for run in e.runs.values())}" for e in attend if _is_whole(e)
@@ -124,13 +143,9 @@ def part(outcomes: list[Any], version: str) -> str:
         "",
         TITLE,
         "",
-        "`make coverage-maps` runs the same small models, without padding, under `capture(model, Blocks.fixed(8))`, eager and",
-        "SDPA, and compares every map with what a loop makes of the softmax results that the model, without attnpatch, computes",
-        "inside the same module. Equal is a difference of at most 1e-6 (SDPA: 1e-5) to one of them. Eager is the oracle of both;",
-        "where a model gives SDPA another mask, SDPA's own dense math is. `sites` are those of more than one query row. Of",
-        f"transformers {version}, in {state} of this package:",
+        *[line.format(state=state) for line in about],
         "",
-        *[f"* {line}" for line in summary(outcomes)],
+        *[f"* {line}" for line in summary(outcomes, words)],
         "",
         "All attention mapped and equal, with the number of sites:",
         "",
@@ -138,9 +153,9 @@ def part(outcomes: list[Any], version: str) -> str:
         "",
         "### Attention in no map",
         "",
-        "Why, counted over sites of both implementations (n: numbers of the model), and where:",
+        f"Why, counted over sites {words.runs} (n: numbers of the model), and where:",
         "",
-        *_tables(attend),
+        *_tables(attend, words),
         "",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import attnpatch
 from attnpatch.patching import patch
 from attnpatch.patching.registry import is_attention
-from benchmarks import small_models, sweep
+from benchmarks import captured_page, small_models, sweep
 from benchmarks.sweep import ROWS, listed
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage_diffusers.md"
@@ -225,7 +225,8 @@ def main(names: list[str]) -> int:
     print(*summary(outcomes), sep="\n")
     if not names:
         none = [each.name for each in seen if not each.built and not each.problem]
-        DOCUMENT.write_text(document(outcomes, none))
+        part = captured_page.kept(DOCUMENT.read_text())
+        DOCUMENT.write_text(captured_page.with_part(document(outcomes, none), part))
     built = [each for each in outcomes if each.built]
     good = all(each.equal or each.is_causal for each in built) and sum(
         each.by_rows for each in built

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,3 +193,85 @@ def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, toleranc
             f"{verdict.compared} compared, nearest {verdict.difference:.2g}"
         )
     return verdict
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def cells_of(tiles: list[int] | None, sizes: list[int]) -> tuple[list[int], int]:
+    """The block of each text token and then of each image token, as a capture without a tokenizer makes them.
+
+    Args:
+        tiles: Frames, rows and columns of cells, which come last; ``None``: no image is there.
+        sizes: Tokens of each block.
+
+    Returns:
+        Blocks in the order text, image; and how many of them are text tokens, which have one block each.
+    """
+    cells = math.prod(tiles) if tiles else 0
+    words = len(sizes) - cells
+    found = list(range(words))
+    if tiles:
+        # Cells of one size: squares of tokens of one frame.
+        step = math.isqrt(sum(sizes[words:]) // cells)
+        frames, rows, columns = tiles
+        for frame in range(frames):
+            for row in range(rows * step):
+                for column in range(columns * step):
+                    found.append(words + (frame * rows + row // step) * columns + column // step)
+    return found, words
+
+
+def orders(blocks: list[int], words: int, count: int) -> Iterator[tuple[int, ...]]:
+    """What ``count`` tokens of a sequence may be, as blocks: text before or after the image, -1 for tokens of neither,
+    which lie in two places at most: before, between or after the two."""
+    rest, text, image = count - len(blocks), tuple(blocks[:words]), tuple(blocks[words:])
+    splits = {
+        each
+        for one in range(rest + 1)
+        for each in ((one, rest - one, 0), (one, 0, rest - one), (0, one, rest - one))
+    }
+    made = [
+        (-1,) * before + first + (-1,) * between + second + (-1,) * after
+        for before, between, after in sorted(splits)
+        for first, second in ((text, image), (image, text))
+    ]
+    yield from dict.fromkeys(made)
+
+
+def judged_image(one: Any, found: list[torch.Tensor], tolerance: float) -> Verdict:
+    """A block map of one site on its own grid, of one image, beside the softmax results of the site."""
+    sizes = [each.tolist() for each in (one.query_sizes, one.key_sizes)]
+    (query, query_words), (key, key_words) = (
+        cells_of(one.metadata[f"{side}_tiles"], each)
+        for side, each in zip(("query", "key"), sizes, strict=True)
+    )
+    verdict, mass = Verdict("no oracle"), one.mass.flatten(0, -3).mean(0).double()
+    for softmax in found:
+        q_len, kv_len = softmax.shape[-2:]
+        if q_len < len(query) or kv_len < len(key):
+            continue
+        mean = softmax.double().flatten(0, -3).mean(0)
+        for rows in orders(query, query_words, q_len):
+            # A sequence that attends to itself is of the same tokens on both sides.
+            is_same = query == key and q_len == kv_len
+            for columns in (rows,) if is_same else orders(key, key_words, kv_len):
+                wanted = _summed(_summed(mean.mT, columns, mass.shape[1]).mT, rows, mass.shape[0])
+                wanted /= torch.tensor(sizes[0])[:, None]
+                verdict.compared += 1
+                verdict.difference = min(verdict.difference, float((wanted - mass).abs().max()))
+    if found:
+        verdict.status = "equal" if verdict.difference <= tolerance else "WRONG"
+    if verdict.status == "WRONG":
+        shapes = sorted({str(list(each.shape)) for each in found})
+        verdict.says = (
+            f"map of {len(query)} queries x {len(key)} keys ({query_words} and {key_words} of text); softmax results "
+            f"{', '.join(shapes)}; {verdict.compared} compared, nearest {verdict.difference:.2g}"
+        )
+    return verdict
+
+
+def _summed(values: torch.Tensor, blocks: Sequence[int], count: int) -> torch.Tensor:
+    """Sums over the rows of each block."""
+    index = torch.tensor(blocks)
+    return values.new_zeros(count, values.shape[1]).index_add_(0, index[index >= 0], values[index >= 0])
