@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ _is_right: dict[tuple[Any, ...], bool] = {}
 
 def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    if call["enable_gqa"]:
+    if call["enable_gqa"] and not _shares_heads():
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -35,6 +36,17 @@ def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         attn_mask=_added(mask, query),
         scale=call["scale"],
     )
+
+
+@functools.cache
+def _shares_heads() -> bool:
+    """Whether the CPU's kernel takes shared key heads as they are, as SDPA then hands them to it (and saves them)."""
+    query, key = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 8)
+    try:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, 0.0, False)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
