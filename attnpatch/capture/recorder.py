@@ -86,6 +86,8 @@ class Recorder:
 
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
+    # Whether its maps say which of the model's tokens is which.
+    follows_order = True
 
     def __init__(
         self,

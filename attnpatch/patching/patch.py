@@ -24,7 +24,7 @@ from attnpatch.patching.recognise import Watch
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
-from attnpatch.rows import checkpoints, graphs, positions
+from attnpatch.rows import checkpoints, graphs, moved, positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
@@ -204,6 +204,9 @@ class Site(Counters):
                 _thread.is_recorded = self._tell(
                     begin, "the beginning of a captured call", *of_part, args, kwargs
                 )
+                is_followed = self.patch.is_watched and getattr(recorder, "follows_order", False)
+                if is_followed and moved.watch() is None and not graphs.is_compiled(forward):
+                    contexts.append(moved.watched())
             if not contexts:
                 return self._serve(forward, module, first, args, kwargs)
             with _Around(self, *contexts):
@@ -233,11 +236,18 @@ class Site(Counters):
         except Exception as error:
             self.failed("the look at a watch", error)
             context = None
-        contexts = [each for each in (context, _thread.watch and _paused(_thread.watch)) if each]
+        order = moved.watch()
+        contexts = [
+            each
+            for each in (context, order and moved.paused(), _thread.watch and _paused(_thread.watch))
+            if each
+        ]
         if not contexts:
             return attend(forward, module, first, args, kwargs)
         with _Around(self, *contexts):
             result = attend(forward, module, first, args, kwargs)
+        if order is not None and order.has_found():
+            self._tell(order.through, "the order of tokens", inputs_among(args, kwargs), result)
         if _thread.watch is not None:
             self._tell(_thread.watch.mark, "the look at what a module returned", result)
         return result
@@ -368,7 +378,13 @@ class Site(Counters):
         call.sources = around = around if around is not None and running.is_active() else None
         if observer is not None and observer is not _SEEN:
             try:
-                call.sources = Sources(inputs_among(args, kwargs), around)
+                inputs, watch = inputs_among(args, kwargs), moved.watch()
+                reasons = (
+                    {}
+                    if watch is None
+                    else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
+                )
+                call.sources = Sources(inputs, around, reasons)
             except Exception as error:
                 self.failed("the look at a module's inputs", error)
         return call

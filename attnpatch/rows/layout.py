@@ -235,6 +235,9 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     else:
         key_pieces = read.tokens(key_axes, "keys") if key_axes else [(Piece(INPUT, number, 1), ())]
     _check_keys(read, key_pieces, number)
+    _check_order(
+        read, {number, *(piece.number for piece, _ in (*queries, *key_pieces) if piece.kind != KEPT)}
+    )
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
         # Heads are handed over by who makes queries and keys apart.
         raise Unknown("it attends along one of three dimensions of its input: rows of an image, or heads")
@@ -340,6 +343,15 @@ def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]],
             raise Unknown(
                 "its keys are a dimension of an input that may be channels, windows or rows of an image"
             )
+
+
+def _check_order(read: _Reading, numbers: set[int]) -> None:
+    name = next((read.sources.moved[number] for number in numbers if number in read.sources.moved), None)
+    if name is not None:
+        raise Unknown(
+            f"its tokens, or sequences, were put into another order ({name}) before it was called: which of the model's "
+            "they are is not known"
+        )
 
 
 def _numbers(outer: list[Axis], batch: list[Axis]) -> torch.Tensor | None:

@@ -47,14 +47,20 @@ class Sources:
     Args:
         inputs: The tensors that it is called with, in order, each once.
         outer: Those of a call that this one is inside of.
+        moved: Of inputs whose tokens lie in another order than the model's, which function did that, by their number.
 
     Attributes:
         inputs: Their dimensions, every one an axis of its own.
         made: What became of other axes.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], outer: Sources | None = None) -> None:
-        self.outer = outer
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor],
+        outer: Sources | None = None,
+        moved: dict[int, str] | None = None,
+    ) -> None:
+        self.outer, self.moved = outer, moved or {}
         self._known: Any = WeakIdKeyDictionary()
         # Of tensors that nothing was written into yet.
         self._blank: set[Axis] = set()
