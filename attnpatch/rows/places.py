@@ -36,6 +36,14 @@ OF_FIRST = CASTS | frozenset(
     "broadcast_to requires_grad_ cpu cuda pin_memory real imag conj angle interpolate mean sum amax amin norm "
     "vector_norm linalg_vector_norm var std argmax argmin softmin data".split()
 )
+# Operators of other libraries: each row of the result is made of the same row of the first operand. These are the
+# quantised linear layers of bitsandbytes.
+_OF_ROWS = frozenset(
+    f"torch._ops.bitsandbytes.{name}"
+    for name in (
+        "int8_vectorwise_quant int8_linear_matmul int8_scaled_mm int8_mixed_scaled_mm int8_mm_dequant gemm_4bit gemv_4bit"
+    ).split()
+)
 # What is written into these says what their dimensions are.
 BLANK = frozenset(["new_empty"])
 # The same where the operand is followed: what is made in the shape of a memory that is not may be one too.
@@ -52,6 +60,11 @@ def keeps(name: str) -> bool:
     """Whether a function that returns its operand leaves elements where they are: most of them have nothing to do."""
     is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
     return not is_in_place or is_of(name, OF_ALL) or is_of(name, OF_FIRST)
+
+
+def keeps_rows(name: str) -> bool:
+    """Whether an operator, in whichever overload, makes each row of the same row of its first operand."""
+    return name.removesuffix(".default") in _OF_ROWS
 
 
 def moved(name: str, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:

@@ -166,6 +166,8 @@ class Sources:
             return regroup(dims, result.shape) or self._unknown(result, dims)
         if name in places.MOVING:
             return self._lost(places.moved(name, dims, args, kwargs, result), dims)
+        if places.keeps_rows(name) and result.shape[:-1] == first.shape[:-1]:
+            return (*dims[:-1], *fresh(result.shape[-1:]))
         if name == "pad":
             return self._lost(places.padded(dims, args, kwargs, result), dims)
         if name == "__getitem__":
