@@ -167,8 +167,9 @@ def test_memory_of_scores_is_not_handed_out():
     def body(query, key, value):
         torch._C._to_dlpack(query @ key.mT)
 
-    with pytest.raises(RuntimeError, match="data pointer"):
+    with pytest.raises(RuntimeError, match="data pointer") as raised:
         results(body, "always")
+    assert "attnpatch" in raised.value.__notes__[0]
 
 
 def test_a_step_without_a_gradient_is_no_failure():

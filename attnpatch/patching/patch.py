@@ -25,7 +25,7 @@ from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows import checkpoints, graphs, moved, positions
-from attnpatch.rows.deferred import Passing, SiteCall, Tally, pending
+from attnpatch.rows.deferred import Passing, SiteCall, Tally, explain, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.results import with_no_keys
@@ -327,6 +327,9 @@ class Site(Counters):
                 with _Around(self, mode) as around:
                     _thread.mode = mode if around.entered else None
                     result = forward(*first, **kwargs)
+            except RuntimeError as error:
+                explain(error)
+                raise
             finally:
                 _thread.mode = running
         if self.counts.total() == before[0]:

@@ -441,6 +441,19 @@ def secure_escaped() -> None:
             leaf.secure()
 
 
+# What torch says to code outside of it that asks a deferred tensor for its address.
+_NO_MEMORY = ("Cannot access data pointer", "its data is not allocated")
+
+
+def explain(error: Exception) -> None:
+    """Say in the notes of an error that it may be of scores that were handed to code outside torch."""
+    if any(words in str(error) for words in _NO_MEMORY):
+        error.add_note(
+            "attnpatch: scores by rows have no memory. If code outside torch (an extension in C++, DLPack) was handed "
+            "them, leave this module out (sites=[...] of apply names the others), or use mode='never'."
+        )
+
+
 def left() -> None:
     """Called when a watch ends: nothing notices later writes to what deferred tensors read."""
     if pending():
