@@ -233,21 +233,19 @@ class Site(Counters):
         attend = self._judge if self.is_candidate else self._attend
         try:
             context = positions.unwatched() if positions.is_watching() else None
+            order = moved.watch()
+            pause = moved.paused() if order is not None else None
         except Exception as error:
             self.failed("the look at a watch", error)
-            context = None
-        order = moved.watch()
-        contexts = [
-            each
-            for each in (context, order and moved.paused(), _thread.watch and _paused(_thread.watch))
-            if each
-        ]
+            context = order = pause = None
+        contexts = [each for each in (context, pause, _thread.watch and _paused(_thread.watch)) if each]
         if not contexts:
             return attend(forward, module, first, args, kwargs)
         with _Around(self, *contexts):
             result = attend(forward, module, first, args, kwargs)
-        if order is not None and order.has_found():
-            self._tell(order.through, "the order of tokens", inputs_among(args, kwargs), result)
+        if order is not None:
+            follow = lambda: order.has_found() and order.through(inputs_among(args, kwargs), result)
+            self._tell(follow, "the order of tokens")
         if _thread.watch is not None:
             self._tell(_thread.watch.mark, "the look at what a module returned", result)
         return result
