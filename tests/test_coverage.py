@@ -22,14 +22,6 @@ bert deberta-v2 modernbert xlnet big_bird t5 bart vit swinv2 detr perceiver wav2
 llava llava_next idefics3 blip-2 sam reformer nemotron_h granite_swa dots3_note_text mamba""".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_architectures(name):
     outcome = coverage_transformers.examine(name)

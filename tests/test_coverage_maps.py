@@ -7,7 +7,6 @@ import pathlib
 import re
 
 import pytest
-import torch
 
 import attnpatch
 from benchmarks import captured_diffusers, softmax_oracle, sweep
@@ -50,11 +49,3 @@ def test_pages_say_that_none_is_wrong(page):
     assert "wrong: 0;" in text
     share = re.search(r"of which some attention is mapped: \d+ of \d+ \((.*?)%\)", text)
     assert float(share.group(1)) >= 90
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

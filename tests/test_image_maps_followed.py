@@ -1,5 +1,7 @@
 """What a denoiser's attention does to the tokens that it is given: followed, or left out, never told by counts."""
 
+import contextlib
+
 import pytest
 import torch
 from image_denoisers import numbers, recording_of
@@ -112,7 +114,20 @@ def rows_apart(attention, tokens):
     return attention(tokens.reshape(2 * HEIGHT, WIDTH, CHANNELS)).view(2, TOKENS, CHANNELS)
 
 
+def by_columns(attention, tokens):
+    return attention(tokens.unflatten(1, (HEIGHT, WIDTH)).transpose(1, 2).flatten(1, 2))
+
+
+def in_squares(attention, tokens):
+    return attention(tokens.unflatten(1, (2, 2, 3, 2)).transpose(2, 3).flatten(1, 4))
+
+
 THROUGH = {
+    "columns before rows": (by_columns, "its tokens, or sequences, were put into another order (views)"),
+    "squares one after the other": (
+        in_squares,
+        "its tokens, or sequences, were put into another order (views)",
+    ),
     "rows of the image": (rows_apart, "attends in 8 sequences, the denoiser is given 2"),
     "twice": (lambda attention, tokens: attention(attention(tokens)), "is called several times in one call"),
     "one image after the other": (
@@ -136,3 +151,28 @@ def test_plain():
     probabilities, maps = captured(Denoiser(lambda a, x: a.attend(x, x)))
     assert (maps.block_map.mass[:, 0].numpy() - probabilities[0].mean(1)).__abs__().max() < 1e-6
     assert not maps.left_out
+
+
+class Patches(Denoiser):
+    """Cuts its image into patches of 2 x 2 by views, columns first or rows first."""
+
+    def __init__(self, order):
+        super().__init__(lambda a, x: a.attend(x, x))
+        self.order, self.patch = order, nn.Linear(16, CHANNELS)
+
+    def forward(self, sample, timestep):
+        cut = sample.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return self.attention(self.patch(cut.permute(self.order).flatten(3).flatten(1, 2)))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 4, 1, 3, 5), (0, 4, 2, 1, 3, 5)])
+def test_patches_of_an_image(order):
+    is_by_rows = order[1] < order[2]
+    blocks = attnpatch.Blocks.tiles(HEIGHT // 2, WIDTH // 2, 1)
+    with contextlib.nullcontext() if is_by_rows else pytest.warns(errors.AttnpatchWarning, match="views"):
+        probabilities, maps = captured(Patches(order), blocks=blocks)
+    if not is_by_rows:
+        assert list(maps.left_out) == ["attention"]
+        return
+    mass = maps.block_map.mass[:, 0].numpy()
+    assert abs(mass - probabilities[0].mean(1)).max() < 1e-6

@@ -45,7 +45,32 @@ def by_sums(x):
     return x.gather(1, x.sum(-1).argsort(1)[..., None].expand_as(x))
 
 
+def by_columns(x):
+    return x.unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2)
+
+
+def by_rows(x):
+    return x.unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2)
+
+
+def in_squares(x):
+    return x.unflatten(1, (2, 2, 2, 3)).transpose(2, 3).flatten(1, 4)
+
+
+def odd_last(x):
+    return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+def halves_swapped(x):
+    return torch.cat(x.chunk(2, 1)[::-1], 1)
+
+
 MOVED = {
+    "by columns": Model(by_columns, by_rows),
+    "in squares": Model(in_squares),
+    "halves swapped": Model(halves_swapped, halves_swapped),
+    "odd ones last": Model(odd_last),
+    "ids by columns": Model(of_ids=by_columns),
     "backwards": Model(lambda x: x.flip(1), lambda x: x.flip(1)),
     "shifted": Model(lambda x: x.roll(3, 1), lambda x: x.roll(-3, 1)),
     "picked": Model(lambda x: x[:, ORDER], lambda x: x[:, BACK]),
@@ -57,6 +82,10 @@ MOVED = {
 IN_ORDER = {
     "there and back": Model(lambda x: x[:, ORDER][:, BACK]),
     "by an index that says nothing": Model(lambda x: x[:, torch.arange(24)]),
+    "by columns and back": Model(lambda x: by_rows(by_columns(x))),
+    "swapped and back": Model(lambda x: halves_swapped(halves_swapped(x))),
+    "cut and joined again": Model(lambda x: torch.cat(x.split([5, 12, 7], 1), 1)),
+    "by columns after attention": Model(after=by_columns),
     "turned twice": Model(lambda x: x.flip(1).flip(1)),
     "moved after attention": Model(after=lambda x: x.flip(1)),
     "added to tokens in order": Model(lambda x: x + x.flip(1)),

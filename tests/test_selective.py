@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from test_edges import Softmax
 from torch import nn
 from torch.utils import _python_dispatch as modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -13,19 +14,6 @@ import attnpatch
 from attnpatch.rows import selective
 
 LENGTH, WIDTH = 24, 16
-
-
-class Softmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores):
-        probabilities = scores.softmax(-1)
-        ctx.save_for_backward(probabilities)
-        return probabilities
-
-    @staticmethod
-    def backward(ctx, grad):
-        (p,) = ctx.saved_tensors
-        return p * (grad - (grad * p).sum(-1, keepdim=True))
 
 
 CORES = {

@@ -36,6 +36,8 @@ class ImageRecorder:
 
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
+    # Whether its maps say which of the model's tokens is which.
+    follows_order = True
     # Every row is looked at, and nothing else is measured.
     sample_rows, seed, measures, is_of_gradient = None, 0, (), False
 

@@ -25,7 +25,7 @@ from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.policy import Policy
 from attnpatch.rows import checkpoints, graphs, moved, positions
-from attnpatch.rows.deferred import Passing, SiteCall, Tally, explain, pending
+from attnpatch.rows.deferred import Passing, SiteCall, Tally, note_no_memory, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.results import with_no_keys
@@ -234,18 +234,18 @@ class Site(Counters):
         try:
             context = positions.unwatched() if positions.is_watching() else None
             order = moved.watch()
-            pause = moved.paused() if order is not None else None
+            pause = moved.paused(order) if order is not None else None
         except Exception as error:
             self.failed("the look at a watch", error)
             context = order = pause = None
-        contexts = [each for each in (context, pause, _thread.watch and _paused(_thread.watch)) if each]
+        # The latest that was begun is taken away first: a mode below another one stays.
+        contexts = [each for each in (pause, context, _thread.watch and _paused(_thread.watch)) if each]
         if not contexts:
             return attend(forward, module, first, args, kwargs)
         with _Around(self, *contexts):
             result = attend(forward, module, first, args, kwargs)
         if order is not None:
-            follow = lambda: order.has_found() and order.through(inputs_among(args, kwargs), result)
-            self._tell(follow, "the order of tokens")
+            self._tell(lambda: order.through(inputs_among(args, kwargs), result), "the order of tokens")
         if _thread.watch is not None:
             self._tell(_thread.watch.mark, "the look at what a module returned", result)
         return result
@@ -326,7 +326,7 @@ class Site(Counters):
                     _thread.mode = mode if around.entered else None
                     result = forward(*first, **kwargs)
             except RuntimeError as error:
-                explain(error)
+                note_no_memory(error)
                 raise
             finally:
                 _thread.mode = running

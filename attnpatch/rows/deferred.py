@@ -445,7 +445,7 @@ def secure_escaped() -> None:
 _NO_MEMORY = ("Cannot access data pointer", "its data is not allocated")
 
 
-def explain(error: Exception) -> None:
+def note_no_memory(error: Exception) -> None:
     """Say in the notes of an error that it may be of scores that were handed to code outside torch."""
     if any(words in str(error) for words in _NO_MEMORY):
         error.add_note(

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.rows import guard
 from attnpatch.rows.names import called
+from attnpatch.rows.turned import Turned, has_tokens_of
+from attnpatch.rows.watching import without
 
 # Functions that put elements into another order, along one dimension or along some.
 _MOVING = frozenset(
@@ -40,6 +42,7 @@ class Moved(TorchFunctionMode):
         self.is_paused = False
         # Of each tensor which function moved it, and how.
         self._found: Any = WeakIdKeyDictionary()
+        self._turned = Turned()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -48,24 +51,27 @@ class Moved(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.is_paused or torch.compiler.is_compiling():
             return result
-        name = getattr(func, "__name__", "")
-        if self._found or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1]))):
-            guard.attempted(
-                lambda: self._follow(called(func), args, kwargs, result), name="the order of tokens"
-            )
+        guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
         return result
 
-    def has_found(self) -> bool:
-        """Whether anything was moved."""
-        return bool(self._found)
+    def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        name = called(func)
+        if self._found or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1]))):
+            self._follow(name, args, kwargs, result)
+        self._turned.follow(name, func, args, kwargs, result)
 
     def why(self, tensor: torch.Tensor) -> str | None:
         """What has moved the tokens of a tensor; ``None``: they lie as the model was given them."""
         found = self._found.get(tensor)
-        return None if found is None else found[0]
+        if found is not None:
+            return found[0]
+        return "views" if self._turned.is_turned(tensor) else None
 
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Attention has run: what it gives for tokens lies as they do."""
+        if not given:
+            return
+        self._turned.through(given[0], result)
         found = next((known for tensor in given if (known := self._found.get(tensor)) is not None), None)
         if found is not None:
             self._keep(found, given[0], result)
@@ -93,7 +99,7 @@ class Moved(TorchFunctionMode):
         one = result[0] if isinstance(result, (tuple, list)) and result else result
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
             return
-        if any(_is_in_order(tensor, one) for tensor in tensors if tensor not in self._found):
+        if any(has_tokens_of(tensor, one) for tensor in tensors if tensor not in self._found):
             return
         self._keep(self._found[moved[0]], moved[0], result)
 
@@ -132,16 +138,6 @@ def _is_picked(index: Any) -> bool:
     """Whether an index names elements one by one."""
     return any(
         isinstance(one, (torch.Tensor, list)) for one in (index if isinstance(index, tuple) else (index,))
-    )
-
-
-def _is_in_order(tensor: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether a tensor that was not moved has all of the result's tokens: numbers that were learned have none."""
-    is_learned = isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
-    return (
-        tensor.shape == result.shape
-        and not is_learned
-        and tensor.is_floating_point() == result.is_floating_point()
     )
 
 
@@ -213,18 +209,12 @@ def watch() -> Moved | None:
     return _thread.watch
 
 
-def paused() -> contextlib.AbstractContextManager[Any]:
-    """A site runs, whose own functions are followed otherwise, and which must take the way it takes without a watch."""
-    return contextlib.nullcontext() if _thread.watch is None else _paused(_thread.watch)
-
-
 @contextlib.contextmanager
-def _paused(watch: Moved) -> Iterator[None]:
-    # Below a mode of the host's it stays, and does nothing.
-    is_last, before = _get_current_function_mode() is watch, watch.is_paused
-    watch.is_paused = True
+def paused(watch: Moved) -> Iterator[None]:
+    """A site runs, whose own functions are followed otherwise, and which must take the way it takes without a watch."""
+    before, watch.is_paused = watch.is_paused, True
     try:
-        with _pop_mode_temporarily() if is_last else contextlib.nullcontext():
+        with without(watch):  # Where it stays, it does nothing.
             yield
     finally:
         watch.is_paused = before

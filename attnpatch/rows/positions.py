@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import biases, constants, guard, rowwise
@@ -27,7 +26,7 @@ from attnpatch.rows.deferred import (
 )
 from attnpatch.rows.distances import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.recipe import Call, Leaf, View
-from attnpatch.rows.watching import Watching
+from attnpatch.rows.watching import Watching, without
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
 
@@ -219,10 +218,8 @@ _NOTHING = contextlib.nullcontext()
 @contextlib.contextmanager
 def _unwatched(watch: Before) -> Iterator[None]:
     _thread.watch = None
-    # Below a mode of the host's it stays, and does nothing.
-    is_last = _get_current_function_mode() is watch
     try:
-        with _pop_mode_temporarily() if is_last else _NOTHING:
+        with without(watch):  # Where it stays, it does nothing.
             yield
     finally:
         _thread.watch = watch

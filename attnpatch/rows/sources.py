@@ -117,7 +117,7 @@ class Sources:
             return  # a shape, a dtype
         # Memory that is handed over for the result says nothing of it.
         given = {key: value for key, value in kwargs.items() if key != "out"}
-        operands = [t for t in _tensors((args, given)) if _is_plain(t)]
+        operands = [t for t in tensors_in((args, given)) if _is_plain(t)]
         if operands and is_write:
             self._written(name, operands, args)
         own = {id(t) for t in operands}
@@ -180,6 +180,8 @@ class Sources:
             return (dims[0], *fresh(result.shape[1:2]), *spatial)
         if name == "_transform_bias_rescale_qkv":
             return (dims[0], *fresh(result.shape[1:2]), dims[1], *fresh(result.shape[3:4]))
+        if name == "embedding":
+            return (*dims, *fresh(result.shape[-1:]))
         if name == "view_as_real":
             return (*dims, *fresh(result.shape[-1:]))
         if name == "view_as_complex":
@@ -461,18 +463,19 @@ def _shares(source: torch.Tensor, result: torch.Tensor) -> bool:
         return False  # a tensor without a storage of its own
 
 
-def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """The tensors that arguments are, or that tuples, lists and dicts among them hold."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)) and depth < 4:
         for item in value:
-            yield from _tensors(item, depth + 1)
+            yield from tensors_in(item, depth + 1)
     elif isinstance(value, dict) and depth < 4:
         for item in value.values():
-            yield from _tensors(item, depth + 1)
+            yield from tensors_in(item, depth + 1)
 
 
 def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors of numbers that a module is called with, each once: arguments, and what tuples and dicts hold."""
-    found = (t for t in _tensors((list(args), kwargs)) if t.is_floating_point() and t.dim() > 1)
+    found = (t for t in tensors_in((list(args), kwargs)) if t.is_floating_point() and t.dim() > 1)
     return list({id(tensor): tensor for tensor in found if _is_plain(tensor)}.values())

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 
 from attnpatch.rows import guard
 from attnpatch.rows.deferred import SiteCall, natively
+
+
+@contextlib.contextmanager
+def without(mode: TorchFunctionMode) -> Iterator[None]:
+    """Take a mode away for a while; below a mode of the host's it stays."""
+    is_last = _get_current_function_mode() is mode
+    with _pop_mode_temporarily() if is_last else contextlib.nullcontext():
+        yield
 
 
 class Watching(TorchFunctionMode):
