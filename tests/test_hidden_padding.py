@@ -11,6 +11,8 @@ REAL = torch.ones(2, 24, dtype=torch.long)
 REAL[0, :6] = 0
 PLACES = [range(6, 24), range(24)]
 
+LATER = torch.ones(24, 24, dtype=torch.bool).triu(1)
+
 # How the scores of heads 8 wide become weights.
 WAYS = {
     "filled before softmax": lambda s, m: (s / 8**0.5).masked_fill(m == 0, -1e9).softmax(-1),
@@ -20,6 +22,13 @@ WAYS = {
     "the same, divided by the sum": lambda s, m: divided((s / 8**0.5).softmax(-1) * m),
     "a softmax of one's own": lambda s, m: divided((s / 8**0.5).exp() * m),
     "that, with a number": lambda s, m: divided((s / 8**0.5 - 1e4 * (1 - m)).exp()),
+    "beside a bias that is low everywhere": lambda s, m: (
+        (s / 8**0.5 - 2e3).masked_fill(m == 0, -1e9).softmax(-1)
+    ),
+    # ALiBi as MPT has it: 0 at the last key, and lower with each before it, for all rows.
+    "beside a bias by distance": lambda s, m: (
+        (s / 8**0.5 + 60.0 * torch.arange(-23, 1)).masked_fill((m == 0) | LATER, -1e9).softmax(-1)
+    ),
 }
 
 

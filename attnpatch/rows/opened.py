@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-# At or below this a bias closes a key: hosts write -1000, -10000, -1e9 or the lowest number of a dtype, and some divide it
-# by the root of a head's width with the scores.
-CLOSED = -500.0
+# A bias this far below the highest of its row closes a key: hosts write -1000, -10000, -1e9 or the lowest number of a
+# dtype, and some divide it by the root of a head's width with the scores. A bias by distance (ALiBi) may be as low in a
+# whole row, or in all that a row looks at.
+_CLOSED = -500.0
+# A row that is as low everywhere looks at nothing.
+_LOWEST = -9000.0
 # Elements that are looked at together.
 _STEP = 1 << 22
 
@@ -59,8 +62,12 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
 
 
 def open_of(values: torch.Tensor) -> torch.Tensor:
-    """Bool like ``values``: what is true, or added and no number that closes."""
-    return values if values.dtype == torch.bool else values > CLOSED
+    """Bool like ``values``, ``[rows, keys]``: what is true, or added and no number that closes."""
+    if values.dtype == torch.bool:
+        return values
+    highest = values.amax(-1, keepdim=True)
+    found = values > highest + _CLOSED
+    return found & ~(found.all(-1, keepdim=True) & (highest <= _LOWEST))
 
 
 def causal_keys(batch: int, q_len: int, kv_len: int) -> torch.Tensor:

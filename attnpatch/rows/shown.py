@@ -24,7 +24,7 @@ from attnpatch.rows.sources import Sources
 from attnpatch.rows.spellings import Product
 
 # Steps between softmax and the product with the values that do not change what is attended to.
-_AFTERSOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
+_AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
 
 
 @dataclasses.dataclass
@@ -100,7 +100,7 @@ def watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, 
         or (isinstance(node, View) and node.dims == node.children[0].dims)
         or (
             isinstance(node, Call)
-            and getattr(node.func, "__name__", "") in _AFTERSOFTMAX
+            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
             and len(node.children) == 1
         )
     ):
