@@ -92,10 +92,8 @@ def main() -> int:
     outcomes = run_all("python -m benchmarks.captured_diffusers", __doc__, known, examine, RESULTS)
     if outcomes is None:
         return 0
-    print(*captured_page.summary(outcomes, WORDS), sep="\n")
-    about = [*ABOUT, f"diffusers {diffusers.__version__}, in {{state}} of this package:"]
-    part = captured_page.part(outcomes, WORDS, about)
-    DOCUMENT.write_text(captured_page.with_part(DOCUMENT.read_text(), part))
+    host = f"diffusers {diffusers.__version__}, in {{state}} of this package:"
+    captured_page.write(DOCUMENT, outcomes, WORDS, [*ABOUT, host])
     return status_of(outcomes)
 
 

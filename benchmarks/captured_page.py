@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -159,3 +160,9 @@ def part(outcomes: list[Any], words: Words, about: Sequence[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def write(document: pathlib.Path, outcomes: Sequence[Any], words: Words, about: Sequence[str]) -> None:
+    """Print the figures of a whole run, and write its part of a page."""
+    print(*summary(outcomes, words), sep="\n")
+    document.write_text(with_part(document.read_text(), part(outcomes, words, about)))

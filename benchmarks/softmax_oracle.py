@@ -186,11 +186,16 @@ def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, toleranc
     elif found and len(mass) * queries * keys <= _MOST // 8:
         # Of larger ones the probabilities were not kept: what was is something else.
         verdict.status = "WRONG"
+    return _said(verdict, found, f"{len(mass)} sequences, {queries} queries x {keys} keys")
+
+
+def _said(verdict: Verdict, found: Sequence[torch.Tensor], what: str) -> Verdict:
+    """A verdict, and what was compared where it is a bad one."""
     if verdict.status == "WRONG":
-        shapes = sorted({str(list(each.shape)) for each in found})
+        shapes = ", ".join(sorted({str(list(each.shape)) for each in found}))
         verdict.says = (
-            f"map of {len(mass)} sequences, {queries} queries x {keys} keys; softmax results {', '.join(shapes)}; "
-            f"{verdict.compared} compared, nearest {verdict.difference:.2g}"
+            f"map of {what}; softmax results {shapes}; {verdict.compared} compared, "
+            f"nearest {verdict.difference:.2g}"
         )
     return verdict
 
@@ -262,13 +267,8 @@ def judged_image(one: Any, found: list[torch.Tensor], tolerance: float) -> Verdi
                 verdict.difference = min(verdict.difference, float((wanted - mass).abs().max()))
     if found:
         verdict.status = "equal" if verdict.difference <= tolerance else "WRONG"
-    if verdict.status == "WRONG":
-        shapes = sorted({str(list(each.shape)) for each in found})
-        verdict.says = (
-            f"map of {len(query)} queries x {len(key)} keys ({query_words} and {key_words} of text); softmax results "
-            f"{', '.join(shapes)}; {verdict.compared} compared, nearest {verdict.difference:.2g}"
-        )
-    return verdict
+    tokens = f"{len(query)} queries x {len(key)} keys ({query_words} and {key_words} of text)"
+    return _said(verdict, found, tokens)
 
 
 def _summed(values: torch.Tensor, blocks: Sequence[int], count: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import attnpatch
 from attnpatch import Blocks, errors
@@ -208,6 +209,39 @@ def test_out_of_memory_while_watched_counts_nothing_twice():
             model(x)
     assert maps.block_map == calm
     torch.testing.assert_close(maps.block_map.mass.sum(-1), torch.ones(2, 1, 4))
+
+
+class SharedHeads(nn.Module):
+    """Four heads of queries and two of keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        query, key = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.query, self.key))
+        found = nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        return found.transpose(1, 2).flatten(2)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = SharedHeads()
+
+    def forward(self, x):
+        return checkpoint(self.attention, x, use_reentrant=False)
+
+
+def test_a_checkpoint_around_shared_heads():
+    """What a captured call saves is what the checkpoint expects."""
+    model, x = Checkpointed(), torch.randn(1, 24, 32, requires_grad=True)
+    (native,) = torch.autograd.grad(model(x).sum(), x)
+    patched = attnpatch.patched(model, sites=["attention"], mode="never")
+    with patched, attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        (captured,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(captured, native)
+    assert not maps.left_out and maps.block_map.mass.shape == (1, 3, 3)
 
 
 def test_a_checkpointed_layer_is_seen_once():

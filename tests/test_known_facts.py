@@ -322,6 +322,17 @@ class Attention(nn.Module):
         return self.function(*given)
 
 
+class Whole(nn.Module):
+    """A model whose only site calls a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.attention = Attention(function)
+
+    def forward(self, *given):
+        return self.attention(*given)
+
+
 def floats(*shape):
     return zoo.floats(*shape)
 
@@ -478,17 +489,7 @@ MAPPED = {
 @pytest.mark.parametrize("name", MAPPED)
 def test_what_is_followed_is_mapped(name):
     function, given, oracle = MAPPED[name]
-    model = nn.Sequential(Attention(function))
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = model[0]
-
-        def forward(self, *given):
-            return self.attention(*given)
-
-    net = Whole()
+    net = Whole(function)
     with attnpatch.patched(net, sites=["attention"], mode="never"):
         maps = captured(net, lambda: net(*given))
     found = maps.block_map.mass[..., 0, :, :]
@@ -642,16 +643,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_known_is_left_out_and_says_why(name):
     function, given, words = REFUSED[name]
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = Attention(function)
-
-        def forward(self, *given):
-            return self.attention(*given)
-
-    net = Whole()
+    net = Whole(function)
     with torch.no_grad():
         native = net(*given)
     with attnpatch.patched(net, sites=["attention"], mode="never"), pytest.warns(errors.AttnpatchWarning):
@@ -728,15 +720,7 @@ def test_mixed_weights_are_mapped_as_what_they_are_and_say_so():
     def differential(x):
         return (probabilities(x, x) - 0.3 * probabilities(x, 0.5 * x)) @ x
 
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = Attention(differential)
-
-        def forward(self, x):
-            return self.attention(x)
-
-    net, x = Whole(), floats(1, 24, 16)
+    net, x = Whole(differential), floats(1, 24, 16)
     with attnpatch.patched(net, sites=["attention"], mode="never"):
         found = captured(net, lambda: net(x)).block_map
     same(found.mass[0], reduced(probabilities(x, x) - 0.3 * probabilities(x, 0.5 * x), cuts(24), cuts(24)))
@@ -750,15 +734,7 @@ def test_heads_that_are_mixed_are_mapped_and_say_so():
         q = x.unflatten(-1, (4, 8)).transpose(1, 2)
         return torch.einsum("gh,bhij->bgij", mixing, probabilities(q, q)).matmul(q).transpose(1, 2).flatten(2)
 
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = Attention(talking)
-
-        def forward(self, x):
-            return self.attention(x)
-
-    net, x = Whole(), floats(1, 24, 32)
+    net, x = Whole(talking), floats(1, 24, 32)
     with attnpatch.patched(net, sites=["attention"], mode="never"):
         found = captured(net, lambda: net(x)).block_map
     q = x.unflatten(-1, (4, 8)).transpose(1, 2)[0]
