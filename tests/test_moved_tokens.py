@@ -9,6 +9,7 @@ from torch import nn
 
 ORDER = torch.randperm(24, generator=torch.Generator().manual_seed(0))
 BACK = ORDER.argsort()
+FILTER = torch.tensor([1.0, 2.0, 3.0]).expand(32, 1, 3)
 
 
 class SelfAttention(nn.Module):
@@ -79,7 +80,14 @@ MOVED = {
     "the batch in another order": Model(lambda x: x[[1, 0]], lambda x: x[[1, 0]]),
     "ids backwards": Model(of_ids=lambda ids: ids.flip(1)),
 }
+
+
+def filtered(x):
+    return nn.functional.conv1d(x.mT, FILTER.flip(2), padding=1, groups=32).mT
+
+
 IN_ORDER = {
+    "through a filter that was turned": Model(filtered),
     "there and back": Model(lambda x: x[:, ORDER][:, BACK]),
     "by an index that says nothing": Model(lambda x: x[:, torch.arange(24)]),
     "by columns and back": Model(lambda x: by_rows(by_columns(x))),

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.rows import guard
 from attnpatch.rows.names import called
+from attnpatch.rows.places import CONVOLUTIONS
 from attnpatch.rows.turned import Turned, has_tokens_of
 from attnpatch.rows.watching import without
 
@@ -95,6 +96,8 @@ class Moved(TorchFunctionMode):
         if name in _MOVING and not isinstance(first, torch.nn.Parameter):
             self._move(name, args, kwargs, first, before, result)
             return
+        if name in CONVOLUTIONS or name in ("linear", "embedding"):
+            tensors = tensors[:1]  # a filter that was turned moves no token
         moved = [tensor for tensor in tensors if tensor in self._found]
         one = result[0] if isinstance(result, (tuple, list)) and result else result
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
