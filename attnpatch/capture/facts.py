@@ -11,6 +11,10 @@ import torch
 INPUT, KEPT, SLOTS = "input", "kept", "slots"
 NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
 
+# What the rows of a map may be off by, which should sum to 1; where a kernel of its own has summed them, which has a check
+# of its own.
+OFF, OFF_FUSED = 1e-4, 1e-2
+
 # From the place of the first query among the keys to bool ``[batch, kv_len]``, the keys attention is open to.
 Opened = Callable[[int | None], torch.Tensor | None]
 
@@ -168,6 +172,28 @@ def evicted(kept: int, total: int) -> str:
         f"its cache keeps {kept} of {total} tokens and is no sliding window: which tokens it keeps (evicted, compressed, "
         "written over) is not known; capture without that"
     )
+
+
+def check_sums(sums: torch.Tensor, expected: torch.Tensor, off: float, may_lack: bool) -> None:
+    """Every row of a map sums to 1.
+
+    Args:
+        sums: ``[..., rows, keys]``, of all query tokens of a row.
+        expected: ``[..., rows]``, what they should sum to; 0: nothing was asked for.
+        off: What a row may be off by.
+        may_lack: Whether some of it may be missing: tokens that look at nothing, keys that are dropped.
+
+    Raises:
+        Unknown: Some row does not.
+    """
+    totals = sums.sum(-1) / expected.clamp(min=1)
+    totals = totals[(expected > 0).expand_as(totals)]
+    lacks = not may_lack and bool((totals < 1 - off).any())
+    if lacks or not bool((totals <= 1 + off).all()):
+        raise Unknown(
+            f"its rows sum to {float(totals.min()):.4g} to {float(totals.max()):.4g}, not to 1: these are no attention "
+            "probabilities, or some rows look at nothing"
+        )
 
 
 def real_tokens(

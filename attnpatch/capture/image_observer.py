@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.capture import fused_mass
-from attnpatch.capture.facts import INPUT, NOT_SEEN, Layout, Unknown
+from attnpatch.capture.facts import INPUT, NOT_SEEN, OFF, OFF_FUSED, Layout, Unknown, check_sums
 from attnpatch.capture.grid import Grid
 from attnpatch.capture.observer import Passing, SiteObserver, heads_as_leads
 from attnpatch.capture.origins import IMAGE, OTHER, TEXT, Origin
@@ -28,8 +28,6 @@ UNSAID = (
     "in which rows and columns they lie is not said by the call (no img_ids, img_shapes, or height and width); give "
     "blocks=Blocks.tiles(height, width, tile) with the rows and columns of its tokens"
 )
-# What the rows of a map may be off by, which should sum to 1.
-_OFF = 1e-4
 
 
 class ImageObserver(SiteObserver):
@@ -63,7 +61,7 @@ class ImageObserver(SiteObserver):
         self.layout: Layout | None = None
         self.is_shown = False
         # What rows may be off by; whether some look at nothing.
-        self.off, self.has_closed = _OFF, False
+        self.off, self.has_closed = OFF, False
         self.grids: dict[int | None, Grid] = {}
 
     def begin(self, layout: Layout, opened: Any) -> bool:
@@ -146,7 +144,7 @@ class ImageObserver(SiteObserver):
         if not is_plain or layout.numbers is not None:
             return "another layout"
         # The kernel has a check of its own.
-        self.off = 1e-2
+        self.off = OFF_FUSED
         return self.sums_of(call, lse, workspace, layout.heads)
 
     def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
@@ -177,14 +175,11 @@ class ImageObserver(SiteObserver):
         if record is None or layout is None or layout.is_mixed:
             return
         share = layout.heads if self.recorder.heads == "mean" else 1
-        totals = record.sums.sum(-1) / (record.counts[:, None] * share).clamp(min=1)
-        totals = totals[(record.counts[:, None] > 0).expand_as(totals)]
-        few = not (self.has_closed or layout.drops_keys) and bool((totals < 1 - self.off).any())
-        if few or not bool((totals <= 1 + self.off).all()):
-            self._refuse(
-                f"its rows sum to {float(totals.min()):.4g} to {float(totals.max()):.4g}, not to 1: these are no "
-                "attention probabilities"
-            )
+        may_lack = self.has_closed or layout.drops_keys
+        try:
+            check_sums(record.sums, record.counts[:, None] * share, self.off, may_lack)
+        except Unknown as reason:
+            self._refuse(str(reason))
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """All rows."""

@@ -11,10 +11,13 @@ import torch
 from attnpatch.capture import fused_mass
 from attnpatch.capture.facts import (
     NOT_SEEN,
+    OFF,
+    OFF_FUSED,
     Layout,
     Opened,
     SiteFacts,
     Unknown,
+    check_sums,
     evicted,
     real_tokens,
     relation_of,
@@ -27,8 +30,6 @@ from attnpatch.capture.partition import Partition
 from attnpatch.capture.row_sample import RowSample, draw, generator_for
 from attnpatch.errors import AttnpatchError
 
-# What the rows of a map may be off by, which should sum to 1.
-_OFF = 1e-4
 # Numbers of a call that are kept row by row.
 _MOST_NUMBERS = 1 << 16
 
@@ -136,7 +137,7 @@ class TextObserver(SiteObserver):
         self.record = self.empty(query, key, layout.heads)
         # Rows that look at nothing, of the heads that are summed.
         self.closed = torch.zeros_like(self.record.sums[..., 0])
-        self.off = _OFF
+        self.off = OFF
         if recorder.sample_rows is not None:
             self.record.variance = torch.zeros_like(self.record.sums)
             self.sample = self._drawn(query, key.num_blocks + 1)
@@ -200,7 +201,7 @@ class TextObserver(SiteObserver):
             return reason
         self.rows_apart = None
         # The kernel has its own check, which is of bfloat16's accuracy.
-        self.off = max(self.off, 1e-2)
+        self.off = max(self.off, OFF_FUSED)
         return None
 
     @property
@@ -329,15 +330,7 @@ class TextObserver(SiteObserver):
             raise Unknown(f"{float(closed):.4g} of its attention is on keys that its mask closes")
         share = self.layout.heads if self.recorder.heads == "mean" else 1
         expected = record.counts[:, None] * share - self.closed
-        totals = record.sums.sum(-1) / expected.clamp(min=1)
-        asked = expected > 0
-        totals = totals[asked]
-        too_few = not self.layout.drops_keys and bool((totals < 1 - self.off).any())
-        if bool(totals.isnan().any()) or bool((totals > 1 + self.off).any()) or too_few:
-            raise Unknown(
-                f"its rows sum to {float(totals.min()):.4g} to {float(totals.max()):.4g}, not to 1: these are no "
-                "attention probabilities, or some rows look at nothing"
-            )
+        check_sums(record.sums, expected, self.off, self.layout.drops_keys)
 
 
 def _joined(old: Record | None, new: Record) -> Record:
