@@ -197,7 +197,13 @@ def distributed_tensors_case() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cases", [[fsdp_case], [tensor_parallel_case, loaded_in_parallel_case, distributed_tensors_case]]
+    "cases",
+    [
+        [fsdp_case],
+        pytest.param(
+            [tensor_parallel_case, loaded_in_parallel_case, distributed_tensors_case], marks=pytest.mark.long
+        ),
+    ],
 )
 def test_in_two_processes(cases, tmp_path):
     in_two_processes(cases, tmp_path)

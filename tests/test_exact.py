@@ -17,8 +17,16 @@ from zoo import by_rows, equal_with_nan
 # (rows, heads): remainders, tiles of heads, a last row left alone, whatever the budget says.
 TILES = [(7, None), (33, 2), (zoo.TEXT_LEN - 1, None), (None, None)]
 DTYPES = [torch.float32, torch.bfloat16]
+MANY = {"deberta", "deberta_v2", "t5", "bart", "xlnet_two_streams"}
 COMBINATIONS = [
-    pytest.param(case, implementation, dtype, id=f"{case.name}-{implementation}-{str(dtype)[6:]}")
+    pytest.param(
+        case,
+        implementation,
+        dtype,
+        id=f"{case.name}-{implementation}-{str(dtype)[6:]}",
+        # Of these the steps are many; the same steps in one of two dtypes.
+        marks=[pytest.mark.long] if case.name in MANY and dtype is not torch.float32 else [],
+    )
     for case in zoo.CASES
     for implementation in case.implementations
     for dtype in case.dtypes

@@ -15,19 +15,22 @@ SAID = {
     "your_own_module": ["recognised: softmax of a product", "asked for", "same to the last bit: True"],
     "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
     "last_token": ["forward pass", "one row of weights", "never held", "of 2048 tokens"],
-    "heat_maps": ["held-out captions", "all words of a shape", "dit_steps.png", "unet_steps.png"],
+    "heat_maps": ["4 held-out captions", "all words of a shape", "dit_steps.png", "unet_steps.png"],
 }
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [(name, ["--captions", "1"] if name == "heat_maps" else []) for name in SAID]
-    + [pytest.param("heat_maps", ["--captions", "4"], marks=pytest.mark.long)],
+    "name",
+    [
+        # It samples pictures for most of a minute; ``test_shapes`` looks at what its models draw.
+        pytest.param(name, marks=[pytest.mark.long] if name == "heat_maps" else [])
+        for name in SAID
+    ],
 )
-def test_example(name, options, tmp_path):
+def test_example(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,

@@ -90,6 +90,7 @@ def test_dense_math_is_named():
     assert (group.kernel, group.decision, group.sites) == ("dense math", "native", "attention")
 
 
+@pytest.mark.long
 def test_seventy_billion_parameters():
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -58,6 +58,7 @@ def test_kernel_on_a_gpu(tmp_path):
 
 
 @needs_triton
+@pytest.mark.long
 def test_kernel_compiles(tmp_path):
     """For Hopper and Ampere, on the matrix units; where it counts, two programs share a multiprocessor of Hopper."""
     out = run(str(HERE / "compile_kernel.py"), tmp_path=tmp_path, TRITON_INTERPRET="0")

@@ -378,7 +378,7 @@ def states(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_and_resumed(spawning, chat_model, tmp_path):
     """Two processes of one gloo group; files that were there once are never written again."""
     count, kills = 30, 5

@@ -134,7 +134,10 @@ def allowed(tokens: int) -> int:
 
 @pytest.mark.parametrize(
     ("name", "attention", "capture"),
-    [(name, "eager", False) for name in CASES]
+    [
+        pytest.param(name, "eager", False, marks=[pytest.mark.long] if name in ("mistral", "bert") else [])
+        for name in CASES
+    ]
     + [(name, "sdpa", False) for name in ("llama", "bert")]
     + [pytest.param(name, "sdpa", False, marks=pytest.mark.long) for name in ("mistral", "t5")]
     + [("mistral", "eager", True), ("bert", "sdpa", True)],
