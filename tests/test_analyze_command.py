@@ -282,7 +282,10 @@ def test_resume_goes_on_and_nothing_is_overwritten(chat_model, mixed, tmp_path):
 
 GUIDE = [
     "--mode real --model {model} --json {json} --use-gradient-checkpointing",
-    "--mode real --model {model} --json {json} --use-4bit --use-gradient-checkpointing",
+    pytest.param(
+        "--mode real --model {model} --json {json} --use-4bit --use-gradient-checkpointing",
+        marks=pytest.mark.long,
+    ),
     pytest.param("--mode real --model {model} --json {json} --use-sampling", marks=pytest.mark.long),
     pytest.param(
         "--mode real --model {model} --json {json} --use-chunked --use-gradient-checkpointing",

@@ -22,7 +22,10 @@ bert deberta-v2 modernbert xlnet big_bird t5 bart vit swinv2 detr perceiver wav2
 llava llava_next idefics3 blip-2 sam reformer nemotron_h granite_swa dots3_note_text mamba""".split()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name == "dots3_note_text" else []) for name in NAMES],
+)
 def test_architectures(name):
     outcome = coverage_transformers.examine(name)
     assert outcome.runs, outcome.problem
