@@ -634,7 +634,7 @@ REFUSED = {
         lambda x, c: attend(x * c, (x @ LAYER).roll(4, 1) * c), [floats(1, 32, 16), floats(1, 32, 16)], "made inside"),
     "turned both ways": (lambda x: attend(x, x.flip(1, 2)), [floats(1, 32, 16)], "made inside"),
     "rolled as one row": (lambda x: attend(x, x.roll(16)), [floats(1, 32, 16)], "made inside"),
-    "half of it written": (half_written, [floats(1, 32, 16)], "made inside"),
+    "half of it written": (half_written, [floats(1, 32, 16)], "16 of 32"),
     "pooled queries": (lambda x: attend(x.mean(1, keepdim=True), x), [floats(1, 32, 16)], None),
     "keys that it keeps": (lambda x: attend(x, torch.cat([KEPT, x], 1)), [floats(1, 32, 16)], "keeps"),
 }  # fmt: skip

@@ -98,6 +98,14 @@ class _Reading:
     def _made(self, leaf: Axis) -> Made | None:
         return self.sources.made.get(leaf)
 
+    def _split(self, found: list[Axis]) -> tuple[Axis, Made] | None:
+        """The axis that the module made, of which these are the parts, all in order: something has reshaped it meanwhile."""
+        if any(self.sources.origin(leaf) is not None for leaf in found):
+            return None
+        return next(
+            ((axis, made) for axis, made in self.sources.made.items() if axis.leaves() == found), None
+        )
+
     def tokens(self, found: Sequence[Axis], side: str) -> list[tuple[Piece, tuple[int, ...]]]:
         """What tokens some axes are, in order; each with the dimensions of its input.
 
@@ -106,6 +114,8 @@ class _Reading:
         """
         if len(found) == 1 and (made := self._made(found[0])) is not None:
             return self._of_made(found[0], made, side)
+        if len(found) > 1 and (whole := self._split(list(found))) is not None:
+            return self._of_made(*whole, side)
         origins = [self.sources.origin(leaf) for leaf in found]
         if any(origin is None for origin in origins):
             raise Unknown(f"its {side} are made inside it (pooled, learned or mixed), not tokens of an input")

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch.rows import places
 from attnpatch.rows.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
 from attnpatch.rows.names import called
+from attnpatch.rows.pieces import Pieces
 from attnpatch.rows.spellings import NAMES, parse
 from attnpatch.rows.strides import Part, single, viewed
 
@@ -64,6 +65,8 @@ class Sources:
         self._known: Any = WeakIdKeyDictionary()
         # Of tensors that nothing was written into yet.
         self._blank: set[Axis] = set()
+        # Of those that are filled piece by piece.
+        self._pieces: dict[Axis, Pieces] = {}
         # Of views with one element of a dimension: which.
         self._singles: Any = WeakIdKeyDictionary()
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
@@ -400,6 +403,9 @@ class Sources:
             place, source = leaves(mine), leaves(theirs)
             if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
                 place[0].become(source[0])
+            elif (blank := self._blank_part(place)) is not None:
+                if not self._fill(*blank, theirs):
+                    return False
             elif (
                 source
                 and (self.is_known(theirs) or self.is_known(mine))
@@ -408,17 +414,45 @@ class Sources:
                 return False
         return True
 
+    def _blank_part(self, place: list[Axis]) -> tuple[Axis, Part] | None:
+        """The blank axis that a place is a piece of, and which; ``None``: of none."""
+        made = self.made.get(place[0], Made()) if len(place) == 1 else Made()
+        if made.of is None or made.part is None or made.part.step != 1 or made.of not in self._blank:
+            return None
+        return (made.of, made.part) if leaves((made.of,)) == [made.of] else None
+
+    def _fill(self, blank: Axis, part: Part, source: Dim) -> bool:
+        """Write into a piece of a blank axis, which so is joined of such pieces; whether it held nothing else there."""
+        pieces = self._pieces.setdefault(blank, Pieces())
+        there = pieces.at(part.start, part.count)
+        if there is not None:
+            return self._signed(there) == self._signed(source)
+        if not pieces.put(part.start, part.count, source):
+            return False
+        parts = pieces.all_of(blank.size)
+        whole = self._whole_again(parts)
+        if whole is not None:
+            blank.become(whole[0])
+        elif any(self.is_known(dim) for dim, _ in parts):
+            self.made[blank] = Made(tuple(parts))
+        return True
+
     def _signed(self, dim: Dim) -> list[Any]:
-        """Where a dimension comes from, alike for the same part of one input."""
-        return [
-            self.origin(leaf)
-            or (
-                (made.of, made.part)
-                if (made := self.made.get(leaf)) is not None and made.of is not None
-                else leaf
-            )
-            for leaf in leaves(dim)
-        ]
+        """Where a dimension comes from, alike for the same part of one input, and for what was joined of the same."""
+        return [self.origin(leaf) or self._signed_made(leaf) for leaf in leaves(dim)]
+
+    def _signed_made(self, leaf: Axis) -> Any:
+        made = self.made.get(leaf, Made())
+        if made.of is not None:
+            return made.of, made.part
+        if made.has is not None:
+            return "slots", leaf.size, *self._signed(made.has)
+        if made.parts:
+            # Of what the module kept there is only the length: half of a key may lie in one cache, half in another.
+            known = [part if part is not None and self.is_known(part) else None for part, _ in made.parts]
+            sizes = [size for _, size in made.parts]
+            return "joined", *sizes, *(None if part is None else tuple(self._signed(part)) for part in known)
+        return leaf
 
     def _forget(self, target: torch.Tensor) -> None:
         """A tensor holds other elements than before, and so does all that lies in its memory."""
