@@ -326,7 +326,13 @@ def recorder_of(
             is_part=host.is_part(args, kwargs),
         )
 
-    more = {"owners": _owners(patch), "marks": caches.marks_of, "tokens_in": caches.tokens_in, **more}
+    more = {
+        "owners": _owners(patch),
+        "marks": caches.marks_of,
+        "tokens_in": caches.tokens_in,
+        "rows_have_moved": caches.rows_have_moved,
+        **more,
+    }
     return Recorder(
         blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
     )

@@ -207,3 +207,78 @@ def test_the_encoder_of_beams_is_mapped():
     with torch.no_grad():
         seen = model.encoder(ids, output_attentions=True).attentions
     same(maps.block_map.mass, torch.stack([reduced(p[0], cuts(24), cuts(24)) for p in seen]))
+
+
+class PackedLayer(transformers.cache_utils.DynamicLayer):
+    """Keys in a form of its own."""
+
+    def update(self, key_states, value_states, *_, **__):
+        packed = vars(self).setdefault("packed", [])
+        packed.append((key_states.clone(), value_states.clone()))
+        self.is_initialized, self.keys = True, torch.tensor([])
+        self.count = sum(keys.shape[2] for keys, _ in packed)
+        return tuple(torch.cat([pair[i] for pair in packed], 2) for i in (0, 1))
+
+    def get_seq_length(self):
+        return vars(self).get("count", 0)
+
+
+def packed(model):
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PackedLayer() for _ in cache.layers]
+    return {"past_key_values": cache}
+
+
+def eight_bits(_):
+    return {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+
+
+def in_groups(count):
+    sizes = {"backend": "hqq", "nbits": 4, "q_group_size": 16, "residual_length": count}
+    return lambda _: {"cache_implementation": "quantized", "cache_config": sizes}
+
+
+UNREADABLE = {
+    "packed": packed,
+    "fp8": eight_bits,
+    "hqq 1": in_groups(1),
+    "hqq 4": in_groups(4),
+    "hqq": in_groups(64),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_of_a_cache_that_is_packed(kind, beams, batch):
+    """Beams are refused there too; sequences that keep their places have the map of the model with that cache."""
+    if kind == "packed" and beams > 1:
+        pytest.skip("it reorders nothing")
+    model, ids, seen = llama(), tokens(40).view(2, 20)[:batch], []
+    options = {"max_new_tokens": 7, "do_sample": False, "num_beams": beams}
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data.mul_(8)
+
+    def run(model=model):
+        return model.generate(ids, **options, **UNREADABLE[kind](model))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, run)
+    if beams > 1:
+        assert len(maps.left_out) == 2
+        assert all("beam search" in why for why in maps.left_out.values())
+        return
+    if kind == "packed" and batch > 1:
+        assert all("one sequence at a time" in why for why in maps.left_out.values())
+        assert len(maps.left_out) == 2
+        return
+    eager = llama("eager")
+    eager.load_state_dict(model.state_dict())
+    hook = eager.model.layers[1].self_attn.register_forward_hook(lambda *given: seen.append(given[-1][1]))
+    run(eager)
+    hook.remove()
+    whole = torch.cat([F.pad(p, (0, 26 - p.shape[-1])) for p in seen], 2)
+    found = maps.block_map.mass.view(batch, 2, 4, 4)[:, 1]
+    same(found, torch.stack([reduced(p, cuts(26), cuts(26)) for p in whole]))

@@ -25,6 +25,12 @@ from attnpatch.capture.text_observer import NOT_SEEN, TextObserver
 from attnpatch.capture.threads import Owner
 from attnpatch.errors import CaptureError
 
+_OTHERS_PLACES = (
+    "rows of the batch took others' places between calls (beam search), and which of them is returned is not known; capture "
+    "one call with the sequences that are returned"
+)
+_NOT_READ = "its cache cannot be read, and whether rows of the batch changed places there is not known; capture one sequence at a time"
+
 
 class HostCall(Protocol):
     """What is known of a call of the model (``attnpatch.hosts`` reads it).
@@ -78,7 +84,8 @@ class Recorder:
         weighting: ``"gradient"``: each probability times its gradient, which the backward pass shows.
         is_kept_apart: Whether the calls of a sequence are, as steps.
         owners: Sites that hold some of ``names``; what is seen in their own forward is theirs.
-        marks, tokens_in: What a cache holds of some tokens, and how many it has.
+        marks, tokens_in, rows_have_moved: What a cache holds of some tokens, how many it has, and whether its rows
+            were put into another order where it cannot be read.
 
     Raises:
         CaptureError: No such layer, head or site, or one of the others cannot be used.
@@ -107,6 +114,7 @@ class Recorder:
         owners: Several[str] = (),
         marks: Marks = lambda *_: None,
         tokens_in: Callable[[Any], int] = lambda _: 0,
+        rows_have_moved: Callable[[Any], bool | None] = lambda _: None,
     ) -> None:
         pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
         if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
@@ -137,7 +145,7 @@ class Recorder:
                 self.owners = chosen_sites(around, owners, layers, sites)
             self.places = {**around, **self.places}
         self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
-        self.marks, self.tokens_in = marks, tokens_in
+        self.marks, self.tokens_in, self.rows_have_moved = marks, tokens_in, rows_have_moved
         self.owner: Owner | None = None
         self.sequences: list[Sequence] = []
         # Why a site is in no map, by its name.
@@ -231,6 +239,8 @@ class Recorder:
             self.sequences.append(found)
             found.cache = reference(call.cache)
         self._follow(found, call.past, order)
+        if order is None:
+            self._check_rows(found, call.cache)
         return found
 
     def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
@@ -247,6 +257,15 @@ class Recorder:
             if order is not None:
                 return sequence, order
         return None, None
+
+    def _check_rows(self, sequence: Sequence, cache: Any) -> None:
+        """Of a cache that cannot be read."""
+        if not sequence.is_batch():
+            return
+        moved = self.rows_have_moved(cache)
+        if moved or moved is None:
+            reason = _OTHERS_PLACES if moved else _NOT_READ
+            self._leave_all_out(sequence, reason)
 
     def _follow(self, sequence: Sequence, past: int, order: list[int] | None) -> None:
         """Bring the records of a sequence to what its cache holds."""
@@ -265,11 +284,7 @@ class Recorder:
 
         if moved and len(order or ()) == rows:
             # Which of the beams is returned is chosen after the last call.
-            self._leave_all_out(
-                sequence,
-                "rows of the batch took others' places between calls (beam search), and which of them is returned is "
-                "not known; capture one call with the sequences that are returned",
-            )
+            self._leave_all_out(sequence, _OTHERS_PLACES)
         if past < sequence.length or moved:
             sequence.calls = sequence.changed(followed).calls
             sequence.marks = {at: mark for at, mark in sequence.marks.items() if at < past}
@@ -316,6 +331,8 @@ class Recorder:
                 order = None if held is None else sequence.order_of(held[:, 0], past - 1)
                 if order is not None:
                     self._follow(sequence, past, order)
+                elif held is None and past:
+                    self._check_rows(sequence, cache)
             except Exception as error:
                 self._leave_all_out(sequence, f"what its cache holds at the end cannot be read: {error}")
 

@@ -83,6 +83,11 @@ class Sequence:
         """Whether anything was captured of it."""
         return any(calls or any(calls.apart) for calls in self.calls)
 
+    def is_batch(self) -> bool:
+        """Whether it is several sequences side by side."""
+        held = (each for calls in self.calls for each in (calls, *calls.apart))
+        return any(len(record.sums) > 1 for each in held for record in each.values())
+
     def order_of(self, found: torch.Tensor | None, position: int) -> list[int] | None:
         """Which of its rows those of a cache are; ``None``: they are not all its own.
 
@@ -108,6 +113,7 @@ class Sequence:
         self.length = stop
         found = marks(cache, start, stop) if stop > start else None
         if found is None:
+            self.held = cache
             return
         for i in range(found.shape[1]):
             self.marks[start + i] = found[:, i]

@@ -99,18 +99,40 @@ def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
 
 def _keys_of(cache: Any) -> torch.Tensor | None:
     """``[batch, heads, tokens, width]``: the keys of the last layer that keeps all of them, or else of the last one."""
-    layers = getattr(cache, "layers", None)
-    if layers is not None:
-        known = [(layer, getattr(layer, "keys", None)) for layer in layers]
-    else:
-        known = [(None, keys) for keys in getattr(cache, "key_cache", ())]
-    plain = [
-        (layer, keys)
-        for layer, keys in known
-        if isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.is_floating_point() and keys.numel()
-    ]
+    plain = [(layer, keys) for layer, keys in _held_by(cache) if _is_readable(keys)]
     whole = [pair for pair in plain if not getattr(pair[0], "is_sliding", False)]
     return (whole or plain or [(None, None)])[-1][1]
+
+
+def _held_by(cache: Any) -> list[tuple[Any, Any]]:
+    """What each layer keeps as keys."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return [(None, keys) for keys in getattr(cache, "key_cache", ())]
+    found = []
+    for layer in layers:
+        # Eight bits and one scale for all are numbers that stay as they are; groups are packed, and packed again.
+        narrow = getattr(layer, "_quantized_keys", None)
+        narrow = narrow[0] if isinstance(narrow, tuple) and narrow else None
+        found.append((layer, narrow if _is_readable(narrow) else getattr(layer, "keys", None)))
+    return found
+
+
+def _is_readable(keys: Any) -> bool:
+    return (
+        isinstance(keys, torch.Tensor) and keys.dim() == 4 and keys.is_floating_point() and bool(keys.numel())
+    )
+
+
+def rows_have_moved(cache: Any) -> bool | None:
+    """Whether rows of a batch were put into another order in a cache that cannot be read; ``None``: that is not known."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    found = [getattr(layer, "_pending_beam_idx", ...) for layer in getattr(cache, "layers", None) or ()]
+    orders = [order for order in found if order is not ...]
+    if not orders:
+        return None
+    # Kept beside what is packed until it is packed again, in the call that comes next.
+    return any(order is not None and order.tolist() != list(range(len(order))) for order in orders)
 
 
 def parameter_of(model: nn.Module) -> str | None:
