@@ -129,7 +129,7 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
 
     def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
         call = read_call(args, kwargs, kind)
-        call.problem = host.why_other_tokens(part)
+        call.problem = call.problem or host.why_other_tokens(part)
         if asked and call.problem is None:
             given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
             reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)

@@ -209,6 +209,27 @@ def test_the_encoder_of_beams_is_mapped():
     same(maps.block_map.mass, torch.stack([reduced(p[0], cuts(24), cuts(24)) for p in seen]))
 
 
+def test_requests_that_share_a_row_are_none_of_one_text():
+    """Continuous batching."""
+    model = llama()
+    options = transformers.GenerationConfig(
+        max_new_tokens=4, do_sample=False, eos_token_id=96, pad_token_id=0
+    )
+
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, page_size=16)
+    given = {"generation_config": options, "continuous_batching_config": sizes, "warmup": False}
+
+    def run():
+        found = model.generate_batch([tokens(n)[0].tolist() for n in (12, 17)], **given)
+        assert len(found) == 2
+
+    with pytest.warns(errors.AttnpatchWarning, match="one request"):
+        maps = captured(model, run)
+    assert len(maps.left_out) == 2
+    with pytest.raises(errors.CaptureError):
+        _ = maps.block_map
+
+
 class PackedLayer(transformers.cache_utils.DynamicLayer):
     """Keys in a form of its own."""
 

@@ -49,6 +49,17 @@ def _items(value: Any) -> Iterator[Any]:
     yield from value.values() if isinstance(value, dict) else value
 
 
+def why_pages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why tokens of a call are of no one sequence: its cache is made of pages, and a row holds tokens of several requests."""
+    kinds = {type(value) for value in (*args, *kwargs.values())}
+    if not any(hasattr(kind, "free_blocks") and hasattr(kind, "update") for kind in kinds):
+        return None
+    return (
+        "its cache keeps pages of several requests, and one row of the call tokens of all of them (continuous batching): which "
+        "are whose is not known; capture model.generate(...) with one request"
+    )
+
+
 def parts_of(cache: Any) -> list[Any]:
     """A cache, and the one of a decoder's own tokens inside it."""
     own = getattr(cache, "self_attention_cache", None)

@@ -82,6 +82,7 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         batches=_batches((args, kwargs)),
         lengths=_lengths(given, args),
         pasts={id(part): count for cache, count in pasts for part in caches.parts_of(cache)},
+        problem=caches.why_pages(args, kwargs),
     )
 
 
