@@ -48,10 +48,11 @@ $(LATEST)/$(LATEST_VERSION): $(STAMP)
 test-hosts: venv
 	$(BIN)/python tests/hosts/run.py $(HOSTS)
 
-# The same with the hosts' own files of these models, which no distribution ships: CHECKOUT is one of their repository.
+# The same with the hosts' own files of these models, which no distribution ships: CHECKOUT is one of their repository, of
+# the version that is installed (their tests import what other versions do not have).
 MODELS := llama bert t5 gptj bloom mpt longformer vit whisper xlnet llava
 test-hosts-full: venv
-	test -d "$(CHECKOUT)/tests/models" || { echo "give CHECKOUT=<a checkout of transformers>"; exit 2; }
+	test -d "$(CHECKOUT)/tests/models" || { echo "give CHECKOUT=<a checkout of transformers, of the installed version>"; exit 2; }
 	$(BIN)/python tests/hosts/run.py $(HOSTS) --tests $(CHECKOUT)/tests \
 		--files $(foreach model,$(MODELS),models/$(model)/test_modeling_$(model).py)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -48,3 +49,16 @@ def test_without_a_difference_the_last_column_is_zero(capsys):
     runner.show(a_run(), a_run())
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all")]
     assert row.split() == ["all", "1", "1", "0", "0"]
+
+
+def test_pip_is_asked_for_what_is_not_there(tmp_path, monkeypatch):
+    asked = tmp_path / "asked"
+    write = f"import pathlib, sys; pathlib.Path({str(asked)!r}).write_text(' '.join(sys.argv[1:]))"
+    monkeypatch.setattr(runner, "PIP", [sys.executable, "-c", write])
+    monkeypatch.setattr(runner, "KEPT", tmp_path)
+    (tmp_path / "packages" / "fetched_before").mkdir(parents=True)
+    runner.packages(("torch", "fetched_before"))
+    assert not asked.exists()
+    runner.packages(("torch", "fetched_before", "never_heard_of"))
+    assert asked.read_text().split()[-1] == "never_heard_of"
+    assert "torch" not in asked.read_text().split()

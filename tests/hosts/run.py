@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KEPT = ROOT / ".venv" / "hosts"
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+# What the hosts' tests import beside the hosts: all of them, and the files of single models.
+COMMON = ("parameterized",)
+FILES = (*COMMON, "datasets", "dill", "multiprocess", "pandas", "pyarrow", "xxhash")
 PATCHED = {"ATTNPATCH": "1", "ATTNPATCH_MODE": "always", "ATTNPATCH_MIN_TOKENS": "4"}
 # Values of two runs may differ as two orders of adding differ: attention by rows has the same bits, but the hosts ask for
 # weights where sdpa has none, and those of a fused kernel round otherwise.
@@ -38,19 +43,25 @@ def unpacked() -> pathlib.Path:
     if folder.is_dir():
         return folder
     KEPT.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as scratch:
         wanted = ["download", "--no-binary", ":all:", "--no-deps", "--no-build-isolation", "--dest", scratch]
-        subprocess.run([*pip, *wanted, f"transformers=={version}"], check=True)
+        subprocess.run([*PIP, *wanted, f"transformers=={version}"], check=True)
         (archive,) = pathlib.Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as opened:
             members = [m for m in opened.getmembers() if m.name.split("/")[1:2] == ["tests"]]
             opened.extractall(KEPT, members, filter="data")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--upgrade", "--target", str(KEPT / "packages"), "parameterized"],
-        check=True,
-    )
     return folder
+
+
+def packages(names: tuple[str, ...]) -> None:
+    """What the tests import and is not installed, fetched once by pip into a folder of its own."""
+    missing = [
+        name for name in names if not (find_spec(name) is not None or (KEPT / "packages" / name).is_dir())
+    ]
+    if missing:
+        subprocess.run(
+            [*PIP, "install", "--no-deps", "--target", str(KEPT / "packages"), *missing], check=True
+        )
 
 
 def run(tests: pathlib.Path, files: list[str], more: list[str], env: dict[str, str]) -> dict[str, Any]:
@@ -171,11 +182,15 @@ def main() -> None:
         "--files", nargs="*", help="test files of that checkout; without: small models of our own"
     )
     asked = parser.parse_args()
-    tests = unpacked()
-    files = [str(HERE / "models.py")]
+    if asked.files and asked.tests is None:
+        parser.error("--files needs --tests: no distribution ships the files of single models")
+    packages(FILES if asked.files else COMMON)
     if asked.files:
-        tests = (asked.tests or tests).resolve()
+        tests = asked.tests.resolve()
         files = [str(tests / name) for name in asked.files]
+    else:
+        tests = unpacked()
+        files = [str(HERE / "models.py")]
     more = ["-n", asked.n, *(["-k", asked.k] if asked.k else [])]
     plain, patched = run(tests, files, more, {}), run(tests, files, more, PATCHED)
     sys.exit(1 if show(plain, patched) else 0)
