@@ -17,12 +17,17 @@ _NOTHING = (
     "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile shows nothing), "
     "and see attnpatch.report(model) for what its attention sites did"
 )
+# Where the model has been called.
+_NONE = (
+    "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, or what does is compiled "
+    "(a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
+)
 
 
 def nothing(recorder: Recorder) -> CaptureError:
     """Why there is no map."""
     if not recorder.left_out:
-        return CaptureError(_NOTHING)
+        return CaptureError(_NONE.format(recorder.model_name) if recorder.sequences else _NOTHING)
     reasons = list(recorder.left_out.items())
     more = f" (and {len(reasons) - 3} more in maps.left_out)" if len(reasons) > 3 else ""
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons[:3])

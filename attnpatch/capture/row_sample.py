@@ -54,6 +54,8 @@ def draw(assignment: torch.Tensor, low: int, most: int, num_blocks: int, generat
     order = inside[assignment[inside].argsort(stable=True)]
     sizes = torch.bincount(assignment[inside], minlength=num_blocks)
     starts = sizes.cumsum(0) - sizes
+    # No block has more: numbers are not drawn for rows that are not there.
+    most = min(most, max(1, int(sizes.max())))
     parts = (
         torch.arange(most) + torch.rand(num_blocks, most, generator=generator, dtype=torch.float64)
     ) / most
