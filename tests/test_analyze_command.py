@@ -180,6 +180,7 @@ WRONG = {
     "gradient": (["--weighting", "gradient", "--use-chunked"], "needs a single pass"),
     "demo": (["--mode", "demo", "--json", "{two}"], "--mode demo brings"),
     "device": (["--device-map", "nonsense"], "nonsense"),
+    "device_not_there": (["--device-map", "cuda:77"], "cannot be loaded"),
 }
 
 

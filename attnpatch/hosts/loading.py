@@ -72,7 +72,10 @@ def load_model(
             model, about = transformers.AutoModelForCausalLM.from_pretrained(
                 name, attn_implementation="eager", output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except AnalysisError:
+        raise
+    # Damaged files and devices that are not there: whatever a host raises, the model is not to be had.
+    except Exception as error:
         raise AnalysisError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     _check_weights(name, model, about["missing_keys"])
     return model.eval()
@@ -101,7 +104,7 @@ def load_tokenizer(name: str) -> Any:
     _check_folder(name)
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise AnalysisError(f"model {name!r} has no tokenizer that loads: {_first_line(error)}") from error
 
 
