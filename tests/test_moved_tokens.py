@@ -66,6 +66,111 @@ def halves_swapped(x):
     return torch.cat(x.chunk(2, 1)[::-1], 1)
 
 
+SQUARE, FEATURES = torch.eye(24)[ORDER], torch.ones(2, 5, 32)
+
+
+def written(x):
+    """Pieces in other places of a new tensor."""
+    y = torch.empty_like(x)
+    y[:, :12] = x[:, 12:]
+    y[:, 12:].copy_(x[:, :12])
+    return y
+
+
+def one_by_one(x):
+    y = torch.zeros_like(x)
+    for place in range(24):
+        y[:, 23 - place] = x[:, place]
+    return y
+
+
+def at_index(x):
+    y = torch.empty_like(x)
+    y[:, ORDER] = x
+    return y
+
+
+def shifted_and_cut(x):
+    return nn.functional.pad(x, (0, 0, 4, 0))[:, :24]
+
+
+def between_batch_and_tokens(x):
+    return x.transpose(0, 1).reshape(x.shape)
+
+
+@torch.jit.script
+def scripted(x):
+    return x.flip(1)
+
+
+def in_patches(x):
+    """Pixels of a square that were put among the channels, as tokens of their own."""
+    patches = nn.functional.pixel_unshuffle(x.mT.unflatten(2, (4, 6)), 2)
+    return patches.unflatten(1, (32, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+
+
+INDEX = ORDER[None, :, None].expand(2, 24, 32)
+# Each is another way to put tokens into another order, or to have others in their places. The word is in the reason.
+LOST = {
+    "stacked in another order": (lambda x: torch.stack(x.unbind(1)[::-1], 1), "stack"),
+    "one by one, joined": (lambda x: torch.cat(x.split(1, 1)[::-1], 1), "cat"),
+    "the first one last": (lambda x: torch.cat([x[:, 1:], x[:, :1]], 1), "views"),
+    "the batch's first one last": (lambda x: torch.cat([x[1:], x[:1]]), "cat"),
+    "by hstack": (lambda x: torch.hstack([x[:, 12:], x[:, :12]]), "hstack"),
+    "a product with an order": (lambda x: SQUARE @ x, "code that"),
+    "a sum over labels": (lambda x: torch.einsum("ij,bjc->bic", SQUARE, x), "code that"),
+    "a layer along tokens": (lambda x: nn.functional.linear(x.mT, nn.Parameter(SQUARE)).mT, "linear"),
+    "einsum that turns": (
+        lambda x: torch.einsum("bhwc->bwhc", x.unflatten(1, (4, 6))).flatten(1, 2),
+        "einsum",
+    ),
+    "lerp": (lambda x: torch.lerp(x, x.flip(1), 1.0), "flip"),
+    "where": (lambda x: torch.where(torch.ones(2, 24, 32, dtype=torch.bool), x.flip(1), x), "flip"),
+    "random numbers added": (lambda x: x.flip(1) + torch.randn(2, 24, 32), "flip"),
+    "zeros added": (lambda x: x.flip(1) + torch.zeros_like(x), "flip"),
+    "written by pieces": (written, "copy_"),
+    "written one by one": (one_by_one, "writ"),
+    "written at an index": (at_index, "writ"),
+    "scattered": (lambda x: torch.zeros_like(x).scatter(1, INDEX, x), "scatter"),
+    "index_add": (lambda x: torch.zeros_like(x).index_add(1, ORDER, x), "index_add"),
+    "a slice over a slice": (lambda x: torch.slice_scatter(x, x[:, 12:], 1, 0, 12), "slice_scatter"),
+    "looked up": (lambda x: torch.stack([nn.functional.embedding(ORDER, one) for one in x]), "stack"),
+    "taken": (lambda x: x.take(torch.arange(x.numel()).view(x.shape).flip(1)), "take"),
+    "channels and tokens in one view": (lambda x: x.mT.reshape(x.shape), "reshape"),
+    "strides": (lambda x: x.as_strided((2, 4, 6, 32), (768, 32, 128, 1)).reshape(x.shape), "views"),
+    "shuffled channels": (lambda x: nn.functional.channel_shuffle(x, 4), "channel_shuffle"),
+    "in patches": (in_patches, "pixel_unshuffle"),
+    "shifted and cut": (shifted_and_cut, "views"),
+    "padded with its own end": (
+        lambda x: nn.functional.pad(x.mT, (4, 0), mode="circular")[..., :24].mT,
+        "pad",
+    ),
+    "between batch and tokens": (between_batch_and_tokens, "views"),
+    "half of them twice": (lambda x: x[:, :12].repeat_interleave(2, 1), "repeat_interleave"),
+    "one for all": (lambda x: x[:, :1].expand(-1, 24, -1), "expand"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy()[:, ::-1].copy()), "code that cannot be followed"),
+    "lists": (lambda x: torch.tensor([row[::-1] for row in x.tolist()]), "tensor"),
+    "scripted": (scripted, "code that cannot be followed"),
+    "an operator by its overload": (lambda x: torch.ops.aten.flip.default(x, [1]), "flip"),
+    "vmap": (lambda x: torch.vmap(lambda one: one[ORDER])(x), "code that cannot be followed"),
+    "slices stacked": (lambda x: torch.stack([x[:, :12], x[:, 12:]], 2).flatten(1, 2), "stack"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@torch.no_grad()
+def test_tokens_that_are_lost_sight_of_before_attention(name):
+    before, word = LOST[name]
+    numbers = torch.arange(1.0, 49).view(2, 24, 1).expand(2, 24, 32)
+    assert name == "random numbers added" or not torch.equal(before(numbers.clone()), numbers)
+    model, ids = Model(before).eval(), torch.cat([tokens(24), tokens(24, 2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(ids))
+    assert sorted(maps.left_out) == ["layers.0", "layers.1"]
+    assert all(word in why for why in maps.left_out.values()), maps.left_out
+
+
 MOVED = {
     "by columns": Model(by_columns, by_rows),
     "in squares": Model(in_squares),
@@ -86,7 +191,37 @@ def filtered(x):
     return nn.functional.conv1d(x.mT, FILTER.flip(2), padding=1, groups=32).mT
 
 
+def put_together(x):
+    """Rows and columns in halves, put together from their pieces."""
+    y = torch.empty_like(x)
+    y[:, :12] = x[:, :12]
+    y[:, 12:] = x[:, 12:]
+    return y
+
+
+def marked(x):
+    """Some tokens are hidden behind a learned one, as in training by masks."""
+    y = x.clone()
+    y[torch.arange(48).view(2, 24) % 5 == 0] = nn.Parameter(torch.ones(32))
+    return y
+
+
+def with_features(x):
+    """Features of something else stand in the places of some tokens."""
+    return x.masked_scatter((torch.arange(24) % 5 == 0)[None, :, None].expand_as(x), FEATURES)
+
+
 IN_ORDER = {
+    "written in their places": Model(put_together),
+    "padded at the end and cut": Model(lambda x: nn.functional.pad(x, (0, 0, 0, 4))[:, :24]),
+    "some hidden": Model(marked),
+    "some exchanged for features": Model(with_features),
+    "through windows": Model(lambda x: x + in_squares(x)),
+    "mixed over tokens": Model(lambda x: x + nn.functional.linear(x.mT, SQUARE).mT),
+    "a running sum": Model(lambda x: x.cumsum(1) / 24),
+    "a mask that takes all": Model(lambda x: x[torch.ones(2, 24, dtype=torch.bool)].view(x.shape)),
+    "without their mean": Model(lambda x: x - x.mean(1, keepdim=True)),
+    "pooled, the length kept": Model(lambda x: nn.functional.avg_pool1d(x.mT, 3, 1, 1).mT),
     "through a filter that was turned": Model(filtered),
     "there and back": Model(lambda x: x[:, ORDER][:, BACK]),
     "by an index that says nothing": Model(lambda x: x[:, torch.arange(24)]),

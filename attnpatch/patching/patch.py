@@ -206,7 +206,7 @@ class Site(Counters):
                 )
                 is_followed = self.patch.is_watched and getattr(recorder, "follows_order", False)
                 if is_followed and moved.watch() is None and not graphs.is_compiled(forward):
-                    contexts.append(moved.watched())
+                    contexts.append(moved.watched(module, (first, args, kwargs)))
             if not contexts:
                 return self._serve(forward, module, first, args, kwargs)
             with _Around(self, *contexts):

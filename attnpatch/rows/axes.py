@@ -28,13 +28,15 @@ class Axis:
         size: Number of elements.
         kind: ``"row"`` (only the query has it), ``"key"`` (only the key has it, or softmax ran over it), ``"lead"``
             (both have it: batch, heads). It guides the choice of tiles and never what is computed.
+        made_by: The function after which it is not known which elements it has; ``None``: none, or nobody asks.
     """
 
-    __slots__ = ("_alias", "_parts", "kind", "size")
+    __slots__ = ("_alias", "_parts", "kind", "made_by", "size")
 
     def __init__(self, size: int, kind: str = LEAD) -> None:
         self.size = size
         self.kind = kind
+        self.made_by: str | None = None
         self._alias: Axis | None = None
         self._parts: tuple[Axis, Axis] | None = None
 
@@ -53,6 +55,8 @@ class Axis:
     def split(self, outer: int) -> None:
         """Cut this leaf into ``outer`` x (size / outer)."""
         self._parts = (Axis(outer, self.kind), Axis(self.size // outer, self.kind))
+        for part in self._parts:
+            part.made_by = self.made_by
 
     def become(self, other: Axis) -> None:
         """Make this leaf another name of the leaf ``other``."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from attnpatch.rows import turned
 from attnpatch.rows.axes import Axis, Dim, leaves
 from attnpatch.rows.sources import Made, Sources
 
@@ -245,9 +246,13 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     else:
         key_pieces = read.tokens(key_axes, "keys") if key_axes else [(Piece(INPUT, number, 1), ())]
     _check_keys(read, key_pieces, number)
-    _check_order(
-        read, {number, *(piece.number for piece, _ in (*queries, *key_pieces) if piece.kind != KEPT)}
-    )
+    tokens = [
+        (piece.number, place)
+        for piece, its in (*queries, *key_pieces)
+        if piece.kind != KEPT
+        for place in its or ([1] if piece.number in read.sources.moved else [])
+    ]
+    _check_order(read, [*((number, place) for place in batch_places), *tokens])
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
         # Heads are handed over by who makes queries and keys apart.
         raise Unknown("it attends along one of three dimensions of its input: rows of an image, or heads")
@@ -355,12 +360,19 @@ def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]],
             )
 
 
-def _check_order(read: _Reading, numbers: set[int]) -> None:
-    name = next((read.sources.moved[number] for number in numbers if number in read.sources.moved), None)
-    if name is not None:
+def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
+    """Whether dimensions of inputs lie as the model was given them."""
+    moved = read.sources.moved
+    name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
+    if name in turned.IN_ANOTHER_ORDER:
         raise Unknown(
             f"its tokens, or sequences, were put into another order ({name}) before it was called: which of the model's "
             "they are is not known"
+        )
+    if name is not None:
+        raise Unknown(
+            f"its tokens, or sequences, come from {name}, after which it is not known which of the model's they are, and "
+            "were not added to tokens in order since"
         )
 
 

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch.rows import guard
 from attnpatch.rows.names import called
 from attnpatch.rows.places import CONVOLUTIONS
-from attnpatch.rows.turned import Turned, has_tokens_of
+from attnpatch.rows.turned import Turned, is_setting
 from attnpatch.rows.watching import without
 
 # Functions that put elements into another order, along one dimension or along some.
@@ -38,19 +38,20 @@ Order = tuple[int, torch.Tensor] | None
 class Moved(TorchFunctionMode):
     """Sees the functions of a model's call, those of its attention left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: torch.nn.Module, given: Any) -> None:
         super().__init__()
-        self.is_paused = False
+        # How many sites run, one inside the other.
+        self.depth = 0
         # Of each tensor which function moved it, and how.
         self._found: Any = WeakIdKeyDictionary()
-        self._turned = Turned()
+        self._turned = Turned(module, given)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self.is_paused or torch.compiler.is_compiling():
+        if self.depth or torch.compiler.is_compiling():
             return result
         guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
         return result
@@ -61,18 +62,20 @@ class Moved(TorchFunctionMode):
             self._follow(name, args, kwargs, result)
         self._turned.follow(name, func, args, kwargs, result)
 
-    def why(self, tensor: torch.Tensor) -> str | None:
-        """What has moved the tokens of a tensor; ``None``: they lie as the model was given them."""
+    def why(self, tensor: torch.Tensor) -> dict[int, str]:
+        """What has moved the elements of a tensor, by dimension; of those left out they lie as the model was given them."""
         found = self._found.get(tensor)
-        if found is not None:
-            return found[0]
-        return "views" if self._turned.is_turned(tensor) else None
+        moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
+        if self.depth < 2:
+            # Inside of another site functions are not seen here.
+            self._turned.has_tokens(tensor)
+        return {**self._turned.why(tensor), **moved}
 
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Attention has run: what it gives for tokens lies as they do."""
+        self._turned.through(given, result)
         if not given:
             return
-        self._turned.through(given[0], result)
         found = next((known for tensor in given if (known := self._found.get(tensor)) is not None), None)
         if found is not None:
             self._keep(found, given[0], result)
@@ -92,17 +95,21 @@ class Moved(TorchFunctionMode):
         if not tensors:
             return
         first = tensors[0]
+        if name in _MOVING and not self._turned.has_tokens(first):
+            return  # positions
         before = self._found.get(first)
-        if name in _MOVING and not isinstance(first, torch.nn.Parameter):
+        if name in _MOVING:
             self._move(name, args, kwargs, first, before, result)
             return
         if name in CONVOLUTIONS or name in ("linear", "embedding"):
             tensors = tensors[:1]  # a filter that was turned moves no token
+        if is_setting(name):
+            tensors = tensors[:1]  # what is put between others lies where they lay
         moved = [tensor for tensor in tensors if tensor in self._found]
         one = result[0] if isinstance(result, (tuple, list)) and result else result
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
             return
-        if any(has_tokens_of(tensor, one) for tensor in tensors if tensor not in self._found):
+        if any(self._turned.adds(name, tensor, one) for tensor in tensors if tensor not in self._found):
             return
         self._keep(self._found[moved[0]], moved[0], result)
 
@@ -197,9 +204,14 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """Watch the call of a model."""
-    outer, _thread.watch = _thread.watch, Moved()
+def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
+    """Watch the call of a model.
+
+    Args:
+        module: The model.
+        given: What it is called with.
+    """
+    outer, _thread.watch = _thread.watch, Moved(module, given)
     try:
         with _thread.watch:
             yield
@@ -215,9 +227,9 @@ def watch() -> Moved | None:
 @contextlib.contextmanager
 def paused(watch: Moved) -> Iterator[None]:
     """A site runs, whose own functions are followed otherwise, and which must take the way it takes without a watch."""
-    before, watch.is_paused = watch.is_paused, True
+    watch.depth += 1
     try:
         with without(watch):  # Where it stays, it does nothing.
             yield
     finally:
-        watch.is_paused = before
+        watch.depth -= 1

@@ -48,7 +48,7 @@ class Sources:
     Args:
         inputs: The tensors that it is called with, in order, each once.
         outer: Those of a call that this one is inside of.
-        moved: Of inputs whose tokens lie in another order than the model's, which function did that, by their number.
+        moved: Of inputs whose elements lie elsewhere than the model's: what did that, by dimension, by their number.
 
     Attributes:
         inputs: Their dimensions, every one an axis of its own.
@@ -59,7 +59,7 @@ class Sources:
         self,
         inputs: Sequence[torch.Tensor],
         outer: Sources | None = None,
-        moved: dict[int, str] | None = None,
+        moved: dict[int, dict[int, str]] | None = None,
     ) -> None:
         self.outer, self.moved = outer, moved or {}
         self._known: Any = WeakIdKeyDictionary()
