@@ -227,3 +227,19 @@ def test_a_prompt_that_begins_another():
         sample(pipe, PROMPT, negative_prompt="a red cube")
     assert [each["role"] for each in maps["cross"].metadata["sequences"]] == ["prompt", "negative"]
     assert maps.words(sequence=1) == ["a", "red", "cube"]
+
+
+def test_a_prompt_that_is_the_negative_of_another():
+    """Their texts do not tell which rows are guidance: which is the prompt's is asked for, and each row has its own map."""
+    pipe = pipe_of("sd15")
+    call = {"prompt": ["a red cube", NEGATIVE], "negative_prompt": [NEGATIVE, "a red cube"]}
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        sample(pipe, **call)
+    known = maps["cross"].metadata["sequences"]
+    assert [each["role"] for each in known] == [""] * 4
+    with pytest.raises(errors.CaptureError, match="which is the prompt's is not known"):
+        maps.heat_map("red")
+    rows = [place for place, each in enumerate(known) if each["text"] == "a red cube"]
+    for sequence, row in zip(rows, (1, 2), strict=True):
+        assert_shows(maps.heat_map("red", sequence=sequence), column(calls, row, [2]))

@@ -75,7 +75,9 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
                 rank = (length == len(spelled[2]), length, role == "prompt")
                 found.append((rank, role, given, start, length, spelled))
     if found:
-        _, role, given, start, length, spelled = max(found, key=lambda each: each[0])
+        best, role, given, start, length, spelled = max(found, key=lambda each: each[0])
+        if any(each[1] != role and each[0][:2] == best[:2] for each in found):
+            role = ""  # a prompt that is a negative prompt too
     else:
         # Not what the pipeline was called with: a template, or nobody called it. What the tokens say.
         role, start, length, spelled = "", 0, len(numbers), _read(tokenizer, numbers, pieces[0].encoded)
