@@ -27,6 +27,7 @@ from attnpatch.hosts.prompts import Prompts
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.placing import parts_in, put_in_place
 from attnpatch.policy import Policy
+from attnpatch.rows import moved
 from attnpatch.rows.sources import inputs_among
 
 
@@ -257,7 +258,9 @@ def image_recorder_of(
 
     num_heads = denoisers.num_heads_of(part)
     names = _innermost(patch)
-    return ImageRecorder(sampling, names, prefix, heads, sites, read_call, num_heads, inputs_among)
+    return ImageRecorder(
+        sampling, names, prefix, heads, sites, read_call, num_heads, inputs_among, moved.sides
+    )
 
 
 def _checked_steps(steps: Any) -> bool:

@@ -129,6 +129,22 @@ THROUGH = {
         "its tokens, or sequences, were put into another order (views)",
     ),
     "rows of the image": (rows_apart, "attends in 8 sequences, the denoiser is given 2"),
+    "two of a row as one": (
+        lambda attention, tokens: attention(tokens.unflatten(1, (-1, 2)).mean(2)),
+        "attends with 12 queries of which it is not known",
+    ),
+    "two of a row as one, by views": (
+        lambda attention, tokens: attention(tokens.unflatten(1, (-1, 2)).flatten(2)[..., :CHANNELS]),
+        "attends with image tokens in 4 x 3, where the image has 3 x 4",
+    ),
+    "a row more": (
+        lambda attention, tokens: attention(nn.functional.pad(tokens, (0, 0, 0, 4))),
+        "attends with 28 queries of which it is not known",
+    ),
+    "stacked in another order": (
+        lambda attention, tokens: attention(torch.stack(tokens.unbind(1)[::-1], 1)),
+        "its tokens, or sequences, come from stack",
+    ),
     "twice": (lambda attention, tokens: attention(attention(tokens)), "is called several times in one call"),
     "one image after the other": (
         lambda attention, tokens: torch.cat([attention(one) for one in tokens.split(1)]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +43,7 @@ class ImageObserver(SiteObserver):
         inputs: Whose tokens each tensor is that the site is called with; ``None``: not known.
         is_again: Whether it was called before in this call of the denoiser.
         is_candidate: Whether it may turn out to be no attention.
+        sides: Rows and columns that the tokens of each tensor were joined of; empty: not known.
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class ImageObserver(SiteObserver):
         inputs: list[Origin | None],
         is_again: bool = False,
         is_candidate: bool = False,
+        sides: Sequence[list[int]] = (),
     ) -> None:
         super().__init__(recorder, name)  # type: ignore[arg-type]
         self.recorder: Any = recorder
         self.call, self.records, self.inputs = call, records, inputs
-        self.is_again, self.is_candidate = is_again, is_candidate
+        self.is_again, self.is_candidate, self.sides = is_again, is_candidate, sides
         self.before: Any = None
         self.layout: Layout | None = None
         self.is_shown = False
@@ -106,6 +110,8 @@ class ImageObserver(SiteObserver):
         if layout.is_mixed:
             self._leave_out("are mixed after softmax: rows of its map need not sum to 1", " (weights)")
         self.segments = self._segments(queries), self._segments(keys)
+        for pieces in (layout.queries, layout.keys):
+            self._check_sides(pieces)
         if self.recorder.heads != "mean":
             self.recorder.head_numbers(layout.heads)
         self._check_before()
@@ -132,6 +138,24 @@ class ImageObserver(SiteObserver):
         if all(kind == OTHER for kind, _ in found):
             raise Unknown(f"attends with {count} {side} of which it is not known what they are")
         return tuple(found)
+
+    def _check_sides(self, pieces: Sequence[Any]) -> None:
+        """Whether the grid of an image is what its tokens were joined of, where that is known.
+
+        Raises:
+            Unknown: It is another.
+        """
+        for piece in pieces:
+            sides = self.sides[piece.number] if piece.kind == INPUT and piece.number < len(self.sides) else []
+            grid = self.grids.get(piece.length)
+            if grid is None or len(sides) < 2 or self.inputs[piece.number] != ((IMAGE, None),):
+                continue
+            edges = [*itertools.accumulate(sides, operator.mul)]
+            if grid.frames * grid.height not in edges:
+                raise Unknown(
+                    f"attends with image tokens in {' x '.join(map(str, sides))}, where the image has "
+                    f"{grid.height} x {grid.width}: which part of the image each of them shows is not known"
+                )
 
     def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once; see ``sums_of``."""

@@ -29,6 +29,7 @@ class ImageRecorder:
         read_call: Makes a ``DenoiserCall`` of arguments.
         num_heads: Of sites, where it is known.
         inputs_among: The tensors that a site is called with, as ``Layout`` counts them.
+        sides_of: Rows and columns that the tokens of such a tensor were joined of; empty: not known.
 
     Raises:
         CaptureError: There is no such site, or these are no heads.
@@ -51,10 +52,11 @@ class ImageRecorder:
         read_call: Callable[[Any, Any], DenoiserCall],
         num_heads: dict[str, int],
         inputs_among: Callable[[Any, Any], list[torch.Tensor]],
+        sides_of: Callable[[torch.Tensor], list[int]] = lambda tensor: [],
     ) -> None:
         self.sampling, self.prefix, self.heads = sampling, prefix, checked_heads(heads)
         self.num_heads = {prefix + name: count for name, count in num_heads.items()}
-        self.read_call, self.inputs_among = read_call, inputs_among
+        self.read_call, self.inputs_among, self.sides_of = read_call, inputs_among, sides_of
         self.wanted = {name for name in names if sites is None or fnmatch.fnmatchcase(prefix + name, sites)}
         self.call: DenoiserCall | None = None
         self.called: set[str] = set()
@@ -102,8 +104,18 @@ class ImageRecorder:
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """Who looks at the call of a site that is about to be made."""
-        inputs = [self.origins.of(tensor) for tensor in self.inputs_among(args, kwargs)]
+        given = self.inputs_among(args, kwargs)
+        inputs = [self.origins.of(tensor) for tensor in given]
         is_again = site.name in self.called
         self.called.add(site.name)
         name = self.prefix + site.name
-        return ImageObserver(self, name, self.call, self.records, inputs, is_again, site.is_candidate)
+        return ImageObserver(
+            self,
+            name,
+            self.call,
+            self.records,
+            inputs,
+            is_again,
+            site.is_candidate,
+            [*map(self.sides_of, given)],
+        )

@@ -192,6 +192,8 @@ def _loses_order(func: Callable[..., Any], args: Any, source: torch.Tensor, resu
         return False
     if name in _ALONG_ONE_AXIS:
         return source.dim() == 3 and result.shape[-1] != source.shape[-1]
+    if name == "pad":
+        return source.dim() == 3 and result.shape != source.shape
     if name in _REDUCING:
         return result.dim() < source.dim() and result.shape[-1:] == source.shape[-1:]
     if name in _CUTTING and source.dim() == result.dim() == 3:

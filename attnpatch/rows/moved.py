@@ -71,6 +71,10 @@ class Moved(TorchFunctionMode):
             self._turned.has_tokens(tensor)
         return {**self._turned.why(tensor), **moved}
 
+    def sides(self, tensor: torch.Tensor) -> list[int]:
+        """Rows and columns that the tokens of a tensor are of; empty: that is not known."""
+        return self._turned.sides(tensor)
+
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Attention has run: what it gives for tokens lies as they do."""
         self._turned.through(given, result)
@@ -222,6 +226,11 @@ def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
 def watch() -> Moved | None:
     """The watch on the model's call that this thread is in."""
     return _thread.watch
+
+
+def sides(tensor: torch.Tensor) -> list[int]:
+    """Rows and columns that the tokens of a tensor are of, as the model's functions have made them; empty: not known."""
+    return [] if _thread.watch is None else _thread.watch.sides(tensor)
 
 
 @contextlib.contextmanager

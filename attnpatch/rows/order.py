@@ -29,6 +29,16 @@ class Order:
             found |= {place: "views" for place in range(len(dims)) if place not in found}
         return found
 
+    def sides(self, dim: Dim) -> list[int]:
+        """Sizes of the dimensions that one was joined of, in order; empty: not known."""
+        found: dict[tuple[int, int], int] = {}
+        for leaf in leaves(dim):
+            origin = self._sources.origin(leaf)
+            if origin is None:
+                return []
+            found[origin[:2]] = found.get(origin[:2], 1) * leaf.size
+        return list(found.values())
+
     def _reason(self, dim: Dim) -> str | None:
         found = leaves(dim)
         reason = next((why for leaf in found if (why := self._made_by(leaf)) is not None), None)

@@ -177,6 +177,11 @@ class Turned:
         dims = self._sources.of(tensor)
         return {} if dims is None else self._look.why(dims)
 
+    def sides(self, tensor: torch.Tensor) -> list[int]:
+        """Rows and columns (and frames) that the tokens ``[batch, tokens, channels]`` are of; empty: that is not known."""
+        dims = self._sources.of(tensor)
+        return [] if dims is None or len(dims) != 3 else self._look.sides(dims[1])
+
     # ------------------------------------------------------------------------------------------------- one function
 
     def _without_tokens(self, name: str, results: list[torch.Tensor]) -> None:
@@ -370,7 +375,8 @@ class Turned:
             view, out = out, out if out._base is None else out._base
         if view is None:
             # At an index: other tokens among those that are there, or all of them.
-            if self._is_bare.get(out) or value.numel() >= out.numel() or _base(value).shape == out.shape:
+            is_piece = _base(value).numel() == out.numel() or _base(value) is _base(target)
+            if self._is_bare.get(out) or value.numel() >= out.numel() or is_piece:
                 self._lose(out, name)
             return
         source = _base(value)
@@ -391,7 +397,7 @@ class Turned:
                 self._is_bare[out] = False
                 if (dims := self._sources.of(source)) is not None:
                     self._sources.give(out, dims)
-        elif self._is_bare.get(out):
+        elif self._is_bare.get(out) or source.numel() == out.numel():
             self._lose(out, name)
 
     def _lose(self, tensor: torch.Tensor, name: str) -> None:
