@@ -113,6 +113,78 @@ def test_outputs_keep_their_class(kind, is_deferred):
     assert torch.equal(first * 1, next(iter(native.values())) if isinstance(native, dict) else native[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    places: torch.Tensor
+    other: str
+
+
+class ManyRounds(nn.Module):
+    """As Reformer does it: what is attended to is weighted by a figure of each row, the logsumexp of its scores."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x, is_hashed):
+        scores = x @ x.mT
+        figures, values = scores.logsumexp(-1), scores.softmax(-1) @ x
+        if is_hashed:
+            order = torch.arange(24).flip(0).expand(2, 24)
+            figures, values = figures.gather(1, order), values.flip(1)
+        return self.kind(values * figures.unsqueeze(-1))
+
+
+class AroundAttention(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.attention = ManyRounds(kind)
+
+    def forward(self, x, is_hashed):
+        return self.attention(x, is_hashed)
+
+
+@pytest.mark.parametrize("is_hashed", [False, True], ids=["", "hashed"])
+@pytest.mark.parametrize("around", [ManyRounds, AroundAttention])
+@pytest.mark.parametrize(
+    "kind", [*KINDS.values(), lambda places: Frozen(places, "kept")], ids=[*KINDS, "dataclass"]
+)
+def test_what_is_no_matrix_is_computed_in_any_container(kind, around, is_hashed):
+    """Also where the call has attended by rows before; deferred it would make the rest of the model deferred."""
+    model = around(kind)
+    sites = [module for module in ("", "attention") if module == "" or around is AroundAttention]
+    x = X.clone()
+    native = model(x, is_hashed)
+    with attnpatch.patched(model, mode="always", rows=7, sites=sites):
+        got = model(x, is_hashed)
+        assert attnpatch.report(model).totals["by_rows"] == 1
+    x.zero_()
+    assert type(got) is type(native)
+    places, expected = (
+        each[0] if isinstance(each, tuple) else getattr(each, "places", None) for each in (got, native)
+    )
+    if isinstance(got, dict):
+        places, expected = got["places"], native["places"]
+    assert type(places) is torch.Tensor
+    assert torch.equal(places, expected)
+
+
+def test_what_each_key_receives_is_not_computed_unasked():
+    """It needs all rows at once."""
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            weights = (x @ x.mT).softmax(-1)
+            return weights @ x, weights.sum(-2)
+
+    model = Attention()
+    native = model(X)
+    attnpatch.apply(model, mode="always", rows=7)
+    got = model(X)
+    assert attnpatch.report(model).totals["largest"] < 24 * 24 * 4
+    assert all(torch.equal(one * 1, other) for one, other in zip(got, native, strict=True))
+
+
 REPEATS = {
     "repeat": lambda t: t.permute(2, 0, 1).unsqueeze(0).repeat(2, 1, 1, 1).view(-1, 2, 24),
     "repeat of a transposed": lambda t: t.mT.repeat(2, 1, 1).view(96, 24),

@@ -28,8 +28,9 @@ from attnpatch.rows import checkpoints, graphs, moved, positions
 from attnpatch.rows.deferred import Passing, SiteCall, Tally, note_no_memory, pending
 from attnpatch.rows.fastpaths import opened
 from attnpatch.rows.mode import RowsMode
-from attnpatch.rows.results import with_no_keys
+from attnpatch.rows.results import with_no_matrix
 from attnpatch.rows.sources import Sources, inputs_among
+from attnpatch.rows.watching import without
 
 
 class _Thread(threading.local):
@@ -330,11 +331,11 @@ class Site(Counters):
                 raise
             finally:
                 _thread.mode = running
-        if self.counts.total() == before[0]:
-            try:
-                result = with_no_keys(result)
-            except Exception as error:
-                self.failed("a result without keys", error)
+        try:
+            with contextlib.nullcontext() if outer is None else without(outer):
+                result = with_no_matrix(result, self.counts.total() != before[0])
+        except Exception as error:
+            self.failed("a result that is no matrix", error)
         if self.counts.total() == before[0]:
             # Scores that stay native are not counted where they are made: a product may be anything.
             self.counts["passed"] += 1
