@@ -97,7 +97,8 @@ def capture(
         return
     if len(parts) > 1:
         raise PatchError(
-            f"no component of this {type(model).__name__} takes an image and a timestep; capture one of them: "
+            f"no component of this {type(model).__name__} is known as a denoiser (a forward with sample, hidden_states or x, "
+            "and an argument named timestep); capture one of them: "
             f"{', '.join(parts)}"
         )
     if blocks is None:

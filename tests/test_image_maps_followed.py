@@ -192,3 +192,79 @@ def test_patches_of_an_image(order):
         return
     mass = maps.block_map.mass[:, 0].numpy()
     assert abs(mass - probabilities[0].mean(1)).max() < 1e-6
+
+
+class Frames(nn.Module):
+    """Makes tokens of features ``[batch, channels, (frames,) rows, columns]`` by a function."""
+
+    def __init__(self, function, shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = (nn.Conv3d if len(shape) == 5 else nn.Conv2d)(4, CHANNELS, 1)
+        self.function, self.attention = function, Attention(lambda a, x: a.attend(x, x))
+
+    def forward(self, sample, timestep):
+        return self.attention(self.function(self.patch(sample)))
+
+
+def by_token(features):
+    return features.flatten(2).mT
+
+
+def of_both_images(features):
+    """As many frames as images: those of both images are put into one sequence."""
+    return features.permute(2, 0, 3, 4, 1).reshape(2, -1, CHANNELS)
+
+
+IMAGE, VIDEO, CUT = (
+    (2, 4, 8, 8),
+    (2, 4, 2, 4, 6),
+    "attends with image tokens whose rows, columns or frames were cut",
+)
+ORDER = "its tokens, or sequences, were put into another order (views)"
+SHAPES = {
+    "a corner": (lambda x: by_token(x[:, :, :2, :3]), (2, 4, 4, 6), CUT),
+    "padded": (lambda x: by_token(nn.functional.pad(x, (0, 2, 0, 2))), IMAGE, CUT),
+    "four times": (lambda x: by_token(torch.cat([torch.cat([x, x], 3)] * 2, 2)), IMAGE, CUT),
+    "columns first": (lambda x: by_token(x.mT), IMAGE, ORDER),
+    "every other": (lambda x: by_token(x[:, :, 1::2, 1::2]), IMAGE, ORDER),
+    "half as high": (
+        lambda x: by_token(nn.functional.avg_pool2d(x, (2, 1))),
+        (2, 4, 4, 6),
+        "attends with image tokens in 2 x 6",
+    ),
+    "some frames": (lambda x: by_token(x[:, :, :2]), (2, 4, 4, 4, 6), CUT),
+    "frames last": (lambda x: by_token(x.permute(0, 1, 3, 4, 2)), VIDEO, ORDER),
+    "frames for images": (lambda x: by_token(x.transpose(0, 2)), VIDEO, ORDER),
+    "of both images": (of_both_images, VIDEO, ORDER),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tokens_that_show_something_else_than_the_image(name):
+    function, shape, said = SHAPES[name]
+    denoiser = Frames(function, shape)
+    with pytest.warns(errors.AttnpatchWarning), torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(numbers(1, *shape), 5)
+    assert list(maps.left_out) == ["attention"] and maps.left_out["attention"].startswith(said)
+    assert maps.num_runs == 0
+
+
+WHOLE = {
+    "half as large": (lambda x: by_token(nn.functional.avg_pool2d(x, 2)), IMAGE),
+    "twice as large": (lambda x: by_token(nn.functional.interpolate(x, scale_factor=2)), IMAGE),
+    "padded and cut again": (
+        lambda x: by_token(nn.functional.pad(x, (0, 2, 0, 2))[..., :8, :8]),
+        IMAGE,
+    ),
+    "a video": (by_token, VIDEO),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_tokens_that_show_all_of_the_image(name):
+    function, shape = WHOLE[name]
+    denoiser = Frames(function, shape)
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(numbers(1, *shape), 5)
+    assert not maps.left_out and maps.num_runs == 1

@@ -148,6 +148,11 @@ class ImageObserver(SiteObserver):
         for piece in pieces:
             sides = self.sides[piece.number] if piece.kind == INPUT and piece.number < len(self.sides) else []
             grid = self.grids.get(piece.length)
+            if grid is not None and sides == [0]:
+                raise Unknown(
+                    "attends with image tokens whose rows, columns or frames were cut, padded or joined to others: which part "
+                    "of the image each of them shows is not known"
+                )
             if grid is None or len(sides) < 2 or self.inputs[piece.number] != ((IMAGE, None),):
                 continue
             edges = [*itertools.accumulate(sides, operator.mul)]

@@ -25,15 +25,21 @@ class Order:
     def why(self, dims: Dims) -> dict[int, str]:
         """Dimensions whose elements lie in another order than they did, or in no known one: what did it."""
         found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
-        if self._is_spread(dims):
+        if self._is_spread(dims) or self._is_of_batch(dims):
             found |= {place: "views" for place in range(len(dims)) if place not in found}
         return found
 
     def sides(self, dim: Dim) -> list[int]:
-        """Sizes of the dimensions that one was joined of, in order; empty: not known."""
+        """Sizes of the dimensions that one was joined of, in order, 0 for one that was cut or joined to others; empty: they
+        are not known."""
         found: dict[tuple[int, int], int] = {}
-        for leaf in leaves(dim):
-            origin = self._sources.origin(leaf)
+        own = leaves(dim)
+        for leaf in own:
+            pieces = self._pieces(leaf)
+            is_whole = len(pieces) == 1 and (pieces[0].count, pieces[0].step) == (pieces[0].of.size, 1)
+            if not is_whole:
+                return [0] if len(own) > 1 else []
+            origin = self._sources.origin(pieces[0].of)
             if origin is None:
                 return []
             found[origin[:2]] = found.get(origin[:2], 1) * leaf.size
@@ -55,6 +61,16 @@ class Order:
         inside = [*made.of.leaves()] if made.of is not None else []
         inside += [one for dim, _ in made.parts for one in leaves(dim or ())]
         return next((why for one in inside if (why := self._made_by(one, depth + 1)) is not None), None)
+
+    def _is_of_batch(self, dims: Dims) -> bool:
+        """Whether sequences lie beside each other where tokens do, and something else of them where sequences do."""
+        first = {found[0] for leaf in leaves(dims[0]) if (found := self._sources.origin(leaf)) is not None}
+        for dim in dims[1:-1]:
+            origins = [found for leaf in leaves(dim) if (found := self._sources.origin(leaf)) is not None]
+            batches = {number for number, place, part in origins if (place, part) == (0, 0)} & first
+            if any(number in batches and place for number, place, _ in origins):
+                return True
+        return False
 
     def _is_spread(self, dims: Dims) -> bool:
         """Whether a dimension was cut, and its parts lie in several dimensions in another order than they had."""
