@@ -1,6 +1,7 @@
 """What ``make test-hosts`` makes of two runs of the hosts' tests."""
 
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -49,6 +50,15 @@ def test_without_a_difference_the_last_column_is_zero(capsys):
     runner.show(a_run(), a_run())
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all")]
     assert row.split() == ["all", "1", "1", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    "parts", [["failed"], ["passed", "failed"], ["failed", "passed"], ["failed", "skipped"]]
+)
+def test_what_failed_is_written_down_as_failed(parts):
+    lines = [json.dumps({"test": "Llama::test_a", "outcome": part, "reason": part}) for part in parts]
+    (line,) = runner.by_test(lines).values()
+    assert (line["outcome"], line["reason"]) == ("failed", "failed")
 
 
 def test_pip_is_asked_for_what_is_not_there(tmp_path, monkeypatch):

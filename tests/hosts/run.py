@@ -89,13 +89,18 @@ def run(tests: pathlib.Path, files: list[str], more: list[str], env: dict[str, s
         ended = subprocess.run([*command, *files, *more], env=environment, capture_output=True, text=True)
         if not lines.exists():
             raise SystemExit(ended.stdout[-3000:] + ended.stderr[-3000:])
-        outcomes: dict[str, Any] = {}
-        for line in map(json.loads, lines.read_text().splitlines()):
-            # A test that has parts is reported for each of them.
-            if outcomes.get(line["test"], line)["outcome"] != "failed":
-                outcomes[line["test"]] = line
+        outcomes = by_test(lines.read_text().splitlines())
         written = {path.stem: torch.load(path) for path in sorted(found.iterdir())}
     return {"outcomes": outcomes, "written": written}
+
+
+def by_test(lines: list[str]) -> dict[str, Any]:
+    """The plugin's lines by test. One that has parts is reported for each of them: it has failed if a part has."""
+    outcomes: dict[str, Any] = {}
+    for line in map(json.loads, lines):
+        if line["test"] not in outcomes or outcomes[line["test"]]["outcome"] != "failed":
+            outcomes[line["test"]] = line
+    return outcomes
 
 
 def differences(plain: dict[str, Any], patched: dict[str, Any]) -> list[tuple[str, str, str]]:
