@@ -134,7 +134,7 @@ LOST = {
     "scattered": (lambda x: torch.zeros_like(x).scatter(1, INDEX, x), "scatter"),
     "index_add": (lambda x: torch.zeros_like(x).index_add(1, ORDER, x), "index_add"),
     "a slice over a slice": (lambda x: torch.slice_scatter(x, x[:, 12:], 1, 0, 12), "slice_scatter"),
-    "looked up": (lambda x: torch.stack([nn.functional.embedding(ORDER, one) for one in x]), "stack"),
+    "looked up": (lambda x: torch.stack([nn.functional.embedding(ORDER, one) for one in x]), "embedding"),
     "taken": (lambda x: x.take(torch.arange(x.numel()).view(x.shape).flip(1)), "take"),
     "channels and tokens in one view": (lambda x: x.mT.reshape(x.shape), "reshape"),
     "strides": (lambda x: x.as_strided((2, 4, 6, 32), (768, 32, 128, 1)).reshape(x.shape), "views"),
@@ -171,7 +171,17 @@ def test_tokens_that_are_lost_sight_of_before_attention(name):
     assert all(word in why for why in maps.left_out.values()), maps.left_out
 
 
+def copied_backwards(x):
+    return torch.empty_like(x).copy_(x.flip(1))
+
+
+def written_over(x):
+    made = x.flip(1)
+    return made.copy_(x)
+
+
 MOVED = {
+    "copied backwards": Model(copied_backwards),
     "by columns": Model(by_columns, by_rows),
     "in squares": Model(in_squares),
     "halves swapped": Model(halves_swapped, halves_swapped),
@@ -212,6 +222,7 @@ def with_features(x):
 
 
 IN_ORDER = {
+    "written over by tokens in order": Model(written_over),
     "written in their places": Model(put_together),
     "padded at the end and cut": Model(lambda x: nn.functional.pad(x, (0, 0, 0, 4))[:, :24]),
     "some hidden": Model(marked),

@@ -28,8 +28,8 @@ _MOVING = frozenset(
 )
 # The same with an order of their own for every element, which is not looked at.
 _BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
-# What torch changes in place, with a result that is in order again.
-_NOTHING = frozenset("__set__ __setitem__".split())
+# What a tensor holds is another's then, as that one lies.
+_TAKING = frozenset("copy_ set_ __set__".split())
 
 # A dimension, and where each of its elements came from; ``None``: that is not known.
 Order = tuple[int, torch.Tensor] | None
@@ -58,7 +58,11 @@ class Moved(TorchFunctionMode):
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = called(func)
-        if self._found or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1]))):
+        if (
+            self._found
+            or name == "embedding"
+            or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1])))
+        ):
             self._follow(name, args, kwargs, result)
         self._turned.follow(name, func, args, kwargs, result)
 
@@ -93,7 +97,10 @@ class Moved(TorchFunctionMode):
             self._found[one] = name, order if is_there else None
 
     def _follow(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if name in _NOTHING or not args:
+        if not args:
+            return
+        if name in _TAKING or name == "__setitem__":
+            self._take(name, args)
             return
         tensors = [value for value in _flat((args, list(kwargs.values()))) if isinstance(value, torch.Tensor)]
         if not tensors:
@@ -104,6 +111,9 @@ class Moved(TorchFunctionMode):
         before = self._found.get(first)
         if name in _MOVING:
             self._move(name, args, kwargs, first, before, result)
+            return
+        if name == "embedding" and len(tensors) > 1 and _picks_all(*tensors[:2]):
+            self._keep((name, None), result, result)
             return
         if name in CONVOLUTIONS or name in ("linear", "embedding"):
             tensors = tensors[:1]  # a filter that was turned moves no token
@@ -116,6 +126,22 @@ class Moved(TorchFunctionMode):
         if any(self._turned.adds(name, tensor, one) for tensor in tensors if tensor not in self._found):
             return
         self._keep(self._found[moved[0]], moved[0], result)
+
+    def _take(self, name: str, args: Any) -> None:
+        """All of a tensor was written over; a part of it leaves it as it was."""
+        target, value = args[0], args[-1]
+        index = args[1] if name == "__setitem__" else ...
+        is_whole = all(one is ... or one == slice(None) for one in index) if isinstance(index, tuple) else (
+            index is ... or (isinstance(index, slice) and index == slice(None))
+        )  # fmt: skip
+        is_alike = isinstance(value, torch.Tensor) and value.shape == target.shape
+        if not is_whole or not is_alike or target is value:
+            return
+        found = self._found.get(value)
+        if found is not None:
+            self._found[target] = found
+        else:
+            self._found.pop(target, None)
 
     def _move(
         self, name: str, args: Any, kwargs: dict[str, Any], first: torch.Tensor, before: Any, result: Any
@@ -153,6 +179,14 @@ def _is_picked(index: Any) -> bool:
     return any(
         isinstance(one, (torch.Tensor, list)) for one in (index if isinstance(index, tuple) else (index,))
     )
+
+
+def _picks_all(ids: Any, table: Any) -> bool:
+    """Whether rows of a table that nobody has learned, as many as there are, are put into another order."""
+    if isinstance(table, torch.nn.Parameter) or table.dim() != 2 or ids.dim() < 1 or ids.is_floating_point():
+        return False
+    count = len(table)
+    return ids.shape[-1] == count > 1 and not bool((ids == torch.arange(count, device=ids.device)).all())
 
 
 def _flat(value: Any) -> Iterator[Any]:
