@@ -96,3 +96,40 @@ def test_what_needs_everything_is_counted():
     torch.testing.assert_close(got, native)
     assert live.largest >= HERE * THERE * 4
     assert report.totals["materialised"] == 1 and report.totals["by_rows"] == 0, report
+
+
+def mutual(s, keep):
+    """Elements that are the largest of their row and of their column (mutual nearest neighbours), as ``keep`` says."""
+    return s * keep(s, s.amax(-2, keepdim=True)).to(s.dtype) * (s == s.max(-1, keepdim=True).values)
+
+
+# A column's own element, computed by steps that are cut along the other side, is another one in the last bit.
+COMPARED = {
+    "eq": lambda s: mutual(s, lambda a, most: a == most),
+    "ge": lambda s: mutual(s, lambda a, most: a >= most),
+    "lt": lambda s: mutual(s, lambda a, most: ~(a < most)),
+    "difference": lambda s: mutual(s, lambda a, most: (a - most).eq(0)),
+    "sign": lambda s: mutual(s, lambda a, most: (a - most).sign() + 1),
+    "cast": lambda s: mutual(s, lambda a, most: ~(a - most).bool()),
+    "cast by to": lambda s: mutual(s, lambda a, most: ~(a - most).to(torch.bool)),
+    "the three largest": lambda s: s * (s >= s.topk(3, dim=-2).values[:, -1:]),
+    "of a transpose": lambda s: s * (s.mT == s.mT.max(-1, keepdim=True).values).mT,
+}
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["scores", "dual softmax"])
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_a_column_is_compared_with_is_its_own(name, dual):
+    def chosen(x, y):
+        s = scores(x, y).abs()
+        return COMPARED[name](s.softmax(-1) * s.softmax(-2) if dual else s).softmax(-1) @ y
+
+    x, y = tensor(1, HERE, WIDTH), tensor(1, THERE, WIDTH, seed=1)
+    module = Attention(chosen)
+    native = module(x, y)
+    with attnpatch.patched(module, mode="always", min_tokens=0, rows=16):
+        got = module(x, y)
+        report = attnpatch.report(module)
+    # Many of them are found, and a single one that is lost shows.
+    torch.testing.assert_close(got, native, rtol=1e-5, atol=1e-6)
+    assert report.totals["materialised"] == 1, report

@@ -16,6 +16,17 @@ from attnpatch.rows.recipe import Call, Leaf, Node, Pick, graph
 
 # Several results, of which `Pick` takes one.
 _PAIRS = frozenset("max min sort topk".split())
+# Figures of a line that are one of its own elements: it is asked for again by comparing (mutual nearest neighbours), and the
+# same element of a step that is cut along the other side differs in the last bit.
+_CHOSEN = frozenset(
+    "max min amax amin aminmax sort topk kthvalue median nanmedian mode quantile nanquantile cummax cummin".split()
+)
+# Steps in which a bit more or less is another result.
+_COMPARING = frozenset(
+    "eq ne ge le gt lt greater greater_equal less less_equal not_equal isclose isin sign sgn heaviside floor ceil round trunc "
+    "frac argmax argmin argsort searchsorted bucketize bool logical_not logical_and logical_or logical_xor nonzero fmod "
+    "remainder floor_divide equal".split()
+)  # fmt: skip
 
 
 class Stuck(Exception):
@@ -32,7 +43,31 @@ def cut(root: Node, site: SiteCall) -> Node:
     sides = [axis for axis in all_leaves(root.dims) if axis.kind != LEAD]
     if not sides or any(axis not in whole for axis in sides):
         return root
-    return _freed(root, max(sides, key=lambda axis: axis.size), site)
+    found = _freed(root, max(sides, key=lambda axis: axis.size), site)
+    if (name := _compared(found)) is not None:
+        raise Stuck(name)
+    return found
+
+
+class _Chosen(Leaf):
+    """A figure of a line that is one of its elements."""
+
+
+def _compared(root: Node) -> str | None:
+    """The step that compares a line's own element with that line, if there is one."""
+    asking: set[Node] = set()
+    for node in graph(root):
+        if isinstance(node, _Chosen) or any(child in asking for child in node.children):
+            asking.add(node)
+            name = _name(node).strip("_")
+            if name in _COMPARING or not (node.dtype.is_floating_point or isinstance(node, Leaf)):
+                return name or type(node).__name__
+    return None
+
+
+def _name(node: Node) -> str:
+    inner = node.children[0] if isinstance(node, Pick) else node
+    return getattr(getattr(inner, "func", None), "__name__", "")
 
 
 def _freed(root: Node, row: Axis, site: SiteCall) -> Node:
@@ -47,12 +82,13 @@ def _freed(root: Node, row: Axis, site: SiteCall) -> Node:
 
 def _without(node: Node, row: Axis, site: SiteCall) -> Node:
     inner = node.children[0] if isinstance(node, Pick) else node
-    name = getattr(getattr(inner, "func", None), "__name__", "")
+    name = _name(node)
     if row not in leaves(inner.whole) or (name in _PAIRS and inner is node):
         return node
     if row not in all_leaves(node.dims):
         # A figure of each line of the other side.
-        return Leaf(site.replay(cut(node, site)), node.dims)
+        kind = _Chosen if name in _CHOSEN else Leaf
+        return kind(site.replay(cut(node, site)), node.dims)
     if name not in ("softmax", "log_softmax") or not isinstance(node, Call):
         raise Stuck(name or type(node).__name__)
     return _normalised(node, name == "log_softmax", site)
