@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 MODES = ("auto", "always", "never")
+# Query rows that a step has at least, unless there are no more: fewer of them round differently (`rows/axes.py`).
+LEAST_ROWS = 16
 # The variable that overrides what memory.free_bytes finds; named here because reading it needs no torch.
 FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 
@@ -71,7 +74,9 @@ class Policy:
         headroom: Also by rows when the native call's predicted temporaries exceed this share of free memory.
         workspace: Ceiling in bytes on what one attention call may hold beside its inputs and output;
             ``None`` takes it from free memory and, on CPU, from what the cache holds.
-        rows: Fixed number of query rows per step; ``None`` chooses.
+        rows: Fixed number of query rows per step; ``None`` chooses. Steps are balanced, begin at multiples of 16 rows and
+            have at least 16 (32 in narrow dtypes), since fewer round differently: of a smaller number so many are taken,
+            and a warning says so once.
         heads: Fixed number of heads per step; ``None`` chooses.
         retry_on_oom: Answer an out-of-memory error of a native call by rows, halving them until they fit.
         fuse: Hand attention written by hand to torch's fused kernel where its steps are those of
@@ -130,7 +135,14 @@ class Policy:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise PolicyError(f"unknown policy field {name!r}{hint} Known fields: {', '.join(known)}")
-        return cls(**fields)
+        policy = cls(**fields)
+        if policy.rows is not None and policy.rows < LEAST_ROWS:
+            # The same text and line each time, so that Python says it once.
+            warnings.warn(
+                f"rows={policy.rows}: steps of {LEAST_ROWS} query rows are taken, because fewer round differently",
+                stacklevel=2,
+            )
+        return policy
 
     @classmethod
     def of_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Policy:

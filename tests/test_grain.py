@@ -90,7 +90,7 @@ def test_tight_steps_are_small(length, most, width, dtype):
     spans = grain.of_fused(call, dtype).tight(length, most)
     assert_cover(spans, length)
     narrow = dtype != torch.float32 and grain._may_pack(dtype)
-    fewest = 64 if narrow else 16 if width > 32 or dtype != torch.float32 else 4
+    fewest = 64 if narrow else 16
     # A remainder too small to stand alone makes one step longer.
     assert max(high - low for low, high in spans) < max(most, fewest) + (64 if narrow else 16)
 

@@ -14,11 +14,16 @@ from collections.abc import Iterable
 
 import torch
 
+from attnpatch.policy import LEAST_ROWS
+
 ROW, KEY, LEAD = "row", "key", "lead"
-# Fewer rows, or a single head, make matrix libraries take another kernel, which rounds differently. Measured over
-# sizes, dtypes and heads by `python -m benchmarks rounding`: one to three rows differ, four never did. A slice of the keys
-# is a narrower product: up to 15 of them differ, 16 never did.
-LEAST = {ROW: 4, LEAD: 2, KEY: 16}
+# Fewer rows, or a single head, make matrix libraries take another kernel, which rounds differently; and rows are cut at
+# multiples of this, since libraries have further kernels for the rows left over, and for memory that begins elsewhere.
+# Measured over layouts, sizes, dtypes and heads by `python -m benchmarks rounding`, on processors of two makers: up to 15
+# rows differ, 16 never did. A slice of the keys is a narrower product: up to 15 of them differ, 16 never did.
+LEAST = {ROW: LEAST_ROWS, LEAD: 2, KEY: 16}
+# Where memory leaves no room for those, so few round differently in some layouts only.
+FEWEST_ROWS = 4
 
 
 class Axis:

@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.policy import Policy
 from attnpatch.rows.axes import KEY, LEAD, LEAST, ROW, Axis, Tile
-from attnpatch.rows.grain import ANY, Grain, balanced
+from attnpatch.rows.grain import Grain, balanced
 
 # Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
 CPU_STEP_BYTES = 8 * 2**20
@@ -60,7 +60,7 @@ def choose(
     policy: Policy,
     device: torch.device,
     shrink: int = 1,
-    grain: Grain = ANY,
+    grain: Grain | None = None,
     free: int | None = None,
     reads: int = 0,
     held: int = 0,
@@ -74,7 +74,7 @@ def choose(
         policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
         device: Where it runs.
         shrink: Divides the step, also a fixed one; doubled after an out-of-memory error.
-        grain: Where rows may be cut.
+        grain: Where rows may be cut; ``None``: so that results are the same to the last bit.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
         reads: Elements that each step reads of one head however few its rows (its keys and values).
         held: Bytes that a step holds at most for one row of one head, where that is known.
@@ -90,7 +90,8 @@ def choose(
     present = math.prod(axis.size for axis in lead)
     ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-held // width)), policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
-    heads, rows = _fixed(policy, shrink)
+    grain = grain or Grain()
+    heads, rows = _fixed(policy, shrink, grain.fewest)
     if heads is None:
         heads = LEAST[LEAD] if on_cpu else present
         heads = max(LEAST[LEAD], min(heads, elements // (width * min(row.size, 16))))
@@ -99,7 +100,7 @@ def choose(
             heads = max(heads, elements // (width * min(row.size, MOST_CPU_ROWS)))
         heads = min(heads, present)
     if rows is None:
-        rows = max(LEAST[ROW], elements // (width * heads))
+        rows = max(1, elements // (width * heads))
         if on_cpu:
             share = row.size * present // (heads * MOST_SHARE)
             least = MOST_CPU_ROWS if reads and width * itemsize >= LONG_ROW_BYTES else 0
@@ -128,19 +129,22 @@ def one_row(tileable: list[Axis]) -> Steps:
     return Steps(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
 
 
-def products_grain(works: list[int], tileable: list[Axis], device: torch.device) -> Grain:
+def products_grain(works: list[int], tileable: list[Axis], device: torch.device, narrow: bool) -> Grain:
     """Rows such that no step's product is so small that it takes another kernel than the whole one.
 
     Args:
         works: Multiplications per head of each product of the recipe.
         tileable: As ``choose`` takes them.
         device: Where it runs.
+        narrow: Whether some of it is in a narrow dtype.
     """
     row, _ = row_and_lead(tileable)
+    # As many as fill a vector: where keys come before queries softmax has another kernel for what is left over.
+    unit = LEAST[ROW] * (2 if narrow else 1)
     if row is None or device.type != "cpu":
-        return Grain()
+        return Grain(unit, unit=unit)
     rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= NATIVE_LOOP]
-    return Grain(max(LEAST[ROW], *rows, 0))
+    return Grain(max(unit, *rows, 0), unit=unit)
 
 
 def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
@@ -151,11 +155,11 @@ def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
     return row, [axis for axis in tileable if axis is not row]
 
 
-def _fixed(policy: Policy, shrink: int) -> tuple[int | None, int | None]:
+def _fixed(policy: Policy, shrink: int, fewest: int) -> tuple[int | None, int | None]:
     """Heads and rows that the policy fixes; where memory ran out, first the rows are divided, then the heads."""
     heads, rows = policy.heads, policy.rows
     if rows is not None:
-        least = min(rows, LEAST[ROW])
+        least = min(rows, fewest)
         rows, shrink = max(least, rows // shrink), max(1, shrink * least // rows)
     if heads is not None:
         heads = max(min(heads, LEAST[LEAD]), heads // shrink)

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.axes import LEAST, ROW
+from attnpatch.rows.axes import FEWEST_ROWS, LEAST, ROW
 
 # Query rows and keys from which narrow dtypes may be packed, and how often a packed key has to be used for it.
 _PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
+# Fewer rows take another kernel of the matrix library.
+_FEWEST = 16
 _BLOCKS = ((768, 256), (192, 64), (0, 32))
-# Narrow dtypes, and heads wider than this, take another kernel of the matrix library in fewer rows than these.
-_WIDE, _LEAST_WIDE = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +31,21 @@ class Grain:
 
     Attributes:
         least: It has at least so many rows.
-        multiple: It is cut at multiples of so many.
+        multiple: It is cut at multiples of so many, which is what torch's fused kernel takes at a time; 1: no such kernel.
+        unit: Then it is cut at multiples of so many, and what is left over is in the last one.
         fewest: Where memory leaves no room for that, it has at least so many rows.
         holds: Whether rows ``low:high`` have the bits of the whole call.
     """
 
-    least: int = LEAST[ROW]
+    least: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
     multiple: int = 1
-    fewest: int = LEAST[ROW]
+    unit: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
+    fewest: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
     holds: Callable[[int, int], bool] = lambda low, high: True
 
     def cut(self, size: int, step: int) -> list[tuple[int, int]]:
         if self.multiple == 1:
-            return balanced(size, step, self.least)
+            return _at_multiples(size, step, self.least, self.unit)
         step = max(self.least, -(-step // self.multiple) * self.multiple)
         while True:
             starts = [step * i for i in range(max(1, size // step))]
@@ -70,7 +72,19 @@ class Grain:
             step += block
 
 
-ANY = Grain()
+def to_rounding() -> Grain:
+    """Steps of the last resort, where memory leaves no room for such that keep every bit."""
+    fewest = min(FEWEST_ROWS, LEAST[ROW])
+    return Grain(fewest, unit=fewest, fewest=fewest)
+
+
+def _at_multiples(size: int, step: int, least: int, unit: int) -> list[tuple[int, int]]:
+    """``0:size`` in pieces of about ``step``, which begin at multiples of ``unit``; what is left over is in the last one."""
+    units, fewest = size // unit, -(-least // unit)
+    step = max(step // unit, fewest) * unit
+    count = max(1, min(-(-size // step), units // fewest))
+    bounds = [unit * low for low, _ in _parts(units, count)]
+    return list(itertools.pairwise([*bounds, size]))
 
 
 def _pieces(low: int, high: int, step: int, least: int) -> list[tuple[int, int]]:
@@ -94,7 +108,11 @@ def balanced(size: int, step: int, least: int) -> list[tuple[int, int]]:
 
     No remainder is left that would round differently (see ``LEAST``).
     """
-    count = max(1, min(-(-size // max(step, least)), size // least))
+    return _parts(size, max(1, min(-(-size // max(step, least)), size // least)))
+
+
+def _parts(size: int, count: int) -> list[tuple[int, int]]:
+    """``0:size`` in ``count`` pieces that differ by one at most, longer ones first."""
     base, longer = divmod(size, count)
     bounds = list(itertools.accumulate([base + (i < longer) for i in range(count)], initial=0))
     return list(itertools.pairwise(bounds))
@@ -111,9 +129,8 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
     q_len, kv_len, is_causal = query.shape[-2], key.shape[-2], call["is_causal"]
     least = next(least for least, _ in _BLOCKS if q_len >= least)
     multiple = _block(q_len)
-    fewest = _LEAST_WIDE if dtype in _PACKED or query.shape[-1] > _WIDE else LEAST[ROW]
     if query.device.type != "cpu" or not _may_pack(dtype):
-        return Grain(max(least, multiple), multiple, fewest)
+        return Grain(max(least, multiple), multiple, fewest=_FEWEST)
 
     threads = torch.get_num_threads()
     heads, key_heads = query.shape[:-2].numel(), key.shape[:-2].numel()
@@ -134,7 +151,7 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
             return packs(high - low, kv_len, False) == packed
         return packs(high - low, min(high, kv_len), low == 0) == packed
 
-    return Grain(max(least, multiple), multiple, from_rows if packed else fewest, holds)
+    return Grain(max(least, multiple), multiple, fewest=from_rows if packed else _FEWEST, holds=holds)
 
 
 def _block(rows: int) -> int:

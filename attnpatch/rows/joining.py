@@ -54,7 +54,7 @@ class Joined(Node):
 class Flipped(Node):
     """A tensor with one dimension, which can be cut, in reverse order."""
 
-    renames_axes = True
+    renames_axes = reads_a_run = True
 
     def __init__(self, child: Node, position: int) -> None:
         self.children = (child,)

@@ -47,6 +47,7 @@ class Node:
         is_constant: Whether all its elements are one number.
         is_exact: Whether its rows are the same to the last bit in steps of the right size.
         renames_axes: Whether it computes a child in another tile than its own.
+        reads_a_run: Whether a run of its dimension ``position`` is a run of its child's, under another name.
         stops_gradient: Whether its result has no history, whatever it was made from: detached, or under no_grad.
         needs_grad: Whether the deferred tensor of it has a history; ``None``: it has no deferred tensor.
         carrier: That deferred tensor.
@@ -69,6 +70,7 @@ class Node:
     is_constant = False
     is_exact = True
     renames_axes = False
+    reads_a_run = False
     stops_gradient = False
     needs_grad: bool | None = None
     carrier: weakref.ref[torch.Tensor] | None = None
@@ -229,7 +231,7 @@ class Call(Node):
         self.children = tuple(children)
 
     def compute(self, tile: Tile, run: Run) -> torch.Tensor:
-        values = [run.value(child, tile) for child in self.children]
+        values = run.operands(self, tile)
 
         def fill(value: Any) -> Any:
             return values[value.index] if isinstance(value, Child) else value
@@ -315,7 +317,7 @@ class View(Node):
 class Cut(Node):
     """``start:stop:step`` of one dimension; only those elements are computed where the dimension can be tiled."""
 
-    renames_axes = True
+    renames_axes = reads_a_run = True
 
     def __init__(self, child: Node, position: int, start: int, stop: int, step: int = 1) -> None:
         self.children = (child,)
@@ -368,9 +370,12 @@ def _every(value: torch.Tensor, position: int, start: int, stop: int, step: int)
 
 def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:
     """A range that a matrix product rounds as it rounds the whole axis (see ``LEAST``), around ``low:high``."""
-    least = min(LEAST.get(axis.kind, 1), axis.size)
-    first = max(0, min(low, axis.size - least))
-    return first, max(high, first + least)
+    least = LEAST.get(axis.kind, 1)
+    count = -(-(high - low) // least) * least
+    if low + count <= axis.size:
+        return low, low + count
+    first = max(0, axis.size - count)
+    return first - first % least, axis.size
 
 
 class Pick(Node):

@@ -14,7 +14,7 @@ from attnpatch.rows import edges
 from attnpatch.rows.attempts import Attempts, is_out_of_memory
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
 from attnpatch.rows.budget import Steps, choose, one_row, products_grain, row_and_lead
-from attnpatch.rows.grain import Grain
+from attnpatch.rows.grain import to_rounding
 from attnpatch.rows.randomness import RandomState, random_state, set_random_state
 from attnpatch.rows.recipe import Leaf, Node, graph, tensors_of
 from attnpatch.rows.run import Run
@@ -98,7 +98,7 @@ class Replay:
         if not run.whole:
             # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
             tileable = []
-        width, itemsize = 1, 1
+        width, itemsize, narrow = 1, 1, False
         cut = set(tileable) | run.renamed
         row, _ = row_and_lead(tileable)
         for node in run.tiled:
@@ -107,14 +107,15 @@ class Replay:
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)
+                narrow |= node.dtype.is_floating_point and node.dtype.itemsize < 4
         if self.limit is Limit.ONE_ROW:
             return one_row(tileable)
         grain = getattr(self.node, "grain", None) or products_grain(
-            run.works(row), tileable, self.node.device
+            run.works(row), tileable, self.node.device, narrow
         )
         asked = self.policy.rows is not None or self.policy.workspace is not None
         if self.limit is not Limit.EXACT or (asked and not self.node.is_exact):
-            grain = Grain()
+            grain = to_rounding()
         return choose(
             tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
             _reads(run, tileable), run.held_bytes(row, cut),
@@ -122,7 +123,13 @@ class Replay:
 
     def _tiles(self, run: Run) -> Iterator[Tile]:
         steps = self._steps(run)
-        self.on_size(_largest(run, steps, self.node))
+        run.scores = _scores(run, steps.row)
+        self.on_size(_held_inside(run, steps, self.node))
+        for tile in self._cut(run, steps):
+            yield tile
+            self.on_size(run.largest)
+
+    def _cut(self, run: Run, steps: Steps) -> Iterator[Tile]:
         run.row = steps.row if len(steps.rows) > 1 else None
         if run.row is not None and len(steps.lead) > 1:
             run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
@@ -203,6 +210,7 @@ class Replay:
                 own = {axis: tile[axis] for axis in all_leaves(self.watched[0].dims) if axis in tile}
                 self.watched[1](run.value(self.watched[0], tile).detach(), own)
             if not tile:
+                self.on_size(run.largest)
                 return value
             if result is None:
                 result = _empty(self.node, value)
@@ -262,25 +270,26 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(node.shape, dtype=dtype, device=node.device)
 
 
-def _largest(run: Run, steps: Steps, result: Node) -> int:
-    """Bytes of the largest tensor with query x key elements that a step makes; the result is made whole."""
+def _scores(run: Run, row: Axis | None) -> frozenset[Node]:
+    """What has elements for each query and key."""
+    found = set()
+    for node in run.nodes:
+        kinds = {axis.kind for axis in all_leaves(node.dims)}
+        if not isinstance(node, Leaf) and KEY in kinds and (ROW in kinds or row in all_leaves(node.dims)):
+            found.add(node)
+    return frozenset(found)
+
+
+def _held_inside(run: Run, steps: Steps, result: Node) -> int:
+    """Bytes of the scores that a step makes and no node of the recipe shows; of a result with keys, of all of it."""
     tile: Tile = dict(steps.lead[0])
     if steps.row is not None:
         tile[steps.row] = (0, steps.largest()[0])
-    found = 0
+    found = result.shape.numel() * result.dtype.itemsize if result in run.scores else 0
     for node in run.tiled:
-        if isinstance(node, Leaf):
-            continue
-        axes = all_leaves(node.dims)
-        kinds = {axis.kind for axis in axes}
-        if ROW in kinds or steps.row in axes:
-            if KEY in kinds:
-                count = extent(tuple(axes), {} if node is result else tile)
-            else:
-                count = node.scores_held * extent(
-                    tuple(leaves(a for dim in node.dims[:-1] for a in dim)), tile
-                )
-            found = max(found, count * node.dtype.itemsize)
+        if node.scores_held and not isinstance(node, Leaf):
+            heads_and_rows = tuple(leaves(a for dim in node.dims[:-1] for a in dim))
+            found = max(found, node.scores_held * extent(heads_and_rows, tile) * node.dtype.itemsize)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows import distances
+from attnpatch.rows import aligned, distances
 from attnpatch.rows.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.recipe import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
 
@@ -45,6 +45,9 @@ class Run:
         self.wanted = wanted
         self.parts: list[tuple[Node, Tile, torch.Tensor]] = []
         self.row: Axis | None = None
+        # What has query x key elements, and the bytes of the largest part of it that a step has made.
+        self.scores: frozenset[Node] = frozenset()
+        self.largest = 0
         # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
         # row axis goes by another name.
         self.renamed = {axis for axis in self._renamed() if axis not in self.whole}
@@ -59,6 +62,7 @@ class Run:
         self._overwrites: dict[Node, bool] = {}
         self._buffers: dict[Node, torch.Tensor] = {}
         self._padded: dict[Node, bool] = {}
+        self._aligned: dict[Node, list[int]] = {}
         self._is_watched = False
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._moving: list[tuple[Any, ...]] = []
@@ -70,8 +74,8 @@ class Run:
             heads = getattr(node, "heads", None)
             if heads is not None:
                 yield from heads()
-            elif isinstance(node, Cut):
-                old = leaves(node.children[0].dims[node.position])
+            elif node.reads_a_run:
+                old = leaves(node.children[0].dims[node.position])  # type: ignore[attr-defined]
                 yield from old if len(old) == 1 and old[0].kind == ROW else ()
 
     def has_rows(self, node: Node, row: Axis | None) -> bool:
@@ -187,6 +191,14 @@ class Run:
         return value
 
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
+        value = self._made(node, tile)
+        if node in self.scores and isinstance(value, torch.Tensor):
+            # A view of something larger, or of something smaller that is repeated, is no larger than either.
+            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            self.largest = max(self.largest, size)
+        return value
+
+    def _made(self, node: Node, tile: Tile) -> torch.Tensor:
         if node in self._distances:
             pair = self._distances[node]
             found = distances.spread(node, pair, tile, lambda part: node.compute(part, self))
@@ -264,6 +276,18 @@ class Run:
         if getattr(node.func, "__name__", "") == "softmax":
             return _is_over_last(node)
         return getattr(node.func, "__name__", "") in _CASTS
+
+    def operands(self, node: Call, tile: Tile) -> list[Any]:
+        """What a step of ``node`` is computed from."""
+        values = [self.value(child, tile) for child in node.children]
+        if node.work and not self.wanted:
+            if node not in self._aligned:
+                self._aligned[node] = [
+                    i for i, child in enumerate(node.children) if aligned.asks(node, child)
+                ]
+            for i in self._aligned[node]:
+                values[i] = aligned.laid(values[i], node.children[i], tile)
+        return values
 
     def may_overwrite(self, node: Call) -> bool:
         """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
