@@ -293,3 +293,32 @@ def test_only_what_was_moved_is_left_out():
         maps = captured(model, lambda: model(tokens(24)))
     assert list(maps.left_out) == ["layers.1"]
     assert maps.block_map.layers == (0,)
+
+
+class MovedInside(SelfAttention):
+    def __init__(self, move):
+        super().__init__()
+        self.move = move
+
+    def split(self, x):
+        return super().split(self.move(x))
+
+
+INSIDE = {
+    "lerp": lambda x: torch.lerp(x, x.flip(1), 1.0),
+    "lerp from the moved": lambda x: torch.lerp(x.roll(3, 1), x, 0.0),
+    "lerp_": lambda x: (x * 1).lerp_(x.flip(1), 1.0),
+    "where": lambda x: torch.where(torch.ones(24, 1, dtype=torch.bool), x.flip(1), x),
+    "where, the other": lambda x: torch.where(torch.zeros(24, 1, dtype=torch.bool), x, x[:, ORDER]),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_chooses_between_tokens_in_order_and_moved_ones_inside(name):
+    model = Model().eval()
+    model.layers[1] = MovedInside(INSIDE[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(tokens(24)))
+    assert list(maps.left_out) == ["layers.1"]
+    assert maps.block_map.layers == (0,)

@@ -29,6 +29,8 @@ REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max 
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 # Each element is made of the operands' in its place.
 OF_ALL = ELEMENTWISE | {"lerp", "copy", "fill", "zero", "complex", "polar"}
+# Each element is one of the operands' in its place: of one that was moved it may be every element.
+CHOOSING = frozenset(["where", "lerp"])
 # Each element is made of the first operand's in its place, or of those in its row of channels.
 OF_FIRST = CASTS | frozenset(
     "softmax log_softmax special_softmax layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout "
@@ -59,7 +61,7 @@ def is_of(name: str, names: frozenset[str]) -> bool:
 def keeps(name: str) -> bool:
     """Whether a function that returns its operand leaves elements where they are: most of them have nothing to do."""
     is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
-    return not is_in_place or is_of(name, OF_ALL) or is_of(name, OF_FIRST)
+    return not is_in_place or (is_of(name, OF_ALL) and not is_of(name, CHOOSING)) or is_of(name, OF_FIRST)
 
 
 def keeps_rows(name: str) -> bool:

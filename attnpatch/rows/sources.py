@@ -151,7 +151,9 @@ class Sources:
         if first is not operands[0]:
             # Learned numbers in the shape of an input are none of its tokens.
             is_made_of_all = places.is_of(name, places.OF_ALL)
-            return self._elementwise([own for _, own in known], result.shape) if is_made_of_all else None
+            return (
+                self._elementwise([own for _, own in known], result.shape, name) if is_made_of_all else None
+            )
         if first.dtype == result.dtype and _shares(first, result):
             return self._viewed(dims, first, result)
         return self._of_first(name, args, kwargs, known, result)
@@ -192,7 +194,7 @@ class Sources:
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
         if places.is_of(name, places.OF_ALL):
-            return self._elementwise([own for _, own in known], result.shape)
+            return self._elementwise([own for _, own in known], result.shape, name)
         if places.is_of(name, places.OF_FIRST):
             return self._elementwise([dims], result.shape)
         return self._unknown(result, dims)
@@ -208,7 +210,7 @@ class Sources:
         own = self._viewed(dims, source, view)
         return self._lost((*own[:at], *fresh([result.shape[at]]), *own[at + 1 :]), dims)
 
-    def _elementwise(self, known: list[Dims], shape: Sequence[int]) -> Dims:
+    def _elementwise(self, known: list[Dims], shape: Sequence[int], name: str = "") -> Dims:
         """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions.
 
         Tokens that were moved are those of their input all the same, and no others become them.
@@ -217,9 +219,10 @@ class Sources:
             known = sorted(known, key=self._earliest)
         dims: list[Dim] = []
         for back, size in zip(range(len(shape), 0, -1), shape, strict=True):
-            found = (own[-back] for own in known if back <= len(own) and size_of(own[-back]) == size != 1)
-            dim = next(found, None)
-            dims.append(fresh([size])[0] if dim is None else dim)
+            found = [own[-back] for own in known if back <= len(own) and size_of(own[-back]) == size != 1]
+            if places.is_of(name, places.CHOOSING):
+                found.sort(key=lambda dim: not self._losses.keys().isdisjoint(leaves(dim)), reverse=True)
+            dims.append(found[0] if found else fresh([size])[0])
         return tuple(dims)
 
     def _earliest(self, own: Dims) -> tuple[int, bool]:
