@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -149,20 +150,39 @@ def _patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
     """The patch of a model; one that captures have put in place goes with the last of them (each thread may have one)."""
     with _lock:
         known = patch_of(part)
-        if known is not None and not known.captures:
+        if known is not None and not known.captures and not known.is_leaving:
             return known  # the user's
         # Taken out below, with the last capture.
         (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
-        patch.captures += 1
+        patch.captures, patch.is_leaving = patch.captures + 1, False
 
     def release() -> None:
         with _lock:
             patch.captures -= 1
             if patch.captures == 0:
-                patch.take_out(part)
+                _leave(patch, part)
 
     undo.callback(release)
     return patch
+
+
+def _leave(patch: Patch, part: nn.Module) -> None:
+    """Take a patch out: at once, or with the last checkpoint that it looked at, which may run again in a backward pass."""
+    waiting = list(patch.watched)
+    if not waiting:
+        patch.take_out(part)
+        return
+    patch.is_leaving = True
+
+    def gone(one: int) -> None:
+        left.discard(one)
+        if not left and patch.is_leaving:
+            patch.is_leaving = False
+            patch.take_out(part)
+
+    left = set(range(len(waiting)))
+    for number, frame in enumerate(waiting):
+        weakref.finalize(frame, gone, number).atexit = False
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ native ones as those differ from float64, and so do the losses of later steps.
 """
 
 import functools
+import gc
 
 import pytest
 import torch
+import transformers
 import zoo
 from torch import nn
 from traces import described, first_difference
@@ -175,3 +177,44 @@ def test_data_loader_workers(method):
         assert torch.equal(model(zoo.tokens(33, seed=0)).logits, native[0])
     assert attnpatch.report(model).totals["by_rows"] == 2
     attnpatch.remove(model)
+
+
+@pytest.mark.parametrize("is_applied", [False, True], ids=["captured", "applied and captured"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_checkpoint_that_was_captured_runs_again_after_the_capture(attention, is_applied):
+    """A checkpoint expects as many saved tensors when it runs again, and the backward pass may come later."""
+    ids = torch.arange(30)[None]
+
+    def model():
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        config = transformers.LlamaConfig(
+            vocab_size=97, num_hidden_layers=2, attn_implementation=attention, use_cache=False, **sizes
+        )
+        made = transformers.LlamaForCausalLM(config).train()
+        made.gradient_checkpointing_enable({"use_reentrant": False})
+        return made
+
+    native = model()
+    native(ids, labels=ids).loss.backward()
+    captured = model()
+    if is_applied:
+        attnpatch.apply(captured)
+    with attnpatch.capture(captured, attnpatch.Blocks.fixed(5)) as maps:
+        loss = captured(ids, labels=ids).loss
+    with attnpatch.capture(captured, attnpatch.Blocks.fixed(5)) as others, torch.no_grad():
+        captured(ids)
+    loss.backward()
+    for one, other in zip(captured.parameters(), native.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert maps.block_map.mass.shape == others.block_map.mass.shape == (2, 6, 6)
+    del loss
+    gc.collect()
+    if not is_applied:
+        with pytest.raises(attnpatch.errors.PatchError):
+            attnpatch.report(captured)

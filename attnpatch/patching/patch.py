@@ -368,6 +368,8 @@ class Site(Counters):
                     observer = _SEEN if is_seen else recorder.observer(self, args, kwargs)
             except Exception as error:
                 self.failed("the beginning of a captured attention call", error)
+        if observer is not None or again:
+            observer = self._in_checkpoint(observer)
         asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
         if observer is None and not asked and not pending():
             rule = self._stays_native(args, kwargs)
@@ -390,6 +392,16 @@ class Site(Counters):
             except Exception as error:
                 self.failed("the look at a module's inputs", error)
         return call
+
+    def _in_checkpoint(self, observer: Any) -> Any:
+        """Who looks on: a checkpoint that was looked at runs again in the same way, also after the capture has ended."""
+        frame = checkpoints.current()
+        if frame is None:
+            return observer
+        if observer is None:
+            return _SEEN if frame in self.patch.watched else None
+        self.patch.watched.add(frame)
+        return observer
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
         """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched.
@@ -531,6 +543,8 @@ class Patch:
         sites: Every swapped module, in order; the model itself first.
         recorders: Who captures block maps, each of its own threads' calls; the latest has the word.
         captures: How many captures have put it in place, and take it out together.
+        watched: Checkpoints in which a capture has looked on: they run again in the backward pass, the way they went.
+        is_leaving: Whether the last capture has ended, and only such checkpoints keep the patch.
         was_called: Whether the model has been called.
 
     Raises:
@@ -551,7 +565,8 @@ class Patch:
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []
         self.recorders: tuple[Any, ...] = ()
-        self.captures = 0
+        self.captures, self.is_leaving = 0, False
+        self.watched: weakref.WeakSet[Any] = weakref.WeakSet()
         self.first_call, self.was_called = first_call, False
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
@@ -615,7 +630,14 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not captured: nobody would look at it, and what a capture holds cannot be pickled."""
-        return {**vars(self), "recorders": (), "captures": 0, "was_called": False}
+        return {
+            **vars(self),
+            "recorders": (),
+            "captures": 0,
+            "is_leaving": False,
+            "watched": weakref.WeakSet(),
+            "was_called": False,
+        }
 
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)
