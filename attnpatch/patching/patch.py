@@ -635,9 +635,13 @@ class Patch:
             "recorders": (),
             "captures": 0,
             "is_leaving": False,
-            "watched": weakref.WeakSet(),
+            "watched": None,
             "was_called": False,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.watched = weakref.WeakSet()
 
     def __repr__(self) -> str:
         count = sum(site.is_attention for site in self.sites)
