@@ -57,16 +57,17 @@ class Grain:
     def tight(self, size: int, most: int) -> list[tuple[int, int]]:
         """Steps of about ``most`` rows, fewer than the kernel takes at a time, in which every row keeps its bits.
 
-        The kernel takes 32 or 64 rows of them at a time and is not left with fewer than ``fewest``, but where the
-        whole call ends with so few.
+        The kernel takes 32 or more rows at a time. What is left over at the end of the call (fewer than 32) is computed
+        as in the whole call only in a step with as many rows before it as the kernel takes: how it rounds otherwise
+        depends on the processor.
         """
         block = 32
         step = max(most // block * block, self.fewest)
         if step < block:
             step = max(self.fewest, most // self.fewest * self.fewest)
-        end = size - size % _block(size) if self.fewest < block else size
+        last = size if size % block == 0 else max(0, (size - _block(size)) // block * block)
         while True:
-            spans = _pieces(0, end, step, self.fewest) + _pieces(end, size, step, self.fewest)
+            spans = _pieces(0, last, step, self.fewest) + ([(last, size)] if last < size else [])
             if step >= size or all(self.holds(low, high) for low, high in spans):
                 return spans
             step += block
