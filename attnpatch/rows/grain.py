@@ -58,14 +58,15 @@ class Grain:
         """Steps of about ``most`` rows, fewer than the kernel takes at a time, in which every row keeps its bits.
 
         The kernel takes 32 or more rows at a time. What is left over at the end of the call (fewer than 32) is computed
-        as in the whole call only in a step with as many rows before it as the kernel takes: how it rounds otherwise
-        depends on the processor.
+        as in the whole call only behind all rows that the kernel takes before it: how it rounds otherwise depends on
+        the processor.
         """
         block = 32
         step = max(most // block * block, self.fewest)
         if step < block:
             step = max(self.fewest, most // self.fewest * self.fewest)
-        last = size if size % block == 0 else max(0, (size - _block(size)) // block * block)
+        taken = _block(size)
+        last = size if size % block == 0 else max(0, size // taken - 1) * taken
         while True:
             spans = _pieces(0, last, step, self.fewest) + ([(last, size)] if last < size else [])
             if step >= size or all(self.holds(low, high) for low, high in spans):
