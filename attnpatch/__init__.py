@@ -3,16 +3,14 @@
 # Names are imported when they are first used (PEP 562): what needs no torch (the policy, the errors, activation) is
 # importable without the second that torch takes.
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnpatch import errors
-    from attnpatch.analysis.analyzer import BlockAttentionAnalyzer
     from attnpatch.api import apply, capture, explain, patched, register, remove, report
-    from attnpatch.capture.block_map import BlockMap
-    from attnpatch.capture.blocks import Blocks
+    from attnpatch.blocks.spec import Blocks
+    from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
+    from attnpatch.maps.block_map import BlockMap
     from attnpatch.policy import Policy
 
 __version__ = "0.1.0"
@@ -31,9 +29,9 @@ __all__ = [
     "report",
 ]
 _HOMES = {
-    "BlockAttentionAnalyzer": "attnpatch.analysis.analyzer",
-    "BlockMap": "attnpatch.capture.block_map",
-    "Blocks": "attnpatch.capture.blocks",
+    "BlockAttentionAnalyzer": "attnpatch.conversations.analyzer",
+    "BlockMap": "attnpatch.maps.block_map",
+    "Blocks": "attnpatch.blocks.spec",
     "Policy": "attnpatch.policy",
     "errors": "attnpatch.errors",
     **dict.fromkeys(
@@ -53,17 +51,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Keeps ``attnpatch.capture``, ``attnpatch.explain`` and ``attnpatch.report`` the functions.
-
-    They are also the names of a folder and of files, and importing those would put the modules in the functions' place.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in ("capture", "explain", "report") and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -12,7 +12,7 @@ def main() -> None:
         needed = 'attnpatch needs typer and rich for its command line: pip install "attnpatch[cli]"'
         print(needed, file=sys.stderr)
         sys.exit(1)
-    from attnpatch.cli import app
+    from attnpatch.cli.app import app
 
     app(prog_name="attnpatch")
 

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from attnpatch.capturing import capture
+from attnpatch.capturing.capture import capture
+from attnpatch.dry_run.explanation import Explanation, explanation_of
 from attnpatch.errors import PatchError
-from attnpatch.explain import Explanation, explanation_of
-from attnpatch.hosts.diffusers import compiled_in, parts_of
-from attnpatch.patching.choice import Sites
+from attnpatch.hosts.diffusers.components import compiled_in, parts_of
+from attnpatch.model_patches import not_patched, parts_in, put_in_place
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
-from attnpatch.placing import not_patched, parts_in, put_in_place
+from attnpatch.patching.selection import Sites
 from attnpatch.policy import Policy
-from attnpatch.report import Report, joined, report_of
+from attnpatch.reporting import Report, joined, report_of
 
 # A module, or a pipeline: an object with modules for components.
 Model = TypeVar("Model")

@@ -18,7 +18,7 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 MODES = ("auto", "always", "never")
-# Query rows that a step has at least, unless there are no more: fewer of them round differently (`rows/axes.py`).
+# Query rows that a step has at least, unless there are no more: fewer of them round differently (`rows/graph/axes.py`).
 LEAST_ROWS = 16
 # The variable that overrides what memory.free_bytes finds; named here because reading it needs no torch.
 FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import attnpatch
-from attnpatch.hosts.denoisers import is_denoiser
+from attnpatch.hosts.diffusers.denoiser import is_denoiser
 from attnpatch.patching.registry import is_attention
 from benchmarks import captured_page, small_models, softmax_oracle, sweep
 from benchmarks.captured import TOLERANCE, Native, Outcome, Run, Site, captured, put, run_all, status_of

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpatch
-from attnpatch.capture import fused_mass
-from attnpatch.capture.fused_mass import Shape
 from attnpatch.memory import PeakMeter
 from attnpatch.policy import Policy
-from attnpatch.rows import lse as fused
-from attnpatch.rows.sdpa import arguments, fused_choice
+from attnpatch.recording.gpu import fused_sums
+from attnpatch.recording.gpu.fused_sums import Shape
+from attnpatch.rows.sdpa import logsumexp as fused
+from attnpatch.rows.sdpa.serve import arguments, fused_choice
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 # What the kernel's tiles might be instead.
@@ -193,7 +193,7 @@ def check_kernel(sizes: Sizes) -> list[str]:
         member = (blocks == torch.arange(number)[:, None]).to(device, torch.float64)
         wanted = member @ given[0] @ member.T
         wanted = wanted.sum(0, keepdim=True) if heads is None else wanted[heads]
-        sums = fused_mass.block_sums(call, lse.float(), blocks, blocks, (number, number), heads)
+        sums = fused_sums.block_sums(call, lse.float(), blocks, blocks, (number, number), heads)
         rows = member.sum(-1).clamp(min=1)[:, None] * (sizes.heads if heads is None else 1)
         off = ((sums[0].to(device) - wanted) / rows).abs().max().item()
         print(f"  kernel, {name:24} off by {off:.1e} (at most 1e-05)", flush=True)
@@ -247,14 +247,14 @@ def check_maps(sizes: Sizes) -> list[str]:
     model, ids = llama(sizes, 1), tokens_of(sizes, 2 * sizes.checked)
     maps = {}
     for way in ("kernel", "torch"):
-        why_not = fused_mass.why_not
-        fused_mass.why_not = why_not if way == "kernel" else lambda call: "left out"
+        why_not = fused_sums.why_not
+        fused_sums.why_not = why_not if way == "kernel" else lambda call: "left out"
         try:
             with captured(model, sizes) as found:
                 model(ids, use_cache=False)
                 summed = attnpatch.report(model).sites[0].summed_by
         finally:
-            fused_mass.why_not = why_not
+            fused_sums.why_not = why_not
         if set(summed) != {"kernel" if way == "kernel" else "torch (left out)"}:
             return [f"maps by {way}: {summed}"]
         maps[way] = found.block_map.to_numpy()
@@ -308,13 +308,13 @@ def attention(sizes: Sizes, tokens: int) -> dict[str, Any]:
 
     def capture() -> None:
         _, lse = fused.with_lse(call, choice)
-        fused_mass.block_sums(call, lse, blocks, blocks, (count, count))
+        fused_sums.block_sums(call, lse, blocks, blocks, (count, count))
 
     seconds = by_turns(
         {
             "without": lambda: attend(call),
             "with": capture,
-            "mass alone": lambda: fused_mass.block_sums(call, lse, blocks, blocks, (count, count)),
+            "mass alone": lambda: fused_sums.block_sums(call, lse, blocks, blocks, (count, count)),
         },
         sizes,
     )
@@ -378,11 +378,11 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
     flops = 2 * sizes.heads * sizes.width * tokens * (tokens + 1) / 2
     found = {}
     for shape in SHAPES if sizes.device.type == "cuda" else SHAPES[:1]:
-        queries, keys = fused_mass.cut(blocks, shape.rows), fused_mass.cut(blocks, shape.keys)
+        queries, keys = fused_sums.cut(blocks, shape.rows), fused_sums.cut(blocks, shape.keys)
         name = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(shape).items())
         try:
             runs = [
-                timed(lambda: fused_mass._launch(call, lse, queries, keys, None, shape), sizes.device)  # noqa: B023
+                timed(lambda: fused_sums._launch(call, lse, queries, keys, None, shape), sizes.device)  # noqa: B023
                 for _ in range(sizes.rounds + 1)
             ]
         except Exception as error:
@@ -410,7 +410,7 @@ def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
 
     def two_passes() -> None:
         _, lse = fused.with_lse(call, choice)
-        fused_mass.block_sums(call, lse, blocks, blocks, (count, count))
+        fused_sums.block_sums(call, lse, blocks, blocks, (count, count))
 
     calls: dict[str, Callable[[], object]] = {"attention": lambda: attend(call), "two passes": two_passes}
     for shape in tried:

@@ -136,7 +136,7 @@ def passes(model: torch.nn.Module, ids: torch.Tensor, size: int | None, **option
 
 
 def gradient(model: torch.nn.Module, ids: torch.Tensor, checkpointing: bool) -> None:
-    from attnpatch.analysis.gradient import attributed
+    from attnpatch.conversations.gradient import attributed
 
     tokens = ids.shape[1]
     with capture(model, blocks_of(tokens), weighting="gradient"):

@@ -1,4 +1,4 @@
-"""Attention and block mass in one pass on a GPU: tried against two passes (``attnpatch.capture.fused_mass``), not used.
+"""Attention and block mass in one pass on a GPU: tried against two passes (``attnpatch.recording.gpu.fused_sums``), not used.
 
 FlashAttention's forward pass (Dao et al. 2022) that also keeps, for every row and block of keys, the logarithm of what
 the row's weights in that block sum to, and takes off the row's logsumexp when that is known. It has to beat torch's fused

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.capture.block_map import BlockMap
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.page import write_page
 
 BLOCKS, LAYERS, ROUNDS = 500, 32, 5

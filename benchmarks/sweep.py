@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attnpatch
-from attnpatch.patching.recognise import INPUT, PROBABILITIES, SCORES, Watch
-from attnpatch.rows import products
-from attnpatch.rows.deferred import DeferredRows
+from attnpatch.patching.recognition import INPUT, PROBABILITIES, SCORES, Watch
+from attnpatch.rows.deferred.tensor import DeferredRows
+from attnpatch.rows.matmul import products
 
 SECONDS, BYTES = 60, 12 * 2**30
 ROWS = 7

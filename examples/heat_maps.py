@@ -20,7 +20,7 @@ import shapes
 import torch
 
 import attnpatch
-from attnpatch.capture.image_maps import ImageMaps
+from attnpatch.capturing.image_maps import ImageMaps
 
 SIZE = shapes.SIZE
 # The layers that look at the caption.

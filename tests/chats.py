@@ -89,6 +89,6 @@ def as_process(rank: int, count: int, port: int, arguments: list[str]) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from attnpatch.cli import app
+    from attnpatch.cli.app import app
 
     app(arguments, prog_name="attnpatch")

@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnpatch.capture.fused_mass import shape_for
-from attnpatch.capture.mass_kernel import sum_tiles
+from attnpatch.recording.gpu.fused_sums import shape_for
+from attnpatch.recording.gpu.kernel import sum_tiles
 from benchmarks import one_pass
 
 POINTERS = {

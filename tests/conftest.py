@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnpatch.rows import axes
-from attnpatch.rows.deferred import pending
+from attnpatch.rows.deferred.tensor import pending
+from attnpatch.rows.graph import axes
 
 # Inputs of tests are short: so that they come in several steps, a step has fewer rows than elsewhere.
 # tests/test_rounding.py has the number that is shipped.

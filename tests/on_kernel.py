@@ -9,12 +9,12 @@ import torch
 import zoo
 
 import attnpatch
-from attnpatch.capture import fused_mass
-from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.fused_mass import Shape, block_sums, cut
-from attnpatch.rows import lse as fused
+from attnpatch.blocks.spec import Blocks
+from attnpatch.recording.gpu import fused_sums
+from attnpatch.recording.gpu.fused_sums import Shape, block_sums, cut
+from attnpatch.rows.sdpa import logsumexp as fused
 
-DEVICE = "cpu" if fused_mass.is_interpreted() else "cuda"
+DEVICE = "cpu" if fused_sums.is_interpreted() else "cuda"
 # Small tiles: many of them in few tokens.
 SMALL = Shape(16, 16, 4, 2, key_tiles=4)
 # Triton's interpreter multiplies the bits of bfloat16.
@@ -62,7 +62,7 @@ def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL, **mor
     key = (key_blocks[:, None] == torch.arange(counts[1])[:, None]).double()
     expected = torch.einsum("bqn,bhnm,bkm->bhqk", query, given, key)
     expected = expected.sum(1, keepdim=True) if heads is None else expected[:, heads]
-    assert fused_mass.why_not(call) is None
+    assert fused_sums.why_not(call) is None
     got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape=shape, **more)
     assert got.dtype == torch.float64 and got.device.type == "cpu"
     rows = query.sum(-1)[:, None, :, None].clamp(min=1) * (1 if heads is not None else given.shape[1])
@@ -194,7 +194,7 @@ def test_a_row_that_is_closed_by_a_number_is_left_to_torch(low):
     mask[:, 40:] = low  # padding: no matter
     blocks, count = in_blocks(50, 15)
     call = a_call(mask=mask)
-    found, rows = fused_mass.checked_sums(
+    found, rows = fused_sums.checked_sums(
         call, probabilities(call)[1], blocks, blocks, (count, count), None, None
     )
     torch.testing.assert_close(found.sum((1, -1)), 2 * rows, atol=1e-4, rtol=0)
@@ -202,10 +202,10 @@ def test_a_row_that_is_closed_by_a_number_is_left_to_torch(low):
     call = a_call(mask=mask)
     lse = probabilities(call)[1]
     asked = (call, lse, blocks, blocks, (count, count), None, None)
-    assert fused_mass.checked_sums(*asked) == "closed rows"
+    assert fused_sums.checked_sums(*asked) == "closed rows"
     in_no_block = blocks.clone()
     in_no_block[:, 7] = -1
-    found, rows = fused_mass.checked_sums(call, lse, in_no_block, blocks, (count, count), None, None)
+    found, rows = fused_sums.checked_sums(call, lse, in_no_block, blocks, (count, count), None, None)
     torch.testing.assert_close(found.sum((1, -1)), 2 * rows, atol=1e-4, rtol=0)
     assert rows.sum() == 49
 
@@ -267,7 +267,7 @@ def test_sums_are_the_same_every_time():
 
 def test_what_it_cannot_serve_it_says(monkeypatch):
     plain = a_call()
-    assert fused_mass.why_not(plain) is None
+    assert fused_sums.why_not(plain) is None
     for wanted, call in {
         "float64": a_call(dtype=torch.float64),
         "wide heads": a_call(width=257),
@@ -279,13 +279,13 @@ def test_what_it_cannot_serve_it_says(monkeypatch):
             "key": torch.empty_strided((1, 2, 50, 16), (0, 0, 2**26, 1), device="meta"),
         },
     }.items():
-        assert fused_mass.why_not(call) == wanted
+        assert fused_sums.why_not(call) == wanted
     other_heads = a_call(heads=4, kv_heads=2, enable_gqa=False)
-    assert fused_mass.why_not(other_heads) == "another layout"
-    monkeypatch.setattr(fused_mass.importlib.util, "find_spec", lambda name: None)
-    assert fused_mass.why_not(plain) == "no Triton"
-    monkeypatch.setattr(fused_mass, "is_interpreted", lambda: False)
-    assert fused_mass.why_not(plain) == ("no GPU" if DEVICE == "cpu" else "no Triton")
+    assert fused_sums.why_not(other_heads) == "another layout"
+    monkeypatch.setattr(fused_sums.importlib.util, "find_spec", lambda name: None)
+    assert fused_sums.why_not(plain) == "no Triton"
+    monkeypatch.setattr(fused_sums, "is_interpreted", lambda: False)
+    assert fused_sums.why_not(plain) == ("no GPU" if DEVICE == "cpu" else "no Triton")
 
 
 # ---------------------------------------------------------------------------------------- through the whole package
@@ -307,7 +307,7 @@ def captured(model, inputs, **asked):
         given = {name: value.to(DEVICE) for name, value in inputs.items()}
         with pytest.MonkeyPatch.context() as patched, torch.no_grad():
             if way == "torch":
-                patched.setattr(fused_mass, "why_not", lambda call: "left out")
+                patched.setattr(fused_sums, "why_not", lambda call: "left out")
             attnpatch.apply(model, mode="never")
             with attnpatch.capture(model, layers=[0], **asked) as found:
                 model(**given)
@@ -390,13 +390,13 @@ def test_a_logsumexp_gone_wrong_later_is_found_by_its_sums(monkeypatch):
     sums = [
         block_sums(call, lse + off, blocks, blocks, (count, count), shape=SMALL) for off in (0, 0.05, -0.05)
     ]
-    assert [fused_mass.is_plausible(some, rows, False) for some in sums] == [True, False, False]
-    assert [fused_mass.is_plausible(some, rows, True) for some in sums] == [True, True, False]
+    assert [fused_sums.is_plausible(some, rows, False) for some in sums] == [True, False, False]
+    assert [fused_sums.is_plausible(some, rows, True) for some in sums] == [True, True, False]
 
 
 def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
-    monkeypatch.setattr(fused_mass, "_broken", {})
-    monkeypatch.setattr(fused_mass, "_launch", lambda *_: dataclasses.fields(None))
+    monkeypatch.setattr(fused_sums, "_broken", {})
+    monkeypatch.setattr(fused_sums, "_launch", lambda *_: dataclasses.fields(None))
     model = a_model()
     attnpatch.apply(model, mode="never")
     inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}
@@ -415,21 +415,21 @@ def test_a_kernel_that_fails_is_given_up_with_a_warning(monkeypatch):
 
 def test_a_kernel_that_fails_for_one_kind_of_call_serves_the_others(monkeypatch):
     """A card may have too little shared memory for wide heads in float32, and enough for all else."""
-    monkeypatch.setattr(fused_mass, "_broken", {})
+    monkeypatch.setattr(fused_sums, "_broken", {})
     wide, others = a_call(width=64), [a_call(), a_call(width=64, dtype=torch.float16)]
     with pytest.warns(
         UserWarning, match="float32 heads of 64 is left to torch, since Triton failed: no room"
     ):
-        assert fused_mass.give_up(ValueError("no room"), wide["query"]) == "Triton: ValueError"
-    assert fused_mass.why_not(wide) == "Triton: ValueError"
-    assert [fused_mass.why_not(call) for call in others] == [None, None]
+        assert fused_sums.give_up(ValueError("no room"), wide["query"]) == "Triton: ValueError"
+    assert fused_sums.why_not(wide) == "Triton: ValueError"
+    assert [fused_sums.why_not(call) for call in others] == [None, None]
 
 
 def test_a_kernel_that_runs_out_of_memory_leaves_the_call_to_torch(monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(fused_mass, "_launch", fails)
+    monkeypatch.setattr(fused_sums, "_launch", fails)
     model = a_model()
     attnpatch.apply(model)
     inputs = {name: value.to(DEVICE) for name, value in zoo.BY_NAME["llama"].inputs("none").items()}

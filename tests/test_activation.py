@@ -15,8 +15,8 @@ import pytest
 
 from attnpatch.activation import settings
 from attnpatch.activation.settings import Settings
+from attnpatch.cli.policy_options import OPTIONS
 from attnpatch.errors import PolicyError
-from attnpatch.options import OPTIONS
 from attnpatch.policy import TEXTS, Policy
 
 # One worker makes the environment and runs them all.

@@ -29,8 +29,8 @@ from attnpatch.activation.closing import closing_lines
 from attnpatch.activation.session import Session
 from attnpatch.activation.settings import Settings
 from attnpatch.hosts import building
+from attnpatch.patching.forward_swap import STATE, put_in
 from attnpatch.patching.patch import patch_of
-from attnpatch.patching.swap import STATE, put_in
 
 ROOT = pathlib.Path(__file__).parents[1]
 

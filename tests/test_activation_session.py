@@ -29,8 +29,8 @@ from attnpatch.activation.closing import closing_lines
 from attnpatch.activation.files import Folder
 from attnpatch.activation.session import Session
 from attnpatch.activation.settings import Settings
+from attnpatch.patching.forward_swap import STATE, put_in, sites_of
 from attnpatch.patching.patch import patch_of
-from attnpatch.patching.swap import STATE, put_in, sites_of
 
 LLAMA = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -309,7 +309,7 @@ def test_what_cannot_be_captured_does_not_stop_the_script(capturing, tmp_path, c
 
 def test_after_a_failure_the_next_sequence_is_captured(capturing, tmp_path, monkeypatch):
     """In a part (the encoder, which generate calls on its own), in the whole, and in a call that goes on."""
-    from attnpatch.capture.text_observer import TextObserver
+    from attnpatch.recording.text_observer import TextObserver
 
     model = T5ForConditionalGeneration(T5).eval()
     observe, fails = TextObserver.observe, []

@@ -10,9 +10,9 @@ import chats
 import pytest
 from typer.testing import CliRunner
 
-from attnpatch.analysis.result import Analysis
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.cli import app
+from attnpatch.cli.app import app
+from attnpatch.conversations.result import Analysis
+from attnpatch.maps.block_map import BlockMap
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -324,7 +324,7 @@ def test_the_import_of_the_guide():
 
 def test_help_says_what_the_exit_codes_mean_and_imports_nothing_heavy():
     code = (
-        "import sys\nfrom attnpatch.cli import app\n"
+        "import sys\nfrom attnpatch.cli.app import app\n"
         "try: app(['analyze', '--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)"
     )

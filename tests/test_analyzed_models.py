@@ -9,10 +9,10 @@ from test_blocks import make_tokenizer
 from typer.testing import CliRunner
 
 import attnpatch
-from attnpatch.analysis.piecewise import tokens_to_try
-from attnpatch.cli import app
+from attnpatch.cli.app import app
+from attnpatch.conversations.single_pass_check import tokens_to_try
 from attnpatch.errors import AnalysisError
-from attnpatch.hosts.loading import load_model
+from attnpatch.hosts.transformers.loading import load_model
 from benchmarks import small_transformers
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

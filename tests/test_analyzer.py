@@ -16,11 +16,11 @@ from transformers import (
 )
 
 import attnpatch
-from attnpatch.analysis.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
-from attnpatch.analysis.rendering import render
-from attnpatch.analysis.result import Analysis
-from attnpatch.capture.block_map import BlockMap
+from attnpatch.conversations.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
+from attnpatch.conversations.result import Analysis
+from attnpatch.conversations.tokenized_chat import render
 from attnpatch.errors import AnalysisError, BlockMapFileError, CaptureError, MissingExtraError
+from attnpatch.maps.block_map import BlockMap
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -9,9 +9,9 @@ from test_analyzer import by_blocks, llama, sharp
 from test_rendering import CHATML, INST_SYS, make_tokenizer, said
 
 import attnpatch
-from attnpatch.analysis.answers import answer_of
-from attnpatch.analysis.rendering import render
-from attnpatch.capture.blocks import Blocks
+from attnpatch.blocks.spec import Blocks
+from attnpatch.conversations.answers import answer_of
+from attnpatch.conversations.tokenized_chat import render
 from attnpatch.errors import BlockError
 
 TALK = [said("user", "the key is red"), said("assistant", "fine"), said("user", "which colour is it ?")]

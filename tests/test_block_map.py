@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.capture.map_fields import NORMALIZATIONS
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.fields import NORMALIZATIONS
 
 
 def make_map(
@@ -521,7 +521,7 @@ def test_missing_extra_is_named(monkeypatch, package, use):
 
 def test_importing_capture_brings_in_nothing_heavy():
     code = (
-        "import sys, attnpatch.capture.block_map, attnpatch.capture.blocks, attnpatch.capture.mass;"
+        "import sys, attnpatch.maps.block_map, attnpatch.blocks.spec, attnpatch.recording.block_sums;"
         "print([m for m in ('matplotlib', 'pandas', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -531,7 +531,7 @@ def test_importing_capture_brings_in_nothing_heavy():
 def test_drawing_leaves_pyplot_alone():
     pytest.importorskip("matplotlib")
     code = (
-        "import sys, torch; from attnpatch.capture.block_map import BlockMap;"
+        "import sys, torch; from attnpatch.maps.block_map import BlockMap;"
         "one = torch.ones(1);"
         "BlockMap(torch.ones(1, 1, 1), [0], ['a'], ['a'], one, one)._repr_png_();"
         "print('matplotlib.pyplot' in sys.modules)"

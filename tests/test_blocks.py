@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpatch.capture.blocks import Blocks
+from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import BlockError
 
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -9,7 +9,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.hosts import caches
+from attnpatch.hosts.transformers import caches
 
 IDS = zoo.tokens(40)
 # transformers 5.24 renamed it.

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 import attnpatch
-from attnpatch.cli import OneLineErrors, app
+from attnpatch.cli.app import OneLineErrors, app
 from attnpatch.errors import CaptureError
 
 # Put before the command in a child interpreter: the packages named are not there.

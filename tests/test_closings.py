@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rendering import make_tokenizer, said, tokenizer_of
 
-from attnpatch.analysis.rendering import render
-from attnpatch.capture.blocks import Blocks
+from attnpatch.blocks.spec import Blocks
+from attnpatch.conversations.tokenized_chat import render
 from attnpatch.errors import BlockError
 
 BOS, EOS = "<|begin|>", "<|end|>"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnpatch.analysis import conversations
-from attnpatch.analysis.conversations import Conversation, Refused, read_conversations
+from attnpatch.conversations.reading import files
+from attnpatch.conversations.reading.files import Conversation, Refused, read_conversations
 from attnpatch.errors import AnalysisError, AttnpatchError
 
 PAIR = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -381,7 +381,7 @@ def test_many_records_of_one_name_take_no_time(tmp_path):
 
 @given(st.lists(st.text(), max_size=20))
 def test_any_ids_become_different_safe_names(ids):
-    names = conversations._Names("chats")
+    names = files._Names("chats")
     found = []
     for number, given_id in enumerate(ids, 1):
         names.number = number
@@ -440,8 +440,8 @@ def test_ten_megabytes_on_one_line(tmp_path, suffix):
 
 
 def test_lines_over_the_limit_are_refused_and_the_rest_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversations, "LINE_LIMIT", 2**20)
-    monkeypatch.setattr(conversations, "DOCUMENT_LIMIT", 2**21)
+    monkeypatch.setattr(files, "LINE_LIMIT", 2**20)
+    monkeypatch.setattr(files, "DOCUMENT_LIMIT", 2**21)
     long = [{"role": "user", "content": "x" * 2**22}]
     for rows in ([PAIR, long, PAIR], [long, PAIR, PAIR], [PAIR, PAIR, long]):
         found = read(tmp_path, lines(*rows))

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnpatch
-from attnpatch.rows import weights
-from attnpatch.rows.deferred import DeferredRows, is_pending, pending
+from attnpatch.rows.deferred.tensor import DeferredRows, is_pending, pending
+from attnpatch.rows.sdpa import deferred_weights
 
 KINDS = ["Llama", "Mistral", "Bert", "T5"]
 
@@ -178,7 +178,7 @@ def test_costs_nothing_if_nobody_asks(monkeypatch):
     """No weights are made, deferred or not, and the host's modules return what they return."""
     model, inputs = model_of("Llama", "sdpa"), inputs_of("Llama", 60)
     made = []
-    monkeypatch.setattr(weights, "of_call", lambda *args: made.append(args))
+    monkeypatch.setattr(deferred_weights, "of_call", lambda *args: made.append(args))
     returned = []
     hook = model.layers[0].self_attn.register_forward_hook(lambda m, a, result: returned.append(result))
     with attnpatch.patched(model, mode="always"), torch.no_grad():

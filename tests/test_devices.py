@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnpatch
 from attnpatch import memory
-from attnpatch.capture import mass
-from attnpatch.capture.measures import MEASURES, Measures
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy
-from attnpatch.rows import dense, graphs, lse, sdpa
-from attnpatch.rows.replay import Replay
+from attnpatch.recording import block_sums
+from attnpatch.recording.statistics import MEASURES, Measures
+from attnpatch.rows import torch_graphs
+from attnpatch.rows.evaluate.tiled import Replay
+from attnpatch.rows.sdpa import dense, logsumexp, serve
 
 
 class Seen(TorchDispatchMode):
@@ -38,7 +39,7 @@ class Seen(TorchDispatchMode):
 
 def given(kernel, call):
     with Seen() as seen:
-        lse.OPERATORS["cuda", kernel](call)
+        logsumexp.OPERATORS["cuda", kernel](call)
     return seen.args
 
 
@@ -46,7 +47,7 @@ def a_call(width=64, kv_len=40, heads=4, kv_heads=4, q_len=40, mask=None, dtype=
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(2, kv_heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
-    return sdpa.arguments((query, key, value, mask), {"enable_gqa": heads != kv_heads, **more})
+    return serve.arguments((query, key, value, mask), {"enable_gqa": heads != kv_heads, **more})
 
 
 # ------------------------------------------------------------------------------------------ operators and their masks
@@ -133,13 +134,13 @@ def test_a_sink_does_not_use_a_wrong_logsumexp(monkeypatch):
             return (weights @ query).transpose(1, 2).flatten(2)
 
     model, x = Sink(), torch.randn(1, 64, 64)
-    monkeypatch.setattr(lse, "_is_right", {})
+    monkeypatch.setattr(logsumexp, "_is_right", {})
     with torch.no_grad():
         native = model(x)
         for is_right in (True, False):
             if not is_right:
-                monkeypatch.setattr(lse, "_is_right", {})
-                monkeypatch.setitem(lse.OPERATORS, ("cpu", 1), wrong(lse.OPERATORS["cpu", 1]))
+                monkeypatch.setattr(logsumexp, "_is_right", {})
+                monkeypatch.setitem(logsumexp.OPERATORS, ("cpu", 1), wrong(logsumexp.OPERATORS["cpu", 1]))
             with attnpatch.patched(model, sites=[""], mode="always", min_tokens=4, fuse=True):
                 torch.testing.assert_close(model(x), native)
                 totals = attnpatch.report(model).totals
@@ -155,7 +156,7 @@ def test_a_sink_does_not_use_a_wrong_logsumexp(monkeypatch):
 def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
     """As CUDA has it, where torch serves float32 heads that share keys in dense math."""
     monkeypatch.setattr(dense, "is_simple", lambda call: True)
-    monkeypatch.setattr(sdpa, "fused_choice", lambda call: sdpa.MATH_KERNEL)
+    monkeypatch.setattr(serve, "fused_choice", lambda call: serve.MATH_KERNEL)
     q_len, kv_len = lengths
     generator = torch.Generator().manual_seed(1)
     seen = torch.rand(2, 1, q_len, kv_len, generator=generator) > 0.3
@@ -169,9 +170,9 @@ def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
     call = a_call(
         heads=4, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, mask=mask, is_causal=what == "causal"
     )
-    monkeypatch.setattr(sdpa, "is_simple", dense.is_simple)
+    monkeypatch.setattr(serve, "is_simple", dense.is_simple)
     with torch.no_grad():
-        node = sdpa.recipe(call)
+        node = serve.recipe(call)
         assert isinstance(node, dense.Dense)
         with sdpa_kernel(SDPBackend.MATH):
             native = F.scaled_dot_product_attention(**call)
@@ -190,7 +191,7 @@ def test_dense_serves_float32_heads_that_share_keys_on_cuda():
 def a_call_on(device, heads=4, kv_heads=4, q_len=64, dtype=torch.float32, **more):
     query = torch.empty(1, heads, q_len, 32, device=device, dtype=dtype)
     key = torch.empty(1, kv_heads, q_len, 32, device=device, dtype=dtype)
-    return sdpa.arguments((query, key, key), {"enable_gqa": heads != kv_heads, **more})
+    return serve.arguments((query, key, key), {"enable_gqa": heads != kv_heads, **more})
 
 
 # --------------------------------------------------------------------------------------------------- what is asked of
@@ -211,11 +212,11 @@ def test_mps_is_not_asked_for_its_kernel():
     with FakeTensorMode():
         call = a_call_on("mps")
         with Names() as names:
-            assert sdpa.fused_choice(call) == sdpa.MATH_KERNEL
+            assert serve.fused_choice(call) == serve.MATH_KERNEL
     assert not names.seen
     call = a_call()
     with Names() as names:
-        assert sdpa.fused_choice(call) != sdpa.MATH_KERNEL
+        assert serve.fused_choice(call) != serve.MATH_KERNEL
     assert names.seen == ["_fused_sdp_choice.default"]
 
 
@@ -232,8 +233,8 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for is_causal in (True, False):
         call = a_call(q_len=96, kv_len=96, is_causal=is_causal)
-        node = sdpa.recipe(call)
-        assert isinstance(node, sdpa.Attend)
+        node = serve.recipe(call)
+        assert isinstance(node, serve.Attend)
         # Its tensors stay where they are.
         node.device, node.merges = torch.device("cuda"), False
         allowed.clear()
@@ -242,7 +243,7 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
         assert len(allowed) == 3 and set(allowed) == {before and not is_causal}
         torch.testing.assert_close(got, F.scaled_dot_product_attention(**call))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), sdpa.without_cudnn():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), serve.without_cudnn():
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -302,9 +303,9 @@ def test_sums_of_mps_become_float64_where_they_are_kept():
     for inner in (tile, OnMps(tile)):
         sums, kept = (torch.zeros(*shape, dtype=torch.float64) for shape in ((1, 1, 3, 2), (2, 3)))
         with Mps():
-            mass.accumulate_block_mass(sums, inner, rows, keys)
-            mass.add_run(kept, inner[0], keys[0])
-            found.append((sums, kept, mass.key_sums(sums[0], inner[0], keys[0])))
+            block_sums.accumulate_block_mass(sums, inner, rows, keys)
+            block_sums.add_run(kept, inner[0], keys[0])
+            found.append((sums, kept, block_sums.key_sums(sums[0], inner[0], keys[0])))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -327,7 +328,7 @@ def test_nothing_is_captured_of_what_a_cuda_graph_records(monkeypatch):
     attnpatch.apply(model)
     native = case.run(model, case.inputs("none"))
     with monkeypatch.context() as patched, attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(8)) as maps:
-        patched.setattr(graphs, "is_recorded", lambda: True)
+        patched.setattr(torch_graphs, "is_recorded", lambda: True)
         got = case.run(model, case.inputs("none"))
     assert all(zoo.equal_with_nan(got[name], native[name]) for name in native)
     assert [site.summed_by for site in attnpatch.report(model).sites] == [
@@ -336,7 +337,7 @@ def test_nothing_is_captured_of_what_a_cuda_graph_records(monkeypatch):
     with pytest.raises(attnpatch.errors.CaptureError, match="nothing was captured"):
         _ = maps.block_map
     attnpatch.remove(model)
-    assert not graphs.is_recorded()
+    assert not torch_graphs.is_recorded()
 
 
 # --------------------------------------------------------------------------------------------------------- free memory

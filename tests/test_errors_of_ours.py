@@ -16,17 +16,18 @@ from torch import nn
 
 import attnpatch
 from attnpatch import failures
-from attnpatch.capture.recorder import Recorder
-from attnpatch.capture.text_observer import TextObserver
 from attnpatch.errors import AttnpatchWarning
-from attnpatch.hosts.prompts import Prompts
+from attnpatch.hosts.diffusers.prompts import Prompts
 from attnpatch.patching import patch as patching
-from attnpatch.patching.recognise import Watch
-from attnpatch.rows import masks as row_masks
-from attnpatch.rows import positions, sdpa, shown
+from attnpatch.patching.recognition import Watch
+from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.text_observer import TextObserver
+from attnpatch.rows.autograd.native_tape import Trail
+from attnpatch.rows.creation import positions, row_masks
 from attnpatch.rows.mode import RowsMode
-from attnpatch.rows.sources import Sources
-from attnpatch.rows.trail import Trail
+from attnpatch.rows.provenance import observed
+from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.sdpa import serve
 
 IDS = zoo.tokens(33, batch=2)
 FLOATS = zoo.floats(2, 33, 16)
@@ -111,9 +112,9 @@ STEPS = [
     (TextObserver, "finish", llama, captured),
     (Sources, "__init__", llama, captured),
     (Sources, "follow", llama, captured),
-    (shown, "scored", llama, captured),
-    (shown, "_watched", llama, captured),
-    (sdpa, "_is_shown", lambda: llama("sdpa"), captured),
+    (observed, "scored", llama, captured),
+    (observed, "_watched", llama, captured),
+    (serve, "_is_shown", lambda: llama("sdpa"), captured),
     (Watch, "__init__", lambda: small(Recognised), by_rows),
     (Watch, "_became", lambda: small(Recognised), by_rows),
     (Watch, "mark", lambda: small(Recognised), by_rows),

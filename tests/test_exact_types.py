@@ -17,7 +17,7 @@ import zoo
 from torch import nn
 
 import attnpatch
-from attnpatch.patching.swap import STATE, is_gate
+from attnpatch.patching.forward_swap import STATE, is_gate
 
 FLOATS = zoo.floats(2, 17, 16)
 

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from attnpatch.cli import app
+from attnpatch.cli.app import app
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 
 from attnpatch.policy import LEAST_ROWS
-from attnpatch.rows import axes, grain, sdpa
+from attnpatch.rows.evaluate import row_granularity
+from attnpatch.rows.graph import axes
+from attnpatch.rows.sdpa import serve
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -54,7 +56,7 @@ def arguments(batch, heads, group, width, q_len, kv_len, masked, dtype, seed):
     query = torch.randn(batch, heads * group, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(batch, heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
     mask = torch.rand(batch, 1, q_len, kv_len, generator=generator) > 0.3 if masked else None
-    return sdpa.arguments((query, key, value, mask), {"enable_gqa": group > 1})
+    return serve.arguments((query, key, value, mask), {"enable_gqa": group > 1})
 
 
 @given(call=calls())
@@ -68,7 +70,7 @@ def test_steps_have_the_bits_of_the_whole(call):
     with threads(call.pop("threads")):
         named = arguments(**call)
         whole = F.scaled_dot_product_attention(**named)
-        found = grain.of_fused(named, dtype)
+        found = row_granularity.of_fused(named, dtype)
         for spans in (found.cut(call["q_len"], step), found.tight(call["q_len"], step)):
             assert_cover(spans, call["q_len"])
             for low, high in spans:
@@ -101,9 +103,9 @@ def test_tight_steps_are_small(length, most, width, dtype):
     A call that ends with fewer than 32 rows has a last step with what the kernel takes before: 64 rows, 256 of long calls.
     """
     call = arguments(1, 2, 1, width, length, length, False, dtype, 0)
-    spans = grain.of_fused(call, dtype).tight(length, most)
+    spans = row_granularity.of_fused(call, dtype).tight(length, most)
     assert_cover(spans, length)
-    narrow = dtype != torch.float32 and grain._may_pack(dtype)
+    narrow = dtype != torch.float32 and row_granularity._may_pack(dtype)
     fewest = 64 if narrow else 16
     # A remainder too small to stand alone makes one step longer.
     whole = spans[:-1] if length % 32 else spans
@@ -115,5 +117,7 @@ def test_tight_steps_are_small(length, most, width, dtype):
 def test_steps_of_what_is_not_packed_stay_small(rows, keys):
     """Fewer than 64 rows or keys of bfloat16 are packed by no processor, so their steps are what they were."""
     call = arguments(1, 2, 1, 16, rows, keys, False, torch.bfloat16, 0)
-    assert grain.of_fused(call, torch.bfloat16).cut(rows, 32)[-1] == (32 * (rows // 64), rows)
-    assert grain.of_fused(call, torch.bfloat16).tight(rows, 8)[0] == ((0, 16) if rows == 64 else (0, 63))
+    assert row_granularity.of_fused(call, torch.bfloat16).cut(rows, 32)[-1] == (32 * (rows // 64), rows)
+    assert row_granularity.of_fused(call, torch.bfloat16).tight(rows, 8)[0] == (
+        (0, 16) if rows == 64 else (0, 63)
+    )

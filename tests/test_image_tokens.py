@@ -8,7 +8,7 @@ import transformers
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.hosts.image_tokens import why_no_picture
+from attnpatch.hosts.transformers.image_tokens import why_no_picture
 
 PICTURE, PAD = 90, 0
 

@@ -16,10 +16,10 @@ from attnpatch import failures, rows
 LENGTH, WIDTH = 40, 16
 # What the answer to a failure itself is made of: who is asked last cannot be answered for.
 LAST_RESORT = {
-    "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "deferred.natively",
-    "deferred.settle", "deferred.has_history", "deferred.is_foreign", "deferred.is_pending", "deferred.DeferredRows.__torch_function__",
-    "deferred.DeferredRows.__torch_dispatch__", "deferred.SiteCall.failed", "attempts.is_out_of_memory",
-    "selective.is_hidden", "selective.shown",
+    "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "tensor.natively",
+    "tensor.settle", "tensor.has_history", "tensor.is_foreign", "tensor.is_pending", "tensor.DeferredRows.__torch_function__",
+    "tensor.DeferredRows.__torch_dispatch__", "tensor.SiteCall.failed", "oom.is_out_of_memory",
+    "selective_checkpoints.is_hidden", "selective_checkpoints.shown",
 }  # fmt: skip
 
 
@@ -58,8 +58,9 @@ def steps():
     """Every public function and method of the engine, by name, and how to put another in its place."""
     found = {}
     modules = [
-        importlib.import_module(f"{rows.__name__}.{each.name}")
-        for each in pkgutil.iter_modules(rows.__path__)
+        importlib.import_module(each.name)
+        for each in pkgutil.walk_packages(rows.__path__, f"{rows.__name__}.")
+        if not each.ispkg
     ]
     for module in modules:
         short = module.__name__.rpartition(".")[2]

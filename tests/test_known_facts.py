@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import attnpatch
 from attnpatch import Blocks, errors
-from attnpatch.rows.opened import once_for, open_keys
+from attnpatch.rows.provenance.open_keys import once_for, open_keys
 
 WIDTH = 8
 

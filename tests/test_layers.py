@@ -18,17 +18,20 @@ LAYERS = [
     {"memory"},
     {"ledger"},
     {"rows"},
-    {"patching", "capture", "hosts"},
-    {"report", "rehearsal"},
-    {"explain", "placing"},
+    {"blocks", "plotting"},
+    {"maps"},
+    {"recording"},
+    {"hosts"},
+    {"patching"},
+    {"reporting", "model_patches", "dry_run"},
     {"capturing"},
     {"api"},
-    {"analysis", "viewing"},
+    {"viewing"},
+    {"conversations"},
     {"__init__"},
     {"demo"},
-    {"options"},
-    {"commands"},
-    {"cli", "activation"},
+    {"activation"},
+    {"cli"},
     {"__main__"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
@@ -60,12 +63,12 @@ def test_imports_go_one_way():
     assert seen > 40
 
 
-def test_rows_and_capture_do_not_know_each_other():
+def test_rows_and_recording_do_not_know_each_other():
     for one, other in (
-        ("rows", "capture"),
-        ("capture", "rows"),
+        ("rows", "recording"),
+        ("recording", "rows"),
         ("rows", "patching"),
-        ("capture", "patching"),
+        ("recording", "patching"),
     ):
         for path in (ROOT / one).rglob("*.py"):
             assert other not in set(imported(path)), path
@@ -94,17 +97,16 @@ def test_what_needs_no_torch_imports_none(what):
 @pytest.mark.parametrize(
     "first",
     [
-        "attnpatch.report",
-        "attnpatch.capture.blocks",
+        "attnpatch.reporting",
+        "attnpatch.blocks.spec",
         *(pytest.param(f"attnpatch.{name}", marks=pytest.mark.long) for name in ("api", "policy", "errors")),
     ],
 )
 def test_public_names_are_what_they_are_whatever_is_imported_first(first):
-    """``capture``, ``explain`` and ``report`` are functions, and also a folder and files."""
     code = (
         f"import {first}\n"
         "import attnpatch, types\n"
-        "from attnpatch.report import Report\n"
+        "from attnpatch.reporting import Report\n"
         "names = {name: getattr(attnpatch, name) for name in attnpatch.__all__}\n"
         "assert set(names) <= set(dir(attnpatch))\n"
         "functions = [n for n, value in names.items() if isinstance(value, types.FunctionType)]\n"

@@ -11,9 +11,10 @@ from live import Live
 from torch import nn
 
 import attnpatch
-from attnpatch.hosts import masks as host_masks
-from attnpatch.rows import distances, masks
-from attnpatch.rows.deferred import DeferredRows, is_pending
+from attnpatch.hosts.transformers import masks as host_masks
+from attnpatch.rows.creation import row_masks
+from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
+from attnpatch.rows.evaluate import toeplitz as distances
 from benchmarks.sweep import Whole
 
 TOKENS = 1024
@@ -225,11 +226,11 @@ def test_copies_of_functions():
     def outer(i):
         return inner(i)
 
-    kept = masks.keeping(functools.partial(outer))
+    kept = row_masks.keeping(functools.partial(outer))
     values.zero_()
     assert kept(3) == 6 and outer(3) == 0
-    with pytest.raises(masks.Unknown):
-        masks.keeping([threading.Lock()])
+    with pytest.raises(row_masks.Unknown):
+        row_masks.keeping([threading.Lock()])
 
 
 # ------------------------------------------------------------------------------------------------------------- when
@@ -536,9 +537,9 @@ def test_made_once_for_all_heads(heads, monkeypatch):
     """Rows of a mask that all heads share are not made again for each tile of heads."""
     model, inputs = model_of("Bert", "eager"), inputs_of("Bert", 128)
     made = []
-    compute = masks.Generated.compute
+    compute = row_masks.Generated.compute
     monkeypatch.setattr(
-        masks.Generated,
+        row_masks.Generated,
         "compute",
         lambda self, tile, run: made.append(dict(tile)) or compute(self, tile, run),
     )

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpatch.capture import mass
-from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.mass import accumulate_block_mass, block_mass
+from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import BlockError
+from attnpatch.recording import block_sums
+from attnpatch.recording.block_sums import accumulate_block_mass, block_mass
 
 
 def reference(probabilities, query_assignment, key_assignment, query_blocks, key_blocks, weights=None):
@@ -164,7 +164,7 @@ def test_scratch_is_at_most_one_head_of_the_tile(split, dtype, rows, size):
     sums = torch.zeros(1, 16 if split else 1, 64, 60, dtype=torch.float64)
     with _Largest() as largest:
         accumulate_block_mass(sums, tile, query, key)
-    assert largest.bytes <= max(rows * 6000 * 4, 4 * mass._MIN_SCRATCH)
+    assert largest.bytes <= max(rows * 6000 * 4, 4 * block_sums._MIN_SCRATCH)
 
 
 def test_dense_function_gives_means():

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from attnpatch.analysis import merging
-from attnpatch.analysis.merging import Spread, merge_folder, pooled, role_of
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.cli import app
+from attnpatch.cli.app import app
+from attnpatch.conversations import merge as merging
+from attnpatch.conversations.merge import Spread, merge_folder, pooled, role_of
 from attnpatch.errors import AnalysisError
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.page import write_page
 
 FIVE = ("0 system", "1 user", "2 assistant", "3 user", "4 assistant")

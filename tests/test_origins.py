@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnpatch.capture.origins import IMAGE, TEXT, Origins
+from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT, Origins
 
 
 def test_joined_and_taken_apart_again():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from attnpatch.capture import images, overlay, page, picture
 from attnpatch.errors import CaptureError, MissingExtraError
+from attnpatch.plotting import images, map_figure, overlay, panel_grid
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_heat_lies_over_its_place(plot, shape, place):
 
 
 def test_the_image_stays_visible_where_heat_is_small_and_colours_are_in_order(plot):
-    flat, colours = np.full((4, 64, 3), 0.5, np.float32), page.colours()
+    flat, colours = np.full((4, 64, 3), 0.5, np.float32), panel_grid.colours()
     ramp = np.linspace(0, 1, 64)[None]
     bright = images.blended(flat, ramp, 1.0, colours).astype(float).mean((0, 2))
     assert (np.diff(bright[16:]) > -1e-9).all()
@@ -333,7 +333,7 @@ def test_images_are_fitted():
 def test_a_large_image_makes_no_large_figure(plot):
     figure = overlay.overlay(photo(1024, 1024), {str(i): spot(1, 1) for i in range(12)})
     assert sum(axes.images[0].get_array().nbytes for axes in figure.axes) < 20e6
-    assert len(picture.to_png(figure)) < 5e6
+    assert len(map_figure.to_png(figure)) < 5e6
 
 
 def test_figures_are_written_without_warnings(plot, tmp_path):
@@ -341,9 +341,9 @@ def test_figures_are_written_without_warnings(plot, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, start in (("map.png", b"\x89PNG"), ("map.svg", b"<?xml"), ("map.pdf", b"%PDF")):
-            path = picture.write(overlay.overlay(photo(), heats, title=BROKEN), tmp_path / name)
+            path = map_figure.write(overlay.overlay(photo(), heats, title=BROKEN), tmp_path / name)
             assert path.read_bytes().startswith(start)
-        picture.write(
+        map_figure.write(
             overlay.steps(photo(), [spot(1, 1)] * 2, [BROKEN, "\u4e2d"], title=BROKEN), tmp_path / "s.png"
         )
 
@@ -451,10 +451,10 @@ def test_missing_extra_is_named(monkeypatch, tmp_path):
 
 def test_matplotlib_is_imported_late_and_pyplot_never(plot, tmp_path):
     code = (
-        "import sys, numpy, attnpatch; from attnpatch.capture import overlay, picture;"
+        "import sys, numpy, attnpatch; from attnpatch.plotting import map_figure, overlay;"
         "print([name for name in ('matplotlib', 'PIL') if name in sys.modules]);"
         "image, heats = numpy.zeros((8, 8, 3)), {'a': numpy.ones((2, 2))};"
-        "picture.to_png(overlay.overlay(image, heats)); overlay.steps(image, [heats['a']], ['1']);"
+        "map_figure.to_png(overlay.overlay(image, heats)); overlay.steps(image, [heats['a']], ['1']);"
         "overlay.write_overlays(image, heats, sys.argv[1]);"
         "print('matplotlib.pyplot' in sys.modules)"
     )

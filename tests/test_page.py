@@ -20,9 +20,9 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.cli import app
+from attnpatch.cli.app import app
 from attnpatch.errors import BlockMapFileError, PageError
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing import page
 from attnpatch.viewing.files import load_maps
 from attnpatch.viewing.page import in_script, packed, write_page

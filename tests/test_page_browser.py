@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from attnpatch.capture.block_map import BlockMap
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.page import write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

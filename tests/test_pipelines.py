@@ -16,8 +16,8 @@ from test_undo import snapshot
 
 import attnpatch
 from attnpatch import Blocks, Policy, errors
+from attnpatch.patching.forward_swap import STATE
 from attnpatch.patching.patch import patch_of
-from attnpatch.patching.swap import STATE
 
 ROWS = {"mode": "always", "rows": 7}
 

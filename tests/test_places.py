@@ -6,7 +6,7 @@ import transformers
 
 import attnpatch
 from attnpatch import Blocks, errors
-from attnpatch.capture.places import pattern_of
+from attnpatch.recording.layers import pattern_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpatch.analysis.rendering import Truncated, render
-from attnpatch.capture import division
+from attnpatch.blocks.chat import segmentation
+from attnpatch.conversations.tokenized_chat import Truncated, render
 from attnpatch.errors import AnalysisError, BlockError
 
 CHATML = (
@@ -433,7 +433,7 @@ def test_what_is_refused(template, reason):
 def test_a_template_in_which_no_mark_comes_out():
     found = render(tokenizer_of(ESCAPES), TALK)
     assert decoded(found, tokenizer_of(ESCAPES))[1] == "<|header|>user the%20key%20is%20red<|eot|>"
-    assert found.notes == (division._BY_PREFIXES,)
+    assert found.notes == (segmentation._BY_PREFIXES,)
     assert found.texts[1] == "the key is red"
 
 
@@ -443,7 +443,7 @@ def test_content_that_is_changed_or_cut_off_is_noted():
     assert found.notes == ("message 0 (user): its text is changed by the template",)
     assert found.texts == ("ABC", "ABC")
     template = CHATML.replace("m.content", "m.content[:5]")
-    assert render(tokenizer_of(template), [said("user", "abcdefgh")]).notes == (division._BY_PREFIXES,)
+    assert render(tokenizer_of(template), [said("user", "abcdefgh")]).notes == (segmentation._BY_PREFIXES,)
     template = CHATML.replace("m.content", "m.content.split('SECRET')[0]")
     found = render(tokenizer_of(template), [said("user", "abc SECRET def")])
     assert found.notes == ("message 0 (user): part of its text is left out by the template",)

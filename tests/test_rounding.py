@@ -9,7 +9,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch.policy import LEAST_ROWS, Policy
-from attnpatch.rows import axes
+from attnpatch.rows.graph import axes
 
 LAYOUTS = {
     "rows first": lambda h, n, d: torch.randn(h, n, d),

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnpatch
 from attnpatch import Policy, errors, memory
 from attnpatch.policy import parse_size
-from attnpatch.rows.axes import LEAD, LEAST, ROW, Axis
-from attnpatch.rows.budget import choose
-from attnpatch.rows.grain import Grain
+from attnpatch.rows.evaluate.row_granularity import Grain
+from attnpatch.rows.evaluate.tile_plan import choose
+from attnpatch.rows.graph.axes import LEAD, LEAST, ROW, Axis
 
 
 class Eager(nn.Module):

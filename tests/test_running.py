@@ -16,22 +16,22 @@ import chats
 import pytest
 import torch
 
-from attnpatch.analysis import index, running
-from attnpatch.analysis.conversations import Conversation, Refused
-from attnpatch.analysis.index import RunFolder, read_facts
-from attnpatch.analysis.result import Analysis
-from attnpatch.capture import storage
-from attnpatch.capture.block_map import BlockMap
+from attnpatch.conversations import batch, results_folder
+from attnpatch.conversations.reading.files import Conversation, Refused
+from attnpatch.conversations.result import Analysis
+from attnpatch.conversations.results_folder import RunFolder, read_facts
 from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.maps import io
+from attnpatch.maps.block_map import BlockMap
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(running.__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(batch.__file__)))
 
 
 class Pretended:
     """An analyzer without a model, that keeps count; conversations whose text says so fail."""
 
     name = "pretended"
-    options = running.BlockAttentionAnalyzer.__init__.__globals__["Options"]()
+    options = batch.BlockAttentionAnalyzer.__init__.__globals__["Options"]()
 
     def __init__(self):
         self.seen = []
@@ -53,7 +53,7 @@ class Pretended:
 @pytest.fixture(autouse=True)
 def unchecked(request, monkeypatch):
     if "chat_model" not in request.fixturenames:
-        monkeypatch.setattr(running, "check", lambda analyzer, method: None)
+        monkeypatch.setattr(batch, "check", lambda analyzer, method: None)
 
 
 def said(*texts, first=1):
@@ -65,7 +65,7 @@ def said(*texts, first=1):
 
 
 def run(analyzer, records, folder, **options):
-    return running.analyze_all(analyzer, records, folder, method="single pass", **options)
+    return batch.analyze_all(analyzer, records, folder, method="single pass", **options)
 
 
 def test_summary_and_index(tmp_path):
@@ -306,7 +306,7 @@ def test_an_index_that_changes_while_it_is_merged_is_merged_again(tmp_path, monk
             other.write_text(json.dumps({"record": 2, "source": "two", "error": "bad"}) + "\n")
         replace(source, target)
 
-    monkeypatch.setattr(index.os, "replace", slow)
+    monkeypatch.setattr(results_folder.os, "replace", slow)
     folder.merge()
     folder.close()
     assert [line["source"] for line in chats.index_of(tmp_path)] == ["one", "two"]
@@ -325,7 +325,7 @@ def test_a_header_is_read_of_whole_files_only(tmp_path):
     run(Pretended(), said("a"), tmp_path)
     path, cut = tmp_path / "c1.safetensors", tmp_path / "cut.safetensors"
     whole, facts = path.read_bytes(), read_facts(path)
-    content = storage.read(path)
+    content = io.read(path)
     assert facts == {name: value for name, value in content.items() if name in facts}
     assert facts["metadata"]["conversation"]["name"] == "c1"
     for other in [whole[:length] for length in range(len(whole))] + [whole + b" ", b"x" * 500]:
@@ -448,7 +448,7 @@ def alone(log, arguments):
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
-    from attnpatch.cli import app
+    from attnpatch.cli.app import app
 
     app(arguments, prog_name="attnpatch")
 

@@ -11,7 +11,7 @@ from torch.utils import _python_dispatch as modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attnpatch
-from attnpatch.rows import selective
+from attnpatch.rows.autograd import selective_checkpoints
 
 LENGTH, WIDTH = 24, 16
 
@@ -91,11 +91,11 @@ def test_other_modes_stay():
     x = torch.ones(2)
     with Counting() as outer, first, Counting() as inner:
         before = modes._get_current_dispatch_mode_stack()
-        with selective.hidden():
-            assert not selective.is_active()
+        with selective_checkpoints.hidden():
+            assert not selective_checkpoints.is_active()
             x * 2
-            with selective.shown():
-                assert selective.is_active()
+            with selective_checkpoints.shown():
+                assert selective_checkpoints.is_active()
                 x * 2
         assert modes._get_current_dispatch_mode_stack() == before
     assert outer.count == inner.count >= 2

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import attnpatch
 from attnpatch.patching import patch as patching
-from attnpatch.rows import masks
+from attnpatch.rows.creation import row_masks
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 CPU = RuntimeError(
@@ -200,7 +200,7 @@ def test_a_mask_that_does_not_fit(implementation):
 def test_a_mask_that_does_not_fit_and_cannot_be_put_off(monkeypatch):
     """The host's own error, and never a mask that is none."""
     model, inputs, _ = llama("sdpa")
-    monkeypatch.setattr(masks, "deferred", lambda *args: None)
+    monkeypatch.setattr(row_masks, "deferred", lambda *args: None)
     less = {"least": TOKENS * TOKENS, "only": "bitwise_and", "at": 1, "anywhere": True}
     with patched(model), Shortage(**less), pytest.raises(torch.OutOfMemoryError):
         model(**inputs)

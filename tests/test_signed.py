@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from attnpatch.analysis import drawing
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.capture.map_fields import NORMALIZATIONS
+from attnpatch.conversations import drawing
 from attnpatch.errors import CaptureError
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.fields import NORMALIZATIONS
 
 GRADIENT = {"weighting": "gradient"}
 # Rows and columns whose sums are 0, negative and positive, and one of zeros.

@@ -9,7 +9,7 @@ import transformers
 from test_known_facts import captured, dense, llama, same, tokens
 
 from attnpatch import errors
-from attnpatch.hosts.loading import load_model, load_tokenizer
+from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 
 DAMAGED = {
     "half a file": ("model.safetensors", lambda old: old[:1000]),

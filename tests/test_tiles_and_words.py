@@ -9,8 +9,8 @@ from test_blocks import make_tokenizer, real
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.capture.mass import block_mass
 from attnpatch.errors import BlockError
+from attnpatch.recording.block_sums import block_mass
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
 

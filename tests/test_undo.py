@@ -15,8 +15,8 @@ from torch import nn
 
 import attnpatch
 from attnpatch import Blocks, errors
+from attnpatch.patching.forward_swap import STATE
 from attnpatch.patching.patch import Patch, patch_of
-from attnpatch.patching.swap import STATE
 
 
 def snapshot(model):
@@ -361,7 +361,7 @@ def test_report_prints_a_table():
 
 def test_what_one_thread_defers_is_nothing_to_another():
     """Weights that wait to be computed here must not be looked through while they come and go elsewhere."""
-    from attnpatch.rows.deferred import pending
+    from attnpatch.rows.deferred.tensor import pending
 
     model = small_llama()
     found = {}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from attnpatch.activation.session import Session, was_used
-from attnpatch.report import report_of
+from attnpatch.reporting import report_of
 
 
 def closing_lines(session: Session) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnpatch.capture.block_map import BlockMap
+    from attnpatch.maps.block_map import BlockMap
 
 SUFFIX = ".safetensors"
 _NUMBERED = re.compile(r"\.?(\d{4,})[.-]")

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from attnpatch.activation.files import Folder
-from attnpatch.capture.block_map import BlockMap
-from attnpatch.capture.blocks import Blocks
-from attnpatch.capture.gathered import maps_of, nothing
-from attnpatch.capture.recorder import Recorder
-from attnpatch.capture.sequences import reference
-from attnpatch.capture.text_observer import TextObserver
-from attnpatch.capturing import recorder_of
+from attnpatch.blocks.spec import Blocks
+from attnpatch.capturing.capture import recorder_of
 from attnpatch.errors import CaptureError
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.patching.patch import Patch
+from attnpatch.recording.gathered import maps_of, nothing
+from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.sequences import reference
+from attnpatch.recording.text_observer import TextObserver
 
 
 def _nothing() -> None:

@@ -164,7 +164,7 @@ class Session:
 
 
 def _automatic_roots(model: Any) -> list[Patch]:
-    from attnpatch.patching.swap import sites_of
+    from attnpatch.patching.forward_swap import sites_of
 
     sites = [site for module in model.modules() for site in sites_of(module)]
     return [site.patch for site in sites if site.is_root and site.patch.automatic]
@@ -178,7 +178,7 @@ def was_used(patch: Patch) -> bool:
 def _leave(model: Any) -> None:
     """Take automatic patches out of a model that could not be patched as a whole."""
     try:
-        from attnpatch.patching.swap import sites_of, take_out
+        from attnpatch.patching.forward_swap import sites_of, take_out
 
         for module in model.modules():
             for site in list(sites_of(module)):

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 
 import attnpatch
-from attnpatch.capture.block_map import BlockMap
 from attnpatch.demo.conversations import Conversation, Message
 from attnpatch.demo.worker import DemoError, Measured, load, measure_all, show_runs
 from attnpatch.errors import MissingExtraError
+from attnpatch.maps.block_map import BlockMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,20 +16,23 @@ from torch import nn
 from attnpatch.class_methods import changing
 from attnpatch.errors import AttnpatchError, PatchError
 from attnpatch.failures import warn_once
-from attnpatch.hosts import masks, weights
+from attnpatch.hosts.transformers import attention_outputs, masks
 from attnpatch.memory import Room
-from attnpatch.patching.choice import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.patching.counters import Counters
-from attnpatch.patching.recognise import Watch
+from attnpatch.patching.forward_swap import can_swap, put_in, renew, sites_of, take_out
+from attnpatch.patching.recognition import Watch
 from attnpatch.patching.registry import is_attention, why
-from attnpatch.patching.swap import can_swap, put_in, renew, sites_of, take_out
+from attnpatch.patching.selection import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.policy import Policy
-from attnpatch.rows import checkpoints, graphs, moved, positions
-from attnpatch.rows.deferred import Passing, SiteCall, Tally, note_no_memory, pending
-from attnpatch.rows.fastpaths import opened
+from attnpatch.rows import torch_graphs
+from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.creation import positions
+from attnpatch.rows.deferred.results import with_no_matrix
+from attnpatch.rows.deferred.tensor import Passing, SiteCall, Tally, note_no_memory, pending
 from attnpatch.rows.mode import RowsMode
-from attnpatch.rows.results import with_no_matrix
-from attnpatch.rows.sources import Sources, inputs_among
+from attnpatch.rows.provenance import reordered
+from attnpatch.rows.provenance.sources import Sources, inputs_among
+from attnpatch.rows.sdpa.fast_paths import opened
 from attnpatch.rows.watching import without
 
 
@@ -158,7 +161,7 @@ class Site(Counters):
                 _thread.is_calm
                 and self.why != CANDIDATE
                 and not self.patch.recorders
-                and not weights.are_asked_for(module, kwargs)
+                and not attention_outputs.are_asked_for(module, kwargs)
                 and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )
         except Exception as error:
@@ -185,7 +188,7 @@ class Site(Counters):
             if not is_short:
                 renew()
             # A compiled graph makes its masks itself, and a mode on the stack would have it compiled anew.
-            if not is_short and not graphs.is_compiled(forward):
+            if not is_short and not torch_graphs.is_compiled(forward):
                 call = SiteCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
@@ -201,13 +204,13 @@ class Site(Counters):
             begin = recorder.begin_call if self.is_root else getattr(recorder, "begin_part", None)
         of_part = () if self.is_root else (type(module),)
         try:
-            if begin is not None and not graphs.is_recorded():
+            if begin is not None and not torch_graphs.is_recorded():
                 _thread.is_recorded = self._tell(
                     begin, "the beginning of a captured call", *of_part, args, kwargs
                 )
                 is_followed = self.patch.is_watched and getattr(recorder, "follows_order", False)
-                if is_followed and moved.watch() is None and not graphs.is_compiled(forward):
-                    contexts.append(moved.watched(module, (first, args, kwargs)))
+                if is_followed and reordered.watch() is None and not torch_graphs.is_compiled(forward):
+                    contexts.append(reordered.watched(module, (first, args, kwargs)))
             if not contexts:
                 return self._serve(forward, module, first, args, kwargs)
             with _Around(self, *contexts):
@@ -234,8 +237,8 @@ class Site(Counters):
         attend = self._judge if self.is_candidate else self._attend
         try:
             context = positions.unwatched() if positions.is_watching() else None
-            order = moved.watch()
-            pause = moved.paused(order) if order is not None else None
+            order = reordered.watch()
+            pause = reordered.paused(order) if order is not None else None
         except Exception as error:
             self.failed("the look at a watch", error)
             context = order = pause = None
@@ -347,7 +350,7 @@ class Site(Counters):
             # They name the call: it names them no longer, or keys would live until the garbage collector comes.
             made, call.weights = call.weights, None
             try:
-                return weights.put_in(module, args, kwargs, result, made)
+                return attention_outputs.put_in(module, args, kwargs, result, made)
             except Exception as error:
                 self.failed("putting attention weights in", error)
         return result
@@ -361,7 +364,7 @@ class Site(Counters):
         observer = None
         if recorder is not None:
             try:
-                if recorder.wants(self.name) and graphs.is_recorded():
+                if recorder.wants(self.name) and torch_graphs.is_recorded():
                     self.summed("nothing (a CUDA graph is recorded)")
                 elif recorder.wants(self.name):
                     is_seen = again and not recorder.is_of_gradient
@@ -370,7 +373,7 @@ class Site(Counters):
                 self.failed("the beginning of a captured attention call", error)
         if observer is not None or again:
             observer = self._in_checkpoint(observer)
-        asked = patch.policy.mode != "never" and weights.are_asked_for(module, kwargs)
+        asked = patch.policy.mode != "never" and attention_outputs.are_asked_for(module, kwargs)
         if observer is None and not asked and not pending():
             rule = self._stays_native(args, kwargs)
             if rule is not None:
@@ -382,7 +385,7 @@ class Site(Counters):
         call.sources = around = around if around is not None and running.is_active() else None
         if observer is not None and observer is not _SEEN:
             try:
-                inputs, watch = inputs_among(args, kwargs), moved.watch()
+                inputs, watch = inputs_among(args, kwargs), reordered.watch()
                 reasons = (
                     {}
                     if watch is None

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.deferred import DeferredRows, site_of
-from attnpatch.rows.recipe import map_structure
+from attnpatch.rows.deferred.tensor import DeferredRows, site_of
+from attnpatch.rows.graph.nodes import map_structure
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.recipe import map_structure
+from attnpatch.rows.graph.nodes import map_structure
 
 
 def narrow_dtype(device: torch.device) -> torch.dtype | None:

@@ -19,8 +19,8 @@ from torch.utils import checkpoint
 
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
-from attnpatch.rows import selective
-from attnpatch.rows.attempts import is_out_of_memory
+from attnpatch.rows.autograd import selective_checkpoints
+from attnpatch.rows.oom import is_out_of_memory
 
 _PASSING = (AttnpatchError, getattr(checkpoint, "_StopRecomputationError", AttnpatchError))
 
@@ -50,8 +50,8 @@ def ran(result: Any) -> Any:
 def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The host's own call. What it raises is the host's, and not tried again."""
     try:
-        if selective.is_hidden():
-            with selective.shown():
+        if selective_checkpoints.is_hidden():
+            with selective_checkpoints.shown():
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
@@ -84,8 +84,8 @@ def guarded(
     """
     outer, _thread.ran = _thread.ran, []
     try:
-        if selective.is_active():
-            with selective.hidden():
+        if selective_checkpoints.is_active():
+            with selective_checkpoints.hidden():
                 return ours(*args)
         return ours(*args)
     except Exception as error:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from attnpatch.rows import blank, checkpoints, fastpaths, guard, positions, products, rowwise, sdpa, shown
-from attnpatch.rows.attempts import Attempts
-from attnpatch.rows.deferred import (
+from attnpatch.rows import dispatch, guard
+from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.autograd.native_tape import Trail
+from attnpatch.rows.creation import positions, uninitialized
+from attnpatch.rows.deferred.tensor import (
     DeferredRows,
     SiteCall,
     after_write,
@@ -22,8 +24,11 @@ from attnpatch.rows.deferred import (
     left,
     settle,
 )
-from attnpatch.rows.spellings import FUNCTIONS
-from attnpatch.rows.trail import Trail
+from attnpatch.rows.matmul import products
+from attnpatch.rows.matmul.spellings import FUNCTIONS
+from attnpatch.rows.oom import Attempts
+from attnpatch.rows.provenance import observed
+from attnpatch.rows.sdpa import fast_paths, serve
 from attnpatch.rows.watching import Watching
 
 _BLANK_USERS = frozenset(
@@ -35,8 +40,8 @@ _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
 FAST_PATHS: dict[Any, Callable[..., Any]] = {
-    torch._native_multi_head_attention: fastpaths.multihead,
-    torch._transformer_encoder_layer_fwd: fastpaths.encoder_layer,
+    torch._native_multi_head_attention: fast_paths.multihead,
+    torch._transformer_encoder_layer_fwd: fast_paths.encoder_layer,
 }
 
 
@@ -71,7 +76,7 @@ class RowsMode(Watching):
         if sources is not None and sources is self.call.sources:
             sources.follow(func, args, kwargs, result)
             if func in _SOFTMAX and type(result) is torch.Tensor and result.shape[-2:] == (1, 1):
-                shown.of_one(result, self.call)
+                observed.of_one(result, self.call)
         return result
 
     def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -87,12 +92,12 @@ class RowsMode(Watching):
             result = products.defer(func.__name__, func, args, kwargs, self.call)
             return self._native(func, args, kwargs) if result is NotImplemented else result
         if func is F.scaled_dot_product_attention:
-            return sdpa.attend(args, kwargs, self.call)
+            return serve.attend(args, kwargs, self.call)
         if func in _COMPOSITES:
             with self:
-                return fastpaths.opened(func)(*args, **kwargs)
+                return fast_paths.opened(func)(*args, **kwargs)
         if func is torch.empty:
-            return blank.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
+            return uninitialized.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
         begin = positions.BEGINNINGS.get(func)
         if begin is not None:
             begun = begin(func, args, kwargs, self.call)
@@ -100,7 +105,7 @@ class RowsMode(Watching):
                 return begun
         if func in FAST_PATHS:
             return self._fast_path(func, args, kwargs)
-        is_write = is_watching_writes() and rowwise.protect(func, args, kwargs)
+        is_write = is_watching_writes() and dispatch.protect(func, args, kwargs)
         result = self._native(func, args, kwargs)
         if is_write:
             after_write()
@@ -126,11 +131,11 @@ class RowsMode(Watching):
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)
         elif is_watching_writes():
-            rowwise.protect(func, args, kwargs)
+            dispatch.protect(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        if not fastpaths.goes_by_rows(args[0], num_heads(func, args), self.call):
+        if not fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call):
             try:
                 return guard.native(func, args, kwargs)
             except RuntimeError as error:
@@ -143,12 +148,12 @@ class RowsMode(Watching):
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         self._follow()  # scores that come from outside of a checkpoint: what they read may be overwritten in it
         if func in _BLANK_USERS:
-            found = blank.without(args, kwargs)
+            found = uninitialized.without(args, kwargs)
             if found is not None:
                 return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
-            return sdpa.attend(*sdpa.settled(args, kwargs), self.call)
+            return serve.attend(*serve.settled(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
-                return fastpaths.opened(func)(*args, **kwargs)
+                return fast_paths.opened(func)(*args, **kwargs)
         return dispatch_in(self.call, func, args, kwargs)

@@ -15,7 +15,7 @@ from torch.overrides import (
 )
 
 from attnpatch.rows import guard
-from attnpatch.rows.deferred import SiteCall, natively
+from attnpatch.rows.deferred.tensor import SiteCall, natively
 
 
 @contextlib.contextmanager

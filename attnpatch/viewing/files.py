@@ -4,9 +4,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from attnpatch.capture import storage
-from attnpatch.capture.block_map import BlockMap
 from attnpatch.errors import BlockMapFileError, PageError
+from attnpatch.maps import io
+from attnpatch.maps.block_map import BlockMap
 
 
 def load_maps(path: Path) -> tuple[dict[str, BlockMap], list[str]]:
@@ -46,6 +46,6 @@ def _load(file: Path) -> BlockMap:
             header = opened.metadata() or {}
     except (SafetensorError, OSError):
         header = None
-    if header is not None and header.get("format") != storage.FILE_FORMAT:
+    if header is not None and header.get("format") != io.FILE_FORMAT:
         raise BlockMapFileError(f"{file} is safetensors but no block map; give what BlockMap.save wrote.")
     return BlockMap.load(file)

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from attnpatch.capture import storage
-from attnpatch.capture.block_map import BlockMap
 from attnpatch.errors import PageError
+from attnpatch.maps import io
+from attnpatch.maps.block_map import BlockMap
 
 _SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
 _MEAN = "mean"
@@ -57,7 +57,7 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
     # Half of a character, as names of files can hold on Linux, would not fit utf-8.
     options = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
-    with storage.whole(path, PageError) as temporary, open(temporary, "x", **options) as file:
+    with io.whole(path, PageError) as temporary, open(temporary, "x", **options) as file:
         file.writelines(_page(maps))
     return path
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnpatch
 from attnpatch.errors import AttnpatchError
-from attnpatch.rows import axes
+from attnpatch.rows.graph import axes
 
 from . import helpers
 from .programs import POLICIES, Program, compiled, inputs

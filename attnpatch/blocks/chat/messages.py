@@ -1,0 +1,84 @@
+"""Where the messages of a conversation begin and end in tokens, found from the tokenizer's chat template."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from attnpatch.blocks.chat.closing_patterns import Special
+from attnpatch.blocks.chat.segmentation import divide
+from attnpatch.errors import BlockError
+
+Span = tuple[int, int]
+# The label of an answer that is still to be written.
+NEXT = "assistant (next)"
+
+
+def message_spans(
+    tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict
+) -> tuple[list[Span], int]:
+    """Token spans of the messages of one conversation, and of the generation prompt if there is one.
+
+    Returns:
+        The spans, and at which token the last message ends when the assistant's next one follows it.
+
+    Raises:
+        BlockError: A message has no text or no token of its own. ``attnpatch.conversations.tokenized_chat`` joins or notes
+            these instead.
+    """
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise BlockError("a conversation is empty or holds something else than {'role', 'content'} mappings.")
+    if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
+        raise BlockError(
+            "the tokenizer has no chat template; set tokenizer.chat_template, or use Blocks.spans."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
+    render = template_of(tokenizer, options)
+    division = divide(render, messages, options, strict=True, prompt=prompt, special=Special.of(tokenizer))
+    text, ends = division.text, [piece.end for piece in division.pieces]
+    if prompt:
+        if not division.opening:
+            raise BlockError(
+                "add_generation_prompt=True adds nothing at the end with this chat template; leave it out."
+            )
+        ends.append(len(text))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    counts = token_counts(encoded["offset_mapping"], ends)
+    if 0 in counts:
+        raise BlockError(
+            f"message {counts.index(0)} got no token of its own; use Blocks.spans for this tokenizer."
+        )
+    stops = torch.tensor(counts).cumsum(0).tolist()
+    spans = list(zip([0, *stops[:-1]], stops, strict=True))
+    return spans, spans[-1][0] if prompt else _end_when_followed(
+        tokenizer, messages, options, text, stops[-1]
+    )
+
+
+def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, text: str, end: int) -> int:
+    """At which token the last message ends when the assistant's next one follows; ``end`` where it closes alike."""
+    try:
+        prompted = template_of(tokenizer, options)(messages, add_generation_prompt=True)
+        return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options)[1]
+    except Exception:  # a template that opens no answer here, whatever it raises
+        return end
+
+
+def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
+    """The text of some messages, as the tokenizer's chat template renders them."""
+
+    def render(some: Sequence[Mapping], **more: Any) -> str:
+        return tokenizer.apply_chat_template(list(some), tokenize=False, **{**options, **more})
+
+    return render
+
+
+def token_counts(offsets: Sequence[Span], ends: Sequence[int]) -> list[int]:
+    """How many tokens each piece of text that ends at ``ends`` has; a token belongs where it begins."""
+    edges = torch.tensor(ends)
+    # Byte-level tokenizers trim whitespace off offsets: a token that is only whitespace comes out empty, at
+    # its own end, which is the first character of the next piece.
+    begins = torch.tensor([start if start < end else max(end - 1, 0) for start, end in offsets])
+    piece = torch.searchsorted(edges, begins, right=True).cummax(0).values if len(offsets) else begins
+    return torch.bincount(piece.clamp(max=len(ends) - 1), minlength=len(ends)).tolist()

@@ -1,0 +1,79 @@
+"""Which block each position of a batch lies in, once its sequences are known."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnpatch.blocks.tiles import Tiles
+from attnpatch.errors import BlockError
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The blocks of a batch of sequences whose real (not padding) tokens are known. All tensors on the CPU.
+
+    Attributes:
+        assignment: ``[batch, total]`` int64, the block of each position, -1 for padding and gaps.
+        sizes: ``[batch, num_blocks]`` int64, tokens per block; 0 where a sequence has fewer blocks. A tile has fewer
+            tokens than lie between its first and its last.
+        starts: ``[batch, num_blocks]`` int64, first token, counted without padding; 0 where size is 0.
+        ends: ``[batch, num_blocks]`` int64, one past the last token, counted without padding.
+        labels: Per sequence, one label for each of its own blocks.
+    """
+
+    assignment: Tensor
+    sizes: Tensor
+    starts: Tensor
+    ends: Tensor
+    labels: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the sequence that has most of them."""
+        return self.sizes.shape[1]
+
+    def of_rows(self, order: list[int]) -> "Partition":
+        """The blocks of some of the sequences, in an order."""
+        return Partition(
+            self.assignment[order],
+            self.sizes[order],
+            self.starts[order],
+            self.ends[order],
+            tuple(self.labels[row] for row in order),
+        )
+
+    def __repr__(self) -> str:
+        batch, total = self.assignment.shape
+        return f"Partition({batch} x {total} positions, {self.num_blocks} blocks)"
+
+
+def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
+    """The partition of images of one size; ``image`` as in ``Blocks.image``, ``valid`` as for ``Blocks.resolve``."""
+    height, width, _, start, frames = image
+    tiles = Tiles.of_blocks(image)
+    block = tiles.cells(tiles.image)
+    tokens = start + torch.arange(len(block))
+    assignment = torch.full(valid.shape, -1, dtype=torch.int64)
+    for row, real in enumerate(valid):
+        positions = real.nonzero().flatten()
+        if len(positions) < start + len(block):
+            shape = f"{height} x {width}" if frames == 1 else f"{frames} x {height} x {width}"
+            raise BlockError(
+                f"{shape} image tokens from token {start} on need {start + len(block)}, sequence {row} has "
+                f"{len(positions)} real tokens; give height and width in tokens, not pixels."
+            )
+        assignment[row, positions[tokens]] = block
+    none = torch.zeros(len(tiles.sizes()), dtype=torch.int64)
+    starts = none.scatter_reduce(0, block, tokens, "amin", include_self=False)
+    ends = none.scatter_reduce(0, block, tokens + 1, "amax", include_self=False)
+    sizes, starts, ends = (each.repeat(len(valid), 1) for each in (tiles.sizes(), starts, ends))
+    return Partition(assignment, sizes, starts, ends, (tiles.labels(),) * len(valid))
+
+
+def blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:
+    """``[length]`` int64: the span each token lies in, -1 in gaps; ``bounds`` is ``[blocks, 2]``, sorted."""
+    tokens = torch.arange(length)
+    block = torch.searchsorted(bounds[:, 0].contiguous(), tokens, right=True) - 1
+    inside = (block >= 0) & (tokens < bounds[block.clamp(min=0), 1])
+    return block.masked_fill(~inside, -1)

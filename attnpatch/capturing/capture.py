@@ -1,0 +1,363 @@
+"""``capture``: who looks at which model, and what a host says about its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from attnpatch.blocks.heads import Heads
+from attnpatch.blocks.spec import Blocks
+from attnpatch.capturing.image_maps import ImageMaps, Steps
+from attnpatch.capturing.maps import Maps
+from attnpatch.errors import AttnpatchWarning, CaptureError, PatchError
+from attnpatch.hosts.diffusers import denoiser
+from attnpatch.hosts.diffusers.components import tokenizers_of
+from attnpatch.hosts.diffusers.prompts import Prompts
+from attnpatch.hosts.transformers import caches, image_tokens
+from attnpatch.hosts.transformers import calls as host
+from attnpatch.model_patches import parts_in, put_in_place
+from attnpatch.patching.patch import Patch, patch_of
+from attnpatch.policy import Policy
+from attnpatch.recording.call_facts import SiteFacts
+from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
+from attnpatch.recording.diffusion.recorder import ImageRecorder
+from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.threads import Owner
+from attnpatch.rows.provenance import reordered
+from attnpatch.rows.provenance.sources import inputs_among
+
+
+@contextlib.contextmanager
+def capture(
+    model: Any,
+    blocks: Blocks | tuple[Blocks, Blocks] | None = None,
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+    steps: Steps = "mean",
+    measures: Sequence[str] = (),
+    sample_rows: int | None = None,
+    seed: int = 0,
+    weighting: str = "probability",
+) -> Iterator[Any]:
+    """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
+
+    No N x N matrix is held: hand-written attention goes by rows and its probabilities are summed as they pass; beside
+    fused attention they are recomputed some rows at a time.
+
+    Of a pipeline of diffusers its denoiser is captured, ``unet`` or ``transformer``: every call is one image, or one
+    batch of them, with the steps of its sampler; rows that are given another text (guidance) are kept apart. A denoiser
+    on its own is captured in the same way, where all calls inside the block are steps of one image.
+
+    Args:
+        model: A model or a pipeline; patched or not, it is afterwards as it was before.
+        blocks: What a block is; a pair for queries and keys where they differ (cross-attention). For an image
+            ``Blocks.tiles(height, width, tile)``, of any unit: tiles attending to tiles, or in a pair with words. ``None``
+            for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
+        heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
+        layers: Numbers of layers, as the map's ``layers`` has them: the model's own. Negative ones count the layers with
+            attention from the last. ``None``: all. Not of images: give ``sites``.
+        sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
+            the component's name, as in ``report``.
+        steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers. Of text each call of the
+            model that continues a cache is a step: ``"all"`` gives a map of every generated token.
+        measures: What else to measure while the rows pass: ``"received"``, ``"entropy"``, ``"sink"``
+            (``maps.measured()``). Not of images.
+        sample_rows: Look at so many query rows of each block only, exactly over all keys: the map is an unbiased
+            estimate, ``block_map.error`` its standard error. ``None``: all rows. Not of images.
+        seed: Of the sample.
+        weighting: ``"gradient"``: each probability times the gradient of whatever ``backward()`` is called on, inside the
+            ``with`` block, after one call of the model (attention times gradient; Barkan et al. 2021, Chefer et al.
+            2021). Of attention through ``F.scaled_dot_product_attention``; the rows of the gradient are computed some at
+            a time. Signed.
+
+    Yields:
+        ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
+        sequence, every other call begins a new one. Of an image ``ImageMaps``: ``maps.heat_map("cat")``,
+        ``maps["cross"]``. Attention of which something is not known is in ``maps.left_out`` with the reason, which one
+        ``AttnpatchWarning`` says at the end of the block. The running thread's calls are seen, and those of threads that it
+        starts between its own calls.
+
+    Raises:
+        CaptureError: What was asked for does not fit the model. What does not fit a sequence (blocks, heads) is in
+            ``maps.left_out``, and reading a map that is not there raises; the model's call never does.
+        PatchError: As ``apply``.
+    """
+    parts = parts_in(model)
+    images = {name: part for name, part in parts.items() if denoiser.is_denoiser(part)}
+    if images and ("" not in parts or _of_image(blocks)):
+        if measures or sample_rows is not None or weighting != "probability":
+            raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
+        with _capture_image(model, images, blocks, heads, layers, sites, steps) as maps:
+            yield maps
+        return
+    if len(parts) > 1:
+        raise PatchError(
+            f"no component of this {type(model).__name__} is known as a denoiser (a forward with sample, hidden_states or x, "
+            "and an argument named timestep); capture one of them: "
+            f"{', '.join(parts)}"
+        )
+    if blocks is None:
+        raise CaptureError("say what a block is, such as blocks=Blocks.fixed(128) or Blocks.messages(...)")
+    (part,) = parts.values()
+    with contextlib.ExitStack() as undo:
+        patch = _patch_for(part, undo)
+        more = {
+            "is_kept_apart": _checked_steps(steps),
+            "measures": measures,
+            "sample_rows": sample_rows,
+            "seed": seed,
+            "weighting": weighting,
+        }
+        recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
+        _check_tokens(recorder, part)
+        maps = Maps(recorder, None if isinstance(steps, str) else steps)
+        with _recording(patch, recorder):
+            try:
+                yield maps
+            finally:
+                recorder.finish()
+        _warn_of(recorder.left_out)
+
+
+def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
+    """The sequence of a model has the tokens that blocks speak of: no others of an adapter's, and a picture's where asked."""
+    read_call = recorder.read_call
+    asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
+
+    def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
+        call = read_call(args, kwargs, kind)
+        call.problem = call.problem or host.why_other_tokens(part)
+        if asked and call.problem is None:
+            given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
+            reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)
+            call.problem = next(filter(None, reasons), None)
+        return call
+
+    if asked or hasattr(part, "get_base_model"):
+        recorder.read_call = checked
+
+
+_lock = threading.Lock()
+
+
+def _patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
+    """The patch of a model; one that captures have put in place goes with the last of them (each thread may have one)."""
+    with _lock:
+        known = patch_of(part)
+        if known is not None and not known.captures and not known.is_leaving:
+            return known  # the user's
+        # Taken out below, with the last capture.
+        (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
+        patch.captures, patch.is_leaving = patch.captures + 1, False
+
+    def release() -> None:
+        with _lock:
+            patch.captures -= 1
+            if patch.captures == 0:
+                _leave(patch, part)
+
+    undo.callback(release)
+    return patch
+
+
+def _leave(patch: Patch, part: nn.Module) -> None:
+    """Take a patch out: at once, or with the last checkpoint that it looked at, which may run again in a backward pass."""
+    waiting = list(patch.watched)
+    if not waiting:
+        patch.take_out(part)
+        return
+    patch.is_leaving = True
+
+    def gone(one: int) -> None:
+        left.discard(one)
+        if not left and patch.is_leaving:
+            patch.is_leaving = False
+            patch.take_out(part)
+
+    left = set(range(len(waiting)))
+    for number, frame in enumerate(waiting):
+        weakref.finalize(frame, gone, number).atexit = False
+
+
+@contextlib.contextmanager
+def _recording(patch: Patch, recorder: Any) -> Iterator[None]:
+    if any(not each.gives_way and each.is_mine() for each in patch.recorders):
+        raise PatchError("this model is being captured already; end the outer capture first")
+    with Owner() as owner:
+        recorder.owner = owner
+        with _lock:
+            patch.recorders = (*patch.recorders, recorder)
+        try:
+            yield
+        finally:
+            with _lock:
+                patch.recorders = tuple(each for each in patch.recorders if each is not recorder)
+
+
+def _warn_of(left_out: dict[str, str], deep: int = 0) -> None:
+    """Once: what is in no map."""
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
+        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4 + deep)
+
+
+def _of_image(blocks: Any) -> bool:
+    """Whether blocks are of an image wherever it lies in a sequence: none said, or tiles without a start."""
+    sides = blocks if isinstance(blocks, tuple) else (blocks,)
+    images = [side.image for side in sides if isinstance(side, Blocks) and side.image is not None]
+    return blocks is None or (bool(images) and not any(image[3] for image in images))
+
+
+@contextlib.contextmanager
+def _capture_image(
+    model: Any,
+    parts: dict[str, nn.Module],
+    blocks: Blocks | tuple[Blocks, Blocks] | None,
+    heads: Heads,
+    layers: Sequence[int] | None,
+    sites: str | None,
+    steps: Steps,
+) -> Iterator[ImageMaps]:
+    if layers is not None:
+        raise CaptureError(
+            "layers of a denoiser are not numbered alike; give sites='*.attn2' or another pattern"
+        )
+    whole = parts_in(model)
+    prompts = Prompts(whole, tokenizers_of(model))
+    plan, kept = Plan.of(blocks), _checked_steps(steps)
+    with contextlib.ExitStack() as undo:
+        sampling = Sampling(plan, kept, prompts.find if "" not in whole else None)
+        if "" not in whole:
+            undo.enter_context(prompts.watching())
+            undo.enter_context(_runs(model, sampling, prompts))
+        recorders = []
+        for name, part in parts.items():
+            patch = _patch_for(part, undo)
+            prefix = f"{name}." if name else ""
+            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites)
+            undo.enter_context(_recording(patch, recorder))
+            recorders.append(recorder)
+        if not any(recorder.wanted for recorder in recorders):
+            raise CaptureError(f"no attention site matches {sites!r}; see attnpatch.report() for their names")
+        yield ImageMaps(sampling, heads, steps, type(model).__name__)
+    _warn_of(sampling.left_out, deep=2)  # inside a context of its own
+
+
+def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:
+    """Every call of a pipeline is a run."""
+
+    def begin(given: dict[str, Any]) -> None:
+        prompts.begin(denoiser.texts_given(given))
+        sampling.begin_run()
+
+    def end() -> None:
+        sampling.end_run()
+        prompts.end()
+
+    return denoiser.watching(pipeline, begin, end)
+
+
+def image_recorder_of(
+    patch: Patch,
+    part: nn.Module,
+    sampling: Sampling,
+    prefix: str,
+    heads: Heads,
+    sites: str | None,
+) -> ImageRecorder:
+    """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
+
+    def read_call(args: Any, kwargs: Any) -> DenoiserCall:
+        return denoiser.read_denoiser_call(part, args, kwargs)
+
+    num_heads = denoiser.num_heads_of(part)
+    names = _innermost(patch)
+    return ImageRecorder(
+        sampling, names, prefix, heads, sites, read_call, num_heads, inputs_among, reordered.sides
+    )
+
+
+def _checked_steps(steps: Any) -> bool:
+    """Whether steps are kept apart."""
+    if isinstance(steps, str) and steps in ("mean", "all"):
+        return steps == "all"
+    if not isinstance(steps, (list, tuple)) or not steps or not all(type(step) is int for step in steps):
+        raise CaptureError(
+            f"steps={steps!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, -1]"
+        )
+    return True
+
+
+def _innermost(patch: Patch) -> list[str]:
+    """Names of the attention sites that hold no other."""
+    names = [site.name for site in patch.sites if site.is_attention]
+    # A candidate may turn out to be none, so it hides nobody.
+    sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
+    return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
+
+
+def _owners(patch: Patch) -> list[str]:
+    """Names of the sites that hold others: what those are named for may be computed in the forward around them."""
+    inner = set(_innermost(patch))
+    return [
+        site.name
+        for site in patch.sites
+        if site.is_attention and not site.is_candidate and site.name not in inner
+    ]
+
+
+def recorder_of(
+    patch: Patch,
+    kind: type[nn.Module],
+    blocks: Blocks | tuple[Blocks, Blocks],
+    heads: Heads = "mean",
+    layers: Sequence[int] | None = None,
+    sites: str | None = None,
+    **more: Any,
+) -> Recorder:
+    """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
+
+    Args:
+        patch: The patch of a model.
+        kind: The model's class.
+        blocks, heads, layers, sites, **more: As ``capture`` takes them.
+
+    Raises:
+        CaptureError: What was asked for does not fit the model.
+    """
+
+    def read_call(args: Any, kwargs: Any, part: type | None) -> host.ModelCall:
+        return host.read_call(part or kind, args, kwargs)
+
+    def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
+        cross = host.is_cross(kwargs)
+        handed = caches.among((), args, kwargs)
+        return SiteFacts(
+            *host.masks_of(call, name, cross),
+            past=call.past_of(handed),
+            has_cache=bool(handed),
+            cache=handed[0] if handed else None,
+            batches=call.batches,
+            lengths=call.lengths,
+            windows=frozenset().union(*map(caches.windows_of, handed)),
+            is_part=host.is_part(args, kwargs),
+        )
+
+    more = {
+        "owners": _owners(patch),
+        "marks": caches.marks_of,
+        "tokens_in": caches.tokens_in,
+        "rows_have_moved": caches.rows_have_moved,
+        **more,
+    }
+    return Recorder(
+        blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
+    )

@@ -1,0 +1,137 @@
+"""What a capture hands out: block maps, by kind of attention site and by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnpatch.errors import CaptureError
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.recording.gathered import maps_of, measured_of, nothing
+from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.sequences import Calls
+
+
+class Maps:
+    """Block maps of a capture: filled while the model runs, read afterwards.
+
+    Args:
+        recorder: Who collects them.
+        steps: Numbers of the steps to show; ``None``: all that were kept apart.
+    """
+
+    def __init__(self, recorder: Recorder, steps: Sequence[int] | None = None) -> None:
+        self._recorder, self._steps = recorder, steps
+
+    @property
+    def block_map(self) -> BlockMap:
+        """The block map of the last sequence, where all captured sites are of one kind.
+
+        Raises:
+            CaptureError: Nothing was captured, or there are several kinds (``maps["decoder.*"]`` names one).
+        """
+        found = self._maps()
+        if len(found) > 1:
+            raise CaptureError(
+                f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]"
+            )
+        return next(iter(found.values()))
+
+    def __getitem__(self, sites: str) -> BlockMap:
+        """The block map of one kind of site, by its pattern as ``maps.keys()`` gives it, of the last sequence that has it."""
+        captured = self._captured()
+        for calls in reversed(captured):
+            found = self._of(calls)
+            if sites in found:
+                return found[sites]
+        if sites in self._problems:
+            raise CaptureError(self._problems[sites])
+        known = ", ".join(map(repr, dict.fromkeys(key for calls in captured for key in self._of(calls))))
+        raise CaptureError(f"nothing was captured at {sites!r}; there are: {known}{self._why_not(sites)}")
+
+    def _why_not(self, sites: str) -> str:
+        reasons = [
+            why
+            for name, why in self.left_out.items()
+            if name in self._recorder.places and self._recorder.place_of(name)[0] == sites
+        ]
+        return f". It is left out: {reasons[0]}" if reasons else ""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Sites that are in no map, or not in the maps of every sequence, and why: what a map rests on is not known there."""
+        self._problems: dict[str, str] = {}
+        for calls in self._recorder.captured():
+            self._of(calls)
+        return {**self._recorder.left_out, **self._problems}
+
+    def _captured(self) -> list[Calls]:
+        self._problems = {}
+        captured = self._recorder.captured()
+        if not captured:
+            raise nothing(self._recorder)
+        return captured
+
+    def _maps(self, sequence: int = -1) -> dict[str, BlockMap]:
+        found = self._of(self._captured()[sequence])
+        if not found:
+            raise CaptureError(next(iter(self._problems.values())))
+        return found
+
+    def _of(self, calls: Calls) -> dict[str, BlockMap]:
+        found, problems = maps_of(self._recorder, calls)
+        self._problems.update(problems)
+        if self._steps is None:
+            return found
+        steps = list(self._steps)
+        return {sites: one.select(step=steps) if one.steps else one for sites, one in found.items()}
+
+    def measured(self, sites: str | None = None) -> dict[str, torch.Tensor]:
+        """What else was asked for with ``measures``, of the last sequence.
+
+        Args:
+            sites: The kind of sites, where there are several.
+
+        Returns:
+            By name, float32, the batch first where there are several sequences:
+            ``"received"`` ``[layers, tokens]``: attention each token receives, summed over the query tokens and averaged
+            over heads (the score that H2O evicts by; Zhang et al. 2023); ``[layers, heads, tokens]`` of the heads that
+            are kept apart;
+            ``"entropy"`` ``[layers, heads]``: mean over query tokens of ``-sum p log p``, in nats;
+            ``"sink"`` ``[layers, heads]``: mean mass on the first token (attention sinks; Xiao et al. 2023).
+
+        Raises:
+            CaptureError: Nothing was measured, or there are several kinds of sites.
+        """
+        captured = self._recorder.captured()
+        found = measured_of(self._recorder, captured[-1]) if captured else {}
+        if sites is None and len(found) == 1:
+            return next(iter(found.values()))
+        if sites not in found:
+            known = (
+                ", ".join(map(repr, found))
+                or "nothing; capture with measures=('received', 'entropy', 'sink')"
+            )
+            raise CaptureError(f"measured at {sites!r} was nothing; there is: {known}")
+        return found[sites]
+
+    def keys(self) -> list[str]:
+        """Patterns of the captured sites."""
+        return list(self._maps())
+
+    @property
+    def sequences(self) -> list[dict[str, BlockMap]]:
+        """Block maps of every sequence that was run, by pattern, in order."""
+        self._problems = {}
+        return [self._of(calls) for calls in self._recorder.captured()]
+
+    def __repr__(self) -> str:
+        found = self._recorder.captured()
+        keys = dict.fromkeys(key for calls in found for key in self._of_quietly(calls))
+        lines = [f"Maps({len(found)} sequences{', ' + ', '.join(keys) if keys else ''})"]
+        lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+    def _of_quietly(self, calls: Calls) -> list[str]:
+        return list(maps_of(self._recorder, calls)[0])

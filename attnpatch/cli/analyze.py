@@ -1,0 +1,221 @@
+"""``attnpatch analyze``: its options, read and checked; what it does is in ``attnpatch.cli.run_analyze``."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnpatch.errors import AnalysisError
+from attnpatch.policy import parse_size
+
+EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
+
+
+class Mode(enum.StrEnum):
+    """What is analysed."""
+
+    real = "real"
+    demo = "demo"
+
+
+class Side(enum.StrEnum):
+    """Where a conversation is cut off."""
+
+    left = "left"
+    right = "right"
+
+
+class Weighting(enum.StrEnum):
+    """What each attention probability is multiplied with."""
+
+    probability = "probability"
+    gradient = "gradient"
+
+
+class Normalization(enum.StrEnum):
+    """Of the maps."""
+
+    row = "row"
+    none = "none"
+    density = "density"
+    column = "column"
+
+
+def analyze(
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder of the model, or its name on the hub.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Conversations, as JSON or JSONL.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path(
+        "attention_maps"
+    ),
+    mode: Annotated[
+        Mode, typer.Option(help="demo: a small model and a conversation that are part of it.")
+    ] = (Mode.real),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in DIR; what is done is skipped.")] = False,
+    use_4bit: Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")] = False,
+    use_8bit: Annotated[bool, typer.Option("--use-8bit", help="Weights in 8 bits (bitsandbytes).")] = False,
+    use_gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--use-gradient-checkpointing",
+            help="Keep less for a backward pass; only --weighting gradient makes one.",
+        ),
+    ] = False,
+    use_sampling: Annotated[
+        bool, typer.Option("--use-sampling", help="Look at some query rows of each block only.")
+    ] = False,
+    sample_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="With --use-sampling: how many; 16 if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the sample.")] = 0,
+    use_chunked: Annotated[
+        bool, typer.Option("--use-chunked", help="By pieces of one size instead of message by message.")
+    ] = False,
+    chunk_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a piece; 2048 if not given.")
+    ] = None,
+    single_pass: Annotated[
+        bool, typer.Option("--single-pass", help="A whole conversation at once: faster while it fits.")
+    ] = False,
+    blocks: Annotated[
+        str, typer.Option(metavar="KIND", help="messages, words, or tokens per block, such as 128.")
+    ] = "messages",
+    layers: Annotated[str, typer.Option(metavar="LIST", help="all, last, or such as 0,5,-1.")] = "all",
+    heads: Annotated[
+        str, typer.Option(metavar="LIST", help="mean, all (kept apart), or such as 0,5,-1.")
+    ] = "mean",
+    head_chunk_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Heads of one step where attention goes by rows.")
+    ] = None,
+    normalize: Annotated[
+        Normalization | None, typer.Option(help="Of the maps; row if not given, none of gradients.")
+    ] = None,
+    weighting: Annotated[
+        Weighting, typer.Option(help="gradient: times the gradient of the answer's log-probability.")
+    ] = Weighting.probability,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="The most a conversation may have; as the model says.")
+    ] = None,
+    truncate: Annotated[
+        Side | None, typer.Option(help="Cut longer ones off at this end; else they are refused.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; as the checkpoint has it.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(metavar="MAP", help="auto spreads the model over devices; or cpu, cuda:1.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Per device, such as 0=20GiB,cpu=60GiB.")
+    ] = None,
+    pictures: Annotated[
+        bool | None,
+        typer.Option(
+            "--pictures/--no-pictures", help="Draw every result. If not given, where FILE holds only one."
+        ),
+    ] = None,
+) -> None:
+    # The epilog of the help, which says what the exit codes mean, is given where the command is registered.
+    """Which message attends to which, in every conversation of a file: one block map each, and an index.
+
+    accelerate launch -m attnpatch analyze ... shares the conversations out among processes.
+    """
+    if mode is Mode.demo and (model is not None or json is not None):
+        raise AnalysisError("--mode demo brings its model and conversation; leave out --model and --json")
+    if mode is Mode.real and (model is None or json is None):
+        missing = "--model" if model is None else "--json"
+        raise AnalysisError(f"{missing} is missing; give --model PATH --json FILE, or --mode demo")
+    if use_4bit and use_8bit:
+        raise AnalysisError("--use-4bit and --use-8bit were both given; choose one")
+    method = _method(use_chunked, single_pass, weighting)
+    if sample_rows is not None and not use_sampling:
+        raise AnalysisError("--sample-rows is given without --use-sampling; add it")
+    if chunk_size is not None and not use_chunked:
+        raise AnalysisError("--chunk-size is given without --use-chunked; add it")
+    for option, value in (
+        ("--sample-rows", sample_rows),
+        ("--chunk-size", chunk_size),
+        ("--head-chunk-size", head_chunk_size),
+        ("--max-tokens", max_tokens),
+    ):
+        if value is not None and value < 1:
+            raise AnalysisError(f"{option} {value}: give a whole number from 1 on")
+    if truncate is None and max_tokens is None:
+        longest = {}
+    else:
+        longest = {"max_tokens": max_tokens, "truncate": None if truncate is None else str(truncate)}
+    options: dict[str, Any] = {
+        "blocks": _blocks(blocks),
+        "layers": layers if layers in ("all", "last") else _numbers("--layers", layers, "all, last"),
+        "heads": heads if heads in ("all", "mean") else _numbers("--heads", heads, "mean, all"),
+        "weighting": str(weighting),
+        "seed": seed,
+        **longest,
+    }
+    if use_sampling:
+        options["sample_rows"] = 16 if sample_rows is None else sample_rows
+    if chunk_size is not None:
+        options["chunk_size"] = chunk_size
+    loading: dict[str, Any] = {
+        "load_in_4bit": use_4bit,
+        "load_in_8bit": use_8bit,
+        "torch_dtype": dtype,
+        "device_map": device_map,
+        "max_memory": None if max_memory is None else sizes("--max-memory", max_memory),
+        "use_gradient_checkpointing": use_gradient_checkpointing,
+        "head_chunk_size": head_chunk_size,
+    }
+    from attnpatch.cli.run_analyze import Task, run_task
+
+    task = Task(model, json, out, method, normalize and str(normalize), resume, pictures, loading, options)
+    code = run_task(task)
+    if code:
+        raise typer.Exit(code)
+
+
+def _method(use_chunked: bool, single_pass: bool, weighting: Weighting) -> str:
+    if use_chunked and single_pass:
+        raise AnalysisError("--use-chunked and --single-pass were both given; choose one")
+    if weighting is Weighting.gradient:
+        if use_chunked:
+            raise AnalysisError("--weighting gradient needs a single pass; leave out --use-chunked")
+        return "single pass"
+    if use_chunked:
+        return "chunked"
+    return "single pass" if single_pass else "sequential"
+
+
+def _blocks(text: str) -> str | int:
+    if text in ("messages", "words"):
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise AnalysisError(f"--blocks {text}: give messages, words, or tokens per block, such as 128")
+
+
+def _numbers(option: str, text: str, words: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise AnalysisError(f"{option} {text}: give {words}, or whole numbers such as 0,5,-1") from None
+
+
+def sizes(option: str, text: str) -> dict[int | str, int]:
+    """``0=20GiB,cpu=60GiB`` as transformers takes it.
+
+    Raises:
+        AnalysisError, PolicyError: It is not of this form.
+    """
+    found: dict[int | str, int] = {}
+    for part in text.split(","):
+        device, separator, size = (piece.strip() for piece in part.partition("="))
+        if not separator or not device or not (device.isdecimal() or device in ("cpu", "disk", "mps")):
+            raise AnalysisError(f"{option} {text}: give devices and sizes, such as 0=20GiB,cpu=60GiB")
+        found[int(device) if device.isdecimal() else device] = parse_size(size, f"{option} {device}")
+    return found

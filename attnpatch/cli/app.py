@@ -1,0 +1,199 @@
+"""The command line. A subcommand is one function here; what it does lives elsewhere and is imported late."""
+
+import errno
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from attnpatch import __version__
+from attnpatch.cli.analyze import EXIT_CODES, analyze
+from attnpatch.cli.merge import merge
+from attnpatch.cli.policy_options import with_policy_options
+from attnpatch.errors import AttnpatchError
+from attnpatch.policy import Policy
+
+
+class OneLineErrors(TyperGroup):
+    """Ends every subcommand's foreseeable failures with one line on stderr and exit code 1.
+
+    Here and not around ``app()``: typer turns Ctrl-C into an exit code of its own choice, which differs
+    between its versions.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            line = "stopped"
+        except AttnpatchError as error:
+            line = str(error)
+        except OSError as error:
+            # A reader that went away ("| head") is no failure to talk about; typer ends it quietly.
+            if error.errno == errno.EPIPE:
+                raise
+            line = _said(error)
+        typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
+        raise typer.Exit(1)
+
+
+def _said(error: OSError) -> str:
+    """An operating system's error without its number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+app = typer.Typer(
+    name="attnpatch",
+    cls=OneLineErrors,
+    help="Attention a few query rows at a time, exactly, and block maps of where it goes.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that gets here is a bug of ours; plain, it can be copied into a report.
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"attnpatch {__version__}")
+        raise typer.Exit
+
+
+# With a callback typer keeps asking for a subcommand's name, also while there is only one.
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for the pictures and the block map.")
+    ] = Path("attnpatch_demo"),
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write all figures into this file.")
+    ] = None,
+) -> None:
+    """Both things attnpatch does, shown on a small trained model that is part of it."""
+    from attnpatch.demo.run import run_demo
+
+    run_demo(out, json)
+
+
+@app.command()
+def view(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="A block map, or a folder of them, as BlockMap.save writes."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
+) -> None:
+    """Write block maps into one HTML page that any browser opens, without a network."""
+    from attnpatch.errors import PageError
+    from attnpatch.viewing.files import load_maps
+    from attnpatch.viewing.page import write_page
+
+    if out.is_dir():
+        raise PageError(f"--out {out} is a folder; give the name of a file")
+    if out.exists() and path.exists() and (out.samefile(path) or out.suffix == ".safetensors"):
+        raise PageError(f"--out {out} holds block maps; give another name, such as page.html")
+    maps, skipped = load_maps(path)
+    for line in skipped:
+        typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
+    written = write_page(maps, out)
+    counted = [f"{len(maps)} block map{'s' * (len(maps) != 1)}", f"{written.stat().st_size / 1e6:.1f} MB"]
+    counted += [f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped"] * bool(skipped)
+    typer.echo(f"{written}: {', '.join(counted)}")
+    if written.stat().st_size > 200e6:
+        typer.echo("attnpatch: a page of this size opens slowly; give fewer maps, layers or heads", err=True)
+
+
+class OptionsFirst(TyperCommand):
+    """A command whose options end where the script begins; the rest is the script's, ``-m module`` included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Mark the end of our options, which click cannot know for ``-m``."""
+        with_value = {
+            name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
+        }
+        end = 0
+        while end < len(args) and args[end].startswith("-") and args[end] not in ("-", "--"):
+            is_module = args[end].startswith("-m")
+            end += 1 + (args[end] in with_value)
+            if is_module:
+                args = [*args[:end], "--", *args[end:]] if end <= len(args) else args
+                break
+        return super().parse_args(ctx, args)
+
+
+@app.command(
+    cls=OptionsFirst,
+    context_settings={"allow_interspersed_args": False},
+)
+@with_policy_options
+def run(
+    policy: dict[str, tuple[str, str]],
+    report: Annotated[
+        bool, typer.Option("--report", help="Print at exit what each attention module did.")
+    ] = False,
+    capture: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write the block map of every call into this folder.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens per block; 128 if not given.")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")
+    ] = None,
+    script: Annotated[
+        list[str] | None, typer.Argument(metavar="SCRIPT [ARGS]", help="As after python.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a Python script with every model it builds patched, without editing it."""
+    from attnpatch.activation.launcher import environment, launch
+
+    launch(script or [], module, environment(policy, report, capture, blocks))
+
+
+@app.command()
+def doctor() -> None:
+    """Say in one screen what is installed and free, what attention will run on, what is wrong and how to mend it."""
+    from attnpatch.activation.doctor import examine
+
+    if not examine():
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_policy_options
+def explain(
+    policy: dict[str, tuple[str, str]],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder with a config.json, or a name on the hub.")
+    ],
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; as the config says.")] = None,
+    attention: Annotated[str | None, typer.Option(help="eager, sdpa; transformers' choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where it would run; the accelerator, else cpu.")] = None,
+) -> None:
+    """What the attention of a model would do and hold at a length; nothing of it is loaded or run."""
+    fields = vars(Policy.of_texts(policy))
+    import attnpatch
+    from attnpatch.hosts.transformers.calls import built_on_meta
+
+    built = built_on_meta(model, dtype, attention)
+    typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))
+
+
+app.command(epilog=EXIT_CODES)(analyze)
+app.command()(merge)

@@ -1,0 +1,268 @@
+"""What ``attnpatch analyze`` does: loads, runs, shows how far it is, and says how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import operator
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from attnpatch.cli.console import say
+from attnpatch.cli.processes import Processes
+from attnpatch.conversations.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
+from attnpatch.conversations.batch import Step, Summary, analyze_all
+from attnpatch.conversations.reading.files import Conversation, Refused, read_conversations
+from attnpatch.conversations.results_folder import INDEX, discard
+from attnpatch.conversations.single_pass_check import SINGLE_PASS
+from attnpatch.errors import AnalysisError, MissingExtraError
+from attnpatch.hosts.transformers.quiet import quieten
+from attnpatch.policy import size_text
+
+SOME_FAILED = 3
+# Without a terminal a line says how far it is, every so many seconds.
+_SAY_EVERY = 30.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was asked for.
+
+    Attributes:
+        model, json: None for the demo.
+        out: Folder for the results.
+        method, normalize, resume: As ``analyze_all`` takes them.
+        pictures: None: of one conversation only.
+        loading: Arguments of ``BlockAttentionAnalyzer``.
+        options: Fields of its ``Options``.
+    """
+
+    model: str | None
+    json: Path | None
+    out: Path
+    method: str
+    normalize: str | None
+    resume: bool
+    pictures: bool | None
+    loading: dict[str, Any]
+    options: dict[str, Any]
+
+
+def run_task(task: Task) -> int:
+    """Run it, and print how it went.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        AttnpatchError: Nothing can be done.
+    """
+    processes = Processes()
+    try:
+        return _run(task, processes)
+    finally:
+        processes.leave()
+
+
+def _run(task: Task, processes: Processes) -> int:
+    quieten()
+    shown, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    # Read before the model is loaded, which takes longer than finding that there is no file.
+    total = sum(1 for _ in _records(task))
+    own = len(range(processes.rank, total, processes.count))
+    draws = total == 1 if task.pictures is None else task.pictures
+    if task.pictures and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError('--pictures needs matplotlib: pip install "attnpatch[plot]"')
+    analyzer = _analyzer(task, processes)
+    if analyzer.use_gradient_checkpointing and task.options["weighting"] != "gradient" and processes.is_main:
+        say(errors, f"note: {CHECKPOINTING_NOTE}")
+    start = time.perf_counter()
+    drawn: list[str] = []
+    said: set[str] = set()
+    with _progress(errors, own, processes) as advance:
+
+        def after(step: Step) -> None:
+            if step.outcome == "failed":
+                say(errors, f"{step.entry['source']}: {step.entry['error']}")
+            elif step.analysis is not None:
+                _say_once(said, step.analysis.notes, errors if processes.is_main else None)
+                if draws:
+                    drawn.extend(_draw(analyzer, step, task, errors))
+            advance(step)
+
+        summary = analyze_all(
+            analyzer, _records(task), task.out, method=task.method, resume=task.resume, normalize=task.normalize,
+            on_progress=after, shard=(processes.rank, processes.count), options=_loaded(task),
+        )  # fmt: skip
+    gathered = processes.gathered(summary)
+    if gathered is None:
+        say(errors, "attnpatch: another process ended before its share was done; run it again with --resume")
+    together = functools.reduce(operator.add, gathered or [summary])
+    if processes.is_main:
+        if len(gathered or ()) == processes.count and not together.done + together.skipped:
+            discard(task.out, [task.out])
+        _close(shown, task, together, time.perf_counter() - start, drawn)
+    if gathered is None:
+        return SOME_FAILED
+    if together.failed:
+        return SOME_FAILED if together.done + together.skipped else 1
+    return 0
+
+
+def _records(task: Task) -> Iterable[Conversation | Refused]:
+    if task.json is not None:
+        return read_conversations(task.json)
+    from attnpatch.demo.conversations import Conversation as DemoConversation
+    from attnpatch.demo.run import FOLDER
+
+    messages = DemoConversation.load(FOLDER / "conversation.json").with_answer()
+    return [Conversation(tuple(messages), "demo", "conversation.json record 1")]
+
+
+def _analyzer(task: Task, processes: Processes) -> BlockAttentionAnalyzer:
+    model, loading = task.model, dict(task.loading)
+    if model is None:
+        from attnpatch.demo.run import FOLDER
+
+        model = str(FOLDER / "model")
+        # As the demo has it; half precision is slow on most processors.
+        loading["torch_dtype"] = loading["torch_dtype"] or "float32"
+    if loading["device_map"] is None and torch.cuda.is_available():
+        # One device for each process; alone, all there are, as the guide has it.
+        several = processes.count > 1
+        devices = torch.cuda.device_count()
+        loading["device_map"] = {"": processes.local_rank % devices} if several else "auto"
+    return BlockAttentionAnalyzer(model, **loading, **task.options)
+
+
+def _loaded(task: Task) -> dict[str, Any]:
+    """What of the loading changes results, for ``run.json``."""
+    kept = ("load_in_4bit", "load_in_8bit", "torch_dtype")
+    model = "demo" if task.model is None else os.path.abspath(task.model)
+    if task.model is not None and not Path(task.model).exists():
+        model = task.model
+    return {"model": model, **{name: task.loading[name] for name in kept}}
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int, processes: Processes) -> Iterator[Any]:
+    """Yields what is to be called after each conversation."""
+    if not processes.is_main:
+        yield lambda step: None
+        return
+    what = f"process 1 of {processes.count}" if processes.count > 1 else "conversations"
+    if console.is_terminal:
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console, transient=True) as bar:
+            pace = _Pace(total)
+            task = bar.add_task(what, total=total, rate="")
+
+            def advance(step: Step) -> None:
+                pace.count(step)
+                bar.update(task, advance=1, rate=pace.rate)
+
+            yield advance
+        return
+    pace = _Pace(total)
+    said = time.monotonic()
+
+    def tell(step: Step) -> None:
+        nonlocal said
+        pace.count(step)
+        if time.monotonic() - said >= _SAY_EVERY:
+            said = time.monotonic()
+            say(console, f"{what}: {pace.seen} of {total}, {pace.rate}, {pace.left} left")
+
+    yield tell
+
+
+class _Pace:
+    """How fast it goes; what was skipped takes no time, and does not count."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.seen, self.worked = total, 0, 0
+        self._start = time.monotonic()
+
+    def count(self, step: Step) -> None:
+        self.seen += 1
+        if step.outcome == "skipped" and not self.worked:
+            self._start = time.monotonic()
+        self.worked += step.outcome != "skipped"
+
+    @property
+    def _each(self) -> float:
+        return (time.monotonic() - self._start) / max(1, self.worked)
+
+    @property
+    def rate(self) -> str:
+        each = self._each
+        return f"{1 / each:.1f}/s" if 0 < each < 1 else f"{each:.1f} s each"
+
+    @property
+    def left(self) -> str:
+        seconds = int(self._each * (self.total - self.seen))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> None:
+    """What is so of the model and not of one conversation."""
+    for note in notes:
+        if console is not None and note.startswith(SINGLE_PASS) and note not in said:
+            said.add(note)
+            say(console, f"note: {note}")
+
+
+def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Console) -> list[str]:
+    """Pictures of one result; without them it is still a result."""
+    folder = task.out / "pictures" / str(step.entry["name"])
+    try:
+        assert step.analysis is not None
+        written = analyzer.visualize_results(step.analysis, save_dir=folder)
+    except MissingExtraError as error:
+        say(errors, f"note: no pictures: {error}")
+        return []
+    except OSError as error:
+        raise AnalysisError(f"cannot write pictures into {folder}: {error.strerror or error}") from error
+    return [str(path) for path in written]
+
+
+def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn: list[str]) -> None:
+    """The table at the end, and where everything is."""
+    table = Table("", "", show_header=False)
+    rows: list[tuple[str, Any]] = [("conversations analysed", summary.done)]
+    rows += [("skipped, done before", summary.skipped), ("failed", len(summary.failed))]
+    rows += [("tokens", f"{summary.tokens:,}")]
+    rows += [("seconds in the model", f"{summary.seconds:.1f}"), ("seconds in all", f"{seconds:.1f}")]
+    rows += [("most memory beyond the model", size_text(summary.peak_bytes))]
+    for name, value in rows:
+        table.add_row(name, str(value))
+    console.print(table)
+    if not summary.done + summary.skipped:
+        say(console, "results: none")
+        return
+    say(console, f"results: {task.out}")
+    say(console, f"index: {task.out / INDEX}")
+    if drawn:
+        say(console, f"pictures: {Path(drawn[0]).parent}")
+    if task.resume and summary.done == 0 and summary.skipped and not summary.failed:
+        say(console, "Everything was done already.")

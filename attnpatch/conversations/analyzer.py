@@ -1,0 +1,317 @@
+"""BlockAttentionAnalyzer: a model as its user can afford it, a conversation in, a map of which message attends to which."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.api import capture, patched, report
+from attnpatch.conversations.answers import answer_of
+from attnpatch.conversations.gradient import attributed, target_positions
+from attnpatch.conversations.options import Options
+from attnpatch.conversations.passes import (
+    blocks_of,
+    check_model,
+    feed,
+    input_device,
+    left_out_note,
+    main_sites,
+    pieces,
+    text_config,
+)
+from attnpatch.conversations.result import Analysis
+from attnpatch.conversations.results_folder import made_for
+from attnpatch.conversations.single_pass_check import SINGLE_PASS, tokens_to_try, why_single_pass
+from attnpatch.conversations.tokenized_chat import Rendered, render
+from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
+from attnpatch.maps.fields import NORMALIZATIONS
+from attnpatch.memory import PeakMeter
+from attnpatch.patching.counters import counted_apart
+from attnpatch.patching.patch import patch_of
+
+CHECKPOINTING_NOTE = (
+    "gradient checkpointing saves nothing here: in a pass without gradients nothing is kept for a backward pass; it "
+    "matters for weighting='gradient'"
+)
+
+
+class BlockAttentionAnalyzer:
+    """Maps of which message of a conversation attends to which.
+
+    Args:
+        model_name_or_path: A folder or a name on the hub; or leave it out and give ``model`` and ``tokenizer``.
+        device_map, torch_dtype, load_in_4bit, load_in_8bit, max_memory: How the model is loaded; see
+            ``attnpatch.hosts.transformers.loading.load_model``. The weights' bits say how exact the model is; maps are of the model as
+            it was loaded.
+        use_gradient_checkpointing: Where a backward pass is made (``weighting="gradient"``), keep less for it and compute
+            more. In a pass without gradients it saves nothing, and the result's notes say so.
+        model, tokenizer: What is loaded already; afterwards the model is as it was.
+        head_chunk_size: Heads of one step where attention goes by rows; ``None``: chosen.
+        policy: Fields of ``attnpatch.Policy``, such as ``{"min_free": "8GB"}``.
+        **options: Fields of ``Options``.
+
+    Raises:
+        AnalysisError: The model cannot be loaded, has an encoder and a decoder or takes no tokens; or an option cannot be
+            used.
+        MissingExtraError: transformers, accelerate or bitsandbytes is needed and not installed.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike | None = None,
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        use_gradient_checkpointing: bool = False,
+        max_memory: dict[Any, Any] | None = None,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        head_chunk_size: int | None = None,
+        policy: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = Options().changed(options)
+        if (model is None) == (model_name_or_path is None):
+            raise AnalysisError("give model_name_or_path, or a model and its tokenizer")
+        name = None if model_name_or_path is None else os.fspath(model_name_or_path)
+        if tokenizer is None and name is None:
+            raise AnalysisError("a model was given without its tokenizer; give tokenizer=...")
+        self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        self.model = model if model is not None else load_model(
+            name, device_map=device_map, dtype=torch_dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
+            max_memory=max_memory,
+        )  # fmt: skip
+        check_model(self.model)
+        self.name = Path(name).name if name is not None else type(self.model).__name__
+        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self._tried: dict[int, str | None] = {}
+        self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}
+
+    def analyze_conversation(
+        self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
+    ) -> Analysis:
+        """One pass over the whole conversation.
+
+        Args:
+            messages: ``[{"role": ..., "content": ...}, ...]``.
+            normalize: Of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``; ``None``: ``"row"``, and ``"none"``
+                with ``weighting="gradient"``, whose rows have no share (asked for, it is that of absolute values).
+            **options: Fields of ``Options``, for this conversation.
+
+        Returns:
+            ``Analysis``.
+
+        Raises:
+            AnalysisError, BlockError, CaptureError: Something cannot be used; one line says what and the way out.
+        """
+        chosen = self._options(options, normalize or "none")
+        normalize = chosen.normalization(normalize)
+        rendered = self._rendered(messages, chosen)
+        if chosen.weighting == "gradient":
+            return self._run(rendered, chosen, normalize, "gradient", messages)
+        return self._run(rendered, chosen, normalize, "single pass")
+
+    def analyze_conversation_sequential(
+        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+    ) -> Analysis:
+        """Message by message through the KV cache: the same map, and memory that follows the longest message.
+
+        A model of which a short text shows that the map would be another one is run in a single pass, and the notes say
+        why: it looks ahead, or does not go on from its cache.
+
+        Args, Returns, Raises: As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        return self._run(self._rendered(messages, chosen), chosen, normalize, "sequential")
+
+    def analyze_conversation_chunked(
+        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+    ) -> Analysis:
+        """Pieces of ``chunk_size`` tokens through the KV cache, which on CUDA waits in the host's memory: for a
+        conversation of which one message is too long already. In a single pass where ``analyze_conversation_sequential``
+        is.
+
+        Args, Returns, Raises: As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        return self._run(self._rendered(messages, chosen), chosen, normalize, "chunked")
+
+    def analyze_generation(
+        self,
+        messages: Sequence[Mapping],
+        normalize: str = "row",
+        *,
+        max_new_tokens: int = 64,
+        steps: bool = False,
+        generate: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Analysis:
+        """Let the model answer; each token it writes is a query row, and the answer's block grows.
+
+        Args:
+            messages: The conversation so far.
+            normalize, **options: As ``analyze_conversation``.
+            max_new_tokens: The most it may write.
+            steps: Keep a map of every step; the first is of the prompt.
+            generate: More for the model's ``generate``.
+
+        Returns:
+            ``Analysis``; ``block_map.metadata["answer"]`` is what was written. The last token that was written has not
+            been looked up by anything yet, so it is no row.
+
+        Raises:
+            As ``analyze_conversation``.
+        """
+        chosen = self._options(options, normalize)
+        if not getattr(self.model, "can_generate", lambda: hasattr(self.model, "generate"))():
+            raise AnalysisError(
+                f"{type(self.model).__name__} writes no answers; see what was said with analyze_conversation"
+            )
+        rendered = self._rendered(messages, chosen, add_generation_prompt=True)
+        more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
+        return self._run(rendered, chosen, normalize, "generation", steps=steps, generate=more)
+
+    def visualize_results(
+        self, result: Analysis, save_dir: str | os.PathLike = "./attention_maps"
+    ) -> list[Path]:
+        """Write the pictures of a result, its page and its numbers into a folder.
+
+        Returns:
+            What was written: ``block_map.png``, ``layers.png``, ``last_message.png``, ``memory.png`` (of runs long enough
+            to be measured), ``page.html`` and ``analysis.safetensors``.
+        """
+        from attnpatch.viewing.page import write_page
+
+        folder = Path(save_dir)
+        with made_for(folder):
+            written = [result.plot(folder / "block_map.png"), result.plot_layers(folder / "layers.png")]
+            written.append(result.plot_row(-1, folder / "last_message.png"))
+            if len(result.memory) > 1:
+                written.append(result.plot_memory(folder / "memory.png"))
+            written.append(write_page({self.name: result.block_map}, folder / "page.html"))
+            written.append(result.save(folder / "analysis.safetensors"))
+        return [Path(str(path)) for path in written]
+
+    def why_single_pass(self, tokens: int = 0) -> str | None:
+        """Why a conversation of some length is not passed piece by piece; ``None`` if it is.
+
+        Tried with a short text, once, and again where the conversation is longer than a window of the model.
+        """
+        count = tokens_to_try(self.model, tokens)
+        if count not in self._tried:
+            self._tried[count] = why_single_pass(self.model, self.tokenizer, self.policy, count)
+        return self._tried[count]
+
+    # ------------------------------------------------------------------------------------------------------- inside
+
+    def _options(self, options: Mapping[str, Any], normalize: str) -> Options:
+        if normalize not in NORMALIZATIONS:
+            raise AnalysisError(
+                f"normalize={normalize!r} is not accepted; give {', '.join(map(repr, NORMALIZATIONS))}"
+            )
+        return self.options.changed(options)
+
+    def _rendered(
+        self, messages: Sequence[Mapping], options: Options, add_generation_prompt: bool = False
+    ) -> Rendered:
+        limit = options.max_tokens
+        if limit is None:
+            limit = getattr(text_config(self.model), "max_position_embeddings", None)
+            # XLNet's is -1: there is none.
+            limit = limit if isinstance(limit, int) and limit > 0 else None
+        return render(
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, max_tokens=limit,
+            truncate=options.truncate, **options.template_options,
+        )  # fmt: skip
+
+    @staticmethod
+    def _is_cut(method: str, rendered: Rendered, options: Options) -> bool:
+        return len(list(pieces(method, rendered, options.chunk_size))) > 1
+
+    def _run(
+        self,
+        rendered: Rendered,
+        options: Options,
+        normalize: str,
+        method: str,
+        messages: Sequence[Mapping] = (),
+        *,
+        steps: bool = False,
+        generate: Mapping[str, Any] | None = None,
+    ) -> Analysis:
+        if options.weighting == "gradient" and method != "gradient":
+            raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
+        notes = list(rendered.notes)
+        if method in ("sequential", "chunked") and self._is_cut(method, rendered, options):
+            why = self.why_single_pass(len(rendered.ids))
+            if why is not None:
+                method = "single pass"
+                notes.append(f"{SINGLE_PASS}{why}")
+        device = input_device(self.model)
+        ids = torch.tensor([rendered.ids], device=device)
+        blocks, texts = blocks_of(options.blocks, rendered, generate is not None)
+        facts: dict[str, Any] = {"method": method, "template": rendered.template}
+        if self.use_gradient_checkpointing and method != "gradient":
+            notes.append(CHECKPOINTING_NOTE)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patched(self.model, **self.policy))
+            # A model that was patched before has counts of its own.
+            patch = patch_of(self.model)
+            assert patch is not None
+            stack.enter_context(counted_apart(patch.sites))
+            maps = stack.enter_context(
+                capture(
+                    self.model, blocks, options.heads, options.chosen_layers,
+                    measures=options.measures, sample_rows=options.sample_rows, seed=options.seed,
+                    weighting=options.weighting, steps="all" if steps else "mean",
+                )
+            )  # fmt: skip
+            meter = stack.enter_context(PeakMeter(device, curve=True))
+            start = time.perf_counter()
+            if method == "gradient":
+                positions = target_positions(options.target, rendered, messages)
+                attributed(self.model, ids, positions, self.use_gradient_checkpointing)
+                facts["target"] = f"log-probability of {len(positions)} tokens"
+            elif generate is not None:
+                with torch.inference_mode():
+                    written = self.model.generate(ids, attention_mask=torch.ones_like(ids), **generate)
+                answer = answer_of(self.tokenizer, written[0, ids.shape[1] :].tolist())
+                facts["answer"], texts = answer.text, answer.texts_of_blocks(options.blocks, texts, rendered)
+                notes += answer.notes
+            else:
+                feed(self.model, ids, pieces(method, rendered, options.chunk_size))
+            seconds = time.perf_counter() - start
+            counts = report(self.model).totals
+        try:
+            sites = main_sites(maps)
+        except CaptureError as error:
+            if method != "gradient":
+                raise
+            raise AnalysisError(
+                "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
+                "not; load it with attn_implementation='sdpa'"
+            ) from error
+        found = maps[sites]
+        measured = maps.measured(sites) if options.measures else {}
+        notes += left_out_note(maps.left_out)
+        metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
+        block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
+        return Analysis(
+            block_map,
+            **measured,
+            seconds=seconds,
+            peak_bytes=meter.peak,
+            memory=meter.curve,
+            notes=tuple(notes),
+        )

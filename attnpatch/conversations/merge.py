@@ -1,0 +1,244 @@
+"""Mean maps of many conversations, and how much these differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attnpatch.conversations.results_folder import SUFFIX, read_facts
+from attnpatch.errors import AnalysisError, AttnpatchError
+from attnpatch.maps.block_map import BlockMap
+
+By = Literal["labels", "role"]
+# Of a message's block, as ``render`` names it.
+_MESSAGE = re.compile(r"\d+ ([a-z]+)|([a-z]+) \(next\)")
+_USUAL = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The mean of many maps.
+
+    Attributes:
+        block_map: Mean mass; ``spread`` is the standard deviation over the conversations (with N - 1; NaN of one), and
+            there is no standard error: of a sample in each conversation the mean says nothing.
+        merged: How many conversations are in it.
+        left_out: Names of those whose blocks, layers or heads are not those of the most.
+        damaged: Lines ``"file: reason"``.
+    """
+
+    block_map: BlockMap
+    merged: int
+    left_out: tuple[str, ...]
+    damaged: tuple[str, ...]
+
+
+def merge_folder(folder: str | Path, by: By = "labels") -> Merged:
+    """The mean map of the results in a folder, in which each conversation counts the same.
+
+    By labels, cell by cell: of conversations with the same blocks, the largest set of such; the rest is left out.
+    By role, all of them: blocks of one role are pooled, in each conversation. Then the mass of a cell is what a
+    query token of one role puts on all tokens of the other, averaged over the query tokens of the conversation.
+    A row of a role is averaged over the conversations that have it; a key role that a conversation lacks got
+    nothing there, so rows still sum to 1.
+
+    Args:
+        folder: Where ``analyze_all`` wrote, or any folder of block maps.
+        by: ``"labels"`` or ``"role"``.
+
+    Raises:
+        AnalysisError: There is nothing to merge, or the blocks are not messages (by role).
+    """
+    folder = Path(folder)
+    if by not in ("labels", "role"):
+        raise AnalysisError(f"by={by!r} is not accepted; give 'labels' or 'role'")
+    if not folder.is_dir():
+        raise AnalysisError(f"{folder} is no folder; give the one that attnpatch analyze wrote into")
+    facts, damaged = _headers(folder)
+    if not facts:
+        why = f" ({damaged[0]})" if damaged else ""
+        raise AnalysisError(
+            f"{folder} holds no results of conversations{why}; give the folder of an analysis"
+        )
+    kinds = Counter(_kind(one, by) for one in facts.values())
+    wanted, _ = kinds.most_common(1)[0]
+    chosen = [path for path, one in facts.items() if _kind(one, by) == wanted]
+    left_out = [path.stem for path, one in facts.items() if _kind(one, by) != wanted]
+    if by == "role":
+        block_map, read = _by_role(chosen, facts, damaged)
+    else:
+        block_map, read = _by_labels(chosen, damaged)
+    return Merged(block_map, read, tuple(left_out), tuple(damaged))
+
+
+class Spread:
+    """Mean and standard deviation of what comes one after the other (Welford 1962), in float64."""
+
+    def __init__(self) -> None:
+        self.count: Any = 0
+        self.mean: Any = 0.0
+        self._squares: Any = 0.0
+
+    def add(self, value: Tensor, counts: Tensor | None = None) -> None:
+        """One more; where ``counts`` is False it says nothing."""
+        value = value.double()
+        counts = torch.ones_like(value, dtype=torch.bool) if counts is None else counts
+        self.count = self.count + counts.double()
+        away = torch.where(counts, value - self.mean, 0.0)
+        self.mean = self.mean + away / self.count.clamp(min=1)
+        self._squares = self._squares + away * torch.where(counts, value - self.mean, 0.0)
+
+    @property
+    def deviation(self) -> Tensor:
+        """With N - 1; NaN where there was only one."""
+        return torch.where(self.count > 1, self._squares / (self.count - 1), torch.nan).sqrt()
+
+
+def _headers(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[str]]:
+    found: dict[Path, Mapping[str, Any]] = {}
+    damaged = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        facts = read_facts(path)
+        if facts is None or "layers" not in facts:
+            damaged.append(f"{path.name}: it is damaged, or no block map")
+        elif "spread" not in facts.get("metadata", {}):  # not what an earlier merge wrote
+            found[path] = facts
+    return found, damaged
+
+
+def _kind(facts: Mapping[str, Any], by: By) -> tuple:
+    """What maps must have in common."""
+    same = (tuple(facts["layers"]), str(facts["heads"]), tuple(facts.get("steps", ())), _weighting(facts))
+    if by == "role":
+        return same
+    return (*same, str(facts["query_labels"]), str(facts["key_labels"]))
+
+
+def _weighting(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("metadata", {}).get("weighting", "probability"))
+
+
+def _loaded(paths: Iterable[Path], damaged: list[str]) -> Iterable[BlockMap]:
+    for path in paths:
+        try:
+            yield BlockMap.load(path)
+        except AttnpatchError as error:
+            damaged.append(f"{path.name}: {' '.join(str(error).split())}")
+
+
+def _by_labels(paths: list[Path], damaged: list[str]) -> tuple[BlockMap, int]:
+    spread, queries, keys, read = Spread(), 0.0, 0.0, 0
+    first = None
+    for one in _loaded(paths, damaged):
+        first = one if first is None else first
+        spread.add(one.mass)
+        queries, keys, read = queries + one.query_sizes.double(), keys + one.key_sizes.double(), read + 1
+    if first is None:
+        raise AnalysisError(f"none of the results can be read: {damaged[0]}")
+    sizes = {"query_sizes": (queries / read).round().long(), "key_sizes": (keys / read).round().long()}
+    return _made(first, spread, {"by": "labels", "sizes": "mean over conversations"}, read, **sizes), read
+
+
+def _by_role(
+    paths: list[Path], facts: Mapping[Path, Mapping[str, Any]], damaged: list[str]
+) -> tuple[BlockMap, int]:
+    roles = _roles(paths, facts)
+    spread, sizes, read, having = Spread(), torch.zeros(len(roles), dtype=torch.float64), 0, Counter()
+    first = None
+    for one in _loaded(paths, damaged):
+        first = one if first is None else first
+        mass, tokens = pooled(one, roles)
+        has = tokens > 0
+        spread.add(mass, has[:, None].expand(mass.shape))
+        sizes, read = sizes + tokens, read + 1
+        having.update(role for role, there in zip(roles, has.tolist(), strict=True) if there)
+    if first is None:
+        raise AnalysisError(f"none of the results can be read: {damaged[0]}")
+    mean = (sizes / read).ceil().long()
+    more = {"by": "role", "sizes": "mean over conversations", "conversations with the role": dict(having)}
+    made = _made(
+        first, spread, more, read, query_labels=roles, key_labels=roles, query_sizes=mean, key_sizes=mean
+    )
+    return made, read
+
+
+def pooled(one: BlockMap, roles: list[str]) -> tuple[Tensor, Tensor]:
+    """The blocks of each role as one.
+
+    Args:
+        one: A map of messages.
+        roles: All roles there may be.
+
+    Returns:
+        ``[..., roles, roles]`` float64: mass summed over the key blocks of a role, and averaged over the query
+        tokens of one; ``[roles]`` tokens of each.
+    """
+
+    def members(labels: Any) -> Tensor:
+        return torch.tensor(
+            [[role_of(label) == role for label in labels] for role in roles], dtype=torch.float64
+        )
+
+    queries, keys = members(one.query_labels), members(one.key_labels)
+    weights = queries * one.query_sizes.double()
+    tokens = weights.sum(-1)
+    shares = weights / tokens.clamp(min=1)[:, None]
+    return shares @ one.mass.double() @ keys.T, tokens
+
+
+def role_of(label: str) -> str | None:
+    """The role of a block, ``"system + user"`` of one that holds messages of two; None if it is no message's."""
+    found = []
+    for part in label.split(" + "):
+        match = _MESSAGE.fullmatch(part)
+        if match is None:
+            return None
+        role = match[1] or match[2]
+        if role not in found:
+            found.append(role)
+    return " + ".join(found)
+
+
+def _roles(paths: list[Path], facts: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    roles: set[str] = set()
+    for path in paths:
+        for label in (*facts[path]["query_labels"], *facts[path]["key_labels"]):
+            role = role_of(label) if isinstance(label, str) else None
+            if role is None:
+                raise AnalysisError(
+                    f"{path.name} has the block {str(label)[:40]!r}, which is no message; merge by labels, or "
+                    "analyze with --blocks messages"
+                )
+            roles.add(role)
+    usual = {role: place for place, role in enumerate(_USUAL)}
+    return sorted(roles, key=lambda role: (usual.get(role.split(" + ")[0], len(usual)), role))
+
+
+def _made(first: BlockMap, spread: Spread, more: Mapping[str, Any], read: int, **fields: Any) -> BlockMap:
+    plural = "s" * (read != 1)
+    metadata = {
+        "model": first.metadata.get("model"),
+        "conversations": read,
+        "spread": f"standard deviation over {read} conversation{plural}",
+        **more,
+    }
+    if "weighting" in first.metadata:
+        metadata["weighting"] = first.metadata["weighting"]
+    # The mass, whatever the first of them shows: the spread is that of the mass.
+    return dataclasses.replace(
+        first,
+        mass=spread.mean.float(),
+        spread=spread.deviation.float(),
+        error=None,
+        normalization="none",
+        metadata=metadata,
+        **fields,
+    )

@@ -1,0 +1,252 @@
+"""What a model's attention would do and hold, before it runs: a table for people, bytes for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from attnpatch import memory
+from attnpatch.dry_run.rehearsal import RehearsalPatch, fake_inputs, on_shapes
+from attnpatch.errors import ExplainError
+from attnpatch.hosts.transformers import calls as host
+from attnpatch.ledger import Shapes
+from attnpatch.policy import Policy, size_text
+from attnpatch.recording.layers import pattern_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Like attention sites: they differ in their layer number only, and do the same.
+
+    Attributes:
+        sites: Pattern of their paths, such as ``model.layers.*.self_attn``.
+        kind: Class of the modules.
+        count: How many they are.
+        kernel: What serves the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
+            (torch's attention function without one), ``"hand-written"``, or ``"unknown"``.
+        temporaries: Bytes that one native call holds at most beside its inputs, its output and a cache.
+        decision: ``"native"``, ``"by rows"``, or ``"fused"`` for a hand-written one that ``fuse=True`` takes to a fused
+            kernel.
+        reason: Why.
+        rows, heads: Query rows and batch x heads of one step; ``None`` where it stays native.
+        temporaries_now: As ``temporaries``, for the call as the policy has it.
+    """
+
+    sites: str
+    kind: str
+    count: int
+    kernel: str
+    temporaries: int
+    decision: str
+    reason: str
+    rows: int | None
+    heads: int | None
+    temporaries_now: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What one forward pass would do and hold.
+
+    Attributes:
+        model: Class of the model.
+        inputs: What it would be called with, in words.
+        device: Where it would run.
+        free: Free bytes on the device now.
+        parameters: Bytes of parameters and buffers.
+        is_loaded: Whether the parameters are part of what is taken already (not so for a model on ``meta``).
+        policy: The rule in force.
+        groups: Attention sites, like ones together.
+        native_peak: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
+        assumed: Classes of parts that decide by values (experts), and how often they were called; what they hold beside
+            their output is not counted.
+        peak: The same, under the policy. What the allocator keeps beside them for later (on CPU in blocks below 32 MiB,
+            on CUDA in its cache) is not in it.
+    """
+
+    model: str
+    inputs: str
+    device: torch.device
+    free: int
+    parameters: int
+    is_loaded: bool
+    policy: Policy
+    groups: tuple[Group, ...]
+    native_peak: int
+    peak: int
+    assumed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        later = "" if self.is_loaded else ", not loaded yet"
+        lines = [
+            f"{self.model}: {self.inputs} on {self.device}, {size_text(self.free)} free; parameters "
+            f"{size_text(self.parameters)}{later}",
+            f"{self.policy}",
+        ]
+        header = ["sites", "count", "kernel", "native holds", "now", "now holds", "rows x heads"]
+        body = [_cells(group) for group in self.groups]
+        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+        for row, group in zip([header, *body], [None, *self.groups], strict=True):
+            cells = [
+                cell.rjust(width) if i in (1, 3, 5, 6) else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+            if group is not None:
+                lines.append(f"  {group.kind}: {group.reason}")
+        lines.append(
+            f"peak beyond parameters and inputs: native {size_text(self.native_peak)}, under the policy "
+            f"{size_text(self.peak)}"
+        )
+        if self.assumed:
+            parts = ", ".join(f"{count} x {kind}" for kind, count in self.assumed.items())
+            lines.append(f"not counted, because it depends on values: what is held inside {parts}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _cells(group: Group) -> list[str]:
+    step = "" if group.rows is None else f"{group.rows} x {group.heads}"
+    return [
+        group.sites, str(group.count), group.kernel, size_text(group.temporaries), group.decision,
+        size_text(group.temporaries_now), step,
+    ]  # fmt: skip
+
+
+def explanation_of(
+    model: nn.Module, policy: Policy, seq_len: int | None, batch: int, device: Any, inputs: Any
+) -> Explanation:
+    """Rehearse a model's forward pass natively and under a policy; ``attnpatch.explain`` says what the arguments are.
+
+    Raises:
+        ExplainError: The model cannot be run on shapes, or its inputs cannot be made up.
+        PatchError: It has no attention.
+    """
+    said = "inputs as given"
+    if inputs is None:
+        inputs, said = _made_up(model, seq_len, batch)
+    every = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    where = _device_of(list(every), device)
+    parameters = sum(map(_bytes, every))
+    # A model on meta is loaded before it runs: what its parameters will take is not free then.
+    missing = sum(_bytes(tensor) for tensor in every if tensor.device != where)
+    free = memory.free_bytes(where)
+    is_fixed = bool(os.environ.get(memory.OVERRIDE))
+    left = free if is_fixed else max(0, free - missing)
+    native, native_peak, _ = _rehearse(model, Policy(mode="never"), where, inputs, left, is_fixed)
+    now, peak, assumed = _rehearse(model, policy, where, inputs, left, is_fixed)
+    return Explanation(
+        type(model).__name__, said, where, free, parameters, not missing, policy, _groups(native, now),
+        native_peak, peak, dict(assumed),
+    )  # fmt: skip
+
+
+def _rehearse(
+    model: nn.Module, rule: Policy, device: torch.device, inputs: Any, free: int, is_fixed: bool
+) -> tuple[RehearsalPatch, int, Counter[str]]:
+    """One forward pass on shapes, the most bytes it holds, and which of its parts were not run."""
+    shapes = Shapes()
+    with on_shapes(model, shapes, device) as assumed:
+        args, kwargs = fake_inputs(inputs, shapes, device)
+        patch = RehearsalPatch(model, rule, shapes.ledger, free, is_fixed)
+        try:
+            with torch.no_grad(), shapes, shapes.ledger:
+                model(*args, **kwargs)
+        except Exception as error:
+            raise ExplainError(_said(model, error)) from error
+        finally:
+            patch.take_out(model)
+    return patch, shapes.ledger.peak, assumed
+
+
+def _said(model: nn.Module, error: Exception) -> str:
+    """Why a model cannot be run on shapes, in one line, with the way out."""
+    name = type(model).__name__
+    operation = getattr(error, "func", None)
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, UnsupportedOperatorException):
+        return (
+            f"{name} cannot be run on shapes: {operation} has no implementation for them; explain the model "
+            "without it (unquantised, or with another attention implementation)"
+        )
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return (
+            f"{name} cannot be run on shapes: it decides by the values of a tensor ({operation}); give inputs= "
+            "that spare it the question, or run it under attnpatch.patched() and see attnpatch.report()"
+        )
+    return (
+        f"{name} cannot be run on these shapes: {type(error).__name__}: {first}; give inputs= with what its "
+        "forward needs, or another seq_len"
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
+    """Where the model runs: as asked, else where most of it lies, else the accelerator there is."""
+    if device is None:
+        sizes: Counter[torch.device] = Counter()
+        for tensor in tensors:
+            sizes[tensor.device] += _bytes(tensor)
+        most = sizes.most_common(1)
+        if most and most[0][0].type != "meta":
+            return most[0][0]
+        device = torch.accelerator.current_accelerator() or "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ExplainError(
+            f"device={str(device)!r} cannot be asked: {first}; give a device that is here"
+        ) from error
+
+
+def _made_up(model: nn.Module, seq_len: int | None, batch: int) -> tuple[dict[str, torch.Tensor], str]:
+    for name, value in (("seq_len", seq_len), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ExplainError(f"{name}={value!r} is not accepted; give a whole number of at least 1")
+    assert seq_len is not None
+    made = host.made_up_inputs(model, seq_len, batch)
+    if made is None:
+        raise ExplainError(
+            f"inputs of {type(model).__name__} cannot be made from seq_len: it takes no token ids alone; give inputs=, "
+            "a dict or tuple of tensors (torch.empty(..., device='meta') will do)"
+        )
+    return made, f"{batch} x {seq_len} tokens"
+
+
+def _groups(native: RehearsalPatch, now: RehearsalPatch) -> tuple[Group, ...]:
+    """Sites that were called and are alike, in the order of the model."""
+    first = {site.name: site.seen for site in native.innermost()}
+    sites = [site for site in now.innermost() if site.name in first]
+    places = pattern_of([site.name for site in sites])
+    found: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for site in sites:
+        before, after = first[site.name], site.seen
+        decision = "by rows" if site.counts["by_rows"] else "native"
+        if site.counts["fused"] and before.fused is None:
+            decision = "fused"
+        alike = (
+            places[site.name][0] or "(model)", site.kind, before.kernel, decision, site.reason(), after.step,
+        )  # fmt: skip
+        found.setdefault(alike, []).append((before.temporaries, after.temporaries))
+    groups = []
+    for (name, kind, kernel, decision, reason, step), sizes in found.items():
+        most, most_now = (max(column) for column in zip(*sizes, strict=True))
+        rows, heads = step or (None, None)
+        groups.append(Group(name, kind, len(sizes), kernel, most, decision, reason, rows, heads, most_now))
+    return tuple(groups)

@@ -1,0 +1,332 @@
+"""A model's own forward pass on shapes: nothing is computed, nothing is taken, and the model is afterwards as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+
+from attnpatch.ledger import Ledger, Shapes, Span
+from attnpatch.memory import Room
+from attnpatch.patching.patch import Patch, Site, most_rows, patch_of
+from attnpatch.patching.recognition import candidates
+from attnpatch.patching.registry import is_attention
+from attnpatch.policy import Policy
+from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.tile_plan import Steps
+from attnpatch.rows.evaluate.tiled import Look, Replay
+from attnpatch.rows.graph.axes import KEY, Tile, all_leaves, extent
+from attnpatch.rows.graph.nodes import Leaf, Node
+from attnpatch.rows.mode import FAST_PATHS, RowsMode, num_heads
+from attnpatch.rows.sdpa import fast_paths
+
+
+@dataclasses.dataclass
+class Seen:
+    """What one attention site did in a rehearsal.
+
+    Attributes:
+        calls: How often it was called.
+        temporaries: Most bytes that a call held beside its inputs, its output and a cache.
+        fused: Name of the fused kernel that ran, if one did.
+        is_dense: Whether torch's attention function ran its dense math.
+        is_product: Whether matrices were multiplied.
+        most_rows: An upper bound on the query rows of a call.
+        reason: Why it went the way it went, where the rule was asked.
+        step: Query rows and heads per step, where it went by rows.
+    """
+
+    calls: int = 0
+    temporaries: int = 0
+    fused: str | None = None
+    is_dense: bool = False
+    is_product: bool = False
+    most_rows: int = 0
+    reason: str | None = None
+    step: tuple[int, int] | None = None
+
+    @property
+    def kernel(self) -> str:
+        """What served the call, in words."""
+        if self.fused is not None:
+            return f"fused: {self.fused}"
+        return "dense math" if self.is_dense else "hand-written" if self.is_product else "unknown"
+
+
+class _FewTiles(Replay):
+    """Replays the first and the last row step of the first heads: all others hold as much, or less."""
+
+    step: tuple[int, int] | None = None
+
+    def _steps(self, run: Run) -> Steps:
+        steps = super()._steps(run)
+        rows = steps.rows if len(steps.rows) < 3 else [steps.rows[0], steps.rows[-1]]
+        if self.step is None:
+            high = max((stop - start for start, stop in steps.rows), default=1)
+            self.step = high, max(self._heads(tile, steps) for tile in steps.lead)
+        # Two tiles at least, where there are two: the second one lives beside the result.
+        count = 1 if len(rows) > 1 else min(2, len(steps.lead))
+        return Steps(steps.lead[:1] * count, steps.row, rows)
+
+    def _heads(self, tile: Tile, steps: Steps) -> int:
+        """Batch x heads of a tile: axes that the result shares with the scores."""
+        node = self.node
+        scores = [all_leaves(child.dims) for child in node.children if not isinstance(child, Leaf)]
+        own = all_leaves(node.dims[:-2]) if not scores else all_leaves(node.dims)
+        shared = [axis for axis in own if not scores or axis in scores[0]]
+        return math.prod(
+            extent((axis,), tile) for axis in shared if axis is not steps.row and axis.kind != KEY
+        )
+
+
+class _Call(SiteCall):
+    """A site's call that notes what is decided, and why."""
+
+    tally: _Site
+
+    def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
+        """As the policy says, with the reason noted."""
+        free = self.room.free(device)
+        self.tally.seen.reason = self.policy.reason(q_len, temporaries, free)
+        return self.policy.by_rows(q_len, temporaries, free)
+
+    @property
+    def answers_shortage(self) -> bool:
+        """Nothing is taken, so nothing runs out."""
+        return False
+
+    def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
+        """A few tiles of a recipe, in the memory that all of them need."""
+        free = None if node.device.type == "cpu" else self.room.free(node.device)
+        replay = _FewTiles(node, self.policy, free=free)
+        result = replay()
+        self.tally.seen.step = replay.step
+        return result
+
+
+class _Mode(RowsMode):
+    """Takes torch's C++ fast paths apart whatever the rule says: shapes cannot go through them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in FAST_PATHS:
+            fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call)
+            with self:
+                return FAST_PATHS[func](*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class _Site(Site):
+    """An attention module whose calls are measured."""
+
+    call_class = _Call
+    mode_class = _Mode
+    patch: RehearsalPatch
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen = Seen()
+
+    def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Always watched, so that the kernel is seen and the rule is asked."""
+
+    def _attend(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        ledger, seen = self.patch.ledger, self.seen
+        seen.calls += 1
+        seen.most_rows = max(seen.most_rows, most_rows(args, kwargs))
+        with ledger.span() as span:
+            result = super()._attend(forward, module, first, args, kwargs)
+        # Attention weights that are handed out are no result anybody asked for.
+        extra = sum(ledger.size_of(item) for item in tree_leaves(result)[1:])
+        kept = max(0, span.exit - span.entry - extra)
+        seen.temporaries = max(seen.temporaries, span.peak - span.entry - kept)
+        self._note_kernel(span)
+        return result
+
+    def reason(self) -> str:
+        """Why the site went the way it went."""
+        policy = self.patch.policy
+        if self.counts["fused"]:
+            return "a fused kernel holds no scores"
+        if self.obstacles:
+            return f"kept from a fused kernel by {', '.join(self.obstacles)}"
+        if self.seen.reason is not None:
+            reason = self.seen.reason
+        elif policy.mode != "auto":
+            reason = f"mode is {policy.mode!r}"
+        elif self.seen.most_rows <= policy.min_tokens:
+            reason = policy.reason(self.seen.most_rows, 0, 0)
+        else:
+            reason = "no product that looks like scores was seen"
+        whole = ", ".join(self.operations)
+        return f"{reason}; {whole} needs the whole matrix" if whole else reason
+
+    def _note_kernel(self, span: Span) -> None:
+        self.seen.fused = self.seen.fused or span.fused_kernel()
+        self.seen.is_dense |= "_safe_softmax.default" in span.operators
+        self.seen.is_product |= any("mm" in name for name in span.operators)
+
+
+class _Room(Room):
+    """Free bytes when the first site asks: what the model holds by then is taken."""
+
+    def __init__(self, ledger: Ledger, free: int, is_fixed: bool) -> None:
+        super().__init__()
+        self._ledger, self._before, self._is_fixed = ledger, free, is_fixed
+        self._asked: int | None = None
+
+    def free(self, device: torch.device) -> int:
+        """Free bytes."""
+        if self._asked is None:
+            self._asked = self._before if self._is_fixed else max(0, self._before - self._ledger.live)
+        return self._asked
+
+
+class RehearsalPatch(Patch):
+    """A patch for one rehearsal, on top of any patch that is there.
+
+    Args:
+        model: What to patch.
+        policy: The rule.
+        ledger: Counts bytes.
+        free: Free bytes before the model is called; ``fixed`` if they are what somebody said.
+    """
+
+    site_class = _Site
+    sites: list[_Site]  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, policy: Policy, ledger: Ledger, free: int, is_fixed: bool) -> None:
+        self.ledger, self._room = ledger, _Room(ledger, free, is_fixed)
+        patch = patch_of(model)
+        chosen = "auto" if patch is None else patch.chosen
+        super().__init__(model, policy, on_top=True, chosen=chosen)
+
+    def innermost(self) -> list[_Site]:
+        """Attention sites that were called, without wrappers of one another."""
+        called = [site for site in self.sites if site.is_attention and site.seen.calls]
+        names = [site.name for site in called]
+        return [
+            site for site in called
+            if not any(name != site.name and (not site.name or name.startswith(site.name + ".")) for name in names)
+        ]  # fmt: skip
+
+    def room(self) -> Room:
+        """The same for every call: the free memory of now."""
+        return self._room
+
+
+@contextlib.contextmanager
+def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterator[Counter[str]]:
+    """Give a model fake parameters and buffers on ``device``; afterwards everything is as it was.
+
+    Every attribute is put back, also those that a forward pass writes: what it caches now has no data. Hooks of
+    accelerate, which would fetch weights, are left out. A part without attention that decides by values (experts that
+    look up who is asked for) is taken to give back what it is given.
+
+    Yields:
+        Classes of such parts and how often they were called.
+    """
+    assumed: Counter[str] = Counter()
+    modules = list(model.modules())
+    tables = {id(table): table for module in modules for table in _tables(module)}.values()
+    before = [(table, table.copy()) for table in tables]
+    guesses = candidates(model)
+    made: dict[int, torch.Tensor] = {}
+    try:
+        with shapes, torch.no_grad():
+            for module in modules:
+                values = vars(module)
+                values["training"] = False
+                if "_old_forward" in values:
+                    values["forward"] = values.pop("_old_forward")
+                if not any(is_attention(part) or part in guesses for part in module.modules()):
+                    values["forward"] = _assuming(module.forward, type(module).__name__, assumed)
+                for name in ("_parameters", "_buffers"):
+                    table = values[name]
+                    for key, tensor in table.items():
+                        if tensor is not None:
+                            if id(tensor) not in made:
+                                made[id(tensor)] = _fake(tensor, shapes, device)
+                            table[key] = made[id(tensor)]
+        yield assumed
+    finally:
+        for table, copy in before:
+            table.clear()
+            table.update(copy) if isinstance(table, dict) else table.extend(copy)
+
+
+def _assuming(forward: Callable[..., Any], kind: str, assumed: Counter[str]) -> Callable[..., Any]:
+    """A forward that gives back something of the shape of its first input where it cannot run on shapes."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+            if not tensors or not tensors[0].is_floating_point():
+                raise
+            assumed[kind] += 1
+            return torch.empty_like(tensors[0])
+
+    return run
+
+
+def _tables(module: nn.Module) -> list[Any]:
+    """What a forward pass may write to: attributes of a module, and of what hangs on it and on its parameters."""
+    values = vars(module)
+    owned = [tensor for name in ("_parameters", "_buffers") for tensor in values[name].values()]
+    return [values, *_inside([*values.values(), *(vars(t) for t in owned if t is not None)], 3)]
+
+
+def _inside(values: Iterable[Any], depth: int) -> Iterator[Any]:
+    """Containers among some values, attributes of objects among them, and those inside (a quantised weight's state)."""
+    for value in values:
+        table = value if type(value) in (dict, list) else getattr(value, "__dict__", None)
+        # Modules are visited on their own; what belongs to a class is not a model's.
+        if type(table) not in (dict, list) or isinstance(value, (nn.Module, type, types.FunctionType)):
+            continue
+        yield table
+        if depth and len(table) < 100:
+            yield from _inside(table.values() if isinstance(table, dict) else table, depth - 1)
+
+
+def _fake(tensor: torch.Tensor, shapes: Shapes, device: torch.device) -> torch.Tensor:
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        return shapes.from_tensor(tensor)
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        fake = nn.Parameter(fake, requires_grad=False)
+    # Quantised weights carry how to read them.
+    fake.__dict__.update(vars(tensor))
+    return fake
+
+
+def fake_inputs(inputs: Any, shapes: Shapes, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, with every tensor a fake one on ``device``."""
+
+    def change(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+    with shapes:
+        inputs = tree_map(change, inputs)
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}

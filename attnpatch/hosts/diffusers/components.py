@@ -1,0 +1,58 @@
+"""What a pipeline is made of: diffusers' by its components, transformers' by its model.
+
+Told by their attributes, so that nothing is imported and pipelines of other makers do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from attnpatch.rows.torch_graphs import is_compiled
+
+
+def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
+    """The modules a pipeline runs, by name, each once; ``None`` if it is no pipeline.
+
+    Of a compiled module the one inside: swapping is for that one.
+    """
+    parts: dict[str, nn.Module] = {}
+    for name, part in _components(pipeline).items():
+        part = getattr(part, "_orig_mod", part)
+        if isinstance(part, nn.Module) and not any(part is other for other in parts.values()):
+            parts[str(name)] = part
+    return parts or None
+
+
+def tokenizers_of(pipeline: Any) -> dict[str, Any]:
+    """The tokenizers of a pipeline by name."""
+    return {name: part for name, part in _components(pipeline).items() if name.startswith("tokenizer")}
+
+
+def compiled_in(model: Any) -> tuple[str, ...]:
+    """What is compiled in a model or a pipeline: paths, without those inside others."""
+    parts = {"": model} if isinstance(model, nn.Module) else _components(model)
+    found: list[str] = []
+    for name, part in parts.items():
+        for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            forward = vars(module).get("forward")
+            is_one = (
+                "_orig_mod" in module._modules
+                or module._compiled_call_impl is not None
+                or is_compiled(forward)
+                or is_compiled(getattr(forward, "__wrapped__", None))  # under ours
+            )
+            full = ".".join(filter(None, (name, path)))
+            if is_one and not any(not outer or full.startswith(outer + ".") for outer in found):
+                found.append(full)
+    return tuple(found)
+
+
+def _components(pipeline: Any) -> dict[str, Any]:
+    components = getattr(pipeline, "components", None)
+    if isinstance(components, dict):
+        return components
+    if not hasattr(pipeline, "task"):
+        return {}
+    return {name: getattr(pipeline, name, None) for name in ("model", "assistant_model")}

@@ -1,0 +1,170 @@
+"""What the denoiser of an image or a video is called with, and where a pipeline's sampling begins and ends.
+
+These are names that diffusers' models have in common; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.class_methods import Replaced, changing, owner_of
+from attnpatch.errors import AttnpatchError
+from attnpatch.failures import warn_once
+from attnpatch.hosts.diffusers import latent_grids
+from attnpatch.hosts.transformers.calls import parameter_names
+from attnpatch.recording.diffusion.denoising import DenoiserCall
+
+_IMAGES = ("sample", "hidden_states", "x")
+_TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
+_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
+
+
+def is_denoiser(module: Any) -> bool:
+    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else)."""
+    if not isinstance(module, nn.Module):
+        return False
+    names = parameter_names(type(module))
+    return "timestep" in names and "controlnet_cond" not in names and any(name in names for name in _IMAGES)
+
+
+def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
+    """How many heads an attention module has, by its name, where it says so."""
+    found = {name: getattr(module, "heads", None) for name, module in denoiser.named_modules()}
+    return {name: heads for name, heads in found.items() if type(heads) is int}
+
+
+def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DenoiserCall:
+    """What a denoiser is called with.
+
+    Args:
+        part: The denoiser.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    given = {**dict(zip(parameter_names(type(part)), args, strict=False)), **kwargs}
+    images = [tensor for name in _IMAGES for tensor in _tensors(given.get(name))]
+    texts = [tensor for name in _TEXTS for tensor in _tensors(given.get(name)) if tensor.dim() == 3]
+    mask = next((given[name] for name in _MASKS if isinstance(given.get(name), torch.Tensor)), None)
+    timestep = given.get("timestep")
+    if isinstance(timestep, torch.Tensor):
+        timestep = timestep.flatten()[0].item() if timestep.numel() else None
+    return DenoiserCall(
+        batch=images[0].shape[0] if images else 1,
+        images=images,
+        texts=texts,
+        text_mask=(mask != 0).cpu() if mask is not None and mask.dim() == 2 else None,
+        timestep=None if timestep is None else float(timestep),
+        latents=latent_grids.latents_grid(part, images),
+        pictures=latent_grids.pictures_of(given, images),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """A tensor, or those of a list; not a list of lists."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [one for one in values if isinstance(one, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def watching(
+    pipeline: Any, begin: Callable[[dict[str, Any]], None], end: Callable[[], None]
+) -> Iterator[None]:
+    """Say when a pipeline is called, and with what.
+
+    Calling looks at the class and not at the object, so that is where it is watched, for this object alone.
+
+    Args:
+        pipeline: It and its class are afterwards as they were.
+        begin: Called with the arguments by name.
+        end: Called when the call returns or fails.
+    """
+    owner = owner_of(type(pipeline), "__call__")
+    if owner is None:
+        yield  # it is called in some way of its own
+        return
+    with changing:
+        calls = _watched.get(owner) or _CallOfClass(owner)
+        watchers = calls.watchers.setdefault(id(pipeline), [])
+        watchers.append((begin, end))
+    try:
+        yield
+    finally:
+        with changing:
+            watchers.remove((begin, end))
+            calls.leave(id(pipeline))
+
+
+class _CallOfClass(Replaced):
+    """``__call__`` in the class that defines it, while some pipelines are watched.
+
+    Attributes:
+        watchers: What to call before and after, by the id of a pipeline that is held by whoever watches it.
+    """
+
+    def __init__(self, owner: type[Any]) -> None:
+        super().__init__(owner, "__call__")
+        self.watchers: dict[int, list[tuple[Callable[[dict[str, Any]], None], Callable[[], None]]]] = {}
+        found, watchers = self.found, self.watchers
+
+        @functools.wraps(found)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            call = found.__get__(self, type(self))
+            told = list(watchers.get(id(self), ()))
+            if not told:
+                return call(*args, **kwargs)
+            try:
+                given = inspect.signature(call).bind(*args, **kwargs).arguments
+            except TypeError:
+                return call(*args, **kwargs)  # which says what is wrong
+            for begin, _ in told:
+                _attempted(
+                    begin, {**given, **given.get("kwargs", {})}, where="the beginning of a pipeline's call"
+                )
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for _, end in told:
+                    _attempted(end, where="the end of a pipeline's call")
+
+        self.put_in(__call__)
+        _watched[owner] = self
+
+    def leave(self, key: int) -> None:
+        if not self.watchers[key]:
+            del self.watchers[key]
+        if not self.watchers:
+            del _watched[self.kind]
+            self.take_out()
+
+
+_watched: dict[type[Any], _CallOfClass] = {}
+
+
+def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
+    """A step of a watcher, whose failure is none of the pipeline's call."""
+    try:
+        step(*args)
+    except AttnpatchError:
+        raise
+    except Exception as error:
+        warn_once(where, error)
+
+
+def texts_given(given: dict[str, Any]) -> list[tuple[str, str]]:
+    """Prompts that a pipeline is called with: ``"prompt"`` or ``"negative"``, and the text."""
+    found: list[tuple[str, str]] = []
+    for name, value in given.items():
+        if "prompt" in name:
+            role = "negative" if "negative" in name else "prompt"
+            values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+            found += [(role, text) for text in values if isinstance(text, str)]
+    if not any(role == "negative" for role, _ in found):
+        found.append(("negative", ""))
+    return found

@@ -1,0 +1,124 @@
+"""Whose words the text tokens of a denoiser are: what text encoders return is found again in what the denoiser is given.
+
+Pipelines cut templates off, drop padding and put several encoders' tokens one after another or side by side; the values
+stay (``hosts.matching``), and with them the ids, in which the words of the prompt are found (``hosts.placing``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.hosts.diffusers.prompt_rows import Placed, Word, placed, row_of
+from attnpatch.hosts.diffusers.token_matching import Encoded, pieces_of
+from attnpatch.hosts.transformers.calls import parameter_names
+from attnpatch.recording.diffusion.denoising import TextRow
+
+# Encodings of one encoder that are kept, the last ones: a prompt may be made of several, and a text encoder that writes
+# (a prompt that is enhanced) returns one for every token.
+_MOST = 16
+
+
+class Prompts:
+    """Watches the text encoders of a pipeline.
+
+    Args:
+        parts: The pipeline's modules by name.
+        tokenizers: Its tokenizers by name: ``tokenizer_2`` belongs to ``text_encoder_2``.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module], tokenizers: dict[str, Any]) -> None:
+        self.encoders = {
+            part: tokenizers.get(name.replace("text_encoder", "tokenizer"))
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and "input_ids" in parameter_names(type(part))
+        }
+        self.texts: list[tuple[str, str]] = []
+        self.encoded: dict[nn.Module, list[Encoded]] = {part: [] for part in self.encoders}
+        self._is_called = False
+        self._running: set[nn.Module] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at what the encoders return, inside a ``with`` block."""
+        handles = []
+        for part in self.encoders:
+            handles.append(part.register_forward_pre_hook(lambda part, _: self._running.add(part)))
+            handles.append(part.register_forward_hook(self._returned, with_kwargs=True))
+            for name, norm in part.named_modules():
+                if name.endswith("final_layer_norm"):
+                    normed = functools.partial(self._normed, part)
+                    handles.append(norm.register_forward_hook(normed))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.encoded = {part: [] for part in self.encoders}
+
+    def begin(self, texts: list[tuple[str, str]]) -> None:
+        """A pipeline is called with these texts and their roles; what was encoded before it may be given to it."""
+        self.texts, self._is_called = texts, True
+
+    def end(self) -> None:
+        """What encoders returned in the call is let go; what was encoded before it may be given to the next one."""
+        self._is_called = False
+        self.encoded = {part: [e for e in kept if not e.is_own] for part, kept in self.encoded.items()}
+
+    def _normed(self, part: nn.Module, norm: nn.Module, args: Any, output: Any) -> None:
+        """A pipeline that skips the last layers (``clip_skip``) brings the states of another to the last one's norm."""
+        if part in self._running or not args or not isinstance(output, torch.Tensor):
+            return
+        for row, state in zip(args[0].detach(), output.detach(), strict=True):
+            for encoded in self.encoded[part]:
+                if any(each.shape == row.shape and torch.equal(each, row) for each in encoded.states):
+                    encoded.states.append(state.clone())
+
+    def _returned(self, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._running.discard(part)
+        given = {**dict(zip(parameter_names(type(part)), args, strict=False)), **kwargs}
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            return
+        states = [state for state in _tensors(output) if state.dim() == 3 and state.shape[:2] == ids.shape]
+        kept = self.encoded[part]
+        for row, each in enumerate(ids.tolist()):
+            is_masked = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+            real = int((mask[row] != 0).sum()) if is_masked else len(each)
+            # Copies: a caller may change in place what it was returned.
+            rows = [state[row].detach().clone() for state in states]
+            kept.append(Encoded(self.encoders[part], each, real, rows, self._is_called))
+        del kept[: -max(_MOST, len(ids))]
+
+    def find(self, text: torch.Tensor) -> list[TextRow | None]:
+        """The text of each row of what a denoiser is given, ``[batch, tokens, width]``; ``None``: not found."""
+        return [self._row(row) for row in text.detach()]
+
+    def _row(self, given: torch.Tensor) -> TextRow | None:
+        found: list[Placed] = []
+        words: dict[tuple[str, int], Word] = {}
+        before = 0
+        for encodings in self.encoded.values():
+            width = max((state.shape[1] for encoded in encodings for state in encoded.states), default=0)
+            # The features of several encoders may stand side by side, in their order.
+            pieces = pieces_of(given, encodings, tuple(dict.fromkeys([0, before])))
+            before += width
+            if pieces:
+                found.append(placed(pieces, self.texts, words))
+        return row_of(found, words, len(given)) if found else None
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

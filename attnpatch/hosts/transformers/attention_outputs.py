@@ -1,0 +1,68 @@
+"""Where transformers wants attention weights: who asks for them, and at which place of an attention module's result."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.hosts.transformers.calls import called_with
+
+_MODULE = "transformers.utils.output_capturing"
+_KIND = "attentions"
+
+
+def are_asked_for(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a module of transformers is called by a model that was asked for attention weights."""
+    host = sys.modules.get(_MODULE)
+    if host is None:
+        return False
+    collector = host._active_collector.get()
+    if collector and any(_KIND in key for key in collector):
+        return True
+    return bool(kwargs.get("output_attentions")) and (type(module).__module__ or "").startswith(
+        "transformers"
+    )
+
+
+def put_in(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any, weights: list[torch.Tensor]
+) -> Any:
+    """An attention module's result with its weights in the place of ``None``, as its eager attention would return them.
+
+    Args:
+        module: It.
+        args, kwargs: What it was called with, without itself.
+        result: What it returned.
+        weights: ``[batch, heads, q_len, kv_len]`` for every call of torch's attention in it.
+
+    Returns:
+        ``result``, unchanged where it has weights already or it cannot be told where they belong.
+    """
+    if len(weights) != 1 or not isinstance(result, tuple):
+        return result
+    found = weights[0]
+    missing = [place for place, value in enumerate(result) if value is None]
+    wanted = [place for place in _places(module) if place in missing]
+    if len(wanted) != 1:
+        wanted = missing if len(missing) == 1 else []
+    if not wanted:
+        return result
+    _, tokens = called_with(args, kwargs)
+    if tokens == 1 and found.dim() == 4 and found.shape[-2] != 1:
+        # The heads of one token that share a key are handed to torch as its rows.
+        found = found.reshape(found.shape[0], -1, 1, found.shape[-1])
+    return (*result[: wanted[0]], found, *result[wanted[0] + 1 :])
+
+
+def _places(module: nn.Module) -> list[int]:
+    """The places of a module's result that transformers collects attention weights from."""
+    found = []
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__name__", "") == "output_capturing_hook" and hook.__closure__:
+            names = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+            if {"key", "index"} <= names.keys() and _KIND in names["key"].cell_contents:
+                found.append(names["index"].cell_contents)
+    return found

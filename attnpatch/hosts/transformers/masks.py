@@ -1,0 +1,209 @@
+"""Masks of transformers, asked for by rows while a patched model is called.
+
+Every model that uses ``transformers.masking_utils`` gets its masks from one of two functions, which stand in a table by
+attention implementation: ``sdpa_mask`` makes a boolean one, ``eager_mask`` an additive one. Both take how many rows are
+wanted and where they begin, so they can be asked for some rows as well as for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpatch.policy import Policy
+from attnpatch.rows import guard
+from attnpatch.rows.creation import positions, row_masks
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall
+
+_MODULE = "transformers.masking_utils"
+_NAMES = ("sdpa_mask", "eager_mask")
+# Arguments that ask whether a mask is needed at all. Rows of one that is needed are.
+_SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
+class _Table:
+    """transformers' table of mask functions, with ours in their place while some thread calls a patched model."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
+
+    def enter(self, module: Any) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            known = {id(getattr(module, name, None)): name for name in _NAMES}
+            table = module.ALL_MASK_ATTENTION_FUNCTIONS
+            for mapping in (table._global_mapping, table._local_mapping):
+                for key, function in mapping.items():
+                    if id(function) in known:
+                        ours = _by_rows(function)
+                        mapping[key] = ours
+                        self._replaced.append((mapping, key, function, ours))
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            for mapping, key, function, ours in self._replaced:
+                # Somebody may have registered another one meanwhile.
+                if mapping.get(key) is ours:
+                    mapping[key] = function
+            self._replaced.clear()
+
+
+_table = _Table()
+
+
+@contextlib.contextmanager
+def by_rows(call: SiteCall) -> Iterator[None]:
+    """Defer the masks that transformers makes inside the block, where the policy of ``call`` says so."""
+    module = sys.modules.get(_MODULE)
+    if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
+        # Not those of a patched model around this one either.
+        with row_masks.of_call(None):
+            yield
+        return
+    _table.enter(module)
+    try:
+        with row_masks.of_call(call):
+            yield
+    finally:
+        _table.leave()
+
+
+def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has no sequence so long that a mask may go by rows: a step of a generation pays for one look."""
+    if policy.mode != "auto":
+        return False
+    given = [(None, value) for value in args] + [
+        item for item in kwargs.items() if not item[0].endswith("mask")
+    ]
+    return all(
+        not isinstance(value, torch.Tensor) or _tokens(name, value) <= policy.min_tokens
+        for name, value in given
+    )
+
+
+def _tokens(name: str | None, value: torch.Tensor) -> int:
+    """As many tokens as an input may be; those of a step of a generation may come embedded."""
+    return value.numel() // max(1, value.shape[-1]) if name == "inputs_embeds" else value.numel()
+
+
+def makes_masks(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, which makes the masks of what it holds when it is called."""
+    host = sys.modules.get("transformers.modeling_utils")
+    return host is not None and isinstance(module, host.PreTrainedModel)
+
+
+class _Asked(Exception):
+    """The host needs a mask, and has asked what it is."""
+
+
+def _ask(*_: Any) -> Any:
+    raise _Asked
+
+
+def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function of transformers that defers its mask where a patched model's call in this thread wants it so."""
+
+    @functools.wraps(original)
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        # A static cache says where it is in a tensor: its masks are prepared once for many calls.
+        places = [kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("q_offset", 0)]
+        if torch.compiler.is_compiling() or args or any(type(number) is not int for number in places):
+            return original(*args, **kwargs)
+        failure = None
+        try:
+            if "mask_function" in kwargs and row_masks.may_defer(kwargs["q_length"]):
+                return _asked(original, kwargs)
+        except Exception as error:
+            if guard.passes(error):
+                raise
+            failure = error
+        found = original(**kwargs)  # whose own error comes again, and is the one that is raised
+        if failure is not None:
+            row_masks.failed("a mask by rows", failure)
+        return found
+
+    return mask
+
+
+def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """The mask, deferred or whole, as the rule says."""
+    try:
+        with positions.unwatched():
+            found = _deferred(original, kwargs)
+            return _whole(original, kwargs) if found is NotImplemented else found
+    except row_masks.Unknown as unknown:
+        found = original(**kwargs)
+        if found is not None and not isinstance(found, DeferredRows):
+            held = _temporaries(original, kwargs)(found.numel())
+            row_masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found)
+        return found
+
+
+def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The host's own mask; deferred after all if memory does not hold it."""
+    try:
+        return original(**given)
+    except RuntimeError as error:
+        if not row_masks.ran_out(error, torch.device(given.get("device", "cpu"))):
+            raise
+        found = _deferred(original, given)
+        if found is NotImplemented:
+            raise
+        return found
+
+
+def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where the rule says that it may be whole.
+
+    Raises:
+        masks.Unknown: It reads something of which no copy can be kept.
+    """
+    q_len, kv_len, offset = given["q_length"], given["kv_length"], given.get("q_offset", 0)
+    try:
+        # Whether the host needs one is its own decision: it makes none, or it asks its function.
+        if original(**{**given, "mask_function": _ask}) is None:
+            return None
+    except _Asked:
+        pass
+    rest = row_masks.keeping({key: value for key, value in given.items() if key != "config"})
+    rest.update(_SKIPS)
+
+    def rows(low: int, high: int) -> torch.Tensor:
+        return original(**{**rest, "q_length": high - low, "q_offset": offset + low})
+
+    found = row_masks.deferred(rows, q_len, kv_len, _temporaries(original, given))
+    return NotImplemented if found is None else found
+
+
+def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
+    """Bytes that the host holds for a mask of so many elements, and with it in its attention.
+
+    A boolean mask is made additive, by eager before any attention, by torch's fused kernels inside it. Eager attention
+    then holds three tensors of scores for every head.
+    """
+    itemsize = getattr(given.get("dtype"), "itemsize", 4)
+    scores = 3 * _heads(given.get("config")) if original.__name__ == "eager_mask" else 0
+    return lambda count: count * (1 + itemsize * (1 + scores))
+
+
+def _heads(config: Any) -> int:
+    """Attention heads of a layer; 1 where a config does not say so for all of its layers (it raises what it likes)."""
+    try:
+        heads = config.num_attention_heads
+    except Exception:
+        return 1
+    return heads if isinstance(heads, int) else 1

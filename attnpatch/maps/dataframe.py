@@ -1,0 +1,45 @@
+"""A block map as a table of pandas, one row per cell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attnpatch.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from attnpatch.maps.block_map import BlockMap
+
+
+def long_form(block_map: BlockMap) -> pandas.DataFrame:
+    """See ``BlockMap.to_dataframe``.
+
+    Raises:
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
+    frames = []
+    for sequence in range(block_map.num_sequences):
+        one = block_map.select(sequence=sequence)
+        queries, keys = one.mass.shape[-2:]
+        axes = {"sequence": [sequence]} if block_map.is_batch else {}
+        if one.steps:
+            axes["step"] = list(one.steps)
+        axes["layer"] = list(one.layers)
+        if one.heads != "mean":
+            axes["head"] = list(one.heads)
+        axes |= {"query": range(queries), "key": range(keys)}
+        frame = pandas.MultiIndex.from_product(axes.values(), names=axes.keys()).to_frame(index=False)
+        frame["query_label"] = np.array(one.query_labels, dtype=object)[frame["query"]]
+        frame["key_label"] = np.array(one.key_labels, dtype=object)[frame["key"]]
+        frame["mass"] = one.mass.reshape(-1).numpy()
+        if block_map.normalization != "none":
+            frame["value"] = one.values.reshape(-1).numpy()
+        frames.append(frame)
+    return pandas.concat(frames, ignore_index=True)

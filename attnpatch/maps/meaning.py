@@ -1,0 +1,84 @@
+"""What the numbers of a block map mean, in words: for its pictures, pages and tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attnpatch.maps.fields import over_rows, shortened
+from attnpatch.plotting import map_figure
+
+if TYPE_CHECKING:
+    from attnpatch.maps.block_map import BlockMap
+
+PROBABILITY = {
+    "none": "attention mass, mean over the query tokens",
+    "row": "share of the query block's attention mass",
+    "density": "attention mass per key token",
+    "column": "share of the mass the key block receives",
+    "absolute row": "share of the query block's attention mass",
+    "absolute column": "share of the mass the key block receives",
+}
+GRADIENT = {
+    "none": "probability x gradient, mean over the query tokens",
+    "density": "probability x gradient per key token",
+    "absolute row": "probability x gradient, share of the query block's absolute sum",
+    "absolute column": "probability x gradient, share of the key block's absolute sum",
+}
+
+
+def meaning(one: BlockMap) -> str:
+    """What one of ``values`` is."""
+    return (GRADIENT if one.is_signed else PROBABILITY)[one.normalization]
+
+
+def uncertainty(one: BlockMap) -> str:
+    """How far off a drawn map may be, or how much those it is the mean of differ; for its title."""
+    if one.spread is not None:
+        known = one.spread[~one.spread.isnan()]
+        what = one.metadata.get("spread", "standard deviation")
+        return f"spread ({what})" + (f" up to {known.max():.2g}" if known.numel() else " not known")
+    if one.error is None:
+        return ""
+    known = one.error[~one.error.isnan()]
+    return f"sampled, standard error up to {known.max():.2g}" if known.numel() else "sampled, error unknown"
+
+
+def title(whole: BlockMap, one: BlockMap, layer: Any, sequence: int) -> str:
+    """What a picture shows: model, layer, head, step.
+
+    Args:
+        whole: The map.
+        one: The part of it that is drawn, as ``select`` gave it for ``layer`` and ``sequence``.
+    """
+    layers = f"mean of {len(whole.layers)} layers" if layer == "mean" else f"layer {one.layers[0]}"
+    heads = "mean over heads" if one.heads == "mean" else f"head {one.heads[0]}"
+    steps = f"mean of {len(whole.steps)} steps" if one.steps == ("mean",) else f"step {(*one.steps, 0)[0]}"
+    parts = [whole.metadata.get("model"), layers, heads, uncertainty(one)]
+    parts += [steps * bool(whole.steps), f"sequence {sequence}" * whole.is_batch]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def described(one: BlockMap) -> str:
+    """What a map shows of itself where it is printed."""
+    queries, keys = one.mass.shape[-2:]
+    size = [f"{len(one.layers)} layers", f"{queries} query x {keys} key blocks"]
+    if one.heads != "mean":
+        size.insert(1, f"{len(one.heads)} heads")
+    if one.steps:
+        size.insert(0, f"{len(one.steps)} steps")
+    if one.is_batch:
+        size.insert(0, f"{one.num_sequences} sequences")
+    labels = one.query_labels[0] if one.is_batch else one.query_labels
+    tokens = one.query_sizes.sum(-1).tolist()
+    sums = one.mass.sum(-1)
+    sums = sums[over_rows(one.query_sizes > 0, sums)]
+    rows = f"rows sum to {sums.min():.4g} to {sums.max():.4g}" if sums.numel() else "no rows"
+    lines = [
+        f"BlockMap: {', '.join(size)}",
+        f"  layers    {shortened(one.layers)}",
+        f"  heads     {one.heads if one.heads == 'mean' else shortened(one.heads)}",
+        f"  queries   {shortened(labels)} ({tokens} tokens)",
+        f"  mass      {rows}; normalization {one.normalization!r}",
+    ]
+    lines += [f"  {name}: {map_figure.shorten(str(value), 160)}" for name, value in one.metadata.items()]
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""Patches of a model, or of the components of a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import nn
+
+from attnpatch.errors import PatchError
+from attnpatch.hosts.diffusers.components import parts_of
+from attnpatch.patching.patch import Patch, patch_of
+from attnpatch.patching.registry import is_attention
+from attnpatch.patching.selection import Sites, checked, choose
+from attnpatch.policy import Policy
+
+
+def put_in_place(
+    model: Any, rule: Policy, undo: contextlib.ExitStack, sites: Sites | None = None, replaces: bool = False
+) -> list[Patch]:
+    """The patches of a model or of a pipeline's components; ``undo`` takes out those that were not there before.
+
+    Where other sites are asked for than a patch has, it is replaced, or that is refused.
+    """
+    parts = parts_in(model)
+    chosen = None if sites is None else checked(sites)
+    if "" not in parts:
+        if isinstance(chosen, tuple):
+            raise PatchError("sites by path are those of one model; give a component, such as pipe.unet")
+        attending = {
+            name: part
+            for name, part in parts.items()
+            if any(is_attention(module) for module in part.modules())
+        }
+        if not attending:
+            raise PatchError(
+                f"no component of this {type(model).__name__} has an attention module that attnpatch recognises "
+                f"({', '.join(parts)}); name its class with attnpatch.register(MyAttention)"
+            )
+        parts = attending
+    patches = []
+    for name, part in parts.items():
+        patch = patch_of(part)
+        if patch is not None and chosen not in (None, patch.chosen):
+            if not replaces:
+                raise PatchError(
+                    f"this model is patched with sites={patch.chosen!r}; leave sites out, or attnpatch.remove() it first"
+                )
+            choose(part, chosen)  # before the old patch goes
+            patch.take_out(part)
+            patch = None
+        if patch is None:
+            try:
+                patch = Patch(part, rule, chosen=chosen or "auto")
+            except PatchError as error:
+                raise PatchError(f"{name}: {error}" if name else str(error)) from error
+            undo.callback(patch.take_out, part)
+        patches.append(patch)
+    return patches
+
+
+def parts_in(model: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline by name; a model itself, without one."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    parts = parts_of(model)
+    if parts is None:
+        raise PatchError(
+            f"a torch.nn.Module, or a pipeline with modules for components, is needed, not {type(model).__name__}"
+        )
+    return parts
+
+
+def not_patched(model: Any) -> PatchError:
+    return PatchError(f"this {type(model).__name__} is not patched; call attnpatch.apply() on it first")

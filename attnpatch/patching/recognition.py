@@ -1,0 +1,249 @@
+"""Finds attention that nobody named or registered: a module that computes softmax of a product of its inputs.
+
+Two steps, because neither will do alone. Code that names a softmax and a product can be anything (a router of experts
+and the product that gathers what they say), so it only makes a candidate. What a candidate computes is seen in its
+first call, which cannot be waited for when ``apply`` is to say at once that a model has nothing to patch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnpatch.patching.code_names import is_torch, names_of_class, names_of_instance, names_of_methods
+from attnpatch.patching.registry import is_attention
+
+_COMPLETE = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ linalg_matmul bmm mm baddbmm einsum".split())
+_SOFTMAXES = frozenset("softmax special_softmax log_softmax softmin gumbel_softmax".split())
+_DIVISIONS = frozenset("div true_divide divide __truediv__ div_".split())
+_POWERS = frozenset("exp exp_ exp2 exp2_".split())
+_SUMS = frozenset("sum nansum logsumexp special_logsumexp normalize".split())
+_WEIGHINGS = frozenset("mul mul_ multiply __mul__ __rmul__".split())
+# Sums over what they are given, so that what comes out are scores no more unless only heads were mixed.
+_LAYERS = frozenset("linear conv1d conv2d conv3d addmm mv dot addbmm tensordot inner bilinear".split())
+
+# Names as people spell them: ``FusedSoftmax``, ``matmul1``, ``xsoftmax``; ``contract`` is opt_einsum's.
+_SOFTMAX_NAMES = re.compile(r"soft_?(max|min)|sparsemax|entmax", re.IGNORECASE)
+_PRODUCT_NAMES = re.compile(r"mat_?mul|(^|_|add|b)mm_?$|einsum|tensordot|^contract$", re.IGNORECASE)
+
+# What a tensor is to the module that is watched; powers are scores under ``exp`` that nothing has divided yet, and what
+# is weighed is probabilities times values that nothing has summed yet.
+INPUT, SCORES, POWERS, PROBABILITIES, WEIGHED = 1, 2, 3, 4, 5
+
+
+def candidates(model: nn.Module) -> set[nn.Module]:
+    """Modules of a model whose code names what attention takes: a softmax and a product, or torch's own function.
+
+    Their code is that of their forward, of what it calls, and of their parts that are no attention themselves. One of
+    the two names must be the module's own, or of a part without parameters, so that a model is no candidate because one
+    of its layers multiplies matrices and another is a classifier.
+    """
+    found: set[nn.Module] = set()
+    _look(model, found, {})
+    return found
+
+
+def _look(
+    module: nn.Module, found: set[nn.Module], seen: dict[nn.Module, tuple[frozenset[str], frozenset[str]]]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Names in a module that count as its owner's own, and all names in it that its owner may need."""
+    if module in seen:
+        return seen[module]
+    seen[module] = _NOTHING  # for a module that holds itself
+    kind = type(module)
+    own = {*names_of_class(kind), *names_of_instance(module)}
+    every: set[str] = set()
+    for child in module.children():
+        near, far = _look(child, found, seen)
+        own |= near | names_of_methods(child, kind)
+        every |= far
+    every |= own
+    is_own = not is_torch(kind) and (kind.forward is not nn.Module.forward or "forward" in vars(module))
+    if is_own and _names_attention(own, every):
+        if not isinstance(module, torch.jit.ScriptModule):
+            found.add(module)
+    elif not is_attention(module):
+        # A helper (a product that is a module, a softmax with a mask) or a container.
+        is_part = not is_own or next(module.parameters(), None) is None
+        seen[module] = frozenset(own if is_part else ()), frozenset(every)
+    return seen[module]
+
+
+_NOTHING: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+
+def _names_attention(own: set[str], every: set[str]) -> bool:
+    if own & _COMPLETE:
+        return True
+    return (_normalises(own) or _multiplies(own)) and _normalises(every) and _multiplies(every)
+
+
+def _normalises(names: set[str]) -> bool:
+    return any(map(_SOFTMAX_NAMES.search, names)) or bool(names & _POWERS and names & _SUMS)
+
+
+def _multiplies(names: set[str]) -> bool:
+    return any(map(_PRODUCT_NAMES.search, names))
+
+
+# A product that is added to their first argument.
+_SUMMED_PRODUCTS = frozenset("baddbmm addbmm addmm baddbmm_ addbmm_ addmm_".split())
+
+
+class Watch(TorchFunctionMode):
+    """Follows the inputs of one call of a candidate: to a product of two of them, its softmax, a product with that.
+
+    Args:
+        inputs: What the candidate is called with.
+        failed: Called with an error of ours, which does not end the call.
+
+    Attributes:
+        found: Whether all three were seen.
+        has_failed: Whether something may have been missed.
+        is_paused: While an attention module inside the candidate runs: what it computes is its own.
+    """
+
+    def __init__(self, inputs: Any, failed: Callable[[str, Exception], None]) -> None:
+        super().__init__()
+        self.failed, self.has_failed = failed, False
+        self.found = self.is_paused = False
+        self.marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._shapes: set[torch.Size] = set()
+        self._is_summed = self._is_weighing = False
+        for tensor in _tensors_within(inputs, _NESTED):
+            self.marks[tensor] = INPUT
+
+    def mark(self, value: Any, as_what: int = INPUT) -> None:
+        for tensor in _tensors(value):
+            self.marks[tensor] = as_what
+            if as_what == SCORES:
+                self._shapes.add(tensor.shape)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        try:
+            # Before the call: one in place changes what a tensor is.
+            given = [(tensor, self._what_is(tensor, name)) for tensor in _tensors((args, kwargs))]
+        except Exception as error:
+            self._failed(error)
+            given = []
+        result = func(*args, **kwargs)
+        try:
+            self._note(name, given, args, result)
+        except Exception as error:
+            self._failed(error)
+        return result
+
+    def _failed(self, error: Exception) -> None:
+        self.has_failed = True
+        self.failed("the look at an operation of a first call", error)
+
+    def _note(self, name: str, given: list[tuple[torch.Tensor, int]], args: Any, result: Any) -> None:
+        most = max((mark for _, mark in given), default=0)
+        if most:
+            what = INPUT if self.is_paused else self._became(name, given, result, most)
+            self.mark(result, what)
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                self.mark(args[:1], what)
+
+    def _what_is(self, tensor: torch.Tensor, name: str) -> int:
+        mark = self.marks.get(tensor, 0)
+        if mark or name not in _PRODUCTS or tensor.shape not in self._shapes or _is_weight(tensor):
+            return mark
+        # What cannot be watched (a scripted function, an extension in C++) made it of scores of this shape.
+        return PROBABILITIES
+
+    def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
+        known = [mark for _, mark in given if mark]
+        if name in _COMPLETE:
+            self.found = True
+            return INPUT
+        if name in _LAYERS and len(known) == 1:
+            return most if _is_mixed(given, result, most) else INPUT
+        if name in _SUMMED_PRODUCTS:
+            # What is added (a bias made of scores) is no factor.
+            (_, added), *factors = given
+            known_of_factors = max((mark for _, mark in factors), default=0)
+            product = self._multiplied(factors, result, known_of_factors) if known_of_factors else 0
+            return max(added, product)
+        if name in _PRODUCTS or name in _LAYERS:
+            return self._multiplied(given, result, most)
+        if name in _SUMS and most >= SCORES:
+            self._is_summed = True
+            self.found = self.found or self._is_weighing or most == WEIGHED
+        if most in (SCORES, POWERS):
+            is_share = name in _DIVISIONS and len(known) == 2 and min(known) >= SCORES
+            if name in _SOFTMAXES or is_share:
+                return PROBABILITIES
+            if name in _POWERS:
+                return POWERS
+        if most == PROBABILITIES and name in _WEIGHINGS and self._weighs(given):
+            return WEIGHED
+        return most
+
+    def _multiplied(self, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
+        known = [mark for _, mark in given if mark]
+        if most == INPUT:
+            # The query of one that pools may be learned; a weight on the right is a layer's.
+            return SCORES if len(known) > 1 or not given[0][1] else INPUT
+        if len(known) == 1 and _is_mixed(given, result, most):
+            return most
+        # Values need not come from the inputs: a grid of coordinates.
+        self._is_weighing = self._is_weighing or most == POWERS
+        self.found = self.found or most >= PROBABILITIES or (self._is_weighing and self._is_summed)
+        return INPUT
+
+    def _weighs(self, given: list[tuple[torch.Tensor, int]]) -> bool:
+        """Whether whole probabilities are multiplied with something else, element by element."""
+        (weights, _), *others = sorted(given, key=lambda pair: -pair[1])
+        is_whole = weights.numel() in {shape.numel() for shape in self._shapes}
+        return is_whole and any(mark < SCORES and tensor.numel() > 1 for tensor, mark in others)
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _is_mixed(given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> bool:
+    """Whether a sum left as many elements as there were: heads were mixed, and keys are as they were."""
+    source = next(tensor for tensor, mark in given if mark == most)
+    return isinstance(result, torch.Tensor) and result.numel() == source.numel()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _tensors_within(value: Any, depth: int) -> list[torch.Tensor]:
+    """Tensors in the arguments of a module: in collections, mappings and the attributes of objects (a graph, a cache)."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if depth == 0 or isinstance(value, (nn.Module, type)):
+        return []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set, frozenset)):
+        value = getattr(value, "__dict__", {}).values()
+    return [tensor for item in list(value) for tensor in _tensors_within(item, depth - 1)]
+
+
+# How deep in the arguments of a module its inputs are looked for.
+_NESTED = 5

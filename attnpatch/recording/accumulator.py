@@ -1,0 +1,259 @@
+"""Adds the probabilities of one attention call to block sums, tile by tile."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from attnpatch.blocks.partition import Partition
+from attnpatch.blocks.spec import Blocks
+from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
+from attnpatch.recording.gpu import fused_sums
+from attnpatch.recording.statistics import Measures
+
+# Blocks of fewer rows than this in a tile are summed together by one product.
+_SHORT_RUN = 8
+# Of fewer than this there is so little to sum that columns are taken together first.
+_SINGLE_RUN = 4
+
+
+class Passing(Protocol):
+    """Where a tile of probabilities belongs (``attnpatch.rows`` makes them)."""
+
+    leads: torch.Tensor
+    rows: tuple[int, int]
+    lead_count: int
+    q_len: int
+    kv_len: int
+    weights: torch.Tensor | None
+    positions: torch.Tensor | None
+
+
+class Collecting(Protocol):
+    """Who holds the sums (``Recorder``)."""
+
+    heads: Any
+    query_blocks: Blocks
+    key_blocks: Blocks
+    sample_rows: int | None
+    seed: int
+    measures: tuple[str, ...]
+    is_of_gradient: bool
+
+    def head_numbers(self, num_heads: int) -> list[int]:
+        """The heads that are kept apart."""
+
+
+@dataclasses.dataclass
+class Record:
+    """Sums of one site over one sequence and its continuations.
+
+    Attributes:
+        query, key: Blocks on either side.
+        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
+        counts: float64 ``[batch, query_blocks]``, query tokens summed.
+        num_heads: Heads that were summed into one, or kept apart.
+        variance: Of ``sums``, where only a sample of the rows was looked at.
+        measures: What else was asked for.
+        notes: What is to be said of the map, such as that weights are mixed after softmax.
+        history: What of it can be taken back, should the sequence be cut.
+    """
+
+    query: Partition
+    key: Partition
+    sums: torch.Tensor
+    counts: torch.Tensor
+    num_heads: int
+    variance: torch.Tensor | None = None
+    measures: Measures | None = None
+    notes: tuple[str, ...] = ()
+    history: Any = None
+
+    def of_rows(self, order: list[int]) -> Record:
+        """That of other sequences of the batch: beams that went on, or some of them."""
+        changes: dict[str, Any] = {
+            name: value[order]
+            for name in ("sums", "counts", "variance")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.measures is not None:
+            own = self.measures
+            parts = (getattr(own, name)[order] for name in ("received", "entropy", "sink", "rows"))
+            changes["measures"] = Measures(*parts, apart=own.apart)
+        return dataclasses.replace(
+            self,
+            query=self.query.of_rows(order),
+            key=self.key.of_rows(order),
+            history=self.history.of_rows(order),
+            **changes,
+        )
+
+
+class SiteObserver:
+    """Adds tiles of probabilities to sums.
+
+    Args:
+        recorder: What was asked for.
+        name: The site's.
+
+    Attributes:
+        record: Where to; ``None``: nowhere yet.
+        past: Tokens before the first query.
+    """
+
+    def __init__(self, recorder: Collecting, name: str) -> None:
+        self.recorder, self.name = recorder, name
+        self.record: Record | None = None
+        self.past = 0
+
+    @property
+    def is_of_gradient(self) -> bool:
+        """Whether it is shown probabilities times their gradients."""
+        return self.recorder.is_of_gradient
+
+    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        """Add ``[leads, rows, kv_len]`` probabilities."""
+        # Sums are products with ones, which autocast would take in half precision; and they are nobody's functions.
+        with torch.autocast(probabilities.device.type, enabled=False), torch._C.DisableTorchFunction():
+            self._observe(probabilities, passing)
+
+    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """All tiles of an attention were shown."""
+
+    def finish(self) -> None:
+        """The call of the site has ended."""
+
+    def sums_of(
+        self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None, num_heads: int
+    ) -> str | None:
+        """Add a whole attention call to the record at once, where the kernel of ``fused_mass`` can.
+
+        Args:
+            call: Arguments of an SDPA call by name.
+            lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
+            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
+            num_heads: Heads of a sequence.
+
+        Returns:
+            ``None`` if it did; otherwise why not, in a few words, and nothing is added.
+        """
+        record, q_len = self.record, call["query"].shape[-2]
+        assert record is not None
+        heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
+        query = record.query.assignment[:, self.past : self.past + q_len]
+        num_blocks = record.sums.shape[-2], record.sums.shape[-1]
+        found = fused_sums.checked_sums(call, lse, query, self._columns, num_blocks, heads, workspace)
+        if isinstance(found, str):
+            return found
+        record.sums += found[0]
+        record.counts += found[1]
+        return None
+
+    def place(self, query: Partition, key: Partition, kv_len: int, first_key: int) -> None:
+        """Remember which bins queries and keys go into.
+
+        Args:
+            query, key: Blocks of either side.
+            kv_len: Keys of a call; those that the partition lacks are in no block.
+            first_key: Place of the first of them in the partition.
+        """
+        assignment = key.assignment[:, first_key : first_key + kv_len]
+        # The last bin takes the keys of no block, so that none has to be left out of a sum.
+        columns = torch.nn.functional.pad(assignment, (0, kv_len - assignment.shape[1]), value=-1)
+        self._columns = torch.where(columns < 0, key.num_blocks, columns)
+        self._runs = [_runs_of(row) for row in query.assignment]
+
+    def empty(self, query: Partition, key: Partition, num_heads: int) -> Record:
+        """A record of nothing."""
+        batch, width = len(query.assignment), self.width(num_heads)
+        sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
+        counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
+        return Record(query, key, sums, counts, num_heads)
+
+    def width(self, num_heads: int) -> int:
+        """Heads that are summed apart."""
+        return 1 if self.recorder.heads == "mean" else len(self.recorder.head_numbers(num_heads))
+
+    def of_sequences(
+        self, probabilities: torch.Tensor, passing: Passing, num_heads: int
+    ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor | None]]:
+        """The sequences of a tile: their number, their heads, the tile of them and its weights."""
+        sequences, heads = passing.leads // num_heads, passing.leads % num_heads
+        for b in sequences.unique().tolist():
+            mine = sequences == b
+            numbers = heads[mine].tolist()
+            tile, weights = probabilities, passing.weights
+            if len(numbers) < len(mine) or numbers != sorted(numbers):
+                order = mine.nonzero().flatten()
+                order = order[heads[order].argsort()]
+                numbers, order = heads[order].tolist(), order.to(probabilities.device)
+                tile, weights = tile[order], None if weights is None else weights[order]
+            yield b, numbers, tile, weights
+
+    def places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
+        """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
+        if self.recorder.heads == "mean":
+            yield slice(0, 1), slice(None)
+        elif self.recorder.heads == "all" and numbers[-1] - numbers[0] == len(numbers) - 1:
+            yield slice(numbers[0], numbers[-1] + 1), slice(None)
+        else:
+            for place, head in enumerate(self.recorder.head_numbers(num_heads)):
+                if head in numbers:
+                    i = numbers.index(head)
+                    yield slice(place, place + 1), slice(i, i + 1)
+
+    def add(
+        self, b: int, place: slice, tile: torch.Tensor, weights: torch.Tensor | None, low: int, high: int
+    ) -> None:
+        """Add ``[heads, rows, kv_len]``, the query tokens ``low:high`` of sequence ``b``."""
+        assert self.record is not None
+        sums, columns = self.record.sums[b, place], self._columns[b, : tile.shape[-1]]
+        runs = self._runs[b]
+        first = bisect.bisect_right(runs, low, key=lambda run: run[1])
+        last = bisect.bisect_left(runs, high, key=lambda run: run[0])
+        if (last - first) * _SHORT_RUN <= high - low:
+            for start, stop, block in runs[first:last]:
+                rows = slice(max(start, low) - low, min(stop, high) - low)
+                add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
+            return
+        query = self.record.query.assignment[b : b + 1, low:high]
+        if (last - first) * _SINGLE_RUN > high - low:
+            add_rows(sums, tile, query[0], columns, weights)
+            return
+        if weights is not None:
+            tile = tile * weights.unsqueeze(-1)
+        accumulate_block_mass(sums[None], tile[None], query, columns[None])
+
+    def count(self, b: int, low: int, high: int) -> None:
+        """The query tokens ``low:high`` of a sequence were summed."""
+        assert self.record is not None
+        block = self.record.query.assignment[b, low:high]
+        self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
+
+
+def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
+    """First token, one past the last, and block of every run of neighbours in one block."""
+    changes = (assignment[1:] != assignment[:-1]).nonzero().flatten() + 1
+    bounds = [0, *changes.tolist(), len(assignment)]
+    blocks = assignment[bounds[:-1]].tolist() if len(assignment) else []
+    runs = zip(bounds[:-1], bounds[1:], blocks, strict=False)
+    return [(start, stop, block) for start, stop, block in runs if block >= 0]
+
+
+def heads_as_leads(probabilities: torch.Tensor, passing: Passing) -> tuple[torch.Tensor, Passing]:
+    """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
+    low, high = passing.rows
+    leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
+    count = passing.lead_count * passing.q_len
+    weights = None if passing.weights is None else passing.weights.reshape(-1, 1)
+    changed = dataclasses.replace(
+        passing, leads=leads, rows=(0, 1), lead_count=count, q_len=1, weights=weights
+    )  # type: ignore[type-var]
+    return probabilities.reshape(len(leads), 1, -1), changed

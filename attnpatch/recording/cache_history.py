@@ -1,0 +1,132 @@
+"""What of a record can be taken back: a cache is cut when drafts are rejected or a turn is asked for again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from attnpatch.recording.accumulator import Record
+from attnpatch.recording.call_facts import Unknown
+
+# Rows of a call, and numbers of a site, that are kept apart from their blocks.
+MOST_ROWS = 256
+_MOST_NUMBERS = 1 << 18
+
+
+@dataclasses.dataclass
+class Rows:
+    """Query tokens that were summed in one call, each apart.
+
+    Attributes:
+        start: Place of the first.
+        sums: float64 ``[batch, heads or 1, rows, key_blocks + 1]``.
+        blocks: int64 ``[batch, rows]``, the block of each, -1 for none.
+    """
+
+    start: int
+    sums: torch.Tensor
+    blocks: torch.Tensor
+
+
+@dataclasses.dataclass
+class History:
+    """The latest rows of a record.
+
+    Attributes:
+        total: Tokens of the sequence.
+        known: Of the queries' tokens which are real, bool ``[batch, total]``.
+        keys: Keys of another sequence, if it has those; ``None``: its keys are its own tokens.
+        follows_cache: Whether its queries are the tokens that a cache holds.
+        pieces: The latest calls, in order; all rows from the first of them on.
+    """
+
+    total: int
+    known: torch.Tensor
+    keys: int | None = None
+    follows_cache: bool = False
+    pieces: tuple[Rows, ...] = ()
+
+    def with_call(
+        self, rows: Rows | None, total: int, known: torch.Tensor, keys: int | None, follows_cache: bool
+    ) -> History:
+        """The history after one more call; ``rows`` is ``None`` where they were not kept apart."""
+        pieces = (*self.pieces, rows) if rows is not None else ()
+        if len({piece.sums.shape[:2] for piece in pieces}) > 1:
+            pieces = pieces[-1:]
+        held = sum(piece.sums.numel() for piece in pieces)
+        while len(pieces) > 1 and held > _MOST_NUMBERS:
+            held -= pieces[0].sums.numel()
+            pieces = pieces[1:]
+        return History(total, known, keys, follows_cache, pieces)
+
+    def of_rows(self, order: list[int]) -> History:
+        """That of other sequences: beams that went on."""
+        pieces = tuple(
+            dataclasses.replace(piece, sums=piece.sums[order], blocks=piece.blocks[order])
+            for piece in self.pieces
+        )
+        return dataclasses.replace(self, known=self.known[order], pieces=pieces)
+
+
+def cut(record: Record, total: int, partitions: Any) -> Record:
+    """A record without the query tokens from ``total`` on.
+
+    Args:
+        record: It is left as it is.
+        total: Tokens that are left.
+        partitions: From which tokens are real to the blocks of queries and of keys (``Recorder.partitions``).
+
+    Raises:
+        Unknown: They were summed together with others.
+    """
+    history: History = record.history
+    if total >= history.total:
+        return record
+    if record.measures is not None or record.variance is not None:
+        raise Unknown("its cache was cut, and what was measured of single rows cannot be taken back")
+    sums, counts = record.sums.clone(), record.counts.clone()
+    start = min((piece.start for piece in history.pieces), default=history.total)
+    assignment = record.query.assignment
+    for b in range(len(sums)):
+        # Rows that were not kept apart can go with the whole of their block.
+        gone = assignment[b, total : max(total, start)]
+        gone = gone[gone >= 0].unique()
+        for block in gone.tolist():
+            first = int((assignment[b] == block).nonzero()[0])
+            if first < total:
+                raise Unknown(
+                    f"its cache was cut at token {total}, inside a block and inside a call of more than {MOST_ROWS} "
+                    "tokens; cut at the border of a block"
+                )
+            sums[b, :, block], counts[b, block] = 0, 0
+        for piece in history.pieces:
+            for row, block in enumerate(piece.blocks[b].tolist()):
+                if block < 0 or piece.start + row < total or block in gone.tolist():
+                    continue
+                bins = piece.sums.shape[-1] - 1
+                sums[b, :, block, :bins] -= piece.sums[b, :, row, :-1]
+                counts[b, block] -= 1
+    known = history.known[:, :total]
+    query, key = partitions(known, None)
+    if history.keys is not None:
+        key = record.key
+    query_blocks, key_blocks = query.num_blocks, key.num_blocks
+    kept = torch.zeros(len(sums), sums.shape[1], query_blocks, key_blocks + 1, dtype=torch.float64)
+    kept[..., :-1] = sums[:, :, :query_blocks, :key_blocks]
+    pieces = tuple(
+        dataclasses.replace(
+            piece, sums=piece.sums[:, :, : total - piece.start], blocks=piece.blocks[:, : total - piece.start]
+        )
+        for piece in history.pieces
+        if piece.start < total
+    )
+    return dataclasses.replace(
+        record,
+        query=query,
+        key=key,
+        sums=kept,
+        counts=counts[:, :query_blocks],
+        history=dataclasses.replace(history, total=total, known=known, pieces=pieces),
+    )

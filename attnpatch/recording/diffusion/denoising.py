@@ -1,0 +1,320 @@
+"""Collects block sums while an image is sampled: over steps, told apart by whose text a row of the batch is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attnpatch.blocks.spec import Blocks
+from attnpatch.blocks.tiles import Grid, Tiles
+from attnpatch.errors import BlockError, CaptureError
+from attnpatch.recording.accumulator import Record
+from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
+
+# Tiles along either edge of an image where nobody says how many, as queries and as keys.
+QUERY_TILES, KEY_TILES = 32, 16
+
+
+@dataclasses.dataclass
+class TextRow:
+    """The text of one row of a batch (``attnpatch.hosts`` finds it).
+
+    Attributes:
+        labels: One per block.
+        assignment: int64 ``[tokens]``, the block of each text token the denoiser is given, -1 for none.
+        text: As it was given; ``None``: not known.
+        role: ``"prompt"``, ``"negative"``, or ``""``: not known.
+        listed: Words and their blocks, where these are not one word each.
+        missing: Words without a block of their own: why.
+    """
+
+    labels: tuple[str, ...]
+    assignment: torch.Tensor
+    text: str | None = None
+    role: str = ""
+    listed: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Words in order, and the blocks of each."""
+        return self.listed or tuple((label, (number,)) for number, label in enumerate(self.labels))
+
+    def is_like(self, other: TextRow) -> bool:
+        """Whether the same words of the same text are the same tokens, whatever their embeddings are."""
+        mine, its = ((e.text, e.role, e.labels, e.listed, sorted(e.missing)) for e in (self, other))
+        return self.text is not None and mine == its and torch.equal(self.assignment, other.assignment)
+
+
+@dataclasses.dataclass
+class DenoiserCall:
+    """One call of a denoiser (``attnpatch.hosts`` reads it).
+
+    Attributes:
+        batch: Rows of its batch.
+        images, texts: What it is given of either.
+        text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
+        timestep: Of the sampler, ``None`` if it has none.
+        latents: Shape of the image, where it comes as rows and columns.
+        pictures: Shapes of the pictures, where they come as a sequence of tokens; the first is the one that is sampled.
+            Neither: not known.
+        past: Tokens in a cache, which a denoiser has not.
+    """
+
+    batch: int
+    images: list[torch.Tensor]
+    texts: list[torch.Tensor]
+    text_mask: torch.Tensor | None
+    timestep: float | None
+    latents: Grid | None = None
+    pictures: tuple[Grid, ...] = ()
+    past: int = 0
+
+
+# A row of a batch: which text it was given, and the how manyth row with that text it is.
+Row = tuple[int, int]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What of an image to show.
+
+    Attributes:
+        query_tiles, key_tiles: How the image is cut; ``None``: as its size suggests.
+        text: Blocks of the text; ``None``: its words.
+        queries, keys: Kinds of tokens on either side.
+    """
+
+    query_tiles: Tiles | None = None
+    key_tiles: Tiles | None = None
+    text: Blocks | None = None
+    queries: frozenset[str] = frozenset({IMAGE, TEXT})
+    keys: frozenset[str] = frozenset({IMAGE, TEXT})
+
+    @classmethod
+    def of(cls, blocks: Blocks | tuple[Blocks, Blocks] | None) -> Plan:
+        """As ``capture`` is given it.
+
+        Raises:
+            CaptureError: These are no blocks of an image.
+        """
+        if blocks is None:
+            return cls()
+        pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
+        tiled = [isinstance(side, Blocks) and side.image is not None for side in pair]
+        if len(pair) != 2 or not all(isinstance(side, Blocks) for side in pair) or not any(tiled):
+            raise CaptureError(
+                f"blocks={blocks!r} is not accepted for an image; give Blocks.tiles(height, width, tile), a pair of "
+                "blocks for queries and keys such as (Blocks.tiles(...), Blocks.words(...)), or None: tiles and words"
+            )
+        tiles = [Tiles.of_blocks(side.image) if side.image else None for side in pair]
+        if any(side.image and side.image[3] for side in pair):
+            raise CaptureError(
+                "where the image begins in a sequence of text and image is found; leave start out"
+            )
+        text = next((side for side in pair if side.image is None), None)
+        kinds = [frozenset({IMAGE if is_tiled else TEXT}) for is_tiled in tiled]
+        return cls(tiles[0], tiles[1], text, *kinds)
+
+
+@dataclasses.dataclass
+class Side:
+    """The blocks on one side of a site: words first, then the image's cells.
+
+    Attributes:
+        has_text: Whether there are words.
+        words: Blocks of words, as many as the row with most of them has.
+        grid: The image's tokens at this site, if it has any.
+    """
+
+    has_text: bool = False
+    words: int = 0
+    grid: Grid | None = None
+
+    def of_row(self, words: int, count: int) -> torch.Tensor:
+        """Which of ``count`` blocks a row with so many words has."""
+        own = words if self.has_text else 0
+        return torch.cat([torch.arange(own), torch.arange(self.words, count)])
+
+
+@dataclasses.dataclass
+class ImageRecord(Record):
+    """Sums of one site, and what its blocks are."""
+
+    query_side: Side = dataclasses.field(default_factory=Side)
+    key_side: Side = dataclasses.field(default_factory=Side)
+
+
+class Run:
+    """One sampling: an image, or a batch of them.
+
+    Attributes:
+        timesteps: In order; a sampler's step may call the denoiser several times.
+        texts: Every text that rows were given.
+        rows: Every row there was, and its steps.
+        image: The shape of the image; known when the first site has run.
+        refused: Sites that are in no map of this run.
+        records: By step and rows of the batch, then by site.
+    """
+
+    def __init__(self) -> None:
+        self.timesteps: list[float | None] = []
+        self.texts: list[TextRow] = []
+        self.rows: dict[Row, set[int]] = {}
+        self.image: Grid | None = None
+        self.refused: set[str] = set()
+        self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
+
+    def step_of(self, timestep: float | None) -> int:
+        """Number of the step: a new one for each timestep that differs from the one before."""
+        if not self.timesteps or timestep is None or self.timesteps[-1] != timestep:
+            self.timesteps.append(timestep)
+        return len(self.timesteps) - 1
+
+
+class Sampling:
+    """All runs of a capture, which several denoisers of one pipeline may share.
+
+    Args:
+        plan: What to show.
+        is_kept_apart: Whether steps are.
+        find_texts: Says whose text each row of a text is; ``None``: nobody knows.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        is_kept_apart: bool = False,
+        find_texts: Callable[[torch.Tensor], list[TextRow | None]] | None = None,
+    ) -> None:
+        self.plan, self.is_kept_apart, self.find_texts = plan, is_kept_apart, find_texts
+        self.runs: list[Run] = []
+        self.left_out: dict[str, str] = {}
+        self._known: dict[bytes, int] = {}
+        self._last: tuple[Any, int, list[int]] | None = None
+
+    def begin_run(self) -> None:
+        """A pipeline is called."""
+        self.runs.append(Run())
+        self._known, self._last = {}, None
+
+    def end_run(self) -> None:
+        """The call has ended; one that never came to its denoiser is no run."""
+        if self.runs and not self.runs[-1].records:
+            self.runs.pop()
+
+    @property
+    def run(self) -> Run:
+        """The run that goes on; without a pipeline that says where it begins, all calls are one."""
+        if not self.runs:
+            self.begin_run()
+        return self.runs[-1]
+
+    def rows_of(self, call: DenoiserCall) -> tuple[Row, ...]:
+        """Which rows a batch holds: those with one and the same text are one image after the other."""
+        run, text = self.run, call.texts[0] if call.texts else None
+        if text is None or text.shape[0] != call.batch:
+            numbers = [self._number(b"", None)] * call.batch
+        elif self._last is not None and self._last[0]() is text and self._last[1] == text._version:
+            numbers = self._last[2]
+        else:
+            numbers = self._numbers(text, call.text_mask)
+            self._last = weakref.ref(text), text._version, numbers
+        rows = tuple((number, numbers[:place].count(number)) for place, number in enumerate(numbers))
+        step = len(run.timesteps) - 1
+        for row in rows:
+            run.rows.setdefault(row, set()).add(step)
+        return rows
+
+    def _numbers(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+        given = text.detach().float().cpu().contiguous()
+        keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in given]
+        new = {key: place for place, key in enumerate(keys) if key not in self._known}
+        if new:
+            # All rows of a batch, where blocks were given for each of them.
+            places = list(range(len(keys))) if self.plan.text is not None else list(new.values())
+            found = self._texts(text[places], None if mask is None else mask[places])
+            texts = dict(zip(places, found, strict=True))
+            used = {self._known[key] for key in keys if key in self._known}
+            for key, place in new.items():
+                used.add(self._number(key, texts[place], used))
+        return [self._known[key] for key in keys]
+
+    def _texts(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[TextRow]:
+        """The text of each row, in the blocks asked for, else in its words, else in its tokens by number."""
+        tokens = text.shape[1]
+        found = [TextRow(tuple(map(str, range(tokens))), torch.arange(tokens)) for _ in text]
+        if self.find_texts is not None:
+            found = [row or numbered for row, numbered in zip(self.find_texts(text), found, strict=True)]
+        if self.plan.text is not None:
+            self._name(found, torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask)
+        return found
+
+    def _name(self, found: list[TextRow], valid: torch.Tensor) -> None:
+        """Take the blocks asked for. Those of a prompt are not guidance's, which keeps its own words."""
+        blocks, chosen = self.plan.text, list(range(len(found)))
+        prompts = [place for place in chosen if found[place].role != "negative"]
+        for_all = blocks.per_sequence and len(blocks.spans_by_sequence) == len(found) and prompts
+        if blocks.kind in ("words", "tokens") and not for_all:
+            chosen = prompts
+        if chosen:
+            asked = blocks.resolve(valid[chosen])
+            for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
+                before = found[place]
+                if blocks.kind == "words" and before.text is not None:
+                    _check_words(labels, assignment, before)
+                missing = {word: why for word, why in before.missing.items() if word in labels}
+                found[place] = TextRow(labels, assignment, before.text, before.role, missing=missing)
+
+    def _number(self, key: bytes, row: TextRow | None, used: set[int] = frozenset()) -> int:
+        """The number of a text: that of one with other embeddings of the same tokens, which went before it."""
+        if key not in self._known:
+            texts, row = self.run.texts, row or TextRow((), torch.zeros(0, dtype=torch.int64))
+            step = len(self.run.timesteps) - 1
+            now = used | {number for (number, _), steps in self.run.rows.items() if step in steps}
+            alike = [number for number, text in enumerate(texts) if number not in now and row.is_like(text)]
+            self._known[key] = alike[0] if alike else len(texts)
+            if not alike:
+                texts.append(row)
+                self._say(len(texts) - 1, row)
+        return self._known[key]
+
+    def _say(self, number: int, row: TextRow) -> None:
+        """Note what of a text is in no map."""
+        for word, reason in row.missing.items():
+            self.left_out.setdefault(f"word {word!r}", reason)
+        if row.labels and row.text is None and self.find_texts is not None and self.plan.text is None:
+            self.left_out.setdefault(
+                f"words of text {number}",
+                "no text encoder of the pipeline returned its embeddings inside the with block, so its tokens have "
+                "numbers; encode the prompt there, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
+            )
+
+
+def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow) -> None:
+    """Words that somebody gave are where the text has them: tokens of another tokenizer, or of chunks, lie elsewhere.
+
+    Raises:
+        BlockError: They are not.
+    """
+    words: dict[int, list[str]] = {}
+    for label, numbers in known.words:
+        for number in numbers:
+            words.setdefault(number, []).append(label)
+    for token, (mine, its) in enumerate(zip(assignment.tolist(), known.assignment.tolist(), strict=True)):
+        if mine >= 0 and its >= 0 and labels[mine] not in words[its]:
+            raise BlockError(
+                f"text token {token} is of {words[its][0]!r}, the blocks have {labels[mine]!r} there; give the words of the "
+                "text that the pipeline is given, with its tokenizer, or leave them out: they are found"
+            )
+
+
+def tiles_of(sampling: Sampling, run: Run, most: int) -> Tiles:
+    """How the image of a run is cut, as queries or as keys."""
+    asked = sampling.plan.query_tiles if most == QUERY_TILES else sampling.plan.key_tiles
+    return asked if asked is not None else Tiles.of(run.image, most)

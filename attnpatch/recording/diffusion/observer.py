@@ -1,0 +1,353 @@
+"""Watches the calls of a denoiser: where each tile of its attention belongs, and what is in no map and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attnpatch.blocks.partition import Partition
+from attnpatch.blocks.tiles import Grid
+from attnpatch.errors import AttnpatchError, CaptureError
+from attnpatch.recording.accumulator import Passing, SiteObserver, heads_as_leads
+from attnpatch.recording.call_facts import INPUT, NOT_SEEN, OFF, OFF_FUSED, Layout, Unknown, check_sums
+from attnpatch.recording.diffusion.denoising import (
+    KEY_TILES,
+    QUERY_TILES,
+    ImageRecord,
+    Side,
+    TextRow,
+    tiles_of,
+)
+from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, TEXT, Origin
+from attnpatch.recording.gpu import fused_sums
+
+UNSAID = (
+    "in which rows and columns they lie is not said by the call (no img_ids, img_shapes, or height and width); give "
+    "blocks=Blocks.tiles(height, width, tile) with the rows and columns of its tokens"
+)
+
+
+class ImageObserver(SiteObserver):
+    """Adds the tiles of one call of one site of a denoiser to its record, once all that its map rests on is known.
+
+    Args:
+        recorder: What was asked for.
+        name: The site's.
+        call: Of the denoiser.
+        records: Of this step, by site.
+        inputs: Whose tokens each tensor is that the site is called with; ``None``: not known.
+        is_again: Whether it was called before in this call of the denoiser.
+        is_candidate: Whether it may turn out to be no attention.
+        sides: Rows and columns that the tokens of each tensor were joined of; empty: not known.
+    """
+
+    def __init__(
+        self,
+        recorder: Any,
+        name: str,
+        call: Any,
+        records: dict[str, Any],
+        inputs: list[Origin | None],
+        is_again: bool = False,
+        is_candidate: bool = False,
+        sides: Sequence[list[int]] = (),
+    ) -> None:
+        super().__init__(recorder, name)  # type: ignore[arg-type]
+        self.recorder: Any = recorder
+        self.call, self.records, self.inputs = call, records, inputs
+        self.is_again, self.is_candidate, self.sides = is_again, is_candidate, sides
+        self.before: Any = None
+        self.layout: Layout | None = None
+        self.is_shown = False
+        # What rows may be off by; whether some look at nothing.
+        self.off, self.has_closed = OFF, False
+        self.grids: dict[int | None, Grid] = {}
+
+    def begin(self, layout: Layout, opened: Any) -> bool:
+        """An attention of the site: whether it is to be shown."""
+        if self.layout is not None:
+            # A second one inside the module, as an image prompt's: shown it would be mixed with the first.
+            if self.is_shown:
+                keys = f"{layout.kv_len} keys"
+                self._leave_out(f"attends a second time, to {keys}", f" ({keys})")
+            return False
+        self.layout = layout
+        if self.name in self.recorder.sampling.run.refused:
+            return False
+        try:
+            if self.is_again:
+                raise Unknown(
+                    "is called several times in one call of the denoiser, and which call a map would be of is not said"
+                )
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                self.is_shown = self._begin(layout)
+        except (Unknown, AttnpatchError) as reason:
+            self._refuse(str(reason))
+        return self.is_shown
+
+    def _begin(self, layout: Layout) -> bool:
+        """Find out whose tokens the queries and the keys are; whether they were asked for."""
+        count, batch = layout.batch * layout.heads, self.call.batch
+        whole = batch * self.recorder.num_heads.get(self.name, 0)
+        if (whole and count != whole) or count % batch:
+            # Some rows of the batch only (perturbed attention guidance), some heads, or other rows than images.
+            heads = f"{whole} of its batch and heads" if whole else f"{batch} of its batch"
+            raise Unknown(f"attends in {count} pieces, not in the {heads}")
+        if layout.why_not:
+            raise Unknown(layout.why_not)
+        if layout.batch != batch:
+            raise Unknown(f"attends in {layout.batch} sequences, the denoiser is given {batch}")
+        queries = self._kinds_of(layout.queries, "queries", layout.q_len)
+        keys = self._kinds_of(layout.keys, "keys", layout.kv_len)
+        plan = self.recorder.sampling.plan
+        if not {kind for kind, _ in queries} & plan.queries or not {kind for kind, _ in keys} & plan.keys:
+            return False
+        if layout.is_mixed:
+            self._leave_out("are mixed after softmax: rows of its map need not sum to 1", " (weights)")
+        self.segments = self._segments(queries), self._segments(keys)
+        for pieces in (layout.queries, layout.keys):
+            self._check_sides(pieces)
+        if self.recorder.heads != "mean":
+            self.recorder.head_numbers(layout.heads)
+        self._check_before()
+        self._open()
+        return True
+
+    def _kinds_of(self, pieces: Sequence[Any], side: str, count: int) -> Origin:
+        """Kinds of tokens on one side and how many, in order.
+
+        Raises:
+            Unknown: Some are not known.
+        """
+        found: list[tuple[str, int | None]] = []
+        for piece in pieces:
+            origin = self.inputs[piece.number] if piece.kind == INPUT else None
+            if origin is not None and len(origin) > 1:
+                if sum(length or 0 for _, length in origin) != piece.length:
+                    raise Unknown(
+                        f"attends with a part of its {side}, and which tokens these are is not known"
+                    )
+                found += origin
+            else:
+                found.append((OTHER if origin is None else origin[0][0], piece.length))
+        if all(kind == OTHER for kind, _ in found):
+            raise Unknown(f"attends with {count} {side} of which it is not known what they are")
+        return tuple(found)
+
+    def _check_sides(self, pieces: Sequence[Any]) -> None:
+        """Whether the grid of an image is what its tokens were joined of, where that is known.
+
+        Raises:
+            Unknown: It is another.
+        """
+        for piece in pieces:
+            sides = self.sides[piece.number] if piece.kind == INPUT and piece.number < len(self.sides) else []
+            grid = self.grids.get(piece.length)
+            if grid is not None and sides == [0]:
+                raise Unknown(
+                    "attends with image tokens whose rows, columns or frames were cut, padded or joined to others: which part "
+                    "of the image each of them shows is not known"
+                )
+            if grid is None or len(sides) < 2 or self.inputs[piece.number] != ((IMAGE, None),):
+                continue
+            edges = [*itertools.accumulate(sides, operator.mul)]
+            if grid.frames * grid.height not in edges:
+                raise Unknown(
+                    f"attends with image tokens in {' x '.join(map(str, sides))}, where the image has "
+                    f"{grid.height} x {grid.width}: which part of the image each of them shows is not known"
+                )
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
+        """Add a whole attention call at once; see ``sums_of``."""
+        reason = fused_sums.why_not(call)
+        if reason is not None:
+            return reason
+        layout = self.layout
+        assert layout is not None
+        is_plain = call["query"].shape[:3] == (layout.batch, layout.heads, layout.q_len)
+        if not is_plain or layout.numbers is not None:
+            return "another layout"
+        # The kernel has a check of its own.
+        self.off = OFF_FUSED
+        return self.sums_of(call, lse, workspace, layout.heads)
+
+    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        layout = self.layout
+        if not self.is_shown or layout is None:
+            return
+        if passing.q_len != layout.q_len:
+            probabilities, passing = heads_as_leads(probabilities, passing)
+        if layout.numbers is not None:
+            passing = dataclasses.replace(passing, leads=layout.numbers[passing.leads])  # type: ignore[type-var]
+        self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
+        for b, numbers, tile, weights in self.of_sequences(probabilities, passing, layout.heads):
+            self.has_closed |= weights is not None and bool((weights == 0).any())
+            if 0 in numbers:
+                self.count(b, *passing.rows)
+            for place, chosen in self.places(numbers, layout.heads):
+                some = None if weights is None else weights[chosen]
+                self.add(b, place, tile[chosen], some, *passing.rows)
+
+    def restart(self) -> None:
+        """Forget the tiles of this call."""
+        if self.record is not None:
+            self._open()
+
+    def end(self) -> None:
+        """All tiles of the attention were shown: every row has to sum to 1, but those that look at nothing."""
+        record, layout = self.record, self.layout
+        if record is None or layout is None or layout.is_mixed:
+            return
+        share = layout.heads if self.recorder.heads == "mean" else 1
+        may_lack = self.has_closed or layout.drops_keys
+        try:
+            check_sums(record.sums, record.counts[:, None] * share, self.off, may_lack)
+        except Unknown as reason:
+            self._refuse(str(reason))
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
+        """All rows."""
+        return None
+
+    def finish(self) -> None:
+        """The call of the site has ended."""
+        if self.layout is None and not self.is_candidate:
+            self._refuse(NOT_SEEN)
+
+    def _refuse(self, reason: str) -> None:
+        self._leave_out(reason)
+        self.recorder.sampling.run.refused.add(self.name)
+        # What earlier calls added to the same mean is no map of all of them.
+        self.records.pop(self.name, None)
+
+    def _leave_out(self, reason: str, part: str = "") -> None:
+        self.recorder.sampling.left_out.setdefault(self.name + part, reason)
+
+    def _segments(self, side: Origin) -> Origin:
+        """Kinds of tokens on one side and how many; of several pictures the image is the first.
+
+        Raises:
+            CaptureError: They cannot be shown.
+        """
+        found: list[tuple[str, int | None]] = []
+        for kind, length in side:
+            if kind in (each for each, _ in found if each != OTHER):
+                raise CaptureError(f"attends with tokens of the {kind} in several places of one sequence")
+            rest = 0
+            if kind == IMAGE:
+                image = self._image(length)
+                rest = length - image.tokens
+            elif kind == TEXT in self._asked() and any(
+                len(text.assignment) != length for text in self._texts()
+            ):
+                given = self.call.texts[0].shape[:2] if self.call.texts else (0, 0)
+                raise CaptureError(
+                    f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
+                    f"{given[0]}"
+                )
+            elif kind == OTHER:
+                self._leave_out(
+                    "are not known to be the image's or the text's: in no block", f" ({length} tokens)"
+                )
+            found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
+        return tuple(found)
+
+    def _image(self, tokens: int) -> Grid:
+        """Rows and columns of the image in so many tokens, which may be followed by those of other pictures."""
+        sampling, call = self.recorder.sampling, self.call
+        tiles = [
+            each.image for each in (sampling.plan.query_tiles, sampling.plan.key_tiles) if each is not None
+        ]
+        if call.pictures:
+            grid, *others = call.pictures
+            whole = grid.tokens + sum(other.tokens for other in others)
+            if tokens != whole:
+                raise CaptureError(
+                    f"attends with {tokens} image tokens, the pictures it is given have {whole}"
+                )
+        elif call.latents is not None:
+            grid, others = Grid.fitting(tokens, call.latents), []
+            if grid is None:
+                raise CaptureError(
+                    f"attends with {tokens} image tokens, which show no image of the size of this one"
+                )
+        else:
+            grid, others = next((each for each in tiles if each.tokens == tokens), None), []
+            if grid is None:
+                raise CaptureError(f"attends with {tokens} image tokens: {UNSAID}")
+        if any(Grid.fitting(grid.tokens, each) != grid for each in tiles):
+            raise CaptureError(
+                f"attends with {grid.tokens} image tokens, which show no image of the size of this one"
+            )
+        run = sampling.run
+        self.grids[grid.tokens] = grid
+        run.image = run.image or (tiles[0] if tiles else call.latents or grid)
+        for number, other in enumerate(others, 2):
+            name = f"picture {number} of {len(others) + 1}"
+            size = f"{other.height} x {other.width} tokens"
+            self.recorder.sampling.left_out.setdefault(
+                name, f"its {size} are in no block; maps show the first picture"
+            )
+        return grid
+
+    def _check_before(self) -> None:
+        """Sums that go on are of the same blocks."""
+        self.partitions = self._made()
+        self.before = before = self.records.get(self.name)
+        if before is not None and (before.query_side, before.key_side) != (self.query_side, self.key_side):
+            raise CaptureError(
+                "attends to an image of another size, or to another text, than before in one mean; capture with "
+                "steps='all'"
+            )
+
+    def _asked(self) -> frozenset[str]:
+        plan = self.recorder.sampling.plan
+        return plan.queries | plan.keys
+
+    def _texts(self) -> list[TextRow]:
+        return [self.recorder.sampling.run.texts[number] for number, _ in self.recorder.rows]
+
+    def _made(self) -> tuple[Partition, Partition]:
+        sampling = self.recorder.sampling
+        query, self.query_side = self._side(self.segments[0], sampling.plan.queries, QUERY_TILES)
+        key, self.key_side = self._side(self.segments[1], sampling.plan.keys, KEY_TILES)
+        return query, key
+
+    def _side(self, segments: Origin, kinds: frozenset[str], most: int) -> tuple[Partition, Side]:
+        sampling = self.recorder.sampling
+        texts = self._texts()
+        has_text = TEXT in kinds and any(kind == TEXT for kind, _ in segments)
+        side = Side(has_text, max(len(text.labels) for text in texts) if has_text else 0)
+        pieces, count = [], side.words
+        for kind, length in segments:
+            piece = torch.full((self.call.batch, length), -1)
+            if kind == TEXT and has_text:
+                piece = torch.stack([text.assignment for text in texts])
+            elif kind == IMAGE and IMAGE in kinds:
+                side.grid = self.grids[length]
+                tiles = tiles_of(sampling, sampling.run, most)
+                cells = tiles.cells(side.grid)
+                count = side.words + int(cells.max()) + 1
+                piece = (side.words + cells).repeat(self.call.batch, 1)
+            pieces.append(piece)
+        assignment = torch.cat(pieces, 1)
+        sizes = torch.stack([torch.bincount(row[row >= 0], minlength=count) for row in assignment])
+        return Partition(assignment, sizes, sizes, sizes, ((),) * self.call.batch), side
+
+    def _open(self) -> None:
+        """Sums that this call is added to."""
+        query, key = self.partitions
+        assert self.layout is not None
+        self.place(query, key, self.layout.kv_len, 0)
+        record = self.empty(query, key, self.layout.heads)
+        old = self.before
+        if old is not None:
+            record.sums += old.sums
+            record.counts += old.counts
+        self.record = ImageRecord(**vars(record), query_side=self.query_side, key_side=self.key_side)
+        self.records[self.name] = self.record

@@ -1,0 +1,50 @@
+"""Words that heat maps are asked for, among those of a text."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from attnpatch.errors import CaptureError
+from attnpatch.recording.diffusion.denoising import TextRow
+
+
+def listed(words: Any, labels: Sequence[str]) -> list[Any]:
+    """Words one by one; what is a label as a whole stays whole."""
+    if isinstance(words, str):
+        is_label = any(plain(label) == plain(words) for label in labels)
+        return [words] if is_label else words.split() or [words]
+    return [words] if isinstance(words, int) else list(words)
+
+
+def plain(word: str) -> str:
+    """A word without regard to case and to the punctuation around it."""
+    return word.casefold().strip(string.punctuation + " ")
+
+
+def why_missing(word: str, text: TextRow) -> str | None:
+    """Why a word has no map, if it stands somewhere without one."""
+    return next((why for label, why in text.missing.items() if plain(label) == plain(word)), None)
+
+
+def places(word: str | int, text: TextRow) -> list[int]:
+    """Where a word stands: its numbers among the words.
+
+    Raises:
+        CaptureError: Nowhere, or it has no map.
+    """
+    labels = [label for label, _ in text.words]
+    if isinstance(word, int) and not isinstance(word, bool):
+        if 0 <= word < len(labels):
+            return [word]
+    else:
+        why = why_missing(str(word), text)
+        if why is not None:
+            raise CaptureError(f"there is no map of {word!r}: {why}")
+        wanted = plain(str(word))
+        found = [i for i, label in enumerate(labels) if label == word or (wanted and plain(label) == wanted)]
+        if found:
+            return found
+    shown = ", ".join(repr(label) for label in labels[:20]) + (", ..." if len(labels) > 20 else "")
+    raise CaptureError(f"{word!r} is not among the words: {shown}")

@@ -1,0 +1,96 @@
+"""Block maps of what a recorder has gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.errors import CaptureError
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.recording.accumulator import Record
+from attnpatch.recording.assemble import block_map, measured, together
+from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.sequences import Calls
+
+_NOTHING = (
+    "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile shows nothing), "
+    "and see attnpatch.report(model) for what its attention sites did"
+)
+# Where the model has been called.
+_NONE = (
+    "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, or what does is compiled "
+    "(a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
+)
+
+
+def nothing(recorder: Recorder) -> CaptureError:
+    """Why there is no map."""
+    if not recorder.left_out:
+        return CaptureError(_NONE.format(recorder.model_name) if recorder.sequences else _NOTHING)
+    reasons = list(recorder.left_out.items())
+    more = f" (and {len(reasons) - 3} more in maps.left_out)" if len(reasons) > 3 else ""
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons[:3])
+    return CaptureError(f"no attention could be mapped. {told}{more}")
+
+
+def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict[str, str]]:
+    """Block maps of one sequence by kind of site, and why a kind has none.
+
+    Args:
+        recorder: Who gathered it.
+        calls: The records of the sequence.
+    """
+    records, apart = _records(calls)
+    facts: dict[str, Any] = {"model": recorder.model_name}
+    if recorder.is_of_gradient:
+        facts["weighting"] = "gradient"
+    if recorder.sample_rows is not None:
+        facts |= {"sample_rows": recorder.sample_rows, "seed": recorder.seed}
+    maps: dict[str, BlockMap] = {}
+    problems: dict[str, str] = {}
+    for kind, names in _kinds(recorder, records).items():
+        # Asked for and not seen: attention that no door serves, or of which too little is known.
+        missing = sorted(n for n in recorder.wanted if recorder.places[n][0] == kind and n not in names)
+        more: dict[str, Any] = {"not_captured": missing} if missing else {}
+        notes = list(dict.fromkeys(note for name in names for note in records[name].notes))
+        if notes:
+            more["notes"] = notes
+        steps = [[call.get(name) for name in names] for call in apart]
+        try:
+            maps[kind] = block_map(
+                [records[name] for name in names],
+                steps if any(any(step) for step in steps) else [],
+                layers=[recorder.place_of(name)[1] for name in names],
+                heads=recorder.heads,
+                metadata={**facts, "sites": kind, **more},
+            )
+        except CaptureError as error:
+            problems[kind] = str(error)
+    return maps, problems
+
+
+def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.Tensor]]:
+    """What else was measured of one sequence, by kind of site and by name; see ``Maps.measured``."""
+    if not recorder.measures:
+        return {}
+    records, _ = _records(calls)
+    return {
+        kind: measured([records[name] for name in names], recorder.measures)
+        for kind, names in _kinds(recorder, records).items()
+    }
+
+
+def _records(calls: Calls) -> tuple[dict[str, Record], list[dict[str, Record]]]:
+    """The records of a sequence, and those of each of its calls where they were kept apart."""
+    apart = [call for call in calls.apart if call]
+    return {**calls, **together(apart)}, apart
+
+
+def _kinds(recorder: Recorder, records: dict[str, Record]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    # In the model's order: a backward pass shows the last layer first.
+    order = {name: place for place, name in enumerate(recorder.places)}
+    for name in sorted(records, key=lambda name: (order[name.partition(":")[0]], name)):
+        kinds.setdefault(recorder.place_of(name)[0], []).append(name)
+    return kinds

@@ -1,0 +1,353 @@
+"""Block mass of a whole attention call at once, on the GPU: what it takes, how tokens are cut into tiles, and the sums.
+
+The kernel is in ``mass_kernel``, which is imported when the first such call comes. A tile is up to so many tokens of one
+block, so blocks may have any width: what is left of a query tile and a key tile is one number, and blocks add up theirs.
+Tokens of blocks that lie in many short runs (the tiles of an image) are taken in the order of their blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+
+LOG2_E = 1.0 / math.log(2.0)
+# Scratch on the device: one number per query tile, key tile and head that is kept apart.
+SCRATCH_BYTES = 16 * 2**20
+# Fewer query rows are no work for a GPU's matrix units.
+LEAST_ROWS = 16
+MOST_WIDTH = 256
+# Programs for each multiprocessor, two of which run at once: fewer would leave some without work at the end.
+_PROGRAMS = 8
+# What probabilities may be off by, on average over the rows of a block.
+_OFF = 1e-2
+_TILE_SIZES = (16, 32, 64, 128)
+# A logsumexp below this is that of a row which an added mask closes with a very low number (finfo.min, -1e9). Beside such a
+# number the scores of the row, and the logarithm of how many keys share it, are lost in rounding.
+_CLOSED = -256.0
+# More work than this for the empty places of tiles, and tokens are taken block by block.
+_WASTE = 1.5
+
+# What Triton itself failed with in this process, by kind of call: compiling again for every layer would take its time and
+# fail again.
+_broken: dict[tuple[Any, ...], str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How much a program of the kernel takes at once.
+
+    Attributes:
+        rows, keys: Most tokens of a query tile and of a key tile.
+        warps, stages: As Triton has them.
+        key_tiles: Most key tiles of a program.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    key_tiles: int = 16
+
+
+def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
+    """What fits a multiprocessor of compute capability 9.0 twice and spills nothing or little (compiled, not timed)."""
+    if dtype == torch.float32:
+        # Cards of capability 8.6 and 8.9 have 99 KB of shared memory.
+        return Shape(64, 32, 4, 2) if width <= 128 else Shape(32, 16, 4, 2)
+    if width > 128:
+        return Shape(128, 32, 8, 2)
+    return Shape(128, 64, 8 if is_masked else 4, 3)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which needs no GPU (tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(call: dict[str, Any]) -> str | None:
+    """Why the kernel cannot serve an attention call, in a few words; ``None``: it can."""
+    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    if query.device.type != "cuda" and not is_interpreted():
+        return "no GPU"
+    if _kind(query) in _broken:
+        return _broken[_kind(query)]
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "an old GPU"
+    group = query.shape[-3] // key.shape[-3] if call["enable_gqa"] and query.dim() > 2 else 1
+    if query.dim() != 4 or query.shape[:2] != (key.shape[0], key.shape[1] * group):
+        return "another layout"
+    if query.dtype == torch.bfloat16 and is_interpreted():
+        return "bfloat16 in Triton's interpreter"  # it multiplies the bits
+    if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or key.dtype != query.dtype:
+        return f"{query.dtype}".removeprefix("torch.")
+    if query.shape[-1] > MOST_WIDTH:
+        return "wide heads"
+    if query.shape[-2] < LEAST_ROWS:
+        return "few rows"
+    if mask is not None and (type(mask) is not torch.Tensor or mask.is_complex()):
+        return "another mask"
+    # Offsets within a head are counted in 32 bits.
+    if any(t.shape[-2] * abs(t.stride(-2)) + t.shape[-1] * abs(t.stride(-1)) >= 2**31 for t in (query, key)):
+        return "a long sequence"
+    return None
+
+
+def _kind(query: torch.Tensor) -> tuple[Any, ...]:
+    """What another kernel is compiled for: a card may have room for one width and dtype and not for another."""
+    return query.device, query.dtype, query.shape[-1]
+
+
+def give_up(error: Exception, query: torch.Tensor) -> str:
+    """Go on without a kernel that failed for no fault of the call: no compiler, no room on the device."""
+    _broken[_kind(query)] = f"Triton: {type(error).__name__}"
+    dtype = f"{query.dtype}".removeprefix("torch.")
+    warnings.warn(
+        f"block mass of {dtype} heads of {query.shape[-1]} is left to torch, since Triton failed: {error}",
+        stacklevel=2,
+    )
+    return _broken[_kind(query)]
+
+
+@dataclasses.dataclass
+class Cut:
+    """Tokens of a batch cut into tiles.
+
+    Attributes:
+        table: int32 ``[batch, tiles, 2]``, first place and number of tokens; 0 tokens: no more tiles.
+        blocks: int64 ``[batch, tiles]``, the block of each tile; 0 where there is none.
+        order: int32 ``[batch, tokens]``, the token at each place; ``None``: the token of that number.
+        size: Most tokens of a tile.
+        is_full_first: Whether tiles that are full come before the others.
+        is_even: Whether, beside that, each of them begins where the one before ends.
+    """
+
+    table: torch.Tensor
+    blocks: torch.Tensor
+    order: torch.Tensor | None
+    size: int
+    is_full_first: bool
+    is_even: bool
+
+
+def cut(assignment: torch.Tensor, most: int) -> Cut:
+    """Cut tokens into tiles of one block each.
+
+    Args:
+        assignment: int64 ``[batch, tokens]``, block of each token, -1 for none.
+        most: Tokens of a tile.
+    """
+    runs = [_runs(row) for row in assignment]
+    size, work = _size(runs, most)
+    order = None
+    if work > _WASTE * assignment.numel():
+        by_block = assignment.sort(dim=1, stable=True)
+        runs_by_block = [_runs(row) for row in by_block.values]
+        size_by_block, work_by_block = _size(runs_by_block, most)
+        if _WASTE * work_by_block < work:
+            runs, size, order = runs_by_block, size_by_block, by_block.indices.int()
+    pieces = [_pieces(*row, size) for row in runs]
+    is_even = all(
+        bool(((starts[1:] - starts[:-1] == size) & (counts[:-1] == size)).all())
+        for starts, counts, _ in pieces
+    )
+    full = sum(int((counts == size).sum()) for _, counts, _ in pieces)
+    is_full_first = is_even or 2 * full > sum(len(counts) for _, counts, _ in pieces)
+    if is_full_first and not is_even:
+        pieces = [
+            tuple(each[(counts < size).long().argsort(stable=True)] for each in (starts, counts, blocks))
+            for starts, counts, blocks in pieces
+        ]
+    count = max(1, *(len(blocks) for *_, blocks in pieces))
+    table = torch.zeros(len(pieces), count, 2, dtype=torch.int32)
+    blocks = torch.zeros(len(pieces), count, dtype=torch.int64)
+    for b, (starts, counts, of_tile) in enumerate(pieces):
+        table[b, : len(of_tile), 0], table[b, : len(of_tile), 1] = starts, counts
+        blocks[b, : len(of_tile)] = of_tile
+    return Cut(table, blocks, order, size, is_full_first, is_even)
+
+
+def _runs(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First token, number of tokens, and block of every run of neighbours in one block."""
+    blocks, counts = torch.unique_consecutive(row, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    inside = blocks >= 0
+    return starts[inside], counts[inside], blocks[inside]
+
+
+def _size(runs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], most: int) -> tuple[int, float]:
+    """The size of tiles that costs least, and its cost: all tokens of all tiles, and more for small ones."""
+    counts = torch.cat([counts for _, counts, _ in runs])
+    costs = {}
+    for size in _TILE_SIZES:
+        if size <= most:
+            costs[size] = (
+                int((counts + size - 1).div(size, rounding_mode="floor").sum()) * size * (1 + 16 / size)
+            )
+    best = min(costs, key=lambda size: (costs[size], -size))
+    return best, costs[best]
+
+
+def _pieces(
+    starts: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs cut into pieces of at most ``size`` tokens."""
+    number = (counts + size - 1).div(size, rounding_mode="floor")
+    of_run = torch.arange(len(counts)).repeat_interleave(number)
+    within = (torch.arange(len(of_run)) - (number.cumsum(0) - number)[of_run]) * size
+    return starts[of_run] + within, (counts[of_run] - within).clamp(max=size), blocks[of_run]
+
+
+def block_sums(
+    call: dict[str, Any],
+    lse: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    counts: tuple[int, int],
+    heads: list[int] | None = None,
+    scratch: int = SCRATCH_BYTES,
+    shape: Shape | None = None,
+) -> torch.Tensor:
+    """Attention probability summed over the tokens of each pair of blocks.
+
+    Args:
+        call: Arguments of an SDPA call by name that ``why_not`` has nothing against; ``is_causal`` lets row i see the
+            keys up to i.
+        lse: float32 ``[batch, heads, q_len]``, natural logarithm; what is not finite is a row that sees nothing.
+        query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
+        counts: How many blocks there are on either side.
+        heads: Query heads to keep apart; ``None``: all summed into one.
+        scratch: Bytes to hold on the device, if that is enough for one query tile.
+        shape: Of the kernel's tiles; ``None``: ``shape_for`` chooses.
+
+    Returns:
+        float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. The kernel sums in float32 what lies in a
+        tile.
+    """
+    query = call["query"]
+    shape = shape or shape_for(query.dtype, query.shape[-1], call["attn_mask"] is not None)
+    queries, keys = cut(query_blocks, shape.rows), cut(key_blocks, shape.keys)
+    batch, tiles = queries.blocks.shape
+    places = 1 if heads is None else len(heads)
+    result = torch.zeros(batch, places, *counts, dtype=torch.float64)
+    step = max(1, scratch // (4 * batch * places * keys.blocks.shape[1]))
+    for low in range(0, tiles, step):
+        some = dataclasses.replace(
+            queries, table=queries.table[:, low : low + step], blocks=queries.blocks[:, low : low + step]
+        )
+        found = _launch(call, lse, some, keys, heads, shape).cpu().double()
+        for b in range(batch):
+            columns = found.new_zeros(places, found.shape[2], counts[1])
+            columns.index_add_(2, keys.blocks[b], found[b])
+            result[b].index_add_(1, some.blocks[b], columns)
+    return result
+
+
+def checked_sums(
+    call: dict[str, Any],
+    lse: torch.Tensor,
+    query_blocks: torch.Tensor,
+    key_blocks: torch.Tensor,
+    counts: tuple[int, int],
+    heads: list[int] | None,
+    workspace: int | None,
+) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """``block_sums``, and how many rows were summed; or why not, in a few words.
+
+    Args:
+        call, lse, query_blocks, counts, heads: As ``block_sums`` takes them.
+        key_blocks: The same, with every key in a block.
+        workspace: Bytes that may be held on the device; ``None``: as many as ``SCRATCH_BYTES``.
+
+    Returns:
+        The sums, and float64 ``[batch, query_blocks]``.
+    """
+    if _has_closed_rows(call, lse, query_blocks):
+        return "closed rows"
+    scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
+    try:
+        sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return give_up(error, call["query"])
+    rows = sums.new_zeros(len(query_blocks), counts[0])
+    rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())
+    of_heads = rows[:, None] * (call["query"].shape[1] if heads is None else 1)
+    if not is_plausible(sums, of_heads, call["attn_mask"] is not None):
+        return "a wrong logsumexp"
+    return sums, rows
+
+
+def _has_closed_rows(call: dict[str, Any], lse: torch.Tensor, query_blocks: torch.Tensor) -> bool:
+    """Whether a row of a block has to be summed and divided by its sum, since its logsumexp says too little."""
+    if call["attn_mask"] is None or call["attn_mask"].dtype == torch.bool:
+        return False
+    is_counted = (query_blocks >= 0).to(lse.device)[:, None]
+    return bool(((lse < _CLOSED) & lse.isfinite() & is_counted).any())
+
+
+def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> bool:
+    """Whether the probabilities of rows sum to 1, or under a mask to 1 at most; otherwise their logsumexp was wrong.
+
+    Args:
+        sums: As ``block_sums`` returns them, where every key is in a block.
+        rows: float64 ``[batch, 1, query_blocks]``, how many rows were summed.
+        is_masked: Whether there may be rows that see nothing.
+    """
+    found = sums.sum(-1)
+    return bool((found <= (1 + _OFF) * rows).all() and (is_masked or (found >= (1 - _OFF) * rows).all()))
+
+
+def _launch(
+    call: dict[str, Any], lse: torch.Tensor, queries: Cut, keys: Cut, heads: list[int] | None, shape: Shape
+) -> torch.Tensor:
+    """float32 ``[batch, 1 or heads, query tiles, key tiles]`` on the device of the query."""
+    from attnpatch.recording.gpu.kernel import sum_tiles
+
+    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    device, (batch, num_heads, q_len, width) = query.device, query.shape
+    kv_len = key.shape[-2]
+    places = 1 if heads is None else len(heads)
+    rows, columns = queries.table.shape[1], keys.table.shape[1]
+    out = torch.empty(batch, places, rows, columns, device=device)
+    kind, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, num_heads, q_len, kv_len)
+        kind, mask_strides = (1 if mask.dtype == torch.bool else 2), mask.stride()
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    per_program, enough = shape.key_tiles, 1
+    if device.type == "cuda":
+        enough = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    while per_program > 1 and batch * places * rows * -(-columns // per_program) < enough:
+        per_program //= 2
+    scale = 1.0 / math.sqrt(width) if call["scale"] is None else call["scale"]
+    tables = [
+        queries.table,
+        keys.table,
+        queries.order,
+        keys.order,
+        torch.tensor(heads or [0], dtype=torch.int32),
+    ]
+    tables = [out if table is None else table.to(device).contiguous() for table in tables]
+    with torch.cuda.device_of(query):
+        sum_tiles[rows, -(-columns // per_program), batch * places](
+            query, key, lse, query if mask is None else mask, out, *tables,
+            q_len, kv_len, rows, columns, places, num_heads if heads is None else 1,
+            num_heads // key.shape[1], scale * LOG2_E, *query.stride(), *key.stride(), *lse.stride(), *mask_strides,
+            HEAD_DIM=width, WIDTH=max(16, 2 ** (width - 1).bit_length()), ROWS=queries.size, KEYS=keys.size,
+            KEY_TILES=per_program, QUERY_ORDERED=queries.order is not None, KEY_ORDERED=keys.order is not None,
+            FULL_FIRST=keys.is_full_first, EVEN=keys.is_even, IS_CAUSAL=bool(call["is_causal"]), MASK=kind,
+            MASK_OF_HEADS=mask_strides[1] != 0,
+            # Three products of halves are as good as one in float32, and run on the matrix units.
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    return out

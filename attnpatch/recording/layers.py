@@ -1,0 +1,122 @@
+"""Which layer a site of attention is, and which sites a capture asks for."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+
+from attnpatch.errors import CaptureError
+from attnpatch.maps.fields import shortened
+
+_NUMBER = re.compile(r"\d+")
+
+
+def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The group of each site and the number of its layer.
+
+    Sites of one kind differ in numbers only: ``model.layers.3.self_attn`` is layer 3 of ``model.layers.*.self_attn``, also
+    where layers 0 to 2 hold something else than attention. Two attentions of one layer (``attn1``, ``attn2``) are two
+    kinds. The first number of a path is starred; others only where they vary.
+
+    The layer's number is the first one of the path that differs from site to site (that of ``block`` in
+    ``encoder.block.3.layer.0.SelfAttention``). Where it takes more than one number to tell sites apart, as in
+    ``down_blocks.1.attentions.0``, no number is the layer's, and sites are counted from 0. So they are where the number is a
+    part of a word (``attn1``).
+
+    Args:
+        names: Paths of modules, in the order of the model.
+
+    Returns:
+        By name, group by group.
+    """
+    loose: dict[str, list[str]] = {}
+    for name in names:
+        loose.setdefault(_NUMBER.sub("*", name), []).append(name)
+    found: dict[str, tuple[str, int]] = {}
+    for members in loose.values():
+        for kind in _kinds(members):
+            numbers = [_NUMBER.findall(name) for name in kind]
+            varies = [i == 0 or len(set(column)) > 1 for i, column in enumerate(zip(*numbers, strict=True))]
+            for name, number in zip(kind, _layer_numbers(kind), strict=True):
+                parts = re.split(r"(\d+)", name)
+                parts[1::2] = [
+                    "*" if star else number for star, number in zip(varies, parts[1::2], strict=True)
+                ]
+                found[name] = ("".join(parts), number)
+    return found
+
+
+def _kinds(names: list[str]) -> list[list[str]]:
+    """Sites that differ in numbers only, apart where one layer has several of them."""
+    # Up to the last number that stands alone, and what comes after it inside the layer.
+    cut = [re.fullmatch(r"((?:.*\.)?\d+)(|\..*)", name) for name in names]
+    if None in cut or len({match[1] for match in cut}) == len(names):
+        return [names]
+    kinds: dict[str, list[str]] = {}
+    for match in cut:
+        kinds.setdefault(match[2], []).append(match[0])
+    return list(kinds.values())
+
+
+def _layer_numbers(names: list[str]) -> list[int]:
+    """One per site, no two the same."""
+    paths = [name.split(".") for name in names]
+    for column in zip(*paths, strict=True):
+        if column[0].isdigit() and len(set(column)) == len(names):
+            return [int(number) for number in column]
+    return list(range(len(names)))
+
+
+def chosen_sites(
+    places: Mapping[str, tuple[str, int]],
+    names: Sequence[str],
+    layers: Sequence[int] | None,
+    sites: str | None,
+) -> set[str]:
+    """The sites that a capture asks for.
+
+    Args:
+        places: Of each site, as ``pattern_of`` gives them.
+        names: The attention sites, in order.
+        layers: Numbers of layers as ``pattern_of`` gives them; negative ones count the sites of each kind from the last, so
+            that -1 is the last layer with attention of that kind. ``None``: all.
+        sites: Pattern (``fnmatch``) of site names; ``None``: all.
+
+    Raises:
+        CaptureError: No such layer or site.
+    """
+    matching = [name for name in names if sites is None or fnmatch.fnmatchcase(name, sites)]
+    if not matching:
+        groups = sorted({group for group, _ in places.values()})
+        raise CaptureError(f"no attention site matches {sites!r}; there are: {', '.join(groups)}")
+    if layers is None:
+        return set(matching)
+    if isinstance(layers, int) or not all(isinstance(layer, int) for layer in layers):
+        raise CaptureError(
+            f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None"
+        )
+    kinds: dict[str, list[str]] = {}
+    for name in matching:
+        kinds.setdefault(places[name][0], []).append(name)
+    found: set[str] = set()
+    unknown = []
+    for layer in layers:
+        chosen = [name for members in kinds.values() for name in _of_layer(members, places, layer)]
+        found.update(chosen)
+        if not chosen:
+            unknown.append(layer)
+    if unknown or not layers:
+        numbers = sorted({places[name][1] for name in matching})
+        raise CaptureError(
+            f"layers={list(layers)!r}: the layers with attention are {shortened(numbers)}; give some of these numbers, or "
+            f"-1 to {-max(map(len, kinds.values()))} from the last of them"
+        )
+    return found
+
+
+def _of_layer(members: list[str], places: Mapping[str, tuple[str, int]], layer: int) -> list[str]:
+    """The site of a layer among those of one kind, if there is one."""
+    if layer < 0:
+        return members[layer:][:1] if layer >= -len(members) else []
+    return [name for name in members if places[name][1] == layer]

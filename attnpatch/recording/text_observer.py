@@ -1,0 +1,347 @@
+"""Adds the probabilities of one call of one site to its record, once all that its map rests on is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from attnpatch.blocks.partition import Partition
+from attnpatch.errors import AttnpatchError
+from attnpatch.recording.accumulator import Collecting, Passing, Record, SiteObserver, heads_as_leads
+from attnpatch.recording.block_sums import key_sums
+from attnpatch.recording.cache_history import MOST_ROWS, History, Rows
+from attnpatch.recording.call_facts import (
+    NOT_SEEN,
+    OFF,
+    OFF_FUSED,
+    Layout,
+    Opened,
+    SiteFacts,
+    Unknown,
+    check_sums,
+    evicted,
+    real_tokens,
+    relation_of,
+)
+from attnpatch.recording.gpu import fused_sums
+from attnpatch.recording.row_sampling import RowSample, draw, generator_for
+from attnpatch.recording.statistics import Measures
+
+# Numbers of a call that are kept row by row.
+_MOST_NUMBERS = 1 << 16
+
+
+class Gathering(Collecting, Protocol):
+    """Who holds the records (``Recorder``)."""
+
+    def leave_out(self, name: str, reason: str, records: Any) -> None:
+        """A site cannot be mapped."""
+
+    def known_tokens(self, name: str, batch: int, total: int) -> torch.Tensor | None:
+        """Which query tokens are real, as the self-attention nearest to a site has found in this call."""
+
+    def tells_tokens(self, name: str, known: torch.Tensor) -> None:
+        """Which tokens the self-attention of a site has found to be real."""
+
+
+class TextObserver(SiteObserver):
+    """Looks at one call of one site, in which there may be several attentions.
+
+    Args:
+        recorder: What was asked for.
+        name: The site's.
+        facts: What is known of the call.
+        records: Of the sequence, by site.
+        before: Of a site, its record of the calls before this one.
+        is_out: Whether a site is left out of this sequence.
+        is_candidate: Whether it may turn out to be no attention.
+    """
+
+    def __init__(
+        self,
+        recorder: Gathering,
+        name: str,
+        facts: SiteFacts,
+        records: dict[str, Record],
+        before: Callable[[str], Record | None],
+        is_out: Callable[[str], bool],
+        is_candidate: bool = False,
+    ) -> None:
+        super().__init__(recorder, name)
+        self.recorder: Any = recorder
+        self.site, self.facts, self.records, self.before = name, facts, records, before
+        self.is_out, self.is_candidate = is_out, is_candidate
+        self.seen = 0
+        self.is_shown = False
+        self.sample: RowSample | None = None
+        self.rows_apart: torch.Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------ what is known
+
+    def begin(self, layout: Layout, opened: Opened) -> bool:
+        """An attention of the site: whether it is to be shown."""
+        self.name = self.site if not self.seen else f"{self.site}:{self.seen}"
+        self.seen += 1
+        self.is_shown, self.record, self.sample, self.rows_apart = False, None, None, None
+        if self.is_out(self.name):
+            return False
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                self._begin(layout, opened)
+        except (Unknown, AttnpatchError) as reason:
+            self._leave_out(str(reason))
+            return False
+        self.is_shown = True
+        return True
+
+    def _begin(self, layout: Layout, opened: Opened) -> None:
+        if layout.why_not:
+            raise Unknown(layout.why_not)
+        old = self.before(self.name)
+        self.layout, self.old = layout, old
+        past = self.facts.past
+        if old is not None and past is not None and old.history.follows_cache and old.history.total > past:
+            raise Unknown(evicted(past, old.history.total))
+        keys_before = old.history.keys if old is not None else None
+        self.relation = relation = relation_of(layout, self.facts, keys_before)
+        self.past = relation.past
+        known = old.history.known if old is not None and not relation.is_cross else None
+        queries, keys = real_tokens(relation, layout, self.facts, opened, known)
+        if relation.is_cross:
+            queries = self._queries_of_cross(queries)
+        else:
+            self.recorder.tells_tokens(self.site, queries)
+        self.known = queries
+        query, key = self.recorder.partitions(queries, keys if relation.is_cross else None)
+        self.place(query, key, layout.kv_len, relation.first)
+        self.key_blocks = key.assignment
+        self.width_asked = self.width(layout.heads)
+        if old is not None and old.sums.shape[:2] != (layout.batch, self.width_asked):
+            raise Unknown(
+                f"it went on with {layout.batch} sequences of {self.width_asked} heads after {old.sums.shape[0]} of "
+                f"{old.sums.shape[1]}; capture calls of one batch size at a time"
+            )
+        self.real = queries, keys
+        self._renew(query, key)
+
+    def _queries_of_cross(self, said: torch.Tensor) -> torch.Tensor:
+        found = self.recorder.known_tokens(self.site, *said.shape)
+        return said if found is None else found
+
+    def _renew(self, query: Partition, key: Partition) -> None:
+        """Sums of this attention alone, which join the record when it has ended."""
+        layout, recorder = self.layout, self.recorder
+        self.record = self.empty(query, key, layout.heads)
+        # Rows that look at nothing, of the heads that are summed.
+        self.closed = torch.zeros_like(self.record.sums[..., 0])
+        self.off = OFF
+        if recorder.sample_rows is not None:
+            self.record.variance = torch.zeros_like(self.record.sums)
+            self.sample = self._drawn(query, key.num_blocks + 1)
+        if recorder.measures:
+            self.record.measures = self._measures()
+        size = (layout.batch, self.width_asked, layout.q_len, key.num_blocks + 1)
+        is_small = layout.q_len <= MOST_ROWS and torch.Size(size).numel() <= _MOST_NUMBERS
+        keeps = is_small and not self.is_of_gradient and recorder.sample_rows is None and self.facts.has_cache
+        self.rows_apart = torch.zeros(size, dtype=torch.float64) if keeps else None
+
+    def _drawn(self, query: Partition, bins: int) -> RowSample:
+        numbers = generator_for(self.recorder.seed, self.site, self.past)
+        parts = query.assignment[:, self.past : self.past + self.layout.q_len]
+        most = self.recorder.sample_rows
+        drawn = [draw(part, self.past, most, query.num_blocks, numbers) for part in parts]
+        return RowSample(drawn, self.width_asked, bins)
+
+    def _measures(self) -> Measures:
+        tokens = max(self.real[1].shape[1], self.layout.kv_len)
+        old = self.records.get(self.name)
+        if old is None or old.measures is None:
+            apart = None if self.recorder.heads == "mean" else self.recorder.head_numbers(self.layout.heads)
+            return Measures.empty(self.layout.batch, self.layout.heads, tokens, apart)
+        return old.measures.grown(tokens)
+
+    def _leave_out(self, reason: str) -> None:
+        self.is_shown, self.record, self.sample = False, None, None
+        self.recorder.leave_out(self.name, reason, self.records)
+
+    # ------------------------------------------------------------------------------------------ what is shown
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
+        """Which query rows of a call need to be shown, ascending; ``None``: all."""
+        if self.sample is None or self.layout.q_len != q_len:
+            return None
+        return self.sample.positions() - self.past
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
+        """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
+
+        Args:
+            call: Arguments of an SDPA call by name.
+            lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
+            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
+
+        Returns:
+            ``None`` if it did; otherwise why not, in a few words, and nothing is added.
+        """
+        reason = fused_sums.why_not(call) or ("measures" if self.recorder.measures else None)
+        if reason is not None:
+            return reason
+        layout = self.layout
+        batch, num_heads, q_len, _ = call["query"].shape
+        is_plain = (batch, num_heads, q_len) == (layout.batch, layout.heads, layout.q_len)
+        if not is_plain or self._numbers is not None:
+            return "another layout"
+        if self.sample is not None:
+            return "some rows"
+        reason = self.sums_of(call, lse, workspace, num_heads)
+        if reason is not None:
+            return reason
+        self.rows_apart = None
+        # The kernel has its own check, which is of bfloat16's accuracy.
+        self.off = max(self.off, OFF_FUSED)
+        return None
+
+    @property
+    def _numbers(self) -> torch.Tensor | None:
+        return getattr(self.layout, "numbers", None)
+
+    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+        if not self.is_shown:
+            return
+        layout, record = self.layout, self.record
+        assert record is not None
+        if passing.q_len != layout.q_len:
+            probabilities, passing = heads_as_leads(probabilities, passing)
+        if self._numbers is not None:
+            passing = dataclasses.replace(passing, leads=self._numbers[passing.leads])  # type: ignore[type-var]
+        self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
+        rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
+        rows = rows + self.past
+        low, high = self.past + passing.rows[0], self.past + passing.rows[1]
+        for b, numbers, tile, weights in self.of_sequences(probabilities, passing, layout.heads):
+            if record.measures is not None:
+                self._measure(b, numbers, tile, weights, rows)
+            if 0 in numbers and self.sample is None:
+                self.count(b, low, high)
+            for place, chosen in self.places(numbers, layout.heads):
+                some = None if weights is None else weights[chosen]
+                if some is not None and self.sample is None and bool((some == 0).any()):
+                    self._count_closed(b, place, some, low, high)
+                if self.sample is None and self.rows_apart is None:
+                    self.add(b, place, tile[chosen], some, low, high)
+                    continue
+                columns = self._columns[b, : tile.shape[-1]]
+                bins = key_sums(record.sums[b, place], tile[chosen], columns, some)
+                if self.sample is not None:
+                    self.sample.add(b, place, bins, rows)
+                else:
+                    assert self.rows_apart is not None
+                    self.rows_apart[b, place, low - self.past : high - self.past] += bins
+
+    def _count_closed(self, b: int, place: slice, weights: torch.Tensor, low: int, high: int) -> None:
+        """Rows that may look at nothing: they put no mass anywhere, as they add nothing to what attention returns."""
+        assert self.record is not None
+        block = self.record.query.assignment[b, low:high]
+        closed = (weights == 0).double().cpu()
+        closed = closed.sum(0, keepdim=True) if place.stop - place.start == 1 else closed
+        self.closed[b, place].index_add_(1, block.clamp(min=0), closed * (block >= 0))
+
+    def _measure(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor
+    ) -> None:
+        """Whatever else was asked for, of the real tokens among some rows."""
+        assert self.record is not None and self.record.measures is not None
+        counted = self.sample.weights(b, rows) if self.sample is not None else self.real[0][b, rows].double()
+        factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
+        start = int(self.real[1][b].int().argmax())
+        self.record.measures.add(
+            self.recorder.measures, b, numbers, tile, factors, counted, self.relation.first, start
+        )
+
+    def restart(self) -> None:
+        """Forget the tiles of this attention."""
+        if self.record is not None:
+            self._renew(self.record.query, self.record.key)
+
+    def finish(self) -> None:
+        """The call of the site has ended."""
+        if not (self.seen or self.is_candidate or self.is_of_gradient):
+            self.name = self.site
+            self._leave_out(NOT_SEEN)
+        if self.seen:
+            self.recorder.saw(self.site)
+
+    # ------------------------------------------------------------------------------------------ what is kept
+
+    def end(self) -> None:
+        """All tiles of the attention were shown: its sums join the record if they are what they should be."""
+        if not self.is_shown or self.record is None:
+            return
+        self.is_shown, record = False, self.record
+        try:
+            self._end(record)
+        except Unknown as reason:
+            self._leave_out(str(reason))
+
+    def _end(self, record: Record) -> None:
+        rows = None
+        if self.sample is not None:
+            self._from_sample(record)
+        elif self.rows_apart is not None:
+            rows = self._from_rows(record)
+        if not self.is_of_gradient:
+            self._check(record)
+        keys = self.real[1].shape[1] if self.relation.is_cross else None
+        history = self.old.history if self.old is not None else History(0, self.known)
+        total = self.past + self.layout.q_len
+        record.history = history.with_call(rows, total, self.known, keys, self.facts.has_cache)
+        if self.layout.is_mixed:
+            record.notes = ("weights are mixed after softmax: their rows need not sum to 1",)
+        self.records[self.name] = _joined(self.records.get(self.name), record)
+
+    def _from_sample(self, record: Record) -> None:
+        assert self.sample is not None and record.variance is not None
+        for b in range(len(self.sample.drawn)):
+            sums, variance, sizes = self.sample.estimate(b)
+            record.sums[b] += sums
+            record.counts[b] += sizes
+            record.variance[b] += variance
+
+    def _from_rows(self, record: Record) -> Rows:
+        assert self.rows_apart is not None
+        blocks = record.query.assignment[:, self.past : self.past + self.layout.q_len]
+        for b, own in enumerate(blocks):
+            kept = (own >= 0).nonzero().flatten()
+            record.sums[b].index_add_(1, own[kept], self.rows_apart[b][:, kept])
+        return Rows(self.past, self.rows_apart, blocks)
+
+    def _check(self, record: Record) -> None:
+        """Every row of a map sums to 1, and attention puts nothing on what is taken for padding."""
+        if self.layout.is_mixed:
+            return
+        covers = (
+            bool((self.key_blocks >= 0)[self.real[1]].all()) and self.relation.tokens == self.layout.kv_len
+        )
+        closed = record.sums[..., -1].sum() / record.sums.sum().clamp(min=1e-9)
+        if covers and float(closed) > self.off:
+            raise Unknown(f"{float(closed):.4g} of its attention is on keys that its mask closes")
+        share = self.layout.heads if self.recorder.heads == "mean" else 1
+        expected = record.counts[:, None] * share - self.closed
+        check_sums(record.sums, expected, self.off, self.layout.drops_keys)
+
+
+def _joined(old: Record | None, new: Record) -> Record:
+    """Two records of one sequence, the second of which has all its tokens."""
+    if old is None:
+        return new
+    blocks = min(old.sums.shape[2], new.sums.shape[2]), min(old.sums.shape[3], new.sums.shape[3]) - 1
+    for name in ("sums", "variance"):
+        before, sums = getattr(old, name), getattr(new, name)
+        if before is not None and sums is not None:
+            sums[:, :, : blocks[0], : blocks[1]] += before[:, :, : blocks[0], : blocks[1]]
+    new.counts[:, : blocks[0]] += old.counts[:, : blocks[0]]
+    new.notes = tuple(dict.fromkeys((*old.notes, *new.notes)))
+    return new

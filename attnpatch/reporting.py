@@ -1,0 +1,196 @@
+"""What each attention site did: a table for people, counts for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from attnpatch.patching.counters import TOTALS
+from attnpatch.patching.patch import Patch, Site
+from attnpatch.patching.selection import RECOGNISED
+from attnpatch.policy import Policy, size_text
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One attention module.
+
+    Attributes:
+        name, kind, why: Its path, its class, and why it is a site.
+        counts: As ``Report.totals``.
+        materialised_by: What was materialised, by operation and the line of code that asked for it:
+            ``"diagonal (model.py:31)"``, the innermost line that is neither attnpatch's nor torch's.
+        native_because: Rules that left a call native, in words and with the numbers of the largest such call, and how
+            often each decided, the most frequent first.
+        unseen: Native calls in which attention would have been served and none was seen.
+        not_fused: Calls that ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way.
+        summed_by: What summed the probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why
+            not the kernel.
+    """
+
+    name: str
+    kind: str
+    why: str
+    counts: dict[str, int]
+    materialised_by: dict[str, int]
+    native_because: dict[str, int] = dataclasses.field(default_factory=dict)
+    unseen: int = 0
+    not_fused: dict[str, int] = dataclasses.field(default_factory=dict)
+    summed_by: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a patched model did since it was patched.
+
+    Attributes:
+        model: Class of the model.
+        policy: The rule in force; ``None`` for a pipeline whose components have different ones.
+        sites: Every attention module that did something, or is innermost.
+        totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``,
+            ``failed``. One attention call counts once; ``materialised`` counts operations that needed a whole matrix,
+            ``failed`` steps where code of attnpatch raised an error and the model's own code was used instead.
+            ``largest`` is no sum: the bytes of the largest tensor of query x key elements that a site made (scores,
+            probabilities, a mask, whole or a step's rows of them). By rows it is one step; what a fused kernel holds
+            inside is none.
+        left_alone: Modules whose code could have been attention and whose first call was none.
+        compiled: Paths of compiled modules: they run their own attention, which is not counted.
+    """
+
+    model: str
+    policy: Policy | None
+    sites: tuple[SiteReport, ...]
+    totals: dict[str, int]
+    left_alone: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        # A column that is to stay empty is shown where it does not.
+        shown = [name for name in TOTALS if name != "failed" or self.totals[name]]
+        header = ["site", "why", *shown, "native because", "materialised by"]
+        body = [
+            [
+                site.name, site.why, *_numbers(site.counts, shown), _first(site.native_because),
+                _listed(site.materialised_by),
+            ]
+            for site in self.sites
+        ]  # fmt: skip
+        total: Counter[str] = Counter()
+        for site in self.sites:
+            total.update(site.materialised_by)
+        body.append(["total", "", *_numbers(self.totals, shown), "", _listed(total)])
+        for empty in ("native because", "materialised by"):
+            at = header.index(empty)
+            if not any(row[at] for row in body):
+                for row in [header, *body]:
+                    del row[at]
+        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+        lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
+        for row in [header, *body]:
+            cells = [
+                cell.rjust(width) if 2 <= i < 2 + len(shown) else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        obstacles: Counter[str] = Counter()
+        for site in self.sites:
+            obstacles.update(site.not_fused)
+        if obstacles:
+            lines.append(f"by rows, not fused, because of: {_listed(obstacles)}")
+        summed: Counter[str] = Counter()
+        for site in self.sites:
+            summed.update(site.summed_by)
+        if summed:
+            lines.append(f"block mass beside fused attention: {_listed(summed)}")
+        if self.left_alone:
+            lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
+        if self.compiled:
+            names = ", ".join(name or "the model" for name in self.compiled[:4])
+            names += f", ... {len(self.compiled)} in all" if len(self.compiled) > 4 else ""
+            lines.append(f"compiled, so that its attention is its own and not counted: {names}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(outer + "."))
+
+
+def _numbers(counts: dict[str, int], shown: list[str]) -> list[str]:
+    return [size_text(counts[name]) if name == "largest" else str(counts[name]) for name in shown]
+
+
+def _first(reasons: dict[str, int]) -> str:
+    """The two most frequent ones."""
+    return "; ".join(list(reasons)[:2])
+
+
+def _listed(operations: dict[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in operations.items())
+
+
+def report_of(patch: Patch) -> Report:
+    """The report of a patch."""
+    known = [site for site in patch.sites if site.is_attention and not site.is_candidate]
+    masks, sites = [], []
+    for site in patch.sites:
+        inner = [other for other in known if _is_inside(other.name, site.name)]
+        found = _site_report(site, any(other.is_used for other in inner))
+        did = any(found.counts.values())
+        if found.counts["failed"] or (site in known and (did or not inner)):
+            sites.append(found)
+        elif site.is_entry and site not in known and did:
+            masks.append(found)
+    most = max((site.counts["largest"] for site in sites), default=0)
+    # Whole masks of a model that had the memory for them are worth a row only where nothing is larger.
+    sites = [site for site in masks if _went_otherwise(site) or site.counts["largest"] > most] + sites
+    left_alone = tuple(patch.left_alone)
+    return Report(
+        patch.model_kind, patch.policy, tuple(sites), _totals([s.counts for s in sites]), left_alone
+    )
+
+
+def _went_otherwise(site: SiteReport) -> bool:
+    return any(count for name, count in site.counts.items() if name != "largest")
+
+
+def _site_report(site: Site, is_around: bool) -> SiteReport:
+    """What a site did itself; ``is_around``: attention modules inside it were called.
+
+    Calls of a wrapper are theirs, unless it was seen to attend itself.
+    """
+    counts = {name: site.counts[name] for name in TOTALS} | {"largest": site.largest}
+    is_own = site.is_attention and (site.why == RECOGNISED or not is_around)
+    if is_own:
+        counts["native"] += site.passed
+    is_left = counts["native"] or counts["fused"]
+    reasons = site.why_native(site.patch.policy.min_tokens) if is_left else {}
+    why = site.why or ("masks" if site.is_entry and any(counts.values()) else "")
+    return SiteReport(
+        site.name or "(model)", site.kind, why, counts, dict(site.operations), reasons, is_own * site.reasons["unseen"],
+        dict(site.obstacles), dict(site.sums),
+    )  # fmt: skip
+
+
+def _totals(counts: list[dict[str, int]]) -> dict[str, int]:
+    largest = max((each["largest"] for each in counts), default=0)
+    return {name: sum(each[name] for each in counts) for name in TOTALS} | {"largest": largest}
+
+
+def joined(model: str, reports: dict[str, Report]) -> Report:
+    """The reports of a pipeline's components as one.
+
+    Args:
+        model: Class of the pipeline.
+        reports: By name of the component.
+    """
+    sites = tuple(
+        dataclasses.replace(site, name=name if site.name == "(model)" else f"{name}.{site.name}")
+        for name, report in reports.items()
+        for site in report.sites
+    )
+    policies = {report.policy for report in reports.values()}
+    totals = _totals([report.totals for report in reports.values()])
+    left_alone = tuple(f"{name}.{path}" for name, report in reports.items() for path in report.left_alone)
+    return Report(model, policies.pop() if len(policies) == 1 else None, sites, totals, left_alone)

@@ -1,0 +1,461 @@
+"""Deferred tensors in autograd's graph: each has an edge of its own, so whoever reads it gets native gradients.
+
+A deferred tensor carries the history that the computed tensor would carry: its ``grad_fn`` is a ``_ByRows`` whose inputs
+are the deferred tensors and the tensors that its step was made from. In the backward pass a product with the values
+computes the gradients of query, key and value at once, a tile at a time, and hands nothing to the edges between. Only
+where somebody asks for the gradient of scores or probabilities themselves (a hook, ``retain_grad``,
+``torch.autograd.grad``) is it made, whole, as natively.
+
+What a recipe reads is saved once, by the first edge that reads it, through autograd: checkpointing and offloading of
+saved tensors work as for any operation. An edge finds what those below it have saved by its ``next_functions``, which
+are alive as long as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows import guard
+from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.evaluate import untiled
+from attnpatch.rows.graph.nodes import Leaf, Node, copied, graph, tensors_of, twin
+from attnpatch.rows.graph.random_state import RandomState, restored
+
+_functorch = torch._C._functorch
+
+
+class Again(Protocol):
+    """What computes the gradients of a recipe that holds no tensors."""
+
+    node: Node
+    random: RandomState | None
+    on_failure: Callable[[str, Exception], None]
+
+    def gradients(
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor]: ...
+
+    def differentiable_gradients(
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor | None]: ...
+
+
+class _Kept:
+    """The tensors that one edge has saved, under a version counter of their own.
+
+    Autograd refuses a saved tensor that was overwritten since. A step that natively saves nothing (a bias that is added)
+    may be overwritten, so its values are copied before.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors: list[Any] = self.held(tensors)
+        self.is_replaced = False
+        self.versions = [tensor._version for tensor in tensors]
+        for tensor in tensors:
+            _thread.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        return [tensor.detach() for tensor in tensors]
+
+    def preserve(self, storage: int) -> None:
+        for i, tensor in enumerate(self.tensors):
+            if memory_of(tensor) == storage and tensor._version == self.versions[i]:
+                self.tensors[i] = copied(tensor)
+                self.versions[i] = self.tensors[i]._version
+                self.is_replaced = True
+
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        """The tensors, given what autograd saved: it raises where one was overwritten and nothing noticed in time."""
+        is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
+        return (
+            self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())
+        )
+
+    def forget(self) -> None:
+        """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
+        if not self.is_replaced:
+            self.tensors = []
+
+
+class _Packed(_Kept):
+    """Those that hooks have saved in their own way (a checkpoint, an offload): not held, and copied before a write.
+
+    A checkpoint saves what it makes when it runs again, and no hook sees that this is overwritten later in that run.
+    """
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        self.places = [
+            None if ledger_of(tensor) is not None or _functorch.is_functorch_wrapped_tensor(tensor)
+            else (StorageWeakRef(tensor.untyped_storage()), memory_of(tensor), _layout(tensor))
+            for tensor in tensors
+        ]  # fmt: skip
+        return [None] * len(tensors)
+
+    def preserve(self, storage: int) -> None:
+        for i, place in enumerate(self.places):
+            if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
+                continue
+            memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
+            (dtype, is_conj, is_neg), *layout = place[2]
+            tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout)
+            tensor = tensor.conj() if is_conj else tensor
+            self.tensors[i] = copied(torch._neg_view(tensor) if is_neg else tensor)
+            self.is_replaced = True
+
+    def forget(self) -> None:
+        pass  # nothing is held but copies
+
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        if self.is_replaced and torch.is_grad_enabled():
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        return [own if own is not None else packed for own, packed in zip(self.tensors, saved(), strict=True)]
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return kind, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[int, weakref.WeakSet[_Kept]] = {}
+
+
+_thread = _Thread()
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        # vmap hands out tensors without memory of their own.
+        tensor = _functorch.get_unwrapped(tensor)
+    storage = tensor.untyped_storage()
+    # Shapes have no data to tell them apart by.
+    return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
+
+
+def are_kept() -> bool:
+    """Whether some backward pass of this thread still needs tensors that could be overwritten."""
+    return bool(_thread.kept)
+
+
+def before_write(storage: int) -> None:
+    """Let edges copy what they saved of a storage that is about to be written to."""
+    for kept in list(_thread.kept.get(storage, ())):
+        kept.preserve(storage)
+    if len(_thread.kept) > 256:
+        _thread.kept = {key: found for key, found in _thread.kept.items() if found}
+
+
+@dataclasses.dataclass
+class Plan:
+    """One edge.
+
+    Attributes:
+        result: Gives the tensor that gets the edge.
+        again: Computes its gradients.
+        parents: Deferred tensors that its step reads directly, without tensors; their edges come first.
+        leaves: What gradients go to, in one go.
+        direct: Those of them that are not below a parent.
+        own: What this edge saves.
+        saved: The tensors of ``own``.
+    """
+
+    result: Callable[[], torch.Tensor]
+    again: Again
+    parents: list[Node]
+    leaves: list[Leaf]
+    direct: list[Leaf]
+    own: list[Leaf]
+    saved: list[torch.Tensor]
+
+
+class _ByRows(torch.autograd.Function):
+    """Forward: a replay, or nothing. Backward: the replay again, a tile at a time, each with its own little graph."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
+        _keep(ctx, plan)
+        return plan.result()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = dict.fromkeys((*ctx.parents, *ctx.leaves))
+        if grad is not None:
+            found |= _gradients(ctx, grad, ctx.needs_input_grad[1:])
+        _forget(ctx)
+        return (None, *found.values())
+
+
+def _keep(ctx: Any, plan: Plan) -> None:
+    """What an edge knows for its backward pass; the recipes it keeps hold no tensors."""
+    ctx.set_materialize_grads(False)
+    ctx.again, ctx.parents, ctx.leaves, ctx.direct, ctx.own = (
+        plan.again, plan.parents, plan.leaves, plan.direct, plan.own,
+    )  # fmt: skip
+    ctx.save_for_backward(*plan.saved)
+    # Where the parents begin among the inputs.
+    ctx.first, ctx.unpacked = 0, None
+    # With hooks the saved tensors are whatever these made of them.
+    ctx.has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.kept = (_Packed if ctx.has_hooks else _Kept)(plan.saved)
+
+
+def _forget(ctx: Any) -> None:
+    """The backward pass has come by: autograd frees what was saved, unless there will be another one."""
+    ctx.unpacked = None
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.kept.forget()
+
+
+def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[Node, torch.Tensor | None]:
+    count = len(ctx.parents)
+    wanted: list[Any] = [leaf for leaf, want in zip(ctx.leaves, needed[count:], strict=True) if want]
+    # ``backward(inputs=[probabilities])`` needs an edge, and nothing that is below it.
+    if any(needed[:count]) and (not wanted or _is_observed(ctx.parents)):
+        wanted = [node for node, want in zip(ctx.parents, needed, strict=False) if want] + [
+            leaf for leaf in wanted if leaf in ctx.direct
+        ]
+    bound = _bound(ctx)
+    again = ctx.again
+    if _functorch.is_legacy_batchedtensor(grad) and not torch.is_grad_enabled():
+        # Many gradients at once (``is_grads_batched``): ``vmap`` sums nothing in place.
+        with restored(again.random):
+            return dict(zip(wanted, untiled.gradients(again.node, grad, bound, wanted), strict=True))
+    method = again.differentiable_gradients if torch.is_grad_enabled() else again.gradients
+    try:
+        with restored(again.random):
+            found = method(grad, bound, wanted)
+    except Exception as error:
+        if guard.passes(error) or torch.is_grad_enabled():
+            raise
+        # What this raises is the host's error: of a step that has no gradient.
+        found = untiled.gradients(again.node, grad, bound, wanted)
+        again.on_failure("the backward pass of attention by rows", error)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _is_observed(roots: list[Node]) -> bool:
+    return any(node.marks is not None and node.marks.is_observed for root in roots for node in graph(root))
+
+
+def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
+    """What this edge and those below it have saved."""
+    found: dict[Node, torch.Tensor] = {}
+    stack, seen = [ctx], set()
+    while stack:
+        edge = stack.pop()
+        if id(edge) in seen:
+            continue
+        seen.add(id(edge))
+        # Autograd's nodes are of classes that it makes of these functions.
+        if hasattr(edge, "own"):
+            saved = edge.kept.instead_of(functools.partial(_unpacked, edge))
+            found.update(zip(edge.own, saved, strict=True))
+            stack += [
+                function for function, _ in edge.next_functions[edge.first : edge.first + len(edge.parents)]
+            ]
+        elif hasattr(edge, "leads_on"):
+            stack += [function for function, _ in edge.next_functions]
+    return found
+
+
+def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
+    """The saved tensors of an edge. A checkpoint gives them once; later edges want them too, and the last is its own."""
+    if not edge.has_hooks:
+        return edge.saved_tensors
+    if edge.unpacked is None:
+        edge.unpacked = edge.saved_tensors
+    return edge.unpacked
+
+
+class _Fork(torch.autograd.Function):
+    """A result that was computed in another way than its recipe says, and has the history of that way.
+
+    The gradient goes that way too, save where somebody asks for the gradient of scores or probabilities: these are in the
+    recipe only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        _keep(ctx, plan)
+        ctx.first = 1
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = dict.fromkeys((*ctx.parents, *ctx.leaves))
+        if grad is not None and _is_observed(ctx.parents):
+            found |= _gradients(ctx, grad, ctx.needs_input_grad[2:])
+            grad = None
+        _forget(ctx)
+        return (None, grad, *found.values())
+
+
+class _Bridge(torch.autograd.Function):
+    """A deferred tensor that was computed: the same values, whose gradient goes to the deferred tensor's edge."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: torch.Tensor, computed: list[torch.Tensor]) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.leads_on = True
+        return computed[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        return grad, None
+
+
+class _Adopt(torch.autograd.Function):
+    """A step in place: the same Python object has another tensor's history from now on."""
+
+    @staticmethod
+    def forward(ctx: Any, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.leads_on = True
+        ctx.mark_dirty(target)
+        return target
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[None, torch.Tensor | None]:
+        return None, grad
+
+
+def bridged(deferred: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """The computed values of a deferred tensor, with its history."""
+    return _Bridge.apply(deferred, [computed])
+
+
+def adopt(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Give ``target`` the history of ``source``, as a step in place does."""
+    _Adopt.apply(target, source)
+
+
+class Marks:
+    """What became of a deferred tensor, for its recipe and the copy of it that a backward pass keeps.
+
+    Attributes:
+        is_observed: Whether somebody asked for its own gradient.
+    """
+
+    def __init__(self) -> None:
+        self.is_observed = False
+
+
+def history(tensor: torch.Tensor) -> Any:
+    """``grad_fn`` of a deferred tensor, read past its own attributes."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.grad_fn
+
+
+def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], Again]) -> Any:
+    """Give a deferred tensor its edge, if it has gradients; the edge or ``None``.
+
+    Args:
+        tensor: Deferred, without history.
+        node: Its recipe.
+        again: From a recipe without tensors to what computes its gradients.
+    """
+    node.carrier, node.needs_grad = weakref.ref(tensor), False
+    if not torch.is_grad_enabled():
+        node.stops_gradient = True
+    if node.stops_gradient:
+        return None
+    if not (node.dtype.is_floating_point or node.dtype.is_complex):
+        return None
+    # Before it is recorded: the copy for the backward pass says so too.
+    node.needs_grad = True
+    if record(node, lambda: tensor, again) is None:
+        node.needs_grad = False
+        return None
+    return history(tensor)
+
+
+def record(
+    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
+) -> torch.Tensor | None:
+    """``result()`` with an edge to what ``node`` is computed from; ``None`` where nothing of it has gradients."""
+    found = _planned(node, result, again)
+    if found is None:
+        return None
+    with checkpoints.saving():
+        return _ByRows.apply(*found)
+
+
+def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch.Tensor:
+    """``out``, the result of ``node`` that was computed in another way, with an edge to the scores of ``node`` too."""
+    if not out.requires_grad or not any(parent.needs_grad for parent in _below(node)[0]):
+        return out
+    found = _planned(node, lambda: out, again)
+    return out if found is None else _Fork.apply(found[0], out, *found[1:])
+
+
+def _planned(
+    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
+) -> list[Any] | None:
+    """An edge and what it leads to."""
+    if node.stops_gradient:
+        return None
+    parents, direct = _below(node)
+    if not parents and not any(_requires_grad(leaf) for leaf in direct):
+        return None
+    node.marks = Marks()
+    leaves = list(dict.fromkeys([*filter(_requires_grad, direct), *(x for p in parents for x in p.reached)]))
+    known = {leaf for parent in parents for leaf in parent.saved}
+    own = [leaf for leaf in tensors_of(node) if leaf not in known]
+    node.reached, node.saved = leaves, known.union(own)
+    copy = twin(node)
+    plan = Plan(
+        result,
+        again(copy),
+        [parent.twin for parent in parents],
+        [leaf.twin for leaf in leaves],
+        [leaf.twin for leaf in direct],
+        [leaf.twin for leaf in own],
+        [leaf.tensor for leaf in own],
+    )
+    carriers = [parent.carrier() if is_carried(parent) else parent.anchor for parent in parents]
+    return [plan, *carriers, *(leaf.tensor for leaf in leaves)]
+
+
+def _below(root: Node) -> tuple[list[Node], list[Leaf]]:
+    """The nearest deferred tensors that a step is made from and that have gradients, and the tensors beside them."""
+    parents: list[Node] = []
+    direct: list[Leaf] = []
+    seen: set[Node] = set()
+    stack = list(root.children)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Leaf):
+            direct.append(node)
+        elif node.needs_grad is False or node.stops_gradient:
+            continue
+        elif node.needs_grad and (is_carried(node) or node.anchor is not None):
+            parents.append(node)
+        else:
+            stack.extend(node.children)
+    return parents, direct
+
+
+def is_carried(node: Node) -> bool:
+    """Whether the deferred tensor of a recipe is alive and still stands for it, with the history it was given."""
+    tensor = None if node.carrier is None else node.carrier()
+    return tensor is not None and tensor.handle.node is node and tensor.handle.edge is history(tensor)
+
+
+def _requires_grad(leaf: Leaf) -> bool:
+    return leaf.tensor is not None and leaf.tensor.requires_grad

@@ -1,0 +1,217 @@
+"""What was made natively from scores, written down, so that a step that runs out of memory can be answered by rows.
+
+The trail keeps how each tensor was made, not the tensor: when a step fails, the steps before it become a recipe
+again, and the large tensors that the host has let go of are gone. The module's forward is not run a second time, so a
+cache is not appended to twice.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.rows.autograd.saved_tensors import Saved
+from attnpatch.rows.deferred.tensor import SiteCall, dispatch
+from attnpatch.rows.dispatch import writes
+from attnpatch.rows.graph.nodes import Context, map_structure
+from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
+from attnpatch.rows.guard import native
+from attnpatch.rows.matmul import products
+from attnpatch.rows.op_table import CASTS, called
+
+
+class _Made:
+    """A tensor on the trail: the step that made it, and which of its results it is."""
+
+    def __init__(
+        self,
+        step: Step,
+        index: int | None,
+        tensor: torch.Tensor,
+        gone: Callable[[weakref.ref[torch.Tensor]], None],
+    ) -> None:
+        self.step, self.index = step, index
+        self.reference = weakref.ref(tensor, gone)
+        self.storage = tensor.untyped_storage().data_ptr()
+
+    def again(self, call: SiteCall) -> Any:
+        result = self.step.again(call)
+        return result if self.index is None else result[self.index]
+
+
+class Step:
+    """One native call.
+
+    Attributes:
+        args, kwargs: Its arguments, with what is on the trail in the place of tensors.
+        product: What it is, if scores begin here.
+        reads: Storages of the tensors that it and the steps before it read.
+        random: Generator states before the first step that drew from one.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], product: products.Product | None
+    ) -> None:
+        self.func, self.args, self.kwargs, self.product = func, args, kwargs, product
+        found = list(_flat((args, kwargs)))
+        before = [value.step for value in found if isinstance(value, _Made)]
+        tensors = [value for value in found if isinstance(value, torch.Tensor)]
+        device = tensors[0].device if not before else before[0].context_device
+        self.context_device, self.context = device, Context(device)
+        self.reads = {tensor.untyped_storage().data_ptr() for tensor in tensors}.union(
+            *(s.reads for s in before)
+        )
+        self.random: list[RandomState] = next((s.random for s in before if s.random), [])
+        if not self.random and any(name in func.__name__ for name in ("dropout", "gumbel")):
+            self.random = [random_state(device)]
+            if device.type != "cpu":
+                # By rows the seed of a mask comes from here, whatever the device.
+                self.random.append(random_state(torch.device("cpu")))
+        self._result: Any = None
+
+    def products(self) -> Iterator[products.Product]:
+        """The products that this step goes back to."""
+        if self.product is not None:
+            yield self.product
+        for value in _flat((self.args, self.kwargs)):
+            if isinstance(value, _Made):
+                yield from value.step.products()
+
+    def again(self, call: SiteCall) -> Any:
+        """The result of the call, deferred."""
+        if self._result is None:
+            with self.context.enter():
+                self._result = self._deferred(call)
+        return self._result
+
+    def _deferred(self, call: SiteCall) -> Any:
+        if self.product is not None:
+            return products.deferred(self.func, self.product, call)
+
+        def revive(value: Any) -> Any:
+            return value.again(call) if isinstance(value, _Made) else value
+
+        args, kwargs = map_structure(self.args, revive), map_structure(self.kwargs, revive)
+        name = called(self.func)
+        if not writes(name):
+            return dispatch(self.func, args, kwargs)
+        # The native tensor was overwritten; the recipe of what stood there before may still be needed.
+        result = dispatch(getattr(torch.Tensor, name[:-1]), args, kwargs)
+        return (
+            result
+            if result.dtype == args[0].dtype
+            else dispatch(torch.Tensor.to, (result, args[0].dtype), {})
+        )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    else:
+        yield value
+
+
+class Trail:
+    """What the present call of a site has made of its scores."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Made] = {}
+        self.saved = Saved()
+
+    def _place(self, value: Any) -> Any:
+        """What stands for a tensor on the trail; anything else is itself."""
+        made = self._made.get(id(value))
+        return made if made is not None and made.reference() is value else value
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+        """Call ``func``; out of memory at a step of attention, answer by rows.
+
+        Raises:
+            RuntimeError: The error of ``func``, where it is another one or the step overwrites its input: the host
+                goes on with that tensor, whatever is returned.
+        """
+        name = called(func)
+        product = None
+        if name in products.NAMES and not any(isinstance(v, _Made) for v in map(self._place, _flat(args))):
+            product = products.native_scores(name, args, kwargs)
+        step = None
+        if product is not None:
+            step = Step(func, args, kwargs, product)
+        elif self._made:
+            places = map_structure((args, kwargs), self._place)
+            if any(isinstance(place, _Made) for place in _flat(places)):
+                step = Step(func, *places, None)
+            elif writes(name) or kwargs.get("out") is not None:
+                self._forget(
+                    *(v for v in _flat((args[:1], kwargs.get("out"))) if isinstance(v, torch.Tensor))
+                )
+        if writes(name) or kwargs.get("out") is not None:
+            self.saved.hand_on()
+        if step is None:
+            return native(func, args, kwargs)
+        try:
+            with self.saved.holding():
+                result = native(func, args, kwargs)
+        except RuntimeError as error:
+            if not call.is_answered(error) or writes(name) or kwargs.get("out") is not None:
+                raise
+            call.ran_out(error, step.context_device)
+        else:
+            self._note(step, name, args, kwargs, result)
+            return result
+        self.saved.forget()
+        for first in step.products():
+            call.remember(*products.native_size(first))
+        for state in step.random:
+            set_random_state(state)
+        return step.again(call)
+
+    def _note(self, step: Step, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Remember the results of a step, if they are still made of scores."""
+        if any(result is value for value in _flat(args)) and (name in CASTS or name == "contiguous"):
+            return  # nothing to do was done
+        if writes(name) or kwargs.get("out") is not None or any(result is value for value in _flat(args)):
+            self._note_write(step, name, args, kwargs, result)
+            return
+        if step.product is None and name in (*products.NAMES, "linear"):
+            widest = max(made.numel() for made in _flat(args) if isinstance(self._place(made), _Made))
+            if result.numel() < widest:
+                self.saved.hand_on()
+                return  # a product with the values: what follows is no attention
+        if type(result) is torch.Tensor:
+            self._keep(step, None, result)
+        elif isinstance(result, tuple):
+            for index, part in enumerate(result):
+                if type(part) is torch.Tensor:
+                    self._keep(step, index, part)
+
+    def _note_write(self, step: Step, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else result
+        is_known = isinstance(self._place(target), _Made) and result is target
+        self._forget(target)
+        if is_known and name != "__setitem__" and hasattr(torch.Tensor, name[:-1]) and writes(name):
+            self._keep(step, None, target)
+
+    def _keep(self, step: Step, index: int | None, tensor: torch.Tensor) -> None:
+        """Remember how a tensor was made, as long as it lives: its step holds the query of its layer."""
+        made, key = self._made, id(tensor)
+
+        def gone(reference: weakref.ref[torch.Tensor]) -> None:
+            # Another tensor may have its id by now.
+            if key in made and made[key].reference is reference:
+                del made[key]
+
+        made[key] = _Made(step, index, tensor, gone)
+
+    def _forget(self, *written: torch.Tensor) -> None:
+        """Somebody overwrote a tensor: what was made of it cannot be made again."""
+        storages = {tensor.untyped_storage().data_ptr() for tensor in written}
+        for key, made in list(self._made.items()):
+            if made.storage in storages or made.step.reads & storages:
+                self._made.pop(key, None)

@@ -1,0 +1,222 @@
+"""What begins a recipe though nobody multiplied anything: positions against positions, and constants.
+
+A host makes them for a bias (T5's and DeBERTa's distances) or a mask of its own, inside its attention or before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.ledger import is_plain
+from attnpatch.rows import dispatch, guard
+from attnpatch.rows.creation import constants, row_biases
+from attnpatch.rows.creation.constants import dims_of
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, is_watching_writes, left, wrap
+from attnpatch.rows.evaluate.toeplitz import COMPARISONS, SUBTRACTIONS
+from attnpatch.rows.graph.nodes import Call, Leaf, View
+from attnpatch.rows.watching import Watching, without
+
+Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
+
+# Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
+_TEMPORARIES = 3 * 8
+# Before attention fewer rows are the sequences of a batch: a padding made of lengths.
+FEWEST = 32
+
+
+def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bool:
+    if call.is_of_masks and shape[-2] < FEWEST:
+        return False
+    # To a fused kernel rows of a bias are handed as they are needed.
+    is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
+    if is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device):
+        return True
+    call.tally.made(8 * math.prod(shape))
+    return False
+
+
+def _are_positions(*values: Any) -> bool:
+    """Whether these are tensors of whole numbers or truth values (a padding), and nobody's wrapper."""
+    return all(
+        isinstance(t, torch.Tensor)
+        and t.dim() > 0
+        and not t.is_floating_point()
+        and not t.is_complex()
+        and is_plain(t)
+        for t in values
+    )
+
+
+def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor of whole or truth values, or ``NotImplemented``.
+    """
+    if len(args) != 2 or kwargs or not _are_positions(*args) or args[0].device != args[1].device:
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in args))
+    except RuntimeError:
+        return NotImplemented
+    if len(shape) < 2 or min(shape[-2:]) < 2:
+        return NotImplemented
+    wide = [t for t in args if t.shape[-1] != 1]
+    tall = [t for t in args if t.dim() > 1 and t.shape[-2] != 1]
+    if len(wide) != 1 or len(tall) != 1 or wide[0] is tall[0]:
+        return NotImplemented
+    if not _goes_by_rows(shape, args[0].device, call):
+        return NotImplemented
+    dims = dims_of(shape)
+    nodes = [
+        Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
+        for t in args
+    ]
+    # Of one element each: torch itself says the dtype, and raises what it would raise (truth values do not subtract).
+    dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
+    return wrap(Call(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
+
+
+def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Key positions written out for every query (``keys.repeat(queries, 1)``), deferred if its size goes by rows.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    counts = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    if (
+        kwargs
+        or len(counts) < 2
+        or not all(isinstance(n, int) for n in counts)
+        or not _are_positions(args[0])
+    ):
+        return NotImplemented
+    tensor, rows = args[0], counts[-2]
+    if tensor.numel() != tensor.shape[-1] or min(tensor.shape[-1], rows) < 2 or tensor.dim() > len(counts):
+        return NotImplemented
+    if any(n != 1 for i, n in enumerate(counts) if i != len(counts) - 2):
+        return NotImplemented
+    shape = torch.Size([*counts[:-1], tensor.shape[-1]])
+    if not _goes_by_rows(shape, tensor.device, call):
+        return NotImplemented
+    dims = dims_of(shape)
+    keys = Leaf(tensor, (*((),) * (tensor.dim() - 1), dims[-1]))
+    return wrap(View(keys, dims, expand=True), call)
+
+
+def _functions(names: str) -> list[Any]:
+    return [
+        getattr(space, name)
+        for space in (torch.Tensor, torch)
+        for name in names.split()
+        if hasattr(space, name)
+    ]
+
+
+def _first_of(*begins: Begin) -> Begin:
+    def begin(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+        for one in begins:
+            begun = one(func, args, kwargs, call)
+            if begun is not NotImplemented:
+                return begun
+        return NotImplemented
+
+    return begin
+
+
+# A padding of queries against one of keys.
+_BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
+# Masks that are put together.
+_MASKS = "add __add__ __radd__ __or__ bitwise_or logical_or"
+# What is found before attention as well as inside it.
+OF_POSITIONS: dict[Any, Begin] = {
+    **dict.fromkeys(_functions(COMPARISONS), outer),
+    **dict.fromkeys(_functions(f"{SUBTRACTIONS} {_BOTH}"), _first_of(outer, row_biases.of_two)),
+    **dict.fromkeys(_functions(_MASKS), row_biases.of_two),
+    **dict.fromkeys(_functions("repeat tile"), repeated),
+    **dict.fromkeys(
+        [torch.Tensor.__getitem__, F.embedding, *_functions("index_select")], row_biases.looked_up
+    ),
+}
+BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, **constants.BEGINNINGS}
+
+
+# --------------------------------------------------------------------------------------------- before any attention
+
+
+class _Thread(threading.local):
+    watch: Before | None = None
+
+
+_thread = _Thread()
+
+
+class Before(Watching):
+    """Defers what a model makes of positions before its attention.
+
+    Args:
+        call: Policy and counters of the model's call.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _thread.watch is not self:
+            return func(*args, **(kwargs or {}))  # taken away, but below a mode of the host's
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        begin = OF_POSITIONS.get(func)
+        is_inside = torch._C._functorch.peek_interpreter_stack() is not None
+        if begin is not None and not is_inside and DeferredRows not in types:
+            begun = begin(func, args, kwargs, self.call)
+            if begun is not NotImplemented:
+                return begun
+        if DeferredRows not in types and is_watching_writes():
+            dispatch.protect(func, args, kwargs)
+        return guard.native(func, args, kwargs)
+
+
+@contextlib.contextmanager
+def watched(call: SiteCall) -> Iterator[None]:
+    """Watch the call of a model, its attention left out: that has a watch of its own (``mode.RowsMode``)."""
+    outer, _thread.watch = _thread.watch, Before(call)
+    try:
+        with _thread.watch:
+            yield
+    finally:
+        _thread.watch = outer
+        guard.attempted(left, name="the end of a model's call", tally=call.tally)
+
+
+def is_watching() -> bool:
+    """Whether there is a watch to take away."""
+    return _thread.watch is not None
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Take the watch away for a while: attention runs as it would without, native operators of torch included.
+
+    Those of ``nn.TransformerEncoderLayer`` are not called while any mode is there.
+    """
+    return _NOTHING if _thread.watch is None else _unwatched(_thread.watch)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unwatched(watch: Before) -> Iterator[None]:
+    _thread.watch = None
+    try:
+        with without(watch):  # Where it stays, it does nothing.
+            yield
+    finally:
+        _thread.watch = watch

@@ -1,0 +1,186 @@
+"""What begins a recipe beside products and positions: masks that are put together, tables looked up, and pairs by element.
+
+All of it has an element for each query and key (or several), and is made of less: a mask for all heads and a padding of
+keys, a table of biases and the numbers of its rows, queries and keys of a few channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.rows.arguments import argument
+from attnpatch.rows.deferred.tensor import SiteCall, wrap
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
+from attnpatch.rows.graph.nodes import Call, Leaf, Node
+
+# Of fewer rows or keys it is something else: heads, channels, the words of a prompt.
+FEWEST = 32
+# Positions times frequencies (rotary embeddings) are no wider.
+WIDEST_HEAD = 512
+# What a result must have more elements than, as a multiple of what it is made of.
+_GROWTH = 2
+# What hides a key, where zero shows it.
+_HIDDEN = -1e3
+# Before attention wider rows of a table are tokens of a batch.
+_MOST_HEADS = 64
+_WHOLE = (torch.int64, torch.int32)
+
+
+def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Two tensors, by element: masks that are put together, or each query against each key; deferred by size.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    if len(args) != 2 or kwargs or not all(isinstance(t, torch.Tensor) for t in args):
+        return NotImplemented
+    one, other = args
+    if one.shape == other.shape or max(one.dim(), other.dim()) < 2 or one.device != other.device:
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(one.shape, other.shape)
+    except RuntimeError:
+        return NotImplemented
+    if math.prod(shape) <= one.numel() + other.numel() or not all(map(is_plain, args)):
+        return NotImplemented
+    if _are_masks(one, other, shape) or (not call.is_of_masks and _are_figures(one, other, shape)):
+        ends = (*fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
+    elif not call.is_of_masks and len(shape) > 2 and _are_opposite(one, other, -3, -2) and shape[-1] > 1:
+        ends = (*fresh(shape[-3:-2], ROW), *fresh(shape[-2:-1], KEY), *fresh(shape[-1:]))
+    else:
+        return NotImplemented
+    rows, keys = shape[-len(ends)], shape[1 - len(ends)]
+    dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
+    if min(rows, keys) < FEWEST or not call.by_rows(rows, 3 * math.prod(shape) * dtype.itemsize, one.device):
+        return NotImplemented
+    dims = (*fresh(shape[: -len(ends)]), *ends)
+    return wrap(Call(func, tuple(_leaf(t, dims) for t in args), {}, dims, dtype, one.device), call)
+
+
+def _leaf(tensor: torch.Tensor, dims: Dims) -> Node:
+    aligned = dims[len(dims) - tensor.dim() :]
+    return Leaf(tensor, tuple(dim if n != 1 else () for dim, n in zip(aligned, tensor.shape, strict=True)))
+
+
+def _are_opposite(one: torch.Tensor, other: torch.Tensor, row: int, key: int) -> bool:
+    """Whether one tensor has rows and no keys, and the other has keys and no rows."""
+    sizes = [tuple(t.shape[at] if t.dim() >= -at else 1 for at in (row, key)) for t in (one, other)]
+    (a, b), (c, d) = sizes
+    return (min(a, d) > 1 and max(b, c) == 1) or (min(b, c) > 1 and max(a, d) == 1)
+
+
+def _are_masks(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether one or both are a line of a mask: a padding of keys, or of queries."""
+    lines = [t for t in (one, other) if t.dim() < 2 or 1 in t.shape[-2:]]
+    if not lines or any(t.requires_grad for t in (one, other)):
+        return False
+    if len(lines) == 2 and not _are_opposite(one, other, -2, -1):
+        return False
+    return min(shape[-2:]) >= FEWEST and all(_is_padding(t, min(shape[-2:])) for t in lines)
+
+
+def _are_figures(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether these are a figure of each query and of each key (graph attention), and not positions by frequencies."""
+    return min(shape[-2:]) > WIDEST_HEAD and _are_opposite(one, other, -2, -1)
+
+
+def _is_padding(line: torch.Tensor, narrowest: int) -> bool:
+    """Whether a tensor says of each key whether it is seen: by truth values, zeros and ones, or numbers that hide it."""
+    if line.dtype == torch.bool:
+        return True
+    if not line.is_floating_point():
+        return False  # positions, which are looked for elsewhere
+    if ledger_of(line) is not None:
+        return narrowest > WIDEST_HEAD  # no values to look at: positions by frequencies are narrower
+    return bool(((line == 0) | (line == 1) | (line <= _HIDDEN)).all())
+
+
+def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """Rows of a table by numbers that are there, one or more for each query and key; deferred by size.
+
+    Returns:
+        The deferred tensor, or ``NotImplemented``.
+    """
+    found = _table_and_numbers(func.__name__, args, kwargs)
+    if found is None:
+        return NotImplemented
+    table, numbers, at = found
+    if (
+        not (is_plain(table) and is_plain(numbers))
+        or numbers.dtype not in _WHOLE
+        or not table.is_floating_point()
+    ):
+        return NotImplemented
+    rows = math.isqrt(numbers.numel()) if numbers.dim() == 1 else numbers.shape[-2]
+    keys = numbers.shape[-1] if numbers.dim() > 1 else rows
+    width = table.numel() // max(1, table.shape[at])
+    if call.is_of_masks and (rows != keys or width > _MOST_HEADS):
+        return NotImplemented
+    if min(rows, keys) < FEWEST or (numbers.dim() == 1 and rows * keys != numbers.numel()):
+        return NotImplemented
+    if call.is_of_masks and numbers.dim() == 1 and table.shape[at] < rows:
+        return NotImplemented  # fewer than there are distances: the experts of as many tokens as a square has places
+    count = numbers.numel() * width
+    if count < _GROWTH * table.numel() or table.device != numbers.device:
+        return NotImplemented
+    if not call.by_rows(rows, 3 * count * table.dtype.itemsize, table.device):
+        return NotImplemented
+    places = (
+        _flat(rows)
+        if numbers.dim() == 1
+        else (*fresh(numbers.shape[:-2]), *fresh([rows], ROW), *fresh([keys], KEY))
+    )
+    before, after = fresh(table.shape[:at]), fresh(table.shape[at + 1 :])
+    own = Leaf(table, (*before, (), *after))
+    where = Leaf(numbers, places)
+    rest: dict[str, Any] = {}
+    if func.__name__ == "embedding":
+        parts: Any = (where, own)
+        rest["padding_idx"] = argument(args, kwargs, 2, "padding_idx")
+        rest["scale_grad_by_freq"] = argument(args, kwargs, 5, "scale_grad_by_freq", False)
+    elif func.__name__ == "index_select":
+        parts = (own, at, where)
+    else:
+        parts = (own, (*(slice(None),) * at, where) if at else where)
+    return wrap(Call(func, parts, rest, (*before, *places, *after), table.dtype, table.device), call)
+
+
+def _flat(rows: int) -> Dims:
+    """One dimension of all queries and keys, that the host's ``view`` will take apart."""
+    axis = Axis(rows * rows, ROW)
+    axis.split(rows)
+    axis.leaves()[1].kind = KEY
+    return ((axis,),)
+
+
+def _table_and_numbers(
+    name: str, args: Any, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """The table, the numbers, and the dimension of the table that they number."""
+    if name == "embedding":
+        numbers, table, at = args[0] if args else None, argument(args, kwargs, 1, "weight"), 0
+        if argument(args, kwargs, 3, "max_norm") is not None or argument(args, kwargs, 6, "sparse", False):
+            return None
+    elif name == "index_select":
+        table, at, numbers = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    else:
+        (table, numbers), at = args, 0
+        if isinstance(numbers, tuple):
+            at = len(numbers) - 1
+            if not all(isinstance(item, slice) and item == slice(None) for item in numbers[:-1]):
+                return None
+            numbers = numbers[-1] if numbers else None
+    if (
+        not isinstance(table, torch.Tensor)
+        or not isinstance(numbers, torch.Tensor)
+        or not isinstance(at, int)
+    ):
+        return None
+    if numbers.dim() == 0 or not -table.dim() <= at < table.dim():
+        return None
+    return table, numbers, at % table.dim()

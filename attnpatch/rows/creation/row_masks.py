@@ -1,0 +1,212 @@
+"""Tensors over queries and keys that nobody multiplied: masks, position biases, zeros. Known by rows, held by nobody.
+
+A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a recipe
+like a score matrix. What begins one is a function that gives any of its rows (``Generated``: a host's own mask function
+called for fewer rows), a broadcast of positions against positions (``rows/creation/positions.py``), or a single value (``Filled``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.failures import warn_once
+from attnpatch.ledger import is_plain
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.graph.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
+from attnpatch.rows.graph.nodes import Node
+
+# Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
+# and its absolute value are alive together (measured by tests/test_workspace.py).
+GENERATED_BYTES = 16
+
+
+class Generated(Node):
+    """A tensor ``[..., rows, keys]`` of which a function gives any rows.
+
+    Args:
+        function: From the first row and one past the last to ``[..., high - low, keys]``.
+        shape: Of all of it.
+        dtype, device: Of its elements.
+    """
+
+    stands_for_memory = True
+    held_bytes = GENERATED_BYTES
+
+    def __init__(
+        self,
+        function: Callable[[int, int], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.function, self.dtype, self.device = function, dtype, device
+        self.dims = (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        count = self.shape[-2]
+        span = flat_range(leaves(self.dims[-2]), tile)
+        low, high = (0, count) if span is None else span
+        value = self.function(low, high)
+        dims: Dims = self.dims if span is None else (*self.dims[:-2], (), self.dims[-1])
+        return take(value, dims, tile)
+
+
+class Filled(Node):
+    """A tensor that holds one value everywhere."""
+
+    stands_for_memory = is_constant = True
+
+    def __init__(self, value: float, dims: Dims, dtype: torch.dtype, device: torch.device) -> None:
+        self.value, self.dims, self.dtype, self.device = value, dims, dtype, device
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return torch.full(local_shape(self.dims, tile), self.value, dtype=self.dtype, device=self.device)
+
+
+# ------------------------------------------------------------------------------------------ masks of a model's call
+
+
+class _Thread(threading.local):
+    """Whose masks are deferred in this thread: the model call that is going on, or nobody's."""
+
+    call: SiteCall | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def of_call(call: SiteCall | None) -> Iterator[None]:
+    """Defer masks that are asked for inside the block, under the policy of ``call``; ``None``: do not."""
+    outer, _thread.call = _thread.call, call
+    try:
+        yield
+    finally:
+        _thread.call = outer
+
+
+def may_defer(q_len: int) -> bool:
+    """Whether a mask of so many rows that is asked for now could be deferred."""
+    call = _thread.call
+    if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def deferred(
+    function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
+) -> DeferredRows | None:
+    """A mask that ``may_defer``, not made yet; ``None`` where the rule says that it may be made.
+
+    Args:
+        function: From the first row and one past the last to ``[..., high - low, kv_len]``.
+        q_len, kv_len: Rows and keys.
+        temporaries: From the number of the mask's elements to the bytes that the host holds if it is made.
+    """
+    call = _thread.call
+    assert call is not None
+    # Four rows tell what all of them are.
+    few = function(0, min(q_len, 4))
+    if few.dim() < 2 or few.shape[-2:] != (min(q_len, 4), kv_len) or not is_plain(few):
+        return None
+    count = math.prod(few.shape[:-2]) * q_len * kv_len
+    if not call.by_rows(q_len, temporaries(count), few.device):
+        call.tally.made(count * few.element_size())
+        return None
+    return wrap(
+        Generated(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
+        call,
+    )
+
+
+def ran_out(error: RuntimeError, device: torch.device) -> bool:
+    """Whether a mask that was to be whole and that memory does not hold goes by rows; it is counted."""
+    call = _thread.call
+    if call is None or not call.is_answered(error):
+        return False
+    call.ran_out(error, device)
+    return True
+
+
+def failed(where: str, error: Exception) -> None:
+    """An error of ours, where the host made its mask instead."""
+    if _thread.call is not None:
+        _thread.call.tally.count("failed")
+    warn_once(where, error)
+
+
+def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> None:
+    """Count a mask that cannot be deferred, where the rule would have it so."""
+    call = _thread.call
+    if call is not None:
+        call.tally.made(mask.numel() * mask.element_size())
+        if call.by_rows(q_len, temporaries, mask.device):
+            call.tally.materialised(what)
+
+
+class Unknown(Exception):
+    """A function reads something of which no copy can be kept."""
+
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    type(None),
+    type,
+    types.BuiltinFunctionType,
+)
+
+
+def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """A function that reads the present values of the tensors it refers to, whatever becomes of them.
+
+    A mask says what it says when it is made; one that is made later must say the same. What functions refer to are
+    paddings and positions, small beside the mask.
+
+    Raises:
+        Unknown: It refers to something else than numbers, tensors and functions like itself.
+    """
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, (*_PLAIN, types.ModuleType)):
+        return value
+    if isinstance(value, torch.Tensor):
+        if not is_plain(value):
+            raise Unknown(type(value).__name__)
+        copy: Any = value.detach().clone()
+    elif isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        copy = type(value)(keeping(item, seen) for item in value)
+    elif type(value) is dict:
+        copy = {key: keeping(item, seen) for key, item in value.items()}
+    elif isinstance(value, functools.partial):
+        copy = functools.partial(
+            keeping(value.func, seen), *keeping(value.args, seen), **keeping(value.keywords, seen)
+        )
+    elif isinstance(value, types.FunctionType):
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
+        seen[id(value)] = copy
+        copy.__defaults__ = keeping(value.__defaults__, seen)
+        copy.__kwdefaults__ = keeping(value.__kwdefaults__, seen)
+        for mine, theirs in zip(cells, value.__closure__ or (), strict=True):
+            mine.cell_contents = keeping(theirs.cell_contents, seen)
+    else:
+        raise Unknown(type(value).__name__)
+    seen[id(value)] = copy
+    return copy

@@ -1,0 +1,78 @@
+"""Memory that a host sets aside for scores (``torch.empty`` for ``baddbmm``) and that nobody needs by rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.graph.axes import Tile, fresh, local_shape
+from attnpatch.rows.graph.nodes import Node
+
+
+class Blank(Node):
+    """A tensor without values.
+
+    Attributes:
+        stands_for_memory: Whether making it is counted as keeping a whole score matrix.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.dims, self.dtype, self.device = fresh(shape), dtype, device
+
+    @staticmethod
+    def like(node: Node, dtype: torch.dtype) -> Blank:
+        """``empty_like`` of something deferred, cut as that is."""
+        blank = Blank((), dtype, node.device)
+        blank.dims, blank.stands_for_memory = node.dims, True
+        return blank
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return torch.empty(local_shape(self.dims, tile), dtype=self.dtype, device=self.device)
+
+
+def _blank(args: Any, kwargs: dict[str, Any]) -> Blank | None:
+    """What ``torch.empty`` is asked for, if it could be scores."""
+    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+    if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
+        return None
+    if len(size) < 3 or not all(isinstance(n, int) for n in size) or min(size) < 1 or min(size[-2:]) < 2:
+        return None
+    like = torch.empty((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+    return Blank(tuple(size), like.dtype, like.device)
+
+
+def empty(
+    args: Any, kwargs: dict[str, Any], call: SiteCall, native: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """``torch.empty``, without memory where its size goes by rows or memory runs out."""
+    node = _blank(args, kwargs)
+    if node is None or not node.dtype.is_floating_point:
+        return native()
+    shape = node.shape
+    if not call.by_rows(shape[-2], 3 * math.prod(shape) * node.dtype.itemsize, node.device):
+        try:
+            return native()
+        except RuntimeError as error:
+            if not call.is_answered(error):
+                raise
+            call.ran_out(error, node.device)
+    return wrap(node, call)
+
+
+def without(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The arguments of ``baddbmm`` with a tensor of one element in the place of an unneeded blank one, or ``None``."""
+    added = args[0] if args else kwargs.get("input")
+    if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredRows) or added.handle.is_computed:
+        return None
+    node = added.handle.node
+    if not isinstance(node, Blank):
+        return None
+    stand_in = torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
+    if args:
+        return (stand_in, *args[1:]), kwargs
+    return args, {**kwargs, "input": stand_in}

@@ -1,0 +1,162 @@
+"""How the tensor that a recipe stands for would lie in memory natively: its strides, without its memory.
+
+Whether ``reshape`` or ``contiguous`` returns a view or a copy depends on strides. torch itself is asked: the recipe's own
+calls run on tensors of device ``meta``, which have sizes, strides and a storage of their own, and no data. Nothing is
+asked before a function wants to know, since most recipes are made and replayed without that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnpatch.rows.graph.nodes import Call, Child, Cut, Leaf, Node, Pick, View, map_structure
+from attnpatch.rows.layout.relative_shift import Strided
+
+# Their layout depends on the library that computes them, unless they are given what is contiguous.
+_UNSURE = frozenset("conv1d conv2d conv3d roll".split())
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """No mode of attnpatch, of a profiler or of somebody else sees what runs here, and nothing is recorded."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def shadow(node: Node) -> torch.Tensor | None:
+    """A tensor without data that lies as the native result would; ``None`` where that is not known."""
+    if node.shadow is None:
+        with _unwatched():
+            found = _shadow(node)
+        return found if isinstance(found, torch.Tensor) else None
+    return node.shadow if isinstance(node.shadow, torch.Tensor) else None
+
+
+def applied(node: Node, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a function gives for the shadow of a recipe; it may raise as the native call would. ``None``: not known."""
+    own = shadow(node)
+    if own is None:
+        return None
+    with _unwatched():
+        return func(own, *args, **kwargs)
+
+
+def numbers(count: int) -> torch.Tensor:
+    """An index of so many places, for ``applied``."""
+    with _unwatched():
+        return torch.empty(count, dtype=torch.int64, device="meta")
+
+
+def is_view(result: torch.Tensor, node: Node) -> bool:
+    """Whether what ``applied`` gave shares memory with the recipe's own shadow."""
+    own = shadow(node)
+    return own is not None and result.untyped_storage()._cdata == own.untyped_storage()._cdata
+
+
+def overlaps(node: Node) -> bool:
+    """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
+    own = shadow(node)
+    return own is None or torch._debug_has_internal_overlap(own) == 1
+
+
+def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
+    """``value`` with the strides of the native result: itself or a copy.
+
+    Args:
+        value: The result.
+        node: Its recipe.
+        gaps: Whether to leave room between the elements of a slice, or to keep only their order.
+    """
+    own = shadow(node)
+    if own is None or torch._debug_has_internal_overlap(own) == 1:
+        return value
+    strides = own.stride() if gaps or not has_gaps(node) else _without_gaps(own)
+    if value.stride() == strides:
+        return value
+    sizes = zip(value.shape, value.stride(), strides, strict=True)
+    if all(size == 1 or mine == theirs for size, mine, theirs in sizes):
+        return value.as_strided(value.shape, strides)
+    return value.new_empty_strided(value.shape, strides).copy_(value)
+
+
+def has_gaps(node: Node) -> bool:
+    """Whether the native result is a slice of a larger memory."""
+    own = shadow(node)
+    return own is not None and own.untyped_storage().nbytes() > own.numel() * own.element_size()
+
+
+def _without_gaps(own: torch.Tensor) -> tuple[int, ...]:
+    strides, step = list(own.stride()), 1
+    for dim in sorted(range(own.dim()), key=own.stride):
+        if own.shape[dim] != 1:
+            strides[dim] = step
+            step *= own.shape[dim]
+    return tuple(strides)
+
+
+def _shadow(node: Node) -> Any:
+    if node.shadow is None:
+        try:
+            found = _made(node)
+        except Exception:  # an operator that has nothing for tensors without data
+            found = None
+        node.shadow = False if found is None else found
+    return node.shadow
+
+
+def _made(node: Node) -> Any:
+    if node.laid_as is not None:
+        return _shadow(node.laid_as)
+    if node.lies_by_rows:
+        return torch.empty(node.shape, dtype=node.dtype, device="meta")
+    if isinstance(node, Leaf):
+        tensor = node.tensor
+        if tensor is None:
+            return None
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=node.dtype, device="meta")
+    below = [_shadow(child) for child in node.children]
+    if any(found is False for found in below):
+        return None
+    if node.native is not None:
+        func, args, kwargs = node.native
+        return func(below[0], *args, **kwargs)
+    if isinstance(node, View):
+        return below[0].expand(node.shape) if node.expand else below[0].view(node.shape)
+    if isinstance(node, Cut):
+        stop = node.start + (node.axis.size - 1) * node.step + 1
+        return below[0][(*[slice(None)] * node.position, slice(node.start, stop, node.step))]
+    if isinstance(node, Pick):
+        return below[0][node.index]
+    if isinstance(node, Call):
+        return _called(node, below)
+    if not below or isinstance(node, Strided):
+        # What was padded or joined, and what nobody had before.
+        return torch.empty(node.shape, dtype=node.dtype, device="meta")
+    return below[0] * 1 if node.copies_layout else None
+
+
+def _called(node: Call, below: list[Any]) -> Any:
+    name = getattr(node.func, "__name__", "")
+    if name in _UNSURE and not below[0].is_contiguous():
+        return None
+
+    def fill(value: Any) -> Any:
+        return below[value.index] if isinstance(value, Child) else value
+
+    try:
+        return node.func(*map_structure(node.args, fill), **map_structure(node.kwargs, fill))
+    except RuntimeError:
+        # Under autocast a product is given tensors of several dtypes.
+        below = [part.to(node.dtype) if part.is_floating_point() else part for part in below]
+        return node.func(*map_structure(node.args, fill), **map_structure(node.kwargs, fill))
+
+
+def like(node: Node, dtype: torch.dtype) -> Any:
+    """``Node.shadow`` of a new tensor of a dtype that is laid out as ``empty_like`` would lay it out."""
+    found = applied(node, torch.empty_like, (), {"dtype": dtype})
+    return False if found is None else found

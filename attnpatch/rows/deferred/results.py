@@ -1,0 +1,92 @@
+"""What a site returns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
+from attnpatch.rows.graph.axes import KEY, ROW, Dims, all_leaves
+from attnpatch.rows.graph.nodes import graph
+
+_MATRIX = {ROW, KEY}
+
+
+def with_no_matrix(result: Any, is_counted: bool) -> Any:
+    """A site's result, with deferred tensors computed that are rows x keys no more, and no views of what is.
+
+    They are attention written as a product of elements and a sum (a soft argmax: ``(weights * places).sum(-1)``), or what
+    was multiplied with figures of rows (rounds of hashes, weighted by their logsumexp), as small as any output. Left
+    deferred, the rest of the model would be, too.
+
+    Args:
+        result: Tensors, in any structure: named tuples and dataclasses of the host's, too.
+        is_counted: Whether the call is counted already; a tensor computed here counts as by rows otherwise.
+    """
+    return _changed(result, lambda value: _computed(value, is_counted), 8)
+
+
+def _changed(value: Any, change: Callable[[DeferredRows], Any], depth: int) -> Any:
+    """``value`` with deferred tensors changed; what holds none that changes is the host's own object still."""
+    if isinstance(value, DeferredRows):
+        return change(value)
+    if depth == 0 or isinstance(value, torch.Tensor):
+        return value
+    parts = _parts(value)
+    items = {key: _changed(item, change, depth - 1) for key, item in parts.items()}
+    changed = {key: item for key, item in items.items() if item is not parts[key]}
+    if not changed:
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(items.values())
+    if isinstance(value, tuple):
+        return value._replace(**changed)
+    value = copy.copy(value)
+    for key, item in changed.items():
+        if isinstance(value, dict):
+            value[key] = item
+        else:
+            object.__setattr__(value, key, item)  # of a frozen one, too
+    return value
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    if type(value) in (list, tuple):
+        return dict(enumerate(value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return value._asdict()
+    if isinstance(value, dict):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {}
+
+
+def _computed(value: DeferredRows, is_counted: bool) -> Any:
+    if not is_pending(value):
+        return value
+    node, memory = value.handle.node, value.handle.memory.recipe
+    steps = list(graph(node))
+    is_normalised = any(KEY in _kinds((step.whole,)) for step in steps)
+    # A view of scores (their diagonal) shares memory with them, and lies as that does. Keys without rows are as small as
+    # an output (places that an index of the host's own puts figures of rows in), but what is summed over the rows of a
+    # matrix needs all of it, and nobody may ask for it.
+    is_small = not _kinds((*memory.dims, *node.dims)) >= _MATRIX
+    holds_all = any(
+        ROW in _kinds((step.whole,)) and any(_kinds(child.dims) >= _MATRIX for child in step.children)
+        for step in steps
+    )
+    if not is_normalised or not is_small or holds_all:
+        return value
+    if not is_counted:
+        value.handle.call.tally.count("by_rows")
+    return value.handle.reduced()
+
+
+def _kinds(dims: Dims) -> set[str]:
+    return {axis.kind for axis in all_leaves(dims)}

@@ -1,0 +1,330 @@
+"""Deferred tensors that share memory: views of each other, of which one may be written to.
+
+A *memory* knows the recipe of what it holds as a whole, and each tensor of it the steps from there to itself. A write to
+one of them becomes a node in the memory's recipe, and the recipes of all others are built on that again. A write that no
+node can say is done to real tensors: the memory is computed, and its tensors are views of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.rows.deferred import memory_layout
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.graph.axes import Axis, Dims, Tile, same
+from attnpatch.rows.graph.nodes import Call, Cut, Node, View
+from attnpatch.rows.layout.regions import Region, Written
+
+if TYPE_CHECKING:
+    from attnpatch.rows.deferred.tensor import DeferredRows, Handle
+
+Native = tuple[Any, Any, dict[str, Any]]
+
+# Functions whose result is memory of their first argument's, and that may be computed.
+ALIASES = frozenset(
+    "diagonal as_strided unfold broadcast_to imag conj resolve_conj resolve_neg adjoint H mH T t view view_as_real "
+    "view_as_complex rename refine_names align_to align_as unsqueeze transpose swapaxes expand movedim unflatten narrow "
+    "select split chunk unbind tensor_split detach data".split()
+)
+
+
+class Memory:
+    """What deferred tensors share.
+
+    Attributes:
+        recipe: Of all of it.
+        whole: All of it, without history, once it was computed.
+        members: The handles of deferred tensors that are alive.
+    """
+
+    def __init__(self, recipe: Node) -> None:
+        self.recipe = recipe
+        self.whole: torch.Tensor | None = None
+        self.members: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+    def others(self, handle: Handle) -> list[Handle]:
+        return [member for member in self.members if member is not handle]
+
+
+def view(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+    """A deferred tensor that shares memory with ``source``.
+
+    Args:
+        source: What it is a view of.
+        node: Its recipe: the source's, or made of that by nodes of one child each.
+        native: torch's function and its arguments after the first.
+    """
+    from attnpatch.rows.deferred.tensor import wrap  # the class is made of what is here
+
+    own = source.handle.node
+    node = of_function(node, own, native)
+    path = (*source.handle.path, *(_steps(node, own) or [Solid(own, node.dims, native)]))
+    return wrap(node, source.handle.call, source.handle.memory, path)
+
+
+class Solid(Node):
+    """A view that has no node on top of what it is a view of: a function of all of that."""
+
+    def __init__(self, child: Node, dims: Dims, native: Native) -> None:
+        self.children = (child,)
+        self.dims, self.dtype, self.device, self.native = dims, child.dtype, child.device, native
+
+    @property
+    def whole(self) -> tuple[Axis, ...]:  # type: ignore[override]
+        return tuple(axis for dims in (self.dims, self.children[0].dims) for dim in dims for axis in dim)
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return _by_function(self, run.value(self.children[0], {}))
+
+
+def _by_function(step: Node, value: torch.Tensor) -> torch.Tensor:
+    assert step.native is not None
+    func, args, kwargs = step.native
+    return func(value, *args, **kwargs)
+
+
+def _steps(node: Node, own: Node) -> list[Node] | None:
+    """The views that lead from a recipe to a recipe on top of it, if they are known one by one."""
+    steps: list[Node] = []
+    while node is not own:
+        is_known = isinstance(node, (View, Cut)) or (isinstance(node, Call) and node.func is torch.permute)
+        if not node.children or not (is_known or (node.native is not None and node.children == (own,))):
+            return None
+        steps.append(node)
+        node = node.children[0]
+    return steps[::-1]
+
+
+def of_function(node: Node, source: Node, native: Native) -> Node:
+    """``node`` as what a function of torch makes of ``source``: a node of its own, even where that changes nothing."""
+    if node is source:
+        node = View(node, node.dims)
+    if node.children and node.children[0] is source:
+        node.native = native
+    else:
+        # torch lays out the result of the whole function, and not of its steps.
+        node.laid_as = View(source, source.dims)
+        node.laid_as.native = native
+    return node
+
+
+def followed(path: Sequence[Node], recipe: Node) -> list[Node]:
+    """The recipe of a memory, and of what every step of a path makes of it."""
+    nodes = [recipe]
+    for step in path:
+        nodes.append(renewed(step, nodes[-1]))
+    return nodes
+
+
+def renewed(step: Node, below: Node) -> Node:
+    """A step on something else, of which no deferred tensor stands for it yet."""
+    copy = step.rebuilt(lambda _: below)
+    for name in ("needs_grad", "carrier", "marks", "twin", "reached", "saved"):
+        copy.__dict__.pop(name, None)
+    # Under no_grad a view is made of what has no history; ``detach`` stops it for good.
+    copy.stops_gradient = getattr(step, "is_detached", False)
+    return copy
+
+
+def is_repeated(handle: Handle) -> bool:
+    """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
+    steps = (handle.memory.recipe, *handle.path)
+    return any(isinstance(step, View) and step.expand for step in steps) and memory_layout.overlaps(
+        handle.node
+    )
+
+
+def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
+    """Recipes of all tensors of a memory after one of them was written to; ``None`` where no node can say it.
+
+    Args:
+        handle: What was written to.
+        node: What it holds now, made for this.
+    """
+    memory, old = handle.memory, handle.node
+    if is_repeated(handle) or not all(map(same, old.dims, node.dims)):
+        return None
+    recipe = node
+    nodes = followed(handle.path, memory.recipe) if memory.others(handle) else []
+    for step, parent in zip(reversed(handle.path), reversed(nodes[:-1]), strict=bool(nodes)):
+        before = put_back(step, parent, recipe)
+        if before is None:
+            return None
+        recipe = before
+    node.laid_as = old.laid_as or old
+    if not nodes:
+        memory.recipe, memory.whole, handle.path = node, None, ()
+        return {handle: node}
+    recipe.laid_as = memory.recipe.laid_as or memory.recipe
+    memory.recipe, memory.whole = recipe, None
+    found = {other: followed(other.path, recipe)[-1] for other in memory.others(handle)}
+    return {**found, handle: followed(handle.path, recipe)[-1]}
+
+
+def put_back(step: Node, parent: Node, value: Node) -> Node | None:
+    """What a tensor holds after a view of it was written to; ``None`` where no node can say it.
+
+    Args:
+        step: The view of ``parent``.
+        parent: The tensor before.
+        value: What the view holds now.
+    """
+    if getattr(step, "is_detached", False):
+        return None
+    if isinstance(step, Cut):
+        regions: list[Region | None] = [None] * len(parent.dims)
+        regions[step.position] = Region(step.start, step.step, step.axis)
+        return Written(parent, regions, value)
+    if isinstance(step, View):
+        return None if step.expand else View(value, parent.dims)
+    if isinstance(step, Call) and step.func is torch.permute:
+        order = step.args[1]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return Call(torch.permute, (value, back), {}, parent.dims, parent.dtype, parent.device)
+    return None
+
+
+def compute(handle: Handle) -> None:
+    """Compute what a tensor holds: of a slice that alone, and otherwise the memory with all its tensors.
+
+    What is no slice is as large as the memory, or repeats it without a copy (``expand``).
+    """
+    memory, path = handle.memory, handle.path
+    cuts = [i for i, step in enumerate(path) if step.shape.numel() < step.children[0].shape.numel()]
+    if not cuts and not memory_layout.has_gaps(memory.recipe):
+        _compute_all(handle)
+        return
+    last = cuts[-1] + 1 if cuts else 0
+    head = followed(path[:last], memory.recipe)[-1]
+    handle.values = _part(path[last:], memory_layout.laid(handle.call.replay(head), head))
+
+
+def _compute_all(handle: Handle) -> None:
+    memory = handle.memory
+    if memory.whole is None:
+        if not memory.others(handle):
+            memory.recipe, handle.path = handle.node, ()
+        found = memory_layout.laid(handle.call.replay(memory.recipe), memory.recipe, gaps=True)
+        memory.whole = found.detach()  # no view: torch refuses some steps in place on those (``detach_``)
+    for member in memory.members:
+        member.values = _part(member.path, memory.whole)
+        member.pending.discard(member)
+
+
+def _part(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
+    """The part of a computed memory that a path leads to, as a view of it."""
+    value = whole
+    for step in path:
+        if isinstance(step, Cut):
+            value = step.of(value)
+        elif isinstance(step, Call):
+            value = step.func(value, *step.args[1:])
+        elif isinstance(step, View):
+            value = step.of(value, list(step.shape))
+        else:
+            value = _by_function(step, value)
+    return value
+
+
+def settle(handle: Handle) -> None:
+    """Turn the tensors of a memory into views of one real tensor, with the history that they have."""
+    from attnpatch.rows.deferred.tensor import wrap
+
+    memory = handle.memory
+    # A write under no_grad leaves the history as it is.
+    with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(handle)):
+        with torch.no_grad():
+            _compute_all(handle)
+        root = next(
+            (member for member in memory.members if not member.path and member.tensor is not None), None
+        )
+        if root is not None:
+            # Its history stays: gradients of what was made of it before go there too.
+            real = root.reduced()
+            root.stands_for(real)
+        else:
+            whole = wrap(memory.recipe, handle.call)
+            whole.handle.values = memory.whole
+            whole.handle.pending.discard(whole.handle)
+            real = whole.handle.reduced()
+        for member in list(memory.members):
+            if member is not root:
+                member.is_written(_part(member.path, real))
+
+
+def has_history(handle: Handle) -> bool:
+    """Whether gradients go to some tensor of a memory."""
+    from attnpatch.rows.deferred.tensor import has_history as goes_back
+
+    tensors = (member.tensor for member in handle.memory.members)
+    return any(tensor is not None and goes_back(tensor) for tensor in tensors)
+
+
+def is_whole(handle: Handle) -> bool:
+    """Whether a computed tensor is native memory: a view of it is native, or has no history to lose."""
+    if handle.written is not None:
+        return True
+    return handle.memory.whole is not None and not (handle.memory.others(handle) and has_history(handle))
+
+
+def is_part(handle: Handle) -> bool:
+    """Whether a tensor is not simply a memory of its own."""
+    if handle.written is not None:
+        return False
+    return bool(handle.memory.others(handle) or handle.path) or memory_layout.has_gaps(handle.node)
+
+
+def is_view_of_part(result: Any, source: Any) -> bool:
+    """Whether a function has given memory of a slice that was computed alone: of how that lies nothing was known."""
+    handle = getattr(source, "handle", None)
+    if handle is None or handle.values is None or handle.memory.whole is not None or not is_part(handle):
+        return False
+    own = handle.values.untyped_storage()._cdata
+    return type(result) is torch.Tensor and result.untyped_storage()._cdata == own
+
+
+def begins_anew(handle: Handle) -> None:
+    """Before a computed tensor is written to: let what shares its memory follow.
+
+    A slice that was computed alone is forgotten, and is a recipe again; of a memory that was computed as a whole all
+    tensors become views with a history.
+    """
+    if handle.values is None or handle.written is not None:
+        return
+    if handle.memory.whole is None:
+        handle.forget()
+    elif handle.memory.others(handle) and has_history(handle):
+        settle(handle)
+
+
+@contextlib.contextmanager
+def as_recipe(handle: Handle) -> Iterator[list[Any]]:
+    """Inside the block a slice that was computed alone is a recipe: its views are laid out as if it were none.
+
+    Yields:
+        A list for the views that are made; what was computed is theirs too.
+    """
+    kept, handle.values, views = handle.values, None, []
+    try:
+        yield views
+    finally:
+        if handle.written is None:
+            handle.values = kept
+            for found in views:
+                if found.handle.memory is handle.memory and found.handle.values is None:
+                    found.handle.values = _part(found.handle.path[len(handle.path) :], kept)
+
+
+def geometry(handle: Handle, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Sizes and strides of the native result; ``None``: what the deferred tensor itself says."""
+    if handle.written is not None:
+        return func(handle.written, *args, **kwargs)
+    if name not in ("stride", "is_contiguous", "storage_offset"):
+        return None
+    found = memory_layout.applied(handle.node, func, args, kwargs)
+    return func(handle.materialise(name), *args, **kwargs) if found is None else found

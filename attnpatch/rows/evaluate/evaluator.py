@@ -1,0 +1,365 @@
+"""One evaluation of a recipe, tile by tile: what is complete, what is kept, what may be overwritten."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.rows.evaluate import row_alignment, toeplitz
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
+from attnpatch.rows.graph.nodes import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
+
+# Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
+_IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
+_CASTS = frozenset("to float half bfloat16 double type type_as".split())
+# Rows of a product that begin at other places than every 64 bytes take longer, from about this many keys
+# on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
+_LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
+# Steps whose result may be their operand's memory.
+_ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
+
+
+class Run:
+    """One evaluation of a recipe: which axes are complete, what is kept between tiles, where gradients go.
+
+    Args:
+        root: The node to compute.
+        bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
+        wanted: What to take gradients for: their parts are cut from the graph and noted.
+    """
+
+    def __init__(
+        self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
+    ) -> None:
+        self.nodes = list(graph(root))
+        self._axes = {node: all_leaves(node.dims) for node in self.nodes}
+        self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
+        for axes in self._axes.values():
+            # One axis in two dimensions (a matrix added to its own transpose): a tile would be its diagonal only.
+            self.whole.update(axis for axis in axes if axes.count(axis) > 1)
+        self.bound = bound or {}
+        self.wanted = wanted
+        self.parts: list[tuple[Node, Tile, torch.Tensor]] = []
+        self.row: Axis | None = None
+        # What has query x key elements, and the bytes of the largest part of it that a step has made.
+        self.scores: frozenset[Node] = frozenset()
+        self.largest = 0
+        # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
+        # row axis goes by another name.
+        self.renamed = {axis for axis in self._renamed() if axis not in self.whole}
+        self.hoist = not wanted and not any(node.renames_axes for node in self.nodes)
+        self._uses: dict[Node, int] = {}
+        for node in self.nodes:
+            for child in node.children:
+                self._uses[child] = self._uses.get(child, 0) + 1
+        # What is the same for all heads, where those are the inner loop: computed once for all of them.
+        self.shared: frozenset[Node] = frozenset()
+        self._fixed: dict[Node, torch.Tensor] = {}
+        self._overwrites: dict[Node, bool] = {}
+        self._buffers: dict[Node, torch.Tensor] = {}
+        self._padded: dict[Node, bool] = {}
+        self._aligned: dict[Node, list[int]] = {}
+        self._is_watched = False
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._moving: list[tuple[Any, ...]] = []
+        self._of_rows: dict[Node, tuple[Any, ...]] = {}
+
+    def _renamed(self) -> Iterator[Axis]:
+        """Axes of rows that go by another name above a slice or a shift, where a step has a range of them all the same."""
+        for node in self.nodes:
+            heads = getattr(node, "heads", None)
+            if heads is not None:
+                yield from heads()
+            elif node.reads_a_run:
+                old = leaves(node.children[0].dims[node.position])  # type: ignore[attr-defined]
+                yield from old if len(old) == 1 and old[0].kind == ROW else ()
+
+    def has_rows(self, node: Node, row: Axis | None) -> bool:
+        """Whether a step has only some of what is in ``node``, or all of it (a bias by key, kept for all steps)."""
+        return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
+
+    def works(self, row: Axis | None) -> list[int]:
+        """Multiplications per head of each product that has fewer of them in a step; not where each row is one more head."""
+        return [
+            node.work
+            for node in self.nodes
+            if isinstance(node, Call) and not all(row in self._axes[child] for child in node.children)
+        ]
+
+    @functools.cached_property
+    def _distances(self) -> dict[Node, toeplitz.Pair]:
+        # Not under autograd: what is copied from row to row would have to be summed again.
+        return {} if self.wanted or torch.is_grad_enabled() else toeplitz.found_in(self.nodes)
+
+    @functools.cached_property
+    def tiled(self) -> list[Node]:
+        """What a step has all its rows of: not what is computed for two of them and copied."""
+        read = {child for node in self.nodes if node not in self._distances for child in node.children}
+        return [node for node in self.nodes if node is self.nodes[-1] or node in read]
+
+    def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
+        """Steps with rows that are the same for several pieces of ``heads`` (a mask), where a step with heads reads them.
+
+        Nothing where a result may not outlive its tile, or where there is nothing to gain: a tensor that exists.
+        """
+        if not self.hoist:
+            return frozenset()
+        return frozenset(
+            child
+            for node in self.nodes
+            for child in node.children
+            if row in self._axes[child]
+            and not isinstance(child, Leaf)
+            and (heads & set(self._axes[node])) - set(self._axes[child])
+        )
+
+    def held_bytes(self, row: Axis | None, cut: set[Axis]) -> int:
+        """Bytes that a step holds at most for one row of one head, followed in the order in which it is computed.
+
+        Args:
+            row: The axis of rows; what has none is kept for all steps.
+            cut: Axes of which a step has one element.
+        """
+        cut = cut | self.renamed
+        sizes = {
+            node: node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
+            for node in self.tiled
+            if not isinstance(node, Leaf) and self.has_rows(node, row)
+        }
+        # What steps share is there from the first to the last.
+        shared = {node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)}
+        live = most = sum(sizes[node] for node in shared)
+        own = {node: 0 if node in shared or _is_alias(node) else size for node, size in sizes.items()}
+        # What is free again when a node's reader is done; children come before parents.
+        ends: dict[Node, int] = {}
+        for node, size in sizes.items():
+            read = sum(ends.get(child, 0) for child in node.children)
+            live += own[node]
+            most = max(most, live + size // node.dtype.itemsize * node.held_bytes)
+            is_kept = self._uses.get(node, 0) > 1
+            if _is_alias(node):
+                ends[node] = 0 if is_kept else read
+            else:
+                live -= read
+                ends[node] = 0 if is_kept else own[node]
+        return most
+
+    def keep(self, node: Node) -> None:
+        """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
+        self._uses[node] = self._uses.get(node, 0) + 2
+        self._is_watched = True
+
+    def fix(self, node: Node, value: torch.Tensor) -> None:
+        """Take ``value`` for the whole of ``node`` instead of computing it."""
+        self._fixed[node] = value
+
+    def tensor(self, leaf: Leaf) -> torch.Tensor:
+        tensor = self.bound.get(leaf, leaf.tensor)
+        assert tensor is not None
+        return tensor
+
+    def value(self, node: Node, tile: Tile) -> Any:
+        """``node`` inside ``tile``; what does not depend on the row axis is computed once for all its tiles."""
+        if node in self._fixed:
+            return take(self._fixed[node], node.dims, tile)
+        own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
+        if isinstance(node, Leaf) and node not in self.wanted:
+            return node.compute(own, self)
+        fixed = self.hoist and self.row is not None and self.row not in own
+        shared = node in self.shared
+        if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
+            return self._computed(node, own)
+        # What a mask was made of under no_grad has no graph, and may be needed with one.
+        key = (node, tuple(own.items()), torch.is_grad_enabled())
+        if key in self._kept:
+            return self._kept[key]
+        if shared:
+            # Of one sequence at a time, where sequences are cut.
+            self._kept.pop(self._of_rows.get(node, key), None)
+            self._of_rows[node] = key
+        value = self._computed(node, own)
+        if node in self.wanted:
+            value = value.detach().requires_grad_()
+            self.parts.append((node, own, value))
+        if not fixed and not shared:
+            self._moving.append(key)
+        self._kept[key] = value
+        return value
+
+    def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
+        value = self._made(node, tile)
+        if node in self.scores and isinstance(value, torch.Tensor):
+            # A view of something larger, or of something smaller that is repeated, is no larger than either.
+            size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            self.largest = max(self.largest, size)
+        return value
+
+    def _made(self, node: Node, tile: Tile) -> torch.Tensor:
+        if node in self._distances:
+            pair = self._distances[node]
+            found = toeplitz.spread(node, pair, tile, lambda part: node.compute(part, self))
+            if found is not None:
+                return found
+        value = node.compute(tile, self)
+        # Made under no_grad, or detached: no gradient passes, through views neither. (What it is made from may be kept
+        # for others, so that is computed with its graph.)
+        return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
+
+    def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
+        """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
+
+        glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
+        """
+        if not self._is_buffered(node, self.row):
+            return None
+        width = _row_length(shape[-1]) if self._may_pad(node) else shape[-1]
+        count = math.prod(shape[:-1]) * width
+        if node not in self._buffers or self._buffers[node].numel() < count:
+            self._buffers.pop(node, None)
+            self._buffers[node] = torch.empty(count, dtype=node.dtype)
+        return self._buffers[node][:count].view(*shape[:-1], width)[..., : shape[-1]]
+
+    def padded(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` with what lies between its rows, where ``buffer`` has laid them apart; or as it is."""
+        if value.is_contiguous() or not self._buffers:
+            return value
+        # By identity: on shapes nothing has an address.
+        storage = value.untyped_storage()._cdata
+        if not any(
+            self._padded.get(node) and buffer.untyped_storage()._cdata == storage
+            for node, buffer in self._buffers.items()
+        ):
+            return value
+        return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
+
+    def _may_pad(self, node: Call) -> bool:
+        """Whether rows of a product may lie apart: what reads them up to softmax is done in place."""
+        if node not in self._padded:
+            self._padded[node] = self._ends_in_softmax(node)
+        return self._padded[node]
+
+    def _ends_in_softmax(self, product: Call) -> bool:
+        node: Node = product
+        if node.dtype != torch.float32 or not product.work:
+            return False
+        keys = leaves(node.dims[-1])
+        while self._uses.get(node, 0) == 1:
+            node = next(reader for reader in self.nodes if node in reader.children)
+            if leaves(node.dims[-1]) != keys or (isinstance(node, View) and node.expand):
+                return False
+            if _is_alias(node):
+                continue
+            if not isinstance(node, Call) or not self.may_overwrite(node):
+                return False
+            if getattr(node.func, "__name__", "") == "softmax":
+                return True
+        return False
+
+    def _is_buffered(self, node: Call, row: Axis | None) -> bool:
+        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
+        if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
+            return False
+        return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast
+
+    def _fills(self, node: Call) -> bool:
+        """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
+        if not any(axis.kind == KEY for axis in self._axes[node]):
+            return False
+        if node.work:
+            return node.func in INTO and not node.kwargs
+        if len(node.children) != 1 or node.children[0].dtype == node.dtype:
+            return False
+        if getattr(node.func, "__name__", "") == "softmax":
+            return _is_over_last(node)
+        return getattr(node.func, "__name__", "") in _CASTS
+
+    def operands(self, node: Call, tile: Tile) -> list[Any]:
+        """What a step of ``node`` is computed from."""
+        values = [self.value(child, tile) for child in node.children]
+        if node.work and not self.wanted:
+            if node not in self._aligned:
+                self._aligned[node] = [
+                    i for i, child in enumerate(node.children) if row_alignment.asks(node, child)
+                ]
+            for i in self._aligned[node]:
+                values[i] = row_alignment.laid(values[i], node.children[i], tile)
+        return values
+
+    def may_overwrite(self, node: Call) -> bool:
+        """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
+        if node not in self._overwrites:
+            self._overwrites[node] = self._is_in_place(node)
+        return self._overwrites[node]
+
+    def _is_in_place(self, node: Call) -> bool:
+        name = getattr(node.func, "__name__", "")
+        first = node.args[0] if isinstance(node.args, tuple) and node.args else None
+        if self.wanted or torch.is_grad_enabled() or not isinstance(first, Child):
+            return False
+        operand = node.children[first.index]
+        if operand.dtype != node.dtype or len(operand.dims) != len(node.dims) or not self._owns(operand):
+            return False
+        if name == "softmax":
+            return _is_over_last(node) and node.device.type == "cpu"
+        return name in _IN_PLACE
+
+    def _owns(self, node: Node) -> bool:
+        """Whether a node's value is made anew for each tile and used once."""
+        moves = self.row is None or not self.hoist or self.row in self._axes[node]
+        if (
+            isinstance(node, Leaf)
+            or node in self._fixed
+            or node in self.shared
+            or self._uses.get(node, 0) != 1
+            or not moves
+        ):
+            return False
+        if isinstance(node, View):
+            return not node.expand and self._owns(node.children[0])
+        if not isinstance(node, Call):
+            return False
+        return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
+
+    def next_tile(self) -> None:
+        """Forget what belonged to the rows and heads just done."""
+        for key in self._moving:
+            self._kept.pop(key, None)
+        self._moving.clear()
+
+    def next_rows(self) -> None:
+        """Forget what belonged to the rows just done: other rows follow, of all heads."""
+        for key in self._of_rows.values():
+            self._kept.pop(key, None)
+        self._of_rows.clear()
+
+    def next_lead(self) -> None:
+        """Forget everything: other heads follow."""
+        self._kept.clear()
+        self._moving.clear()
+
+
+def _row_length(count: int) -> int:
+    """Places from one row of a product to the next, for rows of ``count``."""
+    if count < _LONG_ROWS:
+        return count
+    length = -(-count // _ALIGNED) * _ALIGNED
+    return length + _ALIGNED if length % _APART == 0 and torch.get_num_threads() == 1 else length
+
+
+def _is_alias(node: Node) -> bool:
+    """Whether a step's result is its operand's memory."""
+    if isinstance(node, (View, Cut, Pick)) or hasattr(node, "heads"):
+        return True
+    if not isinstance(node, Call) or getattr(node.func, "__name__", "") not in _ALIASES:
+        return False
+    return node.children[0].dtype == node.dtype
+
+
+def _is_over_last(softmax: Call) -> bool:
+    # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype)
+    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+    return dim in (-1, len(softmax.dims) - 1)

@@ -1,0 +1,168 @@
+"""Where query rows may be cut so that every row keeps the bits of the whole call.
+
+torch's fused CPU kernel takes 256, 64 or 32 query rows at a time from 768, 192 or fewer rows on, and a block of few rows
+rounds differently. Where the processor multiplies narrow matrices in tiles (AMX), the kernel packs keys and values for
+it, but only where there is work enough for what packing costs, and products of packed keys round differently too. So a
+step is cut where the kernel would cut, and has rows enough to be packed if the whole call is (aten
+FlashAttentionKernel.cpp, torch 2.13).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.graph.axes import FEWEST_ROWS, LEAST, ROW
+
+# Query rows and keys from which narrow dtypes may be packed, and how often a packed key has to be used for it.
+_PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
+# Fewer rows take another kernel of the matrix library.
+_FEWEST = 16
+_BLOCKS = ((768, 256), (192, 64), (0, 32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grain:
+    """What a step of rows must respect.
+
+    Attributes:
+        least: It has at least so many rows.
+        multiple: It is cut at multiples of so many, which is what torch's fused kernel takes at a time; 1: no such kernel.
+        unit: Then it is cut at multiples of so many, and what is left over is in the last one.
+        fewest: Where memory leaves no room for that, it has at least so many rows.
+        holds: Whether rows ``low:high`` have the bits of the whole call.
+    """
+
+    least: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
+    multiple: int = 1
+    unit: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
+    fewest: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
+    holds: Callable[[int, int], bool] = lambda low, high: True
+
+    def cut(self, size: int, step: int) -> list[tuple[int, int]]:
+        if self.multiple == 1:
+            return _at_multiples(size, step, self.least, self.unit)
+        step = max(self.least, -(-step // self.multiple) * self.multiple)
+        while True:
+            starts = [step * i for i in range(max(1, size // step))]
+            spans = list(itertools.pairwise([*starts, size]))
+            if len(spans) == 1 or all(self.holds(low, high) for low, high in spans):
+                return spans
+            step += self.multiple
+
+    def tight(self, size: int, most: int) -> list[tuple[int, int]]:
+        """Steps of about ``most`` rows, fewer than the kernel takes at a time, in which every row keeps its bits.
+
+        The kernel takes 32 or more rows at a time. What is left over at the end of the call (fewer than 32) is computed
+        as in the whole call only behind all rows that the kernel takes before it: how it rounds otherwise depends on
+        the processor.
+        """
+        block = 32
+        step = max(most // block * block, self.fewest)
+        if step < block:
+            step = max(self.fewest, most // self.fewest * self.fewest)
+        taken = _block(size)
+        last = size if size % block == 0 else max(0, size // taken - 1) * taken
+        while True:
+            spans = _pieces(0, last, step, self.fewest) + ([(last, size)] if last < size else [])
+            if step >= size or all(self.holds(low, high) for low, high in spans):
+                return spans
+            step += block
+
+
+def to_rounding() -> Grain:
+    """Steps of the last resort, where memory leaves no room for such that keep every bit."""
+    fewest = min(FEWEST_ROWS, LEAST[ROW])
+    return Grain(fewest, unit=fewest, fewest=fewest)
+
+
+def _at_multiples(size: int, step: int, least: int, unit: int) -> list[tuple[int, int]]:
+    """``0:size`` in pieces of about ``step``, which begin at multiples of ``unit``; what is left over is in the last one."""
+    units, fewest = size // unit, -(-least // unit)
+    step = max(step // unit, fewest) * unit
+    count = max(1, min(-(-size // step), units // fewest))
+    bounds = [unit * low for low, _ in _parts(units, count)]
+    return list(itertools.pairwise([*bounds, size]))
+
+
+def _pieces(low: int, high: int, step: int, least: int) -> list[tuple[int, int]]:
+    """``low:high`` in pieces of ``step`` rows, and no remainder that would round differently."""
+    block = 32
+    starts = list(range(low, high, step))
+    if not starts:
+        return []
+    rest = high - starts[-1]
+    if rest < least and len(starts) > 1 and (step < block or least > block):
+        starts.pop()
+    elif 0 < rest % block < least <= block < high - low:
+        # The kernel takes 32 rows and then these: they get some of the rows before them.
+        last = high - rest % block - (block - least)
+        starts = [start for start in starts if start < last] + [last]
+    return list(itertools.pairwise([*starts, high]))
+
+
+def balanced(size: int, step: int, least: int) -> list[tuple[int, int]]:
+    """``0:size`` in pieces of about ``step``, none smaller than ``least`` unless ``size`` is.
+
+    No remainder is left that would round differently (see ``LEAST``).
+    """
+    return _parts(size, max(1, min(-(-size // max(step, least)), size // least)))
+
+
+def _parts(size: int, count: int) -> list[tuple[int, int]]:
+    """``0:size`` in ``count`` pieces that differ by one at most, longer ones first."""
+    base, longer = divmod(size, count)
+    bounds = list(itertools.accumulate([base + (i < longer) for i in range(count)], initial=0))
+    return list(itertools.pairwise(bounds))
+
+
+def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
+    """Steps of an SDPA call that torch's fused CPU kernel serves; elsewhere it is a guess at what is fast.
+
+    Args:
+        call: All arguments of the call by name.
+        dtype: What the kernel computes in.
+    """
+    query, key = call["query"], call["key"]
+    q_len, kv_len, is_causal = query.shape[-2], key.shape[-2], call["is_causal"]
+    least = next(least for least, _ in _BLOCKS if q_len >= least)
+    multiple = _block(q_len)
+    if query.device.type != "cpu" or not _may_pack(dtype):
+        return Grain(max(least, multiple), multiple, fewest=_FEWEST)
+
+    threads = torch.get_num_threads()
+    heads, key_heads = query.shape[:-2].numel(), key.shape[:-2].numel()
+    from_rows, uses = _PACKED[dtype]
+
+    def packs(rows: int, keys: int, causal: bool) -> bool:
+        if rows < from_rows or keys < from_rows:
+            return False
+        block = min(_block(rows), rows)
+        blocks = -(-heads * -(-rows // block) // threads)
+        seen = min(rows, keys) / keys if causal else 1
+        return blocks * block * seen / key_heads >= uses
+
+    packed = packs(q_len, kv_len, is_causal)
+
+    def holds(low: int, high: int) -> bool:
+        if not is_causal:
+            return packs(high - low, kv_len, False) == packed
+        return packs(high - low, min(high, kv_len), low == 0) == packed
+
+    return Grain(max(least, multiple), multiple, fewest=from_rows if packed else _FEWEST, holds=holds)
+
+
+def _block(rows: int) -> int:
+    return next(block for least, block in _BLOCKS if rows >= least)
+
+
+def _may_pack(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a dtype in tiles."""
+    if dtype not in _PACKED:
+        return False
+    name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
+    return getattr(torch.cpu, name, lambda: True)()

@@ -1,0 +1,322 @@
+"""Replays a recipe tile by tile into a tensor, with gradients, and shows the probabilities that pass by."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+from attnpatch.policy import Policy
+from attnpatch.rows.autograd import edges
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.row_granularity import to_rounding
+from attnpatch.rows.evaluate.tile_plan import Steps, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
+from attnpatch.rows.graph.nodes import Leaf, Node, graph, tensors_of
+from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
+from attnpatch.rows.oom import Attempts, is_out_of_memory
+
+# What an observer is called with: the node's values in a tile, and the tile.
+Look = Callable[[torch.Tensor, Tile], None]
+T = TypeVar("T")
+
+
+class Limit(enum.IntEnum):
+    """How small a step may get: so that results are the same to the last bit, to rounding, or at all."""
+
+    EXACT = 0
+    ROUNDING = 1
+    ONE_ROW = 2
+
+
+class Replay:
+    """Everything needed to compute ``node`` by tiles.
+
+    Args:
+        node: What to compute.
+        policy: Tile sizes and the workspace.
+        watched: A node of the recipe to show, and who looks; ``None``: nobody.
+        on_retry: Called when a step ran out of memory and is tried again, smaller.
+        on_restart: Called then too, where somebody looks at what the first steps have shown already.
+        free: Free bytes on the device; ``None``: plenty.
+        attempts: What was tried before.
+        on_size: Called with the bytes of the largest tensor of query x key elements in a step.
+        on_failure: Told of a backward pass by rows that failed by a fault of ours, and was done in one piece.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        policy: Policy,
+        watched: tuple[Node, Look] | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+        on_restart: Callable[[], None] = lambda: None,
+        free: int | None = None,
+        attempts: Attempts | None = None,
+        on_size: Callable[[int], None] = lambda _: None,
+        on_failure: Callable[[str, Exception], None] = lambda what, error: None,
+    ) -> None:
+        self.node, self.policy, self.watched, self.free = node, policy, watched, free
+        self.on_retry, self.on_restart = on_retry, on_restart
+        self.on_size, self.on_failure = on_size, on_failure
+        self.attempts = attempts or Attempts()
+        # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
+        self.shrink, self.limit = 1, Limit.EXACT
+        self.random: RandomState | None = None
+        self.again: Replay | None = None
+
+    def __call__(self) -> torch.Tensor:
+        """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
+        for leaf in tensors_of(self.node):
+            leaf.check()
+        result = edges.record(self.node, self._kept, self._again) if torch.is_grad_enabled() else None
+        return self.forward() if result is None else result
+
+    def _again(self, twin: Node) -> Replay:
+        self.again = Replay(
+            twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size,
+            on_failure=self.on_failure,
+        )  # fmt: skip
+        return self.again
+
+    def _kept(self) -> torch.Tensor:
+        """The tensor for an edge, and for its backward pass how it came about."""
+        result = self.forward()
+        assert self.again is not None
+        self.again.shrink, self.again.limit, self.again.random = self.shrink, self.limit, self.random
+        # A view made under no_grad could not be written to in place.
+        return result.detach()
+
+    def _steps(self, run: Run) -> Steps:
+        axes = all_leaves(self.node.dims)
+        tileable = [axis for axis in axes if axis not in run.whole]
+        if any(axis.kind == ROW for axis in tileable):
+            tileable = [axis for axis in tileable if axis.kind != KEY]
+        if not run.whole:
+            # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
+            tileable = []
+        width, itemsize, narrow = 1, 1, False
+        cut = set(tileable) | run.renamed
+        row, _ = row_and_lead(tileable)
+        for node in run.tiled:
+            # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
+            if not isinstance(node, Leaf) and run.has_rows(node, row):
+                count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
+                width = max(width, count, getattr(node, "score_width", 1))
+                itemsize = max(itemsize, node.dtype.itemsize)
+                narrow |= node.dtype.is_floating_point and node.dtype.itemsize < 4
+        if self.limit is Limit.ONE_ROW:
+            return one_row(tileable)
+        grain = getattr(self.node, "grain", None) or products_grain(
+            run.works(row), tileable, self.node.device, narrow
+        )
+        asked = self.policy.rows is not None or self.policy.workspace is not None
+        if self.limit is not Limit.EXACT or (asked and not self.node.is_exact):
+            grain = to_rounding()
+        return choose(
+            tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
+            _reads(run, tileable), run.held_bytes(row, cut),
+        )  # fmt: skip
+
+    def _tiles(self, run: Run) -> Iterator[Tile]:
+        steps = self._steps(run)
+        run.scores = _scores(run, steps.row)
+        self.on_size(_held_inside(run, steps, self.node))
+        for tile in self._cut(run, steps):
+            yield tile
+            self.on_size(run.largest)
+
+    def _cut(self, run: Run, steps: Steps) -> Iterator[Tile]:
+        run.row = steps.row if len(steps.rows) > 1 else None
+        if run.row is not None and len(steps.lead) > 1:
+            run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
+        if run.shared:
+            # A mask's rows are made once for all heads; what belongs to heads only is kept for all rows.
+            for span in steps.rows:
+                for lead in steps.lead:
+                    yield {**lead, run.row: span}
+                    run.next_tile()
+                run.next_rows()
+            return
+        for lead in steps.lead:
+            for span in steps.rows or [None]:
+                tile = dict(lead)
+                if steps.row is not None and span is not None and span != (0, steps.row.size):
+                    tile[steps.row] = span
+                yield tile
+                run.next_tile()
+            run.next_lead()
+
+    def forward(self) -> torch.Tensor:
+        """The tensor by tiles, halving the step while the device has too little memory for it."""
+        self.random = _kernel_random_state(self.node)
+        return self._fitted(self._forward)
+
+    def _fitted(self, work: Callable[[], T]) -> T:
+        """Do ``work``, with smaller steps while it runs out of memory."""
+        while True:
+            try:
+                result = work()
+                self.attempts = Attempts()
+                return result
+            except RuntimeError as error:
+                if not (self.policy.retry_on_oom and is_out_of_memory(error)):
+                    raise
+                self.attempts.failed(error, self._said())
+            if not self._halve():
+                self.attempts.give_up()
+            self.on_retry()
+            self.on_restart()
+            set_random_state(self.random)
+
+    def _said(self) -> str:
+        """The step in words."""
+        steps = self._steps(Run(self.node))
+        if steps.row is None:
+            return "the whole call, which cannot be cut"
+        rows, heads = steps.largest()
+        return f"steps of {rows} row{'s' * (rows > 1)} x {heads} head{'s' * (heads > 1)}"
+
+    def _halve(self) -> bool:
+        """Make the step smaller; ``False`` if it is as small as it gets.
+
+        First within the limits that keep results to the last bit, then to a single row: an answer to rounding is
+        better than none.
+        """
+        run = Run(self.node)
+        now = math.prod(self._steps(run).largest())
+        for limit in Limit:
+            if limit < self.limit:
+                continue
+            if limit > self.limit:
+                self.limit, self.shrink = limit, 1
+            for _ in range(32):
+                self.shrink *= 2
+                if math.prod(self._steps(run).largest()) < now:
+                    return True
+        return False
+
+    def _forward(self) -> torch.Tensor:
+        run = Run(self.node)
+        if self.watched is not None:
+            run.keep(self.watched[0])
+        result: torch.Tensor | None = None
+        for tile in self._tiles(run):
+            value = run.value(self.node, tile)
+            if self.watched is not None:
+                own = {axis: tile[axis] for axis in all_leaves(self.watched[0].dims) if axis in tile}
+                self.watched[1](run.value(self.watched[0], tile).detach(), own)
+            if not tile:
+                self.on_size(run.largest)
+                return value
+            if result is None:
+                result = _empty(self.node, value)
+            put(result, self.node.dims, tile, value)
+            del value
+        assert result is not None
+        return result
+
+    def gradients(
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor]:
+        """Gradients of leaves, and of steps whose own gradient is asked for; no tile's rows outlive it.
+
+        Args:
+            grad: Of the result.
+            bound: The tensors of the leaves.
+            wanted: What gradients are for.
+        """
+        return self._fitted(lambda: self._gradients(grad, bound, wanted))
+
+    def _gradients(
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor]:
+        run = Run(self.node, bound, frozenset(wanted))
+        sums = {node: _zeros(node, bound.get(node)) for node in wanted}
+        for tile in self._tiles(run):
+            run.parts.clear()
+            with torch.enable_grad():
+                value = run.value(self.node, tile)
+            parts = [part for _, _, part in run.parts]
+            part_grads = torch.autograd.grad(
+                value, parts, take(grad, self.node.dims, tile).reshape(value.shape), allow_unused=True
+            )
+            for (node, where, _), part_grad in zip(run.parts, part_grads, strict=True):
+                if part_grad is not None:
+                    add(sums[node], node.dims, where, part_grad)
+        return [sums[node].to(node.dtype) for node in wanted]
+
+    def differentiable_gradients(
+        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+    ) -> list[torch.Tensor | None]:
+        """Gradients that can be differentiated again; in one piece, as the native graph would hold it."""
+        run = Run(self.node, bound)
+        asked = []
+        for node in wanted:
+            asked.append(bound[node] if isinstance(node, Leaf) else Run(node, bound).value(node, {}))
+            run.fix(node, asked[-1])
+        value = run.value(self.node, {})
+        return list(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
+
+
+def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
+    """Where gradients of tiles are summed: in float32 at least, or every step would round the sum."""
+    dtype = torch.float32 if node.dtype.itemsize < 4 else node.dtype
+    if like is not None:
+        return torch.zeros_like(like, dtype=dtype)
+    return torch.zeros(node.shape, dtype=dtype, device=node.device)
+
+
+def _scores(run: Run, row: Axis | None) -> frozenset[Node]:
+    """What has elements for each query and key."""
+    found = set()
+    for node in run.nodes:
+        kinds = {axis.kind for axis in all_leaves(node.dims)}
+        if not isinstance(node, Leaf) and KEY in kinds and (ROW in kinds or row in all_leaves(node.dims)):
+            found.add(node)
+    return frozenset(found)
+
+
+def _held_inside(run: Run, steps: Steps, result: Node) -> int:
+    """Bytes of the scores that a step makes and no node of the recipe shows; of a result with keys, of all of it."""
+    tile: Tile = dict(steps.lead[0])
+    if steps.row is not None:
+        tile[steps.row] = (0, steps.largest()[0])
+    found = result.shape.numel() * result.dtype.itemsize if result in run.scores else 0
+    for node in run.tiled:
+        if node.scores_held and not isinstance(node, Leaf):
+            heads_and_rows = tuple(leaves(a for dim in node.dims[:-1] for a in dim))
+            found = max(found, node.scores_held * extent(heads_and_rows, tile) * node.dtype.itemsize)
+    return found
+
+
+def _reads(run: Run, tileable: list[Axis]) -> int:
+    """Elements that a step of one head reads however few its rows: keys, values, a bias that is the same in every row."""
+    found = 0
+    for node in run.nodes:
+        axes = all_leaves(node.dims)
+        if isinstance(node, Leaf) and not any(axis.kind == ROW for axis in axes):
+            found += node.count // math.prod(axis.size for axis in axes if axis in tileable)
+    return found
+
+
+def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
+    """A tensor for the whole result, laid out in memory as the host's own call lays out its results."""
+    order = list(range(value.dim()))
+    if 1 not in value.shape:
+        order.sort(key=value.stride, reverse=True)
+    strides, step = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= node.shape[dim]
+    return torch.empty_strided(node.shape, strides, dtype=value.dtype, device=value.device)
+
+
+def _kernel_random_state(node: Node) -> RandomState | None:
+    """The generator's state, where a step draws from it (dropout inside a kernel)."""
+    if not any(getattr(step, "random", False) for step in graph(node)):
+        return None
+    return random_state(node.device)

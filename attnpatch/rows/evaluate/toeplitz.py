@@ -1,0 +1,114 @@
+"""What a recipe makes of nothing but distances of positions: computed once for each distance, not once for each pair.
+
+A bias or a mask made of ``key position - query position`` (T5's buckets, DeBERTa's, a window) is the same along every
+diagonal. The first and the last row of a tile have every distance that is in it, so all others are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves
+from attnpatch.rows.graph.nodes import Call, Leaf, Node, View
+
+Pair = frozenset[Axis]
+
+SUBTRACTIONS = "sub __sub__ __rsub__ rsub subtract"
+COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
+_OF_DISTANCE = frozenset(f"{SUBTRACTIONS} {COMPARISONS}".split())
+_WHOLE = (torch.int32, torch.int64)
+# Of fewer rows two are no less.
+_FEWEST = 4
+
+
+def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
+    """Steps that depend on two axes by their difference only, and those axes.
+
+    Args:
+        nodes: Of a recipe, children before parents.
+    """
+    found: dict[Node, Pair] = {}
+    multiplied = _multiplied(nodes)
+    for node in nodes:
+        # A product rounds by how its operands lie in memory, and what is expanded is so without a copy.
+        if (
+            node in multiplied
+            or type(node) not in (Call, View)
+            or getattr(node, "work", 0)
+            or getattr(node, "expand", False)
+        ):
+            continue
+        pairs = {found[child] for child in node.children if child in found}
+        pair = next(iter(pairs)) if pairs else _difference(node)
+        if pair is None or len(pairs) > 1 or pair & {*leaves(node.whole)}:
+            continue
+        others = [child for child in node.children if child not in found and not child.is_constant]
+        if pairs and any(pair & {*all_leaves(child.dims)} for child in others):
+            continue
+        if pair <= {*_places(node)}:
+            found[node] = pair
+    return found
+
+
+def _multiplied(nodes: Sequence[Node]) -> set[Node]:
+    """Operands of products (a table's rows for all pairs), and what they are views of."""
+    found = {child for node in nodes if getattr(node, "work", 0) for child in node.children}
+    for node in reversed(nodes):
+        is_view = isinstance(node, View) or (isinstance(node, Call) and node.func is torch.permute)
+        if node in found and is_view:
+            found.update(node.children)
+    return found
+
+
+def _places(node: Node) -> dict[Axis, int]:
+    """The dimension of each axis that has one of its own."""
+    return {leaves(dim)[0]: at for at, dim in enumerate(node.dims) if len(leaves(dim)) == 1}
+
+
+def _difference(node: Node) -> Pair | None:
+    """The axes of two tensors of positions that follow each other, where a step subtracts or compares them."""
+    if not isinstance(node, Call) or len(node.children) != 2:
+        return None
+    axes = [axis for child in node.children for axis in all_leaves(child.dims)]
+    if getattr(node.func, "__name__", "") not in _OF_DISTANCE or len(axes) != 2 or axes[0] is axes[1]:
+        return None
+    return frozenset(axes) if all(map(_follow_each_other, node.children)) else None
+
+
+def _follow_each_other(node: Node) -> bool:
+    tensor = node.tensor if isinstance(node, Leaf) else None
+    if tensor is None or tensor.device.type != "cpu" or tensor.dtype not in _WHOLE:
+        return False
+    if ledger_of(tensor) is not None:
+        return True  # on shapes alone nobody knows; as a rule they do
+    return type(tensor) is torch.Tensor and bool((tensor.flatten().diff() == 1).all())
+
+
+def spread(
+    node: Node, pair: Pair, tile: Tile, compute: Callable[[Tile], torch.Tensor]
+) -> torch.Tensor | None:
+    """A tile of a step of ``found_in``, made of two of its rows; ``None`` where that is no less work.
+
+    Args:
+        node: The step.
+        pair: Its axes.
+        tile: What of it.
+        compute: Computes the step in another tile.
+    """
+    row, key = sorted(pair, key=lambda axis: extent((axis,), tile))
+    rows, keys = extent((row,), tile), extent((key,), tile)
+    if rows < _FEWEST:
+        return None
+    low, high = tile.get(row, (0, row.size))
+    # A step may have memory that the next one overwrites.
+    first = compute({**tile, row: (low, low + 1)}).clone()
+    last = compute({**tile, row: (high - 1, high)})
+    row_at, key_at = (_places(node)[axis] for axis in (row, key))
+    line = torch.cat([last.narrow(key_at, 0, rows - 1), first], key_at).squeeze(row_at)
+    line_at = key_at - (row_at < key_at)
+    # From row to row the distances begin one place earlier. (``flip`` would lay the rows innermost in memory.)
+    order = torch.arange(rows - 1, -1, -1, device=line.device)
+    return line.unfold(line_at, keys, 1).index_select(line_at, order).movedim((line_at, -1), (row_at, key_at))

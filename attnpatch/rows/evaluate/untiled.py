@@ -1,0 +1,99 @@
+"""Evaluates a recipe node by node, all of each: no tiles, no shared memory, nothing in place.
+
+What is left when the engine that does these has failed: slower and larger, and as little code of ours as there can be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.rows.graph.axes import Tile, take
+from attnpatch.rows.graph.nodes import Call, Child, Leaf, Node, View, map_structure
+
+
+class _Everything:
+    """A set in which everything is: no axis may be cut."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+class Plain:
+    """Stands for a ``Run``.
+
+    Args:
+        bound: Tensors of leaves that do not hold theirs, and of nodes that are known.
+    """
+
+    def __init__(self, bound: dict[Node, torch.Tensor] | None = None) -> None:
+        self.values: dict[Node, Any] = dict(bound or {})
+        self.whole: Any = _Everything()
+        self.wanted: frozenset[Node] = frozenset()
+        self.row = None
+
+    def tensor(self, leaf: Leaf) -> torch.Tensor:
+        tensor = self.values.get(leaf, leaf.tensor)
+        assert tensor is not None
+        return tensor
+
+    def value(self, node: Node, tile: Tile) -> Any:
+        if node not in self.values:
+            value = self._computed(node)
+            stops = node.stops_gradient and torch.is_grad_enabled()
+            self.values[node] = value.detach() if stops else value
+        value = self.values[node]
+        return take(value, node.dims, tile) if tile else value
+
+    def _computed(self, node: Node) -> Any:
+        if isinstance(node, Leaf):
+            return self.tensor(node)
+        if isinstance(node, View):
+            value = self.value(node.children[0], {})
+            return value.expand(node.shape) if node.expand else value.reshape(node.shape)
+        if type(node) is not Call:
+            return node.compute({}, self)  # type: ignore[arg-type]
+        values = [self.value(child, {}) for child in node.children]
+
+        def fill(value: Any) -> Any:
+            return values[value.index] if isinstance(value, Child) else value
+
+        args, kwargs = map_structure(node.args, fill), map_structure(node.kwargs, fill)
+        with node.context.enter():
+            return node.func(*args, **kwargs)
+
+    def buffer(self, node: Node, shape: list[int]) -> None:
+        return None
+
+    def may_overwrite(self, node: Node) -> bool:
+        return False
+
+    def padded(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def next_rows(self) -> None:
+        pass
+
+    next_lead = next_tile = next_rows
+
+
+def evaluated(root: Node) -> torch.Tensor:
+    """All of a recipe."""
+    return Plain().value(root, {})
+
+
+def gradients(
+    root: Node, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
+) -> list[torch.Tensor | None]:
+    """Gradients of leaves and of steps of a recipe that holds no tensors, in one piece."""
+    run, parts = Plain(bound), []
+    for node in wanted:
+        # Each in an evaluation of its own: what is between must not be kept without its graph.
+        part = Plain(bound).value(node, {}).detach().requires_grad_()
+        parts.append(part)
+    run.values.update(zip(wanted, parts, strict=True))
+    with torch.enable_grad():
+        value = run.value(root, {})
+    found = torch.autograd.grad(value, parts, grad, allow_unused=True)
+    return [torch.zeros_like(part) if each is None else each for each, part in zip(found, parts, strict=True)]

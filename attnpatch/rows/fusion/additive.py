@@ -1,0 +1,237 @@
+"""What a formula adds to its product before softmax, a tile at a time: the mask of a fused kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.tile_plan import CPU_STEP_BYTES, balanced
+from attnpatch.rows.fusion.match import HIDDEN, LOWEST, Formula
+from attnpatch.rows.graph.axes import Axis, Dims, Tile, all_leaves, extent, leaves
+from attnpatch.rows.graph.nodes import Leaf, Node, graph
+
+# A row in which nothing weighs more than this sees nothing: its keys are kept, and it is uniform or not a number.
+BLIND = HIDDEN / 2
+# A window begins at a multiple of so many keys: kernels read masks from aligned addresses.
+ALIGNED = 16
+# Rows that look for a pattern in a mask at a time.
+_SCAN_ROWS = 256
+
+
+class Added:
+    """The steps of a formula without its product.
+
+    It holds no tensors: whoever keeps it for a backward pass gives it the nodes of the masks, in the order of the
+    formula. A mask is ``[batch or 1, heads or 1, rows or 1, keys or 1]``.
+
+    Attributes:
+        leads: Axes of batch and heads that a mask has.
+        is_interleaved: Whether the heads of a mask lie side by side in memory, and its keys apart.
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self.steps = [
+            (step.kind, step.number, step.mask is not None, step.inverted) for step in formula.steps
+        ]
+        self.groups = [formula.leads[:-1], formula.leads[-1:], (formula.row,), (formula.keys,)]
+        self.dtype = formula.dtype
+        masks = [step.mask for step in formula.steps if step.mask is not None]
+        own = [{axis for axis in all_leaves(mask.dims) if axis in formula.leads} for mask in masks]
+        self._leads: set[Axis] = set().union(*own)
+        # Masks that are the same for all heads say what is seen before those of every head are computed.
+        self._is_narrow = [len(axes) < len(self._leads) for axes in own]
+        self._is_mild = all(
+            is_narrow or _is_mild(mask) for mask, is_narrow in zip(masks, self._is_narrow, strict=True)
+        )
+        self._can_slice = all(_can_slice(mask, self.row, self.keys) for mask in masks)
+        self.is_interleaved = any(_is_interleaved(mask, self.keys) for mask in masks)
+
+    # A mask that layers share makes their axes one, so an axis may have another name than when this was made.
+
+    @property
+    def row(self) -> Axis:
+        return self.groups[2][0].leaves()[0]
+
+    @property
+    def keys(self) -> Axis:
+        return self.groups[3][0].leaves()[0]
+
+    @property
+    def leads(self) -> set[Axis]:
+        return set(leaves(self._leads))
+
+    def __call__(
+        self, masks: Sequence[Node], tile: Tile, run: Run, only_narrow: bool = False
+    ) -> torch.Tensor | None:
+        """The mask in a tile; ``only_narrow``: what of it is the same for all heads."""
+        mask: torch.Tensor | None = None
+        numbered = iter(zip(masks, self._is_narrow, strict=True))
+        for kind, number, has_mask, inverted in self.steps:
+            if not has_mask:
+                mask = None if mask is None else mask * number
+                continue
+            node, is_narrow = next(numbered)
+            if only_narrow and not is_narrow:
+                continue
+            part = arranged(run.value(node, tile), node.dims, tile, self.groups).squeeze(-1)
+            part = part.contiguous() if part.stride(-1) > 1 and part.shape[-1] > 1 else part
+            if kind == "fill":
+                wide = torch.promote_types(self.dtype, torch.float32)
+                base = (
+                    torch.zeros((), dtype=wide, device=part.device) if mask is None else _wide(mask).to(wide)
+                )
+                mask = torch.where(part.logical_not() if inverted else part, number, base)
+                continue
+            part = _wide(part) if part.dtype == torch.float16 else part
+            part = part if part.is_floating_point() else part.to(self.dtype)
+            part = part if number == 1 else part * number
+            mask = part if mask is None else mask + part
+        return mask
+
+    def seen(self, masks: Sequence[Node], tile: Tile, run: Run) -> tuple[torch.Tensor, int, int]:
+        """The mask in a tile as far as anything is seen of it: its columns ``low:high`` of the keys."""
+        everything = 0, self.keys.size
+        is_split = any(self._is_narrow) and not all(self._is_narrow)
+        part = self(masks, tile, run, is_split)
+        assert part is not None
+        if ledger_of(part) is not None:
+            return (self(masks, tile, run) if is_split else part), *everything
+        # What other masks add to one of these is nothing beside LOWEST.
+        low, high = self._window(part, LOWEST if is_split else HIDDEN)
+        if not is_split:
+            return (part if part.shape[-1] == 1 else part[..., low:high]), low, high
+        mask = self(masks, {**tile, self.keys: (low, high)} if self._can_slice else tile, run)
+        if not self._can_slice:
+            mask = mask[..., low:high]
+        if self._is_mild or (low, high) == everything or mask.amax(-1).amin() > BLIND:
+            return mask, low, high
+        return self(masks, tile, run), *everything
+
+    def _window(self, mask: torch.Tensor, hidden: float) -> tuple[int, int]:
+        """The keys that some row of a mask sees; all of them where a row sees nothing."""
+        everything = 0, self.keys.size
+        if mask.shape[-1] == 1 or not mask.amax(-1).amin() > BLIND:
+            return everything
+        places = (mask.amax((0, 1, 2)) > hidden).nonzero()
+        return int(places[0]) // ALIGNED * ALIGNED, int(places[-1]) + 1
+
+    def pattern(self, masks: Sequence[Node], node: Node, tileable: Sequence[Axis]) -> str | None:
+        """``"none"`` or ``"causal"`` where that is what the masks come to, looked at row by row.
+
+        Args:
+            masks: Their nodes.
+            node: What they belong to.
+            tileable: Axes of batch and heads that they have.
+        """
+        if not masks:
+            return "none"
+        step = CPU_STEP_BYTES // (4 * self.keys.size * math.prod(axis.size for axis in tileable))
+        spans = balanced(self.row.size, max(1, min(_SCAN_ROWS, step)), 1)
+        run, open_ = Run(node), {"none", "causal"} if self.row.size == self.keys.size else {"none"}
+        run.row = self.row if len(spans) > 1 else None
+        with torch.no_grad():
+            for low, high in spans:
+                mask = self(masks, {self.row: (low, high)} if run.row is not None else {}, run)
+                assert mask is not None
+                if ledger_of(mask) is not None:
+                    return None
+                run.next_rows()
+                open_ = {name for name in open_ if _PATTERNS[name](mask, low, high)}
+                if not open_:
+                    return None
+        return min(open_)
+
+
+def _is_nothing(mask: torch.Tensor, low: int, high: int) -> bool:
+    return not mask.any()
+
+
+def _is_causal(mask: torch.Tensor, low: int, high: int) -> bool:
+    """Whether rows ``low:high`` of a mask see the keys up to their own, and those alone."""
+    if mask.shape[-1] < high or mask.shape[-2] != high - low:
+        return False
+    after, among = mask[..., high:], mask[..., low:high]
+    hidden = torch.ones(high - low, high - low, dtype=torch.bool, device=mask.device).triu_(1)
+    return bool(
+        (not after.numel() or after.amax() <= HIDDEN)
+        and torch.where(hidden, among <= HIDDEN, among == 0).all()
+        and not mask[..., :low].any()
+    )
+
+
+_PATTERNS = {"none": _is_nothing, "causal": _is_causal}
+
+
+def _is_mild(mask: Node) -> bool:
+    """Whether a mask is small enough to look at, and hides nothing (ALiBi: a number for each key of a head)."""
+    if not isinstance(mask, Leaf) or mask.tensor is None or len(all_leaves(mask.dims)) > 2:
+        return False
+    return (
+        ledger_of(mask.tensor) is None and mask.dtype.is_floating_point and bool(mask.tensor.amin() > BLIND)
+    )
+
+
+def _can_slice(mask: Node, row: Axis, keys: Axis) -> bool:
+    """Whether some keys of a mask can be computed: not where it is kept for all rows, of which each sees others."""
+    for node in graph(mask):
+        axes = all_leaves(node.dims)
+        if keys in leaves(node.whole) or (not isinstance(node, Leaf) and keys in axes and row not in axes):
+            return False
+    return True
+
+
+def _is_interleaved(mask: Node, keys: Axis) -> bool:
+    if not isinstance(mask, Leaf) or mask.tensor is None:
+        return False
+    strides = zip(mask.dims, mask.tensor.stride(), strict=True)
+    return any(keys in leaves(dim) and stride > 1 for dim, stride in strides)
+
+
+def _wide(mask: torch.Tensor) -> torch.Tensor:
+    """A mask in float32 or wider, in which what hides a key swallows any product (that of float16 does not)."""
+    if mask.dtype != torch.float16:
+        return mask.to(torch.promote_types(mask.dtype, torch.float32))
+    mask = mask.float()
+    return mask.masked_fill_((mask <= HIDDEN) & (mask > -math.inf), LOWEST)
+
+
+def fitting(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A mask in a dtype that the kernel takes: the query's, on CPU also float32 beside a narrower one."""
+    if query.device.type == "cpu" and mask.dtype == torch.float32 and query.dtype.itemsize < 4:
+        return mask
+    if torch.promote_types(mask.dtype, query.dtype) == query.dtype:
+        return mask.to(query.dtype)
+    lowest = torch.finfo(query.dtype).min
+    return mask.clamp(min=lowest).to(query.dtype).masked_fill_(mask == -math.inf, -math.inf)
+
+
+def arranged(value: torch.Tensor, dims: Dims, tile: Tile, groups: Sequence[Sequence[Axis]]) -> torch.Tensor:
+    """A tile of a tensor with one dimension for each group of axes, of size 1 where it has none of them.
+
+    What is in no group comes last, as one dimension.
+    """
+    names: list[Axis | None] = []
+    sizes: list[int] = []
+    for dim, size in zip(dims, value.shape, strict=True):
+        parts = leaves(dim)
+        names += parts or [None]
+        sizes += [extent((leaf,), tile) for leaf in parts] or [size]
+    value = value.reshape(sizes)
+    shape, order = [], []
+    for group in groups:
+        parts = leaves(group)
+        if not any(leaf in names for leaf in parts):
+            shape.append(1)
+            continue
+        for leaf in parts:
+            if leaf not in names:
+                value = value.unsqueeze(-1).expand(*value.shape, extent((leaf,), tile))
+                names.append(leaf)
+        shape.append(extent(tuple(group), tile))
+        order += [names.index(leaf) for leaf in parts]
+    rest = [place for place in range(len(names)) if place not in order]
+    return value.permute(*order, *rest).reshape(*shape, math.prod(value.shape[place] for place in rest))

@@ -1,0 +1,171 @@
+"""The mask and the bias of hand-written attention: what its own steps make of scores that are all zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attnpatch.rows.deferred.tensor import Opened
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.graph.axes import Axis, Tile, leaves
+from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
+from attnpatch.rows.provenance.dimensions import Layout
+from attnpatch.rows.provenance.open_keys import open_keys, open_of
+
+SOFTMAX = frozenset("softmax special_softmax _safe_softmax masked_softmax _masked_softmax_rows".split())
+
+
+def above(steps: list[Node], roots: set[int]) -> set[int]:
+    """What is computed from some steps; ``steps``: children before those that read them."""
+    found: set[int] = set()
+    for step in steps:
+        if any(id(child) in roots or id(child) in found for child in step.children):
+            found.add(id(step))
+    return found
+
+
+def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
+    """The keys that attention is open to.
+
+    What is added before softmax says it, and what the weights are multiplied with after it. Where softmax is written by
+    hand, weights of 0 say it.
+
+    Args:
+        node: Its probabilities.
+        keys, leads, rows: Their axes, in order.
+        layout: What they are.
+    """
+
+    def opened(own: int | None) -> torch.Tensor | None:
+        unknown = torch.zeros(0, dtype=torch.bool)
+        softmax = _softmax_over(node, keys)
+        before = node if softmax is None else softmax.children[0]
+        products = _products(before)
+        read = above(list(graph(before)), {id(product) for product in products})
+        if _depends_on_scores(before, read) or (softmax is None and any(id(p) in read for p in products)):
+            return unknown
+        masks: list[tuple[_Steps, bool]] = []
+        if _has_mask(before, products):
+            values = dict.fromkeys(products, 0.0)
+            masks.append((_Steps(before, values, keys, leads, rows, layout), softmax is None))
+        if softmax is not None and _is_masked_after(node, softmax):
+            masks.append((_Steps(node, {softmax: 1.0}, keys, leads, rows, layout), True))
+        if not masks:
+            return unknown if softmax is None else None
+
+        def rows_of(sequence: int, low: int, high: int) -> torch.Tensor:
+            parts = [
+                part > 0 if is_weight else open_of(part)
+                for steps, is_weight in masks
+                for part in (steps.rows_of(sequence, low, high),)
+            ]
+            return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+        found = open_keys(rows_of, layout.batch, layout.q_len, layout.kv_len, own)
+        # Weights that are all 0 at scores of 0 are no softmax's.
+        return unknown if softmax is None and not bool(found.any()) else found
+
+    return opened
+
+
+def _products(node: Node) -> list[Node]:
+    return [step for step in graph(node) if isinstance(step, Call) and step.work]
+
+
+def _depends_on_scores(before: Node, read: set[int]) -> bool:
+    """Whether which keys are open is chosen by the scores themselves (the largest of them)."""
+    return any(id(step) in read and not step.dtype.is_floating_point for step in graph(before))
+
+
+def _has_mask(node: Node, roots: list[Node]) -> bool:
+    """Whether anything is read beside what some steps are made of: queries and keys, or scores."""
+    inside = {id(step) for root in roots for step in graph(root)}
+    return any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(node) if id(s) not in inside)
+
+
+def _is_masked_after(node: Node, softmax: Node) -> bool:
+    """Whether the weights of a softmax, and of no other, are multiplied with something that is read."""
+    steps = list(graph(node))
+    read = above(steps, {id(softmax)})
+    later = [step for step in steps if id(step) in read]
+    is_plain = all((isinstance(s, Call) and not s.work) or not isinstance(s, Call) for s in later)
+    return is_plain and not _depends_on_scores(node, read) and _has_mask(node, [softmax])
+
+
+class _Steps:
+    """What the steps of attention make of one value for all scores, or all weights, by rows of one head."""
+
+    def __init__(
+        self,
+        before: Node,
+        values: dict[Node, float],
+        keys: list[Axis],
+        leads: list[Axis],
+        rows: list[Axis],
+        layout: Layout,
+    ) -> None:
+        self.before, self.leads, self.rows, self.layout = before, leads, rows, layout
+        self.run = Run(before)
+        for step, number in values.items():
+            value = torch.full((), number, dtype=step.dtype, device=step.device)
+            self.run.fix(step, value.expand(step.shape))
+        self.axes = [leaf for dim in before.dims for leaf in leaves(dim)]
+        # Beside a sink's column softmax has these keys under another name; they come first.
+        self.keys = keys if all(key in self.axes for key in keys) else leaves(before.dims[-1])
+        self.numbers = layout.numbers
+        if self.numbers is None:
+            self.numbers = torch.arange(math.prod(axis.size for axis in leads))
+
+    def rows_of(self, sequence: int, low: int, high: int) -> torch.Tensor:
+        """``[rows, kv_len]``: rows of the first head of a sequence."""
+        tile = self._head(sequence)
+        if len(self.rows) == 1:
+            tile[self.rows[0]] = (low, high)
+        value = self._value(tile)
+        order = [axis for axis in (*self.leads, *self.rows, *self.keys) if axis in self.axes]
+        value = value.permute([self.axes.index(axis) for axis in order])
+        count = math.prod(value.shape[i] for i, axis in enumerate(order) if axis in self.rows)
+        value = value.reshape(count, -1)[:, : self.layout.kv_len]
+        return value[low:high] if len(self.rows) != 1 and count > 1 else value
+
+    def _head(self, sequence: int) -> Tile:
+        """The first head of a sequence, among the leading axes."""
+        at = int((self.numbers == sequence * self.layout.heads).nonzero()[0])
+        tile: Tile = {}
+        for axis in reversed(self.leads):
+            tile[axis] = (at % axis.size, at % axis.size + 1)
+            at //= axis.size
+        return tile
+
+    def _value(self, tile: Tile) -> torch.Tensor:
+        """The bias inside a tile, a dimension for each axis."""
+        whole = self.run.whole
+        with torch.no_grad():
+            value = self.run.value(
+                self.before, {axis: span for axis, span in tile.items() if axis not in whole}
+            )
+        self.run.next_lead()
+        spans = [tile.get(axis, (0, axis.size)) for axis in self.axes]
+        value = value.reshape(
+            [
+                axis.size if axis in whole else high - low
+                for axis, (low, high) in zip(self.axes, spans, strict=True)
+            ]
+        )
+        for place, (axis, (low, high)) in enumerate(zip(self.axes, spans, strict=True)):
+            if axis in whole:
+                value = value.narrow(place, low, high - low)
+        return value
+
+
+def _softmax_over(node: Node, keys: list[Axis]) -> Node | None:
+    """The softmax over the keys: the only one there is, or the one over them."""
+    softmaxes = [
+        step
+        for step in graph(node)
+        if isinstance(step, Call) and getattr(step.func, "__name__", "") in SOFTMAX and step.children
+    ]
+    found = [step for step in softmaxes if set(leaves(step.whole)) & set(keys)]
+    chosen = found or (softmaxes if len(softmaxes) == 1 else [])
+    return chosen[0] if chosen else None

@@ -1,0 +1,330 @@
+"""Reads a recipe as ``softmax(factor * query @ key.T + masks) @ value``, or says which step is something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+import torch
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows.graph.axes import ROW, Axis, all_leaves, leaves
+from attnpatch.rows.graph.dropout import Dropout
+from attnpatch.rows.graph.nodes import Call, Child, Cut, Leaf, Node, View, graph
+
+# A mask value from here down outweighs any product: beside a key that is seen, such a key has no mass at all.
+HIDDEN = -6e4
+# What a masked key's score is set to where the host sets it to something finite: it swallows any product, so that a
+# row in which nothing is seen stays uniform, as it is where scores are overwritten.
+LOWEST = -1e30
+_LAYOUT = frozenset(["permute", "contiguous", "clone", "positive"])
+_CASTS = frozenset("to type type_as float half bfloat16 double".split())
+_TIMES = frozenset("mul multiply __rmul__".split())
+_DIVIDED = frozenset("div divide true_divide".split())
+_PLUS = frozenset("add __radd__".split())
+_MINUS = frozenset("sub subtract".split())
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm mm linalg_matmul einsum tensordot inner".split())
+_ONTO = frozenset("baddbmm addmm".split())
+_KNOWN_AS = {"tanh": "tanh (softcap)", "cat": "cat (sinks)"}
+
+
+class OtherRecipe(Exception):
+    """The recipe is no scaled dot-product attention; the message is the step that stands in the way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is done to the scores, in the order of the recipe.
+
+    Attributes:
+        kind: ``"times"`` a number, ``"plus"`` a mask (times a number), ``"fill"`` with a number where a mask says so, or
+            ``"tanh"``.
+        number: The number.
+        mask: A node that does not depend on the product, for ``"plus"`` and ``"fill"``.
+        inverted: Fill where the mask is false.
+    """
+
+    kind: str
+    number: float
+    mask: Node | None = None
+    inverted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A recipe that is scaled dot-product attention.
+
+    Attributes:
+        query, key, value: The operands.
+        row, keys: The axes of query rows and of keys.
+        leads: The other axes of the scores, batch and heads, in the order of the product.
+        width: The axes of the result that only the values have.
+        steps: What is done to the product before softmax.
+        sink: A learned score beside those of the keys, whose share is left out; ``None``: there is none.
+        dtype: What the wider one of the two products is computed in.
+    """
+
+    query: Leaf
+    key: Leaf
+    value: Leaf
+    row: Axis
+    keys: Axis
+    leads: tuple[Axis, ...]
+    width: tuple[Axis, ...]
+    steps: tuple[Step, ...]
+    dtype: torch.dtype
+    sink: Node | None = None
+
+    @property
+    def factors(self) -> tuple[float, float | None]:
+        """What the product is multiplied by, and then, if there is a ``tanh``, what that is multiplied by."""
+        kinds = [step.kind for step in self.steps]
+        place = kinds.index("tanh") if "tanh" in kinds else len(kinds)
+        before, after = (
+            math.prod(step.number for step in steps if step.kind == "times")
+            for steps in (self.steps[:place], self.steps[place:])
+        )
+        return before, after if "tanh" in kinds else None
+
+
+def read(result: Call, probabilities: Node, keys: list[Axis]) -> Formula:
+    """The formula of a recipe.
+
+    Args:
+        result: The product of probabilities and values.
+        probabilities: Its operand that is a recipe.
+        keys: What it sums over.
+
+    Raises:
+        OtherRecipe: It is another one.
+    """
+    if _name(result) not in _PRODUCTS or len(result.children) != 2:
+        raise OtherRecipe(f"{_name(result)} (of the values)")
+    value = next(child for child in result.children if child is not probabilities)
+    if not isinstance(value, Leaf) or len(keys) != 1:
+        raise OtherRecipe("keys in several dimensions")
+    softmax, cut = _softmax_of(probabilities)
+    scores, axes, sink = softmax.children[0], leaves(softmax.whole), None
+    if cut is not None:
+        scores, sink = _beside_sink(scores, axes, cut)
+        axes = leaves(scores.dims[-1])
+    elif axes != keys:
+        raise OtherRecipe("softmax (not over the keys)")
+    if len(axes) != 1:
+        raise OtherRecipe("softmax (not over the keys)")
+    product = _product_of(scores, axes[0])
+    steps = _steps(scores, product, axes[0])
+    query, key, row = _operands(product, axes[0])
+    leads = tuple(axis for axis in all_leaves(product.dims) if axis not in (row, axes[0]))
+    own = all_leaves(result.dims)
+    width = tuple(axis for axis in all_leaves(value.dims) if axis not in leads)
+    if set(own) != {*leads, row, *width} or len(set(own)) != len(own):
+        raise OtherRecipe(f"{_name(result)} (heads are mixed)")
+    masks = [step.mask for step in steps if step.mask is not None] + ([] if sink is None else [sink])
+    _check_gradients(result, masks)
+    whole = {axis for mask in masks for node in graph(mask) for axis in leaves(node.whole)}
+    if whole & {row, *leads}:
+        raise OtherRecipe("a bias that mixes rows or heads")
+    dtype = torch.promote_types(product.dtype, result.dtype)
+    return Formula(query, key, value, row, axes[0], leads, width, tuple(steps), dtype, sink)
+
+
+def _name(node: Node) -> str:
+    return getattr(node.func, "__name__", "").partition(".")[0] if isinstance(node, Call) else ""
+
+
+def _other(node: Node) -> NoReturn:
+    if isinstance(node, Dropout):
+        raise OtherRecipe("dropout")
+    name = _name(node) or {View: "expand", Cut: "slice"}.get(type(node), type(node).__name__)
+    raise OtherRecipe(_KNOWN_AS.get(name, name))
+
+
+def _is_layout(node: Node) -> bool:
+    """Whether a step leaves the values as they are, up to rounding; axes have names, so their order does not matter."""
+    if isinstance(node, View):
+        return not node.expand
+    return len(node.children) == 1 and (
+        _name(node) in _LAYOUT or (_name(node) in _CASTS and node.dtype.is_floating_point)
+    )
+
+
+def _softmax_of(node: Node) -> tuple[Call, Cut | None]:
+    """The softmax that a recipe ends with, and what was cut off its result."""
+    cut = None
+    while _name(node) != "softmax":
+        if isinstance(node, Cut) and cut is None:
+            cut = node
+        elif not _is_layout(node):
+            _other(node)
+        node = node.children[0]
+    assert isinstance(node, Call)
+    return node, cut
+
+
+def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
+    """The scores and the sink that were put side by side along ``joined``, and of which ``cut`` leaves the sink out."""
+    while _name(node) != "cat":
+        if not (_is_layout(node) or _is_shift(node, joined)):
+            _other(cut)
+        node = node.children[0]
+    scores, *sinks = node.children
+    last = len(node.dims) - 1
+    if (
+        len(sinks) != 1
+        or sinks[0].shape[last] != 1
+        or leaves(node.dims[last]) != joined
+        or (cut.position, cut.start, cut.axis.size) != (last, 0, scores.shape[last])
+    ):
+        raise OtherRecipe(_KNOWN_AS["cat"])
+    return scores, sinks[0]
+
+
+def _is_shift(node: Node, keys: list[Axis]) -> bool:
+    """Whether a step takes something off a whole row, its largest score as a rule: softmax does not see that."""
+    if _name(node) not in _MINUS or len(node.children) != 2:
+        return False
+    return not any(axis in keys for axis in all_leaves(node.children[1].dims))
+
+
+def _product_of(scores: Node, keys: Axis) -> Call:
+    """The product that has both the keys and rows of queries; what else is added to it is a mask."""
+    for node in graph(scores):
+        if isinstance(node, Call) and node.work and all(isinstance(child, Leaf) for child in node.children):
+            axes = all_leaves(node.dims)
+            if keys in axes and any(axis.kind == ROW for axis in axes):
+                return node
+    raise OtherRecipe("no product of queries and keys")
+
+
+def _operands(product: Call, keys: Axis) -> tuple[Leaf, Leaf, Axis]:
+    """Query, key, and the axis of query rows."""
+    operands = product.children[-2:]
+    for key, query in (operands, operands[::-1]):
+        assert isinstance(key, Leaf) and isinstance(query, Leaf)
+        own, other = all_leaves(key.dims), all_leaves(query.dims)
+        rows = [axis for axis in other if axis.kind == ROW and axis not in own]
+        if keys in own and keys not in other and len(rows) == 1:
+            if any(_inner_count(leaf) != 1 for leaf in (key, query)):
+                break
+            return query, key, rows[0]
+    raise OtherRecipe(f"{_name(product)} (over several dimensions)")
+
+
+def _inner_count(leaf: Leaf) -> int:
+    """Dimensions that are summed over: they are of no axis, and longer than one."""
+    assert leaf.tensor is not None
+    return sum(not dim and size > 1 for dim, size in zip(leaf.dims, leaf.tensor.shape, strict=True))
+
+
+def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
+    """What is done to the product, first things first."""
+    above = {product}
+    for node in graph(scores):
+        if any(child in above for child in node.children):
+            above.add(node)
+    found: list[Step] = []
+    node = scores
+    while node is not product:
+        if _is_layout(node):
+            node = node.children[0]
+            continue
+        if not isinstance(node, Call):
+            _other(node)
+        made = [child for child in node.children if child in above and keys in all_leaves(child.dims)]
+        if len(made) != 1:
+            _other(node)
+        found.extend(_step(node, made[0], above))
+        node = made[0]
+    found.reverse()
+    found = [*_own_steps(product), *found]
+    kinds = [step.kind for step in found]
+    # A cap is on the product alone, and there is one.
+    if "tanh" in kinds and (kinds.count("tanh") > 1 or {*kinds[: kinds.index("tanh")]} - {"times"}):
+        raise OtherRecipe(_KNOWN_AS["tanh"])
+    return found
+
+
+def _own_steps(product: Call) -> list[Step]:
+    """What ``baddbmm`` does to its product."""
+    if _name(product) not in _ONTO:
+        if len(product.children) != 2 or _name(product) not in _PRODUCTS:
+            _other(product)
+        return []
+    alpha, beta = (_number(product.kwargs.get(key, 1), product) for key in ("alpha", "beta"))
+    steps = [] if alpha == 1 else [Step("times", alpha)]
+    return steps if beta == 0 else [*steps, Step("plus", beta, product.children[0])]
+
+
+def _step(node: Call, scores: Node, above: set[Node]) -> list[Step]:
+    """One step, of which ``scores`` is what the product has become so far; last things first."""
+    name = _name(node)
+    place = node.children.index(scores)
+    first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
+    is_first = isinstance(first, Child) and first.index == place
+    if name in _TIMES or (name in _DIVIDED and is_first and node.kwargs.get("rounding_mode") is None):
+        number = _number(second if is_first else first, node)
+        return [Step("times", 1 / number if name in _DIVIDED else number)]
+    if name in _PLUS or (name in _MINUS and is_first):
+        alpha = _number(_argument(node, 2, "alpha", 1), node)
+        sign = -alpha if name in _MINUS else alpha
+        other = second if is_first else first
+        if not is_first and alpha != 1:
+            _other(node)
+        if isinstance(other, Child):
+            mask = node.children[other.index]
+            # What depends on the product and has no keys is the same for a whole row: softmax does not see it.
+            return [] if mask in above else [Step("plus", sign, mask)]
+        return [] if math.isfinite(_number(other, node)) else _other(node)
+    if name == "tanh":
+        return [Step("tanh", 1.0)]
+    if name == "masked_fill" and is_first:
+        return [_fill(node, _argument(node, 1, "mask"), _argument(node, 2, "value"), False)]
+    if name == "where":
+        condition, kept, other = first, second, _argument(node, 2, "other")
+        if "condition" in node.kwargs:
+            condition, kept = node.kwargs["condition"], _argument(node, 0, "input")
+        elif is_first:
+            condition, kept = second, first  # scores.where(condition, other)
+        is_kept = isinstance(kept, Child) and kept.index == place
+        return [_fill(node, condition, other if is_kept else kept, is_kept)]
+    _other(node)
+
+
+def _fill(node: Call, mask: Any, value: Any, inverted: bool) -> Step:
+    number = _number(value, node)
+    if not isinstance(mask, Child) or not number <= HIDDEN:
+        raise OtherRecipe(f"{_name(node)} with {number:g}")
+    return Step("fill", min(number, LOWEST), node.children[mask.index], inverted)
+
+
+def _argument(node: Call, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _number(value: Any, node: Call) -> float:
+    """A number, or the one element of a tensor that needs no gradient."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    leaf = node.children[value.index] if isinstance(value, Child) else None
+    if not isinstance(leaf, Leaf) or leaf.count != 1 or leaf.tensor is None:
+        _other(node)
+    if ledger_of(leaf.tensor) is not None:
+        return 1.0  # on shapes alone nobody knows
+    if torch.is_grad_enabled() and leaf.tensor.requires_grad:
+        raise OtherRecipe(f"{_name(node)} (needs a gradient)")
+    return float(leaf.tensor)
+
+
+def _check_gradients(result: Call, masks: list[Node]) -> None:
+    """No gradient may be asked for that the fused kernel does not give, nor be cut inside the recipe."""
+    if not torch.is_grad_enabled():
+        return
+    for node in graph(result):
+        if isinstance(node, Call) and not node.context.grad:
+            raise OtherRecipe(f"{_name(node)} (under no_grad)")
+    for mask in masks:
+        for node in graph(mask):
+            if isinstance(node, Leaf) and node.tensor is not None and node.tensor.requires_grad:
+                raise OtherRecipe("a bias that needs a gradient")

@@ -1,0 +1,183 @@
+"""Recipes that are scaled dot-product attention, handed to torch's fused kernel instead of being replayed.
+
+``formula.py`` reads the recipe. What is added to the product before softmax is a mask to the kernel (``added.py``): none,
+a causal one, or rows of it at a time, computed by the same recipe without its product. So a call holds some rows of its
+masks, and no scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.row_granularity import Grain
+from attnpatch.rows.fusion import flex
+from attnpatch.rows.fusion.additive import Added, arranged, fitting
+from attnpatch.rows.fusion.match import Formula, OtherRecipe, read
+from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
+from attnpatch.rows.graph.nodes import Call, Node, tensors_of
+from attnpatch.rows.provenance import observed
+from attnpatch.rows.sdpa import serve
+
+
+def attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor | None:
+    """The product of probabilities and values by the fused kernel; ``None``, and counted, where it cannot be had."""
+    try:
+        return _attend(result, probabilities, keys, site)
+    except OtherRecipe as other:
+        site.tally.not_fused(str(other))
+        return None
+
+
+def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor:
+    node = Fused(read(result, probabilities, keys), result)
+    for leaf in tensors_of(node):
+        leaf.check()
+    # The tensors are of the dtype that the products would be computed in.
+    with torch.autocast(node.device.type, enabled=False):
+        whole = node.call()
+        if serve.fused_choice(whole) == serve.MATH_KERNEL:
+            raise OtherRecipe("no fused kernel for these tensors")
+        if node.has_sink and (_needs_grad(node) or not serve.keeps_lse(whole)):
+            raise OtherRecipe("cat (sinks)")
+        if node.cap is not None and (node.has_sink or node.device.type not in flex.DEVICES):
+            raise OtherRecipe("tanh (softcap)")
+        pattern = node.added.pattern(node.masks, node, node.lead_of_masks) if node.cap is None else None
+        if pattern is not None:
+            whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
+            if not node.has_sink:
+                # Nothing is as wide as the scores, so there is nothing to cut.
+                if site.sources is not None:
+                    lead = (node.leads[:-1], node.leads[-1:])
+                    observed.name_operands(whole, lead, node.row, node.keys, site.sources)
+                policy = dataclasses.replace(site.policy, mode="auto")
+                return node.laid_out(serve.attend((), whole, dataclasses.replace(site, policy=policy)), {})
+    if site.observer is not None:
+        raise OtherRecipe("a mask or a sink, while block maps are captured")
+    if pattern is not None:
+        result = node.laid_out(node.beside_sink(*_with_lse(whole), {}, Run(node)), {})
+    else:
+        result = site.replay(node)
+    site.tally.count("fused")
+    return result
+
+
+def _with_lse(call: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+    found = serve.checked_lse(call)
+    if found is None:
+        raise OtherRecipe("cat (sinks): a wrong logsumexp")
+    return found
+
+
+def _needs_grad(node: Node) -> bool:
+    return torch.is_grad_enabled() and any(
+        leaf.tensor is not None and leaf.tensor.requires_grad for leaf in tensors_of(node)
+    )
+
+
+class Fused(Node):
+    """Attention of some query rows by the fused kernel, with the rows of the masks that belong to them."""
+
+    is_exact = False
+
+    def __init__(self, formula: Formula, result: Call) -> None:
+        masks = [step.mask for step in formula.steps if step.mask is not None]
+        self.has_sink, self.mask_count = formula.sink is not None, len(masks)
+        sinks = [] if formula.sink is None else [formula.sink]
+        self.children = (formula.query, formula.key, formula.value, *masks, *sinks)
+        # Nothing but the children may hold a tensor: a backward pass keeps this node (``twin``).
+        self.row, self.keys, self.leads, self.width = formula.row, formula.keys, formula.leads, formula.width
+        self.added = Added(formula)
+        (self.factor, self.cap), self.kernel_dtype = formula.factors, formula.dtype
+        self.dims, self.dtype, self.device = result.dims, result.dtype, result.device
+        # A kernel is parallel over heads: it is given all that have the same mask, and all of a mask in which they lie
+        # side by side.
+        own, self.score_width = self.added.leads, formula.keys.size
+        self.grain = Grain(32, 32) if {*formula.leads[-1:]} & own else Grain(768, 256)
+        if self.added.is_interleaved:
+            self.grain, self.score_width = Grain(192, 64), self.score_width * math.prod(a.size for a in own)
+            own = set()
+        self.whole = (formula.keys, *formula.width, *(axis for axis in formula.leads if axis not in own))
+
+    @property
+    def masks(self) -> tuple[Node, ...]:
+        return self.children[3 : 3 + self.mask_count]
+
+    @property
+    def lead_of_masks(self) -> list[Axis]:
+        return [axis for axis in leaves(self.leads) if axis in self.added.leads]
+
+    def call(self) -> dict[str, object]:
+        """The arguments of the whole call by name, with a mask that has no values."""
+        query, key, value = self._operands({}, Run(self))
+        mask = None
+        if self.mask_count:
+            mask = query.new_zeros(1).expand(*query.shape[:-1], key.shape[-2])
+        return {**serve.arguments((query, key, value, mask), {}), "scale": self.factor}
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            query, key, value = self._operands(tile, run)
+            mask = None
+            if self.mask_count:
+                mask, low, high = self.added.seen(self.masks, tile, run)
+                key, value = key[..., low:high, :], value[..., low:high, :]
+                mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
+            call = {**serve.arguments((query, key, value, mask), {}), "scale": self.factor}
+            if self.has_sink:
+                out = self.beside_sink(*_with_lse(call), tile, run)
+            elif self.cap is not None:
+                out = flex.attend(query, key, value, mask, self.factor, self.cap)
+            else:
+                out = F.scaled_dot_product_attention(**call)
+            return self.laid_out(out if mask is None or self.has_sink else _without_nothing(out, mask), tile)
+
+    def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Run) -> torch.Tensor:
+        """The result with the share of a sink left out: it takes part in softmax and has no value."""
+        child = self.children[-1]
+        sink = arranged(run.value(child, tile), child.dims, tile, [*self._lead(), (self.row,)])
+        share = torch.sigmoid(lse.unsqueeze(-1) - sink.to(lse.dtype))
+        # Where nothing but the sink is seen, it takes everything.
+        return torch.where(share > 0, out * share, 0.0).to(out.dtype)
+
+    def _operands(self, tile: Tile, run: Run) -> list[torch.Tensor]:
+        """Query, key and value, ``[batch, heads, length, width]``, of one dtype and one width."""
+        lead = self._lead()
+        sizes = [extent(group, tile) for group in lead]
+        found = []
+        for child, own in zip(self.children, ((self.row,), (self.keys,), self.width), strict=False):
+            part = arranged(run.value(child, tile), child.dims, tile, [*lead, own])
+            if child is self.children[2]:
+                part = part.transpose(-2, -1)  # values are summed over the keys, the others over their width
+            found.append(part.to(self.kernel_dtype).expand(*sizes, *part.shape[-2:]))
+        width = max(part.shape[-1] for part in found)
+        # Kernels take one width only; columns of zeros change no product.
+        found = [
+            F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part for part in found
+        ]
+        return [part if part.stride(-1) == 1 else part.contiguous() for part in found]
+
+    def _lead(self) -> list[tuple[Axis, ...]]:
+        """Batch and heads: however many axes there are, the last one is called heads."""
+        return [self.leads[:-1], self.leads[-1:]]
+
+    def laid_out(self, out: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """``[batch, heads, rows, width]`` as the host's own product would give it."""
+        axes = leaves([*self.leads, self.row, *self.width])
+        width = math.prod(extent((axis,), tile) for axis in self.width)
+        out = out[..., :width].reshape([extent((axis,), tile) for axis in axes])
+        out = out.permute([axes.index(axis) for axis in all_leaves(self.dims)])
+        return out.reshape(local_shape(self.dims, tile)).to(self.dtype).contiguous()
+
+
+def _without_nothing(out: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``out`` with the rows in which nothing is seen: softmax of nothing is not a number, and a kernel says zero."""
+    if ledger_of(out) is not None or not (nothing := (out == 0).all(-1, keepdim=True)).any():
+        return out
+    return out.masked_fill(nothing & (mask.amax(-1, keepdim=True) == -math.inf), math.nan)

@@ -1,0 +1,432 @@
+"""Recipes: what was asked of a score matrix, written down instead of computed, replayable for any tile of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.errors import AttnpatchError
+from attnpatch.rows.graph.axes import LEAST, Axis, Dim, Dims, Tile, leaves, local_shape, size_of, take
+
+if TYPE_CHECKING:
+    from attnpatch.rows.evaluate.evaluator import Run
+
+
+def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to everything inside its lists, tuples, dicts and slices."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map_structure(item, change) for item in value)
+    if isinstance(value, dict):
+        items = {key: map_structure(item, change) for key, item in value.items()}
+        if type(value) is dict or all(items[key] is value[key] for key in items):
+            return items if type(value) is dict else value
+        # A host's output: of its own class, with attributes of its own.
+        changed = copy.copy(value)
+        for key, item in items.items():
+            changed[key] = item
+        return changed
+    return change(value)
+
+
+class Node:
+    """One tensor of a recipe.
+
+    Attributes:
+        dims: The axes of every dimension.
+        dtype, device: What the tensor would have.
+        whole: Axes that this step needs complete (softmax over keys, a mean over heads).
+        children: The nodes it is computed from.
+        stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
+        held_bytes: Bytes per element that computing it holds beside its result.
+        scores_held: Scores for each of its rows that computing it holds, if its own axes do not show them.
+        is_constant: Whether all its elements are one number.
+        is_exact: Whether its rows are the same to the last bit in steps of the right size.
+        renames_axes: Whether it computes a child in another tile than its own.
+        reads_a_run: Whether a run of its dimension ``position`` is a run of its child's, under another name.
+        stops_gradient: Whether its result has no history, whatever it was made from: detached, or under no_grad.
+        needs_grad: Whether the deferred tensor of it has a history; ``None``: it has no deferred tensor.
+        carrier: That deferred tensor.
+        anchor: What leads to its history when it is gone, if somebody has asked for its own gradient.
+        marks: What became of it; the twin has the same.
+        twin: The copy without tensors that backward passes keep.
+        reached: Tensors that its gradients go to.
+        saved: Tensors that edges up to its own have saved for the backward pass.
+        native: The function of torch that the step stands for, and its arguments after the first, where that is not
+            what computes it.
+        copies_layout: Whether its result lies in memory as a copy of its first child would.
+        laid_as: The node whose native strides it has, where those are not of its own making (a write in place).
+        lies_by_rows: Whether natively it lies in memory row by row, whatever it is made of.
+        shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
+        depth: What ``depth_of`` has found.
+    """
+
+    stands_for_memory = False
+    held_bytes = scores_held = 0
+    is_constant = False
+    is_exact = True
+    renames_axes = False
+    reads_a_run = False
+    stops_gradient = False
+    needs_grad: bool | None = None
+    carrier: weakref.ref[torch.Tensor] | None = None
+    anchor: torch.Tensor | None = None
+    marks: Any = None
+    twin: Node | None = None
+    reached: Sequence[Leaf] = ()
+    saved: frozenset[Leaf] = frozenset()
+    native: tuple[Callable[..., Any], Any, dict[str, Any]] | None = None
+    copies_layout = False
+    laid_as: Node | None = None
+    lies_by_rows = False
+    shadow: Any = None
+    depth: int | None = None
+    whole: tuple[Axis, ...] = ()
+    children: tuple[Node, ...] = ()
+    dims: Dims
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(size_of(dim) for dim in self.dims)
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        """The part of this tensor inside ``tile``."""
+        raise AssertionError("a subclass computes")
+
+    def rebuilt(self, change: Callable[[Node], Node]) -> Node:
+        """A copy whose children went through ``change``."""
+        found = object.__new__(type(self))
+        found.__dict__.update({key: value for key, value in vars(self).items() if key not in _OF_GRAPH})
+        found.children = tuple(change(child) for child in self.children)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Node:
+        found = memo[id(self)] = object.__new__(type(self))
+        own = {key: value for key, value in vars(self).items() if key not in _OF_GRAPH}
+        found.__dict__.update(copy.deepcopy(own, memo))
+        return found
+
+
+# What a node has to do with autograd's graph; a copy of it is another tensor's.
+_OF_GRAPH = frozenset(["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved"])
+
+
+class Leaf(Node):
+    """A tensor that exists: query, key, mask, bias. A recipe reads it when it is replayed."""
+
+    def __init__(self, tensor: torch.Tensor, dims: Dims) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.dims = dims
+        self.dtype, self.device, self.count = tensor.dtype, tensor.device, tensor.numel()
+        self.version = None if tensor.is_inference() else tensor._version
+        self.is_secured = False
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return take(run.tensor(self), self.dims, tile)
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the tensor was overwritten since it was recorded, where nothing noticed."""
+        return self.version is not None and self.tensor is not None and self.tensor._version != self.version
+
+    def check(self) -> None:
+        """Raise if the tensor was overwritten since it was recorded (rows mode prevents it inside a site)."""
+        if self.is_overwritten:
+            raise AttnpatchError(
+                f"a tensor of shape {tuple(self.tensor.shape)} was overwritten in place while attention weights "
+                "that are computed on demand still needed it; read the weights before (for example .clone() them), "
+                "or run this model under attnpatch.patched(model, mode='never')"
+            )
+
+    def preserve(self) -> None:
+        """Keep the present values: somebody is about to overwrite the tensor."""
+        if self.tensor is not None and not self.is_overwritten:
+            # The write may stand under no_grad; what reads the copy does not.
+            with torch.set_grad_enabled(self.tensor.requires_grad):
+                self.tensor = copied(self.tensor)
+            self.version = None if self.tensor.is_inference() else self.tensor._version
+
+    def secure(self) -> None:
+        """Keep values safe from later writes that nothing would notice: inference tensors count no versions."""
+        if self.tensor is not None and self.tensor.is_inference() and not self.is_secured:
+            self.preserve()
+            self.is_secured = True
+
+
+class Context:
+    """The autocast and gradient mode a step was recorded under."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+        self.autocast = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type) if self.autocast else None
+        self.grad = torch.is_grad_enabled()
+
+    def enter(self) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        enabled = torch.is_autocast_enabled(self.device_type)
+        if enabled != self.autocast or (
+            enabled and torch.get_autocast_dtype(self.device_type) != self.autocast_dtype
+        ):
+            stack.enter_context(
+                torch.autocast(
+                    self.device_type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False
+                )
+            )
+        if torch.is_grad_enabled() and not self.grad:
+            stack.enter_context(torch.no_grad())
+        return stack
+
+    def is_current(self) -> bool:
+        return (
+            torch.is_autocast_enabled(self.device_type) == self.autocast
+            and (not self.autocast or torch.get_autocast_dtype(self.device_type) == self.autocast_dtype)
+            and (self.grad or not torch.is_grad_enabled())
+        )
+
+
+class Call(Node):
+    """The host's own call, on the tile's part of every tensor it was given.
+
+    Attributes:
+        work: Multiplications of one head, if it is a product.
+        is_guess: Whether it is a product that may be a layer's (of queries and a table).
+        score_width: Elements of one row of the widest tensor that is made on the way.
+    """
+
+    work = 0
+    is_guess = False
+    score_width = 1
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        dims: Dims,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: tuple[Axis, ...] = (),
+    ) -> None:
+        self.func = func
+        self.dims, self.dtype, self.device, self.whole = dims, dtype, device, whole
+        self.context = Context(device)
+        self.stops_gradient = getattr(func, "__name__", "") in ("detach", "detach_")
+        children: list[Node] = []
+
+        def number(value: Any) -> Any:
+            if not isinstance(value, Node):
+                return value
+            children.append(value)
+            return Child(len(children) - 1)
+
+        self.args = map_structure(args, number)
+        self.kwargs = map_structure(kwargs, number)
+        self.children = tuple(children)
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        values = run.operands(self, tile)
+
+        def fill(value: Any) -> Any:
+            return values[value.index] if isinstance(value, Child) else value
+
+        args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
+        if self.context.is_current():
+            if (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
+                return _written_to(out, self.func, args)
+            if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
+                return _overwriting(self.func, args, kwargs, run)
+            return self.func(*args, **kwargs)
+        with self.context.enter():
+            return self.func(*args, **kwargs)
+
+
+# Products that can be told where to put their result.
+INTO: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: torch.matmul,
+    torch.Tensor.matmul: torch.matmul,
+    torch.Tensor.__matmul__: torch.matmul,
+    torch.bmm: torch.bmm,
+    torch.Tensor.bmm: torch.bmm,
+    torch.mm: torch.mm,
+    torch.Tensor.mm: torch.mm,
+    torch.linalg.matmul: torch.matmul,
+}
+
+
+def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch.Tensor:
+    """The result of a product, a cast or a softmax in another dtype, in given memory, the same to the last bit."""
+    if func in INTO:
+        return INTO[func](*args, out=out)
+    out.copy_(args[0])
+    # On CPU torch casts what it is given, and then computes the softmax of that.
+    return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
+
+
+def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], run: Run) -> torch.Tensor:
+    """The call's result in the memory of its first argument, the same to the last bit."""
+    value = args[0]
+    if func.__name__ != "softmax":
+        return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
+    # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
+    rows = run.padded(value)
+    if not rows.is_contiguous():
+        return func(*args, **kwargs)
+    # Nothing beside the scores.
+    rows[..., value.shape[-1] :] = -torch.inf
+    torch.softmax(rows, -1, out=rows)
+    return value
+
+
+class Child:
+    """The place of a child in the arguments of a call."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class View(Node):
+    """The same elements in the same order, as a rule under another shape (view, squeeze, unsqueeze, expand, clone)."""
+
+    is_detached = False  # ``detach`` or ``data``: what is written to it is not its operand's history
+    forgets_versions = False  # ``data``: a write through it is not noticed by autograd
+
+    def __init__(self, child: Node, dims: Dims, expand: bool = False) -> None:
+        self.children = (child,)
+        self.dims, self.dtype, self.device = dims, child.dtype, child.device
+        self.expand = expand
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return self.of(run.value(self.children[0], tile), local_shape(self.dims, tile))
+
+    def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
+        """This view of a tensor, in a shape."""
+        value = value.expand(shape) if self.expand else value.reshape(shape)
+        if self.is_detached:
+            # Last: torch does not take what was detached for a view.
+            value = value.data if self.forgets_versions else value.detach()
+        return value
+
+
+class Cut(Node):
+    """``start:stop:step`` of one dimension; only those elements are computed where the dimension can be tiled."""
+
+    renames_axes = reads_a_run = True
+
+    def __init__(self, child: Node, position: int, start: int, stop: int, step: int = 1) -> None:
+        self.children = (child,)
+        self.dtype, self.device = child.dtype, child.device
+        self.position, self.start, self.step = position, start, step
+        old = child.dims[position]
+        kind = old[-1].kind if old else "lead"
+        self.axis = Axis(-(-(stop - start) // step), kind)
+        new: Dim = (self.axis,) if self.axis.size != 1 else ()
+        self.dims = (*child.dims[:position], new, *child.dims[position + 1 :])
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        child = self.children[0]
+        old = leaves(child.dims[self.position])
+        new = leaves((self.axis,))
+        low, high = 0, self.axis.size
+        if len(new) == 1 and new[0] in tile:
+            low, high = tile[new[0]]
+        if len(old) == 1 and old[0] not in run.whole and len(new) <= 1:
+            low, high = self.start + low * self.step, self.start + (high - 1) * self.step + 1
+            return within(run, child, self.position, old[0], (low, high), tile, self.step)
+        value = self.of(run.value(child, tile))
+        return take(
+            value, tuple((self.axis,) if i == self.position else () for i in range(value.dim())), tile
+        )
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """This slice of a whole tensor."""
+        stop = self.start + (self.axis.size - 1) * self.step + 1
+        return _every(value, self.position, self.start, stop, self.step)
+
+
+def within(
+    run: Run, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
+) -> torch.Tensor:
+    """A range of a leaf axis, which is the dimension ``position`` of ``node``, inside ``tile`` along the others."""
+    low, high = span
+    first, last = widened(low, high, axis)
+    value = run.value(node, {**tile, axis: (first, last)})
+    return _every(value, position, low - first, high - first, step)
+
+
+def _every(value: torch.Tensor, position: int, start: int, stop: int, step: int) -> torch.Tensor:
+    if (start, stop, step) == (0, value.shape[position], 1):
+        return value
+    if step == 1:
+        return value.narrow(position, start, stop - start)
+    return value[(*[slice(None)] * position, slice(start, stop, step))]
+
+
+def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:
+    """A range that a matrix product rounds as it rounds the whole axis (see ``LEAST``), around ``low:high``."""
+    least = LEAST.get(axis.kind, 1)
+    count = -(-(high - low) // least) * least
+    if low + count <= axis.size:
+        return low, low + count
+    first = max(0, axis.size - count)
+    return first - first % least, axis.size
+
+
+class Pick(Node):
+    """One of several results of a call, such as the values of ``max(dim=-1)``."""
+
+    def __init__(self, child: Node, index: int, dims: Dims, dtype: torch.dtype) -> None:
+        self.children = (child,)
+        self.index, self.dims, self.dtype, self.device = index, dims, dtype, child.device
+
+    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+        return run.value(self.children[0], tile)[self.index]
+
+
+def graph(root: Node) -> Iterator[Node]:
+    """Every node of a recipe once, children before parents, in the order in which they are computed."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child in reversed(node.children))
+
+
+def tensors_of(root: Node) -> list[Leaf]:
+    return [node for node in graph(root) if isinstance(node, Leaf)]
+
+
+def twin(root: Node) -> Node:
+    """A copy of a recipe that holds no tensors, made once: a backward pass keeps it, and autograd keeps the tensors."""
+    for node in graph(root):
+        if node.twin is None:
+            node.twin = node.rebuilt(lambda child: child.twin)  # type: ignore[arg-type, return-value]
+            node.twin.marks, node.twin.needs_grad = node.marks, node.needs_grad
+            if isinstance(node.twin, Leaf):
+                node.twin.tensor = None
+    assert root.twin is not None
+    return root.twin
+
+
+def depth_of(node: Node) -> int:
+    """Steps from a recipe down to what it is made from: each is a few frames of Python when it is computed."""
+    if node.depth is None:
+        node.depth = 1 + max((depth_of(child) for child in node.children), default=0)
+    return node.depth
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy as small as what the tensor really holds."""
+    expanded = [slice(None, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    return tensor[tuple(expanded)].clone().expand(tensor.shape)

@@ -1,0 +1,370 @@
+"""Handlers of functions that only move or select elements: views, transposes, slices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.arguments import argument
+from attnpatch.rows.deferred import memory_layout, sharing
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.graph.axes import Dim, Dims, fresh, regroup, size_of
+from attnpatch.rows.graph.nodes import Call, Node, View
+from attnpatch.rows.layout import indexing, relative_shift
+
+Native = tuple[Callable[..., Any], Any, dict[str, Any]]
+
+
+def _result(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+    """A deferred tensor that shares memory with ``source``, as torch's own views do.
+
+    Args:
+        source: What it is a view of.
+        node: Its recipe, made of the source's by nodes of one child each.
+        native: torch's function and its arguments after the first.
+    """
+    return sharing.view(source, node, native)
+
+
+def _or_copy(source: DeferredRows, node: Node | None, native: Native) -> Any:
+    """The result of a function that gives its operand itself, a view of it or a copy, as strides have it."""
+    func, args, kwargs = native
+    own = source.handle.node
+    result = memory_layout.applied(own, func, args, kwargs)
+    if node is None or result is None:
+        return NotImplemented
+    if result is memory_layout.shadow(own):
+        return source
+    if memory_layout.is_view(result, own):
+        return _result(source, node, native)
+    return wrap(sharing.of_function(node, own, native), source.handle.call)
+
+
+def _sizes(args: Any, kwargs: dict[str, Any], name: str) -> list[int] | None:
+    """Sizes given one by one or as one sequence."""
+    given = args[1:] or (kwargs.get(name),)
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = tuple(given[0])
+    return list(given) if all(isinstance(size, int) for size in given) else None
+
+
+def _viewed(source: DeferredRows, shape: list[int], native: Native) -> Any:
+    node = source.handle.node
+    if -1 in shape:
+        known = math.prod(size for size in shape if size != -1)
+        shape = [node.shape.numel() // known if size == -1 and known else size for size in shape]
+    if math.prod(shape) != node.shape.numel():
+        return NotImplemented
+    is_shift = isinstance(relative_shift.bare(node), relative_shift.Strided) or relative_shift.cuts_across(
+        node.dims, shape
+    )
+    shifted = relative_shift.viewed(node, shape) if is_shift else None
+    if shifted is not None:
+        return _or_copy(source, shifted, native)
+    dims = regroup(node.dims, shape)
+    return _or_copy(source, None if dims is None else View(node, dims), native)
+
+
+def view(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    shape = _sizes(args, kwargs, "shape" if name == "reshape" else "size")
+    return NotImplemented if shape is None else _viewed(args[0], shape, (func, args[1:], kwargs))
+
+
+def view_as(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if not isinstance(args[0], DeferredRows):
+        return NotImplemented
+    shape = list(args[1].shape)
+    return _viewed(args[0], shape, (getattr(torch.Tensor, LIKE[name]), (shape,), {}))
+
+
+def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    start = args[1] if len(args) > 1 else kwargs.get("start_dim", 0)
+    end = args[2] if len(args) > 2 else kwargs.get("end_dim", -1)
+    shape = list(source.shape)
+    start, end = start % len(shape), end % len(shape)
+    flat = [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]]
+    return _viewed(source, flat, (func, args[1:], kwargs))
+
+
+def ravel(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return _viewed(args[0], [args[0].handle.node.shape.numel()], (func, args[1:], kwargs))
+
+
+def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    sizes = args[2] if len(args) > 2 else kwargs.get("sizes")
+    if not isinstance(dim, int) or not isinstance(sizes, (list, tuple)):
+        return NotImplemented
+    shape, sizes = list(source.shape), list(sizes)
+    dim %= len(shape)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = shape[dim] // -math.prod(sizes)
+    return _viewed(source, [*shape[:dim], *sizes, *shape[dim + 1 :]], (func, args[1:], kwargs))
+
+
+def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node
+    dim = (args[1] if len(args) > 1 else kwargs["dim"]) % (len(node.dims) + 1)
+    dims = (*node.dims[:dim], (), *node.dims[dim:])
+    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
+
+
+def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node
+    asked = args[1] if len(args) > 1 else kwargs.get("dim")
+    if asked is None:
+        asked = range(len(node.dims))
+    elif isinstance(asked, int):
+        asked = [asked]
+    gone = {dim % len(node.dims) for dim in asked}
+    dims = tuple(dim for i, dim in enumerate(node.dims) if i not in gone or size_of(dim) != 1)
+    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
+
+
+def _permuted(source: DeferredRows, order: list[int]) -> DeferredRows:
+    node = source.handle.node
+    dims = tuple(node.dims[i] for i in order)
+    call = Call(torch.permute, (node, order), {}, dims, node.dtype, node.device)
+    return _result(source, call, (torch.permute, (order,), {}))
+
+
+def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    count = len(args[0].handle.node.dims)
+    first = args[1] if len(args) > 1 else kwargs.get("dim0", kwargs.get("axis0"))
+    second = args[2] if len(args) > 2 else kwargs.get("dim1", kwargs.get("axis1"))
+    if not isinstance(first, int) or not isinstance(second, int):
+        return NotImplemented
+    order = list(range(count))
+    order[first % count], order[second % count] = order[second % count], order[first % count]
+    return _permuted(args[0], order)
+
+
+def matrix_transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    count = len(args[0].handle.node.dims)
+    if (name in ("T", "t", "H") and count != 2) or (name in ("H", "mH", "adjoint") and args[0].is_complex()):
+        return NotImplemented
+    return transpose("transpose", func, (args[0], -2, -1), {})
+
+
+def permute(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    order = _sizes(args, kwargs, "dims")
+    count = len(args[0].handle.node.dims)
+    if order is None or len(order) != count:
+        return NotImplemented
+    return _permuted(args[0], [dim % count for dim in order])
+
+
+def movedim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    count = len(args[0].handle.node.dims)
+    moved, places = (
+        _positions(argument(args, kwargs, i, key), count) for i, key in ((1, "source"), (2, "destination"))
+    )
+    if moved is None or places is None or len(moved) != len(places):
+        return NotImplemented
+    order = [dim for dim in range(count) if dim not in moved]
+    for place, dim in sorted(zip(places, moved, strict=True)):
+        order.insert(place, dim)
+    return _permuted(args[0], order) if sorted(order) == list(range(count)) else NotImplemented
+
+
+def _positions(dims: Any, count: int) -> list[int] | None:
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return None
+    return [dim % count for dim in dims]
+
+
+def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    if not isinstance(source, DeferredRows):
+        return NotImplemented
+    if name == "expand_as":
+        shape: list[int] | None = list(args[1].shape)
+    else:
+        shape = _sizes(args, kwargs, "size")
+    if shape is None:
+        return NotImplemented
+    node = source.handle.node
+    old: Dims = ((),) * (len(shape) - len(node.dims)) + node.dims
+    grown = fresh([0 if size == -1 else size for size in shape])
+    dims: list[Dim] = []
+    for own, new, size in zip(old, grown, shape, strict=True):
+        if size_of(own) != 1 and size not in (-1, size_of(own)):
+            return NotImplemented
+        dims.append(own if size_of(own) != 1 or size == -1 else new)
+    return _result(source, View(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
+
+
+def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operand itself, another view of all of it, or a copy: ``contiguous``, ``alias``, ``positive``, ``clone``."""
+    source = args[0]
+    node = source.handle.node
+    if name == "real" and node.dtype.is_complex:
+        return NotImplemented
+    found = View(node, node.dims)
+    found.is_detached = found.stops_gradient = name in ("detach", "data")
+    found.forgets_versions = name == "data"
+    return _or_copy(source, found, (func, args[1:], kwargs))
+
+
+def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Computed, since that is what is meant; and the operand itself where it is on CPU and others share its memory."""
+    source = args[0]
+    if source.device.type != "cpu" or not source.handle.is_shared():
+        return NotImplemented
+    source.handle.materialise(name)
+    return source
+
+
+def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``atleast_2d`` and its kind, of one tensor that has as many dimensions."""
+    if len(args) != 1 or not isinstance(args[0], DeferredRows) or args[0].dim() < int(name[-2]):
+        return NotImplemented
+    return same(name, func, args, kwargs)
+
+
+def narrow(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    dim, start, length = (
+        argument(args, kwargs, i + 1, key) for i, key in enumerate(("dim", "start", "length"))
+    )
+    if not all(isinstance(value, int) for value in (dim, start, length)):
+        return NotImplemented
+    size = args[0].shape[dim]
+    start += size * (start < 0)
+    if not 0 <= start <= start + length <= size:
+        return NotImplemented
+    return _along(args[0], dim, slice(start, start + length))
+
+
+def select(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    dim, at = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
+    if not isinstance(dim, int) or not isinstance(at, int):
+        return NotImplemented
+    return _along(args[0], dim, at)
+
+
+def _along(source: DeferredRows, dim: int, item: Any) -> Any:
+    index = [slice(None)] * len(source.handle.node.dims)
+    index[dim] = item
+    return indexing.getitem("__getitem__", torch.Tensor.__getitem__, (source, tuple(index)), {})
+
+
+def unbind(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    dim = argument(args, kwargs, 1, "dim", 0)
+    if not isinstance(dim, int):
+        return NotImplemented
+    return _pieces(_along(args[0], dim, i) for i in range(args[0].shape[dim]))
+
+
+def iterate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    found = unbind(name, func, args, kwargs)
+    return found if found is NotImplemented else iter(found)
+
+
+def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``split`` and ``chunk`` as slices."""
+    source = args[0]
+    count = (
+        args[1]
+        if len(args) > 1
+        else kwargs.get("split_size", kwargs.get("split_size_or_sections", kwargs.get("chunks")))
+    )
+    dim = argument(args, kwargs, 2, "dim", 0)
+    if not isinstance(dim, int) or (name == "chunk" and not isinstance(count, int)):
+        return NotImplemented
+    size = source.shape[dim]
+    if name == "chunk":
+        count = -(-size // count) if count > 0 else 0
+    if isinstance(count, int):
+        if count < 1:
+            return NotImplemented
+        count = [min(count, size - start) for start in range(0, size, count)]
+    if (
+        not isinstance(count, (list, tuple))
+        or not all(isinstance(n, int) for n in count)
+        or sum(count) != size
+    ):
+        return NotImplemented
+    ends = list(itertools.accumulate(count))
+    return _pieces(_along(source, dim, slice(stop - n, stop)) for n, stop in zip(count, ends, strict=True))
+
+
+def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``tensor_split``, ``hsplit``, ``vsplit`` and ``dsplit``: sections of nearly one length, or the places to cut at."""
+    source = args[0]
+    given = argument(args, kwargs, 1, "indices_or_sections")
+    given = kwargs.get("indices", kwargs.get("sections", kwargs.get("split_size_or_sections", given)))
+    fixed = {"vsplit": 0, "hsplit": 1 if source.dim() > 1 else 0, "dsplit": 2}
+    dim = fixed[name] if name in fixed else argument(args, kwargs, 2, "dim", 0)
+    if not isinstance(dim, int) or not -source.dim() <= dim < source.dim():
+        return NotImplemented
+    size = source.shape[dim]
+    if isinstance(given, int) and given > 0:
+        if name in fixed and size % given:
+            return NotImplemented
+        places = [i * (size // given) + min(i, size % given) for i in range(1, given)]
+    elif isinstance(given, (list, tuple)) and all(isinstance(place, int) for place in given):
+        places = list(given)
+    else:
+        return NotImplemented
+    return _pieces(_along(source, dim, slice(*pair)) for pair in itertools.pairwise([0, *places, size]))
+
+
+def _pieces(pieces: Iterable[Any]) -> Any:
+    found = []
+    for piece in pieces:
+        if piece is NotImplemented:
+            return NotImplemented
+        found.append(piece)
+    return tuple(found)
+
+
+def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    given = [argument(args, kwargs, 1, "size"), argument(args, kwargs, 2, "stride")]
+    offset = argument(args, kwargs, 3, "storage_offset") or 0
+    if not all(isinstance(value, (list, tuple)) for value in given):
+        return NotImplemented
+    node = relative_shift.as_strided(args[0].handle.node, *given, offset)
+    # Places are counted in memory, and the recipe's in row-major order.
+    own = memory_layout.shadow(args[0].handle.node)
+    if node is None or own is None or not own.is_contiguous() or own.storage_offset():
+        return NotImplemented
+    return _result(args[0], node, (func, args[1:], kwargs))
+
+
+# What takes only the shape of its second argument, and what does the same when it is told the shape.
+LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("view", "reshape"), view),
+    **dict.fromkeys(("view_as", "reshape_as"), view_as),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
+    **dict.fromkeys(("mT", "T", "t", "H", "mH", "adjoint"), matrix_transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    **dict.fromkeys("contiguous alias positive clone real data detach".split(), same),
+    **dict.fromkeys("atleast_1d atleast_2d atleast_3d".split(), at_least),
+    **dict.fromkeys(("expand", "expand_as"), expand),
+    **dict.fromkeys("split chunk split_with_sizes unsafe_split unsafe_chunk".split(), split),
+    **dict.fromkeys("tensor_split hsplit vsplit dsplit".split(), tensor_split),
+    "unbind": unbind,
+    "__iter__": iterate,
+    "cpu": cpu,
+    "flatten": flatten,
+    "ravel": ravel,
+    "unflatten": unflatten,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "permute": permute,
+    "__getitem__": indexing.getitem,
+    "as_strided": as_strided,
+    "narrow": narrow,
+    "select": select,
+}
+# What gives memory of its first argument's, or may.
+VIEWS = (frozenset(HANDLERS) | sharing.ALIASES) - {"clone"}

@@ -1,0 +1,316 @@
+"""Door 2: matrix products. One of query and key is deferred, one with a deferred operand over its keys is replayed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.ledger import is_plain
+from attnpatch.rows import guard
+from attnpatch.rows.autograd import edges
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, running_site, settle, site_of, wrap
+from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
+from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
+from attnpatch.rows.matmul.spellings import NAMES, Product, parse
+from attnpatch.rows.ops import both_sides
+from attnpatch.rows.provenance import observed
+
+# A table of positions has as many rows as there are keys, or twice as many: one for each distance.
+_DISTANCES = (-2, 1)
+
+
+def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    """A product of real tensors: deferred if it looks like scores and the rule says by rows.
+
+    Returns:
+        The deferred scores, or ``NotImplemented``.
+    """
+    product = parse(name, args, kwargs)
+    if product is None or not _looks_like_scores(product):
+        return NotImplemented
+    if not _goes_by_rows(product, call):
+        if _is_large(product):
+            call.tally.made(native_size(product)[1] // 3)
+        return NotImplemented
+    return deferred(func, product, call)
+
+
+def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> DeferredRows:
+    """The scores that a product stands for, not computed."""
+    sizes = product.sizes()
+    query, key = product.pair()
+    rows, keys = product.only(query, key), product.only(key, query)
+    if _is_of_table(product):
+        # Batch and heads are in no table, and are no rows for that.
+        rows, keys = (labels[-1:] for labels in (rows, keys))
+    axes: dict[str, Dim] = {}
+    for label in product.result:
+        kind = ROW if label in rows else KEY if label in keys else LEAD
+        axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
+    dims = tuple(axes[label] for label in product.result)
+    nodes = [
+        Leaf(
+            tensor,
+            tuple(
+                axes.get(label, ()) if size != 1 else ()
+                for label, size in zip(part, tensor.shape, strict=True)
+            ),
+        )
+        for tensor, part in zip(product.operands, product.labels, strict=True)
+    ]
+    if call.sources is not None:
+        observed.scored(call.sources, product, axes)
+    step = _call(func, product, nodes, dims, ())
+    step.is_guess = _is_of_table(product)
+    return wrap(step, call)
+
+
+def _are_parameters(product: Product) -> list[bool]:
+    pair = [product.operands[i] for i in product.pair()]
+    return [isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter) for t in pair]
+
+
+def _is_of_table(product: Product) -> bool:
+    """Whether one operand is a parameter, or has neither batch nor heads: a layer's weights, or keys by position."""
+    ranks = [product.operands[i].dim() for i in product.pair()]
+    return any(_are_parameters(product)) or (ranks[0] != ranks[1] and 2 in ranks)
+
+
+def _looks_like_scores(product: Product) -> bool:
+    # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
+    if not all(is_plain(t) and t.is_floating_point() for t in product.operands):
+        return False
+    device = product.operands[0].device
+    if len({t.dtype for t in product.operands}) > 1 and not torch.is_autocast_enabled(device.type):
+        return False  # torch refuses, in its own words
+    sizes = product.sizes()
+    keys = product.only(*reversed(product.pair()))
+    summed = [size for label, size in sizes.items() if label not in product.result]
+    if all(_are_parameters(product)):
+        return False
+    if not (_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values()):
+        return False
+    # A layer is written as a product too: ``hidden @ weight.T``. Keys by position are as many as there are queries.
+    return not _is_of_table(product) or (_has_a_row_for_each_position(product) and _is_large(product))
+
+
+def _has_a_row_for_each_position(product: Product) -> bool:
+    sizes = product.sizes()
+    query, key = product.pair()
+    rows, keys = (sizes[product.only(*pair)[-1]] for pair in ((query, key), (key, query)))
+    least, most = _DISTANCES
+    return rows == keys or any(least <= a - 2 * b <= most for a, b in ((keys, rows), (rows, keys)))
+
+
+def _rows(product: Product) -> list[int]:
+    sizes = product.sizes()
+    return [sizes[label] for label in product.only(*product.pair())]
+
+
+def _keys(product: Product) -> list[int]:
+    sizes = product.sizes()
+    return [sizes[label] for label in product.only(*reversed(product.pair()))]
+
+
+def _is_large(product: Product) -> bool:
+    """Whether the scores are what takes the memory; a product with the values is smaller than what it is made of."""
+    return max(_rows(product)) > 1 and product.elements() > sum(t.numel() for t in product.operands)
+
+
+def native_size(product: Product) -> tuple[int, int]:
+    """Query rows, and bytes that the native call would hold: scores, what softmax makes of them, a step between."""
+    elements = max(3 * product.elements(), product.widest_step())
+    return max(_rows(product)), elements * product.operands[0].element_size()
+
+
+def _goes_by_rows(product: Product, call: SiteCall) -> bool:
+    if call.observer is not None:
+        # One token that looks at itself: softmax shows it (``shown.of_one``).
+        return max(_rows(product) + _keys(product)) > 1
+    if max(_rows(product)) < 2:
+        return False
+    if call.policy.mode == "always":
+        return True
+    q_len, temporaries = native_size(product)
+    if q_len <= call.policy.min_tokens or not _is_large(product):
+        return False
+    return call.policy.fuse or call.by_rows(q_len, temporaries, product.operands[0].device)
+
+
+def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
+    """The product of a native call, if what it makes are large scores."""
+    product = parse(name, args, kwargs)
+    if product is None or not _looks_like_scores(product) or not _is_large(product):
+        return None
+    return product
+
+
+def _call(
+    func: Callable[..., Any],
+    product: Product,
+    operands: list[Node],
+    dims: tuple[Dim, ...],
+    whole: tuple[Axis, ...],
+) -> Call:
+    added: Node | None = None
+    if isinstance(product.added, DeferredRows):
+        added = product.added.handle.node
+    elif product.added is not None:
+        aligned = dims[len(dims) - product.added.dim() :]
+        shape = product.added.shape
+        added = Leaf(
+            product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True))
+        )
+    func = product.func or func
+    args, kwargs = product.rebuild(operands, added)
+    tiny = product.rebuild([_few(t) for t in product.operands], _few(product.added))
+    with torch.no_grad():
+        dtype = func(*tiny[0], **tiny[1]).dtype
+    call = Call(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
+    sizes = product.sizes()
+    leads = set(product.result).intersection(*product.labels)
+    call.work = math.prod(size for label, size in sizes.items() if label not in leads)
+    if widest := product.widest_step():
+        own = product.only(*product.pair()[::-1])
+        call.held_bytes = widest * dtype.itemsize // product.elements()
+        call.score_width = widest * math.prod(sizes[label] for label in own) // product.elements()
+    return call
+
+
+def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Two elements of each dimension that has more: sums over one element take another way, which autocast leaves alone."""
+    if tensor is None:
+        return None
+    return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+
+
+def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the recipe."""
+    product = parse(name, args, kwargs)
+    if product is None:
+        return NotImplemented
+    deferred_at = [i for i, t in enumerate(product.operands) if isinstance(t, DeferredRows)]
+    if not deferred_at:
+        return _onto_deferred(name, func, product)
+    if isinstance(product.added, DeferredRows):
+        return NotImplemented
+    main = deferred_at[0]
+    for other in deferred_at[1:]:
+        if not _share_rows(product, main, other):
+            settled = list(product.operands)
+            settled[other] = settle(settled[other], name)
+            a, k = product.rebuild(settled, product.added)
+            return contract(name, func, a, k)
+    return _contracted(func, product, deferred_at)
+
+
+def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:
+    """Scores that are added to something deferred (``baddbmm`` onto a mask)."""
+    if not isinstance(product.added, DeferredRows):
+        return NotImplemented
+    site = running_site(product.added.handle.call)
+    if not _looks_like_scores(product) or product.added.dim() != len(product.result):
+        return NotImplemented
+    scores = deferred(func, product, site)
+    own = product.added.handle.node.dims
+    fits = all(size_of(a) == 1 or same(b, a) for a, b in zip(own, scores.handle.node.dims, strict=True))
+    return scores if fits else NotImplemented
+
+
+def _share_rows(product: Product, main: int, other: int) -> bool:
+    """Whether two deferred operands have the same rows (probabilities, and a table read by distance)."""
+    one, two = (
+        dict(zip(product.labels[i], product.operands[i].handle.node.dims, strict=True)) for i in (main, other)
+    )  # type: ignore[attr-defined]
+    shared = [label for label in one if label in two]
+    if not any(
+        axis.kind == ROW for label in shared if label in product.result for axis in leaves(two[label])
+    ):
+        return False
+    return all(
+        1 in (size_of(one[label]), size_of(two[label])) or same(one[label], two[label]) for label in shared
+    )
+
+
+def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[int]) -> Any:
+    own = [product.operands[i] for i in deferred_at]
+    site = site_of(own)
+    main: DeferredRows = next(t for t in own if t.handle.call is site)  # type: ignore[attr-defined]
+    sizes = product.sizes()
+    axes: dict[str, Dim] = {}
+    for i in deferred_at:
+        dims = product.operands[i].handle.node.dims  # type: ignore[attr-defined]
+        axes |= {label: dim for label, dim in zip(product.labels[i], dims, strict=True) if size_of(dim) != 1}
+    summed = [axis for label, dim in axes.items() if label not in product.result for axis in dim]
+    known = product.labels[next(i for i in deferred_at if product.operands[i] is main)]
+    # What only the values have is never cut: matrix libraries would round otherwise.
+    added: list[Axis] = []
+    for label in product.result:
+        if label not in axes and sizes[label] != 1:
+            axes[label] = (Axis(sizes[label]),)
+        if label not in known:
+            added += axes.get(label, ())
+    operands = [
+        tensor.handle.node
+        if isinstance(tensor, DeferredRows)
+        else Leaf(
+            tensor,
+            tuple(
+                axes.get(label, ()) if label in product.result and size != 1 else ()
+                for label, size in zip(labels, tensor.shape, strict=True)
+            ),
+        )
+        for tensor, labels in zip(product.operands, product.labels, strict=True)
+    ]
+    # A width of one is in no axis: values of one channel.
+    dims = tuple(axes.get(label, ()) for label in product.result)
+    call = _call(func, product, operands, dims, (*summed, *added))
+    node = main.handle.node
+    keys = leaves(summed)
+    if not any(axis.kind == KEY for axis in keys):
+        if not any(axis.kind == ROW for axis in keys):
+            # Heads are mixed: one more step.
+            return wrap(call, site)
+        # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
+        if not any(step.whole for step in graph(node)):
+            return NotImplemented
+    if _is_wrong_guess(node):
+        return NotImplemented
+    if site.policy.fuse and _has_scores(node):
+        from attnpatch.rows.fusion import run  # few need it
+
+        found = run.attend(call, node, keys, site)
+        if found is not None:
+            return edges.fork(call, found, site.of_gradients)
+    try:
+        cut = both_sides.cut(call, site)
+    except both_sides.Stuck as step:
+        site.tally.materialised(str(step))
+        cut = call
+    else:
+        site.tally.count("by_rows")
+    watched = observed.watch(cut.children[call.children.index(node)], keys, site)
+    result = site.replay(cut, watched)
+    if watched is not None and site.observer is not None:
+        guard.attempted(site.observer.end, name="the end of attention that was shown", tally=site.tally)
+    return result if cut is call else edges.fork(call, result, site.of_gradients)
+
+
+def _is_wrong_guess(node: Node) -> bool:
+    """Whether what was taken for queries by a table of positions is summed before anything normalised it: a layer."""
+    steps = list(graph(node))
+    products = [step for step in steps if isinstance(step, Call) and step.work]
+    return (
+        bool(products) and all(step.is_guess for step in products) and not any(step.whole for step in steps)
+    )
+
+
+def _has_scores(node: Node) -> bool:
+    """Whether a recipe goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
+    return any(isinstance(step, Call) and step.work for step in graph(node))
+
+
+HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys((*NAMES, "linear"), contract)

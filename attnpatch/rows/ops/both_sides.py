@@ -1,0 +1,127 @@
+"""Scores that are normalised along both sides (a dual softmax, a division by the sums of columns, optimal transport).
+
+A step has some rows of the result and all of what is summed over. Where a softmax runs along those rows as well, a step
+would have to hold everything. So what such a softmax needs, the maximum and the sum of each of its lines, is computed
+first, by steps of its own that are cut along the other side; then each element is computed alone. The scores are computed
+once more for that, and the result is the native one up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.graph.axes import LEAD, Axis, all_leaves, fresh, leaves
+from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, graph
+
+# Several results, of which `Pick` takes one.
+_PAIRS = frozenset("max min sort topk".split())
+# Figures of a line that are one of its own elements: it is asked for again by comparing (mutual nearest neighbours), and the
+# same element of a step that is cut along the other side differs in the last bit.
+_CHOSEN = frozenset(
+    "max min amax amin aminmax sort topk kthvalue median nanmedian mode quantile nanquantile cummax cummin".split()
+)
+# Steps in which a bit more or less is another result.
+_COMPARING = frozenset(
+    "eq ne ge le gt lt greater greater_equal less less_equal not_equal isclose isin sign sgn heaviside floor ceil round trunc "
+    "frac argmax argmin argsort searchsorted bucketize bool logical_not logical_and logical_or logical_xor nonzero fmod "
+    "remainder floor_divide equal".split()
+)  # fmt: skip
+
+
+class Stuck(Exception):
+    """A step needs all rows at once; the message is its name."""
+
+
+def cut(root: Node, site: SiteCall) -> Node:
+    """An equivalent of a recipe of which some rows can be computed alone; ``root`` itself, where it is one.
+
+    Raises:
+        Stuck: There is none.
+    """
+    whole = {leaf for node in graph(root) for leaf in leaves(node.whole)}
+    sides = [axis for axis in all_leaves(root.dims) if axis.kind != LEAD]
+    if not sides or any(axis not in whole for axis in sides):
+        return root
+    found = _freed(root, max(sides, key=lambda axis: axis.size), site)
+    if (name := _compared(found)) is not None:
+        raise Stuck(name)
+    return found
+
+
+class _Chosen(Leaf):
+    """A figure of a line that is one of its elements."""
+
+
+def _compared(root: Node) -> str | None:
+    """The step that compares a line's own element with that line, if there is one."""
+    asking: set[Node] = set()
+    for node in graph(root):
+        if isinstance(node, _Chosen) or any(child in asking for child in node.children):
+            asking.add(node)
+            name = _name(node).strip("_")
+            if name in _COMPARING or not (node.dtype.is_floating_point or isinstance(node, Leaf)):
+                return name or type(node).__name__
+    return None
+
+
+def _name(node: Node) -> str:
+    inner = node.children[0] if isinstance(node, Pick) else node
+    return getattr(getattr(inner, "func", None), "__name__", "")
+
+
+def _freed(root: Node, row: Axis, site: SiteCall) -> Node:
+    """``root`` without steps that need ``row`` complete."""
+    new: dict[Node, Node] = {}
+    for node in graph(root):
+        changed = any(new[child] is not child for child in node.children)
+        own = node.rebuilt(lambda child: new[child]) if changed else node
+        new[node] = own if node is root else _without(own, row, site)
+    return new[root]
+
+
+def _without(node: Node, row: Axis, site: SiteCall) -> Node:
+    inner = node.children[0] if isinstance(node, Pick) else node
+    name = _name(node)
+    if row not in leaves(inner.whole) or (name in _PAIRS and inner is node):
+        return node
+    if row not in all_leaves(node.dims):
+        # A figure of each line of the other side.
+        kind = _Chosen if name in _CHOSEN else Leaf
+        return kind(site.replay(cut(node, site)), node.dims)
+    if name not in ("softmax", "log_softmax") or not isinstance(node, Call):
+        raise Stuck(name or type(node).__name__)
+    return _normalised(node, name == "log_softmax", site)
+
+
+def _normalised(node: Call, is_log: bool, site: SiteCall) -> Node:
+    scores = node.children[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+    line = dim % len(node.dims)
+    dims = tuple(() if i == line else own for i, own in enumerate(node.dims))
+    two = fresh([2])
+    dtype = torch.promote_types(node.dtype, torch.float32)
+    lines = Call(
+        figures, (scores, line, dtype), {}, (*two, *dims), dtype, node.device, (*node.whole, *two[0])
+    )
+    lines.context = node.context
+    highest, total = site.replay(cut(lines, site)).unbind(0)
+    parts = (scores, Leaf(highest, dims), Leaf(total, dims), is_log, node.dtype)
+    result = Call(normalised, parts, {}, node.dims, node.dtype, node.device)
+    result.context = node.context
+    return result
+
+
+def figures(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """The maximum of each line, and the sum of the exponentials of what is below it, one after the other."""
+    scores = scores.to(dtype)
+    highest = scores.detach().amax(dim, keepdim=True)
+    return torch.stack([highest, (scores - highest).exp().sum(dim, keepdim=True)])
+
+
+def normalised(
+    scores: torch.Tensor, highest: torch.Tensor, total: torch.Tensor, is_log: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """Softmax of scores whose lines are not all there."""
+    below = scores.to(total.dtype) - highest.detach()
+    return (below - total.log() if is_log else below.exp() / total).to(dtype)

@@ -1,0 +1,80 @@
+"""Functions that ask a deferred tensor for its shape, dtype or device and never for its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.arguments import deferred_in
+from attnpatch.rows.deferred.tensor import DeferredRows
+from attnpatch.rows.graph.nodes import map_structure
+
+# What they return is small, or of a size that the caller names.
+_ASKING = (
+    "new_tensor new_empty_strided new result_type is_pinned is_shared is_conj is_neg is_coalesced is_distributed "
+    "is_same_size has_names dim_order can_cast _is_zerotensor is_set_to"
+)
+_RANDOM = "rand_like randn_like randint_like"
+# Options that change nothing where they are given their defaults.
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "layout": (None, torch.strided),
+    "requires_grad": (False, None),
+    "pin_memory": (False, None),
+    "memory_format": (
+        None,
+        torch.preserve_format,
+        torch.contiguous_format,
+        torch.legacy_contiguous_format,
+    ),
+}
+
+
+def _stand_in(value: Any) -> Any:
+    """A tensor of one element in memory that has a deferred tensor's shape, dtype and device."""
+    if not isinstance(value, DeferredRows):
+        return value
+    node = value.handle.node
+    return torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
+
+
+def asked(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The call on stand-ins: it reads no values."""
+    if len(deferred_in(args[1:], kwargs)) and name in ("new_tensor", "new"):
+        return NotImplemented  # its data is deferred
+    return func(*map_structure(args, _stand_in), **map_structure(kwargs, _stand_in))
+
+
+def are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Whether the options of a function that makes a tensor are those of a plain one on ``device``."""
+    for key, value in kwargs.items():
+        if key in ("dtype", "size", "fill_value"):
+            continue
+        if key == "device":
+            if value is not None and torch.empty((), device=value).device != device:
+                return False
+        elif value not in _DEFAULTS.get(key, ()):
+            return False
+    return True
+
+
+def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Random numbers of the shape of the scores: drawn whole, as they must be, without the scores.
+
+    Numbers are drawn in the order in which scores lie in memory, so only where that is known.
+    """
+    source = args[0]
+    if not isinstance(source, DeferredRows) or kwargs.get("memory_format") not in (
+        torch.contiguous_format,
+        torch.legacy_contiguous_format,
+    ):
+        return NotImplemented
+    source.handle.call.tally.materialised(name)
+    return asked(name, func, args, kwargs)
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_ASKING.split(), asked),
+    **dict.fromkeys(_RANDOM.split(), random),
+}

@@ -1,0 +1,65 @@
+"""``out=``: the result of a call that has something deferred among its arguments, in a tensor that the host hands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows.arguments import deferred_in, tensors_in
+from attnpatch.rows.deferred.tensor import (
+    DeferredRows,
+    before_write,
+    dispatch,
+    goes_on_as,
+    has_history,
+    is_pending,
+)
+
+
+def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The call, written to its ``out``; ``NotImplemented`` where the native call on computed tensors is to do it.
+
+    Memory for scores that was only asked for (``torch.empty`` by rows) becomes the deferred result. In memory that is
+    there a result with no keys, computed by rows, is copied: as much is held as natively.
+    """
+    out = kwargs["out"]
+    rest = {key: value for key, value in kwargs.items() if key != "out"}
+    if not isinstance(out, torch.Tensor):
+        return NotImplemented
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(args, kwargs)):
+        return NotImplemented  # torch has an error for it
+    if is_pending(out) and (out.handle.is_shared() or has_history(out)):
+        return NotImplemented  # under no_grad its values change, and its history does not
+    result = _result(name, func, args, rest, out)
+    if not isinstance(result, torch.Tensor) or result.shape != out.shape or result.dtype != out.dtype:
+        return NotImplemented
+    if is_pending(out):
+        return _became(out, result)
+    if isinstance(result, DeferredRows):
+        return NotImplemented
+    before_write(out)
+    return out.copy_(result)
+
+
+def _result(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> Any:
+    from attnpatch.rows import dispatch as rowwise  # both are handlers' tables, which ask here
+    from attnpatch.rows.matmul import products
+
+    if deferred_in(args, kwargs):
+        handler = rowwise.HANDLERS.get(name)
+        return NotImplemented if handler is None else dispatch(func, args, kwargs)
+    if name in products.NAMES and isinstance(out, DeferredRows):
+        return products.defer(name, func, args, kwargs, out.handle.call)
+    return NotImplemented
+
+
+def _became(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """``out``, a deferred tensor that nobody else looks at, standing for the result from now on."""
+    assert isinstance(out, DeferredRows)
+    if is_pending(result):
+        assert isinstance(result, DeferredRows)
+        return goes_on_as(out, result)
+    out.handle.is_written(result)
+    return result

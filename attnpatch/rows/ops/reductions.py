@@ -1,0 +1,211 @@
+"""Functions that need some dimensions of the scores complete, and leave the others apart.
+
+A function is one entry of a table that says which dimensions those are. What becomes of them (they stay, vanish, become
+1 or get another length) torch itself says of a tensor that has these dimensions alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attnpatch.rows.arguments import argument, deferred_in
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves
+from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, map_structure
+from attnpatch.rows.layout.joining import flip_rows, roll_rows
+
+# From the arguments and the number of dimensions to the dimensions that must be complete; ``None``: not understood.
+Which = Callable[[Any, dict[str, Any], int], Any]
+# What torch is asked about has as many elements as a few heads' rows, not as a score matrix.
+_MOST_ASKED = 2**22
+
+
+def _named(position: int, default: Any = None, keyword: str = "dim") -> Which:
+    """An argument says them, one or several."""
+    return lambda args, kwargs, count: argument(args, kwargs, position, keyword, default)
+
+
+def _last(position: int, keyword: str) -> Which:
+    """An argument has the sizes of the last ones."""
+
+    def which(args: Any, kwargs: dict[str, Any], count: int) -> Any:
+        sizes = argument(args, kwargs, position, keyword)
+        length = 1 if isinstance(sizes, int) else len(sizes)
+        return list(range(count - length, count))
+
+    return which
+
+
+def _always(*dims: int) -> Which:
+    return lambda args, kwargs, count: list(dims)
+
+
+def _flipped(args: Any, kwargs: dict[str, Any], count: int) -> Any:
+    dims = args[1:] or kwargs.get("dims")
+    return dims[0] if len(args) == 2 and isinstance(dims[0], (list, tuple)) else dims
+
+
+# Tensors beside the scores (a norm's weight and bias) are read whole, so they must belong to complete dimensions.
+WITHIN: dict[str, Which] = {
+    # The length stays.
+    "cumprod": _named(1),
+    "logcumsumexp": _named(1),
+    "cummax": _named(1),
+    "cummin": _named(1),
+    "flip": _flipped,
+    "fliplr": _always(1),
+    "flipud": _always(0),
+    "roll": _named(2, keyword="dims"),
+    "normalize": _named(2, 1),
+    "layer_norm": _last(1, "normalized_shape"),
+    "rms_norm": _last(1, "normalized_shape"),
+    "argsort": _named(1, -1),
+    "msort": _always(0),
+    # They vanish, or become 1.
+    "std": _named(1),
+    "var": _named(1),
+    "std_mean": _named(1),
+    "var_mean": _named(1),
+    "norm": _named(2),
+    "linalg_norm": _named(2),
+    "linalg_vector_norm": _named(2),
+    "aminmax": _named(1),
+    "median": _named(1),
+    "nanmedian": _named(1),
+    "mode": _named(1, -1),
+    "kthvalue": _named(2, -1),
+    "quantile": _named(2),
+    "nanquantile": _named(2),
+    "nanmean": _named(1),
+    "count_nonzero": _named(1),
+    # They get another length.
+    "diff": _named(2, -1),
+    "glu": _named(1, -1),
+    "avg_pool1d": _always(-1),
+    "max_pool1d": _always(-1),
+    "lp_pool1d": _always(-1),
+}
+
+
+def _positions(dims: Any, count: int) -> list[int] | None:
+    """Dimensions as numbers from 0 on, or ``None`` where they are something else."""
+    if isinstance(dims, int) and not isinstance(dims, bool):
+        dims = [dims]
+    if not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    if not all(isinstance(d, int) and not isinstance(d, bool) and -count <= d < count for d in dims):
+        return None
+    return [d % count for d in dims]
+
+
+def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
+        return NotImplemented
+    node = source.handle.node
+    dims = WITHIN[name](args, kwargs, len(node.dims))
+    positions = _positions(dims, len(node.dims))
+    if positions is None:
+        return NotImplemented
+    if any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i])):
+        return _of_rows(name, source, args, kwargs, dims)
+    shape = [size if i in positions else 1 for i, size in enumerate(node.shape)]
+    if math.prod(shape) > _MOST_ASKED:
+        return NotImplemented
+    with torch.no_grad():
+        told = func(torch.ones(shape, dtype=node.dtype, device=node.device), *args[1:], **kwargs)
+    return becoming(source, func, args[1:], kwargs, positions, told)
+
+
+def _of_rows(name: str, source: DeferredRows, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
+    """What can be said of rows without having all of them."""
+    if name == "flip":
+        return flip_rows(source, dims)
+    if name != "roll":
+        return NotImplemented
+    shifts = argument(args, kwargs, 1, "shifts")
+    shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
+    if len(shifts) != len(dims):
+        return NotImplemented
+    for shift, dim in zip(shifts, dims, strict=True):
+        has_rows = any(axis.kind == ROW for axis in leaves(source.handle.node.dims[dim]))
+        source = roll_rows(source, shift, dim) if has_rows else torch.roll(source, shift, dim)
+    return source
+
+
+def becoming(
+    source: DeferredRows,
+    func: Callable[..., Any],
+    rest: Any,
+    kwargs: dict[str, Any],
+    positions: Sequence[int],
+    told: Any,
+) -> Any:
+    """The deferred result or results of a function that needs some dimensions complete.
+
+    Args:
+        source: What it is a function of.
+        func, rest, kwargs: The function and its other arguments.
+        positions: The dimensions.
+        told: What the function returns for a tensor that has length 1 in all others.
+    """
+    node = source.handle.node
+    results = told if isinstance(told, tuple) else (told,)
+    found = [
+        _dims(node, positions, result) if isinstance(result, torch.Tensor) else None for result in results
+    ]
+    if any(dims is None for dims in found):
+        return NotImplemented
+    new = [axis for dims in found if dims for dim in dims for axis in dim]
+    whole: list[Axis] = [axis for i in positions for axis in node.dims[i]]
+    whole += [axis for axis in new if axis not in {axis for dim in node.dims for axis in dim}]
+    rest, kwargs = map_structure(rest, _read_whole), map_structure(kwargs, _read_whole)
+    first = found[0] or ()
+    call = Call(func, (node, *rest), kwargs, first, results[0].dtype, node.device, tuple(whole))
+    if not isinstance(told, tuple):
+        return wrap(call, source.handle.call)
+    picked = tuple(
+        wrap(Pick(call, i, dims or (), result.dtype), source.handle.call)
+        for i, (dims, result) in enumerate(zip(found, results, strict=True))
+    )
+    return picked if type(told) is tuple else type(told)(picked)
+
+
+def _read_whole(value: Any) -> Any:
+    return Leaf(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
+
+
+def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[Dim, ...] | None:
+    """The axes of a result, by what became of the complete dimensions."""
+    if result.dim() == len(node.dims) - len(set(positions)):
+        return tuple(dim for i, dim in enumerate(node.dims) if i not in positions)
+    if result.dim() != len(node.dims):
+        return None
+    dims: list[Dim] = []
+    for i, (own, size) in enumerate(zip(node.dims, result.shape, strict=True)):
+        if i not in positions or size == node.shape[i]:
+            dims.append(own)
+        else:
+            dims.append(fresh([size], KEY)[0])
+    return tuple(dims)
+
+
+def extreme(name: str, func: Callable[..., Any], source: DeferredRows) -> Any:
+    """``max()``, ``any()`` and their kind of everything: of the keys, a figure for each row, and of these figures.
+
+    Not under autograd, where equal elements share a gradient.
+    """
+    node = source.handle.node
+    keys = [i for i, dim in enumerate(node.dims) if any(axis.kind == KEY for axis in leaves(dim))]
+    if not keys or source.requires_grad:
+        return NotImplemented
+    step = {"max": torch.amax, "min": torch.amin}.get(name, getattr(torch, name))
+    figures = step(source, tuple(keys))
+    return func(figures.handle.reduced()) if isinstance(figures, DeferredRows) else func(figures)
+
+
+HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys(WITHIN, within)

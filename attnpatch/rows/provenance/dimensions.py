@@ -1,0 +1,386 @@
+"""What the dimensions of attention are: sequences, heads, query tokens and keys, and of which input of the module.
+
+Nothing is taken for granted that was not followed (``sources``). What is known is a ``Layout``; what is not, is a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from attnpatch.rows.graph.axes import Axis, Dim, leaves
+from attnpatch.rows.provenance import reordered_views
+from attnpatch.rows.provenance.sources import Made, Sources
+
+INPUT, KEPT, SLOTS = "input", "kept", "slots"
+# Size, and where it comes from.
+Entry = tuple[int, Dim | None]
+
+
+class Unknown(Exception):
+    """A fact that a map rests on is not known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens that lie together on one side.
+
+    Attributes:
+        kind: ``"input"``: all tokens of an input of the module, in their order; ``"kept"``: what the module had before
+            (a cache, learned tokens); ``"slots"``: a memory of fixed size that holds tokens of an input.
+        number: Of the input.
+        length: How many.
+    """
+
+    kind: str
+    number: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What one attention looks like.
+
+    Attributes:
+        batch, heads: Sequences, and heads of each.
+        q_len, kv_len: Query tokens and keys of a sequence.
+        queries, keys: What they are, in order.
+        numbers: int64, for each of the flattened leading indices ``sequence * heads + head``; ``None``: it is that.
+        head_rows: Which of the dimensions of queries are heads in fact: they come after the leading ones.
+        why_not: What is not known, in words; empty: all that a map rests on is.
+        drops_keys: Whether softmax ran over more than these keys, and the rest has no value (a sink).
+        is_mixed: Whether the weights are no longer what softmax gave (mixed over heads, differences of two).
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    queries: tuple[Piece, ...] = ()
+    keys: tuple[Piece, ...] = ()
+    numbers: torch.Tensor | None = None
+    head_rows: tuple[int, ...] = ()
+    why_not: str = ""
+    drops_keys: bool = False
+    is_mixed: bool = False
+
+
+# Of inputs with so many dimensions: which are batch, tokens, heads and channels.
+_PATTERNS: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]] = {
+    2: [((), (0,), (), 1)],
+    3: [((0,), (1,), (), 2), ((1,), (0,), (), 2), ((0,), (2,), (), 1)],
+    4: [((0,), (2, 3), (), 1), ((0,), (1, 2), (), 3), ((0,), (2,), (1,), 3), ((0,), (1,), (2,), 3)],
+    5: [((0,), (2, 3, 4), (), 1), ((0,), (1, 2, 3), (), 4)],
+}
+
+
+class _Reading:
+    """The axes of one attention, told apart."""
+
+    def __init__(self, sources: Sources, contracted: Sequence[Axis]) -> None:
+        self.sources = sources
+        self.summed = {found[:2] for leaf in contracted if (found := sources.origin(leaf)) is not None}
+        self.has_made_channels = any(sources.origin(leaf) is None for leaf in contracted)
+        self.has_made_heads = False
+        self.key_batch: Axis | None = None
+
+    def is_head(self, leaf: Axis) -> bool:
+        """Whether an axis is made by a layer, or one part of the channels that the product sums over."""
+        found = self.sources.origin(leaf)
+        if found is None:
+            return not self.sources.is_known((leaf,))
+        number, place, _ = found
+        parts = leaves(self.sources.inputs[number][place])
+        return len(parts) > 1 and (number, place) in self.summed
+
+    def _made(self, leaf: Axis) -> Made | None:
+        return self.sources.made.get(leaf)
+
+    def _split(self, found: list[Axis]) -> tuple[Axis, Made] | None:
+        """The axis that the module made, of which these are the parts, all in order: something has reshaped it meanwhile."""
+        if any(self.sources.origin(leaf) is not None for leaf in found):
+            return None
+        return next(
+            ((axis, made) for axis, made in self.sources.made.items() if axis.leaves() == found), None
+        )
+
+    def tokens(self, found: Sequence[Axis], side: str) -> list[tuple[Piece, tuple[int, ...]]]:
+        """What tokens some axes are, in order; each with the dimensions of its input.
+
+        Raises:
+            Unknown: They are not all tokens of something.
+        """
+        if len(found) == 1 and (made := self._made(found[0])) is not None:
+            return self._of_made(found[0], made, side)
+        if len(found) > 1 and (whole := self._split(list(found))) is not None:
+            return self._of_made(*whole, side)
+        origins = [self.sources.origin(leaf) for leaf in found]
+        if any(origin is None for origin in origins):
+            raise Unknown(f"its {side} are made inside it (pooled, learned or mixed), not tokens of an input")
+        numbers = {origin[0] for origin in origins if origin is not None}
+        if len(numbers) != 1:
+            raise Unknown(f"its {side} are tokens of {len(numbers)} of its inputs at once")
+        (number,) = numbers
+        dims = self.sources.inputs[number]
+        places = tuple(dict.fromkeys(origin[1] for origin in origins if origin is not None))
+        whole = [leaf for place in places for leaf in leaves(dims[place])]
+        if side == "keys" and places[0] == 0 and len(whole) == len(found) + 1 and whole[1:] == list(found):
+            self.key_batch = whole[0]  # the pictures of a sequence, which lie beside those of the next
+        elif list(found) != whole:
+            raise Unknown(
+                f"its {side} are a part of the tokens, or in another order: its sequence is cut into windows"
+            )
+        return [(Piece(INPUT, number, math.prod(leaf.size for leaf in found)), places)]
+
+    def _of_made(self, leaf: Axis, made: Made, side: str) -> list[tuple[Piece, tuple[int, ...]]]:
+        if made.has is not None:
+            inside = self.tokens(leaves(made.has), side) if leaves(made.has) else [(Piece(INPUT, -1, 1), ())]
+            if len(inside) != 1:
+                raise Unknown(f"its {side} are joined in a memory of fixed size")
+            return [(Piece(SLOTS, inside[0][0].number, leaf.size), inside[0][1])]
+        memory = self._made(made.of) if made.of is not None else None
+        if (
+            memory is not None
+            and memory.has is not None
+            and made.part
+            and (made.part.start, made.part.step) == (0, 1)
+        ):
+            ((piece, places),) = self._of_made(leaf, memory, side)
+            return [(piece, places)]
+        if made.of is not None:
+            raise Unknown(
+                f"its {side} are a part of the tokens only ({leaf.size} of {made.of.size}): windows, chunks, pooled or cut off"
+            )
+        pieces: list[tuple[Piece, tuple[int, ...]]] = []
+        for dim, size in made.parts:
+            if dim is None or (size > 1 and all(self.is_head(one) for one in leaves(dim))):
+                pieces.append((Piece(KEPT, -1, size), ()))
+            elif size == 1 and not leaves(dim):
+                # One token is in no axis: the others say of what.
+                pieces.append((Piece(INPUT, -1, 1), ()))
+            else:
+                pieces += self.tokens(leaves(dim), side)
+        return pieces
+
+
+def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
+    """A dimension of sequences or heads that queries and keys share, as the queries have it.
+
+    One of its own where the keys are those of other sequences: of the first for all, or in another order.
+    """
+    if key is None:
+        return query
+    summed = {found[:2] for leaf in contracted if (found := sources.origin(leaf)) is not None}
+
+    def sequences(dim: Dim) -> list[Axis]:
+        found = ((leaf, sources.origin(leaf)) for leaf in leaves(dim))
+        return [leaf for leaf, origin in found if origin is not None and origin[:2] not in summed]
+
+    mine, its = sequences(query), sequences(key)
+    alike = [one.size for one in mine] == [one.size for one in its] and all(
+        one is other or sources.number(one) != sources.number(other)
+        for one, other in zip(mine, its, strict=True)
+    )
+    if alike or not mine:
+        return query
+    strange = Axis(math.prod(axis.size for axis in query))
+    sources.made[strange] = Made(is_of_others=True)
+    return (strange,)
+
+
+def layout_of(
+    sources: Sources,
+    leads: Sequence[Entry],
+    rows: Sequence[Entry],
+    keys: Sequence[Entry],
+    contracted: Sequence[Axis],
+) -> Layout:
+    """What an attention looks like, as far as it is known.
+
+    Args:
+        sources: Of its module's call.
+        leads: Its leading dimensions, in order.
+        rows: Its dimensions of queries, in order.
+        keys: Its dimensions of keys, in order.
+        contracted: What query and key are multiplied and summed over.
+    """
+    sizes = [math.prod(size for size, _ in side) for side in (leads, rows, keys)]
+    try:
+        return _layout(_Reading(sources, contracted), leads, rows, keys)
+    except Unknown as reason:
+        return Layout(1, sizes[0], sizes[1], sizes[2], why_not=str(reason))
+
+
+def _followed(entries: Sequence[Entry], side: str) -> list[Axis]:
+    if any(dim is None for _, dim in entries):
+        raise Unknown(f"its {side} come from where they cannot be followed")
+    return [leaf for _, dim in entries for leaf in leaves(dim or ())]
+
+
+def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys: Sequence[Entry]) -> Layout:
+    inner = [_followed([entry], "queries") for entry in rows]
+    head_rows = tuple(i for i, own in enumerate(inner) if own and all(map(read.is_head, own)))
+    outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
+    if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
+        raise Unknown(
+            "its keys are those of other sequences or windows than its queries: of one for all, or in another order"
+        )
+    token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
+    if any(map(read.is_head, token_axes)):
+        raise Unknown("its query rows are tokens and heads at once")
+    kept = [size for size, dim in keys if dim is None]
+    key_axes = [] if kept else _followed(keys, "keys")
+    is_head = [read.is_head(leaf) for leaf in outer]
+    read.has_made_heads = any(
+        read.sources.origin(leaf) is None for leaf, head in zip(outer, is_head, strict=True) if head
+    )
+    batch_axes = [leaf for leaf, head in zip(outer, is_head, strict=True) if not head]
+    queries = read.tokens(token_axes, "queries") if token_axes else []
+    number, batch_places, head_places = _query_input(read, queries, batch_axes)
+    queries = queries or [(Piece(INPUT, number, 1), ())]
+    if kept:
+        key_pieces = [(Piece(KEPT, -1, math.prod(size for size, _ in keys)), ())]
+    else:
+        key_pieces = read.tokens(key_axes, "keys") if key_axes else [(Piece(INPUT, number, 1), ())]
+    _check_keys(read, key_pieces, number)
+    tokens = [
+        (piece.number, place)
+        for piece, its in (*queries, *key_pieces)
+        if piece.kind != KEPT
+        for place in its or ([1] if piece.number in read.sources.moved else [])
+    ]
+    _check_order(read, [*((number, place) for place in batch_places), *tokens])
+    if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
+        # Heads are handed over by who makes queries and keys apart.
+        raise Unknown("it attends along one of three dimensions of its input: rows of an image, or heads")
+    dims = read.sources.inputs[number]
+    own_batch = [leaf for place in batch_places for leaf in leaves(dims[place])]
+    own_heads = [leaf for place in head_places for leaf in leaves(dims[place])]
+    if any(leaf not in own_batch and leaf not in own_heads for leaf in batch_axes):
+        raise Unknown(
+            "it attends apart along more than one dimension of its input: windows, or rows of an image"
+        )
+    if [leaf for leaf in outer if leaf in own_batch] != own_batch:
+        raise Unknown("its sequences are not told apart in its heads, or repeated")
+    batch = math.prod(leaf.size for leaf in own_batch)
+    if read.key_batch is not None and read.key_batch.size != batch:
+        raise Unknown("its keys are a part of the tokens: its sequence is cut into windows")
+    for piece, places in key_pieces:
+        if (
+            piece.number != number
+            and places[:1] == (0,)
+            and len(places) > 1
+            and read.key_batch is None
+            and batch > 1
+        ):
+            raise Unknown("its keys are those of all sequences at once")
+    return Layout(
+        batch,
+        math.prod(leaf.size for leaf in outer) // batch,
+        math.prod(size for i, (size, _) in enumerate(rows) if i not in head_rows),
+        math.prod(size for size, _ in keys),
+        _named(queries, number),
+        _named(key_pieces, number),
+        _numbers(outer, own_batch),
+        head_rows,
+    )
+
+
+def _named(pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> tuple[Piece, ...]:
+    """One token of which only the length is known is of the input that the queries are of."""
+    return tuple(
+        dataclasses.replace(piece, number=number) if piece.kind != KEPT and piece.number < 0 else piece
+        for piece, _ in pieces
+    )
+
+
+def _query_input(
+    read: _Reading, queries: list[tuple[Piece, tuple[int, ...]]], batch_axes: list[Axis]
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """The input whose tokens the queries are, or the first of several; its dimensions of sequences and of heads."""
+    own = [(piece.number, places) for piece, places in queries if piece.kind == INPUT and piece.number >= 0]
+    if not own and queries:
+        raise Unknown("its queries are tokens that it keeps itself, not those of an input")
+    leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
+    # Of tokens of several inputs: those whose sequences are followed.
+    led = {number for number, _, _ in leads}
+    first = next((pair for pair in own if pair[0] in led), own[0] if own else None)
+    number, places = first or (leads[0][0] if leads else 0, ())
+    if number >= len(read.sources.inputs):
+        raise Unknown("it is called with no tensor of tokens")
+    for other, there in own:
+        if other != number and _pattern(read, other, there, None) is None:
+            raise Unknown("its queries are joined of dimensions that are not tokens")
+    given = tuple(dict.fromkeys(place for at, place, _ in leads if at == number))
+    found = _pattern(read, number, places, given)
+    if found is None:
+        if not places and queries == []:
+            raise Unknown(
+                "its queries are not all tokens of an input in their order: pooled, sorted, moved, learned or mixed"
+            )
+        shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
+        raise Unknown(
+            f"of its input of {shape} the queries are dimension {', '.join(map(str, places)) or 'none'}, which may be "
+            "channels, windows or rows of an image"
+        )
+    return (number, *found)
+
+
+def _pattern(
+    read: _Reading, number: int, rows: tuple[int, ...], leads: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Which dimensions of an input are sequences and heads, if some are its tokens."""
+    dims = read.sources.inputs[number]
+    large = {place for place, dim in enumerate(dims) if math.prod(axis.size for axis in dim) > 1}
+    for batch, tokens, heads, channel in _PATTERNS.get(len(dims), []):
+        if tuple(place for place in tokens if place in large) != rows:
+            continue
+        if leads is not None and not set(batch) & large <= set(leads) <= {*batch, *heads}:
+            continue
+        is_summed = leads is None or (number, channel) in read.summed
+        if heads and (read.has_made_channels or read.has_made_heads or not is_summed):
+            continue  # heads of its own beside: these are rows of an image
+        if len(dims) == 3 and channel == 1 and (not read.has_made_channels or (number, 1) in read.summed):
+            continue  # channels that no layer has mixed may as well be tokens
+        return batch, heads
+    return None
+
+
+def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> None:
+    for piece, places in pieces:
+        # Pictures of one sequence, one after the other: ``[pictures, tokens, channels]``.
+        if piece.number != number and places == (0, 1) and len(read.sources.inputs[piece.number]) == 3:
+            continue
+        if piece.kind == INPUT and places and _pattern(read, piece.number, places, None) is None:
+            raise Unknown(
+                "its keys are a dimension of an input that may be channels, windows or rows of an image"
+            )
+
+
+def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
+    """Whether dimensions of inputs lie as the model was given them."""
+    moved = read.sources.moved
+    name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
+    if name in reordered_views.IN_ANOTHER_ORDER:
+        raise Unknown(
+            f"its tokens, or sequences, were put into another order ({name}) before it was called: which of the model's "
+            "they are is not known"
+        )
+    if name is not None:
+        raise Unknown(
+            f"its tokens, or sequences, come from {name}, after which it is not known which of the model's they are, and "
+            "were not added to tokens in order since"
+        )
+
+
+def _numbers(outer: list[Axis], batch: list[Axis]) -> torch.Tensor | None:
+    """For each flattened leading index the number that it has where sequences come first."""
+    order = [*batch, *(leaf for leaf in outer if leaf not in batch)]
+    if order == outer or not outer:
+        return None
+    sizes = [leaf.size for leaf in order]
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
+    return numbers.permute([order.index(leaf) for leaf in outer]).reshape(-1)

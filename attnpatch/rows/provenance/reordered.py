@@ -1,0 +1,278 @@
+"""Which tensors of a model's call hold its tokens in another order than the model was given them.
+
+A site is followed from its inputs (``sources``), and takes their tokens for the model's. Where a model turns, shifts or sorts
+its tokens between sites, or the sequences of its batch, that is not so. Only functions that do this are looked for, and what
+is made of their results: a sum with a tensor that was not moved (a residual) has its order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnpatch.rows import guard
+from attnpatch.rows.op_table import called
+from attnpatch.rows.provenance.element_places import CONVOLUTIONS
+from attnpatch.rows.provenance.reordered_views import Turned, is_setting
+from attnpatch.rows.watching import without
+
+# Functions that put elements into another order, along one dimension or along some.
+_MOVING = frozenset(
+    "roll flip fliplr flipud rot90 sort msort gather index_select take_along_dim __getitem__".split()
+)
+# The same with an order of their own for every element, which is not looked at.
+_BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
+# What a tensor holds is another's then, as that one lies.
+_TAKING = frozenset("copy_ set_ __set__".split())
+
+# A dimension, and where each of its elements came from; ``None``: that is not known.
+Order = tuple[int, torch.Tensor] | None
+
+
+class Moved(TorchFunctionMode):
+    """Sees the functions of a model's call, those of its attention left out."""
+
+    def __init__(self, module: torch.nn.Module, given: Any) -> None:
+        super().__init__()
+        # How many sites run, one inside the other.
+        self.depth = 0
+        # Of each tensor which function moved it, and how.
+        self._found: Any = WeakIdKeyDictionary()
+        self._turned = Turned(module, given)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.depth or torch.compiler.is_compiling():
+            return result
+        guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
+        return result
+
+    def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        name = called(func)
+        if (
+            self._found
+            or name == "embedding"
+            or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1])))
+        ):
+            self._follow(name, args, kwargs, result)
+        self._turned.follow(name, func, args, kwargs, result)
+
+    def why(self, tensor: torch.Tensor) -> dict[int, str]:
+        """What has moved the elements of a tensor, by dimension; of those left out they lie as the model was given them."""
+        found = self._found.get(tensor)
+        moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
+        if self.depth < 2:
+            # Inside of another site functions are not seen here.
+            self._turned.has_tokens(tensor)
+        return {**self._turned.why(tensor), **moved}
+
+    def sides(self, tensor: torch.Tensor) -> list[int]:
+        """Rows and columns that the tokens of a tensor are of; empty: that is not known."""
+        return self._turned.sides(tensor)
+
+    def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
+        """Attention has run: what it gives for tokens lies as they do."""
+        self._turned.through(given, result)
+        if not given:
+            return
+        found = next((known for tensor in given if (known := self._found.get(tensor)) is not None), None)
+        if found is not None:
+            self._keep(found, given[0], result)
+
+    def _keep(self, found: tuple[str, Order], source: torch.Tensor, result: Any) -> None:
+        name, order = found
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if type(one) is not torch.Tensor or one.dim() < 1:
+                continue
+            is_there = order is not None and one.shape[: order[0] + 1] == source.shape[: order[0] + 1]
+            self._found[one] = name, order if is_there else None
+
+    def _follow(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if not args:
+            return
+        if name in _TAKING or name == "__setitem__":
+            self._take(name, args)
+            return
+        tensors = [value for value in _flat((args, list(kwargs.values()))) if isinstance(value, torch.Tensor)]
+        if not tensors:
+            return
+        first = tensors[0]
+        if name in _MOVING and not self._turned.has_tokens(first):
+            return  # positions
+        before = self._found.get(first)
+        if name in _MOVING:
+            self._move(name, args, kwargs, first, before, result)
+            return
+        if name == "embedding" and len(tensors) > 1 and _picks_all(*tensors[:2]):
+            self._keep((name, None), result, result)
+            return
+        if name in CONVOLUTIONS or name in ("linear", "embedding"):
+            tensors = tensors[:1]  # a filter that was turned moves no token
+        if is_setting(name):
+            tensors = tensors[:1]  # what is put between others lies where they lay
+        moved = [tensor for tensor in tensors if tensor in self._found]
+        one = result[0] if isinstance(result, (tuple, list)) and result else result
+        if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
+            return
+        if any(self._turned.adds(name, tensor, one) for tensor in tensors if tensor not in self._found):
+            return
+        self._keep(self._found[moved[0]], moved[0], result)
+
+    def _take(self, name: str, args: Any) -> None:
+        """All of a tensor was written over; a part of it leaves it as it was."""
+        target, value = args[0], args[-1]
+        index = args[1] if name == "__setitem__" else ...
+        is_whole = all(one is ... or one == slice(None) for one in index) if isinstance(index, tuple) else (
+            index is ... or (isinstance(index, slice) and index == slice(None))
+        )  # fmt: skip
+        is_alike = isinstance(value, torch.Tensor) and value.shape == target.shape
+        if not is_whole or not is_alike or target is value:
+            return
+        found = self._found.get(value)
+        if found is not None:
+            self._found[target] = found
+        else:
+            self._found.pop(target, None)
+
+    def _move(
+        self, name: str, args: Any, kwargs: dict[str, Any], first: torch.Tensor, before: Any, result: Any
+    ) -> None:
+        one = result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(one, torch.Tensor):
+            return
+        if name in _BY_ELEMENT:
+            orders: list[Order] = [None] if one.shape == first.shape and one.dim() > 1 else []
+        else:
+            orders = [*_orders(name, args, kwargs, first, one)]
+        if not orders:
+            if before is not None:
+                self._keep(before, first, result)
+            return
+        known = before[1] if before is not None else None
+        for order in orders:
+            if order is None or (before is not None and known is None):
+                known = None
+                break
+            dim, places = order
+            if known is not None and known[0] != dim:
+                known = None
+                break
+            known = dim, places if known is None else known[1][places]
+        if known is None or not bool((known[1] == torch.arange(len(known[1]), device=known[1].device)).all()):
+            self._found[one] = (
+                (before[0] if before is not None else "an index" if name == "__getitem__" else name),
+                known,
+            )
+
+
+def _is_picked(index: Any) -> bool:
+    """Whether an index names elements one by one."""
+    return any(
+        isinstance(one, (torch.Tensor, list)) for one in (index if isinstance(index, tuple) else (index,))
+    )
+
+
+def _picks_all(ids: Any, table: Any) -> bool:
+    """Whether rows of a table that nobody has learned, as many as there are, are put into another order."""
+    if isinstance(table, torch.nn.Parameter) or table.dim() != 2 or ids.dim() < 1 or ids.is_floating_point():
+        return False
+    count = len(table)
+    return ids.shape[-1] == count > 1 and not bool((ids == torch.arange(count, device=ids.device)).all())
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _orders(
+    name: str, args: Any, kwargs: dict[str, Any], first: torch.Tensor, result: torch.Tensor
+) -> Iterator[Order]:
+    """Along which dimensions a function has put all elements into another order, and into which."""
+    if result.shape != first.shape:
+        return
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        for dim, one in enumerate(index):
+            if isinstance(one, list):
+                one = torch.tensor(one)
+            if isinstance(one, torch.Tensor) and one.dtype != torch.bool:
+                yield (dim, one) if one.dim() == 1 and len(one) == first.shape[dim] else None
+        return
+    given = kwargs.get("dim", kwargs.get("dims"))
+    if name in ("fliplr", "flipud"):
+        dims = [1 if name == "fliplr" else 0]
+    elif name == "index_select":
+        dims = [args[1] if len(args) > 1 else given]
+    else:
+        rest = args[2:] if name == "roll" else args[1:]
+        flat = [*_flat(rest)] or [*_flat((given,))]
+        dims = [dim for dim in flat if isinstance(dim, int)]
+    shifts = [*_flat((args[1] if len(args) > 1 else kwargs.get("shifts"),))] if name == "roll" else []
+    if not dims:
+        yield None
+    for i, dim in enumerate(dims):
+        count = first.shape[dim]
+        places = torch.arange(count, device=first.device)
+        if name == "index_select":
+            yield dim % first.dim(), args[2] if len(args) > 2 else kwargs["index"]
+        elif name == "roll":
+            yield dim % first.dim(), places.roll(int(shifts[i]))
+        elif count > 1:
+            yield dim % first.dim(), places.flip(0)
+
+
+class _Thread(threading.local):
+    watch: Moved | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
+    """Watch the call of a model.
+
+    Args:
+        module: The model.
+        given: What it is called with.
+    """
+    outer, _thread.watch = _thread.watch, Moved(module, given)
+    try:
+        with _thread.watch:
+            yield
+    finally:
+        _thread.watch = outer
+
+
+def watch() -> Moved | None:
+    """The watch on the model's call that this thread is in."""
+    return _thread.watch
+
+
+def sides(tensor: torch.Tensor) -> list[int]:
+    """Rows and columns that the tokens of a tensor are of, as the model's functions have made them; empty: not known."""
+    return [] if _thread.watch is None else _thread.watch.sides(tensor)
+
+
+@contextlib.contextmanager
+def paused(watch: Moved) -> Iterator[None]:
+    """A site runs, whose own functions are followed otherwise, and which must take the way it takes without a watch."""
+    watch.depth += 1
+    try:
+        with without(watch):  # Where it stays, it does nothing.
+            yield
+    finally:
+        watch.depth -= 1

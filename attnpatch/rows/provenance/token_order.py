@@ -1,0 +1,164 @@
+"""Whether the dimensions of a tensor hold elements in the order that they had when they were first seen.
+
+What is known of them is a model's ``Sources``: what its views have cut, turned and joined again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from attnpatch.rows.graph.axes import Axis, Dim, Dims, leaves
+from attnpatch.rows.graph.strides import Part
+from attnpatch.rows.provenance.sources import Sources
+
+
+class Order:
+    """Looks at dimensions.
+
+    Args:
+        sources: Whose inputs are tensors whose order is the model's.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    def why(self, dims: Dims) -> dict[int, str]:
+        """Dimensions whose elements lie in another order than they did, or in no known one: what did it."""
+        found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
+        if self._is_spread(dims) or self._is_of_batch(dims):
+            found |= {place: "views" for place in range(len(dims)) if place not in found}
+        return found
+
+    def sides(self, dim: Dim) -> list[int]:
+        """Sizes of the dimensions that one was joined of, in order, 0 for one that was cut or joined to others; empty: they
+        are not known."""
+        found: dict[tuple[int, int], int] = {}
+        own = leaves(dim)
+        for leaf in own:
+            pieces = self._pieces(leaf)
+            is_whole = len(pieces) == 1 and (pieces[0].count, pieces[0].step) == (pieces[0].of.size, 1)
+            if not is_whole:
+                return [0] if len(own) > 1 else []
+            origin = self._sources.origin(pieces[0].of)
+            if origin is None:
+                return []
+            found[origin[:2]] = found.get(origin[:2], 1) * leaf.size
+        return list(found.values())
+
+    def _reason(self, dim: Dim) -> str | None:
+        found = leaves(dim)
+        reason = next((why for leaf in found if (why := self._made_by(leaf)) is not None), None)
+        return reason or ("views" if self._is_out_of_order(found) else None)
+
+    def _made_by(self, leaf: Axis, depth: int = 0) -> str | None:
+        if leaf.made_by is not None or depth > 16:
+            return leaf.made_by
+        made = self._sources.made.get(leaf)
+        if made is None:
+            return None
+        if made.part is not None and made.part.step != 1 and made.part.count > 1:
+            return "views"
+        inside = [*made.of.leaves()] if made.of is not None else []
+        inside += [one for dim, _ in made.parts for one in leaves(dim or ())]
+        return next((why for one in inside if (why := self._made_by(one, depth + 1)) is not None), None)
+
+    def _is_of_batch(self, dims: Dims) -> bool:
+        """Whether sequences lie beside each other where tokens do, and something else of them where sequences do."""
+        first = {found[0] for leaf in leaves(dims[0]) if (found := self._sources.origin(leaf)) is not None}
+        for dim in dims[1:-1]:
+            origins = [found for leaf in leaves(dim) if (found := self._sources.origin(leaf)) is not None]
+            batches = {number for number, place, part in origins if (place, part) == (0, 0)} & first
+            if any(number in batches and place for number, place, _ in origins):
+                return True
+        return False
+
+    def _is_spread(self, dims: Dims) -> bool:
+        """Whether a dimension was cut, and its parts lie in several dimensions in another order than they had."""
+        for own in self._sources.inputs:
+            flat = [
+                (place, part, at)
+                for at, dim in enumerate(dims[:-1])
+                for leaf in leaves(dim)
+                for place, whole in enumerate(own[:-1])
+                for part, one in enumerate(leaves(whole))
+                if one is leaf
+            ]
+            spread = {
+                place for place, _, at in flat for other, _, there in flat if other == place and there != at
+            }
+            if spread and [each[:2] for each in flat] != sorted(each[:2] for each in flat):
+                return True
+        return False
+
+    def _is_out_of_order(self, dim: list[Axis]) -> bool:
+        pieces = [piece for leaf in dim for piece in self._pieces(leaf)]
+        for axis in {piece.of for piece in pieces}:
+            own = [piece for piece in pieces if piece.of is axis]
+            start = sum(piece.count for piece in pieces[: pieces.index(own[0])])
+            if start != own[0].start and axis.size == sum(piece.count for piece in pieces) > own[0].count:
+                return True  # shifted, and cut off
+            if len(own) > 1 and (
+                any(piece.step != 1 for piece in own) or own != sorted(own, key=lambda p: p.start)
+            ):
+                return True
+        origins = [found for leaf in dim if (found := self._sources.origin(leaf)) is not None]
+        if len(origins) < 2:
+            return False
+        numbers = {number for number, _, _ in origins}
+        by_number = ([found for found in self._in_order(origins) if found[0] == number] for number in numbers)
+        return any(own != sorted(own) for own in by_number)
+
+    def _in_order(self, origins: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Those that have an order.
+
+        Pieces of channels may stand between rows and columns (an image of more of them): what is no dimension's first
+        piece, or one of the last dimension beside all of another.
+        """
+        inputs, counts = self._sources.inputs, Counter(found[:2] for found in origins)
+        whole = {(n, place) for n, place in counts if counts[n, place] == len(leaves(inputs[n][place]))}
+        numbers_of_whole = {number for number, _ in whole}
+        found = []
+        for number, place, part in origins:
+            is_channels = place == len(inputs[number]) - 1 and number in numbers_of_whole
+            if (number, place) in whole or (not is_channels and (number, place, 0) in origins):
+                found.append((number, place, part))
+        return found
+
+    def _pieces(self, axis: Axis) -> list[Part]:
+        """What an axis consists of, in order: pieces of axes that were not joined."""
+        made = self._sources.made.get(axis)
+        if made is not None and made.of is not None and made.part is not None:
+            return _piece(self._pieces(made.of), made.part)
+        if made is None or not made.parts:
+            return [Part(axis, 0, axis.size, 1)]
+        found: list[Part] = []
+        for dim, size in made.parts:
+            own = (list(dim) if size == 1 else leaves(dim)) if dim is not None else []
+            found += self._pieces(own[0]) if len(own) == 1 else [Part(Axis(size), 0, size, 1)]
+        return found
+
+
+def _piece(parts: list[Part], piece: Part) -> list[Part]:
+    """A piece of what consists of some parts."""
+    if piece.step != 1:
+        return [piece]
+    found, place = [], 0
+    for part in parts:
+        low, high = max(piece.start, place), min(piece.start + piece.count, place + part.count)
+        if low < high:
+            found.append(Part(part.of, part.start + (low - place) * part.step, high - low, part.step))
+        place += part.count
+    return _joined(found)
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Parts, those that go on where the one before ends as one."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else Part(Axis(0), 0, 0, 1)
+        goes_on = last.of is part.of and last.step == part.step == 1 and last.start + last.count == part.start
+        if goes_on:
+            found[-1] = Part(last.of, last.start, last.count + part.count, 1)
+        else:
+            found.append(part)
+    return found

@@ -1,0 +1,158 @@
+"""torch's C++ fast paths of attention, as the steps they consist of, so that the doors see their products.
+
+``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call one operator each in evaluation. The steps below are
+those of aten/src/ATen/native/transformers (attention.cpp, transformer.cpp), by torch's own operators; on CPU they give
+the operators' results to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.rows import autocast
+from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.graph.nodes import Call, Leaf
+
+SRC_MASK, KEY_PADDING, FULL_MASK = 0, 1, 2
+
+
+class _Torch:
+    """torch, but for the question whether somebody watches."""
+
+    overrides = types.SimpleNamespace(has_torch_function=lambda _: False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@functools.cache
+def opened(function: types.FunctionType) -> Callable[..., Any]:
+    """A Python function of torch that runs under a mode as it would run without one.
+
+    Such functions look whether a mode is active, and then hand themselves to it whole or avoid their fast path.
+    """
+    changes = {"has_torch_function": lambda _: False, "torch": _Torch()}
+    scope = {**function.__globals__, **{k: v for k, v in changes.items() if k in function.__globals__}}
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def goes_by_rows(query: torch.Tensor, num_heads: int, call: SiteCall) -> bool:
+    """Whether the attention of a fast path is to be taken apart."""
+    if query.is_nested:
+        return False
+    if call.observer is not None:
+        return True
+    batch, q_len = query.shape[:2]
+    temporaries = 3 * batch * num_heads * q_len * q_len * query.element_size()
+    if call.by_rows(q_len, temporaries, query.device):
+        return True
+    call.tally.made(temporaries // 3)
+    return False
+
+
+def multihead(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed_dim: int, num_heads: int,
+    qkv_weight: torch.Tensor, qkv_bias: torch.Tensor, proj_weight: torch.Tensor, proj_bias: torch.Tensor,
+    mask: torch.Tensor | None = None, need_weights: bool = True, average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """``torch._native_multi_head_attention`` for self-attention; arguments and results are the operator's."""
+    dtype = autocast.narrow_dtype(query.device)
+    if dtype is not None:
+        # The operator is one that autocast casts for, and what it consists of is none of autocast's business.
+        tensors = (query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
+        query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask = autocast.cast(
+            tensors, query.device, dtype
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            return multihead(
+                query, query, query, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask,
+                need_weights, average_attn_weights, mask_type,
+            )  # fmt: skip
+    batch, length = query.shape[:2]
+    packed = F.linear(query, qkv_weight)
+    split = torch._transform_bias_rescale_qkv(packed, qkv_bias, num_heads)
+    query, key, value = (part.reshape(batch * num_heads, length, -1) for part in split)
+    scores = torch.bmm(query, key.transpose(2, 1)).view(batch, num_heads, length, length)
+    weights = torch.softmax(scores, -1) if mask is None else masked_softmax(scores, mask, mask_type)
+    context = torch.bmm(weights.view(batch * num_heads, length, length), value)
+    context = context.view(batch, num_heads, length, -1).transpose(1, 2).reshape(batch * length, -1)
+    out = torch.addmm(proj_bias, context, proj_weight.t()).view(batch, length, -1)
+    if not need_weights:
+        return out, None
+    return out, weights.sum(1).div(num_heads) if average_attn_weights else weights
+
+
+def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | None) -> torch.Tensor:
+    """``torch._masked_softmax`` over keys: a row without any key is zero, not NaN."""
+    mask = mask.to(torch.bool)
+    mask = (
+        {SRC_MASK: mask[None, None], KEY_PADDING: mask[:, None, None]}.get(mask_type, mask)
+        if mask.dim() == 2
+        else mask
+    )
+    if not isinstance(scores, DeferredRows) or scores.handle.is_computed:
+        return _masked_softmax_rows(scores, mask)
+    node = scores.handle.node
+    place = Leaf(
+        mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True))
+    )
+    call = Call(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
+    call.lies_by_rows = (
+        True  # as the operator lays out its result, which it has no rule of for tensors without data
+    )
+    return wrap(call, scores.handle.call)
+
+
+def _masked_softmax_rows(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch._masked_softmax(scores, mask.expand(scores.shape).contiguous(), 3, FULL_MASK)
+
+
+def encoder_layer(
+    src: torch.Tensor, embed_dim: int, num_heads: int, qkv_weight: torch.Tensor, qkv_bias: torch.Tensor,
+    proj_weight: torch.Tensor, proj_bias: torch.Tensor, use_gelu: bool, norm_first: bool, eps: float,
+    norm_weight_1: torch.Tensor, norm_bias_1: torch.Tensor, norm_weight_2: torch.Tensor, norm_bias_2: torch.Tensor,
+    ffn_weight_1: torch.Tensor, ffn_bias_1: torch.Tensor, ffn_weight_2: torch.Tensor, ffn_bias_2: torch.Tensor,
+    mask: torch.Tensor | None = None, mask_type: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``torch._transformer_encoder_layer_fwd``; arguments and result are the operator's."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    x = norm(src, norm_weight_1, norm_bias_1) if norm_first else src
+    x, _ = multihead(
+        x,
+        x,
+        x,
+        embed_dim,
+        num_heads,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        mask,
+        False,
+        False,
+        mask_type,
+    )
+    # In place: under autocast ``x`` is narrower than what is added to it, and stays so.
+    x = x.add_(src)
+    if not norm_first:
+        x = norm(x, norm_weight_1, norm_bias_1)
+    hidden = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
+    hidden = torch._addmm_activation(
+        ffn_bias_1, hidden.reshape(-1, embed_dim), ffn_weight_1.t(), use_gelu=use_gelu
+    )
+    x = torch.addmm(ffn_bias_2, hidden, ffn_weight_2.t()).view(src.shape).add_(x)
+    return x if norm_first else norm(x, norm_weight_2, norm_bias_2)

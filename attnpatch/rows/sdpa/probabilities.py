@@ -1,0 +1,289 @@
+"""Probabilities beside a fused call: the kernel keeps them to itself, so they are computed again, some rows at a time.
+
+A fused kernel can return each row's logsumexp. With it a probability is one product and one exponential away, and no
+row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward pass does (Dao et al. 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.precision import in_full
+from attnpatch.rows.deferred.tensor import DeferredRows, Observer, Passing
+from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
+from attnpatch.rows.graph.axes import Tile, leaves
+from attnpatch.rows.oom import is_out_of_memory
+
+# Scores held at once on CPU: what the cache holds beside a head's keys.
+CPU_SHOW_BYTES = 2 * 2**20  # per thread
+DEVICE_SHOW_BYTES = 64 * 2**20
+# Powers of two are three times as fast as powers of e (measured, float32 on CPU).
+LOG2_E = 1.0 / math.log(2.0)
+
+
+@torch.no_grad()
+def show(
+    call: dict[str, Any],
+    observer: Observer,
+    lse: torch.Tensor | None = None,
+    on_retry: Callable[[], None] | None = None,
+    grad: torch.Tensor | None = None,
+    workspace: int | None = None,
+) -> None:
+    """Show an observer the probabilities of an SDPA call, in float32 or better.
+
+    Args:
+        call: All arguments of the call by name.
+        observer: Called once per tile.
+        lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
+        on_retry: Called when there is no memory for a tile, and all begins again with half of it; ``None``: the error
+            is raised, as it is when a single row does not fit.
+        grad: ``[..., heads, q_len, value_dim]``, the gradient of the call's result: each probability is multiplied by
+            its own gradient, which is the product of a row of this and a value (Q K' = S, P = softmax S, O = P V).
+        workspace: Most bytes that a tile may take; ``None``: what is fast.
+    """
+    query, kv_len = call["query"], call["key"].shape[-2]
+    on_cpu = query.device.type == "cpu"
+    elements = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // 4
+    elements = max(elements, 16 * kv_len * _group(call))
+    if workspace is not None:
+        elements = min(elements, workspace // (LIVE_COPIES * 4))
+    while True:
+        try:
+            # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
+            with torch._C.DisableTorchFunction():
+                return _show(call, observer, lse, elements, grad)
+        except RuntimeError as error:
+            if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
+                raise
+        elements = min(elements, call["query"].shape[-2] * kv_len) // 2
+        on_retry()
+        observer.restart()
+
+
+def _show(
+    call: dict[str, Any],
+    observer: Observer,
+    lse: torch.Tensor | None,
+    elements: int,
+    grad: torch.Tensor | None,
+) -> None:
+    """Tiles of about so many scores."""
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    if query.dim() == 2:
+        query, key, value = query[None], key[None], value[None]
+        grad = None if grad is None else grad[None]
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    group = _group(call)
+    lead = (
+        query.shape[:-2] if call["enable_gqa"] else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    )
+    outer = (*lead[:-1], lead[-1] // group)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
+    query = query.expand(*lead, *query.shape[-2:]).unflatten(-3, (outer[-1], group))
+    key = key.expand(*outer, *key.shape[-2:])
+    masks = _Masks(mask, lead, q_len, kv_len, group)
+    is_added = mask is not None and mask.dtype != torch.bool
+    lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
+    if grad is not None:
+        value = value.expand(*outer, *value.shape[-2:])
+        grad = grad.unflatten(-3, (outer[-1], group))
+    rows = observer.rows(math.prod(lead), q_len, kv_len)
+    if rows is not None:
+        at_rows = rows.to(query.device)
+        query = query[..., at_rows, :]
+        lse = None if lse is None else lse.index_select(-1, at_rows)
+    count = q_len if rows is None else len(rows)
+    if not count:
+        return
+    for number, where in enumerate(
+        torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
+    ):
+        at = tuple(where)
+        leads = torch.arange(number * group, (number + 1) * group)
+        head = _Head(query[at], key[at], None if lse is None else lse[at], scale, is_added)
+        low = 0
+        while low < count:
+            # A causal tile sees the keys up to its last row only, so early tiles can be taller.
+            first = low if rows is None else int(rows[low])
+            seen = min(kv_len, max(first, 256)) if call["is_causal"] else kv_len
+            high = min(count, low + _tile_rows(elements // group, seen))
+            tile_mask = masks.rows(at, low, high) if rows is None else masks.picked(at, rows[low:high])
+            places = None if rows is None else rows[low:high]
+            # The products here are nobody's but ours, and so are the sums of who looks.
+            with torch.autocast(query.device.type, enabled=False), in_full(head.query):
+                powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
+                if grad is not None:
+                    seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
+                    powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
+                where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
+                observer.observe(powers, where_from)
+            low = high
+
+
+def mask_rows(call: dict[str, Any]) -> Callable[[int, int, int], torch.Tensor]:
+    """Rows of the mask of an SDPA call: from a flattened leading index, a first row and one past the last."""
+    query, key = call["query"], call["key"]
+    lead = query.shape[:-2] or (1,)
+    group = _group(call)
+    outer = (*lead[:-1], lead[-1] // group)
+    masks = _Masks(call["attn_mask"], tuple(lead), query.shape[-2], key.shape[-2], group)
+
+    def rows(number: int, low: int, high: int) -> torch.Tensor:
+        at, rest = [], number // group
+        for size in reversed(outer):
+            at.insert(0, rest % size)
+            rest //= size
+        found = masks.rows(tuple(at), low, high)
+        assert found is not None
+        return found[number % group]
+
+    return rows
+
+
+class _Masks:
+    """The mask of a call by rows, whether it is there or deferred.
+
+    Args:
+        mask: Broadcast to ``[*lead, q_len, kv_len]``; ``None``: there is none.
+        lead: Batch and heads.
+        q_len, kv_len: Query rows and keys.
+        group: Heads that share a key head.
+    """
+
+    def __init__(
+        self, mask: torch.Tensor | None, lead: tuple[int, ...], q_len: int, kv_len: int, group: int
+    ) -> None:
+        self.group = group
+        self.recipe = self.whole = None
+        if isinstance(mask, DeferredRows):
+            dims = mask.handle.node.dims
+            self.recipe, self.run = mask.handle.node, Run(mask.handle.node)
+            self.dims = ((),) * (len(lead) + 2 - len(dims)) + dims
+        elif mask is not None:
+            self.whole = mask.expand(*lead, q_len, kv_len).unflatten(-3, (lead[-1] // group, group))
+
+    def rows(self, at: tuple[int, ...], low: int, high: int) -> torch.Tensor | None:
+        """``[group, rows, kv_len]`` of one key head."""
+        if self.recipe is None:
+            return None if self.whole is None else self.whole[at][:, low:high]
+        wanted = [
+            *((i, i + 1) for i in at[:-1]),
+            (at[-1] * self.group, (at[-1] + 1) * self.group),
+            (low, high),
+        ]
+        tile: Tile = {}
+        for dim, span in zip(self.dims, wanted, strict=False):
+            parts = leaves(dim)
+            if len(parts) == 1 and parts[0] not in self.run.whole:
+                tile[parts[0]] = span
+        value = self.run.value(self.recipe, tile)
+        self.run.next_lead()
+        value = value.reshape((1,) * (len(self.dims) - value.dim()) + value.shape)
+        for position, span in enumerate(wanted):
+            # What could not be cut came whole.
+            if value.shape[position] not in (1, span[1] - span[0]):
+                value = value.narrow(position, span[0], span[1] - span[0])
+        return value.reshape(value.shape[-3:]).expand(self.group, -1, -1)
+
+    def picked(self, at: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor | None:
+        """The same for some rows that are no neighbours."""
+        if self.whole is not None:
+            return self.whole[at].index_select(-2, rows.to(self.whole.device))
+        if self.recipe is None:
+            return None
+        found = [self.rows(at, row, row + 1) for row in rows.tolist()]
+        return torch.cat([row.expand(-1, 1, -1) for row in found if row is not None], -2)
+
+
+def _group(call: dict[str, Any]) -> int:
+    """Query heads that share a key head."""
+    return call["query"].shape[-3] // call["key"].shape[-3] if call["enable_gqa"] else 1
+
+
+def _tile_rows(elements: int, kv_len: int) -> int:
+    """Rows of a tile: a multiple of 16 where there is room."""
+    rows = elements // kv_len
+    return rows // 16 * 16 if rows >= 16 else max(1, rows)
+
+
+class _Head:
+    """One key head and the query heads that share it.
+
+    A mask that is added may close a row with one very low number for every key (``finfo.min``, -1e30). Scores beside it
+    are lost in rounding, so softmax makes such a row uniform. Here it comes out so as well because numbers are added
+    in the order in which a kernel adds them, and in its units: first the mask, then what is subtracted from the row.
+    Without such a mask the logsumexp is subtracted by the product of query and key.
+
+    Args:
+        query: ``[group, q_len, head_dim]``.
+        key: ``[kv_len, head_dim]``.
+        lse: ``[group, q_len]`` or ``None``.
+        scale: Of the scores.
+        is_added: Whether there will be a mask that is added.
+    """
+
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, scale: float, is_added: bool
+    ) -> None:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.is_added = is_added
+        unit = 1.0 if is_added else LOG2_E
+        self.query = query.to(dtype) * (scale * unit)
+        self.key = key.to(dtype)
+        self.lse = None
+        if lse is not None:
+            # A row that may look at nothing has no finite lse; it puts no mass anywhere.
+            self.lse = torch.where(lse.isfinite(), lse, math.inf).to(dtype).unsqueeze(-1)
+        if lse is not None and not is_added:
+            # One more column makes the product subtract the lse, without a pass over the scores.
+            self.query = torch.cat([self.query, self.lse * -LOG2_E], -1)
+            self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
+
+    def powers(
+        self,
+        low: int,
+        high: int,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        places: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[group, rows, keys]``, and the ``[group, rows]`` factors that make probabilities of them.
+
+        A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
+        """
+        first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
+        query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
+        scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
+        if mask is not None and self.is_added:
+            scores.add_(mask[..., : scores.shape[-1]])
+        elif mask is not None:
+            scores.masked_fill_(mask[..., : scores.shape[-1]].logical_not(), -math.inf)
+        if self.lse is None:
+            if is_causal:
+                corner = scores[..., first:]
+                corner.masked_fill_(_later(corner[0], places), -math.inf)
+            highest = scores.amax(-1, keepdim=True)
+            scores.sub_(torch.where(highest == -math.inf, 0.0, highest))
+        elif self.is_added:
+            scores.sub_(self.lse[:, low:high])
+        scores.exp_() if self.is_added else scores.exp2_()
+        if self.lse is not None and is_causal:
+            corner = scores[..., first:]
+            corner.tril_() if places is None else corner.masked_fill_(_later(corner[0], places), 0.0)
+        # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
+        total = scores.sum(-1)
+        return scores, torch.where(total > 0, total.reciprocal(), 0.0)
+
+
+def _later(corner: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Bool ``[rows, keys]`` like ``corner``, whose first key is its first row's own: keys that come after a row."""
+    if places is None:
+        return torch.ones_like(corner, dtype=torch.bool).triu_(1)
+    keys = torch.arange(int(places[0]), int(places[0]) + corner.shape[-1])
+    return (keys > places[:, None]).to(corner.device)
