@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from attnpatch.rows.deferred.tensor import pending
+from attnpatch.rows.deferred.handle import pending
 from attnpatch.rows.graph import axes
 
 # Inputs of tests are short: so that they come in several steps, a step has fewer rows than elsewhere.

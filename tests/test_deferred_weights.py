@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnpatch
-from attnpatch.rows.deferred.tensor import DeferredRows, is_pending, pending
+from attnpatch.rows.deferred.handle import pending
+from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
 from attnpatch.rows.sdpa import deferred_weights
 
 KINDS = ["Llama", "Mistral", "Bert", "T5"]

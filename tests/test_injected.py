@@ -17,8 +17,8 @@ LENGTH, WIDTH = 40, 16
 # What the answer to a failure itself is made of: who is asked last cannot be answered for.
 LAST_RESORT = {
     "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "tensor.natively",
-    "tensor.settle", "tensor.has_history", "tensor.is_foreign", "tensor.is_pending", "tensor.DeferredRows.__torch_function__",
-    "tensor.DeferredRows.__torch_dispatch__", "tensor.SiteCall.failed", "oom.is_out_of_memory",
+    "tensor.settle", "history.has_history", "handle.is_foreign", "handle.has_other_history", "tensor.is_pending", "tensor.DeferredRows.__torch_function__",
+    "tensor.DeferredRows.__torch_dispatch__", "attention_call.SiteCall.failed", "oom.is_out_of_memory",
     "selective_checkpoints.is_hidden", "selective_checkpoints.shown",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"failures", "class_methods", "precision"},
     {"policy"},
     {"memory"},
-    {"ledger"},
+    {"ledger", "observing"},
     {"rows"},
     {"blocks", "plotting"},
     {"maps"},

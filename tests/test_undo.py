@@ -361,7 +361,7 @@ def test_report_prints_a_table():
 
 def test_what_one_thread_defers_is_nothing_to_another():
     """Weights that wait to be computed here must not be looked through while they come and go elsewhere."""
-    from attnpatch.rows.deferred.tensor import pending
+    from attnpatch.rows.deferred.handle import pending
 
     model = small_llama()
     found = {}

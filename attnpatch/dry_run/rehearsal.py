@@ -23,7 +23,7 @@ from attnpatch.patching.patch import Patch, Site, most_rows, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
 from attnpatch.policy import Policy
-from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.evaluate.tile_plan import Steps
 from attnpatch.rows.evaluate.tiled import Look, Replay

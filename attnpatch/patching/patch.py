@@ -18,6 +18,7 @@ from attnpatch.errors import AttnpatchError, PatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import attention_outputs, masks
 from attnpatch.memory import Room
+from attnpatch.observing import Passing
 from attnpatch.patching.counters import Counters
 from attnpatch.patching.forward_swap import can_swap, put_in, renew, sites_of, take_out
 from attnpatch.patching.recognition import Watch
@@ -25,10 +26,12 @@ from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.selection import CANDIDATE, RECOGNISED, Sites, choose
 from attnpatch.policy import Policy
 from attnpatch.rows import torch_graphs
+from attnpatch.rows.attention_call import SiteCall, Tally
 from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.creation import positions
+from attnpatch.rows.deferred.handle import pending
 from attnpatch.rows.deferred.results import with_no_matrix
-from attnpatch.rows.deferred.tensor import Passing, SiteCall, Tally, note_no_memory, pending
+from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.sources import Sources, inputs_among

@@ -12,18 +12,13 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from attnpatch.rows import dispatch, guard
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.autograd.native_tape import Trail
 from attnpatch.rows.creation import positions, uninitialized
-from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
-    SiteCall,
-    after_write,
-    dispatch_in,
-    is_watching_writes,
-    left,
-    settle,
-)
+from attnpatch.rows.deferred.handle import after_write, left
+from attnpatch.rows.deferred.tensor import DeferredRows, is_watching_writes, settle
+from attnpatch.rows.interception import dispatch_in
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.oom import Attempts

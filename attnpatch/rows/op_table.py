@@ -1,14 +1,83 @@
-"""Names of the torch functions that keep query rows apart, by what they need complete."""
+"""The op table: what is known of each of torch's functions, under the function's name.
+
+A handler registers itself with ``@op``; the dispatcher knows no handler, and handlers know no dispatcher. A handler gets
+the call as torch was given it and returns deferred tensors, or ``NotImplemented``: then everything deferred among the
+arguments is computed and the call runs as it is. So it must give the result that torch would, and leave alone whatever
+it does not understand to the letter (an unusual keyword).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+# From the name of a function, the function, its arguments and keyword arguments to its result.
+Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
+_Handler = TypeVar("_Handler", bound=Handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One function of torch.
+
+    Attributes:
+        handler: Goes on with a graph; ``None``: what is deferred is computed first.
+        write: Goes on with the graph of the first argument, which the function writes to.
+        is_layout: Whether the function only moves or picks elements of its first argument, which must be deferred.
+        is_view: Whether its result is, or may be, memory of its first argument's.
+        inplace_at: The position of its argument ``inplace``, with which it writes to its first argument.
+    """
+
+    handler: Handler | None = None
+    write: Handler | None = None
+    is_layout: bool = False
+    is_view: bool = False
+    inplace_at: int | None = None
+
+
+_UNKNOWN = Op()
+_OPS: dict[str, Op] = {}
+
+
+def lookup(name: str) -> Op:
+    """What is known of a function; of most there is nothing to know."""
+    return _OPS.get(name, _UNKNOWN)
+
+
+def _know(name: str, **facts: Any) -> None:
+    _OPS[name] = dataclasses.replace(lookup(name), **facts)
+
+
+def op(*names: str, is_layout: bool = False, is_view: bool = False) -> Callable[[_Handler], _Handler]:
+    """Register a handler of some functions; see ``Op``."""
+
+    def register(handler: _Handler) -> _Handler:
+        for name in names:
+            if lookup(name).handler is not None:
+                raise ValueError(f"{name} has a handler: {lookup(name).handler}")
+            _know(name, handler=handler, is_layout=is_layout, is_view=is_view or lookup(name).is_view)
+        return handler
+
+    return register
+
+
+def write(*names: str) -> Callable[[_Handler], _Handler]:
+    """Register a handler of functions that write to their first argument."""
+
+    def register(handler: _Handler) -> _Handler:
+        for name in names:
+            _know(name, write=handler)
+        return handler
+
+    return register
+
 
 _BASIC = (
-    "add sub subtract mul multiply div divide true_divide floor_divide rsub pow float_power neg negative positive "
+    "add sub subtract mul multiply div divide true_divide floor_divide rsub pow float_power neg negative "
     "abs absolute square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p logit xlogy logaddexp logaddexp2 "
     "ldexp sign sgn signbit floor ceil round trunc fix frac clamp clamp_min clamp_max clip maximum minimum fmax fmin "
-    "fmod remainder lerp addcmul addcdiv hypot copysign heaviside nextafter nan_to_num where masked_fill clone detach "
+    "fmod remainder lerp addcmul addcdiv hypot copysign heaviside nextafter nan_to_num where masked_fill "
     "deg2rad rad2deg"
 )
 _WAVES = (
@@ -33,13 +102,15 @@ _SPECIAL = (
     "erf erfc erfinv erfcx expit expm1 exp2 log1p log_ndtr ndtr ndtri logit xlogy xlog1py sinc round entr gammaln "
     "digamma psi polygamma i0 i0e i1 i1e zeta gammainc gammaincc"
 )
-_DTYPES = "float half bfloat16 double bool int long"
+_DTYPES = "bool int long"
 
-ELEMENTWISE = frozenset(
+POINTWISE = frozenset(
     " ".join((_BASIC, _WAVES, _ACTIVATIONS, _TRUTHS, _DTYPES)).split()
     + [f"__{name}__" for name in _OPERATORS.split()]
     + [f"special_{name}" for name in _SPECIAL.split()]
 )
+# These keep every element where it is, too.
+ELEMENTWISE = POINTWISE | frozenset("clone detach positive float half bfloat16 double".split())
 # Complete along one dimension, which keeps its length.
 ALONG = frozenset("softmax log_softmax special_softmax special_log_softmax cumsum softmin".split())
 # Complete along some dimensions, which vanish or become 1.
@@ -48,8 +119,25 @@ REDUCING = frozenset(
 )
 PAIRS = frozenset("max min sort topk".split())
 CASTS = frozenset("to type type_as float half bfloat16 double".split())
+SOFTMAX = frozenset("softmax special_softmax _safe_softmax masked_softmax _masked_softmax_rows".split())
 # Casts after which a result may be counts or indices.
 TO_WHOLE = frozenset("to type int long short char byte".split())
+# Functions whose result is memory of their first argument's, and that may be computed.
+ALIASES = frozenset(
+    "diagonal as_strided unfold broadcast_to imag conj resolve_conj resolve_neg adjoint H mH T t view view_as_real "
+    "view_as_complex rename refine_names align_to align_as unsqueeze transpose swapaxes expand movedim unflatten narrow "
+    "select split chunk unbind tensor_split detach data".split()
+)
+for _name in ALIASES:
+    _know(_name, is_view=True)
+for _place, _names in {
+    1: "relu relu6 selu silu mish hardsigmoid hardswish",
+    2: "leaky_relu elu celu",
+    3: "hardtanh threshold _threshold dropout alpha_dropout",
+    4: "rrelu",
+}.items():
+    for _name in _names.split():
+        _know(_name, inplace_at=_place)
 # Attributes that give a tensor other values when they are set.
 _VALUES = frozenset("data real imag".split())
 

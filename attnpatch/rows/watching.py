@@ -15,7 +15,8 @@ from torch.overrides import (
 )
 
 from attnpatch.rows import guard
-from attnpatch.rows.deferred.tensor import SiteCall, natively
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.deferred.tensor import natively
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from torch import nn
 
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.creation import positions, row_masks
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall
+from attnpatch.rows.deferred.tensor import DeferredRows
 
 _MODULE = "transformers.masking_utils"
 _NAMES = ("sdpa_mask", "eager_mask")

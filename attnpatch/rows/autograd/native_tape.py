@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.autograd.saved_tensors import Saved
-from attnpatch.rows.deferred.tensor import SiteCall, dispatch
 from attnpatch.rows.dispatch import writes
 from attnpatch.rows.graph.nodes import Context, map_structure
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
 from attnpatch.rows.guard import native
+from attnpatch.rows.interception import dispatch
 from attnpatch.rows.matmul import products
 from attnpatch.rows.op_table import CASTS, called
 

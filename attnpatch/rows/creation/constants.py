@@ -10,13 +10,15 @@ import torch
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows.arguments import argument, deferred_in
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.creation.row_masks import Filled
 from attnpatch.rows.creation.uninitialized import Blank
 from attnpatch.rows.deferred import memory_layout
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, fresh
 from attnpatch.rows.graph.nodes import Node
 from attnpatch.rows.layout.diagonals import Triangle
+from attnpatch.rows.op_table import op
 from attnpatch.rows.ops.metadata import are_defaults, asked
 
 # Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
@@ -103,6 +105,7 @@ def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
 _VALUES = {"zeros": 0, "ones": 1, "full": None, "empty": None}
 
 
+@op(*(name for kind in _VALUES for name in (f"new_{kind}", f"{kind}_like")))
 def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``zeros_like``, ``new_zeros`` and their kind: deferred if they have the shape of the scores."""
     source = args[0]
@@ -131,9 +134,6 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     return wrap(made, source.handle.call)
 
 
-HANDLERS: dict[str, Callable[..., Any]] = {
-    name: constant for kind in _VALUES for name in (f"new_{kind}", f"{kind}_like")
-}
 BEGINNINGS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.zeros, torch.ones, torch.full), filled),
     **{getattr(torch.Tensor, f"new_{kind}"): filled for kind in ("zeros", "ones", "full")},

@@ -13,6 +13,7 @@ from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import KEY, ROW, Tile, leaves
 from attnpatch.rows.graph.dropout import bits_of
 from attnpatch.rows.graph.nodes import Context, Node
+from attnpatch.rows.op_table import op
 
 # Half a step away from 0 and 1, all of them float32 exactly.
 _LEVELS = 2**23
@@ -55,6 +56,7 @@ class GumbelSoftmax(Node):
         return hard - soft.detach() + soft
 
 
+@op("gumbel_softmax")
 def gumbel_softmax(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source, tau, hard = args[0], argument(args, kwargs, 1, "tau", 1), argument(args, kwargs, 2, "hard", False)
     dim = argument(args, kwargs, 4, "dim", -1)
@@ -68,6 +70,3 @@ def gumbel_softmax(name: str, func: Callable[..., Any], args: Any, kwargs: dict[
         elif axis.kind == KEY:
             axis.kind = ROW
     return wrap(GumbelSoftmax(node, tau, hard, position), source.handle.call)
-
-
-HANDLERS = {"gumbel_softmax": gumbel_softmax}

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import dispatch, guard
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.creation import constants, row_biases
 from attnpatch.rows.creation.constants import dims_of
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, is_watching_writes, left, wrap
+from attnpatch.rows.deferred.handle import left
+from attnpatch.rows.deferred.tensor import DeferredRows, is_watching_writes, wrap
 from attnpatch.rows.evaluate.toeplitz import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.graph.nodes import Call, Leaf, View
 from attnpatch.rows.watching import Watching, without

@@ -14,7 +14,8 @@ import torch
 
 from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.deferred.tensor import SiteCall, wrap
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
 from attnpatch.rows.graph.nodes import Call, Leaf, Node
 

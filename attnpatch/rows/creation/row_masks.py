@@ -19,7 +19,8 @@ import torch
 
 from attnpatch.failures import warn_once
 from attnpatch.ledger import is_plain
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
 from attnpatch.rows.graph.nodes import Node

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import Tile, fresh, local_shape
 from attnpatch.rows.graph.nodes import Node

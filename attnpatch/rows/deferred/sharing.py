@@ -14,23 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch.rows.deferred import memory_layout
+from attnpatch.rows.deferred import history, memory_layout
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, same
 from attnpatch.rows.graph.nodes import Call, Cut, Node, View
 from attnpatch.rows.layout.regions import Region, Written
 
 if TYPE_CHECKING:
-    from attnpatch.rows.deferred.tensor import DeferredRows, Handle
+    from attnpatch.rows.deferred.handle import Handle
+
 
 Native = tuple[Any, Any, dict[str, Any]]
-
-# Functions whose result is memory of their first argument's, and that may be computed.
-ALIASES = frozenset(
-    "diagonal as_strided unfold broadcast_to imag conj resolve_conj resolve_neg adjoint H mH T t view view_as_real "
-    "view_as_complex rename refine_names align_to align_as unsqueeze transpose swapaxes expand movedim unflatten narrow "
-    "select split chunk unbind tensor_split detach data".split()
-)
 
 
 class Memory:
@@ -49,22 +43,6 @@ class Memory:
 
     def others(self, handle: Handle) -> list[Handle]:
         return [member for member in self.members if member is not handle]
-
-
-def view(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
-    """A deferred tensor that shares memory with ``source``.
-
-    Args:
-        source: What it is a view of.
-        node: Its recipe: the source's, or made of that by nodes of one child each.
-        native: torch's function and its arguments after the first.
-    """
-    from attnpatch.rows.deferred.tensor import wrap  # the class is made of what is here
-
-    own = source.handle.node
-    node = of_function(node, own, native)
-    path = (*source.handle.path, *(_steps(node, own) or [Solid(own, node.dims, native)]))
-    return wrap(node, source.handle.call, source.handle.memory, path)
 
 
 class Solid(Node):
@@ -88,7 +66,7 @@ def _by_function(step: Node, value: torch.Tensor) -> torch.Tensor:
     return func(value, *args, **kwargs)
 
 
-def _steps(node: Node, own: Node) -> list[Node] | None:
+def steps_between(node: Node, own: Node) -> list[Node] | None:
     """The views that lead from a recipe to a recipe on top of it, if they are known one by one."""
     steps: list[Node] = []
     while node is not own:
@@ -197,14 +175,14 @@ def compute(handle: Handle) -> None:
     memory, path = handle.memory, handle.path
     cuts = [i for i, step in enumerate(path) if step.shape.numel() < step.children[0].shape.numel()]
     if not cuts and not memory_layout.has_gaps(memory.recipe):
-        _compute_all(handle)
+        compute_all(handle)
         return
     last = cuts[-1] + 1 if cuts else 0
     head = followed(path[:last], memory.recipe)[-1]
-    handle.values = _part(path[last:], memory_layout.laid(handle.call.replay(head), head))
+    handle.values = part_of(path[last:], memory_layout.laid(handle.call.replay(head), head))
 
 
-def _compute_all(handle: Handle) -> None:
+def compute_all(handle: Handle) -> None:
     memory = handle.memory
     if memory.whole is None:
         if not memory.others(handle):
@@ -212,11 +190,11 @@ def _compute_all(handle: Handle) -> None:
         found = memory_layout.laid(handle.call.replay(memory.recipe), memory.recipe, gaps=True)
         memory.whole = found.detach()  # no view: torch refuses some steps in place on those (``detach_``)
     for member in memory.members:
-        member.values = _part(member.path, memory.whole)
+        member.values = part_of(member.path, memory.whole)
         member.pending.discard(member)
 
 
-def _part(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
+def part_of(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
     """The part of a computed memory that a path leads to, as a view of it."""
     value = whole
     for step in path:
@@ -231,38 +209,10 @@ def _part(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def settle(handle: Handle) -> None:
-    """Turn the tensors of a memory into views of one real tensor, with the history that they have."""
-    from attnpatch.rows.deferred.tensor import wrap
-
-    memory = handle.memory
-    # A write under no_grad leaves the history as it is.
-    with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(handle)):
-        with torch.no_grad():
-            _compute_all(handle)
-        root = next(
-            (member for member in memory.members if not member.path and member.tensor is not None), None
-        )
-        if root is not None:
-            # Its history stays: gradients of what was made of it before go there too.
-            real = root.reduced()
-            root.stands_for(real)
-        else:
-            whole = wrap(memory.recipe, handle.call)
-            whole.handle.values = memory.whole
-            whole.handle.pending.discard(whole.handle)
-            real = whole.handle.reduced()
-        for member in list(memory.members):
-            if member is not root:
-                member.is_written(_part(member.path, real))
-
-
 def has_history(handle: Handle) -> bool:
     """Whether gradients go to some tensor of a memory."""
-    from attnpatch.rows.deferred.tensor import has_history as goes_back
-
     tensors = (member.tensor for member in handle.memory.members)
-    return any(tensor is not None and goes_back(tensor) for tensor in tensors)
+    return any(tensor is not None and history.has_history(tensor) for tensor in tensors)
 
 
 def is_whole(handle: Handle) -> bool:
@@ -288,20 +238,6 @@ def is_view_of_part(result: Any, source: Any) -> bool:
     return type(result) is torch.Tensor and result.untyped_storage()._cdata == own
 
 
-def begins_anew(handle: Handle) -> None:
-    """Before a computed tensor is written to: let what shares its memory follow.
-
-    A slice that was computed alone is forgotten, and is a recipe again; of a memory that was computed as a whole all
-    tensors become views with a history.
-    """
-    if handle.values is None or handle.written is not None:
-        return
-    if handle.memory.whole is None:
-        handle.forget()
-    elif handle.memory.others(handle) and has_history(handle):
-        settle(handle)
-
-
 @contextlib.contextmanager
 def as_recipe(handle: Handle) -> Iterator[list[Any]]:
     """Inside the block a slice that was computed alone is a recipe: its views are laid out as if it were none.
@@ -317,7 +253,7 @@ def as_recipe(handle: Handle) -> Iterator[list[Any]]:
             handle.values = kept
             for found in views:
                 if found.handle.memory is handle.memory and found.handle.values is None:
-                    found.handle.values = _part(found.handle.path[len(handle.path) :], kept)
+                    found.handle.values = part_of(found.handle.path[len(handle.path) :], kept)
 
 
 def geometry(handle: Handle, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -12,10 +12,10 @@ import torch
 from attnpatch.rows.evaluate import row_alignment, toeplitz
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.graph.nodes import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
+from attnpatch.rows.op_table import CASTS
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
-_CASTS = frozenset("to float half bfloat16 double type type_as".split())
 # Rows of a product that begin at other places than every 64 bytes take longer, from about this many keys
 # on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
 _LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
@@ -275,7 +275,7 @@ class Run:
             return False
         if getattr(node.func, "__name__", "") == "softmax":
             return _is_over_last(node)
-        return getattr(node.func, "__name__", "") in _CASTS
+        return getattr(node.func, "__name__", "") in CASTS
 
     def operands(self, node: Call, tile: Tile) -> list[Any]:
         """What a step of ``node`` is computed from."""

@@ -6,14 +6,12 @@ import math
 
 import torch
 
-from attnpatch.rows.deferred.tensor import Opened
+from attnpatch.observing import Layout, Opened
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import Axis, Tile, leaves
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
-from attnpatch.rows.provenance.dimensions import Layout
+from attnpatch.rows.op_table import SOFTMAX
 from attnpatch.rows.provenance.open_keys import open_keys, open_of
-
-SOFTMAX = frozenset("softmax special_softmax _safe_softmax masked_softmax _masked_softmax_rows".split())
 
 
 def above(steps: list[Node], roots: set[int]) -> set[int]:

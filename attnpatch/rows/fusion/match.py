@@ -12,6 +12,7 @@ from attnpatch.ledger import ledger_of
 from attnpatch.rows.graph.axes import ROW, Axis, all_leaves, leaves
 from attnpatch.rows.graph.dropout import Dropout
 from attnpatch.rows.graph.nodes import Call, Child, Cut, Leaf, Node, View, graph
+from attnpatch.rows.op_table import CASTS
 
 # A mask value from here down outweighs any product: beside a key that is seen, such a key has no mass at all.
 HIDDEN = -6e4
@@ -19,7 +20,6 @@ HIDDEN = -6e4
 # row in which nothing is seen stays uniform, as it is where scores are overwritten.
 LOWEST = -1e30
 _LAYOUT = frozenset(["permute", "contiguous", "clone", "positive"])
-_CASTS = frozenset("to type type_as float half bfloat16 double".split())
 _TIMES = frozenset("mul multiply __rmul__".split())
 _DIVIDED = frozenset("div divide true_divide".split())
 _PLUS = frozenset("add __radd__".split())
@@ -146,7 +146,7 @@ def _is_layout(node: Node) -> bool:
     if isinstance(node, View):
         return not node.expand
     return len(node.children) == 1 and (
-        _name(node) in _LAYOUT or (_name(node) in _CASTS and node.dtype.is_floating_point)
+        _name(node) in _LAYOUT or (_name(node) in CASTS and node.dtype.is_floating_point)
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.evaluate.row_granularity import Grain
 from attnpatch.rows.fusion import flex
@@ -22,10 +22,12 @@ from attnpatch.rows.fusion.additive import Added, arranged, fitting
 from attnpatch.rows.fusion.match import Formula, OtherRecipe, read
 from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
 from attnpatch.rows.graph.nodes import Call, Node, tensors_of
+from attnpatch.rows.matmul.products import fuses
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.sdpa import serve
 
 
+@fuses
 def attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor | None:
     """The product of probabilities and values by the fused kernel; ``None``, and counted, where it cannot be had."""
     try:

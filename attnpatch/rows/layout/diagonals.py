@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.deferred import sharing
+from attnpatch.rows.deferred import views
 from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import KEY, Axis, Tile, flat_range, fresh, leaves, local_shape
 from attnpatch.rows.graph.nodes import Node, widened
 from attnpatch.rows.layout.regions import rest_of
+from attnpatch.rows.op_table import op
 
 
 def _spans(node: Node, positions: tuple[int, ...], tile: Tile) -> tuple[Tile, list[tuple[int, int]]]:
@@ -118,6 +119,7 @@ class DiagonalMatrix(Node):
         return rest_of(value, self.dims, tile, cut)
 
 
+@op("tril", "triu")
 def triangle(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     diagonal = argument(args, kwargs, 1, "diagonal", 0)
     if not isinstance(args[0], DeferredRows) or not isinstance(diagonal, int):
@@ -129,6 +131,7 @@ def triangle(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     return wrap(found, args[0].handle.call)
 
 
+@op("diagonal", "linalg_diagonal")
 def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     first, second = (-2, -1) if name == "linalg_diagonal" else (0, 1)
     offset = argument(args, kwargs, 1, "offset", 0)
@@ -143,9 +146,10 @@ def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     if all(axis.kind == KEY for axis in leaves(node.dims[first])):
         first, second, offset = second, first, -offset
     found = Diagonal(node, offset, first, second)
-    return sharing.view(args[0], found, (func, args[1:], kwargs)) if found.axis.size else NotImplemented
+    return views.view(args[0], found, (func, args[1:], kwargs)) if found.axis.size else NotImplemented
 
 
+@op("diag_embed")
 def diag_embed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     first, second = argument(args, kwargs, 2, "dim1", -2), argument(args, kwargs, 3, "dim2", -1)
     count = len(args[0].shape) + 1 if isinstance(args[0], DeferredRows) else 0
@@ -154,10 +158,3 @@ def diag_embed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if {first % count, second % count} != {count - 2, count - 1}:
         return NotImplemented
     return wrap(DiagonalMatrix(args[0].handle.node), args[0].handle.call)
-
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("tril", "triu"), triangle),
-    **dict.fromkeys(("diagonal", "linalg_diagonal"), diagonal),
-    "diag_embed": diag_embed,
-}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from attnpatch.rows.deferred import memory_layout, sharing
+from attnpatch.rows.deferred import memory_layout, sharing, views
 from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.graph.axes import Axis, Dim, Tile, leaves, take
@@ -157,7 +157,7 @@ def _full(items: list[Any], count: int) -> list[Any] | None:
 def _view(source: DeferredRows, items: list[Any]) -> Any:
     index, node = tuple(items), _sliced(source.handle.node, items)
     if node is not None:
-        return sharing.view(source, node, (torch.Tensor.__getitem__, (index,), {}))
+        return views.view(source, node, (torch.Tensor.__getitem__, (index,), {}))
     # Nothing is asked for, or torch says what is wrong with the index, before anything is computed.
     result = memory_layout.applied(source.handle.node, torch.Tensor.__getitem__, (index,), {})
     return NotImplemented if result is None else _nothing(source, result.shape, result.stride())

@@ -16,6 +16,7 @@ from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, Dims, Tile, fla
 from attnpatch.rows.graph.nodes import Call, Cut, Leaf, Node, View
 from attnpatch.rows.layout import relative_shift
 from attnpatch.rows.layout.regions import asked, rest_of
+from attnpatch.rows.op_table import op
 
 
 class Joined(Node):
@@ -79,6 +80,7 @@ def _along(node: Node, position: int, tile: Tile) -> tuple[Tile, tuple[int, int]
     return (others, (0, node.shape[position]), dict(others)) if span is None else (tile, span, others)
 
 
+@op("cat", "concat", "concatenate")
 def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``cat``: keys are needed whole then (a sink's column beside the scores), rows and heads stay apart."""
     pieces = argument(args, kwargs, 0, "tensors")
@@ -130,6 +132,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
     return wrap(call, first.handle.call)
 
 
+@op("stack", "hstack", "vstack", "dstack", "row_stack", "column_stack")
 def stack(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``stack``, and ``hstack`` and its kind for tensors that have the dimension already."""
     pieces = argument(args, kwargs, 0, "tensors")
@@ -146,6 +149,7 @@ def stack(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return joined([piece.unsqueeze(dim) for piece in pieces], dim)
 
 
+@op("pad")
 def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A value before and after keys, rows or heads, or less of them."""
     source, amounts = args[0], argument(args, kwargs, 1, "pad")
@@ -180,6 +184,7 @@ def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     return source
 
 
+@op("repeat", "tile")
 def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``repeat`` and ``tile``: all of the scores several times over."""
     source = args[0]
@@ -198,6 +203,7 @@ def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return wrap(_several(node, old, given, inside=False), source.handle.call)
 
 
+@op("repeat_interleave")
 def repeat_interleave(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Every key, row or head several times in a row."""
     source, count, dim = args[0], argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
@@ -250,17 +256,8 @@ def flip_rows(source: DeferredRows, dims: Any) -> Any:
     return source.clone() if node is source.handle.node else wrap(node, source.handle.call)
 
 
+@op("broadcast_tensors")
 def broadcast_tensors(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     given = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in given))
     return tuple(tensor.expand(shape) for tensor in given)
-
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
-    **dict.fromkeys(("stack", "hstack", "vstack", "dstack", "row_stack", "column_stack"), stack),
-    "pad": pad,
-    **dict.fromkeys(("repeat", "tile"), repeat),
-    "repeat_interleave": repeat_interleave,
-    "broadcast_tensors": broadcast_tensors,
-}

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.deferred import memory_layout, sharing
+from attnpatch.rows.deferred import memory_layout, sharing, views
 from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.graph.axes import Dim, Dims, fresh, regroup, size_of
 from attnpatch.rows.graph.nodes import Call, Node, View
 from attnpatch.rows.layout import indexing, relative_shift
+from attnpatch.rows.op_table import op
+
+# What takes only the shape of its second argument, and what does the same when it is told the shape.
+LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
 
 Native = tuple[Callable[..., Any], Any, dict[str, Any]]
 
@@ -27,7 +31,7 @@ def _result(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
         node: Its recipe, made of the source's by nodes of one child each.
         native: torch's function and its arguments after the first.
     """
-    return sharing.view(source, node, native)
+    return views.view(source, node, native)
 
 
 def _or_copy(source: DeferredRows, node: Node | None, native: Native) -> Any:
@@ -69,18 +73,30 @@ def _viewed(source: DeferredRows, shape: list[int], native: Native) -> Any:
     return _or_copy(source, None if dims is None else View(node, dims), native)
 
 
+@op("view", "reshape", is_layout=True, is_view=True)
 def view(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     shape = _sizes(args, kwargs, "shape" if name == "reshape" else "size")
     return NotImplemented if shape is None else _viewed(args[0], shape, (func, args[1:], kwargs))
 
 
+def _like(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A real tensor in the shape of a deferred one."""
+    return (
+        getattr(torch.Tensor, LIKE[name])(args[0], args[1].shape)
+        if len(args) == 2 and not kwargs
+        else NotImplemented
+    )
+
+
+@op("view_as", "reshape_as", is_view=True)
 def view_as(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(args[0], DeferredRows):
-        return NotImplemented
+        return _like(name, args, kwargs)
     shape = list(args[1].shape)
     return _viewed(args[0], shape, (getattr(torch.Tensor, LIKE[name]), (shape,), {}))
 
 
+@op("flatten", is_layout=True, is_view=True)
 def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     start = args[1] if len(args) > 1 else kwargs.get("start_dim", 0)
@@ -91,10 +107,12 @@ def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return _viewed(source, flat, (func, args[1:], kwargs))
 
 
+@op("ravel", is_layout=True, is_view=True)
 def ravel(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     return _viewed(args[0], [args[0].handle.node.shape.numel()], (func, args[1:], kwargs))
 
 
+@op("unflatten", is_layout=True, is_view=True)
 def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -108,6 +126,7 @@ def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return _viewed(source, [*shape[:dim], *sizes, *shape[dim + 1 :]], (func, args[1:], kwargs))
 
 
+@op("unsqueeze", is_layout=True, is_view=True)
 def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % (len(node.dims) + 1)
@@ -115,6 +134,7 @@ def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return _result(args[0], View(node, dims), (func, args[1:], kwargs))
 
 
+@op("squeeze", is_layout=True, is_view=True)
 def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node
     asked = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -134,6 +154,7 @@ def _permuted(source: DeferredRows, order: list[int]) -> DeferredRows:
     return _result(source, call, (torch.permute, (order,), {}))
 
 
+@op("transpose", "swapaxes", "swapdims", is_layout=True, is_view=True)
 def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
     first = args[1] if len(args) > 1 else kwargs.get("dim0", kwargs.get("axis0"))
@@ -145,6 +166,7 @@ def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return _permuted(args[0], order)
 
 
+@op("mT", "T", "t", "H", "mH", "adjoint", is_layout=True, is_view=True)
 def matrix_transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
     if (name in ("T", "t", "H") and count != 2) or (name in ("H", "mH", "adjoint") and args[0].is_complex()):
@@ -152,6 +174,7 @@ def matrix_transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dic
     return transpose("transpose", func, (args[0], -2, -1), {})
 
 
+@op("permute", is_layout=True, is_view=True)
 def permute(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     order = _sizes(args, kwargs, "dims")
     count = len(args[0].handle.node.dims)
@@ -160,6 +183,7 @@ def permute(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return _permuted(args[0], [dim % count for dim in order])
 
 
+@op("movedim", "moveaxis", is_layout=True, is_view=True)
 def movedim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
     moved, places = (
@@ -180,10 +204,11 @@ def _positions(dims: Any, count: int) -> list[int] | None:
     return [dim % count for dim in dims]
 
 
+@op("expand", "expand_as", is_view=True)
 def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     if not isinstance(source, DeferredRows):
-        return NotImplemented
+        return _like(name, args, kwargs) if name in LIKE else NotImplemented
     if name == "expand_as":
         shape: list[int] | None = list(args[1].shape)
     else:
@@ -201,8 +226,9 @@ def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return _result(source, View(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
 
 
+@op("contiguous", "alias", "positive", "real", "data", "detach", is_layout=True, is_view=True)
 def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operand itself, another view of all of it, or a copy: ``contiguous``, ``alias``, ``positive``, ``clone``."""
+    """The operand itself, or another view of all of it."""
     source = args[0]
     node = source.handle.node
     if name == "real" and node.dtype.is_complex:
@@ -213,6 +239,12 @@ def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     return _or_copy(source, found, (func, args[1:], kwargs))
 
 
+@op("clone", is_layout=True)
+def clone(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return same(name, func, args, kwargs)
+
+
+@op("cpu", is_layout=True, is_view=True)
 def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Computed, since that is what is meant; and the operand itself where it is on CPU and others share its memory."""
     source = args[0]
@@ -222,6 +254,7 @@ def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     return source
 
 
+@op("atleast_1d", "atleast_2d", "atleast_3d", is_layout=True, is_view=True)
 def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``atleast_2d`` and its kind, of one tensor that has as many dimensions."""
     if len(args) != 1 or not isinstance(args[0], DeferredRows) or args[0].dim() < int(name[-2]):
@@ -229,6 +262,7 @@ def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     return same(name, func, args, kwargs)
 
 
+@op("narrow", is_layout=True, is_view=True)
 def narrow(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     dim, start, length = (
         argument(args, kwargs, i + 1, key) for i, key in enumerate(("dim", "start", "length"))
@@ -242,6 +276,7 @@ def narrow(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return _along(args[0], dim, slice(start, start + length))
 
 
+@op("select", is_layout=True, is_view=True)
 def select(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     dim, at = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     if not isinstance(dim, int) or not isinstance(at, int):
@@ -255,6 +290,7 @@ def _along(source: DeferredRows, dim: int, item: Any) -> Any:
     return indexing.getitem("__getitem__", torch.Tensor.__getitem__, (source, tuple(index)), {})
 
 
+@op("unbind", is_layout=True, is_view=True)
 def unbind(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     dim = argument(args, kwargs, 1, "dim", 0)
     if not isinstance(dim, int):
@@ -262,11 +298,13 @@ def unbind(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return _pieces(_along(args[0], dim, i) for i in range(args[0].shape[dim]))
 
 
+@op("__iter__", is_layout=True, is_view=True)
 def iterate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     found = unbind(name, func, args, kwargs)
     return found if found is NotImplemented else iter(found)
 
 
+@op("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", is_layout=True, is_view=True)
 def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``split`` and ``chunk`` as slices."""
     source = args[0]
@@ -295,6 +333,7 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return _pieces(_along(source, dim, slice(stop - n, stop)) for n, stop in zip(count, ends, strict=True))
 
 
+@op("tensor_split", "hsplit", "vsplit", "dsplit", is_layout=True, is_view=True)
 def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``tensor_split``, ``hsplit``, ``vsplit`` and ``dsplit``: sections of nearly one length, or the places to cut at."""
     source = args[0]
@@ -325,6 +364,7 @@ def _pieces(pieces: Iterable[Any]) -> Any:
     return tuple(found)
 
 
+@op("as_strided", is_layout=True, is_view=True)
 def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     given = [argument(args, kwargs, 1, "size"), argument(args, kwargs, 2, "stride")]
     offset = argument(args, kwargs, 3, "storage_offset") or 0
@@ -336,35 +376,3 @@ def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if node is None or own is None or not own.is_contiguous() or own.storage_offset():
         return NotImplemented
     return _result(args[0], node, (func, args[1:], kwargs))
-
-
-# What takes only the shape of its second argument, and what does the same when it is told the shape.
-LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("view", "reshape"), view),
-    **dict.fromkeys(("view_as", "reshape_as"), view_as),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
-    **dict.fromkeys(("mT", "T", "t", "H", "mH", "adjoint"), matrix_transpose),
-    **dict.fromkeys(("movedim", "moveaxis"), movedim),
-    **dict.fromkeys("contiguous alias positive clone real data detach".split(), same),
-    **dict.fromkeys("atleast_1d atleast_2d atleast_3d".split(), at_least),
-    **dict.fromkeys(("expand", "expand_as"), expand),
-    **dict.fromkeys("split chunk split_with_sizes unsafe_split unsafe_chunk".split(), split),
-    **dict.fromkeys("tensor_split hsplit vsplit dsplit".split(), tensor_split),
-    "unbind": unbind,
-    "__iter__": iterate,
-    "cpu": cpu,
-    "flatten": flatten,
-    "ravel": ravel,
-    "unflatten": unflatten,
-    "unsqueeze": unsqueeze,
-    "squeeze": squeeze,
-    "permute": permute,
-    "__getitem__": indexing.getitem,
-    "as_strided": as_strided,
-    "narrow": narrow,
-    "select": select,
-}
-# What gives memory of its first argument's, or may.
-VIEWS = (frozenset(HANDLERS) | sharing.ALIASES) - {"clone"}

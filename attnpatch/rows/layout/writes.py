@@ -20,6 +20,7 @@ from attnpatch.rows.graph.axes import KEY, Axis, Dim, all_leaves, same, size_of
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, View, graph
 from attnpatch.rows.layout import indexing
 from attnpatch.rows.layout.regions import Indexed, Region, Written
+from attnpatch.rows.op_table import op, write
 
 # A recipe that is written to more often than this is the host's own loop over pieces of a result.
 MOST = 32
@@ -290,10 +291,12 @@ def _scattered(
     return wrap(Indexed(node, positions, tuple(flat), source, accumulate, spread), target.handle.call)
 
 
+@write("__setitem__")
 def setitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     return written(*args) if len(args) == 3 and isinstance(args[0], DeferredRows) else NotImplemented
 
 
+@op("index_put")
 def index_put(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     indices, values = argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "values")
     if not isinstance(args[0], DeferredRows) or not isinstance(indices, (tuple, list)):
@@ -303,6 +306,7 @@ def index_put(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return written(args[0], place, values, "index_put" if accumulate else None)
 
 
+@op("index_fill", "index_copy", "index_add")
 def index_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``index_fill``, ``index_copy`` and ``index_add``: indices of one dimension."""
     target, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
@@ -330,6 +334,7 @@ def _other(target: DeferredRows, dim: int, count: int) -> list[int]:
     return shape
 
 
+@op("select_scatter", "slice_scatter")
 def part_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``select_scatter`` and ``slice_scatter``: a copy with a number or a slice of one dimension replaced."""
     target, value = args[0], argument(args, kwargs, 1, "src")
@@ -355,6 +360,7 @@ def diagonal_places(
     return places - min(offset, 0), places + max(offset, 0)
 
 
+@op("diagonal_scatter")
 def diagonal_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     target, value = args[0], argument(args, kwargs, 1, "src")
     offset = argument(args, kwargs, 2, "offset", 0)
@@ -370,6 +376,7 @@ def diagonal_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dic
     return written(target, (..., *places), value)
 
 
+@write("fill_", "zero_", "copy_")
 def fill(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``fill_``, ``zero_`` and ``copy_``: all of the tensor."""
     value = 0 if name == "zero_" else argument(args, kwargs, 1, "src" if name == "copy_" else "value")
@@ -381,6 +388,7 @@ def fill(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     return written(args[0], ..., value)
 
 
+@write("fill_diagonal_")
 def fill_diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     target, value = args[0], argument(args, kwargs, 1, "fill_value")
     if len(target.shape) != 2 or argument(args, kwargs, 2, "wrap", False):
@@ -389,16 +397,3 @@ def fill_diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[s
 
 
 # Functions of which a write in place has no copy, or another name: what they leave in their first argument.
-IN_PLACE: dict[str, Callable[..., Any]] = {
-    "__setitem__": setitem,
-    "fill_": fill,
-    "zero_": fill,
-    "copy_": fill,
-    "fill_diagonal_": fill_diagonal,
-}
-HANDLERS: dict[str, Callable[..., Any]] = {
-    "index_put": index_put,
-    **dict.fromkeys(("index_fill", "index_copy", "index_add"), index_along),
-    **dict.fromkeys(("select_scatter", "slice_scatter"), part_scatter),
-    "diagonal_scatter": diagonal_scatter,
-}

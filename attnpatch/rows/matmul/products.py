@@ -10,13 +10,27 @@ import torch
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import guard
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.autograd import edges
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, running_site, settle, site_of, wrap
+from attnpatch.rows.deferred.handle import running_site
+from attnpatch.rows.deferred.tensor import DeferredRows, settle, site_of, wrap
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
 from attnpatch.rows.matmul.spellings import NAMES, Product, parse
+from attnpatch.rows.op_table import op
 from attnpatch.rows.ops import both_sides
 from attnpatch.rows.provenance import observed
+
+# From a product with values, its probabilities, the axes of the keys and the site to the result of a fused kernel.
+Fuse = Callable[[Call, Node, list[Axis], SiteCall], torch.Tensor | None]
+_fused: list[Fuse] = []
+
+
+def fuses(function: Fuse) -> Fuse:
+    """Register what hands attention to a fused kernel (``Policy.fuse``); it is made of what is here."""
+    _fused[:] = [function]
+    return function
+
 
 # A table of positions has as many rows as there are keys, or twice as many: one for each distance.
 _DISTANCES = (-2, 1)
@@ -187,6 +201,7 @@ def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
 
 
+@op(*NAMES, "linear")
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the recipe."""
     product = parse(name, args, kwargs)
@@ -280,9 +295,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     if _is_wrong_guess(node):
         return NotImplemented
     if site.policy.fuse and _has_scores(node):
-        from attnpatch.rows.fusion import run  # few need it
-
-        found = run.attend(call, node, keys, site)
+        found = _fused[0](call, node, keys, site)
         if found is not None:
             return edges.fork(call, found, site.of_gradients)
     try:
@@ -311,6 +324,3 @@ def _is_wrong_guess(node: Node) -> bool:
 def _has_scores(node: Node) -> bool:
     """Whether a recipe goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
     return any(isinstance(step, Call) and step.work for step in graph(node))
-
-
-HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys((*NAMES, "linear"), contract)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from attnpatch.rows.deferred.tensor import SiteCall
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.graph.axes import LEAD, Axis, all_leaves, fresh, leaves
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, graph
+from attnpatch.rows.op_table import PAIRS
 
 # Several results, of which `Pick` takes one.
-_PAIRS = frozenset("max min sort topk".split())
 # Figures of a line that are one of its own elements: it is asked for again by comparing (mutual nearest neighbours), and the
 # same element of a step that is cut along the other side differs in the last bit.
 _CHOSEN = frozenset(
@@ -83,7 +83,7 @@ def _freed(root: Node, row: Axis, site: SiteCall) -> Node:
 def _without(node: Node, row: Axis, site: SiteCall) -> Node:
     inner = node.children[0] if isinstance(node, Pick) else node
     name = _name(node)
-    if row not in leaves(inner.whole) or (name in _PAIRS and inner is node):
+    if row not in leaves(inner.whole) or (name in PAIRS and inner is node):
         return node
     if row not in all_leaves(node.dims):
         # A figure of each line of the other side.

@@ -13,8 +13,10 @@ from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, tensors_of
 from attnpatch.rows.layout import indexing
+from attnpatch.rows.op_table import op
 
 
+@op("gather", "index_select")
 def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
     source, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
@@ -57,6 +59,7 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return wrap(call, first_deferred(args, kwargs).handle.call)
 
 
+@op("take_along_dim")
 def along_dim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``take_along_dim``: ``gather``, where nothing is broadcast."""
     source, index, dim = args[0], argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "dim")
@@ -70,6 +73,7 @@ def _renamed(root: Node) -> Node:
     return copy.deepcopy(root, {id(leaf.tensor): leaf.tensor for leaf in tensors_of(root)})
 
 
+@op("embedding")
 def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
     source, weight = args[0], argument(args, kwargs, 1, "weight")
@@ -89,6 +93,7 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     return wrap(call, source.handle.call)
 
 
+@op("__getitem__", is_view=True)
 def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
     table, index = args
@@ -102,6 +107,7 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return wrap(call, index.handle.call)
 
 
+@op("scatter", "scatter_add")
 def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``scatter`` and its kind along one dimension: what it writes to whole, everything cut as the index is."""
     target, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
@@ -149,12 +155,3 @@ def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented
     call = Call(func, (node, dim, places), rest, tuple(dims), target.dtype, target.device, tuple(whole))
     return wrap(call, first_deferred(args, kwargs).handle.call)
-
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("gather", "index_select"), gather),
-    "take_along_dim": along_dim,
-    **dict.fromkeys(("scatter", "scatter_add"), scatter),
-    "__getitem__": getitem,
-    "embedding": embedding,
-}

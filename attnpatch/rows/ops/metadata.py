@@ -10,6 +10,7 @@ import torch
 from attnpatch.rows.arguments import deferred_in
 from attnpatch.rows.deferred.tensor import DeferredRows
 from attnpatch.rows.graph.nodes import map_structure
+from attnpatch.rows.op_table import op
 
 # What they return is small, or of a size that the caller names.
 _ASKING = (
@@ -39,6 +40,7 @@ def _stand_in(value: Any) -> Any:
     return torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
 
 
+@op(*_ASKING.split())
 def asked(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The call on stand-ins: it reads no values."""
     if len(deferred_in(args[1:], kwargs)) and name in ("new_tensor", "new"):
@@ -59,6 +61,7 @@ def are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
     return True
 
 
+@op(*_RANDOM.split())
 def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Random numbers of the shape of the scores: drawn whole, as they must be, without the scores.
 
@@ -72,9 +75,3 @@ def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         return NotImplemented
     source.handle.call.tally.materialised(name)
     return asked(name, func, args, kwargs)
-
-
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_ASKING.split(), asked),
-    **dict.fromkeys(_RANDOM.split(), random),
-}

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import deferred_in, tensors_in
-from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
-    before_write,
-    dispatch,
-    goes_on_as,
-    has_history,
-    is_pending,
-)
+from attnpatch.rows.deferred.history import has_history
+from attnpatch.rows.deferred.tensor import DeferredRows, before_write, goes_on_as, is_pending
+from attnpatch.rows.matmul import products
+from attnpatch.rows.op_table import Handler, lookup
 
 
-def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], apply: Handler) -> Any:
     """The call, written to its ``out``; ``NotImplemented`` where the native call on computed tensors is to do it.
 
     Memory for scores that was only asked for (``torch.empty`` by rows) becomes the deferred result. In memory that is
     there a result with no keys, computed by rows, is copied: as much is held as natively.
+
+    Args:
+        name, func, args, kwargs: The call.
+        apply: What answers the call without its ``out``.
     """
     out = kwargs["out"]
     rest = {key: value for key, value in kwargs.items() if key != "out"}
@@ -32,7 +32,7 @@ def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented  # torch has an error for it
     if is_pending(out) and (out.handle.is_shared() or has_history(out)):
         return NotImplemented  # under no_grad its values change, and its history does not
-    result = _result(name, func, args, rest, out)
+    result = _result(name, func, args, rest, out, apply)
     if not isinstance(result, torch.Tensor) or result.shape != out.shape or result.dtype != out.dtype:
         return NotImplemented
     if is_pending(out):
@@ -43,13 +43,11 @@ def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     return out.copy_(result)
 
 
-def _result(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> Any:
-    from attnpatch.rows import dispatch as rowwise  # both are handlers' tables, which ask here
-    from attnpatch.rows.matmul import products
-
+def _result(
+    name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: torch.Tensor, apply: Handler
+) -> Any:
     if deferred_in(args, kwargs):
-        handler = rowwise.HANDLERS.get(name)
-        return NotImplemented if handler is None else dispatch(func, args, kwargs)
+        return NotImplemented if lookup(name).handler is None else apply(name, func, args, kwargs)
     if name in products.NAMES and isinstance(out, DeferredRows):
         return products.defer(name, func, args, kwargs, out.handle.call)
     return NotImplemented

@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.arguments import deferred_in
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.arguments import argument, deferred_in
+from attnpatch.rows.deferred.tensor import (
+    DeferredRows,
+    wrap,
+)
+from attnpatch.rows.graph.axes import (
+    fresh,
+)
 from attnpatch.rows.graph.nodes import Call, Leaf, map_structure
+from attnpatch.rows.op_table import op
+from attnpatch.rows.ops.pointwise import probe
 
 # Which argument is pointwise, where it is not the first; every other tensor is a table, read whole.
 _TABLES = {"bucketize": 0, "isin": 0, "searchsorted": 1}
@@ -17,6 +25,7 @@ _TABLES = {"bucketize": 0, "isin": 0, "searchsorted": 1}
 _CHANNELS = ("prelu", "batch_norm")
 
 
+@op(*_TABLES)
 def tabled(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     place = _TABLES[name]
     source = args[place] if len(args) > place else None
@@ -37,6 +46,7 @@ def tabled(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return wrap(call, source.handle.call)
 
 
+@op(*_CHANNELS)
 def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs) or len(source.shape) < 2:
@@ -64,7 +74,35 @@ def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     return wrap(Call(func, (node, *rest), kwargs, node.dims, told.dtype, node.device), source.handle.call)
 
 
-HANDLERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_TABLES, tabled),
-    **dict.fromkeys(_CHANNELS, of_channels),
-}
+@op("conv1d", "conv2d", "conv3d")
+def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A convolution of width 1, which mixes heads (channels) and nothing else: talking heads."""
+    source = args[0]
+    weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
+    if (
+        not isinstance(source, DeferredRows)
+        or isinstance(weight, DeferredRows)
+        or isinstance(bias, DeferredRows)
+    ):
+        return NotImplemented
+    node = source.handle.node
+    if weight.dim() != len(node.dims) or any(size != 1 for size in weight.shape[2:]):
+        return NotImplemented
+    stride, padding = argument(args, kwargs, 3, "stride", 1), argument(args, kwargs, 4, "padding", 0)
+    if any(step != 1 for step in _each(stride)) or any(
+        edge not in (0, "valid", "same") for edge in _each(padding)
+    ):
+        return NotImplemented
+    mixed = fresh([weight.shape[0]])
+    dims = (node.dims[0], *mixed, *node.dims[2:])
+    dtype = probe(func, (source, weight), {}).dtype
+    places = {"weight": weight, "bias": bias}
+    leaf = {key: None if t is None else Leaf(t, ((),) * t.dim()) for key, t in places.items()}
+    rest = {"stride": stride, "padding": padding, "dilation": argument(args, kwargs, 5, "dilation", 1)}
+    rest["groups"] = argument(args, kwargs, 6, "groups", 1)
+    call = Call(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
+    return wrap(call, source.handle.call)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -13,10 +13,22 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument, deferred_in
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves
+from attnpatch.rows.deferred.tensor import (
+    DeferredRows,
+    wrap,
+)
+from attnpatch.rows.graph.axes import (
+    KEY,
+    ROW,
+    Axis,
+    Dim,
+    fresh,
+    leaves,
+)
 from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, map_structure
 from attnpatch.rows.layout.joining import flip_rows, roll_rows
+from attnpatch.rows.op_table import ALONG, PAIRS, REDUCING, op
+from attnpatch.rows.ops.pointwise import computed_by_rows, elementwise, has_no_keys, probe
 
 # From the arguments and the number of dimensions to the dimensions that must be complete; ``None``: not understood.
 Which = Callable[[Any, dict[str, Any], int], Any]
@@ -102,6 +114,7 @@ def _positions(dims: Any, count: int) -> list[int] | None:
     return [d % count for d in dims]
 
 
+@op(*WITHIN)
 def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
@@ -208,4 +221,96 @@ def extreme(name: str, func: Callable[..., Any], source: DeferredRows) -> Any:
     return func(figures.handle.reduced()) if isinstance(figures, DeferredRows) else func(figures)
 
 
-HANDLERS: dict[str, Callable[..., Any]] = dict.fromkeys(WITHIN, within)
+def _dims_of(node: Node, dim: Any) -> list[int] | None:
+    """Positions named by a ``dim`` argument, or ``None`` if it names none."""
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        dim = [dim]
+    if not isinstance(dim, (list, tuple)) or not dim or not all(isinstance(d, int) for d in dim):
+        return None
+    return [d % len(node.dims) for d in dim]
+
+
+def _mark_keys(node: Node, axes: list[Axis]) -> None:
+    """Softmax says which axis holds the keys; what was taken for one before is a row axis."""
+    for dim in node.dims:
+        for leaf in leaves(dim):
+            if leaf in axes:
+                leaf.kind = KEY
+            elif leaf.kind == KEY:
+                leaf.kind = "row"
+
+
+@op(*ALONG)
+def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
+    if node is None or positions is None:
+        return NotImplemented
+    if mixes_figures(node, positions):
+        return func(computed_by_rows(args[0]), *args[1:], **kwargs)
+    axes = leaves(node.dims[positions[0]])
+    if "softm" in name or name == "log_softmax":
+        _mark_keys(node, axes)
+    dtype = probe(func, args, kwargs).dtype
+    call = Call(func, (node, *args[1:]), kwargs, node.dims, dtype, node.device, node.dims[positions[0]])
+    return wrap(call, args[0].handle.call)
+
+
+_EXTREMES = frozenset("max min amax amin any all".split())
+
+
+def mixes_figures(node: Node, positions: list[int]) -> bool:
+    """Whether a step needs all rows of what has one figure for each: small, so it is computed first."""
+    return has_no_keys([node]) and any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i]))
+
+
+@op(*REDUCING)
+def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
+    if node is not None and len(args) == 1 and not kwargs and name in _EXTREMES:
+        return extreme(name, func, args[0])
+    if node is None or positions is None:
+        return NotImplemented
+    if mixes_figures(node, positions):
+        return func(computed_by_rows(args[0]), *args[1:], **kwargs)
+    tiny = probe(func, args, kwargs)
+    kept = tiny.dim() == len(node.dims)
+    dims = tuple(
+        () if i in positions else dim for i, dim in enumerate(node.dims) if kept or i not in positions
+    )
+    whole = tuple(axis for position in positions for axis in node.dims[position])
+    call = Call(func, (node, *args[1:]), kwargs, dims, tiny.dtype, node.device, whole)
+    return wrap(call, args[0].handle.call)
+
+
+@op(*PAIRS)
+def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Functions that return values and indices along one dimension."""
+    if name in ("max", "min") and (
+        (len(args) > 1 and isinstance(args[1], torch.Tensor)) or "other" in kwargs
+    ):
+        return elementwise(name, func, args, kwargs)
+    if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
+        return NotImplemented
+    if len(args) == 1 and not kwargs and name in _EXTREMES:
+        return extreme(name, func, args[0])
+    node = args[0].handle.node
+    dim = argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
+    positions = _dims_of(node, dim)
+    if positions is None:
+        return NotImplemented
+    position = positions[0]
+    replaced: list[Dim] = [node.dims[position]]
+    if name == "topk":
+        replaced = [(Axis(argument(args, kwargs, 1, "k"), KEY),)]
+    elif name != "sort":
+        replaced = [()] if argument(args, kwargs, 2, "keepdim", False) else []
+    dims = (*node.dims[:position], *replaced, *node.dims[position + 1 :])
+    whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
+    call = Call(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
+    results = tuple(
+        wrap(Pick(call, i, dims, dtype), args[0].handle.call)
+        for i, dtype in enumerate((node.dtype, torch.int64))
+    )
+    return getattr(torch.return_types, name)(results)

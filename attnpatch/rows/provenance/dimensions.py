@@ -11,61 +11,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Piece
 from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance import reordered_views
 from attnpatch.rows.provenance.sources import Made, Sources
 
-INPUT, KEPT, SLOTS = "input", "kept", "slots"
 # Size, and where it comes from.
 Entry = tuple[int, Dim | None]
 
 
 class Unknown(Exception):
     """A fact that a map rests on is not known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Tokens that lie together on one side.
-
-    Attributes:
-        kind: ``"input"``: all tokens of an input of the module, in their order; ``"kept"``: what the module had before
-            (a cache, learned tokens); ``"slots"``: a memory of fixed size that holds tokens of an input.
-        number: Of the input.
-        length: How many.
-    """
-
-    kind: str
-    number: int
-    length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What one attention looks like.
-
-    Attributes:
-        batch, heads: Sequences, and heads of each.
-        q_len, kv_len: Query tokens and keys of a sequence.
-        queries, keys: What they are, in order.
-        numbers: int64, for each of the flattened leading indices ``sequence * heads + head``; ``None``: it is that.
-        head_rows: Which of the dimensions of queries are heads in fact: they come after the leading ones.
-        why_not: What is not known, in words; empty: all that a map rests on is.
-        drops_keys: Whether softmax ran over more than these keys, and the rest has no value (a sink).
-        is_mixed: Whether the weights are no longer what softmax gave (mixed over heads, differences of two).
-    """
-
-    batch: int
-    heads: int
-    q_len: int
-    kv_len: int
-    queries: tuple[Piece, ...] = ()
-    keys: tuple[Piece, ...] = ()
-    numbers: torch.Tensor | None = None
-    head_rows: tuple[int, ...] = ()
-    why_not: str = ""
-    drops_keys: bool = False
-    is_mixed: bool = False
 
 
 # Of inputs with so many dimensions: which are batch, tokens, heads and channels.

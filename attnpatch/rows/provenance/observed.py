@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from attnpatch.observing import Layout, Passing
 from attnpatch.precision import in_full
 from attnpatch.rows import guard
-from attnpatch.rows.deferred.tensor import Passing, SiteCall
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.evaluate.tiled import Look
 from attnpatch.rows.fusion.bias import SOFTMAX, above, opened_by
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, Tile, all_leaves, extent, leaves, regroup
@@ -20,11 +21,12 @@ from attnpatch.rows.graph.dropout import Dropout
 from attnpatch.rows.graph.nodes import Call, Cut, Node, View, graph
 from attnpatch.rows.layout.joining import Joined
 from attnpatch.rows.matmul.spellings import Product
-from attnpatch.rows.provenance.dimensions import Layout, layout_of, paired
+from attnpatch.rows.op_table import CASTS
+from attnpatch.rows.provenance.dimensions import layout_of, paired
 from attnpatch.rows.provenance.sources import Sources
 
 # Steps between softmax and the product with the values that do not change what is attended to.
-_AFTER_SOFTMAX = frozenset("to float half bfloat16 double type type_as clone".split())
+_AFTER_SOFTMAX = CASTS | {"clone"}
 
 
 @dataclasses.dataclass

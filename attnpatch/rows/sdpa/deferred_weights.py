@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.creation.row_masks import Generated
-from attnpatch.rows.deferred.tensor import SiteCall, wrap
+from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.matmul import products
 
 

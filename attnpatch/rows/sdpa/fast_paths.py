@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.rows import autocast
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, wrap
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
 from attnpatch.rows.graph.nodes import Call, Leaf
 
 SRC_MASK, KEY_PADDING, FULL_MASK = 0, 1, 2

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from attnpatch.observing import Observer, Passing
 from attnpatch.precision import in_full
-from attnpatch.rows.deferred.tensor import DeferredRows, Observer, Passing
+from attnpatch.rows.deferred.tensor import DeferredRows
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
 from attnpatch.rows.graph.axes import Tile, leaves

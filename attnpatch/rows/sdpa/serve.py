@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows import autocast, guard
+from attnpatch.rows.attention_call import SiteCall
 from attnpatch.rows.autograd.saved_tensors import Saved
-from attnpatch.rows.deferred.tensor import DeferredRows, SiteCall, computed, is_pending, settle
+from attnpatch.rows.deferred.tensor import DeferredRows, computed, is_pending, settle
 from attnpatch.rows.evaluate.evaluator import Run
 from attnpatch.rows.evaluate.row_granularity import Grain, of_fused
 from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, same

@@ -1,0 +1,77 @@
+"""Deferred tensors that are views of others, and memory that is computed for all of its views at once."""
+
+from __future__ import annotations
+
+import torch
+
+from attnpatch.rows.deferred.handle import Handle
+from attnpatch.rows.deferred.sharing import (
+    Native,
+    Solid,
+    compute_all,
+    has_history,
+    of_function,
+    part_of,
+    steps_between,
+)
+from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.graph.nodes import Node
+
+
+def view(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+    """A deferred tensor that shares memory with ``source``.
+
+    Args:
+        source: What it is a view of.
+        node: Its recipe: the source's, or made of that by nodes of one child each.
+        native: torch's function and its arguments after the first.
+    """
+    own = source.handle.node
+    node = of_function(node, own, native)
+    path = (*source.handle.path, *(steps_between(node, own) or [Solid(own, node.dims, native)]))
+    return wrap(node, source.handle.call, source.handle.memory, path)
+
+
+def settle(handle: Handle) -> None:
+    """Turn the tensors of a memory into views of one real tensor, with the history that they have."""
+    memory = handle.memory
+    # A write under no_grad leaves the history as it is.
+    with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(handle)):
+        with torch.no_grad():
+            compute_all(handle)
+        root = next(
+            (member for member in memory.members if not member.path and member.tensor is not None), None
+        )
+        if root is not None:
+            # Its history stays: gradients of what was made of it before go there too.
+            real = root.reduced()
+            root.stands_for(real)
+        else:
+            whole = wrap(memory.recipe, handle.call)
+            whole.handle.values = memory.whole
+            whole.handle.pending.discard(whole.handle)
+            real = whole.handle.reduced()
+        for member in list(memory.members):
+            if member is not root:
+                member.is_written(part_of(member.path, real))
+
+
+def settle_family(handle: Handle, operation: str) -> None:
+    """Turn all views of one matrix into views of one tensor, so that a write to one is seen by all."""
+    if handle.memory.whole is None:
+        handle.call.tally.materialised(operation)
+    settle(handle)
+
+
+def begins_anew(handle: Handle) -> None:
+    """Before a computed tensor is written to: let what shares its memory follow.
+
+    A slice that was computed alone is forgotten, and is a recipe again; of a memory that was computed as a whole all
+    tensors become views with a history.
+    """
+    if handle.values is None or handle.written is not None:
+        return
+    if handle.memory.whole is None:
+        handle.forget()
+    elif handle.memory.others(handle) and has_history(handle):
+        settle(handle)

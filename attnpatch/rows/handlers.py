@@ -1,0 +1,12 @@
+"""Every file that registers functions in the op table; a new one is added here."""
+
+from attnpatch.rows.creation import constants, gumbel
+from attnpatch.rows.fusion import run
+from attnpatch.rows.layout import diagonals, joining, shaping, writes
+from attnpatch.rows.matmul import products
+from attnpatch.rows.ops import lookups, metadata, per_head, pointwise, reductions
+
+__all__ = [
+    "constants", "diagonals", "gumbel", "joining", "lookups", "metadata", "per_head", "pointwise", "products",
+    "reductions", "run", "shaping", "writes",
+]  # fmt: skip

@@ -1,0 +1,209 @@
+"""A torch function with a deferred tensor among its arguments: attributes, hooks and autograd's functions, then the op table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnpatch.rows import guard
+from attnpatch.rows import handlers as _handlers  # noqa: F401  registers them
+from attnpatch.rows.arguments import deferred_in
+from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.autograd import edges
+from attnpatch.rows.deferred import sharing
+from attnpatch.rows.deferred.handle import deferred_here, has_other_history
+from attnpatch.rows.deferred.history import has_history
+from attnpatch.rows.deferred.tensor import DeferredRows, is_pending, settle, tally_of
+from attnpatch.rows.dispatch import apply
+from attnpatch.rows.graph.nodes import depth_of, map_structure
+from attnpatch.rows.layout import shaping
+from attnpatch.rows.op_table import ELEMENTWISE, called
+from attnpatch.rows.ops.pointwise import elementwise
+
+# Answered from the wrapper itself, without computing anything.
+_ATTRIBUTES = frozenset(
+    "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
+    "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
+    "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad output_nr _version".split()
+)
+# What is of the tensor that stands for it since it was written to in place.
+_OF_HISTORY = frozenset(["grad", "retains_grad"])
+# Steps of a recipe before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
+DEEPEST = 100
+# Who calls these asks for the gradient of the deferred tensor itself.
+_OBSERVING = frozenset(["register_hook", "retain_grad", "register_post_accumulate_grad_hook"])
+_METHODS = frozenset(
+    "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
+    "is_contiguous __len__ is_inference storage_offset is_same_size __hash__ requires_grad_".split()
+)
+
+
+# What a write may change (``unsqueeze_``), and what the wrapper does not know.
+_GEOMETRY = frozenset(
+    "shape size dim ndim ndimension numel nelement stride is_contiguous storage_offset __len__".split()
+)
+
+
+def dispatch_in(site: SiteCall, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``dispatch`` inside the call of a site."""
+    outer, deferred_here.site = deferred_here.site, site
+    try:
+        return dispatch(func, args, kwargs)
+    finally:
+        deferred_here.site = outer
+
+
+def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A torch function with a DeferredRows among its arguments."""
+    name = called(func)
+    is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")
+    if name in _GEOMETRY and isinstance(args[0], DeferredRows):
+        found = sharing.geometry(args[0].handle, name, func, args[1:], kwargs)
+        if found is not None:
+            return found
+    if is_attribute:
+        if name in _OF_HISTORY and (passed := _passed_by(args[0])) is not args[0]:
+            return guard.native(func, (passed, *args[1:]), kwargs)
+        if name == "grad_fn":
+            return _edge_of(args[0])
+        if name in _ATTRIBUTES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+    elif name in _METHODS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    elif name in _OBSERVING and isinstance(args[0], DeferredRows):
+        return _observed(func, args, kwargs)
+    elif func in _INPUTS:
+        return _differentiated(func, args, kwargs)
+    elif name == "__repr__" and isinstance(args[0], DeferredRows):
+        return DeferredRows.__repr__(args[0])
+    result = apply(name, func, args, kwargs)
+    # Not an error of the step: that is done, and must not be done again.
+    guard.attempted(_bound, result, name, name="the depth of a recipe", tally=tally_of((result,), {}))
+    return result
+
+
+def _bound(result: Any, operation: str) -> None:
+    if is_pending(result) and depth_of(result.handle.node) > DEEPEST:
+        result.handle.materialise(f"{operation} after {DEEPEST} steps")
+
+
+def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A hook on a deferred tensor, or ``retain_grad``: somebody asks for its own gradient."""
+    target = args[0]
+    passed = _passed_by(target)
+    if passed is not target:
+        return guard.native(func, (passed, *args[1:]), kwargs)
+    _observe(target)
+    with torch._C.DisableTorchFunctionSubclass():
+        return guard.native(func, args, kwargs)
+
+
+def _edge_of(tensor: Any) -> Any:
+    """``grad_fn``: who reads it may hook it, or ask for its gradient."""
+    passed = _passed_by(tensor)
+    if passed is tensor:
+        _observe(tensor)
+    return edges.history(passed)
+
+
+def _passed_by(tensor: Any) -> Any:
+    """What gradients pass by on their way to a deferred tensor's history: itself, or what it was written to as."""
+    if not isinstance(tensor, DeferredRows) or has_other_history(tensor):
+        return tensor
+    passed = tensor.handle.passes_by
+    return tensor if passed is None else passed
+
+
+def _observe(tensor: DeferredRows) -> None:
+    node = tensor.handle.node
+    if node.marks is None:
+        return
+    node.marks.is_observed = True
+    if node.anchor is None and tensor.handle.edge is edges.history(tensor):
+        with torch.enable_grad():
+            node.anchor = edges.bridged(tensor, _nothing_like(tensor))
+
+
+def _nothing_like(tensor: DeferredRows) -> torch.Tensor:
+    """What has the shape of a deferred tensor, and one element."""
+    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+# Where each of autograd's functions takes what gradients are for.
+_INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.backward: 4}
+
+
+def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """``backward`` and ``grad``: they need the history of a deferred tensor, and not what is in it.
+
+    Nothing deferred is among the arguments then: the call runs checkpointed layers again, which have to defer as before.
+    """
+
+    def source(value: Any) -> Any:
+        if not is_pending(value) or not has_history(value):
+            return settle(value, func.__name__)
+        return edges.bridged(value, _nothing_like(value))
+
+    def target(value: Any) -> Any:
+        if not isinstance(value, DeferredRows):
+            return value
+        passed = _passed_by(value)
+        if passed is not value:
+            return passed
+        _observe(value)
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.autograd.graph.get_gradient_edge(value)
+
+    place = _INPUTS[func]
+    with torch.enable_grad():
+        args = tuple(
+            map_structure(value, source if i == 0 else target if i == place else lambda v: settle(v, "grad"))
+            for i, value in enumerate(args)
+        )
+        ways = {"outputs": source, "tensors": source, "inputs": target}
+        kwargs = {
+            key: map_structure(value, ways.get(key, lambda v: settle(v, "grad")))
+            for key, value in kwargs.items()
+        }
+    return guard.native(func, args, kwargs)
+
+
+# Another tensor of the same memory.
+_SAME = frozenset(["detach", "alias", "view_as", "lift_fresh"])
+# Autograd begins and sums gradients with these.
+_MADE = {"ones_like": torch.ones, "zeros_like": torch.zeros}
+
+
+def _extended(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operator that reached a deferred tensor under everything Python can intercept: a scripted function's.
+
+    Its history was recorded above, so no gradients are enabled here.
+    """
+    library, _, name = func._schema.name.partition("::")
+    if (
+        library != "aten"
+        or kwargs.get("out") is not None
+        or not all(map(is_pending, deferred_in(args, kwargs)))
+    ):
+        return NotImplemented
+    if name in _SAME:
+        return shaping.same(name, torch.Tensor.detach, args[:1], {})
+    if name in _MADE:
+        return _MADE[name](args[0].shape, dtype=args[0].dtype, device=args[0].device)
+    if name == "view":
+        return shaping.view(name, func, args, kwargs)
+    return elementwise(name, func, args, kwargs) if name in ELEMENTWISE else NotImplemented
+
+
+def _below(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    result = _extended(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
+    return guard.native(func, settle(args, str(func)), settle(kwargs, str(func)))
+
+
+DeferredRows.answer, DeferredRows.answer_below = staticmethod(dispatch), staticmethod(_below)
