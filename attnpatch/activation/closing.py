@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from attnpatch.activation.session import Session, was_used
 from attnpatch.reporting import report_of
+
+if TYPE_CHECKING:
+    from attnpatch.activation.session import Session
 
 
 def closing_lines(session: Session) -> Iterator[str]:
     """The report of every model that ran, and a line for everything else that happened."""
-    used = [(patch, 1) for patch in session.patches.values() if was_used(patch)]
+    used = [(patch, 1) for patch in session.patches.values() if patch.was_used]
     for patch, number in (*session.gone.values(), *used):
         if number > 1:
             yield f"attnpatch: {number} models of this kind, added up:"
         yield f"attnpatch: {report_of(patch)}"
-    idle = Counter(patch.model_kind for patch in session.patches.values() if not was_used(patch))
+    idle = Counter(patch.model_kind for patch in session.patches.values() if not patch.was_used)
     idle.update(session.never_called)
     if idle:
         kinds = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in idle.items())

@@ -81,7 +81,7 @@ class Session:
             kind = type(model)
             patch = Patch(model, self.settings.policy, automatic=True, first_call=first_call)
             for other in inner:
-                if not was_used(other):
+                if not other.was_used:
                     self.patches.pop(id(other), None)
             self._adopt(patch, model, kind)
         except Exception as error:
@@ -124,7 +124,7 @@ class Session:
         # This may run in the middle of anything; the files are written later.
         self._waiting += _automatic(patch)
         patch.recorders = ()
-        if not was_used(patch):
+        if not patch.was_used:
             self.never_called[patch.model_kind] += 1
             return
         key = (patch.model_kind, patch.policy, tuple(site.name for site in patch.sites))
@@ -168,11 +168,6 @@ def _automatic_roots(model: Any) -> list[Patch]:
 
     sites = [site for module in model.modules() for site in sites_of(module)]
     return [site.patch for site in sites if site.is_root and site.patch.automatic]
-
-
-def was_used(patch: Patch) -> bool:
-    """Whether attention ran in the model or a part of it."""
-    return any(site.is_used for site in patch.sites)
 
 
 def _leave(model: Any) -> None:

@@ -621,6 +621,11 @@ class Patch:
                     take_out(module, site)
 
     @property
+    def was_used(self) -> bool:
+        """Whether attention ran in the model or a part of it."""
+        return any(site.is_used for site in self.sites)
+
+    @property
     def recorder(self) -> Any:
         """Who captures the running thread's calls, or ``None``."""
         return next((each for each in reversed(self.recorders) if each.is_mine()), None)

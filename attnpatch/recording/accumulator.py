@@ -11,6 +11,7 @@ import torch
 
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
+from attnpatch.observing import Passing
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
@@ -19,18 +20,6 @@ from attnpatch.recording.statistics import Measures
 _SHORT_RUN = 8
 # Of fewer than this there is so little to sum that columns are taken together first.
 _SINGLE_RUN = 4
-
-
-class Passing(Protocol):
-    """Where a tile of probabilities belongs (``attnpatch.rows`` makes them)."""
-
-    leads: torch.Tensor
-    rows: tuple[int, int]
-    lead_count: int
-    q_len: int
-    kv_len: int
-    weights: torch.Tensor | None
-    positions: torch.Tensor | None
 
 
 class Collecting(Protocol):

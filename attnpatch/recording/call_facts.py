@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-INPUT, KEPT, SLOTS = "input", "kept", "slots"
+from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
+
 NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
 
 # What the rows of a map may be off by, which should sum to 1; where a kernel of its own has summed them, which has a check
 # of its own.
 OFF, OFF_FUSED = 1e-4, 1e-2
-
-# From the place of the first query among the keys to bool ``[batch, kv_len]``, the keys attention is open to.
-Opened = Callable[[int | None], torch.Tensor | None]
-
-
-class Layout(Protocol):
-    """What the dimensions of an attention are (``attnpatch.rows`` finds it out)."""
-
-    batch: int
-    heads: int
-    q_len: int
-    kv_len: int
-    queries: tuple[Any, ...]
-    keys: tuple[Any, ...]
-    numbers: torch.Tensor | None
-    why_not: str
-    is_mixed: bool
-    drops_keys: bool
 
 
 class Unknown(Exception):

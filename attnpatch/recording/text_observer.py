@@ -10,7 +10,8 @@ import torch
 
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import AttnpatchError
-from attnpatch.recording.accumulator import Collecting, Passing, Record, SiteObserver, heads_as_leads
+from attnpatch.observing import Passing
+from attnpatch.recording.accumulator import Collecting, Record, SiteObserver, heads_as_leads
 from attnpatch.recording.block_sums import key_sums
 from attnpatch.recording.cache_history import MOST_ROWS, History, Rows
 from attnpatch.recording.call_facts import (

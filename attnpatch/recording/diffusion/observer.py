@@ -13,8 +13,9 @@ import torch
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
 from attnpatch.errors import AttnpatchError, CaptureError
-from attnpatch.recording.accumulator import Passing, SiteObserver, heads_as_leads
-from attnpatch.recording.call_facts import INPUT, NOT_SEEN, OFF, OFF_FUSED, Layout, Unknown, check_sums
+from attnpatch.observing import INPUT, Layout, Passing
+from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
+from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
 from attnpatch.recording.diffusion.denoising import (
     KEY_TILES,
     QUERY_TILES,
