@@ -92,7 +92,7 @@ def _page_cache(folder: pathlib.Path) -> int:
     return found.get("total_inactive_file", found.get("inactive_file", 0))
 
 
-class Room:
+class FreeMemoryCache:
     """What is known of free memory during one call of a model: it is asked once, not in every layer."""
 
     def __init__(self) -> None:

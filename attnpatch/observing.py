@@ -13,7 +13,7 @@ Opened = Callable[[int | None], torch.Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Passing:
+class TileInfo:
     """Where a tile of probabilities belongs.
 
     Attributes:
@@ -43,7 +43,7 @@ class Observer(Protocol):
 
     is_of_gradient: bool
 
-    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+    def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
 
         Keys that no row of the tile may look at can be left out at the end.

@@ -6,8 +6,9 @@ import dataclasses
 from collections import Counter
 
 from attnpatch.patching.counters import TOTALS
-from attnpatch.patching.patch import Patch, Site
+from attnpatch.patching.patch import Patch
 from attnpatch.patching.selection import RECOGNISED
+from attnpatch.patching.site import Site
 from attnpatch.policy import Policy, size_text
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import attnpatch
-from attnpatch.patching import patch
 from attnpatch.patching.registry import is_attention
+from attnpatch.patching.site import calls_here
 from benchmarks import captured_page, small_models, sweep
 from benchmarks.sweep import ROWS, listed
 
@@ -71,7 +71,7 @@ class _Outside(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         self.is_causal |= bool(kwargs.get("is_causal"))
-        if name in ("scaled_dot_product_attention", "softmax") and patch._thread.mode is None:
+        if name in ("scaled_dot_product_attention", "softmax") and calls_here.mode is None:
             first = args[0] if args else kwargs.get("query", kwargs.get("input"))
             self.calls[name] += first.dim() > 2
         return func(*args, **kwargs)

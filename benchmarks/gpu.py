@@ -29,10 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attnpatch
 from attnpatch.memory import PeakMeter
 from attnpatch.policy import Policy
-from attnpatch.recording.gpu import fused_sums
+from attnpatch.recording.gpu import fused_sums, tiles
 from attnpatch.recording.gpu.fused_sums import Shape
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.serve import arguments, fused_choice
+from attnpatch.rows.sdpa.call import arguments, fused_choice
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 # What the kernel's tiles might be instead.
@@ -378,7 +378,7 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
     flops = 2 * sizes.heads * sizes.width * tokens * (tokens + 1) / 2
     found = {}
     for shape in SHAPES if sizes.device.type == "cuda" else SHAPES[:1]:
-        queries, keys = fused_sums.cut(blocks, shape.rows), fused_sums.cut(blocks, shape.keys)
+        queries, keys = tiles.cut(blocks, shape.rows), tiles.cut(blocks, shape.keys)
         name = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(shape).items())
         try:
             runs = [

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import attnpatch
 from attnpatch.patching.recognition import INPUT, PROBABILITIES, SCORES, Watch
-from attnpatch.rows.deferred.tensor import DeferredRows
+from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.matmul import products
 
 SECONDS, BYTES = 60, 12 * 2**30
@@ -229,7 +229,9 @@ class Whole(TorchDispatchMode):
 
 def plain_tensors(value: Any) -> list[torch.Tensor]:
     """Tensors with memory of their own in a structure; not those that are deferred."""
-    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and not isinstance(t, DeferredRows)]
+    return [
+        t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and not isinstance(t, DeferredTensor)
+    ]
 
 
 def storage_of(tensor: torch.Tensor) -> int:

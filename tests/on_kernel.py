@@ -11,7 +11,8 @@ import zoo
 import attnpatch
 from attnpatch.blocks.spec import Blocks
 from attnpatch.recording.gpu import fused_sums
-from attnpatch.recording.gpu.fused_sums import Shape, block_sums, cut
+from attnpatch.recording.gpu.fused_sums import Shape, block_sums
+from attnpatch.recording.gpu.tiles import cut
 from attnpatch.rows.sdpa import logsumexp as fused
 
 DEVICE = "cpu" if fused_sums.is_interpreted() else "cuda"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnpatch.conversations.reading import files
-from attnpatch.conversations.reading.files import Conversation, Refused, read_conversations
+from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.errors import AnalysisError, AttnpatchError
 
 PAIR = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -86,7 +86,7 @@ def test_sources_name_record_and_line(tmp_path):
     assert [item.source for item in found] == [
         f"chats.jsonl record {r} (line {n})" for r, n in ((1, 2), (2, 5), (3, 6))
     ]
-    assert [type(item) for item in found] == [Conversation, Refused, Conversation]
+    assert [type(item) for item in found] == [Conversation, RejectedRecord, Conversation]
     assert [found[0].name, found[2].name] == ["chats-00001", "chats-00003"]
     found = read(tmp_path, json.dumps([PAIR, {"no": 1}, PAIR]), "chats.json")
     assert [item.source for item in found] == [f"chats.json record {n}" for n in (1, 2, 3)]
@@ -279,7 +279,7 @@ def test_a_bad_record_is_one_line_and_the_others_go_on(tmp_path, record, reason,
     content = lines(*records) if kind == "jsonl" else json.dumps(records)
     before, bad, after = read(tmp_path, content, f"chats.{kind}")
     assert before.messages == after.messages == tuple(PAIR)
-    assert isinstance(bad, Refused) and reason in bad.reason
+    assert isinstance(bad, RejectedRecord) and reason in bad.reason
     text = str(bad)
     assert text.startswith(f"chats.{kind} record 2") and len(text.splitlines()) == 1 and len(text) < 400
     text.encode()
@@ -336,7 +336,9 @@ WHOLE = {
 @pytest.mark.parametrize("content, reason", WHOLE.values(), ids=WHOLE)
 def test_a_file_that_holds_none_is_one_line(tmp_path, content, reason):
     (found,) = read(tmp_path, content, "chats.json")
-    assert isinstance(found, Refused) and reason in found.reason and found.source.startswith("chats.json")
+    assert (
+        isinstance(found, RejectedRecord) and reason in found.reason and found.source.startswith("chats.json")
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -413,7 +415,7 @@ def test_any_json_is_a_conversation_or_one_line(tmp_path_factory, value):
     path.write_text(json.dumps(value) + "\n" + json.dumps(PAIR) + "\n")
     first, second = read_conversations(path)
     assert second.messages == tuple(PAIR)
-    if isinstance(first, Refused):
+    if isinstance(first, RejectedRecord):
         assert len(str(first).splitlines()) == 1
         str(first).encode()
     else:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnpatch
 from attnpatch.rows.deferred.handle import pending
-from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending
 from attnpatch.rows.sdpa import deferred_weights
 
 KINDS = ["Llama", "Mistral", "Bert", "T5"]
@@ -110,7 +110,7 @@ def test_leaves_as_values(attention, length):
         }
         for name, way in ways.items():
             got = way(weights_of(model, inputs)["attentions"][0])
-            assert torch.equal(got.clone() if isinstance(got, DeferredRows) else got, whole), name
+            assert torch.equal(got.clone() if isinstance(got, DeferredTensor) else got, whole), name
     if attention == "eager":
         assert torch.equal(whole, weights_of(model, inputs)["attentions"][0])
 
@@ -195,7 +195,7 @@ def test_short_calls_and_other_modes():
         model, inputs = model_of("Llama", attention), inputs_of("Llama", 60)
         with attnpatch.patched(model, mode="auto"):
             kinds = {type(w) for w in weights_of(model, inputs)["attentions"]}
-        assert kinds == ({torch.Tensor} if attention == "eager" else {DeferredRows})
+        assert kinds == ({torch.Tensor} if attention == "eager" else {DeferredTensor})
         with attnpatch.patched(model, mode="never"):
             assert ("attentions" in weights_of(model, inputs)) == (attention == "eager")
     assert not weights_of(model, inputs), "the host has learned to return them: this feature can go"

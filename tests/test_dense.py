@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpatch
-from attnpatch.rows.sdpa import dense, serve
+from attnpatch.rows.sdpa import as_graph, dense
 
 
 class Attention(nn.Module):
@@ -86,7 +86,7 @@ def test_bits(monkeypatch, name, dtype, lead, q_len, kv_len, width, value_width,
     else:
         # A float64 product of fewer rows rounds differently in MKL, whoever asks for it: see the next comparison.
         torch.testing.assert_close(got, native, rtol=1e-13, atol=1e-13)
-    monkeypatch.setattr(serve, "is_simple", lambda call: False)
+    monkeypatch.setattr(as_graph, "is_simple", lambda call: False)
     _, by_torch, steps = by_rows(tensors, options, policy, monkeypatch)
     assert steps == 0
     assert torch.equal(got, by_torch)

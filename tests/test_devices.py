@@ -21,8 +21,9 @@ from attnpatch.policy import Policy
 from attnpatch.recording import block_sums
 from attnpatch.recording.statistics import MEASURES, Measures
 from attnpatch.rows import torch_graphs
-from attnpatch.rows.evaluate.tiled import Replay
-from attnpatch.rows.sdpa import dense, logsumexp, serve
+from attnpatch.rows.evaluate.tiled import TiledEvaluation
+from attnpatch.rows.sdpa import as_graph, dense, logsumexp
+from attnpatch.rows.sdpa import call as sdpa_call
 
 
 class Seen(TorchDispatchMode):
@@ -47,7 +48,7 @@ def a_call(width=64, kv_len=40, heads=4, kv_heads=4, q_len=40, mask=None, dtype=
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(2, kv_heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
-    return serve.arguments((query, key, value, mask), {"enable_gqa": heads != kv_heads, **more})
+    return sdpa_call.arguments((query, key, value, mask), {"enable_gqa": heads != kv_heads, **more})
 
 
 # ------------------------------------------------------------------------------------------ operators and their masks
@@ -156,7 +157,7 @@ def test_a_sink_does_not_use_a_wrong_logsumexp(monkeypatch):
 def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
     """As CUDA has it, where torch serves float32 heads that share keys in dense math."""
     monkeypatch.setattr(dense, "is_simple", lambda call: True)
-    monkeypatch.setattr(serve, "fused_choice", lambda call: serve.MATH_KERNEL)
+    monkeypatch.setattr(as_graph, "fused_choice", lambda call: sdpa_call.MATH_KERNEL)
     q_len, kv_len = lengths
     generator = torch.Generator().manual_seed(1)
     seen = torch.rand(2, 1, q_len, kv_len, generator=generator) > 0.3
@@ -170,14 +171,14 @@ def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
     call = a_call(
         heads=4, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len, mask=mask, is_causal=what == "causal"
     )
-    monkeypatch.setattr(serve, "is_simple", dense.is_simple)
+    monkeypatch.setattr(as_graph, "is_simple", dense.is_simple)
     with torch.no_grad():
-        node = serve.recipe(call)
+        node = as_graph.graph(call)
         assert isinstance(node, dense.Dense)
         with sdpa_kernel(SDPBackend.MATH):
             native = F.scaled_dot_product_attention(**call)
         for rows, heads in ((None, None), (7, None), (16, 2)):
-            got = Replay(node, Policy(mode="always", rows=rows, heads=heads))()
+            got = TiledEvaluation(node, Policy(mode="always", rows=rows, heads=heads))()
             torch.testing.assert_close(got, native)
 
 
@@ -191,7 +192,7 @@ def test_dense_serves_float32_heads_that_share_keys_on_cuda():
 def a_call_on(device, heads=4, kv_heads=4, q_len=64, dtype=torch.float32, **more):
     query = torch.empty(1, heads, q_len, 32, device=device, dtype=dtype)
     key = torch.empty(1, kv_heads, q_len, 32, device=device, dtype=dtype)
-    return serve.arguments((query, key, key), {"enable_gqa": heads != kv_heads, **more})
+    return sdpa_call.arguments((query, key, key), {"enable_gqa": heads != kv_heads, **more})
 
 
 # --------------------------------------------------------------------------------------------------- what is asked of
@@ -212,11 +213,11 @@ def test_mps_is_not_asked_for_its_kernel():
     with FakeTensorMode():
         call = a_call_on("mps")
         with Names() as names:
-            assert serve.fused_choice(call) == serve.MATH_KERNEL
+            assert sdpa_call.fused_choice(call) == sdpa_call.MATH_KERNEL
     assert not names.seen
     call = a_call()
     with Names() as names:
-        assert serve.fused_choice(call) != serve.MATH_KERNEL
+        assert sdpa_call.fused_choice(call) != sdpa_call.MATH_KERNEL
     assert names.seen == ["_fused_sdp_choice.default"]
 
 
@@ -233,17 +234,17 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for is_causal in (True, False):
         call = a_call(q_len=96, kv_len=96, is_causal=is_causal)
-        node = serve.recipe(call)
-        assert isinstance(node, serve.Attend)
+        node = as_graph.graph(call)
+        assert isinstance(node, as_graph.Attend)
         # Its tensors stay where they are.
         node.device, node.merges = torch.device("cuda"), False
         allowed.clear()
         with torch.no_grad(), Watch():
-            got = Replay(node, Policy(mode="always", rows=32))()
+            got = TiledEvaluation(node, Policy(mode="always", rows=32))()
         assert len(allowed) == 3 and set(allowed) == {before and not is_causal}
         torch.testing.assert_close(got, F.scaled_dot_product_attention(**call))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), serve.without_cudnn():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), sdpa_call.without_cudnn():
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -411,8 +411,10 @@ def test_bits_of_long_rows(choice, kv_len, monkeypatch):
     spelling = Spelling(**choice, heads=2, q_len=40, kv_len=kv_len, head_dim=16, rows=16)
     model, seen = Holder(spelling), []
     native = model(**spelling.tensors())
-    padded = run.Run.padded
-    monkeypatch.setattr(run.Run, "padded", lambda self, value: seen.append(padded(self, value)) or seen[-1])
+    padded = run.Evaluator.padded
+    monkeypatch.setattr(
+        run.Evaluator, "padded", lambda self, value: seen.append(padded(self, value)) or seen[-1]
+    )
     with by_rows(model, CASE, rows=16), torch.no_grad():
         assert zoo.equal_with_nan(model(**spelling.tensors()), native)
     assert seen and all(rows.shape[-1] % 16 == 0 and rows.shape[-1] % 256 for rows in seen)
@@ -469,7 +471,7 @@ ALIASES = [
 
 @pytest.mark.parametrize("spelling", range(len(ALIASES)))
 def test_a_step_writes_over_nothing_that_is_still_needed(spelling):
-    """Two names of one tensor in one recipe: a step in place through one must not change the other."""
+    """Two names of one tensor in one graph: a step in place through one must not change the other."""
 
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):

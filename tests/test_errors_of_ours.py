@@ -18,11 +18,12 @@ import attnpatch
 from attnpatch import failures
 from attnpatch.errors import AttnpatchWarning
 from attnpatch.hosts.diffusers.prompts import Prompts
-from attnpatch.patching import patch as patching
+from attnpatch.patching import site as patching
+from attnpatch.patching.patch import Patch
 from attnpatch.patching.recognition import Watch
 from attnpatch.recording.recorder import Recorder
 from attnpatch.recording.text_observer import TextObserver
-from attnpatch.rows.autograd.native_tape import Trail
+from attnpatch.rows.autograd.native_tape import NativeTape
 from attnpatch.rows.creation import positions, row_masks
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import observed
@@ -86,7 +87,7 @@ def short(model, inputs):
 # Where the error is, what is run, and how.
 STEPS = [
     (patching.masks, "is_short", llama, by_rows),
-    (patching, "Room", llama, by_rows),
+    (patching, "FreeMemoryCache", llama, by_rows),
     (patching, "pending", llama, short),
     (patching, "renew", llama, by_rows),
     (positions, "is_watching", llama, short),
@@ -95,11 +96,11 @@ STEPS = [
     (positions.Before, "__enter__", llama, by_rows),
     (row_masks, "may_defer", llama, by_rows),
     (row_masks, "keeping", llama, by_rows),
-    (patching.weights, "are_asked_for", llama, by_rows),
-    (patching.weights, "are_asked_for", llama, short),
+    (patching.attention_outputs, "are_asked_for", llama, by_rows),
+    (patching.attention_outputs, "are_asked_for", llama, short),
     (patching, "most_rows", llama, short),
-    (patching.weights, "put_in", lambda: llama("sdpa"), weights_asked),
-    (patching, "SiteCall", llama, by_rows),
+    (patching.attention_outputs, "put_in", lambda: llama("sdpa"), weights_asked),
+    (patching, "AttentionCall", llama, by_rows),
     (patching, "opened", lambda: small(lambda: nn.MultiheadAttention(16, 2)), by_rows),
     (RowsMode, "__init__", llama, by_rows),
     (RowsMode, "__enter__", llama, by_rows),
@@ -118,7 +119,7 @@ STEPS = [
     (Watch, "__init__", lambda: small(Recognised), by_rows),
     (Watch, "_became", lambda: small(Recognised), by_rows),
     (Watch, "mark", lambda: small(Recognised), by_rows),
-    (patching.Patch, "judged", lambda: small(Recognised), by_rows),
+    (Patch, "judged", lambda: small(Recognised), by_rows),
 ]
 
 
@@ -323,7 +324,7 @@ def test_queries_of_earlier_layers_are_gone(tokens):
 
 def test_what_is_noted_of_a_step_lives_with_its_result():
     call = types.SimpleNamespace(answers_shortage=True, is_answered=lambda error: False)
-    trail = Trail()
+    trail = NativeTape()
     query, key = zoo.floats(1, 2, 40, 8), zoo.floats(1, 2, 8, 40)
     scores = trail.run(torch.matmul, (query, key), {}, call)
     weights = trail.run(torch.softmax, (scores, -1), {}, call)

@@ -12,7 +12,7 @@ from hypothesis import given
 from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.evaluate import row_granularity
 from attnpatch.rows.graph import axes
-from attnpatch.rows.sdpa import serve
+from attnpatch.rows.sdpa import call as sdpa_call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,7 +56,7 @@ def arguments(batch, heads, group, width, q_len, kv_len, masked, dtype, seed):
     query = torch.randn(batch, heads * group, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(batch, heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
     mask = torch.rand(batch, 1, q_len, kv_len, generator=generator) > 0.3 if masked else None
-    return serve.arguments((query, key, value, mask), {"enable_gqa": group > 1})
+    return sdpa_call.arguments((query, key, value, mask), {"enable_gqa": group > 1})
 
 
 @given(call=calls())

@@ -17,10 +17,16 @@ LENGTH, WIDTH = 40, 16
 # What the answer to a failure itself is made of: who is asked last cannot be answered for.
 LAST_RESORT = {
     "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "tensor.natively",
-    "tensor.settle", "history.has_history", "handle.is_foreign", "handle.has_other_history", "tensor.is_pending", "tensor.DeferredRows.__torch_function__",
-    "tensor.DeferredRows.__torch_dispatch__", "attention_call.SiteCall.failed", "oom.is_out_of_memory",
+    "tensor.settle", "history.has_history", "handle.is_foreign", "handle.has_other_history", "tensor.is_pending", "tensor.DeferredTensor.__torch_function__",
+    "tensor.DeferredTensor.__torch_dispatch__", "attention_call.AttentionCall.failed", "oom.is_out_of_memory",
     "selective_checkpoints.is_hidden", "selective_checkpoints.shown",
 }  # fmt: skip
+
+
+# Of a backward pass: there is no native call to go back to, and an error is raised by it and by no forward.
+OF_BACKWARD = {
+    f"kept_values.{kind}.{step}" for kind in ("Kept", "Packed") for step in ("instead_of", "forget")
+}
 
 
 class Injected(Exception):
@@ -77,7 +83,7 @@ def steps():
                         not key.startswith("_") or key in ("__init__", "__call__")
                     ):
                         found[f"{short}.{name}.{key}"] = [(value, key)]
-    return {name: places for name, places in found.items() if name not in LAST_RESORT}
+    return {name: places for name, places in found.items() if name not in LAST_RESORT | OF_BACKWARD}
 
 
 STEPS = steps()

@@ -63,6 +63,73 @@ def test_imports_go_one_way():
     assert seen > 40
 
 
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imports_of(path):
+    """Modules of the package that a file imports, in functions too, but not for type checkers alone.
+
+    A class and a function that take each other need a name for it only in annotations.
+    """
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def circles(graph):
+    """Sets of files that reach each other: one look at what each file reaches is enough for a few hundred."""
+    reached = {}
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += graph[name]
+        reached[start] = seen
+    return {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {
+        name: {other for other in imports_of(path) if other in MODULES and other != name}
+        for name, path in MODULES.items()
+    }
+    assert sum(map(len, graph.values())) > 300
+    assert circles(graph) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {frozenset("bc")}
+
+
+def test_folders_can_be_looked_over():
+    for folder in {path.parent for path in MODULES.values()}:
+        assert len(list(folder.glob("*.py"))) <= 14, folder
+
+
+def test_every_handler_is_registered():
+    """A file that registers functions and is not in ``handlers.py`` would leave them unknown, silently."""
+    from attnpatch.rows import handlers
+
+    marks = ("\n@op(", "\n@write(", "\n@fuses\n")
+    found = {path.stem for path in (ROOT / "rows").rglob("*.py") if any(m in path.read_text() for m in marks)}
+    assert found == set(handlers.__all__)
+
+
 def test_rows_and_recording_do_not_know_each_other():
     for one, other in (
         ("rows", "recording"),

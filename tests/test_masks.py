@@ -13,7 +13,7 @@ from torch import nn
 import attnpatch
 from attnpatch.hosts.transformers import masks as host_masks
 from attnpatch.rows.creation import row_masks
-from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending
 from attnpatch.rows.evaluate import toeplitz as distances
 from benchmarks.sweep import Whole
 
@@ -245,14 +245,14 @@ def test_only_where_the_rule_says_so(monkeypatch):
             return type(model(x, mask))
 
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1MB")
-    assert kind(min_tokens=100) is DeferredRows
+    assert kind(min_tokens=100) is DeferredTensor
     assert kind(min_tokens=TOKENS) is torch.Tensor
     assert kind(mode="never") is torch.Tensor
     # A mask of 2 x 1024 x 1024: 2 MiB in bool, 8 MiB in float32, and 96 MiB of scores in four heads.
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "3GB")
     assert kind(min_tokens=100) is torch.Tensor
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "150MB")
-    assert kind(min_tokens=100, min_free=0) is DeferredRows
+    assert kind(min_tokens=100, min_free=0) is DeferredTensor
     model.config._attn_implementation = "sdpa"
     assert kind(min_tokens=100, min_free=0) is torch.Tensor
     assert type(model(x, mask)) is torch.Tensor
@@ -537,9 +537,9 @@ def test_made_once_for_all_heads(heads, monkeypatch):
     """Rows of a mask that all heads share are not made again for each tile of heads."""
     model, inputs = model_of("Bert", "eager"), inputs_of("Bert", 128)
     made = []
-    compute = row_masks.Generated.compute
+    compute = row_masks.RowFunctionNode.compute
     monkeypatch.setattr(
-        row_masks.Generated,
+        row_masks.RowFunctionNode,
         "compute",
         lambda self, tile, run: made.append(dict(tile)) or compute(self, tile, run),
     )
@@ -702,7 +702,7 @@ def test_the_sequences_of_a_batch_are_no_rows():
     with attnpatch.patched(model, sites=["attention"], mode="always", rows=8):
         got = model(x)
         totals = attnpatch.report(model).totals
-    assert not any(isinstance(seen, DeferredRows) for seen in model.seen)
+    assert not any(isinstance(seen, DeferredTensor) for seen in model.seen)
     assert torch.equal(got, native) and totals["by_rows"] == 1 and not totals["materialised"]
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from attnpatch.cli.app import app
 from attnpatch.conversations import merge as merging
-from attnpatch.conversations.merge import Spread, merge_folder, pooled, role_of
+from attnpatch.conversations.merge import RunningMoments, merge_folder, pooled, role_of
 from attnpatch.errors import AnalysisError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.page import write_page
@@ -110,7 +110,7 @@ def test_one_conversation_has_no_spread(tmp_path):
 
 
 def test_spread_of_large_numbers_keeps_its_digits():
-    spread = Spread()
+    spread = RunningMoments()
     for value in (1e8, 1e8 + 1, 1e8 + 2):
         spread.add(torch.tensor([value], dtype=torch.float64))
     assert float(spread.deviation) == pytest.approx(1.0, abs=1e-6)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnpatch
 from attnpatch import Policy, errors, memory
 from attnpatch.policy import parse_size
-from attnpatch.rows.evaluate.row_granularity import Grain
+from attnpatch.rows.evaluate.row_granularity import RowGranularity
 from attnpatch.rows.evaluate.tile_plan import choose
 from attnpatch.rows.graph.axes import LEAD, LEAST, ROW, Axis
 
@@ -195,7 +195,7 @@ def test_policy_is_frozen_and_printable():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 61, 1025])
 @pytest.mark.parametrize("step", [1, 3, 4, 7, 16, 5000])
-@pytest.mark.parametrize("grain", [Grain(), Grain(32, 32), Grain(192, 64)])
+@pytest.mark.parametrize("grain", [RowGranularity(), RowGranularity(32, 32), RowGranularity(192, 64)])
 def test_no_remainder_is_left_alone(size, step, grain):
     pieces = grain.cut(size, step)
     assert pieces[0][0] == 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from attnpatch.conversations import batch, results_folder
-from attnpatch.conversations.reading.files import Conversation, Refused
+from attnpatch.conversations.reading.files import Conversation, RejectedRecord
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import RunFolder, read_facts
 from attnpatch.errors import AnalysisError, CaptureError
@@ -98,7 +98,7 @@ def test_resume_takes_what_is_left_and_tries_failures_again(tmp_path):
 def test_the_index_says_what_is_so_now(tmp_path):
     """The parts of several processes are in no order of time, and files come and go."""
     names = lambda: [(line.get("name"), "error" in line) for line in chats.index_of(tmp_path)]
-    refused = Refused("f.jsonl record 2", "not JSON")
+    refused = RejectedRecord("f.jsonl record 2", "not JSON")
     run(Pretended(), [*said("a"), refused], tmp_path, shard=(0, 2))
     run(Pretended(), [*said("a"), refused, *said("c", "fail", first=3)], tmp_path, shard=(1, 2))
     assert names() == [("c1", False), (None, True), ("c4", True)]
@@ -118,7 +118,7 @@ def test_the_index_says_what_is_so_now(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_each_step_of_writing(tmp_path):
     """SIGKILL at each fsync, rename and link of a run, what is being written cut short; then resumed."""
-    records = [*said("a", "fail"), Refused("f.jsonl record 3", "not JSON"), *said("d", first=4)]
+    records = [*said("a", "fail"), RejectedRecord("f.jsonl record 3", "not JSON"), *said("d", first=4)]
     points = 0
     for point in range(100):
         folder = tmp_path / str(point)
@@ -262,7 +262,7 @@ def test_a_run_without_a_result_leaves_nothing_behind(end, kept, tmp_path):
 
 def vanishing():
     """A file that can no longer be read after a record that is none."""
-    yield Refused("f.jsonl record 1", "not JSON")
+    yield RejectedRecord("f.jsonl record 1", "not JSON")
     raise AnalysisError("f.jsonl: it is gone")
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attnpatch
-from attnpatch.patching import patch as patching
+from attnpatch.patching import site as patching
 from attnpatch.rows.creation import row_masks
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
@@ -48,7 +48,7 @@ class Shortage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        inside = self.anywhere or patching._thread.mode is not None
+        inside = self.anywhere or patching.calls_here.mode is not None
         if not inside or self.only not in str(func):
             return result
         before = (
@@ -149,7 +149,7 @@ def test_each_allocation(case, implementation):
                     assert shortage.failed[0] in OTHERS.get(case.name, ()), f"{at}: {shortage.failed}"
                     continue
                 totals = attnpatch.report(model).totals
-            # Materialised: a recipe that nothing could extend, computed by rows nevertheless.
+            # Materialised: a graph that nothing could extend, computed by rows nevertheless.
             assert totals["retried"] == 1, f"{at}: {totals}"
             # Native: a step that needs every row (a matrix added to its own transpose) is computed in one piece.
             assert totals["by_rows"] + totals["materialised"] + totals["native"] > 0, f"{at}: {totals}"

@@ -697,7 +697,7 @@ class InPlaceAttention(_Projections):
 
 
 class OverwritingAttention(_Projections):
-    """Tensors that a pending recipe reads are overwritten before it is used: what they were must count."""
+    """Tensors that a pending graph reads are overwritten before it is used: what they were must count."""
 
     def forward(self, x, context=None, mask=None):
         query, key, value = map(self.split, self.project(x, context))

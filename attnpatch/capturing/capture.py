@@ -24,7 +24,7 @@ from attnpatch.hosts.transformers import calls as host
 from attnpatch.model_patches import parts_in, put_in_place
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
-from attnpatch.recording.call_facts import SiteFacts
+from attnpatch.recording.call_facts import AttentionCallInfo
 from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
 from attnpatch.recording.diffusion.recorder import ImageRecorder
 from attnpatch.recording.recorder import Recorder
@@ -337,10 +337,10 @@ def recorder_of(
     def read_call(args: Any, kwargs: Any, part: type | None) -> host.ModelCall:
         return host.read_call(part or kind, args, kwargs)
 
-    def site_call(call: Any, name: str, args: Any, kwargs: Any) -> SiteFacts:
+    def site_call(call: Any, name: str, args: Any, kwargs: Any) -> AttentionCallInfo:
         cross = host.is_cross(kwargs)
         handed = caches.among((), args, kwargs)
-        return SiteFacts(
+        return AttentionCallInfo(
             *host.masks_of(call, name, cross),
             past=call.past_of(handed),
             has_cache=bool(handed),

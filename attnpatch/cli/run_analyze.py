@@ -29,7 +29,7 @@ from attnpatch.cli.console import say
 from attnpatch.cli.processes import Processes
 from attnpatch.conversations.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
 from attnpatch.conversations.batch import Step, Summary, analyze_all
-from attnpatch.conversations.reading.files import Conversation, Refused, read_conversations
+from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.results_folder import INDEX, discard
 from attnpatch.conversations.single_pass_check import SINGLE_PASS
 from attnpatch.errors import AnalysisError, MissingExtraError
@@ -126,7 +126,7 @@ def _run(task: Task, processes: Processes) -> int:
     return 0
 
 
-def _records(task: Task) -> Iterable[Conversation | Refused]:
+def _records(task: Task) -> Iterable[Conversation | RejectedRecord]:
     if task.json is not None:
         return read_conversations(task.json)
     from attnpatch.demo.conversations import Conversation as DemoConversation

@@ -30,7 +30,7 @@ from attnpatch.conversations.passes import (
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import made_for
 from attnpatch.conversations.single_pass_check import SINGLE_PASS, tokens_to_try, why_single_pass
-from attnpatch.conversations.tokenized_chat import Rendered, render
+from attnpatch.conversations.tokenized_chat import TokenizedChat, render
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 from attnpatch.maps.fields import NORMALIZATIONS
@@ -224,7 +224,7 @@ class BlockAttentionAnalyzer:
 
     def _rendered(
         self, messages: Sequence[Mapping], options: Options, add_generation_prompt: bool = False
-    ) -> Rendered:
+    ) -> TokenizedChat:
         limit = options.max_tokens
         if limit is None:
             limit = getattr(text_config(self.model), "max_position_embeddings", None)
@@ -236,12 +236,12 @@ class BlockAttentionAnalyzer:
         )  # fmt: skip
 
     @staticmethod
-    def _is_cut(method: str, rendered: Rendered, options: Options) -> bool:
+    def _is_cut(method: str, rendered: TokenizedChat, options: Options) -> bool:
         return len(list(pieces(method, rendered, options.chunk_size))) > 1
 
     def _run(
         self,
-        rendered: Rendered,
+        rendered: TokenizedChat,
         options: Options,
         normalize: str,
         method: str,

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnpatch.blocks.chat.messages import NEXT
 from attnpatch.conversations.passes import in_pieces
-from attnpatch.conversations.tokenized_chat import Rendered
+from attnpatch.conversations.tokenized_chat import TokenizedChat
 
 # What decoding puts in the place of bytes that are no character.
 _NO_CHARACTER = "\ufffd"
@@ -28,7 +28,7 @@ class Answer:
     tokens: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
-    def texts_of_blocks(self, kind: str | int, texts: Sequence[str], rendered: Rendered) -> list[str]:
+    def texts_of_blocks(self, kind: str | int, texts: Sequence[str], rendered: TokenizedChat) -> list[str]:
         """What each block says with the answer, of which the last token has been no row yet.
 
         Args:

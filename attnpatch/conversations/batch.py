@@ -14,7 +14,7 @@ from attnpatch.api import capture, patched
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.spec import Blocks
 from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
-from attnpatch.conversations.reading.files import Conversation, Refused, read_conversations
+from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import RunFolder, read_facts
 from attnpatch.errors import AnalysisError, AttnpatchError
@@ -94,7 +94,7 @@ def analyze_file(
 
 def analyze_all(
     analyzer: BlockAttentionAnalyzer,
-    records: Iterable[Conversation | Refused],
+    records: Iterable[Conversation | RejectedRecord],
     folder: str | Path,
     *,
     method: str = "sequential",
@@ -145,7 +145,7 @@ def analyze_all(
         for number, record in enumerate(records):
             if number % count != rank:
                 continue
-            if isinstance(record, Refused):
+            if isinstance(record, RejectedRecord):
                 entry = {"record": number + 1, "source": record.source, "error": record.reason}
                 step = Step("failed", entry)
             else:

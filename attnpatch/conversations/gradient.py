@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from attnpatch.conversations.tokenized_chat import Rendered
+from attnpatch.conversations.tokenized_chat import TokenizedChat
 from attnpatch.errors import AnalysisError
 
 
 def target_positions(
-    target: str | Sequence[int], rendered: Rendered, messages: Sequence[Mapping]
+    target: str | Sequence[int], rendered: TokenizedChat, messages: Sequence[Mapping]
 ) -> list[int]:
     """The tokens whose log-probability is differentiated.
 

@@ -79,7 +79,7 @@ def merge_folder(folder: str | Path, by: By = "labels") -> Merged:
     return Merged(block_map, read, tuple(left_out), tuple(damaged))
 
 
-class Spread:
+class RunningMoments:
     """Mean and standard deviation of what comes one after the other (Welford 1962), in float64."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def _loaded(paths: Iterable[Path], damaged: list[str]) -> Iterable[BlockMap]:
 
 
 def _by_labels(paths: list[Path], damaged: list[str]) -> tuple[BlockMap, int]:
-    spread, queries, keys, read = Spread(), 0.0, 0.0, 0
+    spread, queries, keys, read = RunningMoments(), 0.0, 0.0, 0
     first = None
     for one in _loaded(paths, damaged):
         first = one if first is None else first
@@ -151,7 +151,7 @@ def _by_role(
     paths: list[Path], facts: Mapping[Path, Mapping[str, Any]], damaged: list[str]
 ) -> tuple[BlockMap, int]:
     roles = _roles(paths, facts)
-    spread, sizes, read, having = Spread(), torch.zeros(len(roles), dtype=torch.float64), 0, Counter()
+    spread, sizes, read, having = RunningMoments(), torch.zeros(len(roles), dtype=torch.float64), 0, Counter()
     first = None
     for one in _loaded(paths, damaged):
         first = one if first is None else first
@@ -222,7 +222,9 @@ def _roles(paths: list[Path], facts: Mapping[Path, Mapping[str, Any]]) -> list[s
     return sorted(roles, key=lambda role: (usual.get(role.split(" + ")[0], len(usual)), role))
 
 
-def _made(first: BlockMap, spread: Spread, more: Mapping[str, Any], read: int, **fields: Any) -> BlockMap:
+def _made(
+    first: BlockMap, spread: RunningMoments, more: Mapping[str, Any], read: int, **fields: Any
+) -> BlockMap:
     plural = "s" * (read != 1)
     metadata = {
         "model": first.metadata.get("model"),

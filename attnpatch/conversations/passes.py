@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnpatch.blocks.spec import Blocks
-from attnpatch.conversations.tokenized_chat import NEXT, Rendered
+from attnpatch.conversations.tokenized_chat import NEXT, TokenizedChat
 from attnpatch.errors import AnalysisError
 from attnpatch.hosts.transformers import caches
 from attnpatch.hosts.transformers.loading import ENCODER_DECODER
@@ -50,7 +50,7 @@ def left_out_note(left_out: Mapping[str, str]) -> list[str]:
     return [f"left out of the map: {name}: {reason}{more}"]
 
 
-def pieces(method: str, rendered: Rendered, chunk_size: int) -> Iterator[tuple[int, int]]:
+def pieces(method: str, rendered: TokenizedChat, chunk_size: int) -> Iterator[tuple[int, int]]:
     """Where each pass begins and ends."""
     if method == "sequential":
         yield from rendered.spans
@@ -84,7 +84,7 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
             model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=True, **handed, **more)
 
 
-def blocks_of(kind: str | int, rendered: Rendered, grows: bool) -> tuple[Blocks, list[str]]:
+def blocks_of(kind: str | int, rendered: TokenizedChat, grows: bool) -> tuple[Blocks, list[str]]:
     """Blocks, and what each says.
 
     Args:
@@ -109,7 +109,7 @@ def in_pieces(tokens: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
-def words_of(rendered: Rendered) -> tuple[list[tuple[int, int]], list[str]]:
+def words_of(rendered: TokenizedChat) -> tuple[list[tuple[int, int]], list[str]]:
     """Spans of words in tokens, and the words: a token that brings white space with it begins one, as does a block."""
     starts = {start for start, _ in rendered.spans}
     spans: list[tuple[int, int]] = []

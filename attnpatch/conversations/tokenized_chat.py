@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attnpatch.blocks.chat.closing_patterns import Special
 from attnpatch.blocks.chat.messages import NEXT, Span, template_of, token_counts
-from attnpatch.blocks.chat.segmentation import Division, Piece, divide
+from attnpatch.blocks.chat.segmentation import Division, Segment, divide
 from attnpatch.errors import AnalysisError, BlockError
 
 Side = Literal["left", "right"]
@@ -29,7 +29,7 @@ class Truncated:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class TokenizedChat:
     """A conversation in tokens, divided into blocks.
 
     Attributes:
@@ -65,7 +65,7 @@ def render(
     max_tokens: int | None = None,
     truncate: Side | None = None,
     **template_options: Any,
-) -> Rendered:
+) -> TokenizedChat:
     """Render a conversation with the tokenizer's chat template and find each message's tokens.
 
     Spans are those of the whole conversation's rendering, by character offsets, and nothing is searched for; how,
@@ -123,7 +123,7 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
         raise AnalysisError(f"max_tokens is {max_tokens!r}; accepted is a whole number from 1 on, or None.")
 
 
-def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> Rendered:
+def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> TokenizedChat:
     template = template_of(tokenizer, options)
     notes = []
     how: dict[str, Any] = {"prompt": prompt, "special": Special.of(tokenizer)}
@@ -156,7 +156,7 @@ def _with_arguments_as_text(messages: list[Mapping]) -> tuple[list[Mapping], boo
     return changed, changed != messages
 
 
-def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> Rendered:
+def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> TokenizedChat:
     notes = [
         "the tokenizer has no chat template: each message is 'role: content' on lines of its own (plain)"
     ]
@@ -171,14 +171,14 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
     end = 0
     for index, line in enumerate(lines):
         end += len(line)
-        pieces.append(Piece((index,), end))
+        pieces.append(Segment((index,), end))
     opening = "assistant:" if prompt else ""
     text = "".join([*lines, opening])
     division = Division(text, tuple(pieces), tuple(contents), tuple(notes), opening)
     return _in_tokens(tokenizer, messages, division, "plain")
 
 
-def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, template: Any) -> Rendered:
+def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, template: Any) -> TokenizedChat:
     """The tokens of a divided text."""
     text = division.text
     try:
@@ -215,7 +215,7 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
         if count == 0:
             notes.append(f"{labels[block]}: it has no token of its own, its neighbour's block holds it")
         begin += count
-    return Rendered(
+    return TokenizedChat(
         ids,
         tuple(spans),
         tuple(" + ".join(labels[block] for block in group) for group in kept),
@@ -275,7 +275,7 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _fitted(rendered: Rendered, count: int, max_tokens: int | None, side: Side | None) -> Rendered:
+def _fitted(rendered: TokenizedChat, count: int, max_tokens: int | None, side: Side | None) -> TokenizedChat:
     """The conversation if it fits, or what does; never less without a note."""
     total = len(rendered.ids)
     if max_tokens is None or total <= max_tokens:

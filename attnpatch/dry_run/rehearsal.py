@@ -18,17 +18,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attnpatch.ledger import Ledger, Shapes, Span
-from attnpatch.memory import Room
-from attnpatch.patching.patch import Patch, Site, most_rows, patch_of
+from attnpatch.memory import FreeMemoryCache
+from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
+from attnpatch.patching.site import Site, most_rows
 from attnpatch.policy import Policy
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.evaluate.evaluator import Run
-from attnpatch.rows.evaluate.tile_plan import Steps
-from attnpatch.rows.evaluate.tiled import Look, Replay
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.evaluate.evaluator import Evaluator
+from attnpatch.rows.evaluate.tile_plan import TilePlan
+from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
 from attnpatch.rows.graph.axes import KEY, Tile, all_leaves, extent
-from attnpatch.rows.graph.nodes import Leaf, Node
+from attnpatch.rows.graph.nodes import InputNode, Node
 from attnpatch.rows.mode import FAST_PATHS, RowsMode, num_heads
 from attnpatch.rows.sdpa import fast_paths
 
@@ -65,12 +66,12 @@ class Seen:
         return "dense math" if self.is_dense else "hand-written" if self.is_product else "unknown"
 
 
-class _FewTiles(Replay):
+class _FewTiles(TiledEvaluation):
     """Replays the first and the last row step of the first heads: all others hold as much, or less."""
 
     step: tuple[int, int] | None = None
 
-    def _steps(self, run: Run) -> Steps:
+    def _steps(self, run: Evaluator) -> TilePlan:
         steps = super()._steps(run)
         rows = steps.rows if len(steps.rows) < 3 else [steps.rows[0], steps.rows[-1]]
         if self.step is None:
@@ -78,12 +79,12 @@ class _FewTiles(Replay):
             self.step = high, max(self._heads(tile, steps) for tile in steps.lead)
         # Two tiles at least, where there are two: the second one lives beside the result.
         count = 1 if len(rows) > 1 else min(2, len(steps.lead))
-        return Steps(steps.lead[:1] * count, steps.row, rows)
+        return TilePlan(steps.lead[:1] * count, steps.row, rows)
 
-    def _heads(self, tile: Tile, steps: Steps) -> int:
+    def _heads(self, tile: Tile, steps: TilePlan) -> int:
         """Batch x heads of a tile: axes that the result shares with the scores."""
         node = self.node
-        scores = [all_leaves(child.dims) for child in node.children if not isinstance(child, Leaf)]
+        scores = [all_leaves(child.dims) for child in node.children if not isinstance(child, InputNode)]
         own = all_leaves(node.dims[:-2]) if not scores else all_leaves(node.dims)
         shared = [axis for axis in own if not scores or axis in scores[0]]
         return math.prod(
@@ -91,7 +92,7 @@ class _FewTiles(Replay):
         )
 
 
-class _Call(SiteCall):
+class _Call(AttentionCall):
     """A site's call that notes what is decided, and why."""
 
     tally: _Site
@@ -108,7 +109,7 @@ class _Call(SiteCall):
         return False
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
-        """A few tiles of a recipe, in the memory that all of them need."""
+        """A few tiles of a graph, in the memory that all of them need."""
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         replay = _FewTiles(node, self.policy, free=free)
         result = replay()
@@ -182,7 +183,7 @@ class _Site(Site):
         self.seen.is_product |= any("mm" in name for name in span.operators)
 
 
-class _Room(Room):
+class _Room(FreeMemoryCache):
     """Free bytes when the first site asks: what the model holds by then is taken."""
 
     def __init__(self, ledger: Ledger, free: int, is_fixed: bool) -> None:
@@ -225,7 +226,7 @@ class RehearsalPatch(Patch):
             if not any(name != site.name and (not site.name or name.startswith(site.name + ".")) for name in names)
         ]  # fmt: skip
 
-    def room(self) -> Room:
+    def room(self) -> FreeMemoryCache:
         """The same for every call: the free memory of now."""
         return self._room
 

@@ -34,13 +34,13 @@ _OF_CALLS = ("never", "nested", "transform", "passed")
 _NAMES = ("counts", "operations", "obstacles", "sums", "short", "reasons")
 
 
-class Counters:
+class SiteCounters:
     """Counts of one site.
 
     Attributes:
         counts: What happened, by the names of ``TOTALS`` that are counted one by one.
         operations: What was materialised, by operation and the line of code that asked for it.
-        obstacles: Which step of a recipe kept it from the fused kernel (``Policy.fuse``).
+        obstacles: Which step of a graph kept it from the fused kernel (``Policy.fuse``).
         sums: Fused calls that a capture saw, by what summed their probabilities.
         short: Calls that were too short to be watched, by an upper bound on their rows.
         reasons: Rules that left a call native, by the names of ``REASONS``.
@@ -102,7 +102,7 @@ class Counters:
         """Native calls in which no attention was counted: too short to be watched, or made of products only."""
         return self.counts["passed"] + self.short.total() + sum(self.reasons[rule] for rule in _OF_CALLS)
 
-    def add(self, other: Counters) -> None:
+    def add(self, other: SiteCounters) -> None:
         """Count what another one counted too."""
         for name in _NAMES:
             getattr(self, name).update(getattr(other, name))
@@ -132,11 +132,11 @@ def _said(reason: str, numbers: tuple[int, ...]) -> str:
 
 
 @contextlib.contextmanager
-def counted_apart(all_of: Iterable[Counters]) -> Iterator[None]:
+def counted_apart(all_of: Iterable[SiteCounters]) -> Iterator[None]:
     """What is counted inside the block is seen by itself there, and belongs to the rest afterwards."""
     kept = []
     for counters in all_of:
-        earlier = Counters()
+        earlier = SiteCounters()
         earlier.add(counters)
         kept.append((counters, earlier))
         counters.forget()

@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
-from attnpatch.observing import Passing
+from attnpatch.observing import TileInfo
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
@@ -38,7 +38,7 @@ class Collecting(Protocol):
 
 
 @dataclasses.dataclass
-class Record:
+class SiteSums:
     """Sums of one site over one sequence and its continuations.
 
     Attributes:
@@ -62,7 +62,7 @@ class Record:
     notes: tuple[str, ...] = ()
     history: Any = None
 
-    def of_rows(self, order: list[int]) -> Record:
+    def of_rows(self, order: list[int]) -> SiteSums:
         """That of other sequences of the batch: beams that went on, or some of them."""
         changes: dict[str, Any] = {
             name: value[order]
@@ -96,7 +96,7 @@ class SiteObserver:
 
     def __init__(self, recorder: Collecting, name: str) -> None:
         self.recorder, self.name = recorder, name
-        self.record: Record | None = None
+        self.record: SiteSums | None = None
         self.past = 0
 
     @property
@@ -104,13 +104,13 @@ class SiteObserver:
         """Whether it is shown probabilities times their gradients."""
         return self.recorder.is_of_gradient
 
-    def observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+    def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
         # Sums are products with ones, which autocast would take in half precision; and they are nobody's functions.
         with torch.autocast(probabilities.device.type, enabled=False), torch._C.DisableTorchFunction():
             self._observe(probabilities, passing)
 
-    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         raise NotImplementedError
 
     def end(self) -> None:
@@ -159,19 +159,19 @@ class SiteObserver:
         self._columns = torch.where(columns < 0, key.num_blocks, columns)
         self._runs = [_runs_of(row) for row in query.assignment]
 
-    def empty(self, query: Partition, key: Partition, num_heads: int) -> Record:
+    def empty(self, query: Partition, key: Partition, num_heads: int) -> SiteSums:
         """A record of nothing."""
         batch, width = len(query.assignment), self.width(num_heads)
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
-        return Record(query, key, sums, counts, num_heads)
+        return SiteSums(query, key, sums, counts, num_heads)
 
     def width(self, num_heads: int) -> int:
         """Heads that are summed apart."""
         return 1 if self.recorder.heads == "mean" else len(self.recorder.head_numbers(num_heads))
 
     def of_sequences(
-        self, probabilities: torch.Tensor, passing: Passing, num_heads: int
+        self, probabilities: torch.Tensor, passing: TileInfo, num_heads: int
     ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor | None]]:
         """The sequences of a tile: their number, their heads, the tile of them and its weights."""
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
@@ -236,7 +236,7 @@ def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(start, stop, block) for start, stop, block in runs if block >= 0]
 
 
-def heads_as_leads(probabilities: torch.Tensor, passing: Passing) -> tuple[torch.Tensor, Passing]:
+def heads_as_leads(probabilities: torch.Tensor, passing: TileInfo) -> tuple[torch.Tensor, TileInfo]:
     """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
     low, high = passing.rows
     leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)

@@ -11,12 +11,12 @@ import torch
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 
 
-def together(calls: list[dict[str, Record]]) -> dict[str, Record]:
+def together(calls: list[dict[str, SiteSums]]) -> dict[str, SiteSums]:
     """The records of a sequence by site, from those of its calls, each of which has the blocks there were by then."""
-    found: dict[str, Record] = {}
+    found: dict[str, SiteSums] = {}
     for call in calls:
         for name, record in call.items():
             before = found.get(name)
@@ -24,7 +24,7 @@ def together(calls: list[dict[str, Record]]) -> dict[str, Record]:
     return found
 
 
-def _added(before: Record, record: Record) -> Record:
+def _added(before: SiteSums, record: SiteSums) -> SiteSums:
     variance = None if record.variance is None else record.variance + grown(before.variance, record)
     measures = record.measures
     if measures is not None and before.measures is not None:
@@ -35,7 +35,7 @@ def _added(before: Record, record: Record) -> Record:
     return dataclasses.replace(record, sums=sums, counts=counts, variance=variance, measures=measures)
 
 
-def grown(sums: torch.Tensor, like: Record) -> torch.Tensor:
+def grown(sums: torch.Tensor, like: SiteSums) -> torch.Tensor:
     """Sums over fewer blocks, with zeros for those that a later record has; what lay in no block is dropped."""
     whole = torch.zeros_like(like.sums)
     whole[:, :, : sums.shape[2], : sums.shape[3] - 1] = sums[..., :-1]
@@ -43,8 +43,8 @@ def grown(sums: torch.Tensor, like: Record) -> torch.Tensor:
 
 
 def block_map(
-    records: Sequence[Record],
-    apart: list[list[Record | None]],
+    records: Sequence[SiteSums],
+    apart: list[list[SiteSums | None]],
     layers: list[int],
     heads: Any,
     metadata: dict[str, Any],
@@ -91,7 +91,7 @@ def block_map(
     )
 
 
-def measured(records: Sequence[Record], names: Sequence[str]) -> dict[str, torch.Tensor]:
+def measured(records: Sequence[SiteSums], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """What else was measured, of one record per layer; see ``Maps.measured``."""
     each = [record.measures for record in records]
     if any(one.entropy.shape != each[0].entropy.shape for one in each):
@@ -109,7 +109,7 @@ def measured(records: Sequence[Record], names: Sequence[str]) -> dict[str, torch
     return {name: values[name][one].float() for name in names}
 
 
-def _mean(record: Record | None, like: Record, heads: Any) -> torch.Tensor:
+def _mean(record: SiteSums | None, like: SiteSums, heads: Any) -> torch.Tensor:
     """float64 ``[batch, heads or 1, query_blocks, key_blocks]``, means over query tokens; zeros without a record."""
     if record is None:
         return torch.zeros_like(like.sums[..., :-1])

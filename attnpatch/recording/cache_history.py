@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.call_facts import Unknown
 
 # Rows of a call, and numbers of a site, that are kept apart from their blocks.
@@ -70,7 +70,7 @@ class History:
         return dataclasses.replace(self, known=self.known[order], pieces=pieces)
 
 
-def cut(record: Record, total: int, partitions: Any) -> Record:
+def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
     """A record without the query tokens from ``total`` on.
 
     Args:

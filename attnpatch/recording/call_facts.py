@@ -21,7 +21,7 @@ class Unknown(Exception):
 
 
 @dataclasses.dataclass
-class SiteFacts:
+class AttentionCallInfo:
     """What is known of a call of one site.
 
     Attributes:
@@ -66,7 +66,7 @@ class Relation:
     tokens: int
 
 
-def relation_of(layout: Layout, facts: SiteFacts, before: int | None) -> Relation:
+def relation_of(layout: Layout, facts: AttentionCallInfo, before: int | None) -> Relation:
     """Whose tokens the keys are.
 
     Args:
@@ -116,7 +116,9 @@ def relation_of(layout: Layout, facts: SiteFacts, before: int | None) -> Relatio
     raise Unknown(f"its keys are {kinds}, which no blocks of one sequence can name")
 
 
-def _of_one(layout: Layout, facts: SiteFacts, before: int | None, queries: list[Any], key: Any) -> Relation:
+def _of_one(
+    layout: Layout, facts: AttentionCallInfo, before: int | None, queries: list[Any], key: Any
+) -> Relation:
     if key.kind == SLOTS:
         if len(queries) != 1 or key.number != queries[0].number:
             return Relation(True, facts.past or 0, 0, None, key.length)
@@ -181,7 +183,7 @@ def check_sums(sums: torch.Tensor, expected: torch.Tensor, off: float, may_lack:
 def real_tokens(
     relation: Relation,
     layout: Layout,
-    facts: SiteFacts,
+    facts: AttentionCallInfo,
     opened: Opened,
     known: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

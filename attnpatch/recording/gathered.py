@@ -8,7 +8,7 @@ import torch
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.assemble import block_map, measured, together
 from attnpatch.recording.recorder import Recorder
 from attnpatch.recording.sequences import Calls
@@ -81,13 +81,13 @@ def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.T
     }
 
 
-def _records(calls: Calls) -> tuple[dict[str, Record], list[dict[str, Record]]]:
+def _records(calls: Calls) -> tuple[dict[str, SiteSums], list[dict[str, SiteSums]]]:
     """The records of a sequence, and those of each of its calls where they were kept apart."""
     apart = [call for call in calls.apart if call]
     return {**calls, **together(apart)}, apart
 
 
-def _kinds(recorder: Recorder, records: dict[str, Record]) -> dict[str, list[str]]:
+def _kinds(recorder: Recorder, records: dict[str, SiteSums]) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
     # In the model's order: a backward pass shows the last layer first.
     order = {name: place for place, name in enumerate(recorder.places)}

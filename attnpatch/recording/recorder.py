@@ -16,9 +16,9 @@ from attnpatch.blocks.heads import Heads, checked_heads, chosen_heads
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import CaptureError
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.cache_history import cut
-from attnpatch.recording.call_facts import SiteFacts, Unknown
+from attnpatch.recording.call_facts import AttentionCallInfo, Unknown
 from attnpatch.recording.layers import chosen_sites, pattern_of
 from attnpatch.recording.sequences import Calls, Marks, Sequence, reference
 from attnpatch.recording.statistics import checked_measures
@@ -104,7 +104,7 @@ class Recorder:
         sites: str | None,
         names: Several[str],
         read_call: Callable[[Any, Any, type | None], HostCall],
-        site_call: Callable[[HostCall, str, Any, Any], SiteFacts],
+        site_call: Callable[[HostCall, str, Any, Any], AttentionCallInfo],
         model_name: str,
         measures: Several[str] = (),
         sample_rows: int | None = None,
@@ -272,7 +272,7 @@ class Recorder:
         rows = max((len(mark) for mark in sequence.marks.values()), default=0)
         moved = order is not None and order != list(range(rows))
 
-        def followed(name: str, record: Record) -> Record | None:
+        def followed(name: str, record: SiteSums) -> SiteSums | None:
             try:
                 if record.history.follows_cache and past < record.history.total:
                     record = cut(record, past, self.partitions)
@@ -377,14 +377,14 @@ class Recorder:
             getattr(site, "is_candidate", False) or name in self.owners,
         )
 
-    def _adopt(self, call: HostCall, facts: SiteFacts) -> None:
+    def _adopt(self, call: HostCall, facts: AttentionCallInfo) -> None:
         """A cache that the model makes inside its call is its sequence's."""
         sequence = self._state.sequence
         assert sequence is not None
         if call.cache is None and facts.cache is not None and sequence.cache is None:
             sequence.cache = reference(facts.cache)
 
-    def _calls(self, state: _State, name: str, facts: SiteFacts) -> Calls:
+    def _calls(self, state: _State, name: str, facts: AttentionCallInfo) -> Calls:
         """Where a call of a site belongs: the second one inside a call of the model is another sequence's."""
         number, sequence = state.times[name], state.sequence
         state.times[name] += 1

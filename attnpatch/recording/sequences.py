@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 
 # From a cache, a first and one past a last token to float ``[batch, tokens, numbers]`` on the CPU; ``None``: not known.
 Marks = Callable[[Any, int, int], torch.Tensor | None]
@@ -28,23 +28,23 @@ def reference(cache: Any) -> Callable[[], Any]:
         return lambda: cache
 
 
-class Calls(dict[str, Record]):
+class Calls(dict[str, SiteSums]):
     """The records of one sequence by site; where calls are kept apart, those of each call beside them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.apart: list[dict[str, Record]] = []
+        self.apart: list[dict[str, SiteSums]] = []
 
-    def before(self, name: str) -> Record | None:
+    def before(self, name: str) -> SiteSums | None:
         """The latest record of a site."""
         found = next((call[name] for call in reversed(self.apart) if name in call), None)
         return found if found is not None else self.get(name)
 
-    def changed(self, change: Callable[[str, Record], Record | None]) -> Calls:
+    def changed(self, change: Callable[[str, SiteSums], SiteSums | None]) -> Calls:
         """A copy whose records went through ``change``, which drops those that it gives ``None`` for."""
         found = Calls()
 
-        def all_of(records: dict[str, Record]) -> Iterator[tuple[str, Record]]:
+        def all_of(records: dict[str, SiteSums]) -> Iterator[tuple[str, SiteSums]]:
             for name, record in records.items():
                 new = change(name, record)
                 if new is not None:
@@ -120,7 +120,7 @@ class Sequence:
         if len(found) > 1 or (start and stop - start > 1):
             self.held = cache
 
-    def changed(self, change: Callable[[str, Record], Record | None]) -> Sequence:
+    def changed(self, change: Callable[[str, SiteSums], SiteSums | None]) -> Sequence:
         """A copy whose records went through ``change``."""
         return dataclasses.replace(
             self,

@@ -10,17 +10,17 @@ import torch
 
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import AttnpatchError
-from attnpatch.observing import Passing
-from attnpatch.recording.accumulator import Collecting, Record, SiteObserver, heads_as_leads
+from attnpatch.observing import TileInfo
+from attnpatch.recording.accumulator import Collecting, SiteObserver, SiteSums, heads_as_leads
 from attnpatch.recording.block_sums import key_sums
 from attnpatch.recording.cache_history import MOST_ROWS, History, Rows
 from attnpatch.recording.call_facts import (
     NOT_SEEN,
     OFF,
     OFF_FUSED,
+    AttentionCallInfo,
     Layout,
     Opened,
-    SiteFacts,
     Unknown,
     check_sums,
     evicted,
@@ -65,9 +65,9 @@ class TextObserver(SiteObserver):
         self,
         recorder: Gathering,
         name: str,
-        facts: SiteFacts,
-        records: dict[str, Record],
-        before: Callable[[str], Record | None],
+        facts: AttentionCallInfo,
+        records: dict[str, SiteSums],
+        before: Callable[[str], SiteSums | None],
         is_out: Callable[[str], bool],
         is_candidate: bool = False,
     ) -> None:
@@ -209,7 +209,7 @@ class TextObserver(SiteObserver):
     def _numbers(self) -> torch.Tensor | None:
         return getattr(self.layout, "numbers", None)
 
-    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         if not self.is_shown:
             return
         layout, record = self.layout, self.record
@@ -287,7 +287,7 @@ class TextObserver(SiteObserver):
         except Unknown as reason:
             self._leave_out(str(reason))
 
-    def _end(self, record: Record) -> None:
+    def _end(self, record: SiteSums) -> None:
         rows = None
         if self.sample is not None:
             self._from_sample(record)
@@ -303,7 +303,7 @@ class TextObserver(SiteObserver):
             record.notes = ("weights are mixed after softmax: their rows need not sum to 1",)
         self.records[self.name] = _joined(self.records.get(self.name), record)
 
-    def _from_sample(self, record: Record) -> None:
+    def _from_sample(self, record: SiteSums) -> None:
         assert self.sample is not None and record.variance is not None
         for b in range(len(self.sample.drawn)):
             sums, variance, sizes = self.sample.estimate(b)
@@ -311,7 +311,7 @@ class TextObserver(SiteObserver):
             record.counts[b] += sizes
             record.variance[b] += variance
 
-    def _from_rows(self, record: Record) -> Rows:
+    def _from_rows(self, record: SiteSums) -> Rows:
         assert self.rows_apart is not None
         blocks = record.query.assignment[:, self.past : self.past + self.layout.q_len]
         for b, own in enumerate(blocks):
@@ -319,7 +319,7 @@ class TextObserver(SiteObserver):
             record.sums[b].index_add_(1, own[kept], self.rows_apart[b][:, kept])
         return Rows(self.past, self.rows_apart, blocks)
 
-    def _check(self, record: Record) -> None:
+    def _check(self, record: SiteSums) -> None:
         """Every row of a map sums to 1, and attention puts nothing on what is taken for padding."""
         if self.layout.is_mixed:
             return
@@ -334,7 +334,7 @@ class TextObserver(SiteObserver):
         check_sums(record.sums, expected, self.off, self.layout.drops_keys)
 
 
-def _joined(old: Record | None, new: Record) -> Record:
+def _joined(old: SiteSums | None, new: SiteSums) -> SiteSums:
     """Two records of one sequence, the second of which has all its tokens."""
     if old is None:
         return new

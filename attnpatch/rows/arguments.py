@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.deferred.tensor import DeferredRows, site_of
+from attnpatch.rows.deferred.tensor import DeferredTensor, site_of
 from attnpatch.rows.graph.nodes import map_structure
 
 
-def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredRows:
+def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredTensor:
     """The first deferred tensor of the site whose a step of them is."""
     found = deferred_in(args, kwargs)
     site = site_of(found)
     return next(value for value in found if value.handle.call is site)
 
 
-def deferred_in(args: Any, kwargs: dict[str, Any]) -> list[DeferredRows]:
-    return [value for value in tensors_in(args, kwargs) if isinstance(value, DeferredRows)]
+def deferred_in(args: Any, kwargs: dict[str, Any]) -> list[DeferredTensor]:
+    return [value for value in tensors_in(args, kwargs) if isinstance(value, DeferredTensor)]
 
 
 def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

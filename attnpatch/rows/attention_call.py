@@ -1,4 +1,4 @@
-"""SiteCall: what is known of one call of an attention site while it runs, and who counts what happens."""
+"""AttentionCall: what is known of one call of an attention site while it runs, and who counts what happens."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, Protocol
 
 import torch
 
-from attnpatch.memory import Room
+from attnpatch.memory import FreeMemoryCache
 from attnpatch.observing import Observer
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
-from attnpatch.rows.evaluate.tiled import Look, Replay
+from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
 from attnpatch.rows.graph.nodes import Node
 from attnpatch.rows.oom import Attempts, is_out_of_memory
 from attnpatch.rows.provenance.sources import Sources
 
 
-class Tally(Protocol):
+class Counters(Protocol):
     """Who counts what happened at a site."""
 
     def count(self, what: str) -> None: ...
@@ -26,7 +26,7 @@ class Tally(Protocol):
     def materialised(self, operation: str) -> None: ...
 
     def not_fused(self, step: str) -> None:
-        """A recipe was kept from the fused kernel by a step (``Policy.fuse``)."""
+        """A graph was kept from the fused kernel by a step (``Policy.fuse``)."""
 
     def summed(self, by: str) -> None:
         """Probabilities of a fused call were summed for a capture, and by what."""
@@ -39,7 +39,7 @@ class Tally(Protocol):
 
 
 @dataclasses.dataclass
-class SiteCall:
+class AttentionCall:
     """What the doors know of the call they serve.
 
     Attributes:
@@ -57,8 +57,8 @@ class SiteCall:
     """
 
     policy: Policy
-    room: Room
-    tally: Tally
+    room: FreeMemoryCache
+    tally: Counters
     observer: Observer | None = None
     decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
     again: bool = False
@@ -114,18 +114,18 @@ class SiteCall:
         known[size] = by_rows
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
-        """Compute a recipe by rows, under the policy of the site."""
+        """Compute a graph by rows, under the policy of the site."""
         # On CPU a step is a few MiB, whatever is free.
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         restart = self.observer.restart if watched and self.observer is not None else _nothing
         attempts, self.attempts = self.attempts, Attempts()
-        return Replay(
+        return TiledEvaluation(
             node, self.policy, watched, self.retried, restart, free, attempts, self.tally.made, self.failed
         )()
 
-    def of_gradients(self, twin: Node) -> Replay:
+    def of_gradients(self, twin: Node) -> TiledEvaluation:
         """What computes the gradients of a deferred tensor."""
-        return Replay(
+        return TiledEvaluation(
             twin, self.policy, on_retry=self.retried, on_size=self.tally.made, on_failure=self.failed
         )
 

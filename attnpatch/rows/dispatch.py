@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.rows.arguments import argument, deferred_in, tensors_in
-from attnpatch.rows.autograd import checkpoints, edges
+from attnpatch.rows.autograd import checkpoints, kept_values
 from attnpatch.rows.deferred import sharing, views
 from attnpatch.rows.deferred import views as deferred_views
 from attnpatch.rows.deferred.handle import after_write
 from attnpatch.rows.deferred.history import has_history
 from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
+    DeferredTensor,
     before_write,
     computed,
     detached,
@@ -27,7 +27,8 @@ from attnpatch.rows.deferred.tensor import (
     settle,
     wrap,
 )
-from attnpatch.rows.graph.nodes import Call, graph, map_structure
+from attnpatch.rows.graph.nodes import map_structure, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.guard import native
 from attnpatch.rows.op_table import ALIASES, TO_WHOLE, called, lookup
 from attnpatch.rows.ops import out_argument
@@ -37,20 +38,20 @@ _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift fl
 
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Extend the recipe if the function is in the table, otherwise compute what is deferred and call it."""
+    """Extend the graph if the function is in the table, otherwise compute what is deferred and call it."""
     given, flag = args, _flag(name, args, kwargs)
     is_write = writes(name) or flag is not None
-    if args and isinstance(args[0], DeferredRows) and args[0].handle.values is not None:
+    if args and isinstance(args[0], DeferredTensor) and args[0].handle.values is not None:
         if is_write:
             deferred_views.begins_anew(args[0].handle)
         elif lookup(name).is_view and not sharing.is_whole(args[0].handle):
             return _viewed(name, func, args, kwargs)
     out = kwargs.get("out")
-    if isinstance(out, DeferredRows) and sharing.is_part(out.handle):
+    if isinstance(out, DeferredTensor) and sharing.is_part(out.handle):
         views.settle_family(out.handle, name)
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
     if not any(is_pending(value) for value in tensors_in(args, kwargs)):
-        if is_write and given and isinstance(given[0], DeferredRows):
+        if is_write and given and isinstance(given[0], DeferredTensor):
             return _write(name, func, given, kwargs)
         return native(func, args, kwargs)
     if not args and "input" in kwargs and name != "where":
@@ -82,12 +83,12 @@ def _counted(name: str, result: Any) -> Any:
 
     They go to functions that cannot be handed what is pending (the block masks of a compiled FlexAttention).
     """
-    if name not in TO_WHOLE or not isinstance(result, DeferredRows):
+    if name not in TO_WHOLE or not isinstance(result, DeferredTensor):
         return result
     node = result.handle.node
     if node.dtype is torch.bool or node.dtype.is_floating_point or node.dtype.is_complex:
         return result
-    if not any(isinstance(step, Call) and step.work for step in graph(node)):
+    if not any(isinstance(step, OpNode) and step.work for step in walk(node)):
         return result  # distances of positions are whole numbers before they are a bias
     return settle(result, name)
 
@@ -100,7 +101,7 @@ def writes(name: str) -> bool:
 
 
 def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """Before something is overwritten, let recipes keep what they still read from it; whether it is."""
+    """Before something is overwritten, let graphs keep what they still read from it; whether it is."""
     name = called(func)
     found = _written(name, func, args, kwargs)
     for tensor in tensors_in(found, {}):
@@ -133,12 +134,12 @@ def _is_mutable(func: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bo
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A write that no recipe can express: to a real tensor, after whatever reads it has kept its values."""
+    """A write that no graph can express: to a real tensor, after whatever reads it has kept its values."""
     target = args[0]
-    if isinstance(target, DeferredRows) and sharing.is_part(target.handle):
+    if isinstance(target, DeferredTensor) and sharing.is_part(target.handle):
         views.settle_family(target.handle, name)
     real = target
-    if isinstance(target, DeferredRows):
+    if isinstance(target, DeferredTensor):
         # A write under no_grad leaves the history as it is.
         with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(target)):
             real = settle(target, name)
@@ -146,7 +147,7 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     before_write(real)
     before = _state(real)
     result = native(func, (real, *rest), kwargs)
-    if isinstance(target, DeferredRows) and (before is None or before != _state(real)):
+    if isinstance(target, DeferredTensor) and (before is None or before != _state(real)):
         target.handle.is_written(real)
         if name == "detach_":
             detached(target)
@@ -158,7 +159,7 @@ def _state(tensor: Any) -> Any:
     """What any write changes, so that one that has done nothing (dropout of nothing) is none; ``None``: not to be told."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_inference():
         return None
-    where = edges.memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
+    where = kept_values.memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
     return tensor._version, id(tensor.grad_fn), tensor.requires_grad, where
 
 
@@ -184,14 +185,14 @@ def _flag(name: str, args: Any, kwargs: dict[str, Any]) -> Plain | None:
 def _in_place(
     name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], flag: Plain | None = None
 ) -> Any:
-    """``scores += bias``: the recipe goes on, and the same Python object stands for the result.
+    """``scores += bias``: the graph goes on, and the same Python object stands for the result.
 
     Args:
         name: Of the function, with a ``_`` at its end if it has no flag.
         func, args, kwargs: The call.
         flag: The arguments without ``inplace=True``.
     """
-    target: DeferredRows = args[0]
+    target: DeferredTensor = args[0]
     checkpoints.overwrites(target.handle)
     plain, given = _PLAIN.get(name, name[:-1]), (args, kwargs)
     handler, base = lookup(name).write, func
@@ -207,18 +208,18 @@ def _in_place(
     old = target.handle.node
     if (
         result is NotImplemented
-        or not isinstance(result, DeferredRows)
+        or not isinstance(result, DeferredTensor)
         or result.handle.node.shape != old.shape
     ):
         return _write(name, func, args, kwargs)
     node = result.handle.node
     if node.dtype != old.dtype:
-        node = Call(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
+        node = OpNode(torch.Tensor.to, (node, old.dtype), {}, node.dims, old.dtype, node.device)
         result = wrap(node, target.handle.call)
     return target if _carried(target, result) else _write(name, func, args, kwargs)
 
 
-def _carried(target: DeferredRows, result: DeferredRows) -> bool:
+def _carried(target: DeferredTensor, result: DeferredTensor) -> bool:
     """Let a result stand for what was written to, and for its part of all that shares memory with it, if nodes can say it."""
     if result is target:
         return True

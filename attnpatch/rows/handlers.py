@@ -2,11 +2,11 @@
 
 from attnpatch.rows.creation import constants, gumbel
 from attnpatch.rows.fusion import run
-from attnpatch.rows.layout import diagonals, joining, shaping, writes
+from attnpatch.rows.layout import diagonals, joining, pieces, shaping, writes
 from attnpatch.rows.matmul import products
 from attnpatch.rows.ops import lookups, metadata, per_head, pointwise, reductions
 
 __all__ = [
-    "constants", "diagonals", "gumbel", "joining", "lookups", "metadata", "per_head", "pointwise", "products",
+    "constants", "diagonals", "gumbel", "joining", "lookups", "metadata", "per_head", "pieces", "pointwise", "products",
     "reductions", "run", "shaping", "writes",
 ]  # fmt: skip

@@ -10,12 +10,12 @@ import torch
 from attnpatch.rows import guard
 from attnpatch.rows import handlers as _handlers  # noqa: F401  registers them
 from attnpatch.rows.arguments import deferred_in
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.handle import deferred_here, has_other_history
 from attnpatch.rows.deferred.history import has_history
-from attnpatch.rows.deferred.tensor import DeferredRows, is_pending, settle, tally_of
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending, settle, tally_of
 from attnpatch.rows.dispatch import apply
 from attnpatch.rows.graph.nodes import depth_of, map_structure
 from attnpatch.rows.layout import shaping
@@ -30,7 +30,7 @@ _ATTRIBUTES = frozenset(
 )
 # What is of the tensor that stands for it since it was written to in place.
 _OF_HISTORY = frozenset(["grad", "retains_grad"])
-# Steps of a recipe before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
+# Steps of a graph before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
 DEEPEST = 100
 # Who calls these asks for the gradient of the deferred tensor itself.
 _OBSERVING = frozenset(["register_hook", "retain_grad", "register_post_accumulate_grad_hook"])
@@ -46,7 +46,7 @@ _GEOMETRY = frozenset(
 )
 
 
-def dispatch_in(site: SiteCall, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def dispatch_in(site: AttentionCall, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``dispatch`` inside the call of a site."""
     outer, deferred_here.site = deferred_here.site, site
     try:
@@ -56,10 +56,10 @@ def dispatch_in(site: SiteCall, func: Callable[..., Any], args: Any, kwargs: dic
 
 
 def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A torch function with a DeferredRows among its arguments."""
+    """A torch function with a DeferredTensor among its arguments."""
     name = called(func)
     is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")
-    if name in _GEOMETRY and isinstance(args[0], DeferredRows):
+    if name in _GEOMETRY and isinstance(args[0], DeferredTensor):
         found = sharing.geometry(args[0].handle, name, func, args[1:], kwargs)
         if found is not None:
             return found
@@ -74,15 +74,15 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     elif name in _METHODS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    elif name in _OBSERVING and isinstance(args[0], DeferredRows):
+    elif name in _OBSERVING and isinstance(args[0], DeferredTensor):
         return _observed(func, args, kwargs)
     elif func in _INPUTS:
         return _differentiated(func, args, kwargs)
-    elif name == "__repr__" and isinstance(args[0], DeferredRows):
-        return DeferredRows.__repr__(args[0])
+    elif name == "__repr__" and isinstance(args[0], DeferredTensor):
+        return DeferredTensor.__repr__(args[0])
     result = apply(name, func, args, kwargs)
     # Not an error of the step: that is done, and must not be done again.
-    guard.attempted(_bound, result, name, name="the depth of a recipe", tally=tally_of((result,), {}))
+    guard.attempted(_bound, result, name, name="the depth of a graph", tally=tally_of((result,), {}))
     return result
 
 
@@ -112,13 +112,13 @@ def _edge_of(tensor: Any) -> Any:
 
 def _passed_by(tensor: Any) -> Any:
     """What gradients pass by on their way to a deferred tensor's history: itself, or what it was written to as."""
-    if not isinstance(tensor, DeferredRows) or has_other_history(tensor):
+    if not isinstance(tensor, DeferredTensor) or has_other_history(tensor):
         return tensor
     passed = tensor.handle.passes_by
     return tensor if passed is None else passed
 
 
-def _observe(tensor: DeferredRows) -> None:
+def _observe(tensor: DeferredTensor) -> None:
     node = tensor.handle.node
     if node.marks is None:
         return
@@ -128,7 +128,7 @@ def _observe(tensor: DeferredRows) -> None:
             node.anchor = edges.bridged(tensor, _nothing_like(tensor))
 
 
-def _nothing_like(tensor: DeferredRows) -> torch.Tensor:
+def _nothing_like(tensor: DeferredTensor) -> torch.Tensor:
     """What has the shape of a deferred tensor, and one element."""
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
@@ -149,7 +149,7 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
         return edges.bridged(value, _nothing_like(value))
 
     def target(value: Any) -> Any:
-        if not isinstance(value, DeferredRows):
+        if not isinstance(value, DeferredTensor):
             return value
         passed = _passed_by(value)
         if passed is not value:
@@ -206,4 +206,4 @@ def _below(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     return guard.native(func, settle(args, str(func)), settle(kwargs, str(func)))
 
 
-DeferredRows.answer, DeferredRows.answer_below = staticmethod(dispatch), staticmethod(_below)
+DeferredTensor.answer, DeferredTensor.answer_below = staticmethod(dispatch), staticmethod(_below)

@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from attnpatch.rows import dispatch, guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
-from attnpatch.rows.autograd.native_tape import Trail
+from attnpatch.rows.autograd.native_tape import NativeTape
 from attnpatch.rows.creation import positions, uninitialized
 from attnpatch.rows.deferred.handle import after_write, left
-from attnpatch.rows.deferred.tensor import DeferredRows, is_watching_writes, settle
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, settle
 from attnpatch.rows.interception import dispatch_in
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.oom import Attempts
 from attnpatch.rows.provenance import observed
+from attnpatch.rows.sdpa import call as sdpa_call
 from attnpatch.rows.sdpa import fast_paths, serve
 from attnpatch.rows.watching import Watching
 
@@ -51,9 +52,9 @@ class RowsMode(Watching):
         call: Policy, counters and observer of the site; replaced while a nested site runs.
     """
 
-    def __init__(self, call: SiteCall) -> None:
+    def __init__(self, call: AttentionCall) -> None:
         super().__init__(call)
-        self.trail = Trail()
+        self.trail = NativeTape()
         self.checkpoint: Any = None
 
     def __enter__(self) -> RowsMode:
@@ -77,7 +78,7 @@ class RowsMode(Watching):
     def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return self._transformed(func, types, args, kwargs)
-        if DeferredRows in types:
+        if DeferredTensor in types:
             return self._deferred(func, args, kwargs)
         if getattr(func, "__name__", "") == "__set__":
             args = settle(args, "data")  # which are told by what is set, and not by what it is set to
@@ -122,7 +123,7 @@ class RowsMode(Watching):
 
     def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Inside ``vmap``, ``torch.func.grad`` or forward mode tensors are not what they seem: computed as the host asks."""
-        if DeferredRows in types:
+        if DeferredTensor in types:
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)
         elif is_watching_writes():
@@ -147,7 +148,7 @@ class RowsMode(Watching):
             if found is not None:
                 return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
-            return serve.attend(*serve.settled(args, kwargs), self.call)
+            return serve.attend(*sdpa_call.settled(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
                 return fast_paths.opened(func)(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch.overrides import (
 )
 
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import natively
 
 
@@ -34,7 +34,7 @@ class Watching(TorchFunctionMode):
         call: Policy and counters of the call that is watched.
     """
 
-    def __init__(self, call: SiteCall) -> None:
+    def __init__(self, call: AttentionCall) -> None:
         super().__init__()
         self.call = call
 

@@ -31,7 +31,7 @@ class _Run:
 
 
 @dataclass
-class _Habit:
+class _ClosingPattern:
     """How the texts between messages of the same roles were divided so far.
 
     Tool calls with a number or an id of their own make every such text another one. When enough of them close with
@@ -120,12 +120,12 @@ class Ends:
 
     def _learn(self, runs: list[_Run]) -> None:
         """Divide each text between messages that is new, by rendering, or as many like it were divided."""
-        habits: dict[tuple, _Habit] = {}
+        habits: dict[tuple, _ClosingPattern] = {}
         supposed: list[_Run] = []
         for run in runs:
             if run.key in self.learnt:
                 continue
-            habit = habits.setdefault(run.key[:-1], _Habit())
+            habit = habits.setdefault(run.key[:-1], _ClosingPattern())
             gap = self.text[run.base : run.limit]
             single = run.located and len(run.members) == 1
             end = habit.end_of(gap) if single else None

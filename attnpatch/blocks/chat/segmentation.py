@@ -48,7 +48,7 @@ _BY_PREFIXES = "the template changes what it writes when messages are marked: ea
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of the text: from the end of the piece before it to ``end``, in characters.
 
     Attributes:
@@ -73,7 +73,7 @@ class Division:
     """
 
     text: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Segment, ...]
     contents: tuple[str | None, ...]
     notes: tuple[str, ...]
     opening: str = ""
@@ -118,7 +118,7 @@ def divide(
     located = locate(whole, messages, text, Marker(messages, text, also))
     if located is None:
         ends = ends_of_prefixes(render, messages, text, len(text) - len(opening), written)
-        pieces = tuple(Piece((index,), end) for index, end in enumerate(ends))
+        pieces = tuple(Segment((index,), end) for index, end in enumerate(ends))
         return Division(text, pieces, (None,) * len(messages), (_BY_PREFIXES,), opening)
     marked, places = located
     if opening and any(found[-1][0] > len(text) - len(opening) for found in places.values()):
@@ -160,22 +160,22 @@ class _Work:
         if self.strict:
             self._check_own_text(ends, absent, work.otherwise)
         contents = tuple(self._content(index, absent) for index in range(len(self.messages)))
-        pieces: list[Piece] = []
+        pieces: list[Segment] = []
         members: list[int] = []
         for index, end in enumerate(ends):
             if index in absent:
                 continue
             members.append(index)
             if end is not None:
-                pieces.append(Piece(tuple(members), end))
+                pieces.append(Segment(tuple(members), end))
                 members = []
         if members:  # all that follows them was left out
-            pieces.append(Piece(tuple(members), self.stop))
+            pieces.append(Segment(tuple(members), self.stop))
         if not pieces:
             raise BlockError(
                 "the chat template gives no text for any of these messages; use another template."
             )
-        pieces[-1] = Piece(pieces[-1].messages, self.stop)
+        pieces[-1] = Segment(pieces[-1].messages, self.stop)
         for piece in pieces:
             if len(piece.messages) > 1:
                 names = " and ".join(self._name(index) for index in piece.messages)

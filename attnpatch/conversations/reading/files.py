@@ -40,7 +40,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedRecord:
     """A record, or a whole file, that is no conversation; prints as one line."""
 
     source: str
@@ -50,7 +50,7 @@ class Refused:
         return " ".join(f"{self.source}: {self.reason}".split())
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation | Refused]:
+def read_conversations(path: str | Path) -> Iterator[Conversation | RejectedRecord]:
     """Read the conversations of a file, in order.
 
     A JSON file holds one conversation or a list of them, a JSONL file one per line; which it is, is decided by
@@ -82,12 +82,12 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def _conversations(path: Path, file: BufferedReader) -> Iterator[Conversation | Refused]:
+def _conversations(path: Path, file: BufferedReader) -> Iterator[Conversation | RejectedRecord]:
     names = _Names(path.stem)
     with file:
         try:
             for source, record in _records(path, file):
-                if isinstance(record, Refused):
+                if isinstance(record, RejectedRecord):
                     names.number += 1
                     yield record
                     continue
@@ -96,14 +96,14 @@ def _conversations(path: Path, file: BufferedReader) -> Iterator[Conversation | 
             raise _unreadable(path, error) from error
 
 
-def _conversation(source: str, record: Any, names: "_Names") -> Conversation | Refused:
+def _conversation(source: str, record: Any, names: "_Names") -> Conversation | RejectedRecord:
     names.number += 1
     try:
         messages, tools = messages_of(record)
     except BadRecord as error:
-        return Refused(source, str(error))
+        return RejectedRecord(source, str(error))
     except RecursionError:
-        return Refused(source, "nested too deep")
+        return RejectedRecord(source, "nested too deep")
     return Conversation(messages, names.name(record), source, tools)
 
 
@@ -120,11 +120,11 @@ def _records(path: Path, file: BufferedReader) -> Iterator[tuple[str, Any]]:
         if len(head) == 2:
             break
     if not head:
-        yield name, Refused(name, "the file is empty")
+        yield name, RejectedRecord(name, "the file is empty")
         return
     first = head[0][1]
     if first is not None and (wrong := _not_text(first)):
-        yield name, Refused(name, wrong)
+        yield name, RejectedRecord(name, wrong)
         return
     if _is_lines(head, by_suffix):
         yield from _line_records(name, chain(head, lines))
@@ -201,12 +201,12 @@ def _line_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> Itera
     for record, (number, line) in enumerate(lines, 1):
         source = f"{name} record {record} (line {number})"
         if line is None:
-            yield source, Refused(source, f"the line is longer than {LINE_LIMIT >> 20} MB, the limit")
+            yield source, RejectedRecord(source, f"the line is longer than {LINE_LIMIT >> 20} MB, the limit")
             continue
         try:
             yield source, _parse(line.strip(_BLANK))
         except BadRecord as error:
-            yield source, Refused(source, str(error))
+            yield source, RejectedRecord(source, str(error))
 
 
 def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> Iterator[tuple[str, Any]]:
@@ -216,7 +216,7 @@ def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> I
         if size > DOCUMENT_LIMIT:
             yield (
                 name,
-                Refused(
+                RejectedRecord(
                     name, f"it is longer than {DOCUMENT_LIMIT >> 20} MB, the limit; write one record per line"
                 ),
             )
@@ -227,17 +227,17 @@ def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> I
     try:
         document = _parse(b"".join(pieces))
     except BadRecord as error:
-        yield name, Refused(name, str(error))
+        yield name, RejectedRecord(name, str(error))
         return
     del pieces
     if not isinstance(document, list | dict):
-        yield name, Refused(name, "it holds no conversation, but a single value")
+        yield name, RejectedRecord(name, "it holds no conversation, but a single value")
     elif isinstance(document, dict) or (
         any(is_message(item) for item in document) and not any(is_record(item) for item in document)
     ):
         yield f"{name} record 1", document
     elif not document:
-        yield name, Refused(name, "it is empty: an empty list")
+        yield name, RejectedRecord(name, "it is empty: an empty list")
     else:
         for record, item in enumerate(document, 1):
             yield f"{name} record {record}", item

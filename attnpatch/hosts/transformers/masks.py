@@ -19,9 +19,9 @@ from torch import nn
 
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation import positions, row_masks
-from attnpatch.rows.deferred.tensor import DeferredRows
+from attnpatch.rows.deferred.tensor import DeferredTensor
 
 _MODULE = "transformers.masking_utils"
 _NAMES = ("sdpa_mask", "eager_mask")
@@ -67,7 +67,7 @@ _table = _Table()
 
 
 @contextlib.contextmanager
-def by_rows(call: SiteCall) -> Iterator[None]:
+def by_rows(call: AttentionCall) -> Iterator[None]:
     """Defer the masks that transformers makes inside the block, where the policy of ``call`` says so."""
     module = sys.modules.get(_MODULE)
     if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
@@ -148,7 +148,7 @@ def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
             return _whole(original, kwargs) if found is NotImplemented else found
     except row_masks.Unknown as unknown:
         found = original(**kwargs)
-        if found is not None and not isinstance(found, DeferredRows):
+        if found is not None and not isinstance(found, DeferredTensor):
             held = _temporaries(original, kwargs)(found.numel())
             row_masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found)
         return found

@@ -13,7 +13,7 @@ import torch
 from attnpatch.blocks.spec import Blocks
 from attnpatch.blocks.tiles import Grid, Tiles
 from attnpatch.errors import BlockError, CaptureError
-from attnpatch.recording.accumulator import Record
+from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
 
 # Tiles along either edge of an image where nobody says how many, as queries and as keys.
@@ -143,7 +143,7 @@ class Side:
 
 
 @dataclasses.dataclass
-class ImageRecord(Record):
+class ImageRecord(SiteSums):
     """Sums of one site, and what its blocks are."""
 
     query_side: Side = dataclasses.field(default_factory=Side)

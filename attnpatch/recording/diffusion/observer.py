@@ -13,7 +13,7 @@ import torch
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
 from attnpatch.errors import AttnpatchError, CaptureError
-from attnpatch.observing import INPUT, Layout, Passing
+from attnpatch.observing import INPUT, Layout, TileInfo
 from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
 from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
 from attnpatch.recording.diffusion.denoising import (
@@ -177,7 +177,7 @@ class ImageObserver(SiteObserver):
         self.off = OFF_FUSED
         return self.sums_of(call, lse, workspace, layout.heads)
 
-    def _observe(self, probabilities: torch.Tensor, passing: Passing) -> None:
+    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         layout = self.layout
         if not self.is_shown or layout is None:
             return

@@ -55,7 +55,7 @@ def _found() -> tuple[Any, Any]:
 def is_to_be_pending(handle: Any) -> bool:
     """Whether a deferred tensor from outside was not computed when this checkpoint first used it, and is to be so again.
 
-    It may have been computed since, and a tensor is saved where a recipe is not. Its rows may be keys since (a softmax along
+    It may have been computed since, and a tensor is saved where a graph is not. Its rows may be keys since (a softmax along
     them has followed), and figures of rows are computed where figures of keys are put off: they are rows again.
     """
     frame, again = _found()

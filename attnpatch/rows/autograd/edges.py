@@ -1,12 +1,12 @@
 """Deferred tensors in autograd's graph: each has an edge of its own, so whoever reads it gets native gradients.
 
-A deferred tensor carries the history that the computed tensor would carry: its ``grad_fn`` is a ``_ByRows`` whose inputs
+A deferred tensor carries the history that the computed tensor would carry: its ``grad_fn`` is a ``_TiledFunction`` whose inputs
 are the deferred tensors and the tensors that its step was made from. In the backward pass a product with the values
 computes the gradients of query, key and value at once, a tile at a time, and hands nothing to the edges between. Only
 where somebody asks for the gradient of scores or probabilities themselves (a hook, ``retain_grad``,
 ``torch.autograd.grad``) is it made, whole, as natively.
 
-What a recipe reads is saved once, by the first edge that reads it, through autograd: checkpointing and offloading of
+What a graph reads is saved once, by the first edge that reads it, through autograd: checkpointing and offloading of
 saved tensors work as for any operation. An edge finds what those below it have saved by its ``next_functions``, which
 are alive as long as it is.
 """
@@ -15,26 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from attnpatch.ledger import ledger_of
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.autograd.kept_values import Kept, Packed, functorch
 from attnpatch.rows.evaluate import untiled
-from attnpatch.rows.graph.nodes import Leaf, Node, copied, graph, tensors_of, twin
+from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, twin, walk
 from attnpatch.rows.graph.random_state import RandomState, restored
-
-_functorch = torch._C._functorch
 
 
 class Again(Protocol):
-    """What computes the gradients of a recipe that holds no tensors."""
+    """What computes the gradients of a graph that holds no tensors."""
 
     node: Node
     random: RandomState | None
@@ -47,115 +43,6 @@ class Again(Protocol):
     def differentiable_gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]: ...
-
-
-class _Kept:
-    """The tensors that one edge has saved, under a version counter of their own.
-
-    Autograd refuses a saved tensor that was overwritten since. A step that natively saves nothing (a bias that is added)
-    may be overwritten, so its values are copied before.
-    """
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.tensors: list[Any] = self.held(tensors)
-        self.is_replaced = False
-        self.versions = [tensor._version for tensor in tensors]
-        for tensor in tensors:
-            _thread.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
-
-    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
-        return [tensor.detach() for tensor in tensors]
-
-    def preserve(self, storage: int) -> None:
-        for i, tensor in enumerate(self.tensors):
-            if memory_of(tensor) == storage and tensor._version == self.versions[i]:
-                self.tensors[i] = copied(tensor)
-                self.versions[i] = self.tensors[i]._version
-                self.is_replaced = True
-
-    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """The tensors, given what autograd saved: it raises where one was overwritten and nothing noticed in time."""
-        is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
-        return (
-            self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())
-        )
-
-    def forget(self) -> None:
-        """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
-        if not self.is_replaced:
-            self.tensors = []
-
-
-class _Packed(_Kept):
-    """Those that hooks have saved in their own way (a checkpoint, an offload): not held, and copied before a write.
-
-    A checkpoint saves what it makes when it runs again, and no hook sees that this is overwritten later in that run.
-    """
-
-    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
-        self.places = [
-            None if ledger_of(tensor) is not None or _functorch.is_functorch_wrapped_tensor(tensor)
-            else (StorageWeakRef(tensor.untyped_storage()), memory_of(tensor), _layout(tensor))
-            for tensor in tensors
-        ]  # fmt: skip
-        return [None] * len(tensors)
-
-    def preserve(self, storage: int) -> None:
-        for i, place in enumerate(self.places):
-            if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
-                continue
-            memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
-            (dtype, is_conj, is_neg), *layout = place[2]
-            tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout)
-            tensor = tensor.conj() if is_conj else tensor
-            self.tensors[i] = copied(torch._neg_view(tensor) if is_neg else tensor)
-            self.is_replaced = True
-
-    def forget(self) -> None:
-        pass  # nothing is held but copies
-
-    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        if self.is_replaced and torch.is_grad_enabled():
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation"
-            )
-        return [own if own is not None else packed for own, packed in zip(self.tensors, saved(), strict=True)]
-
-
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
-    return kind, tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.kept: dict[int, weakref.WeakSet[_Kept]] = {}
-
-
-_thread = _Thread()
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        # vmap hands out tensors without memory of their own.
-        tensor = _functorch.get_unwrapped(tensor)
-    storage = tensor.untyped_storage()
-    # Shapes have no data to tell them apart by.
-    return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
-
-
-def are_kept() -> bool:
-    """Whether some backward pass of this thread still needs tensors that could be overwritten."""
-    return bool(_thread.kept)
-
-
-def before_write(storage: int) -> None:
-    """Let edges copy what they saved of a storage that is about to be written to."""
-    for kept in list(_thread.kept.get(storage, ())):
-        kept.preserve(storage)
-    if len(_thread.kept) > 256:
-        _thread.kept = {key: found for key, found in _thread.kept.items() if found}
 
 
 @dataclasses.dataclass
@@ -175,13 +62,13 @@ class Plan:
     result: Callable[[], torch.Tensor]
     again: Again
     parents: list[Node]
-    leaves: list[Leaf]
-    direct: list[Leaf]
-    own: list[Leaf]
+    leaves: list[InputNode]
+    direct: list[InputNode]
+    own: list[InputNode]
     saved: list[torch.Tensor]
 
 
-class _ByRows(torch.autograd.Function):
+class _TiledFunction(torch.autograd.Function):
     """Forward: a replay, or nothing. Backward: the replay again, a tile at a time, each with its own little graph."""
 
     @staticmethod
@@ -199,7 +86,7 @@ class _ByRows(torch.autograd.Function):
 
 
 def _keep(ctx: Any, plan: Plan) -> None:
-    """What an edge knows for its backward pass; the recipes it keeps hold no tensors."""
+    """What an edge knows for its backward pass; the graphs it keeps hold no tensors."""
     ctx.set_materialize_grads(False)
     ctx.again, ctx.parents, ctx.leaves, ctx.direct, ctx.own = (
         plan.again, plan.parents, plan.leaves, plan.direct, plan.own,
@@ -209,7 +96,7 @@ def _keep(ctx: Any, plan: Plan) -> None:
     ctx.first, ctx.unpacked = 0, None
     # With hooks the saved tensors are whatever these made of them.
     ctx.has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    ctx.kept = (_Packed if ctx.has_hooks else _Kept)(plan.saved)
+    ctx.kept = (Packed if ctx.has_hooks else Kept)(plan.saved)
 
 
 def _forget(ctx: Any) -> None:
@@ -229,7 +116,7 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
         ]
     bound = _bound(ctx)
     again = ctx.again
-    if _functorch.is_legacy_batchedtensor(grad) and not torch.is_grad_enabled():
+    if functorch.is_legacy_batchedtensor(grad) and not torch.is_grad_enabled():
         # Many gradients at once (``is_grads_batched``): ``vmap`` sums nothing in place.
         with restored(again.random):
             return dict(zip(wanted, untiled.gradients(again.node, grad, bound, wanted), strict=True))
@@ -247,7 +134,7 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
 
 
 def _is_observed(roots: list[Node]) -> bool:
-    return any(node.marks is not None and node.marks.is_observed for root in roots for node in graph(root))
+    return any(node.marks is not None and node.marks.is_observed for root in roots for node in walk(root))
 
 
 def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
@@ -281,10 +168,10 @@ def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
 
 
 class _Fork(torch.autograd.Function):
-    """A result that was computed in another way than its recipe says, and has the history of that way.
+    """A result that was computed in another way than its graph says, and has the history of that way.
 
     The gradient goes that way too, save where somebody asks for the gradient of scores or probabilities: these are in the
-    recipe only.
+    graph only.
     """
 
     @staticmethod
@@ -343,7 +230,7 @@ def adopt(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class Marks:
-    """What became of a deferred tensor, for its recipe and the copy of it that a backward pass keeps.
+    """What became of a deferred tensor, for its graph and the copy of it that a backward pass keeps.
 
     Attributes:
         is_observed: Whether somebody asked for its own gradient.
@@ -364,8 +251,8 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], Again]) ->
 
     Args:
         tensor: Deferred, without history.
-        node: Its recipe.
-        again: From a recipe without tensors to what computes its gradients.
+        node: Its graph.
+        again: From a graph without tensors to what computes its gradients.
     """
     node.carrier, node.needs_grad = weakref.ref(tensor), False
     if not torch.is_grad_enabled():
@@ -390,7 +277,7 @@ def record(
     if found is None:
         return None
     with checkpoints.saving():
-        return _ByRows.apply(*found)
+        return _TiledFunction.apply(*found)
 
 
 def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch.Tensor:
@@ -429,10 +316,10 @@ def _planned(
     return [plan, *carriers, *(leaf.tensor for leaf in leaves)]
 
 
-def _below(root: Node) -> tuple[list[Node], list[Leaf]]:
+def _below(root: Node) -> tuple[list[Node], list[InputNode]]:
     """The nearest deferred tensors that a step is made from and that have gradients, and the tensors beside them."""
     parents: list[Node] = []
-    direct: list[Leaf] = []
+    direct: list[InputNode] = []
     seen: set[Node] = set()
     stack = list(root.children)
     while stack:
@@ -440,7 +327,7 @@ def _below(root: Node) -> tuple[list[Node], list[Leaf]]:
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, Leaf):
+        if isinstance(node, InputNode):
             direct.append(node)
         elif node.needs_grad is False or node.stops_gradient:
             continue
@@ -452,10 +339,10 @@ def _below(root: Node) -> tuple[list[Node], list[Leaf]]:
 
 
 def is_carried(node: Node) -> bool:
-    """Whether the deferred tensor of a recipe is alive and still stands for it, with the history it was given."""
+    """Whether the deferred tensor of a graph is alive and still stands for it, with the history it was given."""
     tensor = None if node.carrier is None else node.carrier()
     return tensor is not None and tensor.handle.node is node and tensor.handle.edge is history(tensor)
 
 
-def _requires_grad(leaf: Leaf) -> bool:
+def _requires_grad(leaf: InputNode) -> bool:
     return leaf.tensor is not None and leaf.tensor.requires_grad

@@ -1,6 +1,6 @@
 """What was made natively from scores, written down, so that a step that runs out of memory can be answered by rows.
 
-The trail keeps how each tensor was made, not the tensor: when a step fails, the steps before it become a recipe
+The trail keeps how each tensor was made, not the tensor: when a step fails, the steps before it become a graph
 again, and the large tensors that the host has let go of are gone. The module's forward is not run a second time, so a
 cache is not appended to twice.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.autograd.saved_tensors import Saved
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.autograd.saved_tensors import SavedTensorBuffer
 from attnpatch.rows.dispatch import writes
 from attnpatch.rows.graph.nodes import Context, map_structure
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
@@ -38,7 +38,7 @@ class _Made:
         self.reference = weakref.ref(tensor, gone)
         self.storage = tensor.untyped_storage().data_ptr()
 
-    def again(self, call: SiteCall) -> Any:
+    def again(self, call: AttentionCall) -> Any:
         result = self.step.again(call)
         return result if self.index is None else result[self.index]
 
@@ -81,14 +81,14 @@ class Step:
             if isinstance(value, _Made):
                 yield from value.step.products()
 
-    def again(self, call: SiteCall) -> Any:
+    def again(self, call: AttentionCall) -> Any:
         """The result of the call, deferred."""
         if self._result is None:
             with self.context.enter():
                 self._result = self._deferred(call)
         return self._result
 
-    def _deferred(self, call: SiteCall) -> Any:
+    def _deferred(self, call: AttentionCall) -> Any:
         if self.product is not None:
             return products.deferred(self.func, self.product, call)
 
@@ -99,7 +99,7 @@ class Step:
         name = called(self.func)
         if not writes(name):
             return dispatch(self.func, args, kwargs)
-        # The native tensor was overwritten; the recipe of what stood there before may still be needed.
+        # The native tensor was overwritten; the graph of what stood there before may still be needed.
         result = dispatch(getattr(torch.Tensor, name[:-1]), args, kwargs)
         return (
             result
@@ -118,19 +118,19 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-class Trail:
+class NativeTape:
     """What the present call of a site has made of its scores."""
 
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
-        self.saved = Saved()
+        self.saved = SavedTensorBuffer()
 
     def _place(self, value: Any) -> Any:
         """What stands for a tensor on the trail; anything else is itself."""
         made = self._made.get(id(value))
         return made if made is not None and made.reference() is value else value
 
-    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
         """Call ``func``; out of memory at a step of attention, answer by rows.
 
         Raises:

@@ -28,7 +28,7 @@ class _Held:
         return self.unpack(self.packed) if self.tensor is None else self.tensor
 
 
-class Saved:
+class SavedTensorBuffer:
     """Saved tensors of the present steps."""
 
     def __init__(self) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows.arguments import argument, deferred_in
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.creation.row_masks import Filled
-from attnpatch.rows.creation.uninitialized import Blank
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.creation.row_masks import ConstantNode
+from attnpatch.rows.creation.uninitialized import UninitializedNode
 from attnpatch.rows.deferred import memory_layout
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, fresh
 from attnpatch.rows.graph.nodes import Node
 from attnpatch.rows.layout.diagonals import Triangle
@@ -45,7 +45,7 @@ def _may_be_scores(size: Any, is_zero: bool) -> bool:
     return min(rows, keys) > WIDEST_HEAD and (len(size) == 4 or not is_zero)
 
 
-def filled(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def filled(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """``zeros``, ``ones`` and ``full`` and their ``new_`` forms: deferred if their size goes by rows.
 
     Returns:
@@ -55,7 +55,7 @@ def filled(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Si
     like = None
     if name.startswith("new_"):
         like, args = args[0], args[1:]
-        if not isinstance(like, DeferredRows) and not is_plain(like):
+        if not isinstance(like, DeferredTensor) and not is_plain(like):
             return NotImplemented
     is_full = name.endswith("full")
     given = args[:1] if is_full else args
@@ -72,11 +72,11 @@ def filled(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Si
     one = torch.full(
         (), value, dtype=dtype or (None if is_full else torch.get_default_dtype()), device=device
     )
-    return _deferred(lambda dims: Filled(value, dims, one.dtype, one.device), size, one, kwargs, call)
+    return _deferred(lambda dims: ConstantNode(value, dims, one.dtype, one.device), size, one, kwargs, call)
 
 
 def _deferred(
-    node: Callable[[Dims], Node], size: Any, one: torch.Tensor, kwargs: dict[str, Any], call: SiteCall
+    node: Callable[[Dims], Node], size: Any, one: torch.Tensor, kwargs: dict[str, Any], call: AttentionCall
 ) -> Any:
     if not are_defaults(kwargs, one.device):
         return NotImplemented
@@ -85,7 +85,7 @@ def _deferred(
     return wrap(node(dims_of(torch.Size(size))), call)
 
 
-def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """``torch.eye``: ones between two triangles."""
     rows = argument(args, kwargs, 0, "n")
     keys = argument(args, kwargs, 1, "m", rows)
@@ -94,7 +94,7 @@ def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
     one = torch.ones((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
 
     def node(dims: Dims) -> Node:
-        ones = Filled(1, dims, one.dtype, one.device)
+        ones = ConstantNode(1, dims, one.dtype, one.device)
         return Triangle(Triangle(ones, torch.tril, 0), torch.triu, 0)
 
     options = {key: value for key, value in kwargs.items() if key not in ("n", "m")}
@@ -109,7 +109,7 @@ _VALUES = {"zeros": 0, "ones": 1, "full": None, "empty": None}
 def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``zeros_like``, ``new_zeros`` and their kind: deferred if they have the shape of the scores."""
     source = args[0]
-    if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
+    if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs):
         return NotImplemented
     kind, node = name.removesuffix("_like").removeprefix("new_"), source.handle.node
     value = _VALUES[kind]
@@ -128,7 +128,11 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         source.handle.call.tally.materialised(name)
         return asked(name, func, args, kwargs)
     dtype = kwargs.get("dtype") or node.dtype
-    made: Node = Filled(value, node.dims, dtype, node.device) if kind != "empty" else Blank.like(node, dtype)
+    made: Node = (
+        ConstantNode(value, node.dims, dtype, node.device)
+        if kind != "empty"
+        else UninitializedNode.like(node, dtype)
+    )
     if name.endswith("_like"):
         made.shadow = memory_layout.like(node, dtype)
     return wrap(made, source.handle.call)

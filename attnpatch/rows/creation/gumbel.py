@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, ROW, Tile, leaves
 from attnpatch.rows.graph.dropout import bits_of
 from attnpatch.rows.graph.nodes import Context, Node
@@ -39,7 +39,7 @@ class GumbelSoftmax(Node):
             one = torch.ones([1] * len(child.dims), dtype=child.dtype, device=child.device)
             self.dtype = self._of(one, torch.zeros_like(one)).dtype
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         scores = run.value(self.children[0], tile)
         bits = bits_of(self, tile) >> 9  # from -2**22 on
         uniform = bits.to(torch.float32).add_(_LEVELS // 2 + 0.5).div_(_LEVELS)
@@ -60,7 +60,7 @@ class GumbelSoftmax(Node):
 def gumbel_softmax(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source, tau, hard = args[0], argument(args, kwargs, 1, "tau", 1), argument(args, kwargs, 2, "hard", False)
     dim = argument(args, kwargs, 4, "dim", -1)
-    if not isinstance(source, DeferredRows) or not isinstance(dim, int) or isinstance(tau, torch.Tensor):
+    if not isinstance(source, DeferredTensor) or not isinstance(dim, int) or isinstance(tau, torch.Tensor):
         return NotImplemented
     node = source.handle.node
     position = dim % len(node.dims)

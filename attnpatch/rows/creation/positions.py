@@ -1,4 +1,4 @@
-"""What begins a recipe though nobody multiplied anything: positions against positions, and constants.
+"""What begins a graph though nobody multiplied anything: positions against positions, and constants.
 
 A host makes them for a bias (T5's and DeBERTa's distances) or a mask of its own, inside its attention or before it.
 """
@@ -16,16 +16,17 @@ import torch.nn.functional as F
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import dispatch, guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation import constants, row_biases
 from attnpatch.rows.creation.constants import dims_of
 from attnpatch.rows.deferred.handle import left
-from attnpatch.rows.deferred.tensor import DeferredRows, is_watching_writes, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, wrap
 from attnpatch.rows.evaluate.toeplitz import COMPARISONS, SUBTRACTIONS
-from attnpatch.rows.graph.nodes import Call, Leaf, View
+from attnpatch.rows.graph.nodes import InputNode, ViewNode
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.watching import Watching, without
 
-Begin = Callable[[Callable[..., Any], Any, dict[str, Any], SiteCall], Any]
+Begin = Callable[[Callable[..., Any], Any, dict[str, Any], AttentionCall], Any]
 
 # Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
 _TEMPORARIES = 3 * 8
@@ -33,7 +34,7 @@ _TEMPORARIES = 3 * 8
 FEWEST = 32
 
 
-def _goes_by_rows(shape: torch.Size, device: torch.device, call: SiteCall) -> bool:
+def _goes_by_rows(shape: torch.Size, device: torch.device, call: AttentionCall) -> bool:
     if call.is_of_masks and shape[-2] < FEWEST:
         return False
     # To a fused kernel rows of a bias are handed as they are needed.
@@ -56,7 +57,7 @@ def _are_positions(*values: Any) -> bool:
     )
 
 
-def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
 
     Returns:
@@ -78,15 +79,17 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Sit
         return NotImplemented
     dims = dims_of(shape)
     nodes = [
-        Leaf(t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True)))
+        InputNode(
+            t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True))
+        )
         for t in args
     ]
     # Of one element each: torch itself says the dtype, and raises what it would raise (truth values do not subtract).
     dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
-    return wrap(Call(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
+    return wrap(OpNode(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
 
 
-def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """Key positions written out for every query (``keys.repeat(queries, 1)``), deferred if its size goes by rows.
 
     Returns:
@@ -109,8 +112,8 @@ def repeated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
     if not _goes_by_rows(shape, tensor.device, call):
         return NotImplemented
     dims = dims_of(shape)
-    keys = Leaf(tensor, (*((),) * (tensor.dim() - 1), dims[-1]))
-    return wrap(View(keys, dims, expand=True), call)
+    keys = InputNode(tensor, (*((),) * (tensor.dim() - 1), dims[-1]))
+    return wrap(ViewNode(keys, dims, expand=True), call)
 
 
 def _functions(names: str) -> list[Any]:
@@ -123,7 +126,7 @@ def _functions(names: str) -> list[Any]:
 
 
 def _first_of(*begins: Begin) -> Begin:
-    def begin(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+    def begin(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
         for one in begins:
             begun = one(func, args, kwargs, call)
             if begun is not NotImplemented:
@@ -177,17 +180,17 @@ class Before(Watching):
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         begin = OF_POSITIONS.get(func)
         is_inside = torch._C._functorch.peek_interpreter_stack() is not None
-        if begin is not None and not is_inside and DeferredRows not in types:
+        if begin is not None and not is_inside and DeferredTensor not in types:
             begun = begin(func, args, kwargs, self.call)
             if begun is not NotImplemented:
                 return begun
-        if DeferredRows not in types and is_watching_writes():
+        if DeferredTensor not in types and is_watching_writes():
             dispatch.protect(func, args, kwargs)
         return guard.native(func, args, kwargs)
 
 
 @contextlib.contextmanager
-def watched(call: SiteCall) -> Iterator[None]:
+def watched(call: AttentionCall) -> Iterator[None]:
     """Watch the call of a model, its attention left out: that has a watch of its own (``mode.RowsMode``)."""
     outer, _thread.watch = _thread.watch, Before(call)
     try:

@@ -1,4 +1,4 @@
-"""What begins a recipe beside products and positions: masks that are put together, tables looked up, and pairs by element.
+"""What begins a graph beside products and positions: masks that are put together, tables looked up, and pairs by element.
 
 All of it has an element for each query and key (or several), and is made of less: a mask for all heads and a padding of
 keys, a table of biases and the numbers of its rows, queries and keys of a few channels.
@@ -14,10 +14,11 @@ import torch
 
 from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
-from attnpatch.rows.graph.nodes import Call, Leaf, Node
+from attnpatch.rows.graph.nodes import InputNode, Node
+from attnpatch.rows.graph.operations import OpNode
 
 # Of fewer rows or keys it is something else: heads, channels, the words of a prompt.
 FEWEST = 32
@@ -32,7 +33,7 @@ _MOST_HEADS = 64
 _WHOLE = (torch.int64, torch.int32)
 
 
-def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """Two tensors, by element: masks that are put together, or each query against each key; deferred by size.
 
     Returns:
@@ -60,12 +61,14 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Si
     if min(rows, keys) < FEWEST or not call.by_rows(rows, 3 * math.prod(shape) * dtype.itemsize, one.device):
         return NotImplemented
     dims = (*fresh(shape[: -len(ends)]), *ends)
-    return wrap(Call(func, tuple(_leaf(t, dims) for t in args), {}, dims, dtype, one.device), call)
+    return wrap(OpNode(func, tuple(_leaf(t, dims) for t in args), {}, dims, dtype, one.device), call)
 
 
 def _leaf(tensor: torch.Tensor, dims: Dims) -> Node:
     aligned = dims[len(dims) - tensor.dim() :]
-    return Leaf(tensor, tuple(dim if n != 1 else () for dim, n in zip(aligned, tensor.shape, strict=True)))
+    return InputNode(
+        tensor, tuple(dim if n != 1 else () for dim, n in zip(aligned, tensor.shape, strict=True))
+    )
 
 
 def _are_opposite(one: torch.Tensor, other: torch.Tensor, row: int, key: int) -> bool:
@@ -101,7 +104,7 @@ def _is_padding(line: torch.Tensor, narrowest: int) -> bool:
     return bool(((line == 0) | (line == 1) | (line <= _HIDDEN)).all())
 
 
-def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """Rows of a table by numbers that are there, one or more for each query and key; deferred by size.
 
     Returns:
@@ -137,8 +140,8 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
         else (*fresh(numbers.shape[:-2]), *fresh([rows], ROW), *fresh([keys], KEY))
     )
     before, after = fresh(table.shape[:at]), fresh(table.shape[at + 1 :])
-    own = Leaf(table, (*before, (), *after))
-    where = Leaf(numbers, places)
+    own = InputNode(table, (*before, (), *after))
+    where = InputNode(numbers, places)
     rest: dict[str, Any] = {}
     if func.__name__ == "embedding":
         parts: Any = (where, own)
@@ -148,7 +151,7 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
         parts = (own, at, where)
     else:
         parts = (own, (*(slice(None),) * at, where) if at else where)
-    return wrap(Call(func, parts, rest, (*before, *places, *after), table.dtype, table.device), call)
+    return wrap(OpNode(func, parts, rest, (*before, *places, *after), table.dtype, table.device), call)
 
 
 def _flat(rows: int) -> Dims:

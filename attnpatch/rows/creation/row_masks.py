@@ -1,8 +1,8 @@
 """Tensors over queries and keys that nobody multiplied: masks, position biases, zeros. Known by rows, held by nobody.
 
-A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a recipe
-like a score matrix. What begins one is a function that gives any of its rows (``Generated``: a host's own mask function
-called for fewer rows), a broadcast of positions against positions (``rows/creation/positions.py``), or a single value (``Filled``).
+A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a graph
+like a score matrix. What begins one is a function that gives any of its rows (``RowFunctionNode``: a host's own mask function
+called for fewer rows), a broadcast of positions against positions (``rows/creation/positions.py``), or a single value (``ConstantNode``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 
 from attnpatch.failures import warn_once
 from attnpatch.ledger import is_plain
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
 from attnpatch.rows.graph.nodes import Node
 
@@ -30,7 +30,7 @@ from attnpatch.rows.graph.nodes import Node
 GENERATED_BYTES = 16
 
 
-class Generated(Node):
+class RowFunctionNode(Node):
     """A tensor ``[..., rows, keys]`` of which a function gives any rows.
 
     Args:
@@ -52,7 +52,7 @@ class Generated(Node):
         self.function, self.dtype, self.device = function, dtype, device
         self.dims = (*fresh(shape[:-2]), *fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         count = self.shape[-2]
         span = flat_range(leaves(self.dims[-2]), tile)
         low, high = (0, count) if span is None else span
@@ -61,7 +61,7 @@ class Generated(Node):
         return take(value, dims, tile)
 
 
-class Filled(Node):
+class ConstantNode(Node):
     """A tensor that holds one value everywhere."""
 
     stands_for_memory = is_constant = True
@@ -69,7 +69,7 @@ class Filled(Node):
     def __init__(self, value: float, dims: Dims, dtype: torch.dtype, device: torch.device) -> None:
         self.value, self.dims, self.dtype, self.device = value, dims, dtype, device
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return torch.full(local_shape(self.dims, tile), self.value, dtype=self.dtype, device=self.device)
 
 
@@ -79,14 +79,14 @@ class Filled(Node):
 class _Thread(threading.local):
     """Whose masks are deferred in this thread: the model call that is going on, or nobody's."""
 
-    call: SiteCall | None = None
+    call: AttentionCall | None = None
 
 
 _thread = _Thread()
 
 
 @contextlib.contextmanager
-def of_call(call: SiteCall | None) -> Iterator[None]:
+def of_call(call: AttentionCall | None) -> Iterator[None]:
     """Defer masks that are asked for inside the block, under the policy of ``call``; ``None``: do not."""
     outer, _thread.call = _thread.call, call
     try:
@@ -105,7 +105,7 @@ def may_defer(q_len: int) -> bool:
 
 def deferred(
     function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
-) -> DeferredRows | None:
+) -> DeferredTensor | None:
     """A mask that ``may_defer``, not made yet; ``None`` where the rule says that it may be made.
 
     Args:
@@ -124,7 +124,7 @@ def deferred(
         call.tally.made(count * few.element_size())
         return None
     return wrap(
-        Generated(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
+        RowFunctionNode(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
         call,
     )
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Tile, fresh, local_shape
 from attnpatch.rows.graph.nodes import Node
 
 
-class Blank(Node):
+class UninitializedNode(Node):
     """A tensor without values.
 
     Attributes:
@@ -26,17 +26,17 @@ class Blank(Node):
         self.dims, self.dtype, self.device = fresh(shape), dtype, device
 
     @staticmethod
-    def like(node: Node, dtype: torch.dtype) -> Blank:
+    def like(node: Node, dtype: torch.dtype) -> UninitializedNode:
         """``empty_like`` of something deferred, cut as that is."""
-        blank = Blank((), dtype, node.device)
+        blank = UninitializedNode((), dtype, node.device)
         blank.dims, blank.stands_for_memory = node.dims, True
         return blank
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return torch.empty(local_shape(self.dims, tile), dtype=self.dtype, device=self.device)
 
 
-def _blank(args: Any, kwargs: dict[str, Any]) -> Blank | None:
+def _blank(args: Any, kwargs: dict[str, Any]) -> UninitializedNode | None:
     """What ``torch.empty`` is asked for, if it could be scores."""
     size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
     if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
@@ -44,11 +44,11 @@ def _blank(args: Any, kwargs: dict[str, Any]) -> Blank | None:
     if len(size) < 3 or not all(isinstance(n, int) for n in size) or min(size) < 1 or min(size[-2:]) < 2:
         return None
     like = torch.empty((), dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-    return Blank(tuple(size), like.dtype, like.device)
+    return UninitializedNode(tuple(size), like.dtype, like.device)
 
 
 def empty(
-    args: Any, kwargs: dict[str, Any], call: SiteCall, native: Callable[[], torch.Tensor]
+    args: Any, kwargs: dict[str, Any], call: AttentionCall, native: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """``torch.empty``, without memory where its size goes by rows or memory runs out."""
     node = _blank(args, kwargs)
@@ -68,10 +68,10 @@ def empty(
 def without(args: Any, kwargs: dict[str, Any]) -> Any:
     """The arguments of ``baddbmm`` with a tensor of one element in the place of an unneeded blank one, or ``None``."""
     added = args[0] if args else kwargs.get("input")
-    if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredRows) or added.handle.is_computed:
+    if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredTensor) or added.handle.is_computed:
         return None
     node = added.handle.node
-    if not isinstance(node, Blank):
+    if not isinstance(node, UninitializedNode):
         return None
     stand_in = torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
     if args:

@@ -11,22 +11,22 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.autograd import checkpoints, edges
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.autograd import checkpoints, edges, kept_values
 from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.history import has_history, is_inference
 from attnpatch.rows.evaluate import untiled
 from attnpatch.rows.graph.nodes import Node, tensors_of
 
 if TYPE_CHECKING:
-    from attnpatch.rows.deferred.tensor import DeferredRows
+    from attnpatch.rows.deferred.tensor import DeferredTensor
 
 
 class Handle:
-    """What a DeferredRows stands for: a recipe, or the tensor it was turned into.
+    """What a DeferredTensor stands for: a graph, or the tensor it was turned into.
 
     Attributes:
-        node: The recipe.
+        node: The graph.
         call: The site call it came from.
         edge: The history it was given; another one means that somebody below Python's reach has made something of it.
         checkpoint: The one in which it was made, which saves its history.
@@ -38,7 +38,11 @@ class Handle:
     """
 
     def __init__(
-        self, node: Node, call: SiteCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
+        self,
+        node: Node,
+        call: AttentionCall,
+        memory: sharing.Memory | None = None,
+        path: tuple[Node, ...] = (),
     ) -> None:
         self.node, self.call = node, call
         self.edge: Any = None
@@ -49,24 +53,24 @@ class Handle:
         self._bridged: tuple[torch.Tensor, Any, Any] | None = None
         self._adopted: Any = None  # the history of ``written`` that its own has gone on with
         self._has_adopted = False
-        self._tensor: weakref.ref[DeferredRows] | None = None
+        self._tensor: weakref.ref[DeferredTensor] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
         self.memory.members.add(self)
         self.path = path
         self.pending = deferred_here.pending
         self.pending.add(self)
 
-    def belongs_to(self, tensor: DeferredRows) -> None:
+    def belongs_to(self, tensor: DeferredTensor) -> None:
         """Say which Python object carries its history."""
         self._tensor = weakref.ref(tensor)
 
     @property
-    def tensor(self) -> DeferredRows | None:
+    def tensor(self) -> DeferredTensor | None:
         """That object, while it is alive."""
         return None if self._tensor is None else self._tensor()
 
     def forget(self) -> None:
-        """What was computed is no longer what the recipe says."""
+        """What was computed is no longer what the graph says."""
         self.values = self._bridged = None
         if self.written is None:
             self.pending.add(self)
@@ -179,9 +183,9 @@ class Handle:
         return bool(self.memory.others(self))
 
     def preserve(self, storage: int) -> None:
-        """Keep the present values of what the recipe reads from a storage that is about to be written to."""
+        """Keep the present values of what the graph reads from a storage that is about to be written to."""
         for leaf in tensors_of(self.node):
-            if leaf.tensor is not None and edges.memory_of(leaf.tensor) == storage:
+            if leaf.tensor is not None and kept_values.memory_of(leaf.tensor) == storage:
                 leaf.preserve()
 
 
@@ -192,7 +196,7 @@ class _DeferredHere(threading.local):
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
         # For these a real tensor stands, which may be written to as another one's.
         self.real: weakref.WeakSet[Handle] = weakref.WeakSet()
-        self.site: SiteCall | None = None
+        self.site: AttentionCall | None = None
 
 
 deferred_here = _DeferredHere()
@@ -228,19 +232,19 @@ def left() -> None:
         secure_escaped()
 
 
-def running_site(otherwise: SiteCall) -> SiteCall:
+def running_site(otherwise: AttentionCall) -> AttentionCall:
     """The site whose call goes on."""
     return otherwise if deferred_here.site is None else deferred_here.site
 
 
-def is_foreign(tensor: DeferredRows) -> bool:
-    """Whether its history is not its recipe's: it came out of a function of somebody's own, or is a leaf of a graph."""
+def is_foreign(tensor: DeferredTensor) -> bool:
+    """Whether its history is not its graph's: it came out of a function of somebody's own, or is a leaf of a graph."""
     if not torch.is_grad_enabled() or not has_history(tensor):
         return False
     return has_other_history(tensor) or _is_of_outer_checkpoint(tensor.handle)
 
 
-def has_other_history(tensor: DeferredRows) -> bool:
+def has_other_history(tensor: DeferredTensor) -> bool:
     if not has_history(tensor):
         return False
     return tensor.handle.edge is None or edges.history(tensor) is not tensor.handle.edge

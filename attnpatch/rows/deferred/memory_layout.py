@@ -1,8 +1,8 @@
-"""How the tensor that a recipe stands for would lie in memory natively: its strides, without its memory.
+"""How the tensor that a graph stands for would lie in memory natively: its strides, without its memory.
 
-Whether ``reshape`` or ``contiguous`` returns a view or a copy depends on strides. torch itself is asked: the recipe's own
+Whether ``reshape`` or ``contiguous`` returns a view or a copy depends on strides. torch itself is asked: the graph's own
 calls run on tensors of device ``meta``, which have sizes, strides and a storage of their own, and no data. Nothing is
-asked before a function wants to know, since most recipes are made and replayed without that.
+asked before a function wants to know, since most graphs are made and replayed without that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnpatch.rows.graph.nodes import Call, Child, Cut, Leaf, Node, Pick, View, map_structure
+from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, SliceNode, ViewNode, map_structure
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.relative_shift import Strided
 
 # Their layout depends on the library that computes them, unless they are given what is contiguous.
@@ -38,7 +39,7 @@ def shadow(node: Node) -> torch.Tensor | None:
 
 
 def applied(node: Node, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a function gives for the shadow of a recipe; it may raise as the native call would. ``None``: not known."""
+    """What a function gives for the shadow of a graph; it may raise as the native call would. ``None``: not known."""
     own = shadow(node)
     if own is None:
         return None
@@ -53,7 +54,7 @@ def numbers(count: int) -> torch.Tensor:
 
 
 def is_view(result: torch.Tensor, node: Node) -> bool:
-    """Whether what ``applied`` gave shares memory with the recipe's own shadow."""
+    """Whether what ``applied`` gave shares memory with the graph's own shadow."""
     own = shadow(node)
     return own is not None and result.untyped_storage()._cdata == own.untyped_storage()._cdata
 
@@ -69,7 +70,7 @@ def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
 
     Args:
         value: The result.
-        node: Its recipe.
+        node: Its graph.
         gaps: Whether to leave room between the elements of a slice, or to keep only their order.
     """
     own = shadow(node)
@@ -114,7 +115,7 @@ def _made(node: Node) -> Any:
         return _shadow(node.laid_as)
     if node.lies_by_rows:
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
-    if isinstance(node, Leaf):
+    if isinstance(node, InputNode):
         tensor = node.tensor
         if tensor is None:
             return None
@@ -125,14 +126,14 @@ def _made(node: Node) -> Any:
     if node.native is not None:
         func, args, kwargs = node.native
         return func(below[0], *args, **kwargs)
-    if isinstance(node, View):
+    if isinstance(node, ViewNode):
         return below[0].expand(node.shape) if node.expand else below[0].view(node.shape)
-    if isinstance(node, Cut):
+    if isinstance(node, SliceNode):
         stop = node.start + (node.axis.size - 1) * node.step + 1
         return below[0][(*[slice(None)] * node.position, slice(node.start, stop, node.step))]
-    if isinstance(node, Pick):
+    if isinstance(node, OutputNode):
         return below[0][node.index]
-    if isinstance(node, Call):
+    if isinstance(node, OpNode):
         return _called(node, below)
     if not below or isinstance(node, Strided):
         # What was padded or joined, and what nobody had before.
@@ -140,7 +141,7 @@ def _made(node: Node) -> Any:
     return below[0] * 1 if node.copies_layout else None
 
 
-def _called(node: Call, below: list[Any]) -> Any:
+def _called(node: OpNode, below: list[Any]) -> Any:
     name = getattr(node.func, "__name__", "")
     if name in _UNSURE and not below[0].is_contiguous():
         return None

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.deferred.tensor import DeferredRows, is_pending
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, all_leaves
-from attnpatch.rows.graph.nodes import graph
+from attnpatch.rows.graph.nodes import walk
 
 _MATRIX = {ROW, KEY}
 
@@ -30,9 +30,9 @@ def with_no_matrix(result: Any, is_counted: bool) -> Any:
     return _changed(result, lambda value: _computed(value, is_counted), 8)
 
 
-def _changed(value: Any, change: Callable[[DeferredRows], Any], depth: int) -> Any:
+def _changed(value: Any, change: Callable[[DeferredTensor], Any], depth: int) -> Any:
     """``value`` with deferred tensors changed; what holds none that changes is the host's own object still."""
-    if isinstance(value, DeferredRows):
+    if isinstance(value, DeferredTensor):
         return change(value)
     if depth == 0 or isinstance(value, torch.Tensor):
         return value
@@ -67,11 +67,11 @@ def _parts(value: Any) -> dict[Any, Any]:
     return {}
 
 
-def _computed(value: DeferredRows, is_counted: bool) -> Any:
+def _computed(value: DeferredTensor, is_counted: bool) -> Any:
     if not is_pending(value):
         return value
-    node, memory = value.handle.node, value.handle.memory.recipe
-    steps = list(graph(node))
+    node, memory = value.handle.node, value.handle.memory.graph
+    steps = list(walk(node))
     is_normalised = any(KEY in _kinds((step.whole,)) for step in steps)
     # A view of scores (their diagonal) shares memory with them, and lies as that does. Keys without rows are as small as
     # an output (places that an index of the host's own puts figures of rows in), but what is summed over the rows of a

@@ -1,7 +1,7 @@
 """Deferred tensors that share memory: views of each other, of which one may be written to.
 
-A *memory* knows the recipe of what it holds as a whole, and each tensor of it the steps from there to itself. A write to
-one of them becomes a node in the memory's recipe, and the recipes of all others are built on that again. A write that no
+A *memory* knows the graph of what it holds as a whole, and each tensor of it the steps from there to itself. A write to
+one of them becomes a node in the memory's graph, and the graphs of all others are built on that again. A write that no
 node can say is done to real tensors: the memory is computed, and its tensors are views of that.
 """
 
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch.rows.deferred import history, memory_layout
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, same
-from attnpatch.rows.graph.nodes import Call, Cut, Node, View
+from attnpatch.rows.graph.nodes import Node, SliceNode, ViewNode
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.regions import Region, Written
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class Memory:
     """What deferred tensors share.
 
     Attributes:
-        recipe: Of all of it.
+        graph: Of all of it.
         whole: All of it, without history, once it was computed.
         members: The handles of deferred tensors that are alive.
     """
 
-    def __init__(self, recipe: Node) -> None:
-        self.recipe = recipe
+    def __init__(self, graph: Node) -> None:
+        self.graph = graph
         self.whole: torch.Tensor | None = None
         self.members: weakref.WeakSet[Handle] = weakref.WeakSet()
 
@@ -56,7 +57,7 @@ class Solid(Node):
     def whole(self) -> tuple[Axis, ...]:  # type: ignore[override]
         return tuple(axis for dims in (self.dims, self.children[0].dims) for dim in dims for axis in dim)
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return _by_function(self, run.value(self.children[0], {}))
 
 
@@ -67,10 +68,12 @@ def _by_function(step: Node, value: torch.Tensor) -> torch.Tensor:
 
 
 def steps_between(node: Node, own: Node) -> list[Node] | None:
-    """The views that lead from a recipe to a recipe on top of it, if they are known one by one."""
+    """The views that lead from a graph to a graph on top of it, if they are known one by one."""
     steps: list[Node] = []
     while node is not own:
-        is_known = isinstance(node, (View, Cut)) or (isinstance(node, Call) and node.func is torch.permute)
+        is_known = isinstance(node, (ViewNode, SliceNode)) or (
+            isinstance(node, OpNode) and node.func is torch.permute
+        )
         if not node.children or not (is_known or (node.native is not None and node.children == (own,))):
             return None
         steps.append(node)
@@ -81,19 +84,19 @@ def steps_between(node: Node, own: Node) -> list[Node] | None:
 def of_function(node: Node, source: Node, native: Native) -> Node:
     """``node`` as what a function of torch makes of ``source``: a node of its own, even where that changes nothing."""
     if node is source:
-        node = View(node, node.dims)
+        node = ViewNode(node, node.dims)
     if node.children and node.children[0] is source:
         node.native = native
     else:
         # torch lays out the result of the whole function, and not of its steps.
-        node.laid_as = View(source, source.dims)
+        node.laid_as = ViewNode(source, source.dims)
         node.laid_as.native = native
     return node
 
 
-def followed(path: Sequence[Node], recipe: Node) -> list[Node]:
-    """The recipe of a memory, and of what every step of a path makes of it."""
-    nodes = [recipe]
+def followed(path: Sequence[Node], graph: Node) -> list[Node]:
+    """The graph of a memory, and of what every step of a path makes of it."""
+    nodes = [graph]
     for step in path:
         nodes.append(renewed(step, nodes[-1]))
     return nodes
@@ -111,14 +114,14 @@ def renewed(step: Node, below: Node) -> Node:
 
 def is_repeated(handle: Handle) -> bool:
     """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
-    steps = (handle.memory.recipe, *handle.path)
-    return any(isinstance(step, View) and step.expand for step in steps) and memory_layout.overlaps(
+    steps = (handle.memory.graph, *handle.path)
+    return any(isinstance(step, ViewNode) and step.expand for step in steps) and memory_layout.overlaps(
         handle.node
     )
 
 
 def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
-    """Recipes of all tensors of a memory after one of them was written to; ``None`` where no node can say it.
+    """Graphs of all tensors of a memory after one of them was written to; ``None`` where no node can say it.
 
     Args:
         handle: What was written to.
@@ -127,21 +130,21 @@ def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
     memory, old = handle.memory, handle.node
     if is_repeated(handle) or not all(map(same, old.dims, node.dims)):
         return None
-    recipe = node
-    nodes = followed(handle.path, memory.recipe) if memory.others(handle) else []
+    graph = node
+    nodes = followed(handle.path, memory.graph) if memory.others(handle) else []
     for step, parent in zip(reversed(handle.path), reversed(nodes[:-1]), strict=bool(nodes)):
-        before = put_back(step, parent, recipe)
+        before = put_back(step, parent, graph)
         if before is None:
             return None
-        recipe = before
+        graph = before
     node.laid_as = old.laid_as or old
     if not nodes:
-        memory.recipe, memory.whole, handle.path = node, None, ()
+        memory.graph, memory.whole, handle.path = node, None, ()
         return {handle: node}
-    recipe.laid_as = memory.recipe.laid_as or memory.recipe
-    memory.recipe, memory.whole = recipe, None
-    found = {other: followed(other.path, recipe)[-1] for other in memory.others(handle)}
-    return {**found, handle: followed(handle.path, recipe)[-1]}
+    graph.laid_as = memory.graph.laid_as or memory.graph
+    memory.graph, memory.whole = graph, None
+    found = {other: followed(other.path, graph)[-1] for other in memory.others(handle)}
+    return {**found, handle: followed(handle.path, graph)[-1]}
 
 
 def put_back(step: Node, parent: Node, value: Node) -> Node | None:
@@ -154,16 +157,16 @@ def put_back(step: Node, parent: Node, value: Node) -> Node | None:
     """
     if getattr(step, "is_detached", False):
         return None
-    if isinstance(step, Cut):
+    if isinstance(step, SliceNode):
         regions: list[Region | None] = [None] * len(parent.dims)
         regions[step.position] = Region(step.start, step.step, step.axis)
         return Written(parent, regions, value)
-    if isinstance(step, View):
-        return None if step.expand else View(value, parent.dims)
-    if isinstance(step, Call) and step.func is torch.permute:
+    if isinstance(step, ViewNode):
+        return None if step.expand else ViewNode(value, parent.dims)
+    if isinstance(step, OpNode) and step.func is torch.permute:
         order = step.args[1]
         back = sorted(range(len(order)), key=order.__getitem__)
-        return Call(torch.permute, (value, back), {}, parent.dims, parent.dtype, parent.device)
+        return OpNode(torch.permute, (value, back), {}, parent.dims, parent.dtype, parent.device)
     return None
 
 
@@ -174,11 +177,11 @@ def compute(handle: Handle) -> None:
     """
     memory, path = handle.memory, handle.path
     cuts = [i for i, step in enumerate(path) if step.shape.numel() < step.children[0].shape.numel()]
-    if not cuts and not memory_layout.has_gaps(memory.recipe):
+    if not cuts and not memory_layout.has_gaps(memory.graph):
         compute_all(handle)
         return
     last = cuts[-1] + 1 if cuts else 0
-    head = followed(path[:last], memory.recipe)[-1]
+    head = followed(path[:last], memory.graph)[-1]
     handle.values = part_of(path[last:], memory_layout.laid(handle.call.replay(head), head))
 
 
@@ -186,8 +189,8 @@ def compute_all(handle: Handle) -> None:
     memory = handle.memory
     if memory.whole is None:
         if not memory.others(handle):
-            memory.recipe, handle.path = handle.node, ()
-        found = memory_layout.laid(handle.call.replay(memory.recipe), memory.recipe, gaps=True)
+            memory.graph, handle.path = handle.node, ()
+        found = memory_layout.laid(handle.call.replay(memory.graph), memory.graph, gaps=True)
         memory.whole = found.detach()  # no view: torch refuses some steps in place on those (``detach_``)
     for member in memory.members:
         member.values = part_of(member.path, memory.whole)
@@ -198,11 +201,11 @@ def part_of(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
     """The part of a computed memory that a path leads to, as a view of it."""
     value = whole
     for step in path:
-        if isinstance(step, Cut):
+        if isinstance(step, SliceNode):
             value = step.of(value)
-        elif isinstance(step, Call):
+        elif isinstance(step, OpNode):
             value = step.func(value, *step.args[1:])
-        elif isinstance(step, View):
+        elif isinstance(step, ViewNode):
             value = step.of(value, list(step.shape))
         else:
             value = _by_function(step, value)
@@ -240,7 +243,7 @@ def is_view_of_part(result: Any, source: Any) -> bool:
 
 @contextlib.contextmanager
 def as_recipe(handle: Handle) -> Iterator[list[Any]]:
-    """Inside the block a slice that was computed alone is a recipe: its views are laid out as if it were none.
+    """Inside the block a slice that was computed alone is a graph: its views are laid out as if it were none.
 
     Yields:
         A list for the views that are made; what was computed is theirs too.

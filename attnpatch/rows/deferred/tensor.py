@@ -1,4 +1,4 @@
-"""DeferredRows: a score matrix that was asked for and not computed."""
+"""DeferredTensor: a score matrix that was asked for and not computed."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any, ClassVar
 import torch
 
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall, Tally
-from attnpatch.rows.autograd import checkpoints, edges
+from attnpatch.rows.attention_call import AttentionCall, Counters
+from attnpatch.rows.autograd import checkpoints, edges, kept_values
 from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.handle import Handle, deferred_here, is_foreign
 from attnpatch.rows.deferred.history import has_history
-from attnpatch.rows.graph.nodes import Node, View
+from attnpatch.rows.graph.nodes import Node, ViewNode
 
 
 def is_watching_writes() -> bool:
     """Whether something of this thread still reads tensors that may be overwritten, or stands for one."""
-    return bool(deferred_here.pending) or bool(deferred_here.real) or edges.are_kept()
+    return bool(deferred_here.pending) or bool(deferred_here.real) or kept_values.are_kept()
 
 
 def before_write(tensor: torch.Tensor) -> None:
-    """Let recipes keep the present values of a tensor that is about to be overwritten.
+    """Let graphs keep the present values of a tensor that is about to be overwritten.
 
     The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
     """
-    if is_watching_writes() and not isinstance(tensor, DeferredRows):
-        storage = edges.memory_of(tensor)
-        edges.before_write(storage)
+    if is_watching_writes() and not isinstance(tensor, DeferredTensor):
+        storage = kept_values.memory_of(tensor)
+        kept_values.before_write(storage)
         for handle in list(deferred_here.pending):
             handle.preserve(storage)
 
@@ -47,10 +47,10 @@ def note_no_memory(error: Exception) -> None:
         )
 
 
-class DeferredRows(torch.Tensor):
-    """A tensor with shape, dtype and device but no storage, and a recipe that can compute any of its rows.
+class DeferredTensor(torch.Tensor):
+    """A tensor with shape, dtype and device but no storage, and a graph that can compute any of its rows.
 
-    Row-wise operations on it extend the recipe, a product over its keys replays it some rows at a time, and any
+    Row-wise operations on it extend the graph, a product over its keys replays it some rows at a time, and any
     other operation computes all of it first: slower and larger, never wrong.
     """
 
@@ -60,7 +60,7 @@ class DeferredRows(torch.Tensor):
     answer_below: ClassVar[Callable[[Callable[..., Any], Any, dict[str, Any]], Any]]
 
     @staticmethod
-    def __new__(cls, handle: Handle) -> DeferredRows:
+    def __new__(cls, handle: Handle) -> DeferredTensor:
         node = handle.node
         self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
         # Who takes its address (an extension in C++, a DLPack capsule) gets an error, and no memory that is not there.
@@ -109,13 +109,13 @@ class DeferredRows(torch.Tensor):
         handle = self.handle
         if handle.is_computed:
             return repr(handle.reduced())
-        return f"DeferredRows(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
+        return f"DeferredTensor(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
 
 
-def tally_of(args: Any, kwargs: dict[str, Any]) -> Tally | None:
+def tally_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
     """Who counts what happens to the first deferred tensor among some arguments."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, DeferredRows):
+        if isinstance(value, DeferredTensor):
             return value.handle.call.tally
         if isinstance(value, (list, tuple)) and (found := tally_of(value, {})) is not None:
             return found
@@ -125,7 +125,7 @@ def tally_of(args: Any, kwargs: dict[str, Any]) -> Tally | None:
 def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The host's own call on computed tensors, where ours has failed: with as little of ours as there can be."""
     name = getattr(func, "__name__", str(func))
-    target = args[0] if args and isinstance(args[0], DeferredRows) else None
+    target = args[0] if args and isinstance(args[0], DeferredTensor) else None
     # A write under no_grad leaves the history as it is.
     with torch.set_grad_enabled(torch.is_grad_enabled() or (target is not None and has_history(target))):
         real = settle(target, name)
@@ -140,7 +140,7 @@ def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
 
 def settle(value: Any, operation: str) -> Any:
     """``value`` with every deferred tensor in it computed."""
-    if isinstance(value, DeferredRows):
+    if isinstance(value, DeferredTensor):
         return value.handle.materialise(operation)
     if isinstance(value, (list, tuple)):
         items = [settle(item, operation) for item in value]
@@ -150,12 +150,12 @@ def settle(value: Any, operation: str) -> Any:
     return value
 
 
-def site_of(tensors: Sequence[torch.Tensor]) -> SiteCall:
+def site_of(tensors: Sequence[torch.Tensor]) -> AttentionCall:
     """Whose a step of some deferred tensors is: the site's that runs if one of them is its own, else one's that has them.
 
     A mask is many sites'; a bias may be a layer's that has handed it on to the next (WavLM).
     """
-    calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredRows)]
+    calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredTensor)]
     own = [call for call in calls if call is deferred_here.site] or [
         call for call in calls if not call.is_of_masks
     ]
@@ -163,15 +163,15 @@ def site_of(tensors: Sequence[torch.Tensor]) -> SiteCall:
 
 
 def is_pending(value: Any) -> bool:
-    return isinstance(value, DeferredRows) and not value.handle.is_computed
+    return isinstance(value, DeferredTensor) and not value.handle.is_computed
 
 
 def computed(value: Any, operation: str = "a function with a backward pass of its own") -> Any:
     """``value``, or the tensor behind it if it is a deferred one that was computed already.
 
-    So is one whose history is not its recipe's: gradients of what is made of it go to that history.
+    So is one whose history is not its graph's: gradients of what is made of it go to that history.
     """
-    if isinstance(value, DeferredRows):
+    if isinstance(value, DeferredTensor):
         if value.handle.is_computed:
             return value.handle.reduced()
         if is_foreign(value):
@@ -180,33 +180,33 @@ def computed(value: Any, operation: str = "a function with a backward pass of it
 
 
 def wrap(
-    node: Node, call: SiteCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
-) -> DeferredRows:
-    """A deferred tensor for a recipe, with the history that the tensor would have.
+    node: Node, call: AttentionCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
+) -> DeferredTensor:
+    """A deferred tensor for a graph, with the history that the tensor would have.
 
     Args:
-        node: The recipe.
+        node: The graph.
         call: Where it belongs.
         memory: What it shares memory with, if it is a view.
-        path: The steps from there to the recipe.
+        path: The steps from there to the graph.
     """
     if node.needs_grad is not None:
-        node = View(node, node.dims)  # another tensor's recipe
-    tensor = DeferredRows(Handle(node, call, memory, path))
+        node = ViewNode(node, node.dims)  # another tensor's graph
+    tensor = DeferredTensor(Handle(node, call, memory, path))
     tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
     frame = checkpoints.current()
     tensor.handle.checkpoint = None if frame is None else weakref.ref(frame)
     return tensor
 
 
-def detached(tensor: DeferredRows) -> None:
+def detached(tensor: DeferredTensor) -> None:
     """Take its history from a deferred tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         tensor.detach_()
     tensor.handle.edge = None
 
 
-def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
+def goes_on_as(target: DeferredTensor, result: DeferredTensor) -> DeferredTensor:
     """A step in place: the same Python object stands for the result."""
     handle = target.handle
     if result.handle.node.stops_gradient and has_history(target):
@@ -215,7 +215,7 @@ def goes_on_as(target: DeferredRows, result: DeferredRows) -> DeferredRows:
         edges.adopt(target, result)
     handle.node = result.handle.node
     if not handle.path:
-        handle.memory.recipe, handle.memory.whole = handle.node, None
+        handle.memory.graph, handle.memory.whole = handle.node, None
     handle.node.carrier = weakref.ref(target)
     handle.edge = edges.history(target)
     return target

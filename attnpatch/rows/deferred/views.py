@@ -14,16 +14,16 @@ from attnpatch.rows.deferred.sharing import (
     part_of,
     steps_between,
 )
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.nodes import Node
 
 
-def view(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+def view(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
     """A deferred tensor that shares memory with ``source``.
 
     Args:
         source: What it is a view of.
-        node: Its recipe: the source's, or made of that by nodes of one child each.
+        node: Its graph: the source's, or made of that by nodes of one child each.
         native: torch's function and its arguments after the first.
     """
     own = source.handle.node
@@ -47,7 +47,7 @@ def settle(handle: Handle) -> None:
             real = root.reduced()
             root.stands_for(real)
         else:
-            whole = wrap(memory.recipe, handle.call)
+            whole = wrap(memory.graph, handle.call)
             whole.handle.values = memory.whole
             whole.handle.pending.discard(whole.handle)
             real = whole.handle.reduced()
@@ -66,7 +66,7 @@ def settle_family(handle: Handle, operation: str) -> None:
 def begins_anew(handle: Handle) -> None:
     """Before a computed tensor is written to: let what shares its memory follow.
 
-    A slice that was computed alone is forgotten, and is a recipe again; of a memory that was computed as a whole all
+    A slice that was computed alone is forgotten, and is a graph again; of a memory that was computed as a whole all
     tensors become views with a history.
     """
     if handle.values is None or handle.written is not None:

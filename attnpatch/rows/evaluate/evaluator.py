@@ -1,4 +1,4 @@
-"""One evaluation of a recipe, tile by tile: what is complete, what is kept, what may be overwritten."""
+"""One evaluation of a graph, tile by tile: what is complete, what is kept, what may be overwritten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from attnpatch.rows.evaluate import row_alignment, toeplitz
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
-from attnpatch.rows.graph.nodes import INTO, Call, Child, Cut, Leaf, Node, Pick, View, graph
+from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, SliceNode, ViewNode, walk
+from attnpatch.rows.graph.operations import INTO, OpNode
 from attnpatch.rows.op_table import CASTS
 
 # Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
@@ -23,19 +24,19 @@ _LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
 _ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
 
 
-class Run:
-    """One evaluation of a recipe: which axes are complete, what is kept between tiles, where gradients go.
+class Evaluator:
+    """One evaluation of a graph: which axes are complete, what is kept between tiles, where gradients go.
 
     Args:
         root: The node to compute.
-        bound: Tensors of leaves that do not hold theirs (a recipe kept for a backward pass).
+        bound: Tensors of leaves that do not hold theirs (a graph kept for a backward pass).
         wanted: What to take gradients for: their parts are cut from the graph and noted.
     """
 
     def __init__(
         self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
     ) -> None:
-        self.nodes = list(graph(root))
+        self.nodes = list(walk(root))
         self._axes = {node: all_leaves(node.dims) for node in self.nodes}
         self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
         for axes in self._axes.values():
@@ -87,7 +88,7 @@ class Run:
         return [
             node.work
             for node in self.nodes
-            if isinstance(node, Call) and not all(row in self._axes[child] for child in node.children)
+            if isinstance(node, OpNode) and not all(row in self._axes[child] for child in node.children)
         ]
 
     @functools.cached_property
@@ -113,7 +114,7 @@ class Run:
             for node in self.nodes
             for child in node.children
             if row in self._axes[child]
-            and not isinstance(child, Leaf)
+            and not isinstance(child, InputNode)
             and (heads & set(self._axes[node])) - set(self._axes[child])
         )
 
@@ -128,10 +129,10 @@ class Run:
         sizes = {
             node: node.dtype.itemsize * math.prod(axis.size for axis in self._axes[node] if axis not in cut)
             for node in self.tiled
-            if not isinstance(node, Leaf) and self.has_rows(node, row)
+            if not isinstance(node, InputNode) and self.has_rows(node, row)
         }
         # What steps share is there from the first to the last.
-        shared = {node for node in sizes if isinstance(node, Call) and self._is_buffered(node, row)}
+        shared = {node for node in sizes if isinstance(node, OpNode) and self._is_buffered(node, row)}
         live = most = sum(sizes[node] for node in shared)
         own = {node: 0 if node in shared or _is_alias(node) else size for node, size in sizes.items()}
         # What is free again when a node's reader is done; children come before parents.
@@ -157,7 +158,7 @@ class Run:
         """Take ``value`` for the whole of ``node`` instead of computing it."""
         self._fixed[node] = value
 
-    def tensor(self, leaf: Leaf) -> torch.Tensor:
+    def tensor(self, leaf: InputNode) -> torch.Tensor:
         tensor = self.bound.get(leaf, leaf.tensor)
         assert tensor is not None
         return tensor
@@ -167,7 +168,7 @@ class Run:
         if node in self._fixed:
             return take(self._fixed[node], node.dims, tile)
         own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
-        if isinstance(node, Leaf) and node not in self.wanted:
+        if isinstance(node, InputNode) and node not in self.wanted:
             return node.compute(own, self)
         fixed = self.hoist and self.row is not None and self.row not in own
         shared = node in self.shared
@@ -209,7 +210,7 @@ class Run:
         # for others, so that is computed with its graph.)
         return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
 
-    def buffer(self, node: Call, shape: list[int]) -> torch.Tensor | None:
+    def buffer(self, node: OpNode, shape: list[int]) -> torch.Tensor | None:
         """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
 
         glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
@@ -236,36 +237,36 @@ class Run:
             return value
         return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
 
-    def _may_pad(self, node: Call) -> bool:
+    def _may_pad(self, node: OpNode) -> bool:
         """Whether rows of a product may lie apart: what reads them up to softmax is done in place."""
         if node not in self._padded:
             self._padded[node] = self._ends_in_softmax(node)
         return self._padded[node]
 
-    def _ends_in_softmax(self, product: Call) -> bool:
+    def _ends_in_softmax(self, product: OpNode) -> bool:
         node: Node = product
         if node.dtype != torch.float32 or not product.work:
             return False
         keys = leaves(node.dims[-1])
         while self._uses.get(node, 0) == 1:
             node = next(reader for reader in self.nodes if node in reader.children)
-            if leaves(node.dims[-1]) != keys or (isinstance(node, View) and node.expand):
+            if leaves(node.dims[-1]) != keys or (isinstance(node, ViewNode) and node.expand):
                 return False
             if _is_alias(node):
                 continue
-            if not isinstance(node, Call) or not self.may_overwrite(node):
+            if not isinstance(node, OpNode) or not self.may_overwrite(node):
                 return False
             if getattr(node.func, "__name__", "") == "softmax":
                 return True
         return False
 
-    def _is_buffered(self, node: Call, row: Axis | None) -> bool:
+    def _is_buffered(self, node: OpNode, row: Axis | None) -> bool:
         # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
         if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
             return False
         return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast
 
-    def _fills(self, node: Call) -> bool:
+    def _fills(self, node: OpNode) -> bool:
         """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
         if not any(axis.kind == KEY for axis in self._axes[node]):
             return False
@@ -277,7 +278,7 @@ class Run:
             return _is_over_last(node)
         return getattr(node.func, "__name__", "") in CASTS
 
-    def operands(self, node: Call, tile: Tile) -> list[Any]:
+    def operands(self, node: OpNode, tile: Tile) -> list[Any]:
         """What a step of ``node`` is computed from."""
         values = [self.value(child, tile) for child in node.children]
         if node.work and not self.wanted:
@@ -289,13 +290,13 @@ class Run:
                 values[i] = row_alignment.laid(values[i], node.children[i], tile)
         return values
 
-    def may_overwrite(self, node: Call) -> bool:
+    def may_overwrite(self, node: OpNode) -> bool:
         """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
         if node not in self._overwrites:
             self._overwrites[node] = self._is_in_place(node)
         return self._overwrites[node]
 
-    def _is_in_place(self, node: Call) -> bool:
+    def _is_in_place(self, node: OpNode) -> bool:
         name = getattr(node.func, "__name__", "")
         first = node.args[0] if isinstance(node.args, tuple) and node.args else None
         if self.wanted or torch.is_grad_enabled() or not isinstance(first, Child):
@@ -311,16 +312,16 @@ class Run:
         """Whether a node's value is made anew for each tile and used once."""
         moves = self.row is None or not self.hoist or self.row in self._axes[node]
         if (
-            isinstance(node, Leaf)
+            isinstance(node, InputNode)
             or node in self._fixed
             or node in self.shared
             or self._uses.get(node, 0) != 1
             or not moves
         ):
             return False
-        if isinstance(node, View):
+        if isinstance(node, ViewNode):
             return not node.expand and self._owns(node.children[0])
-        if not isinstance(node, Call):
+        if not isinstance(node, OpNode):
             return False
         return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
 
@@ -352,14 +353,14 @@ def _row_length(count: int) -> int:
 
 def _is_alias(node: Node) -> bool:
     """Whether a step's result is its operand's memory."""
-    if isinstance(node, (View, Cut, Pick)) or hasattr(node, "heads"):
+    if isinstance(node, (ViewNode, SliceNode, OutputNode)) or hasattr(node, "heads"):
         return True
-    if not isinstance(node, Call) or getattr(node.func, "__name__", "") not in _ALIASES:
+    if not isinstance(node, OpNode) or getattr(node.func, "__name__", "") not in _ALIASES:
         return False
     return node.children[0].dtype == node.dtype
 
 
-def _is_over_last(softmax: Call) -> bool:
+def _is_over_last(softmax: OpNode) -> bool:
     # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype)
     dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
     return dim in (-1, len(softmax.dims) - 1)

@@ -12,7 +12,7 @@ import math
 import torch
 
 from attnpatch.rows.graph.axes import Dim, Dims, Tile, all_leaves, flat_range, leaves, size_of
-from attnpatch.rows.graph.nodes import Leaf, Node
+from attnpatch.rows.graph.nodes import InputNode, Node
 
 # Channels of a result up to which the kernel asks where its operands begin (measured: 8 do, 12 do not).
 MOST_CHANNELS = 8
@@ -22,7 +22,7 @@ _LINE = 16
 
 def asks(product: Node, operand: Node) -> bool:
     """Whether a product's rounding may depend on where an operand that is computed step by step begins."""
-    if isinstance(operand, Leaf) or operand.dtype != torch.float32 or operand.device.type != "cpu":
+    if isinstance(operand, InputNode) or operand.dtype != torch.float32 or operand.device.type != "cpu":
         return False
     shape = operand.shape
     if len(shape) < 3 or shape[:-2].numel() == 1 or shape[-2:].numel() % 4 == 0:

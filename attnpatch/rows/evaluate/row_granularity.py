@@ -26,7 +26,7 @@ _BLOCKS = ((768, 256), (192, 64), (0, 32))
 
 
 @dataclasses.dataclass(frozen=True)
-class Grain:
+class RowGranularity:
     """What a step of rows must respect.
 
     Attributes:
@@ -74,10 +74,10 @@ class Grain:
             step += block
 
 
-def to_rounding() -> Grain:
+def to_rounding() -> RowGranularity:
     """Steps of the last resort, where memory leaves no room for such that keep every bit."""
     fewest = min(FEWEST_ROWS, LEAST[ROW])
-    return Grain(fewest, unit=fewest, fewest=fewest)
+    return RowGranularity(fewest, unit=fewest, fewest=fewest)
 
 
 def _at_multiples(size: int, step: int, least: int, unit: int) -> list[tuple[int, int]]:
@@ -120,7 +120,7 @@ def _parts(size: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
+def of_fused(call: dict[str, Any], dtype: torch.dtype) -> RowGranularity:
     """Steps of an SDPA call that torch's fused CPU kernel serves; elsewhere it is a guess at what is fast.
 
     Args:
@@ -132,7 +132,7 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
     least = next(least for least, _ in _BLOCKS if q_len >= least)
     multiple = _block(q_len)
     if query.device.type != "cpu" or not _may_pack(dtype):
-        return Grain(max(least, multiple), multiple, fewest=_FEWEST)
+        return RowGranularity(max(least, multiple), multiple, fewest=_FEWEST)
 
     threads = torch.get_num_threads()
     heads, key_heads = query.shape[:-2].numel(), key.shape[:-2].numel()
@@ -153,7 +153,9 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> Grain:
             return packs(high - low, kv_len, False) == packed
         return packs(high - low, min(high, kv_len), low == 0) == packed
 
-    return Grain(max(least, multiple), multiple, fewest=from_rows if packed else _FEWEST, holds=holds)
+    return RowGranularity(
+        max(least, multiple), multiple, fewest=from_rows if packed else _FEWEST, holds=holds
+    )
 
 
 def _block(rows: int) -> int:

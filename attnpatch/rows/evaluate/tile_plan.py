@@ -10,7 +10,7 @@ import sys
 import torch
 
 from attnpatch.policy import Policy
-from attnpatch.rows.evaluate.row_granularity import Grain, balanced
+from attnpatch.rows.evaluate.row_granularity import RowGranularity, balanced
 from attnpatch.rows.graph.axes import KEY, LEAD, LEAST, ROW, Axis, Tile
 
 # Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
@@ -33,7 +33,7 @@ NATIVE_LOOP, LEAST_WORK = 400, 512
 
 
 @dataclasses.dataclass
-class Steps:
+class TilePlan:
     """How a replay is cut: every combination of lead pieces, and for each the row pieces.
 
     Attributes:
@@ -60,16 +60,16 @@ def choose(
     policy: Policy,
     device: torch.device,
     shrink: int = 1,
-    grain: Grain | None = None,
+    grain: RowGranularity | None = None,
     free: int | None = None,
     reads: int = 0,
     held: int = 0,
-) -> Steps:
-    """Steps for a recipe.
+) -> TilePlan:
+    """Steps for a graph.
 
     Args:
         tileable: The axes that may be cut, outermost first.
-        width: Elements that one row of one head has in the widest tensor of the recipe.
+        width: Elements that one row of one head has in the widest tensor of the graph.
         itemsize: Bytes of an element.
         policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
         device: Where it runs.
@@ -85,12 +85,12 @@ def choose(
     on_cpu = device.type == "cpu"
     row, lead = row_and_lead(tileable)
     if row is None:
-        return Steps([{}], None, [])
+        return TilePlan([{}], None, [])
     width = max(1, width)
     present = math.prod(axis.size for axis in lead)
     ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-held // width)), policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
-    grain = grain or Grain()
+    grain = grain or RowGranularity()
     heads, rows = _fixed(policy, shrink, grain.fewest)
     if heads is None:
         heads = LEAST[LEAD] if on_cpu else present
@@ -110,7 +110,7 @@ def choose(
     most = ceiling // (width * heads) // shrink
     if grain.multiple > 1 and policy.rows is None and max(high - low for low, high in spans) > most:
         spans = grain.tight(row.size, most)
-    return Steps(_lead_tiles(lead, heads), row, spans)
+    return TilePlan(_lead_tiles(lead, heads), row, spans)
 
 
 def _ceiling(held: int, policy: Policy, free: int | None) -> int:
@@ -121,19 +121,21 @@ def _ceiling(held: int, policy: Policy, free: int | None) -> int:
     return min(limits) // held
 
 
-def one_row(tileable: list[Axis]) -> Steps:
+def one_row(tileable: list[Axis]) -> TilePlan:
     """The smallest steps there are, which round differently from larger ones."""
     row, lead = row_and_lead(tileable)
     if row is None:
-        return Steps([{}], None, [])
-    return Steps(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
+        return TilePlan([{}], None, [])
+    return TilePlan(_lead_tiles(lead, 1), row, [(i, i + 1) for i in range(row.size)])
 
 
-def products_grain(works: list[int], tileable: list[Axis], device: torch.device, narrow: bool) -> Grain:
+def products_grain(
+    works: list[int], tileable: list[Axis], device: torch.device, narrow: bool
+) -> RowGranularity:
     """Rows such that no step's product is so small that it takes another kernel than the whole one.
 
     Args:
-        works: Multiplications per head of each product of the recipe.
+        works: Multiplications per head of each product of the graph.
         tileable: As ``choose`` takes them.
         device: Where it runs.
         narrow: Whether some of it is in a narrow dtype.
@@ -142,9 +144,9 @@ def products_grain(works: list[int], tileable: list[Axis], device: torch.device,
     # As many as fill a vector: where keys come before queries softmax has another kernel for what is left over.
     unit = LEAST[ROW] * (2 if narrow else 1)
     if row is None or device.type != "cpu":
-        return Grain(unit, unit=unit)
+        return RowGranularity(unit, unit=unit)
     rows = [-(-LEAST_WORK * row.size // work) for work in works if work >= NATIVE_LOOP]
-    return Grain(max(unit, *rows, 0), unit=unit)
+    return RowGranularity(max(unit, *rows, 0), unit=unit)
 
 
 def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:

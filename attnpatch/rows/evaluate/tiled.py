@@ -1,4 +1,4 @@
-"""Replays a recipe tile by tile into a tensor, with gradients, and shows the probabilities that pass by."""
+"""Replays a graph tile by tile into a tensor, with gradients, and shows the probabilities that pass by."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
-from attnpatch.rows.evaluate.tile_plan import Steps, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.evaluate.tile_plan import TilePlan, choose, one_row, products_grain, row_and_lead
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
-from attnpatch.rows.graph.nodes import Leaf, Node, graph, tensors_of
+from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
 from attnpatch.rows.oom import Attempts, is_out_of_memory
 
@@ -24,7 +24,7 @@ Look = Callable[[torch.Tensor, Tile], None]
 T = TypeVar("T")
 
 
-class Limit(enum.IntEnum):
+class Exactness(enum.IntEnum):
     """How small a step may get: so that results are the same to the last bit, to rounding, or at all."""
 
     EXACT = 0
@@ -32,13 +32,13 @@ class Limit(enum.IntEnum):
     ONE_ROW = 2
 
 
-class Replay:
+class TiledEvaluation:
     """Everything needed to compute ``node`` by tiles.
 
     Args:
         node: What to compute.
         policy: Tile sizes and the workspace.
-        watched: A node of the recipe to show, and who looks; ``None``: nobody.
+        watched: A node of the graph to show, and who looks; ``None``: nobody.
         on_retry: Called when a step ran out of memory and is tried again, smaller.
         on_restart: Called then too, where somebody looks at what the first steps have shown already.
         free: Free bytes on the device; ``None``: plenty.
@@ -64,9 +64,9 @@ class Replay:
         self.on_size, self.on_failure = on_size, on_failure
         self.attempts = attempts or Attempts()
         # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
-        self.shrink, self.limit = 1, Limit.EXACT
+        self.shrink, self.limit = 1, Exactness.EXACT
         self.random: RandomState | None = None
-        self.again: Replay | None = None
+        self.again: TiledEvaluation | None = None
 
     def __call__(self) -> torch.Tensor:
         """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
@@ -75,8 +75,8 @@ class Replay:
         result = edges.record(self.node, self._kept, self._again) if torch.is_grad_enabled() else None
         return self.forward() if result is None else result
 
-    def _again(self, twin: Node) -> Replay:
-        self.again = Replay(
+    def _again(self, twin: Node) -> TiledEvaluation:
+        self.again = TiledEvaluation(
             twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size,
             on_failure=self.on_failure,
         )  # fmt: skip
@@ -90,7 +90,7 @@ class Replay:
         # A view made under no_grad could not be written to in place.
         return result.detach()
 
-    def _steps(self, run: Run) -> Steps:
+    def _steps(self, run: Evaluator) -> TilePlan:
         axes = all_leaves(self.node.dims)
         tileable = [axis for axis in axes if axis not in run.whole]
         if any(axis.kind == ROW for axis in tileable):
@@ -103,25 +103,25 @@ class Replay:
         row, _ = row_and_lead(tileable)
         for node in run.tiled:
             # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
-            if not isinstance(node, Leaf) and run.has_rows(node, row):
+            if not isinstance(node, InputNode) and run.has_rows(node, row):
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
                 itemsize = max(itemsize, node.dtype.itemsize)
                 narrow |= node.dtype.is_floating_point and node.dtype.itemsize < 4
-        if self.limit is Limit.ONE_ROW:
+        if self.limit is Exactness.ONE_ROW:
             return one_row(tileable)
         grain = getattr(self.node, "grain", None) or products_grain(
             run.works(row), tileable, self.node.device, narrow
         )
         asked = self.policy.rows is not None or self.policy.workspace is not None
-        if self.limit is not Limit.EXACT or (asked and not self.node.is_exact):
+        if self.limit is not Exactness.EXACT or (asked and not self.node.is_exact):
             grain = to_rounding()
         return choose(
             tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
             _reads(run, tileable), run.held_bytes(row, cut),
         )  # fmt: skip
 
-    def _tiles(self, run: Run) -> Iterator[Tile]:
+    def _tiles(self, run: Evaluator) -> Iterator[Tile]:
         steps = self._steps(run)
         run.scores = _scores(run, steps.row)
         self.on_size(_held_inside(run, steps, self.node))
@@ -129,7 +129,7 @@ class Replay:
             yield tile
             self.on_size(run.largest)
 
-    def _cut(self, run: Run, steps: Steps) -> Iterator[Tile]:
+    def _cut(self, run: Evaluator, steps: TilePlan) -> Iterator[Tile]:
         run.row = steps.row if len(steps.rows) > 1 else None
         if run.row is not None and len(steps.lead) > 1:
             run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
@@ -174,7 +174,7 @@ class Replay:
 
     def _said(self) -> str:
         """The step in words."""
-        steps = self._steps(Run(self.node))
+        steps = self._steps(Evaluator(self.node))
         if steps.row is None:
             return "the whole call, which cannot be cut"
         rows, heads = steps.largest()
@@ -186,9 +186,9 @@ class Replay:
         First within the limits that keep results to the last bit, then to a single row: an answer to rounding is
         better than none.
         """
-        run = Run(self.node)
+        run = Evaluator(self.node)
         now = math.prod(self._steps(run).largest())
-        for limit in Limit:
+        for limit in Exactness:
             if limit < self.limit:
                 continue
             if limit > self.limit:
@@ -200,7 +200,7 @@ class Replay:
         return False
 
     def _forward(self) -> torch.Tensor:
-        run = Run(self.node)
+        run = Evaluator(self.node)
         if self.watched is not None:
             run.keep(self.watched[0])
         result: torch.Tensor | None = None
@@ -234,7 +234,7 @@ class Replay:
     def _gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor]:
-        run = Run(self.node, bound, frozenset(wanted))
+        run = Evaluator(self.node, bound, frozenset(wanted))
         sums = {node: _zeros(node, bound.get(node)) for node in wanted}
         for tile in self._tiles(run):
             run.parts.clear()
@@ -253,10 +253,12 @@ class Replay:
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
         """Gradients that can be differentiated again; in one piece, as the native graph would hold it."""
-        run = Run(self.node, bound)
+        run = Evaluator(self.node, bound)
         asked = []
         for node in wanted:
-            asked.append(bound[node] if isinstance(node, Leaf) else Run(node, bound).value(node, {}))
+            asked.append(
+                bound[node] if isinstance(node, InputNode) else Evaluator(node, bound).value(node, {})
+            )
             run.fix(node, asked[-1])
         value = run.value(self.node, {})
         return list(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
@@ -270,35 +272,39 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(node.shape, dtype=dtype, device=node.device)
 
 
-def _scores(run: Run, row: Axis | None) -> frozenset[Node]:
+def _scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
     """What has elements for each query and key."""
     found = set()
     for node in run.nodes:
         kinds = {axis.kind for axis in all_leaves(node.dims)}
-        if not isinstance(node, Leaf) and KEY in kinds and (ROW in kinds or row in all_leaves(node.dims)):
+        if (
+            not isinstance(node, InputNode)
+            and KEY in kinds
+            and (ROW in kinds or row in all_leaves(node.dims))
+        ):
             found.add(node)
     return frozenset(found)
 
 
-def _held_inside(run: Run, steps: Steps, result: Node) -> int:
-    """Bytes of the scores that a step makes and no node of the recipe shows; of a result with keys, of all of it."""
+def _held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
+    """Bytes of the scores that a step makes and no node of the graph shows; of a result with keys, of all of it."""
     tile: Tile = dict(steps.lead[0])
     if steps.row is not None:
         tile[steps.row] = (0, steps.largest()[0])
     found = result.shape.numel() * result.dtype.itemsize if result in run.scores else 0
     for node in run.tiled:
-        if node.scores_held and not isinstance(node, Leaf):
+        if node.scores_held and not isinstance(node, InputNode):
             heads_and_rows = tuple(leaves(a for dim in node.dims[:-1] for a in dim))
             found = max(found, node.scores_held * extent(heads_and_rows, tile) * node.dtype.itemsize)
     return found
 
 
-def _reads(run: Run, tileable: list[Axis]) -> int:
+def _reads(run: Evaluator, tileable: list[Axis]) -> int:
     """Elements that a step of one head reads however few its rows: keys, values, a bias that is the same in every row."""
     found = 0
     for node in run.nodes:
         axes = all_leaves(node.dims)
-        if isinstance(node, Leaf) and not any(axis.kind == ROW for axis in axes):
+        if isinstance(node, InputNode) and not any(axis.kind == ROW for axis in axes):
             found += node.count // math.prod(axis.size for axis in axes if axis in tileable)
     return found
 
@@ -317,6 +323,6 @@ def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
 
 def _kernel_random_state(node: Node) -> RandomState | None:
     """The generator's state, where a step draws from it (dropout inside a kernel)."""
-    if not any(getattr(step, "random", False) for step in graph(node)):
+    if not any(getattr(step, "random", False) for step in walk(node)):
         return None
     return random_state(node.device)

@@ -1,4 +1,4 @@
-"""What a recipe makes of nothing but distances of positions: computed once for each distance, not once for each pair.
+"""What a graph makes of nothing but distances of positions: computed once for each distance, not once for each pair.
 
 A bias or a mask made of ``key position - query position`` (T5's buckets, DeBERTa's, a window) is the same along every
 diagonal. The first and the last row of a tile have every distance that is in it, so all others are copies.
@@ -12,7 +12,8 @@ import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, View
+from attnpatch.rows.graph.nodes import InputNode, Node, ViewNode
+from attnpatch.rows.graph.operations import OpNode
 
 Pair = frozenset[Axis]
 
@@ -28,7 +29,7 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
     """Steps that depend on two axes by their difference only, and those axes.
 
     Args:
-        nodes: Of a recipe, children before parents.
+        nodes: Of a graph, children before parents.
     """
     found: dict[Node, Pair] = {}
     multiplied = _multiplied(nodes)
@@ -36,7 +37,7 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
         # A product rounds by how its operands lie in memory, and what is expanded is so without a copy.
         if (
             node in multiplied
-            or type(node) not in (Call, View)
+            or type(node) not in (OpNode, ViewNode)
             or getattr(node, "work", 0)
             or getattr(node, "expand", False)
         ):
@@ -57,7 +58,7 @@ def _multiplied(nodes: Sequence[Node]) -> set[Node]:
     """Operands of products (a table's rows for all pairs), and what they are views of."""
     found = {child for node in nodes if getattr(node, "work", 0) for child in node.children}
     for node in reversed(nodes):
-        is_view = isinstance(node, View) or (isinstance(node, Call) and node.func is torch.permute)
+        is_view = isinstance(node, ViewNode) or (isinstance(node, OpNode) and node.func is torch.permute)
         if node in found and is_view:
             found.update(node.children)
     return found
@@ -70,7 +71,7 @@ def _places(node: Node) -> dict[Axis, int]:
 
 def _difference(node: Node) -> Pair | None:
     """The axes of two tensors of positions that follow each other, where a step subtracts or compares them."""
-    if not isinstance(node, Call) or len(node.children) != 2:
+    if not isinstance(node, OpNode) or len(node.children) != 2:
         return None
     axes = [axis for child in node.children for axis in all_leaves(child.dims)]
     if getattr(node.func, "__name__", "") not in _OF_DISTANCE or len(axes) != 2 or axes[0] is axes[1]:
@@ -79,7 +80,7 @@ def _difference(node: Node) -> Pair | None:
 
 
 def _follow_each_other(node: Node) -> bool:
-    tensor = node.tensor if isinstance(node, Leaf) else None
+    tensor = node.tensor if isinstance(node, InputNode) else None
     if tensor is None or tensor.device.type != "cpu" or tensor.dtype not in _WHOLE:
         return False
     if ledger_of(tensor) is not None:

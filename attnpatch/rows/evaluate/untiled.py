@@ -1,4 +1,4 @@
-"""Evaluates a recipe node by node, all of each: no tiles, no shared memory, nothing in place.
+"""Evaluates a graph node by node, all of each: no tiles, no shared memory, nothing in place.
 
 What is left when the engine that does these has failed: slower and larger, and as little code of ours as there can be.
 """
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from attnpatch.rows.graph.axes import Tile, take
-from attnpatch.rows.graph.nodes import Call, Child, Leaf, Node, View, map_structure
+from attnpatch.rows.graph.nodes import Child, InputNode, Node, ViewNode, map_structure
+from attnpatch.rows.graph.operations import OpNode
 
 
 class _Everything:
@@ -33,7 +34,7 @@ class Plain:
         self.wanted: frozenset[Node] = frozenset()
         self.row = None
 
-    def tensor(self, leaf: Leaf) -> torch.Tensor:
+    def tensor(self, leaf: InputNode) -> torch.Tensor:
         tensor = self.values.get(leaf, leaf.tensor)
         assert tensor is not None
         return tensor
@@ -47,12 +48,12 @@ class Plain:
         return take(value, node.dims, tile) if tile else value
 
     def _computed(self, node: Node) -> Any:
-        if isinstance(node, Leaf):
+        if isinstance(node, InputNode):
             return self.tensor(node)
-        if isinstance(node, View):
+        if isinstance(node, ViewNode):
             value = self.value(node.children[0], {})
             return value.expand(node.shape) if node.expand else value.reshape(node.shape)
-        if type(node) is not Call:
+        if type(node) is not OpNode:
             return node.compute({}, self)  # type: ignore[arg-type]
         values = [self.value(child, {}) for child in node.children]
 
@@ -79,14 +80,14 @@ class Plain:
 
 
 def evaluated(root: Node) -> torch.Tensor:
-    """All of a recipe."""
+    """All of a graph."""
     return Plain().value(root, {})
 
 
 def gradients(
     root: Node, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
 ) -> list[torch.Tensor | None]:
-    """Gradients of leaves and of steps of a recipe that holds no tensors, in one piece."""
+    """Gradients of leaves and of steps of a graph that holds no tensors, in one piece."""
     run, parts = Plain(bound), []
     for node in wanted:
         # Each in an evaluation of its own: what is between must not be kept without its graph.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import CPU_STEP_BYTES, balanced
-from attnpatch.rows.fusion.match import HIDDEN, LOWEST, Formula
+from attnpatch.rows.fusion.match import HIDDEN, LOWEST, SdpaMatch
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, all_leaves, extent, leaves
-from attnpatch.rows.graph.nodes import Leaf, Node, graph
+from attnpatch.rows.graph.nodes import InputNode, Node, walk
 
 # A row in which nothing weighs more than this sees nothing: its keys are kept, and it is uniform or not a number.
 BLIND = HIDDEN / 2
@@ -33,7 +33,7 @@ class Added:
         is_interleaved: Whether the heads of a mask lie side by side in memory, and its keys apart.
     """
 
-    def __init__(self, formula: Formula) -> None:
+    def __init__(self, formula: SdpaMatch) -> None:
         self.steps = [
             (step.kind, step.number, step.mask is not None, step.inverted) for step in formula.steps
         ]
@@ -65,7 +65,7 @@ class Added:
         return set(leaves(self._leads))
 
     def __call__(
-        self, masks: Sequence[Node], tile: Tile, run: Run, only_narrow: bool = False
+        self, masks: Sequence[Node], tile: Tile, run: Evaluator, only_narrow: bool = False
     ) -> torch.Tensor | None:
         """The mask in a tile; ``only_narrow``: what of it is the same for all heads."""
         mask: torch.Tensor | None = None
@@ -92,7 +92,7 @@ class Added:
             mask = part if mask is None else mask + part
         return mask
 
-    def seen(self, masks: Sequence[Node], tile: Tile, run: Run) -> tuple[torch.Tensor, int, int]:
+    def seen(self, masks: Sequence[Node], tile: Tile, run: Evaluator) -> tuple[torch.Tensor, int, int]:
         """The mask in a tile as far as anything is seen of it: its columns ``low:high`` of the keys."""
         everything = 0, self.keys.size
         is_split = any(self._is_narrow) and not all(self._is_narrow)
@@ -131,7 +131,7 @@ class Added:
             return "none"
         step = CPU_STEP_BYTES // (4 * self.keys.size * math.prod(axis.size for axis in tileable))
         spans = balanced(self.row.size, max(1, min(_SCAN_ROWS, step)), 1)
-        run, open_ = Run(node), {"none", "causal"} if self.row.size == self.keys.size else {"none"}
+        run, open_ = Evaluator(node), {"none", "causal"} if self.row.size == self.keys.size else {"none"}
         run.row = self.row if len(spans) > 1 else None
         with torch.no_grad():
             for low, high in spans:
@@ -168,7 +168,7 @@ _PATTERNS = {"none": _is_nothing, "causal": _is_causal}
 
 def _is_mild(mask: Node) -> bool:
     """Whether a mask is small enough to look at, and hides nothing (ALiBi: a number for each key of a head)."""
-    if not isinstance(mask, Leaf) or mask.tensor is None or len(all_leaves(mask.dims)) > 2:
+    if not isinstance(mask, InputNode) or mask.tensor is None or len(all_leaves(mask.dims)) > 2:
         return False
     return (
         ledger_of(mask.tensor) is None and mask.dtype.is_floating_point and bool(mask.tensor.amin() > BLIND)
@@ -177,15 +177,17 @@ def _is_mild(mask: Node) -> bool:
 
 def _can_slice(mask: Node, row: Axis, keys: Axis) -> bool:
     """Whether some keys of a mask can be computed: not where it is kept for all rows, of which each sees others."""
-    for node in graph(mask):
+    for node in walk(mask):
         axes = all_leaves(node.dims)
-        if keys in leaves(node.whole) or (not isinstance(node, Leaf) and keys in axes and row not in axes):
+        if keys in leaves(node.whole) or (
+            not isinstance(node, InputNode) and keys in axes and row not in axes
+        ):
             return False
     return True
 
 
 def _is_interleaved(mask: Node, keys: Axis) -> bool:
-    if not isinstance(mask, Leaf) or mask.tensor is None:
+    if not isinstance(mask, InputNode) or mask.tensor is None:
         return False
     strides = zip(mask.dims, mask.tensor.stride(), strict=True)
     return any(keys in leaves(dim) and stride > 1 for dim, stride in strides)

@@ -7,9 +7,10 @@ import math
 import torch
 
 from attnpatch.observing import Layout, Opened
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Tile, leaves
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
+from attnpatch.rows.graph.nodes import InputNode, Node, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import SOFTMAX
 from attnpatch.rows.provenance.open_keys import open_keys, open_of
 
@@ -40,7 +41,7 @@ def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis],
         softmax = _softmax_over(node, keys)
         before = node if softmax is None else softmax.children[0]
         products = _products(before)
-        read = above(list(graph(before)), {id(product) for product in products})
+        read = above(list(walk(before)), {id(product) for product in products})
         if _depends_on_scores(before, read) or (softmax is None and any(id(p) in read for p in products)):
             return unknown
         masks: list[tuple[_Steps, bool]] = []
@@ -68,26 +69,26 @@ def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis],
 
 
 def _products(node: Node) -> list[Node]:
-    return [step for step in graph(node) if isinstance(step, Call) and step.work]
+    return [step for step in walk(node) if isinstance(step, OpNode) and step.work]
 
 
 def _depends_on_scores(before: Node, read: set[int]) -> bool:
     """Whether which keys are open is chosen by the scores themselves (the largest of them)."""
-    return any(id(step) in read and not step.dtype.is_floating_point for step in graph(before))
+    return any(id(step) in read and not step.dtype.is_floating_point for step in walk(before))
 
 
 def _has_mask(node: Node, roots: list[Node]) -> bool:
     """Whether anything is read beside what some steps are made of: queries and keys, or scores."""
-    inside = {id(step) for root in roots for step in graph(root)}
-    return any(isinstance(s, Leaf) or s.stands_for_memory for s in graph(node) if id(s) not in inside)
+    inside = {id(step) for root in roots for step in walk(root)}
+    return any(isinstance(s, InputNode) or s.stands_for_memory for s in walk(node) if id(s) not in inside)
 
 
 def _is_masked_after(node: Node, softmax: Node) -> bool:
     """Whether the weights of a softmax, and of no other, are multiplied with something that is read."""
-    steps = list(graph(node))
+    steps = list(walk(node))
     read = above(steps, {id(softmax)})
     later = [step for step in steps if id(step) in read]
-    is_plain = all((isinstance(s, Call) and not s.work) or not isinstance(s, Call) for s in later)
+    is_plain = all((isinstance(s, OpNode) and not s.work) or not isinstance(s, OpNode) for s in later)
     return is_plain and not _depends_on_scores(node, read) and _has_mask(node, [softmax])
 
 
@@ -104,7 +105,7 @@ class _Steps:
         layout: Layout,
     ) -> None:
         self.before, self.leads, self.rows, self.layout = before, leads, rows, layout
-        self.run = Run(before)
+        self.run = Evaluator(before)
         for step, number in values.items():
             value = torch.full((), number, dtype=step.dtype, device=step.device)
             self.run.fix(step, value.expand(step.shape))
@@ -161,8 +162,8 @@ def _softmax_over(node: Node, keys: list[Axis]) -> Node | None:
     """The softmax over the keys: the only one there is, or the one over them."""
     softmaxes = [
         step
-        for step in graph(node)
-        if isinstance(step, Call) and getattr(step.func, "__name__", "") in SOFTMAX and step.children
+        for step in walk(node)
+        if isinstance(step, OpNode) and getattr(step.func, "__name__", "") in SOFTMAX and step.children
     ]
     found = [step for step in softmaxes if set(leaves(step.whole)) & set(keys)]
     chosen = found or (softmaxes if len(softmaxes) == 1 else [])

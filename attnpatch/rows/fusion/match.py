@@ -1,4 +1,4 @@
-"""Reads a recipe as ``softmax(factor * query @ key.T + masks) @ value``, or says which step is something else."""
+"""Reads a graph as ``softmax(factor * query @ key.T + masks) @ value``, or says which step is something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.graph.axes import ROW, Axis, all_leaves, leaves
 from attnpatch.rows.graph.dropout import Dropout
-from attnpatch.rows.graph.nodes import Call, Child, Cut, Leaf, Node, View, graph
+from attnpatch.rows.graph.nodes import Child, InputNode, Node, SliceNode, ViewNode, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import CASTS
 
 # A mask value from here down outweighs any product: beside a key that is seen, such a key has no mass at all.
@@ -29,13 +30,13 @@ _ONTO = frozenset("baddbmm addmm".split())
 _KNOWN_AS = {"tanh": "tanh (softcap)", "cat": "cat (sinks)"}
 
 
-class OtherRecipe(Exception):
-    """The recipe is no scaled dot-product attention; the message is the step that stands in the way."""
+class NoMatch(Exception):
+    """The graph is no scaled dot-product attention; the message is the step that stands in the way."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is done to the scores, in the order of the recipe.
+    """What is done to the scores, in the order of the graph.
 
     Attributes:
         kind: ``"times"`` a number, ``"plus"`` a mask (times a number), ``"fill"`` with a number where a mask says so, or
@@ -52,8 +53,8 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Formula:
-    """A recipe that is scaled dot-product attention.
+class SdpaMatch:
+    """A graph that is scaled dot-product attention.
 
     Attributes:
         query, key, value: The operands.
@@ -65,9 +66,9 @@ class Formula:
         dtype: What the wider one of the two products is computed in.
     """
 
-    query: Leaf
-    key: Leaf
-    value: Leaf
+    query: InputNode
+    key: InputNode
+    value: InputNode
     row: Axis
     keys: Axis
     leads: tuple[Axis, ...]
@@ -88,31 +89,31 @@ class Formula:
         return before, after if "tanh" in kinds else None
 
 
-def read(result: Call, probabilities: Node, keys: list[Axis]) -> Formula:
-    """The formula of a recipe.
+def read(result: OpNode, probabilities: Node, keys: list[Axis]) -> SdpaMatch:
+    """The formula of a graph.
 
     Args:
         result: The product of probabilities and values.
-        probabilities: Its operand that is a recipe.
+        probabilities: Its operand that is a graph.
         keys: What it sums over.
 
     Raises:
-        OtherRecipe: It is another one.
+        NoMatch: It is another one.
     """
     if _name(result) not in _PRODUCTS or len(result.children) != 2:
-        raise OtherRecipe(f"{_name(result)} (of the values)")
+        raise NoMatch(f"{_name(result)} (of the values)")
     value = next(child for child in result.children if child is not probabilities)
-    if not isinstance(value, Leaf) or len(keys) != 1:
-        raise OtherRecipe("keys in several dimensions")
+    if not isinstance(value, InputNode) or len(keys) != 1:
+        raise NoMatch("keys in several dimensions")
     softmax, cut = _softmax_of(probabilities)
     scores, axes, sink = softmax.children[0], leaves(softmax.whole), None
     if cut is not None:
         scores, sink = _beside_sink(scores, axes, cut)
         axes = leaves(scores.dims[-1])
     elif axes != keys:
-        raise OtherRecipe("softmax (not over the keys)")
+        raise NoMatch("softmax (not over the keys)")
     if len(axes) != 1:
-        raise OtherRecipe("softmax (not over the keys)")
+        raise NoMatch("softmax (not over the keys)")
     product = _product_of(scores, axes[0])
     steps = _steps(scores, product, axes[0])
     query, key, row = _operands(product, axes[0])
@@ -120,50 +121,50 @@ def read(result: Call, probabilities: Node, keys: list[Axis]) -> Formula:
     own = all_leaves(result.dims)
     width = tuple(axis for axis in all_leaves(value.dims) if axis not in leads)
     if set(own) != {*leads, row, *width} or len(set(own)) != len(own):
-        raise OtherRecipe(f"{_name(result)} (heads are mixed)")
+        raise NoMatch(f"{_name(result)} (heads are mixed)")
     masks = [step.mask for step in steps if step.mask is not None] + ([] if sink is None else [sink])
     _check_gradients(result, masks)
-    whole = {axis for mask in masks for node in graph(mask) for axis in leaves(node.whole)}
+    whole = {axis for mask in masks for node in walk(mask) for axis in leaves(node.whole)}
     if whole & {row, *leads}:
-        raise OtherRecipe("a bias that mixes rows or heads")
+        raise NoMatch("a bias that mixes rows or heads")
     dtype = torch.promote_types(product.dtype, result.dtype)
-    return Formula(query, key, value, row, axes[0], leads, width, tuple(steps), dtype, sink)
+    return SdpaMatch(query, key, value, row, axes[0], leads, width, tuple(steps), dtype, sink)
 
 
 def _name(node: Node) -> str:
-    return getattr(node.func, "__name__", "").partition(".")[0] if isinstance(node, Call) else ""
+    return getattr(node.func, "__name__", "").partition(".")[0] if isinstance(node, OpNode) else ""
 
 
 def _other(node: Node) -> NoReturn:
     if isinstance(node, Dropout):
-        raise OtherRecipe("dropout")
-    name = _name(node) or {View: "expand", Cut: "slice"}.get(type(node), type(node).__name__)
-    raise OtherRecipe(_KNOWN_AS.get(name, name))
+        raise NoMatch("dropout")
+    name = _name(node) or {ViewNode: "expand", SliceNode: "slice"}.get(type(node), type(node).__name__)
+    raise NoMatch(_KNOWN_AS.get(name, name))
 
 
 def _is_layout(node: Node) -> bool:
     """Whether a step leaves the values as they are, up to rounding; axes have names, so their order does not matter."""
-    if isinstance(node, View):
+    if isinstance(node, ViewNode):
         return not node.expand
     return len(node.children) == 1 and (
         _name(node) in _LAYOUT or (_name(node) in CASTS and node.dtype.is_floating_point)
     )
 
 
-def _softmax_of(node: Node) -> tuple[Call, Cut | None]:
-    """The softmax that a recipe ends with, and what was cut off its result."""
+def _softmax_of(node: Node) -> tuple[OpNode, SliceNode | None]:
+    """The softmax that a graph ends with, and what was cut off its result."""
     cut = None
     while _name(node) != "softmax":
-        if isinstance(node, Cut) and cut is None:
+        if isinstance(node, SliceNode) and cut is None:
             cut = node
         elif not _is_layout(node):
             _other(node)
         node = node.children[0]
-    assert isinstance(node, Call)
+    assert isinstance(node, OpNode)
     return node, cut
 
 
-def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
+def _beside_sink(node: Node, joined: list[Axis], cut: SliceNode) -> tuple[Node, Node]:
     """The scores and the sink that were put side by side along ``joined``, and of which ``cut`` leaves the sink out."""
     while _name(node) != "cat":
         if not (_is_layout(node) or _is_shift(node, joined)):
@@ -177,7 +178,7 @@ def _beside_sink(node: Node, joined: list[Axis], cut: Cut) -> tuple[Node, Node]:
         or leaves(node.dims[last]) != joined
         or (cut.position, cut.start, cut.axis.size) != (last, 0, scores.shape[last])
     ):
-        raise OtherRecipe(_KNOWN_AS["cat"])
+        raise NoMatch(_KNOWN_AS["cat"])
     return scores, sinks[0]
 
 
@@ -188,40 +189,44 @@ def _is_shift(node: Node, keys: list[Axis]) -> bool:
     return not any(axis in keys for axis in all_leaves(node.children[1].dims))
 
 
-def _product_of(scores: Node, keys: Axis) -> Call:
+def _product_of(scores: Node, keys: Axis) -> OpNode:
     """The product that has both the keys and rows of queries; what else is added to it is a mask."""
-    for node in graph(scores):
-        if isinstance(node, Call) and node.work and all(isinstance(child, Leaf) for child in node.children):
+    for node in walk(scores):
+        if (
+            isinstance(node, OpNode)
+            and node.work
+            and all(isinstance(child, InputNode) for child in node.children)
+        ):
             axes = all_leaves(node.dims)
             if keys in axes and any(axis.kind == ROW for axis in axes):
                 return node
-    raise OtherRecipe("no product of queries and keys")
+    raise NoMatch("no product of queries and keys")
 
 
-def _operands(product: Call, keys: Axis) -> tuple[Leaf, Leaf, Axis]:
+def _operands(product: OpNode, keys: Axis) -> tuple[InputNode, InputNode, Axis]:
     """Query, key, and the axis of query rows."""
     operands = product.children[-2:]
     for key, query in (operands, operands[::-1]):
-        assert isinstance(key, Leaf) and isinstance(query, Leaf)
+        assert isinstance(key, InputNode) and isinstance(query, InputNode)
         own, other = all_leaves(key.dims), all_leaves(query.dims)
         rows = [axis for axis in other if axis.kind == ROW and axis not in own]
         if keys in own and keys not in other and len(rows) == 1:
             if any(_inner_count(leaf) != 1 for leaf in (key, query)):
                 break
             return query, key, rows[0]
-    raise OtherRecipe(f"{_name(product)} (over several dimensions)")
+    raise NoMatch(f"{_name(product)} (over several dimensions)")
 
 
-def _inner_count(leaf: Leaf) -> int:
+def _inner_count(leaf: InputNode) -> int:
     """Dimensions that are summed over: they are of no axis, and longer than one."""
     assert leaf.tensor is not None
     return sum(not dim and size > 1 for dim, size in zip(leaf.dims, leaf.tensor.shape, strict=True))
 
 
-def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
+def _steps(scores: Node, product: OpNode, keys: Axis) -> list[Step]:
     """What is done to the product, first things first."""
     above = {product}
-    for node in graph(scores):
+    for node in walk(scores):
         if any(child in above for child in node.children):
             above.add(node)
     found: list[Step] = []
@@ -230,7 +235,7 @@ def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
         if _is_layout(node):
             node = node.children[0]
             continue
-        if not isinstance(node, Call):
+        if not isinstance(node, OpNode):
             _other(node)
         made = [child for child in node.children if child in above and keys in all_leaves(child.dims)]
         if len(made) != 1:
@@ -242,11 +247,11 @@ def _steps(scores: Node, product: Call, keys: Axis) -> list[Step]:
     kinds = [step.kind for step in found]
     # A cap is on the product alone, and there is one.
     if "tanh" in kinds and (kinds.count("tanh") > 1 or {*kinds[: kinds.index("tanh")]} - {"times"}):
-        raise OtherRecipe(_KNOWN_AS["tanh"])
+        raise NoMatch(_KNOWN_AS["tanh"])
     return found
 
 
-def _own_steps(product: Call) -> list[Step]:
+def _own_steps(product: OpNode) -> list[Step]:
     """What ``baddbmm`` does to its product."""
     if _name(product) not in _ONTO:
         if len(product.children) != 2 or _name(product) not in _PRODUCTS:
@@ -257,7 +262,7 @@ def _own_steps(product: Call) -> list[Step]:
     return steps if beta == 0 else [*steps, Step("plus", beta, product.children[0])]
 
 
-def _step(node: Call, scores: Node, above: set[Node]) -> list[Step]:
+def _step(node: OpNode, scores: Node, above: set[Node]) -> list[Step]:
     """One step, of which ``scores`` is what the product has become so far; last things first."""
     name = _name(node)
     place = node.children.index(scores)
@@ -292,39 +297,39 @@ def _step(node: Call, scores: Node, above: set[Node]) -> list[Step]:
     _other(node)
 
 
-def _fill(node: Call, mask: Any, value: Any, inverted: bool) -> Step:
+def _fill(node: OpNode, mask: Any, value: Any, inverted: bool) -> Step:
     number = _number(value, node)
     if not isinstance(mask, Child) or not number <= HIDDEN:
-        raise OtherRecipe(f"{_name(node)} with {number:g}")
+        raise NoMatch(f"{_name(node)} with {number:g}")
     return Step("fill", min(number, LOWEST), node.children[mask.index], inverted)
 
 
-def _argument(node: Call, position: int, name: str, default: Any = None) -> Any:
+def _argument(node: OpNode, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _number(value: Any, node: Call) -> float:
+def _number(value: Any, node: OpNode) -> float:
     """A number, or the one element of a tensor that needs no gradient."""
     if isinstance(value, (int, float)):
         return float(value)
     leaf = node.children[value.index] if isinstance(value, Child) else None
-    if not isinstance(leaf, Leaf) or leaf.count != 1 or leaf.tensor is None:
+    if not isinstance(leaf, InputNode) or leaf.count != 1 or leaf.tensor is None:
         _other(node)
     if ledger_of(leaf.tensor) is not None:
         return 1.0  # on shapes alone nobody knows
     if torch.is_grad_enabled() and leaf.tensor.requires_grad:
-        raise OtherRecipe(f"{_name(node)} (needs a gradient)")
+        raise NoMatch(f"{_name(node)} (needs a gradient)")
     return float(leaf.tensor)
 
 
-def _check_gradients(result: Call, masks: list[Node]) -> None:
-    """No gradient may be asked for that the fused kernel does not give, nor be cut inside the recipe."""
+def _check_gradients(result: OpNode, masks: list[Node]) -> None:
+    """No gradient may be asked for that the fused kernel does not give, nor be cut inside the graph."""
     if not torch.is_grad_enabled():
         return
-    for node in graph(result):
-        if isinstance(node, Call) and not node.context.grad:
-            raise OtherRecipe(f"{_name(node)} (under no_grad)")
+    for node in walk(result):
+        if isinstance(node, OpNode) and not node.context.grad:
+            raise NoMatch(f"{_name(node)} (under no_grad)")
     for mask in masks:
-        for node in graph(mask):
-            if isinstance(node, Leaf) and node.tensor is not None and node.tensor.requires_grad:
-                raise OtherRecipe("a bias that needs a gradient")
+        for node in walk(mask):
+            if isinstance(node, InputNode) and node.tensor is not None and node.tensor.requires_grad:
+                raise NoMatch("a bias that needs a gradient")

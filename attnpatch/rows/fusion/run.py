@@ -1,7 +1,7 @@
-"""Recipes that are scaled dot-product attention, handed to torch's fused kernel instead of being replayed.
+"""Graphs that are scaled dot-product attention, handed to torch's fused kernel instead of being replayed.
 
-``formula.py`` reads the recipe. What is added to the product before softmax is a mask to the kernel (``added.py``): none,
-a causal one, or rows of it at a time, computed by the same recipe without its product. So a call holds some rows of its
+``formula.py`` reads the graph. What is added to the product before softmax is a mask to the kernel (``added.py``): none,
+a causal one, or rows of it at a time, computed by the same graph without its product. So a call holds some rows of its
 masks, and no scores.
 """
 
@@ -14,42 +14,44 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.evaluate.evaluator import Run
-from attnpatch.rows.evaluate.row_granularity import Grain
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.evaluate.evaluator import Evaluator
+from attnpatch.rows.evaluate.row_granularity import RowGranularity
 from attnpatch.rows.fusion import flex
 from attnpatch.rows.fusion.additive import Added, arranged, fitting
-from attnpatch.rows.fusion.match import Formula, OtherRecipe, read
+from attnpatch.rows.fusion.match import NoMatch, SdpaMatch, read
 from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
-from attnpatch.rows.graph.nodes import Call, Node, tensors_of
+from attnpatch.rows.graph.nodes import Node, tensors_of
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.matmul.products import fuses
 from attnpatch.rows.provenance import observed
+from attnpatch.rows.sdpa import call as sdpa_call
 from attnpatch.rows.sdpa import serve
 
 
 @fuses
-def attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor | None:
+def attend(result: OpNode, probabilities: Node, keys: list[Axis], site: AttentionCall) -> torch.Tensor | None:
     """The product of probabilities and values by the fused kernel; ``None``, and counted, where it cannot be had."""
     try:
         return _attend(result, probabilities, keys, site)
-    except OtherRecipe as other:
+    except NoMatch as other:
         site.tally.not_fused(str(other))
         return None
 
 
-def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall) -> torch.Tensor:
+def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: AttentionCall) -> torch.Tensor:
     node = Fused(read(result, probabilities, keys), result)
     for leaf in tensors_of(node):
         leaf.check()
     # The tensors are of the dtype that the products would be computed in.
     with torch.autocast(node.device.type, enabled=False):
         whole = node.call()
-        if serve.fused_choice(whole) == serve.MATH_KERNEL:
-            raise OtherRecipe("no fused kernel for these tensors")
-        if node.has_sink and (_needs_grad(node) or not serve.keeps_lse(whole)):
-            raise OtherRecipe("cat (sinks)")
+        if sdpa_call.fused_choice(whole) == sdpa_call.MATH_KERNEL:
+            raise NoMatch("no fused kernel for these tensors")
+        if node.has_sink and (_needs_grad(node) or not sdpa_call.keeps_lse(whole)):
+            raise NoMatch("cat (sinks)")
         if node.cap is not None and (node.has_sink or node.device.type not in flex.DEVICES):
-            raise OtherRecipe("tanh (softcap)")
+            raise NoMatch("tanh (softcap)")
         pattern = node.added.pattern(node.masks, node, node.lead_of_masks) if node.cap is None else None
         if pattern is not None:
             whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
@@ -61,9 +63,9 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
                 policy = dataclasses.replace(site.policy, mode="auto")
                 return node.laid_out(serve.attend((), whole, dataclasses.replace(site, policy=policy)), {})
     if site.observer is not None:
-        raise OtherRecipe("a mask or a sink, while block maps are captured")
+        raise NoMatch("a mask or a sink, while block maps are captured")
     if pattern is not None:
-        result = node.laid_out(node.beside_sink(*_with_lse(whole), {}, Run(node)), {})
+        result = node.laid_out(node.beside_sink(*_with_lse(whole), {}, Evaluator(node)), {})
     else:
         result = site.replay(node)
     site.tally.count("fused")
@@ -71,9 +73,9 @@ def _attend(result: Call, probabilities: Node, keys: list[Axis], site: SiteCall)
 
 
 def _with_lse(call: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
-    found = serve.checked_lse(call)
+    found = sdpa_call.checked_lse(call)
     if found is None:
-        raise OtherRecipe("cat (sinks): a wrong logsumexp")
+        raise NoMatch("cat (sinks): a wrong logsumexp")
     return found
 
 
@@ -88,7 +90,7 @@ class Fused(Node):
 
     is_exact = False
 
-    def __init__(self, formula: Formula, result: Call) -> None:
+    def __init__(self, formula: SdpaMatch, result: OpNode) -> None:
         masks = [step.mask for step in formula.steps if step.mask is not None]
         self.has_sink, self.mask_count = formula.sink is not None, len(masks)
         sinks = [] if formula.sink is None else [formula.sink]
@@ -101,9 +103,12 @@ class Fused(Node):
         # A kernel is parallel over heads: it is given all that have the same mask, and all of a mask in which they lie
         # side by side.
         own, self.score_width = self.added.leads, formula.keys.size
-        self.grain = Grain(32, 32) if {*formula.leads[-1:]} & own else Grain(768, 256)
+        self.grain = RowGranularity(32, 32) if {*formula.leads[-1:]} & own else RowGranularity(768, 256)
         if self.added.is_interleaved:
-            self.grain, self.score_width = Grain(192, 64), self.score_width * math.prod(a.size for a in own)
+            self.grain, self.score_width = (
+                RowGranularity(192, 64),
+                self.score_width * math.prod(a.size for a in own),
+            )
             own = set()
         self.whole = (formula.keys, *formula.width, *(axis for axis in formula.leads if axis not in own))
 
@@ -117,13 +122,13 @@ class Fused(Node):
 
     def call(self) -> dict[str, object]:
         """The arguments of the whole call by name, with a mask that has no values."""
-        query, key, value = self._operands({}, Run(self))
+        query, key, value = self._operands({}, Evaluator(self))
         mask = None
         if self.mask_count:
             mask = query.new_zeros(1).expand(*query.shape[:-1], key.shape[-2])
-        return {**serve.arguments((query, key, value, mask), {}), "scale": self.factor}
+        return {**sdpa_call.arguments((query, key, value, mask), {}), "scale": self.factor}
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         with torch.autocast(self.device.type, enabled=False):
             query, key, value = self._operands(tile, run)
             mask = None
@@ -131,7 +136,7 @@ class Fused(Node):
                 mask, low, high = self.added.seen(self.masks, tile, run)
                 key, value = key[..., low:high, :], value[..., low:high, :]
                 mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
-            call = {**serve.arguments((query, key, value, mask), {}), "scale": self.factor}
+            call = {**sdpa_call.arguments((query, key, value, mask), {}), "scale": self.factor}
             if self.has_sink:
                 out = self.beside_sink(*_with_lse(call), tile, run)
             elif self.cap is not None:
@@ -140,7 +145,7 @@ class Fused(Node):
                 out = F.scaled_dot_product_attention(**call)
             return self.laid_out(out if mask is None or self.has_sink else _without_nothing(out, mask), tile)
 
-    def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Run) -> torch.Tensor:
+    def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Evaluator) -> torch.Tensor:
         """The result with the share of a sink left out: it takes part in softmax and has no value."""
         child = self.children[-1]
         sink = arranged(run.value(child, tile), child.dims, tile, [*self._lead(), (self.row,)])
@@ -148,7 +153,7 @@ class Fused(Node):
         # Where nothing but the sink is seen, it takes everything.
         return torch.where(share > 0, out * share, 0.0).to(out.dtype)
 
-    def _operands(self, tile: Tile, run: Run) -> list[torch.Tensor]:
+    def _operands(self, tile: Tile, run: Evaluator) -> list[torch.Tensor]:
         """Query, key and value, ``[batch, heads, length, width]``, of one dtype and one width."""
         lead = self._lead()
         sizes = [extent(group, tile) for group in lead]

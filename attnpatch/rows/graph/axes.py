@@ -1,6 +1,6 @@
-"""Named axes of a recipe, and the pieces of tensors that belong to a tile of them.
+"""Named axes of a graph, and the pieces of tensors that belong to a tile of them.
 
-Every dimension of every tensor in a recipe is a tuple of axes: one axis as a rule, several where a ``view`` has
+Every dimension of every tensor in a graph is a tuple of axes: one axis as a rule, several where a ``view`` has
 merged dimensions, none where the dimension has size 1 or is never cut. Two dimensions that must be cut together
 share their axes, whatever their positions, so a transposed or reshaped score matrix needs no special case. A
 ``view`` that cuts a dimension in two *splits* its axis, and everything recorded before follows, because it refers
@@ -27,7 +27,7 @@ FEWEST_ROWS = 4
 
 
 class Axis:
-    """One independent direction of a recipe, of ``size`` elements.
+    """One independent direction of a graph, of ``size`` elements.
 
     Attributes:
         size: Number of elements.

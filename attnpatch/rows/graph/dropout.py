@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Tile, take
 from attnpatch.rows.graph.nodes import Node
 
@@ -54,7 +54,7 @@ class Dropout(Node):
         self.p = p
         self.seed = int(torch.randint(-(2**31), 2**31 - 1, ()))
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         value = run.value(self.children[0], tile)
         if self.p == 1.0:
             return value * 0.0

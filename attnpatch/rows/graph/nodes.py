@@ -1,4 +1,4 @@
-"""Recipes: what was asked of a score matrix, written down instead of computed, replayable for any tile of it."""
+"""Graphs: what was asked of a score matrix, written down instead of computed, replayable for any tile of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.rows.graph.axes import LEAST, Axis, Dim, Dims, Tile, leaves, local_shape, size_of, take
 
 if TYPE_CHECKING:
-    from attnpatch.rows.evaluate.evaluator import Run
+    from attnpatch.rows.evaluate.evaluator import Evaluator
 
 
 def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -34,7 +34,7 @@ def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class Node:
-    """One tensor of a recipe.
+    """One tensor of a graph.
 
     Attributes:
         dims: The axes of every dimension.
@@ -77,8 +77,8 @@ class Node:
     anchor: torch.Tensor | None = None
     marks: Any = None
     twin: Node | None = None
-    reached: Sequence[Leaf] = ()
-    saved: frozenset[Leaf] = frozenset()
+    reached: Sequence[InputNode] = ()
+    saved: frozenset[InputNode] = frozenset()
     native: tuple[Callable[..., Any], Any, dict[str, Any]] | None = None
     copies_layout = False
     laid_as: Node | None = None
@@ -95,7 +95,7 @@ class Node:
     def shape(self) -> torch.Size:
         return torch.Size(size_of(dim) for dim in self.dims)
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         """The part of this tensor inside ``tile``."""
         raise AssertionError("a subclass computes")
 
@@ -117,8 +117,8 @@ class Node:
 _OF_GRAPH = frozenset(["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved"])
 
 
-class Leaf(Node):
-    """A tensor that exists: query, key, mask, bias. A recipe reads it when it is replayed."""
+class InputNode(Node):
+    """A tensor that exists: query, key, mask, bias. A graph reads it when it is replayed."""
 
     def __init__(self, tensor: torch.Tensor, dims: Dims) -> None:
         self.tensor: torch.Tensor | None = tensor
@@ -127,7 +127,7 @@ class Leaf(Node):
         self.version = None if tensor.is_inference() else tensor._version
         self.is_secured = False
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return take(run.tensor(self), self.dims, tile)
 
     @property
@@ -191,99 +191,6 @@ class Context:
         )
 
 
-class Call(Node):
-    """The host's own call, on the tile's part of every tensor it was given.
-
-    Attributes:
-        work: Multiplications of one head, if it is a product.
-        is_guess: Whether it is a product that may be a layer's (of queries and a table).
-        score_width: Elements of one row of the widest tensor that is made on the way.
-    """
-
-    work = 0
-    is_guess = False
-    score_width = 1
-
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: dict[str, Any],
-        dims: Dims,
-        dtype: torch.dtype,
-        device: torch.device,
-        whole: tuple[Axis, ...] = (),
-    ) -> None:
-        self.func = func
-        self.dims, self.dtype, self.device, self.whole = dims, dtype, device, whole
-        self.context = Context(device)
-        self.stops_gradient = getattr(func, "__name__", "") in ("detach", "detach_")
-        children: list[Node] = []
-
-        def number(value: Any) -> Any:
-            if not isinstance(value, Node):
-                return value
-            children.append(value)
-            return Child(len(children) - 1)
-
-        self.args = map_structure(args, number)
-        self.kwargs = map_structure(kwargs, number)
-        self.children = tuple(children)
-
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
-        values = run.operands(self, tile)
-
-        def fill(value: Any) -> Any:
-            return values[value.index] if isinstance(value, Child) else value
-
-        args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
-        if self.context.is_current():
-            if (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
-                return _written_to(out, self.func, args)
-            if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
-                return _overwriting(self.func, args, kwargs, run)
-            return self.func(*args, **kwargs)
-        with self.context.enter():
-            return self.func(*args, **kwargs)
-
-
-# Products that can be told where to put their result.
-INTO: dict[Any, Callable[..., torch.Tensor]] = {
-    torch.matmul: torch.matmul,
-    torch.Tensor.matmul: torch.matmul,
-    torch.Tensor.__matmul__: torch.matmul,
-    torch.bmm: torch.bmm,
-    torch.Tensor.bmm: torch.bmm,
-    torch.mm: torch.mm,
-    torch.Tensor.mm: torch.mm,
-    torch.linalg.matmul: torch.matmul,
-}
-
-
-def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch.Tensor:
-    """The result of a product, a cast or a softmax in another dtype, in given memory, the same to the last bit."""
-    if func in INTO:
-        return INTO[func](*args, out=out)
-    out.copy_(args[0])
-    # On CPU torch casts what it is given, and then computes the softmax of that.
-    return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
-
-
-def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], run: Run) -> torch.Tensor:
-    """The call's result in the memory of its first argument, the same to the last bit."""
-    value = args[0]
-    if func.__name__ != "softmax":
-        return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
-    # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
-    rows = run.padded(value)
-    if not rows.is_contiguous():
-        return func(*args, **kwargs)
-    # Nothing beside the scores.
-    rows[..., value.shape[-1] :] = -torch.inf
-    torch.softmax(rows, -1, out=rows)
-    return value
-
-
 class Child:
     """The place of a child in the arguments of a call."""
 
@@ -291,7 +198,7 @@ class Child:
         self.index = index
 
 
-class View(Node):
+class ViewNode(Node):
     """The same elements in the same order, as a rule under another shape (view, squeeze, unsqueeze, expand, clone)."""
 
     is_detached = False  # ``detach`` or ``data``: what is written to it is not its operand's history
@@ -302,7 +209,7 @@ class View(Node):
         self.dims, self.dtype, self.device = dims, child.dtype, child.device
         self.expand = expand
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return self.of(run.value(self.children[0], tile), local_shape(self.dims, tile))
 
     def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
@@ -314,7 +221,7 @@ class View(Node):
         return value
 
 
-class Cut(Node):
+class SliceNode(Node):
     """``start:stop:step`` of one dimension; only those elements are computed where the dimension can be tiled."""
 
     renames_axes = reads_a_run = True
@@ -329,7 +236,7 @@ class Cut(Node):
         new: Dim = (self.axis,) if self.axis.size != 1 else ()
         self.dims = (*child.dims[:position], new, *child.dims[position + 1 :])
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         child = self.children[0]
         old = leaves(child.dims[self.position])
         new = leaves((self.axis,))
@@ -351,7 +258,7 @@ class Cut(Node):
 
 
 def within(
-    run: Run, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
+    run: Evaluator, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
 ) -> torch.Tensor:
     """A range of a leaf axis, which is the dimension ``position`` of ``node``, inside ``tile`` along the others."""
     low, high = span
@@ -378,19 +285,19 @@ def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:
     return first - first % least, axis.size
 
 
-class Pick(Node):
+class OutputNode(Node):
     """One of several results of a call, such as the values of ``max(dim=-1)``."""
 
     def __init__(self, child: Node, index: int, dims: Dims, dtype: torch.dtype) -> None:
         self.children = (child,)
         self.index, self.dims, self.dtype, self.device = index, dims, dtype, child.device
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return run.value(self.children[0], tile)[self.index]
 
 
-def graph(root: Node) -> Iterator[Node]:
-    """Every node of a recipe once, children before parents, in the order in which they are computed."""
+def walk(root: Node) -> Iterator[Node]:
+    """Every node of a graph once, children before parents, in the order in which they are computed."""
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
@@ -403,24 +310,24 @@ def graph(root: Node) -> Iterator[Node]:
             stack.extend((child, False) for child in reversed(node.children))
 
 
-def tensors_of(root: Node) -> list[Leaf]:
-    return [node for node in graph(root) if isinstance(node, Leaf)]
+def tensors_of(root: Node) -> list[InputNode]:
+    return [node for node in walk(root) if isinstance(node, InputNode)]
 
 
 def twin(root: Node) -> Node:
-    """A copy of a recipe that holds no tensors, made once: a backward pass keeps it, and autograd keeps the tensors."""
-    for node in graph(root):
+    """A copy of a graph that holds no tensors, made once: a backward pass keeps it, and autograd keeps the tensors."""
+    for node in walk(root):
         if node.twin is None:
             node.twin = node.rebuilt(lambda child: child.twin)  # type: ignore[arg-type, return-value]
             node.twin.marks, node.twin.needs_grad = node.marks, node.needs_grad
-            if isinstance(node.twin, Leaf):
+            if isinstance(node.twin, InputNode):
                 node.twin.tensor = None
     assert root.twin is not None
     return root.twin
 
 
 def depth_of(node: Node) -> int:
-    """Steps from a recipe down to what it is made from: each is a few frames of Python when it is computed."""
+    """Steps from a graph down to what it is made from: each is a few frames of Python when it is computed."""
     if node.depth is None:
         node.depth = 1 + max((depth_of(child) for child in node.children), default=0)
     return node.depth

@@ -9,8 +9,8 @@ import torch
 
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.deferred import views
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, Axis, Tile, flat_range, fresh, leaves, local_shape
 from attnpatch.rows.graph.nodes import Node, widened
 from attnpatch.rows.layout.regions import rest_of
@@ -45,7 +45,7 @@ class Triangle(Node):
         self.dims, self.dtype, self.device = child.dims, child.dtype, child.device
         self.func, self.diagonal = func, diagonal
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         last = len(self.dims) - 1
         cut, (rows, keys) = _spans(self, (last - 1, last), tile)
         value = self.func(run.value(self.children[0], cut), self.diagonal + rows[0] - keys[0])
@@ -76,7 +76,7 @@ class Diagonal(Node):
         # A run of the diagonal is a run of the first dimension; the other one is read whole.
         self.whole = child.dims[second]
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         child = self.children[0]
         new, old = leaves((self.axis,)), leaves(child.dims[self.places[0]])
         low, high = 0, self.axis.size
@@ -106,7 +106,7 @@ class DiagonalMatrix(Node):
         self.dtype, self.device = child.dtype, child.device
         self.dims = (*child.dims, *fresh(child.shape[-1:], KEY))
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         last = len(self.dims) - 1
         cut, (rows, keys) = _spans(self, (last - 1, last), tile)
         part = run.value(self.children[0], {a: s for a, s in cut.items() if a not in leaves(self.dims[last])})
@@ -122,7 +122,7 @@ class DiagonalMatrix(Node):
 @op("tril", "triu")
 def triangle(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     diagonal = argument(args, kwargs, 1, "diagonal", 0)
-    if not isinstance(args[0], DeferredRows) or not isinstance(diagonal, int):
+    if not isinstance(args[0], DeferredTensor) or not isinstance(diagonal, int):
         return NotImplemented
     node = args[0].handle.node
     # The dimensions may be one axis: a matrix added to its own transpose.
@@ -136,7 +136,9 @@ def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     first, second = (-2, -1) if name == "linalg_diagonal" else (0, 1)
     offset = argument(args, kwargs, 1, "offset", 0)
     first, second = argument(args, kwargs, 2, "dim1", first), argument(args, kwargs, 3, "dim2", second)
-    if not isinstance(args[0], DeferredRows) or not all(isinstance(n, int) for n in (offset, first, second)):
+    if not isinstance(args[0], DeferredTensor) or not all(
+        isinstance(n, int) for n in (offset, first, second)
+    ):
         return NotImplemented
     node = args[0].handle.node
     count = len(node.dims)
@@ -152,7 +154,7 @@ def diagonal(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 @op("diag_embed")
 def diag_embed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     first, second = argument(args, kwargs, 2, "dim1", -2), argument(args, kwargs, 3, "dim2", -1)
-    count = len(args[0].shape) + 1 if isinstance(args[0], DeferredRows) else 0
+    count = len(args[0].shape) + 1 if isinstance(args[0], DeferredTensor) else 0
     if not count or argument(args, kwargs, 1, "offset", 0) != 0:
         return NotImplemented
     if {first % count, second % count} != {count - 2, count - 1}:

@@ -15,10 +15,10 @@ import numpy
 import torch
 
 from attnpatch.rows.deferred import memory_layout, sharing, views
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Dim, Tile, leaves, take
-from attnpatch.rows.graph.nodes import Cut, Node, View, within
+from attnpatch.rows.graph.nodes import Node, SliceNode, ViewNode, within
 from attnpatch.rows.layout import relative_shift
 
 # An index that names more runs of neighbours than this is answered by everything between its ends.
@@ -47,7 +47,7 @@ class Taken(Node):
         new: Dim = (self.axis,) if len(places) != 1 else ()
         self.dims = (*child.dims[:position], new, *child.dims[position + 1 :])
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         child = self.children[0]
         old, new = leaves(child.dims[self.position]), leaves((self.axis,))
         low, high = 0, self.axis.size
@@ -88,7 +88,7 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
 def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``source[index]``, by rows where at most one dimension is indexed by something else than integers and slices."""
     source, index = args
-    if not isinstance(source, DeferredRows):
+    if not isinstance(source, DeferredTensor):
         return NotImplemented
     node = source.handle.node
     items = [_plain(item) for item in (index if isinstance(index, tuple) else (index,))]
@@ -117,7 +117,7 @@ def _plain(item: Any) -> Any:
             return slice(*ends)
         except TypeError:
             return NotImplemented
-    if isinstance(item, (bool, numpy.bool_, DeferredRows)):
+    if isinstance(item, (bool, numpy.bool_, DeferredTensor)):
         return NotImplemented
     if isinstance(item, (list, range, tuple)):
         try:
@@ -154,7 +154,7 @@ def _full(items: list[Any], count: int) -> list[Any] | None:
     return [*items[:place], *[slice(None)] * (count - taken), *items[place + 1 :]]
 
 
-def _view(source: DeferredRows, items: list[Any]) -> Any:
+def _view(source: DeferredTensor, items: list[Any]) -> Any:
     index, node = tuple(items), _sliced(source.handle.node, items)
     if node is not None:
         return views.view(source, node, (torch.Tensor.__getitem__, (index,), {}))
@@ -163,7 +163,7 @@ def _view(source: DeferredRows, items: list[Any]) -> Any:
     return NotImplemented if result is None else _nothing(source, result.shape, result.stride())
 
 
-def _nothing(source: DeferredRows, shape: Sequence[int], strides: Sequence[int] | None = None) -> Any:
+def _nothing(source: DeferredTensor, shape: Sequence[int], strides: Sequence[int] | None = None) -> Any:
     """A result without elements."""
     if math.prod(shape) or (source.requires_grad and torch.is_grad_enabled()):
         return NotImplemented
@@ -173,7 +173,7 @@ def _nothing(source: DeferredRows, shape: Sequence[int], strides: Sequence[int] 
 
 
 def _sliced(node: Node, items: list[Any]) -> Node | None:
-    """The recipe of a part: slices first, then the dimensions that go and those that are new."""
+    """The graph of a part: slices first, then the dimensions that go and those that are new."""
     position, gone, order = 0, set(), []
     for item in items:
         if item is None:
@@ -195,15 +195,15 @@ def _sliced(node: Node, items: list[Any]) -> Node | None:
             node = (
                 relative_shift.cut(node, position, start, stop)
                 if is_run
-                else Cut(node, position, start, stop, step)
+                else SliceNode(node, position, start, stop, step)
             )
         order.append(position)
         position += 1
     dims = tuple(() if i is None else node.dims[i] for i in order if i not in gone)
-    return node if dims == node.dims and not gone and None not in order else View(node, dims)
+    return node if dims == node.dims and not gone and None not in order else ViewNode(node, dims)
 
 
-def _picked(source: DeferredRows, items: list[Any]) -> Any:
+def _picked(source: DeferredTensor, items: list[Any]) -> Any:
     """A copy: slices and integers first, then the places along what is left of the indexed dimension."""
     at = next(i for i, item in enumerate(items) if isinstance(item, list))
     size = source.shape[sum(item is not None for item in items[:at])]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument, first_deferred
-from attnpatch.rows.creation.row_masks import Filled
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.creation.row_masks import ConstantNode
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, Dims, Tile, flat_range, fresh, leaves, same
-from attnpatch.rows.graph.nodes import Call, Cut, Leaf, Node, View
+from attnpatch.rows.graph.nodes import InputNode, Node, SliceNode, ViewNode
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import relative_shift
 from attnpatch.rows.layout.regions import asked, rest_of
 from attnpatch.rows.op_table import op
@@ -36,7 +37,7 @@ class Joined(Node):
         self.position, self.dims = position, dims
         self.dtype, self.device = dtype, pieces[0].device
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         cut, span, others = _along(self, self.position, tile)
         parts: list[torch.Tensor] = []
         start = 0
@@ -64,7 +65,7 @@ class Flipped(Node):
         new = fresh(child.shape[position : position + 1], child.dims[position][-1].kind)
         self.dims = (*child.dims[:position], *new, *child.dims[position + 1 :])
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         size, child = self.shape[self.position], self.children[0]
         cut, span, wanted = _along(self, self.position, tile)
         offset, count = asked(child.dims[self.position], size - span[1], size - span[0], wanted, run)
@@ -103,7 +104,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
         sizes = zip(piece.shape, first.shape, strict=True)
         if piece.device != first.device or any(a != b for i, (a, b) in enumerate(sizes) if i != position):
             return NotImplemented
-    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredRows)]
+    nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredTensor)]
     dims = list(nodes[0].dims)
     for i, own in enumerate(dims):
         if i != position and not all(same(own, other.dims[i]) for other in nodes[1:]):
@@ -115,12 +116,12 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
     whole: list[Axis] = [*dims[position]]
     parts: list[Node] = []
     for piece in pieces:
-        if isinstance(piece, DeferredRows):
+        if isinstance(piece, DeferredTensor):
             part = piece.handle.node
             whole += part.dims[position]
         else:
             own = () if kind == KEY else fresh(piece.shape[position : position + 1], kind)[0]
-            part = Leaf(piece, tuple(own if i == position else dim for i, dim in enumerate(dims)))
+            part = InputNode(piece, tuple(own if i == position else dim for i, dim in enumerate(dims)))
         parts.append(part)
     dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
     if has_rows and all(part.dtype == dtype for part in parts):
@@ -128,7 +129,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
         return wrap(relative_shift.joined(parts, position), first.handle.call)
     if kind != KEY:
         return wrap(Joined(parts, position, tuple(dims), dtype), first.handle.call)
-    call = Call(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
+    call = OpNode(torch.cat, (parts, dim), {}, tuple(dims), dtype, first.device, tuple(whole))
     return wrap(call, first.handle.call)
 
 
@@ -153,7 +154,7 @@ def stack(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A value before and after keys, rows or heads, or less of them."""
     source, amounts = args[0], argument(args, kwargs, 1, "pad")
-    if not isinstance(source, DeferredRows) or argument(args, kwargs, 2, "mode", "constant") != "constant":
+    if not isinstance(source, DeferredTensor) or argument(args, kwargs, 2, "mode", "constant") != "constant":
         return NotImplemented
     value = argument(args, kwargs, 3, "value") or 0
     if not isinstance(amounts, (tuple, list)) or not isinstance(value, (bool, int, float)):
@@ -177,7 +178,7 @@ def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
                 pieces.append(wrap(node, call))
             elif count > 0:
                 dims = (*node.dims[:position], *fresh([count], kind), *node.dims[position + 1 :])
-                pieces.append(wrap(Filled(value, dims, node.dtype, node.device), call))
+                pieces.append(wrap(ConstantNode(value, dims, node.dtype, node.device), call))
         source = joined(pieces, position) if len(pieces) > 1 else pieces[0]
         if source is NotImplemented:
             return NotImplemented
@@ -191,7 +192,7 @@ def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     given = args[1:] or (kwargs.get("repeats", kwargs.get("dims")),)
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = tuple(given[0])
-    if not isinstance(source, DeferredRows) or not all(isinstance(n, int) and n > 0 for n in given):
+    if not isinstance(source, DeferredTensor) or not all(isinstance(n, int) and n > 0 for n in given):
         return NotImplemented
     node = source.handle.node
     missing = len(given) - len(node.dims)
@@ -207,7 +208,7 @@ def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 def repeat_interleave(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Every key, row or head several times in a row."""
     source, count, dim = args[0], argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
-    if not isinstance(source, DeferredRows) or not isinstance(count, int) or count < 1:
+    if not isinstance(source, DeferredTensor) or not isinstance(count, int) or count < 1:
         return NotImplemented
     if not isinstance(dim, int) or len(args) > 3:
         return NotImplemented
@@ -230,12 +231,12 @@ def _several(node: Node, old: Dims, counts: Sequence[int], inside: bool) -> Node
         apart += [own, ()] if inside else [(), own]
         spread += [own, new] if inside else [new, own]
         merged.append((*own, *new) if inside else (*new, *own))
-    found = View(View(View(node, tuple(apart)), tuple(spread), expand=True), tuple(merged))
+    found = ViewNode(ViewNode(ViewNode(node, tuple(apart)), tuple(spread), expand=True), tuple(merged))
     found.lies_by_rows = True  # a copy, whatever it is of
     return found
 
 
-def roll_rows(source: DeferredRows, shift: int, dim: int) -> Any:
+def roll_rows(source: DeferredTensor, shift: int, dim: int) -> Any:
     """``roll`` as the two parts that it exchanges."""
     node = source.handle.node
     position = dim % len(node.dims)
@@ -243,11 +244,11 @@ def roll_rows(source: DeferredRows, shift: int, dim: int) -> Any:
     place = size - shift % size
     if place == size:
         return source.clone()
-    cuts = [Cut(node, position, low, high) for low, high in ((place, size), (0, place))]
+    cuts = [SliceNode(node, position, low, high) for low, high in ((place, size), (0, place))]
     return joined([wrap(cut, source.handle.call) for cut in cuts], position)
 
 
-def flip_rows(source: DeferredRows, dims: Any) -> Any:
+def flip_rows(source: DeferredTensor, dims: Any) -> Any:
     """``flip``, of each dimension."""
     node = source.handle.node
     for dim in [dims] if isinstance(dims, int) else dims:

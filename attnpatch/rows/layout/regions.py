@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Dim, Tile, flat_range, leaves, take
 from attnpatch.rows.graph.nodes import Node, widened
 
@@ -54,7 +54,7 @@ class Written(Node):
             for axis in dim
         )
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         child, source = self.children
         cut = dict(tile)
         for region, dim in zip(self.regions, self.dims, strict=True):
@@ -86,7 +86,7 @@ class Written(Node):
         return rest_of(value, self.dims, tile, cut)
 
 
-def asked(dim: Dim, first: int, last: int, wanted: Tile, run: Run) -> tuple[int, int]:
+def asked(dim: Dim, first: int, last: int, wanted: Tile, run: Evaluator) -> tuple[int, int]:
     """Ask for ``first:last`` of a dimension in the tile ``wanted``; where that begins in what comes, and its length.
 
     A dimension that cannot be cut there comes whole.
@@ -137,7 +137,7 @@ class Indexed(Node):
         self.dims, self.dtype, self.device = child.dims, child.dtype, child.device
         self.positions, self.accumulate, self.spread = positions, accumulate, spread
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         child, source, *indices = self.children
         cut = dict(tile)
         spans: list[tuple[int, int]] = []

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dims, Tile, leaves, local_shape, regroup, size_of
-from attnpatch.rows.graph.nodes import Call, Cut, Leaf, Node, View, widened
+from attnpatch.rows.graph.nodes import InputNode, Node, SliceNode, ViewNode, widened
+from attnpatch.rows.graph.operations import OpNode
 
 
 class Strided(Node):
@@ -69,7 +70,7 @@ class Strided(Node):
         """The outermost axis of each source: its rows, which the result has under another name."""
         return [axes[0] for axes in map(self.middle_of, self.children) if axes]
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         counts, strides, first, last = [], [], self.offset, self.offset
         for dim, stride in zip(self.middle, self.strides, strict=True):
             inside = stride * size_of(dim)
@@ -86,7 +87,7 @@ class Strided(Node):
         steps = (*own[:at], *(stride * own[at] for stride in strides), *own[at + 1 :])
         return laid.as_strided(sizes, steps, laid.storage_offset()).reshape(local_shape(self.dims, tile))
 
-    def _laid(self, first: int, last: int, tile: Tile, run: Run) -> torch.Tensor:
+    def _laid(self, first: int, last: int, tile: Tile, run: Evaluator) -> torch.Tensor:
         """Places ``first:last`` of the sources laid end to end."""
         pieces, start = [], 0
         for source in self.children:
@@ -97,7 +98,7 @@ class Strided(Node):
             start += length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.before)
 
-    def _part(self, source: Node, low: int, high: int, tile: Tile, run: Run) -> torch.Tensor:
+    def _part(self, source: Node, low: int, high: int, tile: Tile, run: Evaluator) -> torch.Tensor:
         """Places ``low:high`` of one source."""
         axes, count = self.middle_of(source), len(source.dims)
         outside = leaves(
@@ -145,9 +146,11 @@ def cuts_across(dims: Dims, shape: Sequence[int]) -> bool:
 
 
 def bare(node: Node) -> Node:
-    """``node``, or what it is another name of: a recipe that two tensors share has one."""
+    """``node``, or what it is another name of: a graph that two tensors share has one."""
     while (
-        type(node) is View and not (node.expand or node.stops_gradient) and node.dims == node.children[0].dims
+        type(node) is ViewNode
+        and not (node.expand or node.stops_gradient)
+        and node.dims == node.children[0].dims
     ):
         node = node.children[0]
     return node
@@ -176,7 +179,7 @@ def viewed(node: Node, shape: Sequence[int]) -> Node | None:
         return None
     source = node
     if (prefix, suffix) != (node.dims[: begin[0]], node.dims[end[0] :]):
-        source = View(node, (*prefix, *node.dims[begin[0] : end[0]], *suffix))
+        source = ViewNode(node, (*prefix, *node.dims[begin[0] : end[0]], *suffix))
     sizes = list(shape[begin[1] : end[1]])
     middle = _fresh_middle([source], len(prefix), len(suffix), sizes)
     return Strided([source], len(prefix), len(suffix), middle, _contiguous(sizes), 0)
@@ -255,7 +258,7 @@ def cut(node: Node, position: int, start: int, stop: int) -> Node:
         after = len(node.dims) - position - 1
         middle = _fresh_middle([node], position, after, [stop - start])
         return Strided([node], position, after, middle, [1], start)
-    return Cut(node, position, start, stop)
+    return SliceNode(node, position, start, stop)
 
 
 def has_rows(node: Node, position: int) -> bool:
@@ -295,14 +298,14 @@ def as_strided(node: Node, sizes: Sequence[int], strides: Sequence[int], offset:
 
 def _is_contiguous(node: Node) -> bool:
     """Whether the native tensor would lie in memory row by row: of what is not known for sure, no."""
-    if isinstance(node, View):
+    if isinstance(node, ViewNode):
         return not node.expand and _is_contiguous(node.children[0])
-    if not isinstance(node, Call):
+    if not isinstance(node, OpNode):
         return False
     name = getattr(node.func, "__name__", "")
     if name in ("matmul", "__matmul__", "bmm", "baddbmm", "mm", "cat", "pad", "linalg_matmul"):
         return True
-    others = [child for child in node.children if not isinstance(child, Leaf)]
+    others = [child for child in node.children if not isinstance(child, InputNode)]
     return name in _AS_ITS_OPERAND and len(others) == 1 and _is_contiguous(others[0])
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.deferred import memory_layout, sharing, views
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.axes import Dim, Dims, fresh, regroup, size_of
-from attnpatch.rows.graph.nodes import Call, Node, View
-from attnpatch.rows.layout import indexing, relative_shift
+from attnpatch.rows.graph.nodes import Node, ViewNode
+from attnpatch.rows.graph.operations import OpNode
+from attnpatch.rows.layout import relative_shift
 from attnpatch.rows.op_table import op
 
 # What takes only the shape of its second argument, and what does the same when it is told the shape.
@@ -23,18 +23,18 @@ LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
 Native = tuple[Callable[..., Any], Any, dict[str, Any]]
 
 
-def _result(source: DeferredRows, node: Node, native: Native) -> DeferredRows:
+def _result(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
     """A deferred tensor that shares memory with ``source``, as torch's own views do.
 
     Args:
         source: What it is a view of.
-        node: Its recipe, made of the source's by nodes of one child each.
+        node: Its graph, made of the source's by nodes of one child each.
         native: torch's function and its arguments after the first.
     """
     return views.view(source, node, native)
 
 
-def _or_copy(source: DeferredRows, node: Node | None, native: Native) -> Any:
+def _or_copy(source: DeferredTensor, node: Node | None, native: Native) -> Any:
     """The result of a function that gives its operand itself, a view of it or a copy, as strides have it."""
     func, args, kwargs = native
     own = source.handle.node
@@ -56,7 +56,7 @@ def _sizes(args: Any, kwargs: dict[str, Any], name: str) -> list[int] | None:
     return list(given) if all(isinstance(size, int) for size in given) else None
 
 
-def _viewed(source: DeferredRows, shape: list[int], native: Native) -> Any:
+def _viewed(source: DeferredTensor, shape: list[int], native: Native) -> Any:
     node = source.handle.node
     if -1 in shape:
         known = math.prod(size for size in shape if size != -1)
@@ -70,7 +70,7 @@ def _viewed(source: DeferredRows, shape: list[int], native: Native) -> Any:
     if shifted is not None:
         return _or_copy(source, shifted, native)
     dims = regroup(node.dims, shape)
-    return _or_copy(source, None if dims is None else View(node, dims), native)
+    return _or_copy(source, None if dims is None else ViewNode(node, dims), native)
 
 
 @op("view", "reshape", is_layout=True, is_view=True)
@@ -90,7 +90,7 @@ def _like(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @op("view_as", "reshape_as", is_view=True)
 def view_as(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(args[0], DeferredRows):
+    if not isinstance(args[0], DeferredTensor):
         return _like(name, args, kwargs)
     shape = list(args[1].shape)
     return _viewed(args[0], shape, (getattr(torch.Tensor, LIKE[name]), (shape,), {}))
@@ -131,7 +131,7 @@ def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     node = args[0].handle.node
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % (len(node.dims) + 1)
     dims = (*node.dims[:dim], (), *node.dims[dim:])
-    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
+    return _result(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
 
 
 @op("squeeze", is_layout=True, is_view=True)
@@ -144,13 +144,13 @@ def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         asked = [asked]
     gone = {dim % len(node.dims) for dim in asked}
     dims = tuple(dim for i, dim in enumerate(node.dims) if i not in gone or size_of(dim) != 1)
-    return _result(args[0], View(node, dims), (func, args[1:], kwargs))
+    return _result(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
 
 
-def _permuted(source: DeferredRows, order: list[int]) -> DeferredRows:
+def _permuted(source: DeferredTensor, order: list[int]) -> DeferredTensor:
     node = source.handle.node
     dims = tuple(node.dims[i] for i in order)
-    call = Call(torch.permute, (node, order), {}, dims, node.dtype, node.device)
+    call = OpNode(torch.permute, (node, order), {}, dims, node.dtype, node.device)
     return _result(source, call, (torch.permute, (order,), {}))
 
 
@@ -207,7 +207,7 @@ def _positions(dims: Any, count: int) -> list[int] | None:
 @op("expand", "expand_as", is_view=True)
 def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    if not isinstance(source, DeferredRows):
+    if not isinstance(source, DeferredTensor):
         return _like(name, args, kwargs) if name in LIKE else NotImplemented
     if name == "expand_as":
         shape: list[int] | None = list(args[1].shape)
@@ -223,7 +223,7 @@ def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         if size_of(own) != 1 and size not in (-1, size_of(own)):
             return NotImplemented
         dims.append(own if size_of(own) != 1 or size == -1 else new)
-    return _result(source, View(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
+    return _result(source, ViewNode(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
 
 
 @op("contiguous", "alias", "positive", "real", "data", "detach", is_layout=True, is_view=True)
@@ -233,7 +233,7 @@ def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     node = source.handle.node
     if name == "real" and node.dtype.is_complex:
         return NotImplemented
-    found = View(node, node.dims)
+    found = ViewNode(node, node.dims)
     found.is_detached = found.stops_gradient = name in ("detach", "data")
     found.forgets_versions = name == "data"
     return _or_copy(source, found, (func, args[1:], kwargs))
@@ -257,111 +257,9 @@ def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
 @op("atleast_1d", "atleast_2d", "atleast_3d", is_layout=True, is_view=True)
 def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``atleast_2d`` and its kind, of one tensor that has as many dimensions."""
-    if len(args) != 1 or not isinstance(args[0], DeferredRows) or args[0].dim() < int(name[-2]):
+    if len(args) != 1 or not isinstance(args[0], DeferredTensor) or args[0].dim() < int(name[-2]):
         return NotImplemented
     return same(name, func, args, kwargs)
-
-
-@op("narrow", is_layout=True, is_view=True)
-def narrow(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    dim, start, length = (
-        argument(args, kwargs, i + 1, key) for i, key in enumerate(("dim", "start", "length"))
-    )
-    if not all(isinstance(value, int) for value in (dim, start, length)):
-        return NotImplemented
-    size = args[0].shape[dim]
-    start += size * (start < 0)
-    if not 0 <= start <= start + length <= size:
-        return NotImplemented
-    return _along(args[0], dim, slice(start, start + length))
-
-
-@op("select", is_layout=True, is_view=True)
-def select(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    dim, at = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-    if not isinstance(dim, int) or not isinstance(at, int):
-        return NotImplemented
-    return _along(args[0], dim, at)
-
-
-def _along(source: DeferredRows, dim: int, item: Any) -> Any:
-    index = [slice(None)] * len(source.handle.node.dims)
-    index[dim] = item
-    return indexing.getitem("__getitem__", torch.Tensor.__getitem__, (source, tuple(index)), {})
-
-
-@op("unbind", is_layout=True, is_view=True)
-def unbind(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    dim = argument(args, kwargs, 1, "dim", 0)
-    if not isinstance(dim, int):
-        return NotImplemented
-    return _pieces(_along(args[0], dim, i) for i in range(args[0].shape[dim]))
-
-
-@op("__iter__", is_layout=True, is_view=True)
-def iterate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    found = unbind(name, func, args, kwargs)
-    return found if found is NotImplemented else iter(found)
-
-
-@op("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", is_layout=True, is_view=True)
-def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``split`` and ``chunk`` as slices."""
-    source = args[0]
-    count = (
-        args[1]
-        if len(args) > 1
-        else kwargs.get("split_size", kwargs.get("split_size_or_sections", kwargs.get("chunks")))
-    )
-    dim = argument(args, kwargs, 2, "dim", 0)
-    if not isinstance(dim, int) or (name == "chunk" and not isinstance(count, int)):
-        return NotImplemented
-    size = source.shape[dim]
-    if name == "chunk":
-        count = -(-size // count) if count > 0 else 0
-    if isinstance(count, int):
-        if count < 1:
-            return NotImplemented
-        count = [min(count, size - start) for start in range(0, size, count)]
-    if (
-        not isinstance(count, (list, tuple))
-        or not all(isinstance(n, int) for n in count)
-        or sum(count) != size
-    ):
-        return NotImplemented
-    ends = list(itertools.accumulate(count))
-    return _pieces(_along(source, dim, slice(stop - n, stop)) for n, stop in zip(count, ends, strict=True))
-
-
-@op("tensor_split", "hsplit", "vsplit", "dsplit", is_layout=True, is_view=True)
-def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor_split``, ``hsplit``, ``vsplit`` and ``dsplit``: sections of nearly one length, or the places to cut at."""
-    source = args[0]
-    given = argument(args, kwargs, 1, "indices_or_sections")
-    given = kwargs.get("indices", kwargs.get("sections", kwargs.get("split_size_or_sections", given)))
-    fixed = {"vsplit": 0, "hsplit": 1 if source.dim() > 1 else 0, "dsplit": 2}
-    dim = fixed[name] if name in fixed else argument(args, kwargs, 2, "dim", 0)
-    if not isinstance(dim, int) or not -source.dim() <= dim < source.dim():
-        return NotImplemented
-    size = source.shape[dim]
-    if isinstance(given, int) and given > 0:
-        if name in fixed and size % given:
-            return NotImplemented
-        places = [i * (size // given) + min(i, size % given) for i in range(1, given)]
-    elif isinstance(given, (list, tuple)) and all(isinstance(place, int) for place in given):
-        places = list(given)
-    else:
-        return NotImplemented
-    return _pieces(_along(source, dim, slice(*pair)) for pair in itertools.pairwise([0, *places, size]))
-
-
-def _pieces(pieces: Iterable[Any]) -> Any:
-    found = []
-    for piece in pieces:
-        if piece is NotImplemented:
-            return NotImplemented
-        found.append(piece)
-    return tuple(found)
 
 
 @op("as_strided", is_layout=True, is_view=True)
@@ -371,7 +269,7 @@ def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if not all(isinstance(value, (list, tuple)) for value in given):
         return NotImplemented
     node = relative_shift.as_strided(args[0].handle.node, *given, offset)
-    # Places are counted in memory, and the recipe's in row-major order.
+    # Places are counted in memory, and the graph's in row-major order.
     own = memory_layout.shadow(args[0].handle.node)
     if node is None or own is None or not own.is_contiguous() or own.storage_offset():
         return NotImplemented

@@ -1,6 +1,6 @@
 """Writes to a part of the scores: by slices, indices and masks, in place or as functions that return a copy.
 
-What a write leaves behind is a step of the recipe (``rows/layout/regions.py``); what is written is never computed whole.
+What a write leaves behind is a step of the graph (``rows/layout/regions.py``); what is written is never computed whole.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.arguments import argument
-from attnpatch.rows.creation.row_masks import Filled
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.creation.row_masks import ConstantNode
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.axes import KEY, Axis, Dim, all_leaves, same, size_of
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, View, graph
+from attnpatch.rows.graph.nodes import InputNode, Node, ViewNode, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import indexing
 from attnpatch.rows.layout.regions import Indexed, Region, Written
 from attnpatch.rows.op_table import op, write
 
-# A recipe that is written to more often than this is the host's own loop over pieces of a result.
+# A graph that is written to more often than this is the host's own loop over pieces of a result.
 MOST = 32
 
 
-def written(target: DeferredRows, index: Any, value: Any, accumulate: str | None = None) -> Any:
+def written(target: DeferredTensor, index: Any, value: Any, accumulate: str | None = None) -> Any:
     """What ``target[index] = value`` leaves in ``target``, deferred; ``NotImplemented`` where it is another kind."""
-    if sum(isinstance(node, (Written, Indexed)) for node in graph(target.handle.node)) >= MOST:
+    if sum(isinstance(node, (Written, Indexed)) for node in walk(target.handle.node)) >= MOST:
         return NotImplemented
     items = _items(target, index)
     if items is None:
@@ -53,7 +54,7 @@ def written(target: DeferredRows, index: Any, value: Any, accumulate: str | None
     return part if part is NotImplemented else _by_slices(target, basic, part)
 
 
-def _items(target: DeferredRows, index: Any) -> list[Any] | None:
+def _items(target: DeferredTensor, index: Any) -> list[Any] | None:
     """One item for every dimension: a slice, a number, a tensor of indices, or a mask (``...`` after its first)."""
     given = list(index) if isinstance(index, tuple) else [index]
     found: list[Any] = []
@@ -64,12 +65,12 @@ def _items(target: DeferredRows, index: Any) -> list[Any] | None:
         if item is None or isinstance(item, bool):
             return None
         is_number = isinstance(item, torch.Tensor) and not item.dim() and item.dtype is not torch.bool
-        if is_number and not isinstance(item, DeferredRows) and ledger_of(item) is None:
+        if is_number and not isinstance(item, DeferredTensor) and ledger_of(item) is None:
             item = operator.index(item)
         if isinstance(item, torch.Tensor):
             if item.dtype not in (torch.bool, torch.int64, torch.int32) or not item.dim():
                 return None
-            if isinstance(item, DeferredRows) and item.dtype is not torch.bool:
+            if isinstance(item, DeferredTensor) and item.dtype is not torch.bool:
                 return None
             taken += item.dim() if item.dtype is torch.bool else 1
         elif not isinstance(item, slice) and item is not Ellipsis:
@@ -90,7 +91,7 @@ def _items(target: DeferredRows, index: Any) -> list[Any] | None:
     return _checked(target, found)
 
 
-def _checked(target: DeferredRows, found: list[Any]) -> list[Any] | None:
+def _checked(target: DeferredTensor, found: list[Any]) -> list[Any] | None:
     """The items where all are inside the tensor; each mask is followed by ``...`` for its further dimensions."""
     items: list[Any] = []
     shape = target.handle.node.shape
@@ -114,7 +115,7 @@ def _checked(target: DeferredRows, found: list[Any]) -> list[Any] | None:
     return items
 
 
-def _by_slices(target: DeferredRows, items: list[Any], value: Any) -> Any:
+def _by_slices(target: DeferredTensor, items: list[Any], value: Any) -> Any:
     node = target.handle.node
     regions: list[Region | None] = []
     dims: list[Dim] = []
@@ -144,9 +145,11 @@ def _by_slices(target: DeferredRows, items: list[Any], value: Any) -> Any:
     return wrap(Written(node, regions, aligned), target.handle.call)
 
 
-def _copy(target: DeferredRows) -> DeferredRows:
+def _copy(target: DeferredTensor) -> DeferredTensor:
     node = target.handle.node
-    return wrap(Call(torch.Tensor.clone, (node,), {}, node.dims, node.dtype, node.device), target.handle.call)
+    return wrap(
+        OpNode(torch.Tensor.clone, (node,), {}, node.dims, node.dtype, node.device), target.handle.call
+    )
 
 
 def _with_ones(source: Node, missing: list[bool]) -> Node:
@@ -162,7 +165,7 @@ def _with_ones(source: Node, missing: list[bool]) -> Node:
             dims.insert(0, own.pop())
         else:
             break
-    return View(source, tuple(dims))
+    return ViewNode(source, tuple(dims))
 
 
 def _spread(value: Any, node: Node, shape: torch.Size) -> torch.Tensor | None:
@@ -179,18 +182,18 @@ def _spread(value: Any, node: Node, shape: torch.Size) -> torch.Tensor | None:
         return None
 
 
-def _source(target: DeferredRows, value: Any, dims: tuple[Dim, ...], shape: torch.Size) -> Node | None:
+def _source(target: DeferredTensor, value: Any, dims: tuple[Dim, ...], shape: torch.Size) -> Node | None:
     """The values of a write as a node, aligned from the right with ``dims``."""
     node = target.handle.node
     if isinstance(value, (bool, int, float)):
         # No tensor, which an edge would save: a checkpoint that natively saves nothing does not run again.
-        return Filled(value, (), node.dtype, node.device)
+        return ConstantNode(value, (), node.dtype, node.device)
     value = _spread(value, node, shape)
     if value is None:
         return None
-    if not isinstance(value, DeferredRows):
+    if not isinstance(value, DeferredTensor):
         aligned = dims[len(dims) - value.dim() :]
-        return Leaf(
+        return InputNode(
             value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True))
         )
     own = value.handle.node
@@ -203,10 +206,10 @@ def _source(target: DeferredRows, value: Any, dims: tuple[Dim, ...], shape: torc
 def _cast(node: Node, dtype: torch.dtype) -> Node:
     if node.dtype == dtype:
         return node
-    return Call(torch.Tensor.to, (node, dtype), {}, node.dims, dtype, node.device)
+    return OpNode(torch.Tensor.to, (node, dtype), {}, node.dims, dtype, node.device)
 
 
-def _by_indices(target: DeferredRows, items: list[Any], value: Any, accumulate: str | None) -> Any:
+def _by_indices(target: DeferredTensor, items: list[Any], value: Any, accumulate: str | None) -> Any:
     """A write at tensors of indices and masks; other dimensions are complete."""
     masks = [item for item in items if isinstance(item, torch.Tensor) and item.dtype is torch.bool]
     is_one = isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
@@ -215,11 +218,11 @@ def _by_indices(target: DeferredRows, items: list[Any], value: Any, accumulate: 
         return _where(target, items, masks[0], value)
     node = target.handle.node
     positions = tuple(i for i, item in enumerate(items) if item is not None)
-    if isinstance(value, DeferredRows) and not any(
+    if isinstance(value, DeferredTensor) and not any(
         axis.kind == KEY for axis in all_leaves(value.handle.node.dims)
     ):
         value = value.handle.reduced()
-    if any(isinstance(item, DeferredRows) for item in (value, *tensors)):
+    if any(isinstance(item, DeferredTensor) for item in (value, *tensors)):
         return NotImplemented
     if positions != tuple(range(positions[0], positions[-1] + 1)):
         return NotImplemented
@@ -231,7 +234,7 @@ def _by_indices(target: DeferredRows, items: list[Any], value: Any, accumulate: 
     return _scattered(target, positions, indices, value, accumulate)
 
 
-def _where(target: DeferredRows, items: list[Any], mask: torch.Tensor, value: Any) -> Any:
+def _where(target: DeferredTensor, items: list[Any], mask: torch.Tensor, value: Any) -> Any:
     """One value where a mask says so."""
     node = target.handle.node
     if mask.device != node.device:
@@ -245,7 +248,7 @@ def _where(target: DeferredRows, items: list[Any], mask: torch.Tensor, value: An
 
 
 def _scattered(
-    target: DeferredRows,
+    target: DeferredTensor,
     positions: tuple[int, ...],
     indices: list[torch.Tensor],
     value: Any,
@@ -264,7 +267,7 @@ def _scattered(
         is_known = index.numel() and ledger_of(index) is None
         if is_known and not (-size <= int(index.min()) and int(index.max()) < size):
             return NotImplemented
-        flat.append(Leaf(torch.where(index < 0, index + size, index), ((),)))
+        flat.append(InputNode(torch.where(index < 0, index + size, index), ((),)))
     before, after = node.dims[: positions[0]], node.dims[positions[-1] + 1 :]
     region = torch.Size([*map(size_of, before), *shape, *map(size_of, after)])
     value = _spread(value, node, region)
@@ -285,7 +288,7 @@ def _scattered(
             middle = shape
         value = value.reshape(*value.shape[:count], middle.numel(), *value.shape[count + len(middle) :])
     dims: list[Dim] = [*before, (), *after][len(before) + 1 + len(after) - value.dim() :]
-    source = Leaf(
+    source = InputNode(
         value.to(node.dtype), tuple(d if n != 1 else () for d, n in zip(dims, value.shape, strict=True))
     )
     return wrap(Indexed(node, positions, tuple(flat), source, accumulate, spread), target.handle.call)
@@ -293,13 +296,13 @@ def _scattered(
 
 @write("__setitem__")
 def setitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return written(*args) if len(args) == 3 and isinstance(args[0], DeferredRows) else NotImplemented
+    return written(*args) if len(args) == 3 and isinstance(args[0], DeferredTensor) else NotImplemented
 
 
 @op("index_put")
 def index_put(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     indices, values = argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "values")
-    if not isinstance(args[0], DeferredRows) or not isinstance(indices, (tuple, list)):
+    if not isinstance(args[0], DeferredTensor) or not isinstance(indices, (tuple, list)):
         return NotImplemented
     accumulate = argument(args, kwargs, 3, "accumulate", False)
     place = tuple(slice(None) if item is None else item for item in indices)
@@ -312,14 +315,14 @@ def index_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     target, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     value = argument(args, kwargs, 3, "value" if "fill" in name else "source")
     if (
-        not isinstance(target, DeferredRows)
+        not isinstance(target, DeferredTensor)
         or not isinstance(dim, int)
         or not isinstance(index, torch.Tensor)
     ):
         return NotImplemented
     if index.dim() > 1 or index.dtype not in (torch.int64, torch.int32) or kwargs.get("alpha", 1) != 1:
         return NotImplemented
-    if isinstance(index, DeferredRows) or (isinstance(value, torch.Tensor) and value.dtype != target.dtype):
+    if isinstance(index, DeferredTensor) or (isinstance(value, torch.Tensor) and value.dtype != target.dtype):
         return NotImplemented
     if "fill" not in name and value.shape != (*_other(target, dim, index.numel()),):
         return NotImplemented
@@ -328,7 +331,7 @@ def index_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     return written(target, tuple(place), value, accumulate="index_add" if name == "index_add" else None)
 
 
-def _other(target: DeferredRows, dim: int, count: int) -> list[int]:
+def _other(target: DeferredTensor, dim: int, count: int) -> list[int]:
     shape = list(target.handle.node.shape)
     shape[dim] = count
     return shape
@@ -338,7 +341,7 @@ def _other(target: DeferredRows, dim: int, count: int) -> list[int]:
 def part_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``select_scatter`` and ``slice_scatter``: a copy with a number or a slice of one dimension replaced."""
     target, value = args[0], argument(args, kwargs, 1, "src")
-    if not isinstance(target, DeferredRows) or not isinstance(value, torch.Tensor):
+    if not isinstance(target, DeferredTensor) or not isinstance(value, torch.Tensor):
         return NotImplemented
     if name == "select_scatter":
         dim, item = argument(args, kwargs, 2, "dim"), argument(args, kwargs, 3, "index")
@@ -365,7 +368,7 @@ def diagonal_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dic
     target, value = args[0], argument(args, kwargs, 1, "src")
     offset = argument(args, kwargs, 2, "offset", 0)
     first, second = argument(args, kwargs, 3, "dim1", 0), argument(args, kwargs, 4, "dim2", 1)
-    if not isinstance(target, DeferredRows) or not isinstance(value, torch.Tensor):
+    if not isinstance(target, DeferredTensor) or not isinstance(value, torch.Tensor):
         return NotImplemented
     count = len(target.handle.node.dims)
     if (first % count, second % count) != (count - 2, count - 1):
@@ -380,11 +383,11 @@ def diagonal_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dic
 def fill(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``fill_``, ``zero_`` and ``copy_``: all of the tensor."""
     value = 0 if name == "zero_" else argument(args, kwargs, 1, "src" if name == "copy_" else "value")
-    if not isinstance(args[0], DeferredRows) or (name == "copy_" and not isinstance(value, torch.Tensor)):
+    if not isinstance(args[0], DeferredTensor) or (name == "copy_" and not isinstance(value, torch.Tensor)):
         return NotImplemented
     if isinstance(value, (bool, int, float)):
         node = args[0].handle.node
-        return wrap(Filled(value, node.dims, node.dtype, node.device), args[0].handle.call)
+        return wrap(ConstantNode(value, node.dims, node.dtype, node.device), args[0].handle.call)
     return written(args[0], ..., value)
 
 

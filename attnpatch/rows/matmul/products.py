@@ -10,19 +10,20 @@ import torch
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred.handle import running_site
-from attnpatch.rows.deferred.tensor import DeferredRows, settle, site_of, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, settle, site_of, wrap
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, graph
+from attnpatch.rows.graph.nodes import InputNode, Node, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.matmul.spellings import NAMES, Product, parse
 from attnpatch.rows.op_table import op
 from attnpatch.rows.ops import both_sides
 from attnpatch.rows.provenance import observed
 
 # From a product with values, its probabilities, the axes of the keys and the site to the result of a fused kernel.
-Fuse = Callable[[Call, Node, list[Axis], SiteCall], torch.Tensor | None]
+Fuse = Callable[[OpNode, Node, list[Axis], AttentionCall], torch.Tensor | None]
 _fused: list[Fuse] = []
 
 
@@ -36,7 +37,7 @@ def fuses(function: Fuse) -> Fuse:
 _DISTANCES = (-2, 1)
 
 
-def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: SiteCall) -> Any:
+def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
     """A product of real tensors: deferred if it looks like scores and the rule says by rows.
 
     Returns:
@@ -52,7 +53,7 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     return deferred(func, product, call)
 
 
-def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> DeferredRows:
+def deferred(func: Callable[..., Any], product: Product, call: AttentionCall) -> DeferredTensor:
     """The scores that a product stands for, not computed."""
     sizes = product.sizes()
     query, key = product.pair()
@@ -66,7 +67,7 @@ def deferred(func: Callable[..., Any], product: Product, call: SiteCall) -> Defe
         axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
     dims = tuple(axes[label] for label in product.result)
     nodes = [
-        Leaf(
+        InputNode(
             tensor,
             tuple(
                 axes.get(label, ()) if size != 1 else ()
@@ -140,7 +141,7 @@ def native_size(product: Product) -> tuple[int, int]:
     return max(_rows(product)), elements * product.operands[0].element_size()
 
 
-def _goes_by_rows(product: Product, call: SiteCall) -> bool:
+def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
     if call.observer is not None:
         # One token that looks at itself: softmax shows it (``shown.of_one``).
         return max(_rows(product) + _keys(product)) > 1
@@ -168,14 +169,14 @@ def _call(
     operands: list[Node],
     dims: tuple[Dim, ...],
     whole: tuple[Axis, ...],
-) -> Call:
+) -> OpNode:
     added: Node | None = None
-    if isinstance(product.added, DeferredRows):
+    if isinstance(product.added, DeferredTensor):
         added = product.added.handle.node
     elif product.added is not None:
         aligned = dims[len(dims) - product.added.dim() :]
         shape = product.added.shape
-        added = Leaf(
+        added = InputNode(
             product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True))
         )
     func = product.func or func
@@ -183,7 +184,7 @@ def _call(
     tiny = product.rebuild([_few(t) for t in product.operands], _few(product.added))
     with torch.no_grad():
         dtype = func(*tiny[0], **tiny[1]).dtype
-    call = Call(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
+    call = OpNode(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
     sizes = product.sizes()
     leads = set(product.result).intersection(*product.labels)
     call.work = math.prod(size for label, size in sizes.items() if label not in leads)
@@ -203,14 +204,14 @@ def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 @op(*NAMES, "linear")
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the recipe."""
+    """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the graph."""
     product = parse(name, args, kwargs)
     if product is None:
         return NotImplemented
-    deferred_at = [i for i, t in enumerate(product.operands) if isinstance(t, DeferredRows)]
+    deferred_at = [i for i, t in enumerate(product.operands) if isinstance(t, DeferredTensor)]
     if not deferred_at:
         return _onto_deferred(name, func, product)
-    if isinstance(product.added, DeferredRows):
+    if isinstance(product.added, DeferredTensor):
         return NotImplemented
     main = deferred_at[0]
     for other in deferred_at[1:]:
@@ -224,7 +225,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:
     """Scores that are added to something deferred (``baddbmm`` onto a mask)."""
-    if not isinstance(product.added, DeferredRows):
+    if not isinstance(product.added, DeferredTensor):
         return NotImplemented
     site = running_site(product.added.handle.call)
     if not _looks_like_scores(product) or product.added.dim() != len(product.result):
@@ -253,7 +254,7 @@ def _share_rows(product: Product, main: int, other: int) -> bool:
 def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[int]) -> Any:
     own = [product.operands[i] for i in deferred_at]
     site = site_of(own)
-    main: DeferredRows = next(t for t in own if t.handle.call is site)  # type: ignore[attr-defined]
+    main: DeferredTensor = next(t for t in own if t.handle.call is site)  # type: ignore[attr-defined]
     sizes = product.sizes()
     axes: dict[str, Dim] = {}
     for i in deferred_at:
@@ -270,8 +271,8 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
             added += axes.get(label, ())
     operands = [
         tensor.handle.node
-        if isinstance(tensor, DeferredRows)
-        else Leaf(
+        if isinstance(tensor, DeferredTensor)
+        else InputNode(
             tensor,
             tuple(
                 axes.get(label, ()) if label in product.result and size != 1 else ()
@@ -290,7 +291,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
             # Heads are mixed: one more step.
             return wrap(call, site)
         # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
-        if not any(step.whole for step in graph(node)):
+        if not any(step.whole for step in walk(node)):
             return NotImplemented
     if _is_wrong_guess(node):
         return NotImplemented
@@ -314,13 +315,13 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
 
 def _is_wrong_guess(node: Node) -> bool:
     """Whether what was taken for queries by a table of positions is summed before anything normalised it: a layer."""
-    steps = list(graph(node))
-    products = [step for step in steps if isinstance(step, Call) and step.work]
+    steps = list(walk(node))
+    products = [step for step in steps if isinstance(step, OpNode) and step.work]
     return (
         bool(products) and all(step.is_guess for step in products) and not any(step.whole for step in steps)
     )
 
 
 def _has_scores(node: Node) -> bool:
-    """Whether a recipe goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
-    return any(isinstance(step, Call) and step.work for step in graph(node))
+    """Whether a graph goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
+    return any(isinstance(step, OpNode) and step.work for step in walk(node))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.graph.axes import LEAD, Axis, all_leaves, fresh, leaves
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, graph
+from attnpatch.rows.graph.nodes import InputNode, Node, OutputNode, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import PAIRS
 
 # Several results, of which `Pick` takes one.
@@ -33,13 +34,13 @@ class Stuck(Exception):
     """A step needs all rows at once; the message is its name."""
 
 
-def cut(root: Node, site: SiteCall) -> Node:
-    """An equivalent of a recipe of which some rows can be computed alone; ``root`` itself, where it is one.
+def cut(root: Node, site: AttentionCall) -> Node:
+    """An equivalent of a graph of which some rows can be computed alone; ``root`` itself, where it is one.
 
     Raises:
         Stuck: There is none.
     """
-    whole = {leaf for node in graph(root) for leaf in leaves(node.whole)}
+    whole = {leaf for node in walk(root) for leaf in leaves(node.whole)}
     sides = [axis for axis in all_leaves(root.dims) if axis.kind != LEAD]
     if not sides or any(axis not in whole for axis in sides):
         return root
@@ -49,65 +50,65 @@ def cut(root: Node, site: SiteCall) -> Node:
     return found
 
 
-class _Chosen(Leaf):
+class _Chosen(InputNode):
     """A figure of a line that is one of its elements."""
 
 
 def _compared(root: Node) -> str | None:
     """The step that compares a line's own element with that line, if there is one."""
     asking: set[Node] = set()
-    for node in graph(root):
+    for node in walk(root):
         if isinstance(node, _Chosen) or any(child in asking for child in node.children):
             asking.add(node)
             name = _name(node).strip("_")
-            if name in _COMPARING or not (node.dtype.is_floating_point or isinstance(node, Leaf)):
+            if name in _COMPARING or not (node.dtype.is_floating_point or isinstance(node, InputNode)):
                 return name or type(node).__name__
     return None
 
 
 def _name(node: Node) -> str:
-    inner = node.children[0] if isinstance(node, Pick) else node
+    inner = node.children[0] if isinstance(node, OutputNode) else node
     return getattr(getattr(inner, "func", None), "__name__", "")
 
 
-def _freed(root: Node, row: Axis, site: SiteCall) -> Node:
+def _freed(root: Node, row: Axis, site: AttentionCall) -> Node:
     """``root`` without steps that need ``row`` complete."""
     new: dict[Node, Node] = {}
-    for node in graph(root):
+    for node in walk(root):
         changed = any(new[child] is not child for child in node.children)
         own = node.rebuilt(lambda child: new[child]) if changed else node
         new[node] = own if node is root else _without(own, row, site)
     return new[root]
 
 
-def _without(node: Node, row: Axis, site: SiteCall) -> Node:
-    inner = node.children[0] if isinstance(node, Pick) else node
+def _without(node: Node, row: Axis, site: AttentionCall) -> Node:
+    inner = node.children[0] if isinstance(node, OutputNode) else node
     name = _name(node)
     if row not in leaves(inner.whole) or (name in PAIRS and inner is node):
         return node
     if row not in all_leaves(node.dims):
         # A figure of each line of the other side.
-        kind = _Chosen if name in _CHOSEN else Leaf
+        kind = _Chosen if name in _CHOSEN else InputNode
         return kind(site.replay(cut(node, site)), node.dims)
-    if name not in ("softmax", "log_softmax") or not isinstance(node, Call):
+    if name not in ("softmax", "log_softmax") or not isinstance(node, OpNode):
         raise Stuck(name or type(node).__name__)
     return _normalised(node, name == "log_softmax", site)
 
 
-def _normalised(node: Call, is_log: bool, site: SiteCall) -> Node:
+def _normalised(node: OpNode, is_log: bool, site: AttentionCall) -> Node:
     scores = node.children[0]
     dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
     line = dim % len(node.dims)
     dims = tuple(() if i == line else own for i, own in enumerate(node.dims))
     two = fresh([2])
     dtype = torch.promote_types(node.dtype, torch.float32)
-    lines = Call(
+    lines = OpNode(
         figures, (scores, line, dtype), {}, (*two, *dims), dtype, node.device, (*node.whole, *two[0])
     )
     lines.context = node.context
     highest, total = site.replay(cut(lines, site)).unbind(0)
-    parts = (scores, Leaf(highest, dims), Leaf(total, dims), is_log, node.dtype)
-    result = Call(normalised, parts, {}, node.dims, node.dtype, node.device)
+    parts = (scores, InputNode(highest, dims), InputNode(total, dims), is_log, node.dtype)
+    result = OpNode(normalised, parts, {}, node.dims, node.dtype, node.device)
     result.context = node.context
     return result
 

@@ -1,4 +1,4 @@
-"""Functions that join a recipe's keys with others, look them up, or look up a table with them."""
+"""Functions that join a graph's keys with others, look them up, or look up a table with them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, tensors_of
+from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import indexing
 from attnpatch.rows.op_table import op
 
@@ -30,32 +31,32 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         return NotImplemented
     position = dim % source.dim()
     if name == "index_select":
-        if not isinstance(source, DeferredRows) or isinstance(index, DeferredRows):
+        if not isinstance(source, DeferredTensor) or isinstance(index, DeferredTensor):
             return NotImplemented
         node: Node = source.handle.node
         dims = (*node.dims[:position], *fresh([index.numel()], KEY), *node.dims[position + 1 :])
-        place: Node = Leaf(index, (dims[position],) if index.dim() else ())
+        place: Node = InputNode(index, (dims[position],) if index.dim() else ())
     else:
         if index.dim() != source.dim() or any(
             index.shape[i] != size for i, size in enumerate(source.shape) if i != position
         ):
             return NotImplemented
-        if isinstance(index, DeferredRows):
+        if isinstance(index, DeferredTensor):
             # Looked up with axes of its own: distances are read along queries for one term and along keys for another.
             place = _renamed(index.handle.node)
             dims = place.dims
         else:
             own = source.handle.node.dims
             dims = (*own[:position], *fresh([index.shape[position]], KEY), *own[position + 1 :])
-            place = Leaf(index, dims)
-        if isinstance(source, DeferredRows):
+            place = InputNode(index, dims)
+        if isinstance(source, DeferredTensor):
             node = source.handle.node
             for i, dim_of_source in enumerate(node.dims):
                 if i != position and not same(dim_of_source, dims[i]):
                     return NotImplemented
         else:
-            node = Leaf(source, tuple(() if i == position else dim for i, dim in enumerate(dims)))
-    call = Call(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
+            node = InputNode(source, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+    call = OpNode(func, (node, dim, place), {}, dims, node.dtype, node.device, node.dims[position])
     return wrap(call, first_deferred(args, kwargs).handle.call)
 
 
@@ -69,7 +70,7 @@ def along_dim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 
 
 def _renamed(root: Node) -> Node:
-    """A copy of a recipe that is cut on its own: other axes, the same tensors."""
+    """A copy of a graph that is cut on its own: other axes, the same tensors."""
     return copy.deepcopy(root, {id(leaf.tensor): leaf.tensor for leaf in tensors_of(root)})
 
 
@@ -78,8 +79,8 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
     source, weight = args[0], argument(args, kwargs, 1, "weight")
     if (
-        not isinstance(source, DeferredRows)
-        or isinstance(weight, DeferredRows)
+        not isinstance(source, DeferredTensor)
+        or isinstance(weight, DeferredTensor)
         or argument(args, kwargs, 3, "max_norm") is not None
         or argument(args, kwargs, 6, "sparse", False)
     ):
@@ -89,7 +90,7 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
     dims = (*node.dims, *width)
     rest = {"padding_idx": argument(args, kwargs, 2, "padding_idx")}
     rest["scale_grad_by_freq"] = argument(args, kwargs, 5, "scale_grad_by_freq", False)
-    call = Call(func, (node, Leaf(weight, ((), *width))), rest, dims, weight.dtype, node.device)
+    call = OpNode(func, (node, InputNode(weight, ((), *width))), rest, dims, weight.dtype, node.device)
     return wrap(call, source.handle.call)
 
 
@@ -97,13 +98,15 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
     table, index = args
-    if isinstance(table, DeferredRows) or not isinstance(index, DeferredRows):
+    if isinstance(table, DeferredTensor) or not isinstance(index, DeferredTensor):
         return indexing.getitem(name, func, args, kwargs)
     node = index.handle.node
     if node.dtype not in (torch.int64, torch.int32) or table.device != node.device:
         return NotImplemented
     width = fresh(table.shape[1:])
-    call = Call(func, (Leaf(table, ((), *width)), node), {}, (*node.dims, *width), table.dtype, node.device)
+    call = OpNode(
+        func, (InputNode(table, ((), *width)), node), {}, (*node.dims, *width), table.dtype, node.device
+    )
     return wrap(call, index.handle.call)
 
 
@@ -139,10 +142,10 @@ def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     whole: list[Axis] = []
 
     def place(tensor: torch.Tensor) -> Node:
-        if isinstance(tensor, DeferredRows):
+        if isinstance(tensor, DeferredTensor):
             whole.extend(tensor.handle.node.dims[position])
             return tensor.handle.node
-        return Leaf(tensor, tuple(() if i == position else dim for i, dim in enumerate(dims)))
+        return InputNode(tensor, tuple(() if i == position else dim for i, dim in enumerate(dims)))
 
     node, places = place(target), place(index)
     dims[position] = node.dims[position] or fresh(target.shape[position : position + 1], KEY)[0]
@@ -153,5 +156,5 @@ def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     rest.update({key: kwargs[key] for key in kwargs if key not in ("dim", "index", "src", "value")})
     if len(args) > 4:
         return NotImplemented
-    call = Call(func, (node, dim, places), rest, tuple(dims), target.dtype, target.device, tuple(whole))
+    call = OpNode(func, (node, dim, places), rest, tuple(dims), target.dtype, target.device, tuple(whole))
     return wrap(call, first_deferred(args, kwargs).handle.call)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.arguments import deferred_in
-from attnpatch.rows.deferred.tensor import DeferredRows
+from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.graph.nodes import map_structure
 from attnpatch.rows.op_table import op
 
@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 def _stand_in(value: Any) -> Any:
     """A tensor of one element in memory that has a deferred tensor's shape, dtype and device."""
-    if not isinstance(value, DeferredRows):
+    if not isinstance(value, DeferredTensor):
         return value
     node = value.handle.node
     return torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
@@ -68,7 +68,7 @@ def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     Numbers are drawn in the order in which scores lie in memory, so only where that is known.
     """
     source = args[0]
-    if not isinstance(source, DeferredRows) or kwargs.get("memory_format") not in (
+    if not isinstance(source, DeferredTensor) or kwargs.get("memory_format") not in (
         torch.contiguous_format,
         torch.legacy_contiguous_format,
     ):

@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.rows.arguments import deferred_in, tensors_in
 from attnpatch.rows.deferred.history import has_history
-from attnpatch.rows.deferred.tensor import DeferredRows, before_write, goes_on_as, is_pending
+from attnpatch.rows.deferred.tensor import DeferredTensor, before_write, goes_on_as, is_pending
 from attnpatch.rows.matmul import products
 from attnpatch.rows.op_table import Handler, lookup
 
@@ -37,7 +37,7 @@ def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
         return NotImplemented
     if is_pending(out):
         return _became(out, result)
-    if isinstance(result, DeferredRows):
+    if isinstance(result, DeferredTensor):
         return NotImplemented
     before_write(out)
     return out.copy_(result)
@@ -48,16 +48,16 @@ def _result(
 ) -> Any:
     if deferred_in(args, kwargs):
         return NotImplemented if lookup(name).handler is None else apply(name, func, args, kwargs)
-    if name in products.NAMES and isinstance(out, DeferredRows):
+    if name in products.NAMES and isinstance(out, DeferredTensor):
         return products.defer(name, func, args, kwargs, out.handle.call)
     return NotImplemented
 
 
 def _became(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """``out``, a deferred tensor that nobody else looks at, standing for the result from now on."""
-    assert isinstance(out, DeferredRows)
+    assert isinstance(out, DeferredTensor)
     if is_pending(result):
-        assert isinstance(result, DeferredRows)
+        assert isinstance(result, DeferredTensor)
         return goes_on_as(out, result)
     out.handle.is_written(result)
     return result

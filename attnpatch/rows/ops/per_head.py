@@ -9,13 +9,14 @@ import torch
 
 from attnpatch.rows.arguments import argument, deferred_in
 from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
+    DeferredTensor,
     wrap,
 )
 from attnpatch.rows.graph.axes import (
     fresh,
 )
-from attnpatch.rows.graph.nodes import Call, Leaf, map_structure
+from attnpatch.rows.graph.nodes import InputNode, map_structure
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import op
 from attnpatch.rows.ops.pointwise import probe
 
@@ -30,7 +31,7 @@ def tabled(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     place = _TABLES[name]
     source = args[place] if len(args) > place else None
     tables = [*args[:place], *args[place + 1 :], *kwargs.values()]
-    if not isinstance(source, DeferredRows) or deferred_in(tables, {}):
+    if not isinstance(source, DeferredTensor) or deferred_in(tables, {}):
         return NotImplemented
     if name == "searchsorted" and (args[0].dim() != 1 or "sorter" in kwargs):
         return NotImplemented
@@ -39,17 +40,17 @@ def tabled(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     told = func(*args[:place], one, *args[place + 1 :], **kwargs)
 
     def read(value: Any) -> Any:
-        return Leaf(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
+        return InputNode(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
 
     given = (*map(read, args[:place]), node, *map(read, args[place + 1 :]))
-    call = Call(func, given, map_structure(kwargs, read), node.dims, told.dtype, node.device)
+    call = OpNode(func, given, map_structure(kwargs, read), node.dims, told.dtype, node.device)
     return wrap(call, source.handle.call)
 
 
 @op(*_CHANNELS)
 def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs) or len(source.shape) < 2:
+    if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs) or len(source.shape) < 2:
         return NotImplemented
     if name == "batch_norm" and (args[5] if len(args) > 5 else kwargs.get("training", False)):
         return NotImplemented  # its statistics are of all rows
@@ -62,7 +63,7 @@ def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     def part(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return Leaf(value, (node.dims[1] if value.numel() == count else (),) * value.dim())
+        return InputNode(value, (node.dims[1] if value.numel() == count else (),) * value.dim())
 
     def first(value: Any) -> Any:
         return value.reshape(-1)[:1] if isinstance(value, torch.Tensor) else value
@@ -71,7 +72,7 @@ def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
         one = torch.ones([1] * len(node.dims), dtype=node.dtype, device=node.device)
         told = func(one, *map_structure(args[1:], first), **map_structure(kwargs, first))
     rest, kwargs = map_structure(args[1:], part), map_structure(kwargs, part)
-    return wrap(Call(func, (node, *rest), kwargs, node.dims, told.dtype, node.device), source.handle.call)
+    return wrap(OpNode(func, (node, *rest), kwargs, node.dims, told.dtype, node.device), source.handle.call)
 
 
 @op("conv1d", "conv2d", "conv3d")
@@ -80,9 +81,9 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     source = args[0]
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     if (
-        not isinstance(source, DeferredRows)
-        or isinstance(weight, DeferredRows)
-        or isinstance(bias, DeferredRows)
+        not isinstance(source, DeferredTensor)
+        or isinstance(weight, DeferredTensor)
+        or isinstance(bias, DeferredTensor)
     ):
         return NotImplemented
     node = source.handle.node
@@ -97,10 +98,10 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     dims = (node.dims[0], *mixed, *node.dims[2:])
     dtype = probe(func, (source, weight), {}).dtype
     places = {"weight": weight, "bias": bias}
-    leaf = {key: None if t is None else Leaf(t, ((),) * t.dim()) for key, t in places.items()}
+    leaf = {key: None if t is None else InputNode(t, ((),) * t.dim()) for key, t in places.items()}
     rest = {"stride": stride, "padding": padding, "dilation": argument(args, kwargs, 5, "dilation", 1)}
     rest["groups"] = argument(args, kwargs, 6, "groups", 1)
-    call = Call(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
+    call = OpNode(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
     return wrap(call, source.handle.call)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.rows.arguments import argument, first_deferred, tensors_in
 from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
+    DeferredTensor,
     wrap,
 )
 from attnpatch.rows.graph.axes import (
@@ -25,17 +25,18 @@ from attnpatch.rows.graph.axes import (
     size_of,
 )
 from attnpatch.rows.graph.dropout import Dropout
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, map_structure
+from attnpatch.rows.graph.nodes import InputNode, Node, map_structure
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import CASTS, POINTWISE, op
 from attnpatch.rows.ops import metadata
 
 
 def node_for(value: torch.Tensor, dims: Dims) -> Node:
-    """The recipe node of an argument: its own, or a leaf whose dimensions line up with ``dims`` from the right."""
-    if isinstance(value, DeferredRows):
+    """The graph node of an argument: its own, or a leaf whose dimensions line up with ``dims`` from the right."""
+    if isinstance(value, DeferredTensor):
         return value.handle.node
     aligned = dims[len(dims) - value.dim() :]
-    return Leaf(
+    return InputNode(
         value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True))
     )
 
@@ -44,7 +45,7 @@ def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """What the call returns for tensors of one element: torch itself says the dtype, autocast included."""
 
     def shrink(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or (not value.dim() and not isinstance(value, DeferredRows)):
+        if not isinstance(value, torch.Tensor) or (not value.dim() and not isinstance(value, DeferredTensor)):
             return value
         return torch.ones([1] * value.dim(), dtype=value.dtype, device=value.device)
 
@@ -53,7 +54,7 @@ def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
-    """The axes of the broadcast result; ``None`` where two recipes are cut in ways that do not fit."""
+    """The axes of the broadcast result; ``None`` where two graphs are cut in ways that do not fit."""
     shape = torch.broadcast_shapes(*shapes)
     dims: list[Dim] = []
     for back in range(len(shape), 0, -1):
@@ -79,7 +80,7 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     first = first_deferred(args, kwargs)
     if any(value.device != first.device and value.dim() for value in tensors):
         return NotImplemented
-    nodes = [value.handle.node for value in tensors if isinstance(value, DeferredRows)]
+    nodes = [value.handle.node for value in tensors if isinstance(value, DeferredTensor)]
     if (figures := _beside_keys(tensors)) is not None:
         known = lambda value: computed_by_rows(value) if id(value) in figures else value
         return func(*map_structure(args, known), **map_structure(kwargs, known))
@@ -95,7 +96,7 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     def place(value: Any) -> Any:
         return node_for(value, dims) if isinstance(value, torch.Tensor) else value
 
-    node = Call(
+    node = OpNode(
         func, map_structure(args, place), map_structure(kwargs, place), dims, tiny.dtype, first.device
     )
     return wrap(node, first.handle.call)
@@ -111,7 +112,7 @@ def _beside_keys(tensors: list[torch.Tensor]) -> set[int] | None:
 
     Put off, rows and keys would be one axis, of which nothing can be cut.
     """
-    given = {id(value): value.handle.node for value in tensors if isinstance(value, DeferredRows)}
+    given = {id(value): value.handle.node for value in tensors if isinstance(value, DeferredTensor)}
     if len(given) < 2:
         return None
     places: dict[Axis, set[int]] = {}
@@ -141,12 +142,12 @@ def _is_beside_output(tensors: list[torch.Tensor], nodes: list[Node]) -> bool:
     Put off, they would turn the output into scores, which leave the site and are computed whole in the next one.
     """
     most = max(node.shape.numel() for node in nodes)
-    return any(tensor.numel() > most for tensor in tensors if not isinstance(tensor, DeferredRows))
+    return any(tensor.numel() > most for tensor in tensors if not isinstance(tensor, DeferredTensor))
 
 
 def computed_by_rows(value: Any) -> Any:
     """What is deferred, computed by rows: nothing whole that a report would have to count."""
-    return value.handle.reduced() if isinstance(value, DeferredRows) else value
+    return value.handle.reduced() if isinstance(value, DeferredTensor) else value
 
 
 @op(*CASTS)
@@ -156,10 +157,10 @@ def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     if name == "type" and len(args) == 1 and not kwargs:
         return metadata.asked(name, func, args, kwargs)
     like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if not isinstance(source, DeferredRows) and len(args) == 2 and len(like) == 1 and not kwargs:
+    if not isinstance(source, DeferredTensor) and len(args) == 2 and len(like) == 1 and not kwargs:
         # Only what the other is matters, not what it holds.
         return source.to(device=like[0].device, dtype=like[0].dtype)
-    if not isinstance(source, DeferredRows) or kwargs.get("memory_format") is not None:
+    if not isinstance(source, DeferredTensor) or kwargs.get("memory_format") is not None:
         return NotImplemented
     tiny = probe(func, args, kwargs)
     if not isinstance(tiny, torch.Tensor) or tiny.device != source.device:
@@ -169,7 +170,7 @@ def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
         return source
     old = source.handle.node
     return wrap(
-        Call(torch.Tensor.to, (old, tiny.dtype), {}, old.dims, tiny.dtype, old.device), source.handle.call
+        OpNode(torch.Tensor.to, (old, tiny.dtype), {}, old.dims, tiny.dtype, old.device), source.handle.call
     )
 
 
@@ -178,7 +179,7 @@ def dropout(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     source = args[0]
     p = argument(args, kwargs, 1, "p", 0.5)
     training = argument(args, kwargs, 2, "train" if "train" in kwargs else "training", True)
-    if not isinstance(source, DeferredRows) or not 0.0 <= p <= 1.0:
+    if not isinstance(source, DeferredTensor) or not 0.0 <= p <= 1.0:
         return NotImplemented
     if not training or p == 0.0:
         return source

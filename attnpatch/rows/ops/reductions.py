@@ -14,7 +14,7 @@ import torch
 
 from attnpatch.rows.arguments import argument, deferred_in
 from attnpatch.rows.deferred.tensor import (
-    DeferredRows,
+    DeferredTensor,
     wrap,
 )
 from attnpatch.rows.graph.axes import (
@@ -25,7 +25,8 @@ from attnpatch.rows.graph.axes import (
     fresh,
     leaves,
 )
-from attnpatch.rows.graph.nodes import Call, Leaf, Node, Pick, map_structure
+from attnpatch.rows.graph.nodes import InputNode, Node, OutputNode, map_structure
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.joining import flip_rows, roll_rows
 from attnpatch.rows.op_table import ALONG, PAIRS, REDUCING, op
 from attnpatch.rows.ops.pointwise import computed_by_rows, elementwise, has_no_keys, probe
@@ -117,7 +118,7 @@ def _positions(dims: Any, count: int) -> list[int] | None:
 @op(*WITHIN)
 def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    if not isinstance(source, DeferredRows) or deferred_in(args[1:], kwargs):
+    if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs):
         return NotImplemented
     node = source.handle.node
     dims = WITHIN[name](args, kwargs, len(node.dims))
@@ -134,7 +135,7 @@ def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     return becoming(source, func, args[1:], kwargs, positions, told)
 
 
-def _of_rows(name: str, source: DeferredRows, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
+def _of_rows(name: str, source: DeferredTensor, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
     """What can be said of rows without having all of them."""
     if name == "flip":
         return flip_rows(source, dims)
@@ -151,7 +152,7 @@ def _of_rows(name: str, source: DeferredRows, args: Any, kwargs: dict[str, Any],
 
 
 def becoming(
-    source: DeferredRows,
+    source: DeferredTensor,
     func: Callable[..., Any],
     rest: Any,
     kwargs: dict[str, Any],
@@ -178,18 +179,18 @@ def becoming(
     whole += [axis for axis in new if axis not in {axis for dim in node.dims for axis in dim}]
     rest, kwargs = map_structure(rest, _read_whole), map_structure(kwargs, _read_whole)
     first = found[0] or ()
-    call = Call(func, (node, *rest), kwargs, first, results[0].dtype, node.device, tuple(whole))
+    call = OpNode(func, (node, *rest), kwargs, first, results[0].dtype, node.device, tuple(whole))
     if not isinstance(told, tuple):
         return wrap(call, source.handle.call)
     picked = tuple(
-        wrap(Pick(call, i, dims or (), result.dtype), source.handle.call)
+        wrap(OutputNode(call, i, dims or (), result.dtype), source.handle.call)
         for i, (dims, result) in enumerate(zip(found, results, strict=True))
     )
     return picked if type(told) is tuple else type(told)(picked)
 
 
 def _read_whole(value: Any) -> Any:
-    return Leaf(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
+    return InputNode(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
 
 
 def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[Dim, ...] | None:
@@ -207,7 +208,7 @@ def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[D
     return tuple(dims)
 
 
-def extreme(name: str, func: Callable[..., Any], source: DeferredRows) -> Any:
+def extreme(name: str, func: Callable[..., Any], source: DeferredTensor) -> Any:
     """``max()``, ``any()`` and their kind of everything: of the keys, a figure for each row, and of these figures.
 
     Not under autograd, where equal elements share a gradient.
@@ -218,7 +219,7 @@ def extreme(name: str, func: Callable[..., Any], source: DeferredRows) -> Any:
         return NotImplemented
     step = {"max": torch.amax, "min": torch.amin}.get(name, getattr(torch, name))
     figures = step(source, tuple(keys))
-    return func(figures.handle.reduced()) if isinstance(figures, DeferredRows) else func(figures)
+    return func(figures.handle.reduced()) if isinstance(figures, DeferredTensor) else func(figures)
 
 
 def _dims_of(node: Node, dim: Any) -> list[int] | None:
@@ -242,7 +243,7 @@ def _mark_keys(node: Node, axes: list[Axis]) -> None:
 
 @op(*ALONG)
 def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
     positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
@@ -252,7 +253,7 @@ def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if "softm" in name or name == "log_softmax":
         _mark_keys(node, axes)
     dtype = probe(func, args, kwargs).dtype
-    call = Call(func, (node, *args[1:]), kwargs, node.dims, dtype, node.device, node.dims[positions[0]])
+    call = OpNode(func, (node, *args[1:]), kwargs, node.dims, dtype, node.device, node.dims[positions[0]])
     return wrap(call, args[0].handle.call)
 
 
@@ -266,7 +267,7 @@ def mixes_figures(node: Node, positions: list[int]) -> bool:
 
 @op(*REDUCING)
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    node = args[0].handle.node if isinstance(args[0], DeferredRows) else None
+    node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
     positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
     if node is not None and len(args) == 1 and not kwargs and name in _EXTREMES:
         return extreme(name, func, args[0])
@@ -280,7 +281,7 @@ def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         () if i in positions else dim for i, dim in enumerate(node.dims) if kept or i not in positions
     )
     whole = tuple(axis for position in positions for axis in node.dims[position])
-    call = Call(func, (node, *args[1:]), kwargs, dims, tiny.dtype, node.device, whole)
+    call = OpNode(func, (node, *args[1:]), kwargs, dims, tiny.dtype, node.device, whole)
     return wrap(call, args[0].handle.call)
 
 
@@ -291,7 +292,7 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         (len(args) > 1 and isinstance(args[1], torch.Tensor)) or "other" in kwargs
     ):
         return elementwise(name, func, args, kwargs)
-    if not isinstance(args[0], DeferredRows) or "stable" in kwargs:
+    if not isinstance(args[0], DeferredTensor) or "stable" in kwargs:
         return NotImplemented
     if len(args) == 1 and not kwargs and name in _EXTREMES:
         return extreme(name, func, args[0])
@@ -308,9 +309,9 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         replaced = [()] if argument(args, kwargs, 2, "keepdim", False) else []
     dims = (*node.dims[:position], *replaced, *node.dims[position + 1 :])
     whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
-    call = Call(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
+    call = OpNode(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
     results = tuple(
-        wrap(Pick(call, i, dims, dtype), args[0].handle.call)
+        wrap(OutputNode(call, i, dims, dtype), args[0].handle.call)
         for i, dtype in enumerate((node.dtype, torch.int64))
     )
     return getattr(torch.return_types, name)(results)

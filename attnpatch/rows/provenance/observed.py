@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from attnpatch.observing import Layout, Passing
+from attnpatch.observing import Layout, TileInfo
 from attnpatch.precision import in_full
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import SiteCall
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.evaluate.tiled import Look
 from attnpatch.rows.fusion.bias import SOFTMAX, above, opened_by
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, Tile, all_leaves, extent, leaves, regroup
 from attnpatch.rows.graph.dropout import Dropout
-from attnpatch.rows.graph.nodes import Call, Cut, Node, View, graph
+from attnpatch.rows.graph.nodes import Node, SliceNode, ViewNode, walk
+from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.joining import Joined
 from attnpatch.rows.matmul.spellings import Product
 from attnpatch.rows.op_table import CASTS
@@ -34,7 +35,7 @@ class Scored:
     """A product of queries and keys.
 
     Attributes:
-        axes: The axis of each dimension of the recipe, and where it comes from.
+        axes: The axis of each dimension of the graph, and where it comes from.
         contracted: What was summed over.
     """
 
@@ -48,7 +49,7 @@ def scored(sources: Sources, product: Product, axes: dict[str, Dim]) -> None:
     Args:
         sources: Of the site's call.
         product: Of query and key.
-        axes: The recipe's axis of each label of its result.
+        axes: The graph's axis of each label of its result.
     """
     query, key = product.pair()
     known: list[dict[str, Dim] | None] = []
@@ -72,7 +73,7 @@ def _is_whole(dim: Dim, axes: Dim) -> bool:
 
 
 def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
-    """Where an axis of a recipe comes from, and what its scores were summed over."""
+    """Where an axis of a graph comes from, and what its scores were summed over."""
     found: tuple[Dim | None, list[Axis]] = None, []
     for score in sources.scores:
         for axis, dim in score.axes:
@@ -85,7 +86,7 @@ def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
     return found
 
 
-def watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
+def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[Node, Look] | None:
     """What to show an observer: the probabilities before dropout and casts, if these are probabilities at all.
 
     Args:
@@ -99,15 +100,15 @@ def watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, 
     node = probabilities
     while (
         isinstance(node, Dropout)
-        or (isinstance(node, View) and node.dims == node.children[0].dims)
+        or (isinstance(node, ViewNode) and node.dims == node.children[0].dims)
         or (
-            isinstance(node, Call)
+            isinstance(node, OpNode)
             and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
             and len(node.children) == 1
         )
     ):
         node = node.children[0]
-    normalised = {leaf for step in graph(node) for leaf in leaves(step.whole)}
+    normalised = {leaf for step in walk(node) for leaf in leaves(step.whole)}
     axes = [leaf for dim in node.dims for leaf in leaves(dim)]
     if not normalised or len(set(axes)) != len(axes):
         return None
@@ -120,7 +121,7 @@ def watch(probabilities: Node, keys: list[Axis], site: SiteCall) -> tuple[Node, 
     )
 
 
-def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: SiteCall) -> tuple[Node, Look] | None:
+def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: AttentionCall) -> tuple[Node, Look] | None:
     observer, sources = site.observer, site.sources
     assert observer is not None
     # Scores that serve both sides have the queries of one where the other one has keys.
@@ -153,7 +154,7 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: SiteCall) -> 
         for low, high in _runs(rows, tile):
             part = value[:, done : done + high - low]
             with in_full(part):
-                observer.observe(part, Passing(numbers, (low, high), count, q_len, kv_len))
+                observer.observe(part, TileInfo(numbers, (low, high), count, q_len, kv_len))
             done += high - low
 
     return node, look
@@ -199,19 +200,19 @@ def _layout(
 
 def _renamed(node: Node, axis: Axis) -> Axis:
     """The axis that a slice has cut this one from: all of it, or the front of it where a sink's column is dropped."""
-    for step in graph(node):
+    for step in walk(node):
         if isinstance(step, Joined) and len(step.children) == 1 and axis in leaves(step.dims[step.position]):
             whole = leaves(step.children[0].dims[step.position])
             if len(whole) == 1:
                 return _renamed(step.children[0], whole[0])
-        if not isinstance(step, Cut) or step.start or step.step != 1 or axis not in step.axis.leaves():
+        if not isinstance(step, SliceNode) or step.start or step.step != 1 or axis not in step.axis.leaves():
             continue
         whole = leaves(step.children[0].dims[step.position])
         if len(whole) == 1 and whole[0].size == axis.size:
             return _renamed(step.children[0], whole[0])
-        for joined in graph(step):
+        for joined in walk(step):
             if (
-                isinstance(joined, Call)
+                isinstance(joined, OpNode)
                 and getattr(joined.func, "__name__", "") in ("cat", "concat", "concatenate")
                 and whole == leaves(joined.dims[step.position])
             ):
@@ -227,13 +228,13 @@ def _is_whole_cut(node: Node, axis: Axis) -> bool:
     """Whether nothing was left away where an axis got another name."""
     return all(
         step.axis.size == step.children[0].shape[step.position]
-        for step in graph(node)
-        if isinstance(step, Cut) and axis in step.axis.leaves()
+        for step in walk(node)
+        if isinstance(step, SliceNode) and axis in step.axis.leaves()
     )
 
 
 def _has_product(node: Node) -> bool:
-    return any(isinstance(step, Call) and bool(step.work) for step in graph(node))
+    return any(isinstance(step, OpNode) and bool(step.work) for step in walk(node))
 
 
 def _is_mixed(node: Node, keys: set[Axis]) -> bool:
@@ -241,15 +242,15 @@ def _is_mixed(node: Node, keys: set[Axis]) -> bool:
 
     One factor for each row (their sum) leaves them that.
     """
-    steps = list(graph(node))
-    softmaxes = {id(s) for s in steps if isinstance(s, Call) and getattr(s.func, "__name__", "") in SOFTMAX}
+    steps = list(walk(node))
+    softmaxes = {id(s) for s in steps if isinstance(s, OpNode) and getattr(s.func, "__name__", "") in SOFTMAX}
     read = above(steps, softmaxes)
     mixes = [
         step
         for step in steps
         if id(step) in read
         and (
-            (isinstance(step, Call) and bool(step.work))
+            (isinstance(step, OpNode) and bool(step.work))
             or sum(
                 (id(child) in read or id(child) in softmaxes) and bool(keys & set(all_leaves(child.dims)))
                 for child in step.children
@@ -263,11 +264,11 @@ def _is_mixed(node: Node, keys: set[Axis]) -> bool:
 def name_operands(
     call: dict[str, Any], leads: Sequence[Sequence[Axis]], row: Axis, keys: Axis, sources: Sources
 ) -> None:
-    """Say where the operands of an SDPA call come from that was made of a recipe.
+    """Say where the operands of an SDPA call come from that was made of a graph.
 
     Args:
         call: Its arguments by name.
-        leads: The recipe's axes of each leading dimension.
+        leads: The graph's axes of each leading dimension.
         row, keys: Its axes of queries and of keys.
         sources: Of the site's call.
     """
@@ -284,7 +285,7 @@ def name_operands(
             sources.give(call[name], (*(dim or () for dim in outer), inner, width))
 
 
-def of_one(probabilities: torch.Tensor, site: SiteCall) -> None:
+def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
     """Show an observer the softmax ``[..., 1, 1]`` of one token that looks at itself: nothing of it is deferred."""
     observer, sources = site.observer, site.sources
     dims = sources.of(probabilities) if sources is not None else None
@@ -297,7 +298,7 @@ def of_one(probabilities: torch.Tensor, site: SiteCall) -> None:
         count = math.prod(probabilities.shape)
         with torch.no_grad():
             tile = probabilities.detach().reshape(count, 1, 1)
-        observer.observe(tile, Passing(torch.arange(count), (0, 1), count, 1, 1))
+        observer.observe(tile, TileInfo(torch.arange(count), (0, 1), count, 1, 1))
         observer.end()
 
 

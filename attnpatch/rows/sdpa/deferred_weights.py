@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.creation.row_masks import Generated
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.creation.row_masks import RowFunctionNode
 from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.matmul import products
 
 
 @torch.no_grad()
-def of_call(call: dict[str, Any], site: SiteCall) -> torch.Tensor:
+def of_call(call: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     """Softmax of the scores of an SDPA call, before dropout, in the dtype of its query.
 
     A row that may look at nothing is zero, as in torch's attention. Without gradients: those of the call are its own.
@@ -53,8 +53,8 @@ def of_call(call: dict[str, Any], site: SiteCall) -> torch.Tensor:
     return weights
 
 
-def _causal(q_len: int, kv_len: int, device: torch.device, site: SiteCall) -> torch.Tensor:
+def _causal(q_len: int, kv_len: int, device: torch.device, site: AttentionCall) -> torch.Tensor:
     def rows(low: int, high: int) -> torch.Tensor:
         return torch.ones(high - low, kv_len, dtype=torch.bool, device=device).tril_(low)
 
-    return wrap(Generated(rows, (q_len, kv_len), torch.bool, device), site)
+    return wrap(RowFunctionNode(rows, (q_len, kv_len), torch.bool, device), site)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import ledger_of
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, Tile
 from attnpatch.rows.graph.nodes import Context, Node
 
@@ -47,7 +47,7 @@ class ScaledKey(Node):
         self.children, self.factor = (key,), factor
         self.dims, self.dtype, self.device = key.dims, key.dtype, key.device
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return run.value(self.children[0], tile).transpose(-2, -1) * self.factor
 
 
@@ -71,7 +71,7 @@ class Dense(Node):
         self.context = Context(self.device)
         self.buffer: torch.Tensor | None = None
 
-    def compute(self, tile: Tile, run: Run) -> torch.Tensor:
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         query, key, value, *mask = (run.value(child, tile) for child in self.children)
         rows = query.shape[-2]
         low = next((tile[axis][0] for axis in self.row if axis in tile), 0)

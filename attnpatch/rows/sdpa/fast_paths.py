@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.rows import autocast
-from attnpatch.rows.attention_call import SiteCall
-from attnpatch.rows.deferred.tensor import DeferredRows, wrap
-from attnpatch.rows.graph.nodes import Call, Leaf
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.graph.nodes import InputNode
+from attnpatch.rows.graph.operations import OpNode
 
 SRC_MASK, KEY_PADDING, FULL_MASK = 0, 1, 2
 
@@ -47,7 +48,7 @@ def opened(function: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
-def goes_by_rows(query: torch.Tensor, num_heads: int, call: SiteCall) -> bool:
+def goes_by_rows(query: torch.Tensor, num_heads: int, call: AttentionCall) -> bool:
     """Whether the attention of a fast path is to be taken apart."""
     if query.is_nested:
         return False
@@ -102,13 +103,13 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | No
         if mask.dim() == 2
         else mask
     )
-    if not isinstance(scores, DeferredRows) or scores.handle.is_computed:
+    if not isinstance(scores, DeferredTensor) or scores.handle.is_computed:
         return _masked_softmax_rows(scores, mask)
     node = scores.handle.node
-    place = Leaf(
+    place = InputNode(
         mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True))
     )
-    call = Call(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
+    call = OpNode(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
     call.lies_by_rows = (
         True  # as the operator lays out its result, which it has no rule of for tensors without data
     )

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from attnpatch.observing import Observer, Passing
+from attnpatch.observing import Observer, TileInfo
 from attnpatch.precision import in_full
-from attnpatch.rows.deferred.tensor import DeferredRows
-from attnpatch.rows.evaluate.evaluator import Run
+from attnpatch.rows.deferred.tensor import DeferredTensor
+from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
 from attnpatch.rows.graph.axes import Tile, leaves
 from attnpatch.rows.oom import is_out_of_memory
@@ -122,7 +122,7 @@ def _show(
                 if grad is not None:
                     seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
                     powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
-                where_from = Passing(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
+                where_from = TileInfo(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
                 observer.observe(powers, where_from)
             low = high
 
@@ -161,17 +161,17 @@ class _Masks:
         self, mask: torch.Tensor | None, lead: tuple[int, ...], q_len: int, kv_len: int, group: int
     ) -> None:
         self.group = group
-        self.recipe = self.whole = None
-        if isinstance(mask, DeferredRows):
+        self.graph = self.whole = None
+        if isinstance(mask, DeferredTensor):
             dims = mask.handle.node.dims
-            self.recipe, self.run = mask.handle.node, Run(mask.handle.node)
+            self.graph, self.run = mask.handle.node, Evaluator(mask.handle.node)
             self.dims = ((),) * (len(lead) + 2 - len(dims)) + dims
         elif mask is not None:
             self.whole = mask.expand(*lead, q_len, kv_len).unflatten(-3, (lead[-1] // group, group))
 
     def rows(self, at: tuple[int, ...], low: int, high: int) -> torch.Tensor | None:
         """``[group, rows, kv_len]`` of one key head."""
-        if self.recipe is None:
+        if self.graph is None:
             return None if self.whole is None else self.whole[at][:, low:high]
         wanted = [
             *((i, i + 1) for i in at[:-1]),
@@ -183,7 +183,7 @@ class _Masks:
             parts = leaves(dim)
             if len(parts) == 1 and parts[0] not in self.run.whole:
                 tile[parts[0]] = span
-        value = self.run.value(self.recipe, tile)
+        value = self.run.value(self.graph, tile)
         self.run.next_lead()
         value = value.reshape((1,) * (len(self.dims) - value.dim()) + value.shape)
         for position, span in enumerate(wanted):
@@ -196,7 +196,7 @@ class _Masks:
         """The same for some rows that are no neighbours."""
         if self.whole is not None:
             return self.whole[at].index_select(-2, rows.to(self.whole.device))
-        if self.recipe is None:
+        if self.graph is None:
             return None
         found = [self.rows(at, row, row + 1) for row in rows.tolist()]
         return torch.cat([row.expand(-1, 1, -1) for row in found if row is not None], -2)

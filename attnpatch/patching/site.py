@@ -1,0 +1,532 @@
+"""Site: one patched attention module, what its calls go through, and who is told of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from attnpatch.errors import AttnpatchError
+from attnpatch.failures import warn_once
+from attnpatch.hosts.transformers import attention_outputs, masks
+from attnpatch.memory import FreeMemoryCache
+from attnpatch.observing import TileInfo
+from attnpatch.patching.counters import SiteCounters
+from attnpatch.patching.forward_swap import renew
+from attnpatch.patching.recognition import Watch
+from attnpatch.patching.selection import CANDIDATE
+from attnpatch.rows import torch_graphs
+from attnpatch.rows.attention_call import AttentionCall, Counters
+from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.creation import positions
+from attnpatch.rows.deferred.handle import pending
+from attnpatch.rows.deferred.results import with_no_matrix
+from attnpatch.rows.deferred.tensor import note_no_memory
+from attnpatch.rows.mode import RowsMode
+from attnpatch.rows.provenance import reordered
+from attnpatch.rows.provenance.sources import Sources, inputs_among
+from attnpatch.rows.sdpa.fast_paths import opened
+from attnpatch.rows.watching import without
+
+if TYPE_CHECKING:
+    from attnpatch.patching.patch import Patch
+
+
+class _Calls(threading.local):
+    """What is going on in this thread.
+
+    Attributes:
+        mode: The rows mode that is active, if any.
+        patch: The patch whose model is being called.
+        room: What is known of free memory during that call.
+        is_calm: Whether nothing of that call is long, and nothing has gone by rows in it.
+        is_recorded: Whether a capture knows of the call.
+        watch: Who looks at the candidate that runs.
+    """
+
+    mode: RowsMode | None = None
+    patch: Patch | None = None
+    room: FreeMemoryCache | None = None
+    is_calm: bool = False
+    is_recorded: bool = True
+    watch: Watch | None = None
+
+
+calls_here = _Calls()
+
+
+class _OfMasks:
+    """Counts what happens to the masks of a model's call: at the site that runs, or else at the model."""
+
+    def __init__(self, root: Site) -> None:
+        self.root = root
+
+    def count(self, what: str) -> None:
+        self._site().count(what)
+
+    def materialised(self, operation: str) -> None:
+        self._site().materialised(operation)
+
+    def not_fused(self, step: str) -> None:
+        self._site().not_fused(step)
+
+    def summed(self, by: str) -> None:
+        self._site().summed(by)
+
+    def left_native(self, reason: str, *numbers: int) -> None:
+        """Masks that are made whole say nothing of attention."""
+
+    def made(self, size: int) -> None:
+        self._site().made(size)
+
+    def _site(self) -> Counters:
+        return self.root if calls_here.mode is None else calls_here.mode.call.tally
+
+
+class Site(SiteCounters):
+    """One attention module of one model, or the model itself.
+
+    Attributes:
+        name: Dotted path in the model, empty for the model itself.
+        kind: Name of the module's class.
+        is_root: Whether it is the model that was patched.
+        is_entry: Whether it is a model: the one that was patched, or one inside that may be called on its own (the
+            encoder, by ``generate``).
+        is_attention: Whether attention is watched inside it.
+        why: Why it is an attention site, in words.
+        below: The site of another patch that this one lies on.
+        waits_for: The checkpoint that a candidate, found to be no attention, was first called in.
+    """
+
+    # What a rehearsal does otherwise.
+    call_class: type[AttentionCall] = AttentionCall
+    mode_class: type[RowsMode] = RowsMode
+
+    def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
+        super().__init__()
+        self.patch, self.name, self.kind = patch, name, type(module).__name__
+        self.is_root, self.is_attention, self.why = is_root, why is not None, why
+        self.is_entry = is_root or masks.makes_masks(module)
+        self.decisions: dict[tuple[int, int], bool] = {}
+        self.below: Site | None = None
+        self.waits_for: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy counts for itself."""
+        return {**vars(self), **vars(SiteCounters()), "decisions": {}, "waits_for": None}
+
+    def __repr__(self) -> str:
+        return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether its first call will tell if it is an attention module."""
+        return self.why == CANDIDATE
+
+    def failed(self, where: str, error: Exception) -> None:
+        """Note an error of ours, which must not end a forward of the host.
+
+        Raises:
+            AttnpatchError: It is a refusal, meant for the user.
+        """
+        if isinstance(error, AttnpatchError):
+            raise error
+        self.counts["failed"] += 1
+        warn_once(where, error)
+
+    def serve(
+        self,
+        forward: Callable[..., Any],
+        module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        is_bound: bool = False,
+    ) -> Any:
+        """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
+        first = args if is_bound else (module, *args)
+        if calls_here.patch is not self.patch:
+            if self.is_entry:
+                return self._enter(forward, module, first, args, kwargs)
+            return self._serve(forward, module, first, args, kwargs)
+        # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
+        if not self.is_attention:
+            return forward(*first, **kwargs)
+        rows = 0
+        try:
+            is_native = (
+                calls_here.is_calm
+                and self.why != CANDIDATE
+                and not self.patch.recorders
+                and not attention_outputs.are_asked_for(module, kwargs)
+                and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
+            )
+        except Exception as error:
+            self.failed("the look at a short call", error)
+            is_native = True
+        if is_native:
+            self.short[rows] += 1
+            return forward(*first, **kwargs)
+        return self._serve(forward, module, first, args, kwargs)
+
+    def _enter(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The call of a model, in which its sites are called."""
+        outer = calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded
+        contexts: list[contextlib.AbstractContextManager[Any]] = []
+        try:
+            if self.is_root and self.patch.first_call is not None and not self.patch.was_called:
+                self.patch.was_called = True
+                self.patch.first_call(self.patch, module)
+            is_short = masks.is_short(self.patch.policy, args, kwargs)
+            is_calm = is_short and not pending() and not positions.is_watching()
+            calls_here.patch, calls_here.room, calls_here.is_calm = self.patch, FreeMemoryCache(), is_calm
+            if not is_short:
+                renew()
+            # A compiled graph makes its masks itself, and a mode on the stack would have it compiled anew.
+            if not is_short and not torch_graphs.is_compiled(forward):
+                call = AttentionCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
+                is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
+                watch = positions.watched(call) if is_watched else positions.unwatched()
+                contexts = [masks.by_rows(call), watch]
+        except Exception as error:
+            calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
+            self.failed("the beginning of a model's call", error)
+            return forward(*first, **kwargs)
+        # A part that is called on its own is none of the calls that a capture tells apart.
+        recorder = self.patch.recorder
+        begin = None
+        if recorder is not None:
+            begin = recorder.begin_call if self.is_root else getattr(recorder, "begin_part", None)
+        of_part = () if self.is_root else (type(module),)
+        try:
+            if begin is not None and not torch_graphs.is_recorded():
+                calls_here.is_recorded = self._tell(
+                    begin, "the beginning of a captured call", *of_part, args, kwargs
+                )
+                is_followed = self.patch.is_watched and getattr(recorder, "follows_order", False)
+                if is_followed and reordered.watch() is None and not torch_graphs.is_compiled(forward):
+                    contexts.append(reordered.watched(module, (first, args, kwargs)))
+            if not contexts:
+                return self._serve(forward, module, first, args, kwargs)
+            with Around(self, *contexts):
+                return self._serve(forward, module, first, args, kwargs)
+        finally:
+            calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
+            if begin is not None:
+                self._tell(recorder.end_call, "the end of a captured call")
+
+    def _tell(self, listener: Callable[..., Any], where: str, *args: Any) -> bool:
+        """Call something of ours; whether it did not fail."""
+        try:
+            listener(*args)
+        except Exception as error:
+            self.failed(where, error)
+            return False
+        return True
+
+    def _serve(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if not self.is_attention:
+            return forward(*first, **kwargs)
+        attend = self._judge if self.is_candidate else self._attend
+        try:
+            context = positions.unwatched() if positions.is_watching() else None
+            order = reordered.watch()
+            pause = reordered.paused(order) if order is not None else None
+        except Exception as error:
+            self.failed("the look at a watch", error)
+            context = order = pause = None
+        # The latest that was begun is taken away first: a mode below another one stays.
+        contexts = [each for each in (pause, context, calls_here.watch and paused(calls_here.watch)) if each]
+        if not contexts:
+            return attend(forward, module, first, args, kwargs)
+        with Around(self, *contexts):
+            result = attend(forward, module, first, args, kwargs)
+        if order is not None:
+            self._tell(lambda: order.through(inputs_among(args, kwargs), result), "the order of tokens")
+        if calls_here.watch is not None:
+            self._tell(calls_here.watch.mark, "the look at what a module returned", result)
+        return result
+
+    def _judge(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The first call of a candidate: served as attention is, which changes nothing if it is none."""
+        if self.waits_for is not None:
+            return self._as_judged(forward, module, first, args, kwargs)
+        try:
+            watch = Watch((args, kwargs), self.failed)
+        except Exception as error:
+            self.failed("the look at a first call", error)
+            return self._attend(forward, module, first, args, kwargs)
+        outer, calls_here.watch = calls_here.watch, watch
+        # Or short calls of sites inside would not come by to say whose they are.
+        calls_here.is_calm = False
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with watch:
+                return forward(*args, **kwargs)
+
+        try:
+            result = self._attend(watched, module, first, args, kwargs)
+        finally:
+            calls_here.watch = outer
+        try:
+            if watch.found or not watch.has_failed:
+                self.patch.judged(self, module, watch.found)
+        except Exception as error:
+            self.failed("what a first call has shown", error)
+        return result
+
+    def _as_judged(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of what is no attention, and was first called in a checkpoint: that runs again as it ran."""
+        try:
+            frame = self.waits_for()
+            if frame is None:
+                self.patch.leave(self, module)
+            is_again = frame is not None and checkpoints.current() is frame
+        except Exception as error:
+            self.failed("a checkpoint", error)
+            is_again = False
+        return (self._attend if is_again else called_with)(forward, module, first, args, kwargs)
+
+    def _attend(
+        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        running, outer = calls_here.mode, None
+        try:
+            outer = running if running is not None and running.is_active() else None
+            call = self._call_of(module, args, kwargs)
+            if not isinstance(call, (str, int)):
+                mode = self.mode_class(call) if outer is None else outer
+                forward = opened_up(forward)
+        except Exception as error:
+            self.failed("the beginning of an attention call", error)
+            call = "passed"
+        if isinstance(call, (str, int)):
+            counter: Counter[Any] = self.short if isinstance(call, int) else self.reasons
+            counter[call] += 1
+            return forward(*first, **kwargs)
+        calls_here.is_calm = False
+        before = self.counts.total(), self.reasons.total()
+        if outer is not None:
+            # A site inside a site: the same mode goes on, on the inner one's account.
+            of_outer, outer.call = outer.call, call
+            try:
+                result = forward(*first, **kwargs)
+            finally:
+                outer.call = of_outer
+        else:
+            try:
+                with Around(self, mode) as around:
+                    calls_here.mode = mode if around.entered else None
+                    result = forward(*first, **kwargs)
+            except RuntimeError as error:
+                note_no_memory(error)
+                raise
+            finally:
+                calls_here.mode = running
+        try:
+            with contextlib.nullcontext() if outer is None else without(outer):
+                result = with_no_matrix(result, self.counts.total() != before[0])
+        except Exception as error:
+            self.failed("a result that is no matrix", error)
+        if self.counts.total() == before[0]:
+            # Scores that stay native are not counted where they are made: a product may be anything.
+            self.counts["passed"] += 1
+            if self.reasons.total() == before[1]:
+                self.reasons["unseen"] += 1
+        if call.observer is not None:
+            self._tell(call.observer.finish, "the end of a captured attention call")
+        if call.weights:
+            # They name the call: it names them no longer, or keys would live until the garbage collector comes.
+            made, call.weights = call.weights, None
+            try:
+                return attention_outputs.put_in(module, args, kwargs, result, made)
+            except Exception as error:
+                self.failed("putting attention weights in", error)
+        return result
+
+    def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> AttentionCall | str | int:
+        """What the doors are to know of a call; or the rule that leaves it alone, or its rows if they are too few."""
+        patch = self.patch
+        recorder = patch.recorder if calls_here.is_recorded else None
+        # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
+        again = torch._C._current_graph_task_id() != -1
+        observer = None
+        if recorder is not None:
+            try:
+                if recorder.wants(self.name) and torch_graphs.is_recorded():
+                    self.summed("nothing (a CUDA graph is recorded)")
+                elif recorder.wants(self.name):
+                    is_seen = again and not recorder.is_of_gradient
+                    observer = SEEN if is_seen else recorder.observer(self, args, kwargs)
+            except Exception as error:
+                self.failed("the beginning of a captured attention call", error)
+        if observer is not None or again:
+            observer = self._in_checkpoint(observer)
+        asked = patch.policy.mode != "never" and attention_outputs.are_asked_for(module, kwargs)
+        if observer is None and not asked and not pending():
+            rule = self._stays_native(args, kwargs)
+            if rule is not None:
+                return rule
+        call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
+        call.weights = [] if asked else None
+        running = calls_here.mode
+        around = running.call.sources if running is not None else None
+        call.sources = around = around if around is not None and running.is_active() else None
+        if observer is not None and observer is not SEEN:
+            try:
+                inputs, watch = inputs_among(args, kwargs), reordered.watch()
+                reasons = (
+                    {}
+                    if watch is None
+                    else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
+                )
+                call.sources = Sources(inputs, around, reasons)
+            except Exception as error:
+                self.failed("the look at a module's inputs", error)
+        return call
+
+    def _in_checkpoint(self, observer: Any) -> Any:
+        """Who looks on: a checkpoint that was looked at runs again in the same way, also after the capture has ended."""
+        frame = checkpoints.current()
+        if frame is None:
+            return observer
+        if observer is None:
+            return SEEN if frame in self.patch.watched else None
+        self.patch.watched.add(frame)
+        return observer
+
+    def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
+        """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched.
+
+        Decided before anything is watched, so that short calls cost nothing.
+        """
+        policy = self.patch.policy
+        if policy.mode == "never":
+            return "never"
+        if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
+            return "nested"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
+            return "transform"
+        if policy.mode == "always":
+            return None
+        rows = most_rows(args, kwargs)
+        return None if rows > policy.min_tokens else rows
+
+
+def called_with(
+    forward: Callable[..., Any], _: nn.Module, first: Any, __: Any, kwargs: dict[str, Any]
+) -> Any:
+    return forward(*first, **kwargs)
+
+
+@contextlib.contextmanager
+def paused(watch: Watch) -> Iterator[None]:
+    """A candidate is around a site: what is computed there is none of its attention."""
+    paused, watch.is_paused = watch.is_paused, True
+    try:
+        yield
+    finally:
+        watch.is_paused = paused
+
+
+def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of torch's own that runs under a mode as it would without; any other is itself."""
+    # What exec makes may name no module.
+    if not (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules."):
+        return forward
+    if isinstance(forward, types.MethodType):
+        return types.MethodType(opened(forward.__func__), forward.__self__)
+    return opened(forward) if isinstance(forward, types.FunctionType) else forward
+
+
+class Around:
+    """Contexts of ours around a forward of the host, which goes on if one of them fails to begin or to end.
+
+    Attributes:
+        entered: Those that have begun.
+    """
+
+    def __init__(self, site: Site, *contexts: contextlib.AbstractContextManager[Any]) -> None:
+        self.site, self.contexts = site, contexts
+        self.entered: list[contextlib.AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> Around:
+        for context in self.contexts:
+            try:
+                context.__enter__()
+            except Exception as error:
+                self.site.failed("the beginning of a watch", error)
+            else:
+                self.entered.append(context)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for context in reversed(self.entered):
+            try:
+                context.__exit__(*exc_info)
+            except Exception as error:
+                if error is not exc_info[1]:
+                    self.site.failed("the end of a watch", error)
+
+
+class NullObserver:
+    """Stands for an observer that has seen this call already."""
+
+    is_of_gradient = False
+
+    def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
+        pass
+
+    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str:
+        return "seen before"
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def begin(self, layout: Any, opened: Any) -> bool:
+        return False
+
+    def restart(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+SEEN = NullObserver()
+
+
+def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
+    """An upper bound on the query rows of a call: positions of its inputs, the batch included.
+
+    Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
+    width says nothing about the queries.
+    """
+    most, seen = 0, False
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        if value.dim() < 4:
+            most = max(most, value.numel() // max(1, value.shape[-1]))
+        elif not seen:
+            most = max(most, value.numel() // max(1, min(value.shape[-1], value.shape[1])))
+        seen = True
+    return most

@@ -1,0 +1,125 @@
+"""Values that a backward pass reads again, kept before what holds them is overwritten."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from attnpatch.ledger import ledger_of
+from attnpatch.rows.graph.nodes import copied
+
+functorch = torch._C._functorch
+
+
+class Kept:
+    """The tensors that one edge has saved, under a version counter of their own.
+
+    Autograd refuses a saved tensor that was overwritten since. A step that natively saves nothing (a bias that is added)
+    may be overwritten, so its values are copied before.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors: list[Any] = self.held(tensors)
+        self.is_replaced = False
+        self.versions = [tensor._version for tensor in tensors]
+        for tensor in tensors:
+            kept_here.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        return [tensor.detach() for tensor in tensors]
+
+    def preserve(self, storage: int) -> None:
+        for i, tensor in enumerate(self.tensors):
+            if memory_of(tensor) == storage and tensor._version == self.versions[i]:
+                self.tensors[i] = copied(tensor)
+                self.versions[i] = self.tensors[i]._version
+                self.is_replaced = True
+
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        """The tensors, given what autograd saved: it raises where one was overwritten and nothing noticed in time."""
+        is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
+        return (
+            self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())
+        )
+
+    def forget(self) -> None:
+        """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
+        if not self.is_replaced:
+            self.tensors = []
+
+
+class Packed(Kept):
+    """Those that hooks have saved in their own way (a checkpoint, an offload): not held, and copied before a write.
+
+    A checkpoint saves what it makes when it runs again, and no hook sees that this is overwritten later in that run.
+    """
+
+    def held(self, tensors: list[torch.Tensor]) -> list[Any]:
+        self.places = [
+            None if ledger_of(tensor) is not None or functorch.is_functorch_wrapped_tensor(tensor)
+            else (StorageWeakRef(tensor.untyped_storage()), memory_of(tensor), _layout(tensor))
+            for tensor in tensors
+        ]  # fmt: skip
+        return [None] * len(tensors)
+
+    def preserve(self, storage: int) -> None:
+        for i, place in enumerate(self.places):
+            if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
+                continue
+            memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
+            (dtype, is_conj, is_neg), *layout = place[2]
+            tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout)
+            tensor = tensor.conj() if is_conj else tensor
+            self.tensors[i] = copied(torch._neg_view(tensor) if is_neg else tensor)
+            self.is_replaced = True
+
+    def forget(self) -> None:
+        pass  # nothing is held but copies
+
+    def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        if self.is_replaced and torch.is_grad_enabled():
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        return [own if own is not None else packed for own, packed in zip(self.tensors, saved(), strict=True)]
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return kind, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+class _KeptHere(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[int, weakref.WeakSet[Kept]] = {}
+
+
+kept_here = _KeptHere()
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        # vmap hands out tensors without memory of their own.
+        tensor = functorch.get_unwrapped(tensor)
+    storage = tensor.untyped_storage()
+    # Shapes have no data to tell them apart by.
+    return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
+
+
+def are_kept() -> bool:
+    """Whether some backward pass of this thread still needs tensors that could be overwritten."""
+    return bool(kept_here.kept)
+
+
+def before_write(storage: int) -> None:
+    """Let edges copy what they saved of a storage that is about to be written to."""
+    for kept in list(kept_here.kept.get(storage, ())):
+        kept.preserve(storage)
+    if len(kept_here.kept) > 256:
+        kept_here.kept = {key: found for key, found in kept_here.kept.items() if found}

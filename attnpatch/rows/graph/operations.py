@@ -1,0 +1,108 @@
+"""OpNode: a torch function in a graph, computed anew or into memory that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.rows.graph.axes import Axis, Dims, Tile, local_shape
+
+if TYPE_CHECKING:
+    from attnpatch.rows.evaluate.evaluator import Evaluator
+
+from attnpatch.rows.graph.nodes import Child, Context, Node, map_structure
+
+
+class OpNode(Node):
+    """The host's own call, on the tile's part of every tensor it was given.
+
+    Attributes:
+        work: Multiplications of one head, if it is a product.
+        is_guess: Whether it is a product that may be a layer's (of queries and a table).
+        score_width: Elements of one row of the widest tensor that is made on the way.
+    """
+
+    work = 0
+    is_guess = False
+    score_width = 1
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        dims: Dims,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: tuple[Axis, ...] = (),
+    ) -> None:
+        self.func = func
+        self.dims, self.dtype, self.device, self.whole = dims, dtype, device, whole
+        self.context = Context(device)
+        self.stops_gradient = getattr(func, "__name__", "") in ("detach", "detach_")
+        children: list[Node] = []
+
+        def number(value: Any) -> Any:
+            if not isinstance(value, Node):
+                return value
+            children.append(value)
+            return Child(len(children) - 1)
+
+        self.args = map_structure(args, number)
+        self.kwargs = map_structure(kwargs, number)
+        self.children = tuple(children)
+
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
+        values = run.operands(self, tile)
+
+        def fill(value: Any) -> Any:
+            return values[value.index] if isinstance(value, Child) else value
+
+        args, kwargs = map_structure(self.args, fill), map_structure(self.kwargs, fill)
+        if self.context.is_current():
+            if (out := run.buffer(self, local_shape(self.dims, tile))) is not None:
+                return _written_to(out, self.func, args)
+            if run.may_overwrite(self) and list(args[0].shape) == local_shape(self.dims, tile):
+                return _overwriting(self.func, args, kwargs, run)
+            return self.func(*args, **kwargs)
+        with self.context.enter():
+            return self.func(*args, **kwargs)
+
+
+# Products that can be told where to put their result.
+INTO: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: torch.matmul,
+    torch.Tensor.matmul: torch.matmul,
+    torch.Tensor.__matmul__: torch.matmul,
+    torch.bmm: torch.bmm,
+    torch.Tensor.bmm: torch.bmm,
+    torch.mm: torch.mm,
+    torch.Tensor.mm: torch.mm,
+    torch.linalg.matmul: torch.matmul,
+}
+
+
+def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch.Tensor:
+    """The result of a product, a cast or a softmax in another dtype, in given memory, the same to the last bit."""
+    if func in INTO:
+        return INTO[func](*args, out=out)
+    out.copy_(args[0])
+    # On CPU torch casts what it is given, and then computes the softmax of that.
+    return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
+
+
+def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], run: Evaluator) -> torch.Tensor:
+    """The call's result in the memory of its first argument, the same to the last bit."""
+    value = args[0]
+    if func.__name__ != "softmax":
+        return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
+    # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
+    rows = run.padded(value)
+    if not rows.is_contiguous():
+        return func(*args, **kwargs)
+    # Nothing beside the scores.
+    rows[..., value.shape[-1] :] = -torch.inf
+    torch.softmax(rows, -1, out=rows)
+    return value

@@ -1,0 +1,160 @@
+"""An SDPA call as a graph that can be computed some query rows at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.rows.deferred.tensor import DeferredTensor
+from attnpatch.rows.evaluate.evaluator import Evaluator
+from attnpatch.rows.evaluate.row_granularity import RowGranularity, of_fused
+from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
+from attnpatch.rows.graph.nodes import Context, InputNode, Node
+from attnpatch.rows.sdpa.call import MATH_KERNEL, fused_choice, keeps_lse, with_lse, without_cudnn
+from attnpatch.rows.sdpa.dense import Dense, is_simple
+
+
+def graph(call: dict[str, Any]) -> Node:
+    """An SDPA call as a graph of one step."""
+    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    lead = fresh(torch.broadcast_shapes(query.shape[:-2], *([] if call["enable_gqa"] else [key.shape[:-2]])))
+    if call["enable_gqa"]:
+        # Query heads are key heads x group: cut between groups, never through one.
+        groups = fresh(key.shape[-3:-2])[0]
+        count = query.shape[-3] // key.shape[-3]
+        lead = (*lead[:-1], (*groups, *((Axis(count),) if count > 1 else ())))
+    row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
+    width = fresh(value.shape[-1:])[0]
+    dims = (*lead, row, width)
+    leaves: list[Node] = [
+        _leaf(query, (*lead, row, ())),
+        _leaf(key, (*lead, (), ())),
+        _leaf(value, (*lead, (), width)),
+    ]
+    if call["enable_gqa"]:
+        outer = lead[:-1]
+        leaves[1] = _leaf(key, (*outer, groups, (), ()))
+        leaves[2] = _leaf(value, (*outer, groups, (), width))
+    beside: tuple[Axis, ...] = ()
+    if mask is not None:
+        node = _mask_node(mask, (*lead, row, ()))
+        beside = node.dims[-1] if node.dims else ()
+        leaves.append(node)
+    inner = () if not call["enable_gqa"] or count == 1 else lead[-1][-1:]
+    fused = fused_choice(call) != MATH_KERNEL
+    # A fused kernel is parallel over heads and holds no scores: give it all of them.
+    whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
+    if not fused and is_simple(call):
+        return Dense(leaves, dims, row, whole, call)
+    return Attend(leaves, dims, row, whole, call, fused)
+
+
+def _leaf(tensor: torch.Tensor, dims: Dims) -> InputNode:
+    aligned = dims[len(dims) - tensor.dim() :]
+    return InputNode(
+        tensor, tuple(dim if size != 1 else () for dim, size in zip(aligned, tensor.shape, strict=True))
+    )
+
+
+def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
+    """What gives the rows of a mask: itself, or its graph, whose rows and heads are those of the call."""
+    if isinstance(mask, DeferredTensor):
+        node = mask.handle.node
+        pairs = zip(node.dims[::-1], dims[::-1], strict=False)
+        if all(same(own, other) for own, other in list(pairs)[1:] if own):
+            return node
+        mask = mask.handle.materialise("scaled_dot_product_attention")
+    return _leaf(mask, dims)
+
+
+class Attend(Node):
+    """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
+
+    def __init__(
+        self,
+        leaves: list[Node],
+        dims: Dims,
+        row: Dim,
+        whole: tuple[Axis, ...],
+        call: dict[str, Any],
+        fused: bool,
+    ) -> None:
+        self.children = tuple(leaves)
+        self.dims, self.row, self.whole = dims, row, whole
+        self.dtype, self.device = call["query"].dtype, call["query"].device
+        self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
+        self.is_causal = call["is_causal"]
+        self.is_learned = call["attn_mask"] is not None and call["attn_mask"].requires_grad
+        # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
+        self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
+        self.random = call["dropout_p"] > 0
+        self.kv_len = call["key"].shape[-2]
+        is_shared = call["enable_gqa"] and not fused
+        self.group = call["query"].shape[-3] // call["key"].shape[-3] if is_shared else 1
+        self.context = Context(self.device)
+        if self.context.autocast:
+            self.dtype = self.context.autocast_dtype
+        self.grain = of_fused(call, self.dtype) if fused else RowGranularity()
+        self.scores_held = 0 if fused else self.kv_len
+
+    @property
+    def score_width(self) -> int:
+        """Scores of one row of the heads that are not cut apart, which no node of the graph shows."""
+        return self.kv_len * self.group
+
+    def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
+        query, key, value, *mask = (run.value(child, tile) for child in self.children)
+        low, high = next(((tile[axis]) for axis in self.row if axis in tile), (0, query.shape[-2]))
+        with self.context.enter(), contextlib.ExitStack() as stack:
+            if not self.is_causal or (low == 0 and high == self.row_count()):
+                attn_mask = mask[0] if mask else None
+                if self.is_learned and not attn_mask.requires_grad:
+                    # No fused kernel takes a mask that gradients go to: the same choice for rows that were computed.
+                    attn_mask = attn_mask.detach().requires_grad_()
+                return F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
+                )
+            stop = min(high, self.kv_len)
+            if self.device.type == "cuda":
+                # Every step has another number of keys, for each of which cuDNN would build a plan.
+                stack.enter_context(without_cudnn())
+            if low == 0:
+                key, value = key[..., :stop, :], value[..., :stop, :]
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, **self.rest)
+            if self.merges and not run.wanted and low < stop:
+                return self._merged(query, key, value, low, stop)
+            seen = torch.ones(high - low, stop, dtype=torch.bool, device=query.device).tril_(low)
+            return F.scaled_dot_product_attention(
+                query, key[..., :stop, :], value[..., :stop, :], attn_mask=seen, **self.rest
+            )
+
+    def _merged(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: int, stop: int
+    ) -> torch.Tensor:
+        """Rows of a causal call without a mask: keys before the rows, and keys among them, weighted by their mass.
+
+        As the blocks of FlashAttention are merged (Dao et al. 2022). A mask in their place costs a third more.
+        """
+        before, lse_before = self._with_lse(query, key[..., :low, :], value[..., :low, :], False)
+        among, lse_among = self._with_lse(query, key[..., low:stop, :], value[..., low:stop, :], True)
+        share = torch.sigmoid(lse_before - lse_among).unsqueeze(-1)
+        return torch.lerp(among.to(share.dtype), before.to(share.dtype), share).to(before.dtype)
+
+    def _with_lse(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        call = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": None,
+            "is_causal": is_causal,
+            **self.rest,
+        }
+        return with_lse(call)
+
+    def row_count(self) -> int:
+        return self.row[0].size if self.row else 1
