@@ -73,7 +73,6 @@ WITHIN: dict[str, Which] = {
     "fliplr": _always(1),
     "flipud": _always(0),
     "roll": _named(2, keyword="dims"),
-    "normalize": _named(2, 1),
     "layer_norm": _last(1, "normalized_shape"),
     "rms_norm": _last(1, "normalized_shape"),
     "argsort": _named(1, -1),
@@ -117,11 +116,27 @@ def _positions(dims: Any, count: int) -> list[int] | None:
 
 @op(*WITHIN)
 def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if not isinstance(args[0], DeferredTensor):
+        return NotImplemented
+    return complete_along(name, func, args, kwargs, WITHIN[name](args, kwargs, len(args[0].handle.node.dims)))
+
+
+@op("normalize")
+def normalize(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return complete_along(name, func, args, kwargs, argument(args, kwargs, 2, "dim", 1))
+
+
+def complete_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
+    """A function of one deferred tensor that needs some dimensions complete.
+
+    Args:
+        name, func, args, kwargs: The call.
+        dims: The dimensions: a number or several.
+    """
     source = args[0]
     if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs):
         return NotImplemented
     node = source.handle.node
-    dims = WITHIN[name](args, kwargs, len(node.dims))
     positions = _positions(dims, len(node.dims))
     if positions is None:
         return NotImplemented
