@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from attnpatch import compat
+from attnpatch.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, tree_leaves
 
 _FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attention")
 
@@ -25,7 +25,7 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
 
 
 # Operators that hold more than their result and do not show it on shapes.
-_STEPS: dict[Any, Callable[..., Any]] = {torch.ops.aten._safe_softmax.default: _safe_softmax}
+_STEPS: dict[Any, Callable[..., Any]] = {compat.safe_softmax: _safe_softmax}
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ ROOT = pathlib.Path(attnpatch.__file__).parent
 # A module may import from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {"failures", "class_methods", "precision"},
+    {"failures", "class_methods", "precision", "compat"},
     {"policy"},
     {"memory"},
     {"ledger", "observing"},
@@ -139,6 +140,27 @@ def test_rows_and_recording_do_not_know_each_other():
     ):
         for path in (ROOT / one).rglob("*.py"):
             assert other not in set(imported(path)), path
+
+
+# Words in messages and tables, and attributes of this package's own.
+PRIVATE = re.compile(r"torch(?:\.\w+)*\._(?!_)\w+|forward_ad\._\w+")
+ALLOWED = {
+    # The names under which another library's operators arrive.
+    "attnpatch/rows/op_table.py": {"torch._ops", "torch._ops.aten"},
+    # What every subclass of a tensor begins with.
+    "attnpatch/rows/deferred/tensor.py": {"torch.Tensor._make_wrapper_subclass"},
+    "attnpatch/rows/provenance/element_places.py": {"torch._ops", "torch._ops.bitsandbytes"},
+}
+
+
+def test_private_names_of_torch_are_in_one_place():
+    for path in MODULES.values():
+        own = str(path.relative_to(ROOT.parent))
+        if own == "attnpatch/compat.py":
+            continue
+        text = re.sub(r"``[^`]*``|#.*", "", path.read_text())
+        found = set(PRIVATE.findall(text)) - ALLOWED.get(own, set())
+        assert not found, (own, found)
 
 
 def test_hosts_are_named_nowhere_else():

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from attnpatch import compat
 from attnpatch.activation import settings
 from attnpatch.activation.launcher import is_installed, site_folders
 from attnpatch.errors import PolicyError
@@ -222,7 +223,7 @@ def _chosen(torch: Any, device: str, dtype: Any, call: str) -> str:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            number = torch._fused_sdp_choice(query, key, key, mask, 0.0, call == "causal", **grouped)
+            number = compat.fused_sdp_choice(query, key, key, mask, 0.0, call == "causal", **grouped)
     except (RuntimeError, AttributeError, TypeError):
         return "unknown"
     return _KERNELS.get(int(number), str(number))

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
+
+from attnpatch import memory
+from attnpatch.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
-
-from attnpatch import memory
 from attnpatch.dry_run.rehearsal import RehearsalPatch, fake_inputs, on_shapes
 from attnpatch.errors import ExplainError
 from attnpatch.hosts.transformers import calls as host

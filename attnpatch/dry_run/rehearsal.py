@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
 
+from attnpatch.compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+    tree_map,
+)
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory import FreeMemoryCache
 from attnpatch.patching.patch import Patch, patch_of

@@ -42,18 +42,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.class_methods import Replaced, changing, owner_of
 
 STATE = "_attnpatch"
 _SLOTS = ("_old_forward", "forward")
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def _is_recorded() -> bool:
     """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return True
-    return torch._C._get_dispatch_mode(_PROXY) is not None
+    return torch.compiler.is_compiling() or compat.is_traced()
 
 
 # ----------------------------------------------------------------------------------------------------- in the class

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import attention_outputs, masks
@@ -363,7 +364,7 @@ class Site(SiteCounters):
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
-        again = torch._C._current_graph_task_id() != -1
+        again = compat.is_in_backward()
         observer = None
         if recorder is not None:
             try:
@@ -419,7 +420,7 @@ class Site(SiteCounters):
             return "never"
         if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
             return "nested"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if compat.is_transformed():
             # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
             return "transform"
         if policy.mode == "always":

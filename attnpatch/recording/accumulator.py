@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
 from attnpatch.observing import TileInfo
@@ -107,7 +108,7 @@ class SiteObserver:
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
         # Sums are products with ones, which autocast would take in half precision; and they are nobody's functions.
-        with torch.autocast(probabilities.device.type, enabled=False), torch._C.DisableTorchFunction():
+        with torch.autocast(probabilities.device.type, enabled=False), compat.DisableTorchFunction():
             self._observe(probabilities, passing)
 
     def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import AttnpatchError
 from attnpatch.observing import TileInfo
@@ -90,7 +91,7 @@ class TextObserver(SiteObserver):
         if self.is_out(self.name):
             return False
         try:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with compat.DisableTorchFunction(), torch.no_grad():
                 self._begin(layout, opened)
         except (Unknown, AttnpatchError) as reason:
             self._leave_out(str(reason))

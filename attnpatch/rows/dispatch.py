@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.rows.arguments import argument, deferred_in, tensors_in
 from attnpatch.rows.autograd import checkpoints, kept_values
 from attnpatch.rows.deferred import sharing, views
@@ -116,16 +117,16 @@ _EXPOSING = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage stora
 def _written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """Those arguments that a function may write to."""
     found = [] if kwargs.get("out") is None else [kwargs["out"]]
-    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(func, (compat.OpOverload, compat.OpOverloadPacket)):
         return [*found, args, kwargs] if _is_mutable(func) else found
     if writes(name) or name in _EXPOSING or _flag(name, args, kwargs) is not None:
         found.append(args[0] if args else kwargs)
     return found
 
 
-def _is_mutable(func: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+def _is_mutable(func: compat.OpOverload | compat.OpOverloadPacket) -> bool:
     """Whether an operator writes to one of its arguments, ``out=`` left out."""
-    each = [func] if isinstance(func, torch._ops.OpOverload) else [getattr(func, o) for o in func.overloads()]
+    each = [func] if isinstance(func, compat.OpOverload) else [getattr(func, o) for o in func.overloads()]
     return any(
         value.alias_info is not None and value.alias_info.is_write and not value.is_out
         for overload in each

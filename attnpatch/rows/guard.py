@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch.utils import checkpoint
 
+from attnpatch import compat
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.rows.autograd import selective_checkpoints
@@ -123,5 +123,5 @@ def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counting |
 
 def without_handlers(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The host's own function on plain tensors, past everything that watches."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows import handlers as _handlers  # noqa: F401  registers them
 from attnpatch.rows.arguments import deferred_in
@@ -69,10 +70,10 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         if name == "grad_fn":
             return _edge_of(args[0])
         if name in _ATTRIBUTES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with compat.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
     elif name in _METHODS:
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     elif name in _OBSERVING and isinstance(args[0], DeferredTensor):
         return _observed(func, args, kwargs)
@@ -98,7 +99,7 @@ def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
     if passed is not target:
         return guard.native(func, (passed, *args[1:]), kwargs)
     _observe(target)
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         return guard.native(func, args, kwargs)
 
 
@@ -155,7 +156,7 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
         if passed is not value:
             return passed
         _observe(value)
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.DisableTorchFunctionSubclass():
             return torch.autograd.graph.get_gradient_edge(value)
 
     place = _INPUTS[func]

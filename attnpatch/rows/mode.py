@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
+from attnpatch import compat
 from attnpatch.rows import dispatch, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
@@ -36,13 +36,13 @@ _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
 FAST_PATHS: dict[Any, Callable[..., Any]] = {
-    torch._native_multi_head_attention: fast_paths.multihead,
-    torch._transformer_encoder_layer_fwd: fast_paths.encoder_layer,
+    compat.native_multi_head_attention: fast_paths.multihead,
+    compat.transformer_encoder_layer: fast_paths.encoder_layer,
 }
 
 
 def num_heads(func: Callable[..., Any], args: Any) -> int:
-    return args[4] if func is torch._native_multi_head_attention else args[2]
+    return args[4] if func is compat.native_multi_head_attention else args[2]
 
 
 class RowsMode(Watching):
@@ -76,7 +76,7 @@ class RowsMode(Watching):
         return result
 
     def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if compat.is_transformed() or compat.is_forward_mode():
             return self._transformed(func, types, args, kwargs)
         if DeferredTensor in types:
             return self._deferred(func, args, kwargs)

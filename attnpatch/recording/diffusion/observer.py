@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
 from attnpatch.errors import AttnpatchError, CaptureError
@@ -85,7 +86,7 @@ class ImageObserver(SiteObserver):
                 raise Unknown(
                     "is called several times in one call of the denoiser, and which call a map would be of is not said"
                 )
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with compat.DisableTorchFunction(), torch.no_grad():
                 self.is_shown = self._begin(layout)
         except (Unknown, AttnpatchError) as reason:
             self._refuse(str(reason))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import checkpoint
 
+from attnpatch import compat
 from attnpatch.rows.graph.axes import all_leaves
 
 _FRAME = getattr(checkpoint, "_CheckpointFrame", None)
@@ -37,7 +38,7 @@ def _found() -> tuple[Any, Any]:
     """That checkpoint, and what stands for its running again: ``None`` the first time."""
     if _FRAME is None or not torch.is_grad_enabled():
         return None, None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = compat.saved_tensor_hooks()
     if hooks is None:
         return None, None
     # Recorded for the first time, the hook knows the checkpoint; when it runs again, a reference to it.

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import torch
 
+from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
-from attnpatch.rows.autograd.kept_values import Kept, Packed, functorch
+from attnpatch.rows.autograd.kept_values import Kept, Packed
 from attnpatch.rows.evaluate import untiled
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, twin, walk
 from attnpatch.rows.graph.random_state import RandomState, restored
@@ -95,14 +96,14 @@ def _keep(ctx: Any, plan: Plan) -> None:
     # Where the parents begin among the inputs.
     ctx.first, ctx.unpacked = 0, None
     # With hooks the saved tensors are whatever these made of them.
-    ctx.has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.has_hooks = compat.saved_tensor_hooks() is not None
     ctx.kept = (Packed if ctx.has_hooks else Kept)(plan.saved)
 
 
 def _forget(ctx: Any) -> None:
     """The backward pass has come by: autograd frees what was saved, unless there will be another one."""
     ctx.unpacked = None
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    if not compat.keeps_graph():
         ctx.kept.forget()
 
 
@@ -116,7 +117,7 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
         ]
     bound = _bound(ctx)
     again = ctx.again
-    if functorch.is_legacy_batchedtensor(grad) and not torch.is_grad_enabled():
+    if compat.is_batched_gradient(grad) and not torch.is_grad_enabled():
         # Many gradients at once (``is_grads_batched``): ``vmap`` sums nothing in place.
         with restored(again.random):
             return dict(zip(wanted, untiled.gradients(again.node, grad, bound, wanted), strict=True))
@@ -242,7 +243,7 @@ class Marks:
 
 def history(tensor: torch.Tensor) -> Any:
     """``grad_fn`` of a deferred tensor, read past its own attributes."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         return tensor.grad_fn
 
 

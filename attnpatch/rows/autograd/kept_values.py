@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from attnpatch import compat
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.graph.nodes import copied
-
-functorch = torch._C._functorch
 
 
 class Kept:
@@ -61,7 +60,7 @@ class Packed(Kept):
 
     def held(self, tensors: list[torch.Tensor]) -> list[Any]:
         self.places = [
-            None if ledger_of(tensor) is not None or functorch.is_functorch_wrapped_tensor(tensor)
+            None if ledger_of(tensor) is not None or compat.is_wrapped(tensor)
             else (StorageWeakRef(tensor.untyped_storage()), memory_of(tensor), _layout(tensor))
             for tensor in tensors
         ]  # fmt: skip
@@ -71,11 +70,11 @@ class Packed(Kept):
         for i, place in enumerate(self.places):
             if place is None or place[1] != storage or place[0].expired() or self.tensors[i] is not None:
                 continue
-            memory = torch.UntypedStorage._new_with_weak_ptr(place[0].cdata)
+            memory = compat.storage_behind(place[0].cdata)
             (dtype, is_conj, is_neg), *layout = place[2]
             tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(memory, *layout)
             tensor = tensor.conj() if is_conj else tensor
-            self.tensors[i] = copied(torch._neg_view(tensor) if is_neg else tensor)
+            self.tensors[i] = copied(compat.neg_view(tensor) if is_neg else tensor)
             self.is_replaced = True
 
     def forget(self) -> None:
@@ -104,9 +103,9 @@ kept_here = _KeptHere()
 
 def memory_of(tensor: torch.Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while compat.is_wrapped(tensor):
         # vmap hands out tensors without memory of their own.
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = compat.unwrapped(tensor)
     storage = tensor.untyped_storage()
     # Shapes have no data to tell them apart by.
     return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata

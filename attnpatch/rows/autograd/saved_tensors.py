@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
+
 
 class _Held:
     """One saved tensor, and who wanted it."""
@@ -37,9 +39,7 @@ class SavedTensorBuffer:
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         """Hold back what is saved inside the block, if anybody but autograd itself wants it."""
-        hooks = (
-            torch._C._autograd._top_saved_tensors_default_hooks(False) if torch.is_grad_enabled() else None
-        )
+        hooks = compat.saved_tensor_hooks() if torch.is_grad_enabled() else None
         if hooks is None:
             yield
             return

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.utils import _python_dispatch as modes
 from torch.utils import checkpoint
+
+from attnpatch import compat
+from attnpatch.compat import dispatch_modes as modes
 
 _KINDS = tuple(
     getattr(checkpoint, name)
@@ -31,7 +32,7 @@ _thread = _Thread()
 
 def is_active() -> bool:
     """Whether such a checkpoint sees the operators of this thread now."""
-    return bool(torch._C._len_torch_dispatch_stack()) and any(
+    return compat.has_dispatch_modes() and any(
         isinstance(mode, _KINDS) for mode in modes._get_current_dispatch_mode_stack()
     )
 

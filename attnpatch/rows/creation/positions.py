@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.ledger import is_plain
 from attnpatch.rows import dispatch, guard
 from attnpatch.rows.attention_call import AttentionCall
@@ -179,7 +180,7 @@ class Before(Watching):
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         begin = OF_POSITIONS.get(func)
-        is_inside = torch._C._functorch.peek_interpreter_stack() is not None
+        is_inside = compat.is_transformed()
         if begin is not None and not is_inside and DeferredTensor not in types:
             begun = begin(func, args, kwargs, self.call)
             if begun is not NotImplemented:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.failures import warn_once
 from attnpatch.ledger import is_plain
 from attnpatch.rows.attention_call import AttentionCall
@@ -100,7 +101,7 @@ def may_defer(q_len: int) -> bool:
     call = _thread.call
     if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return not compat.is_transformed()
 
 
 def deferred(

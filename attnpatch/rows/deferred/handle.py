@@ -8,8 +8,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from attnpatch import compat
+from attnpatch.compat import temporarily_clear_interpreter_stack
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints, edges, kept_values
@@ -146,7 +147,7 @@ class Handle:
         if tensor is not None and has_another and value.requires_grad and torch.is_grad_enabled():
             edges.adopt(tensor, value)
             self.edge, self._has_adopted = edges.history(tensor), True
-            with torch._C.DisableTorchFunctionSubclass():
+            with compat.DisableTorchFunctionSubclass():
                 retains = tensor.retains_grad
             if retains:
                 value.retain_grad()
@@ -204,7 +205,7 @@ deferred_here = _DeferredHere()
 
 def _untransformed() -> contextlib.AbstractContextManager[Any]:
     """Outside of ``torch.func``'s transforms: what is read in one was made before it."""
-    is_inside = torch._C._functorch.peek_interpreter_stack() is not None
+    is_inside = compat.is_transformed()
     return temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from attnpatch import compat
 
 if TYPE_CHECKING:
     from attnpatch.rows.deferred.tensor import DeferredTensor
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 def has_history(tensor: DeferredTensor) -> bool:
     """Whether gradients go to a deferred tensor."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         return tensor.requires_grad
 
 
 def is_inference(tensor: DeferredTensor | None) -> bool:
     if tensor is None:
         return True
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         return tensor.is_inference()

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from attnpatch import compat
+from attnpatch.compat import without_dispatch_modes
 from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, SliceNode, ViewNode, map_structure
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.relative_shift import Strided
@@ -25,7 +26,7 @@ _UNSURE = frozenset("conv1d conv2d conv3d roll".split())
 @contextlib.contextmanager
 def _unwatched() -> Iterator[None]:
     """No mode of attnpatch, of a profiler or of somebody else sees what runs here, and nothing is recorded."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+    with compat.DisableTorchFunction(), without_dispatch_modes(), torch.no_grad():
         yield
 
 
@@ -62,7 +63,7 @@ def is_view(result: torch.Tensor, node: Node) -> bool:
 def overlaps(node: Node) -> bool:
     """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
     own = shadow(node)
-    return own is None or torch._debug_has_internal_overlap(own) == 1
+    return own is None or compat.overlaps_itself(own)
 
 
 def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
@@ -74,7 +75,7 @@ def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
         gaps: Whether to leave room between the elements of a slice, or to keep only their order.
     """
     own = shadow(node)
-    if own is None or torch._debug_has_internal_overlap(own) == 1:
+    if own is None or compat.overlaps_itself(own):
         return value
     strides = own.stride() if gaps or not has_gaps(node) else _without_gaps(own)
     if value.stride() == strides:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.autograd import checkpoints, edges, kept_values
@@ -64,7 +65,7 @@ class DeferredTensor(torch.Tensor):
         node = handle.node
         self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
         # Who takes its address (an extension in C++, a DLPack capsule) gets an error, and no memory that is not there.
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        compat.throw_on_data_ptr(self)
         self.handle = handle
         handle.belongs_to(self)
         return self
@@ -91,7 +92,7 @@ class DeferredTensor(torch.Tensor):
         kwargs = kwargs or {}
         # No mode is switched off here as it is inside __torch_function__: a replay would be deferred again.
         # Autograd has done its part above already: what comes of this gets its history from there.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with compat.DisableTorchFunction(), torch.no_grad():
             return guard.guarded(
                 cls.answer_below,
                 (func, args, kwargs),
@@ -101,7 +102,7 @@ class DeferredTensor(torch.Tensor):
             )
 
     def as_subclass(self, cls: type[torch.Tensor]) -> torch.Tensor:  # torch does not ask __torch_function__
-        with torch._C.DisableTorchFunction():
+        with compat.DisableTorchFunction():
             real = self.handle.materialise("as_subclass")
         return real.as_subclass(cls)
 
@@ -201,7 +202,7 @@ def wrap(
 
 def detached(tensor: DeferredTensor) -> None:
     """Take its history from a deferred tensor."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.DisableTorchFunctionSubclass():
         tensor.detach_()
     tensor.handle.edge = None
 

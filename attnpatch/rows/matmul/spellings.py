@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
+
 # What rebuilds the arguments of a call from its operands and what is added to their product.
 Rebuild = Callable[[Sequence[Any], Any], tuple[Any, dict[str, Any]]]
 
@@ -259,7 +261,7 @@ def _einsum_in_order(equation: str, operands: Sequence[torch.Tensor]) -> Callabl
     path = [*itertools.chain.from_iterable(steps)]
 
     def einsum(equation: str, *parts: torch.Tensor) -> torch.Tensor:
-        return torch._VF.einsum(equation, parts, path=path)  # type: ignore[attr-defined]
+        return compat.einsum_in_order(equation, parts, path=path)
 
     return einsum
 

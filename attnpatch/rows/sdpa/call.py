@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.ledger import is_plain, ledger_of
 from attnpatch.rows import autocast
 from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending, settle
@@ -69,7 +70,7 @@ def fused_choice(call: dict[str, Any]) -> int:
         return ledger.fused_choice(call)
     if call["query"].device.type not in _CHOOSERS:
         return MATH_KERNEL
-    return torch._fused_sdp_choice(
+    return compat.fused_sdp_choice(
         call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
         scale=call["scale"], enable_gqa=call["enable_gqa"],
     )  # fmt: skip

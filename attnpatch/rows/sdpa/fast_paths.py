@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.rows import autocast
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
@@ -83,7 +84,7 @@ def multihead(
             )  # fmt: skip
     batch, length = query.shape[:2]
     packed = F.linear(query, qkv_weight)
-    split = torch._transform_bias_rescale_qkv(packed, qkv_bias, num_heads)
+    split = compat.transform_bias_rescale_qkv(packed, qkv_bias, num_heads)
     query, key, value = (part.reshape(batch * num_heads, length, -1) for part in split)
     scores = torch.bmm(query, key.transpose(2, 1)).view(batch, num_heads, length, length)
     weights = torch.softmax(scores, -1) if mask is None else masked_softmax(scores, mask, mask_type)
@@ -117,7 +118,7 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | No
 
 
 def _masked_softmax_rows(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch._masked_softmax(scores, mask.expand(scores.shape).contiguous(), 3, FULL_MASK)
+    return compat.masked_softmax(scores, mask.expand(scores.shape).contiguous(), 3, FULL_MASK)
 
 
 def encoder_layer(
@@ -153,7 +154,7 @@ def encoder_layer(
     if not norm_first:
         x = norm(x, norm_weight_1, norm_bias_1)
     hidden = norm(x, norm_weight_2, norm_bias_2) if norm_first else x
-    hidden = torch._addmm_activation(
+    hidden = compat.addmm_activation(
         ffn_bias_1, hidden.reshape(-1, embed_dim), ffn_weight_1.t(), use_gelu=use_gelu
     )
     x = torch.addmm(ffn_bias_2, hidden, ffn_weight_2.t()).view(src.shape).add_(x)

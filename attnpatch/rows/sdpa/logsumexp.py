@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.ledger import ledger_of
 from attnpatch.precision import in_full
 
@@ -27,7 +28,7 @@ def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if call["enable_gqa"] and not _shares_heads():
         group = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    return compat.flash_attention_on_cpu(
         query,
         key,
         value,
@@ -43,7 +44,7 @@ def _shares_heads() -> bool:
     """Whether the CPU's kernel takes shared key heads as they are, as SDPA then hands them to it (and saves them)."""
     query, key = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 8)
     try:
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, 0.0, False)
+        compat.flash_attention_on_cpu(query, key, key, 0.0, False)
     except RuntimeError:
         return False
     return True
@@ -55,7 +56,7 @@ def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     width, scale = value.shape[-1], call["scale"]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     padded = (_of_eights(each) for each in (query, key, value))
-    result, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+    result, lse, *_ = compat.flash_attention(
         *padded, call["dropout_p"], call["is_causal"], False, scale=scale
     )
     return result[..., :width], lse
@@ -67,7 +68,7 @@ def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     mask = _added(call["attn_mask"], query)
     if mask is not None:
         mask = aligned(mask).expand(*query.shape[:-1], key.shape[-2])
-    result, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+    result, lse, *_ = compat.efficient_attention(
         query, key, call["value"], mask, True, call["dropout_p"], call["is_causal"], scale=call["scale"]
     )
     return result, lse
@@ -75,7 +76,7 @@ def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _cudnn(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     query = call["query"]
-    result, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    result, lse, *_ = compat.cudnn_attention(
         query, call["key"], call["value"], _added(call["attn_mask"], query, CUDNN_HIDDEN), True,
         call["dropout_p"], call["is_causal"], False, scale=call["scale"],
     )  # fmt: skip

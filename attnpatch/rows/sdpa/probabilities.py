@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.observing import Observer, TileInfo
 from attnpatch.precision import in_full
 from attnpatch.rows.deferred.tensor import DeferredTensor
@@ -57,7 +58,7 @@ def show(
     while True:
         try:
             # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
-            with torch._C.DisableTorchFunction():
+            with compat.DisableTorchFunction():
                 return _show(call, observer, lse, elements, grad)
         except RuntimeError as error:
             if on_retry is None or not is_out_of_memory(error) or elements < kv_len:

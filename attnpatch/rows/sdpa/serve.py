@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.rows import autocast, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd.saved_tensors import SavedTensorBuffer
@@ -87,7 +88,7 @@ def _fused(call: dict[str, Any], site: AttentionCall) -> tuple[torch.Tensor | No
             raise
         return None, "no memory"
     site.tally.count("fused")
-    with torch._C.DisableTorchFunction():
+    with compat.DisableTorchFunction():
         is_right = logsumexp.is_right(call, choice, lse)
     return result, lse if is_right else "a wrong logsumexp"
 
@@ -99,7 +100,7 @@ def _look(call: dict[str, Any], site: AttentionCall, lse: torch.Tensor | str) ->
     reason = lse if isinstance(lse, str) else None
     if reason is None:
         try:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), compat.DisableTorchFunction():
                 reason = observer.take(call, lse, site.policy.workspace_bytes)
         except RuntimeError as error:
             if not (retries and is_out_of_memory(error)):

@@ -1,0 +1,134 @@
+"""Every private name of torch that attnpatch uses, in one place, each with what it is for.
+
+torch may change these in any release. A name that is missing fails here, when it is first asked for, and not in the
+middle of somebody's forward; ``tests/test_layers.py`` sees that no other file uses one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch as dispatch_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Contexts in which tensor subclasses (the first) or modes too (the second) are not asked for a function's result. Public
+# as well, but checked names are slower there.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+DisableTorchFunction = torch._C.DisableTorchFunction
+without_dispatch_modes = _disable_current_modes
+OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
+
+# The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and the steps they are made of.
+native_multi_head_attention = torch._native_multi_head_attention
+transformer_encoder_layer = torch._transformer_encoder_layer_fwd
+transform_bias_rescale_qkv = torch._transform_bias_rescale_qkv
+masked_softmax = torch._masked_softmax
+addmm_activation = torch._addmm_activation
+# Softmax that gives 0 where a row has no key; SDPA's dense math uses it.
+safe_softmax = torch.ops.aten._safe_softmax.default
+# ``torch.einsum`` without its search for an order of operands.
+einsum_in_order = torch._VF.einsum  # type: ignore[attr-defined]
+# The kernels of SDPA, which return the logsumexp beside the result.
+flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
+efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
+cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+
+def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
+    """The number of the kernel that SDPA would use for such a call: 0 is dense math. Not on every device."""
+    return torch._fused_sdp_choice(*args, **kwargs)
+
+
+def is_transformed() -> bool:
+    """Whether ``vmap``, ``torch.func.grad`` or another transform goes on, in which tensors stand for others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation goes on."""
+    return forward_ad._current_level >= 0
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of a transform's, around another."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched_gradient(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is several gradients at once (``is_grads_batched``)."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside a transform's."""
+    return torch._C._functorch.get_unwrapped(tensor)
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or ``make_fx`` records what runs."""
+    return torch._C._is_tracing() or (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass goes on in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that goes on was told to keep what its nodes saved."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def saved_tensor_hooks() -> Any:
+    """The hooks that autograd packs saved tensors with (checkpoints, offloading), or ``None``."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def has_dispatch_modes() -> bool:
+    """Whether any ``TorchDispatchMode`` is active."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def throw_on_data_ptr(tensor: torch.Tensor) -> None:
+    """Whoever takes the address of this tensor's memory gets an error."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor are known to share memory (an expanded one)."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def storage_behind(weak_reference: int) -> torch.UntypedStorage | None:
+    """The memory that a weak reference is to, or ``None`` if it is gone."""
+    return torch.UntypedStorage._new_with_weak_ptr(weak_reference)
+
+
+def neg_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that is read with its sign turned."""
+    return torch._neg_view(tensor)
+
+
+__all__ = [
+    "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "TorchDispatchMode",
+    "UnsupportedOperatorException", "dispatch_modes", "is_traceable_wrapper_subclass",
+    "temporarily_clear_interpreter_stack", "tree_leaves", "tree_map",
+]  # fmt: skip
