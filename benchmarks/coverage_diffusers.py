@@ -198,7 +198,7 @@ def document(outcomes: list[Outcome], none: list[str]) -> str:
         "A call that says `is_causal` and has no mask is a fused kernel's: by rows it is the same to rounding, and left to "
         "that kernel unless forced.",
         "",
-        "`native` counts calls of a site in which neither door was reached, or one row of queries, by class of the site.",
+        "`native` counts calls of a site in which neither SDPA nor a product was reached, or one row of queries, by class of the site.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

@@ -78,7 +78,7 @@ def test_attention_is_seen():
 
 
 def test_attention_that_is_missed_is_reported():
-    """What is no site, and what a site computes beside the two doors."""
+    """What is no site, and what a site computes beside SDPA and products."""
     model = nn.Module()
     model.inner = Hidden()
     model.attention = Attention()

@@ -225,7 +225,7 @@ class SdpaDropoutProbe(DropoutProbe):
 
 
 def test_sdpa_dropout():
-    """Door 1 with dropout: rate and scale are right, the seed decides, gradients belong to the forward."""
+    """SDPA with dropout: rate and scale are right, the seed decides, gradients belong to the forward."""
     rate = 0.4
     model = nn.Sequential(SdpaDropoutProbe(rate))
     case = zoo.Case("sdpa_probe", lambda implementation: nn.Identity(), register=(SdpaDropoutProbe,))
@@ -249,7 +249,7 @@ def test_sdpa_dropout():
 
 
 def test_second_derivative():
-    """Gradients of gradients, in float64, through both doors."""
+    """Gradients of gradients, in float64, through both paths."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     query = zoo.floats(1, 2, 5, 3).double().requires_grad_()

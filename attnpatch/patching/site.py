@@ -360,7 +360,7 @@ class Site(SiteCounters):
         return result
 
     def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> AttentionCall | str | int:
-        """What the doors are to know of a call; or the rule that leaves it alone, or its rows if they are too few."""
+        """What is to be known of a call by whoever serves it; or the rule that leaves it alone, or its rows if they are too few."""
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
         # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.

@@ -50,7 +50,7 @@ def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict
     maps: dict[str, BlockMap] = {}
     problems: dict[str, str] = {}
     for kind, names in _kinds(recorder, records).items():
-        # Asked for and not seen: attention that no door serves, or of which too little is known.
+        # Asked for and not seen: attention that no path serves, or of which too little is known.
         missing = sorted(n for n in recorder.wanted if recorder.places[n][0] == kind and n not in names)
         more: dict[str, Any] = {"not_captured": missing} if missing else {}
         notes = list(dict.fromkeys(note for name in names for note in records[name].notes))

@@ -40,7 +40,7 @@ class Counters(Protocol):
 
 @dataclasses.dataclass
 class AttentionCall:
-    """What the doors know of the call they serve.
+    """What the SDPA path and the matmul path know of the call they serve.
 
     Attributes:
         policy: The rule.

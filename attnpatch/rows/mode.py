@@ -1,4 +1,4 @@
-"""The mode that is active inside a swapped forward, and nowhere else: it watches the two doors."""
+"""The mode that is active inside a swapped forward, and nowhere else: it watches SDPA and matrix products."""
 
 from __future__ import annotations
 

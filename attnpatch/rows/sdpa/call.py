@@ -36,7 +36,7 @@ def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
 
-    Scores that were computed by hand and then used as a query or a key are not what door 2 is for.
+    Scores that were computed by hand and then used as a query or a key are not what the matmul path is for.
     """
     call = arguments(args, kwargs)
     mask = computed(call.pop("attn_mask"))

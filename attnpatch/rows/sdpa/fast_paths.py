@@ -1,4 +1,4 @@
-"""torch's C++ fast paths of attention, as the steps they consist of, so that the doors see their products.
+"""torch's C++ fast paths of attention, as the steps they consist of, so that their products are seen.
 
 ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call one operator each in evaluation. The steps below are
 those of aten/src/ATen/native/transformers (attention.cpp, transformer.cpp), by torch's own operators; on CPU they give

@@ -1,4 +1,4 @@
-"""Door 1: ``F.scaled_dot_product_attention``. Native where a fused kernel serves it, by rows where it would be dense."""
+"""The SDPA path: ``F.scaled_dot_product_attention``. Native where a fused kernel serves it, by rows where it would be dense."""
 
 from __future__ import annotations
 

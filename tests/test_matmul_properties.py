@@ -1,4 +1,4 @@
-"""Door 2, attention written by hand, against float64, in every spelling that hypothesis puts together.
+"""The matmul path, attention written by hand, against float64, in every spelling that hypothesis puts together.
 
 A spelling is one choice for each step between the product of query and key and the product with the values.
 The same module evaluated in float64 without attnpatch is the reference.

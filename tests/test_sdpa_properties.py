@@ -1,4 +1,4 @@
-"""Door 1, ``F.scaled_dot_product_attention``, against dense float64, for whatever hypothesis draws."""
+"""The SDPA path, ``F.scaled_dot_product_attention``, against dense float64, for whatever hypothesis draws."""
 
 import dataclasses
 import math
