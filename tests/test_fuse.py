@@ -7,7 +7,7 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import test_door2_properties as spelled
+import test_matmul_properties as spelled
 import torch
 import torch.nn.functional as F
 import zoo

@@ -1,4 +1,4 @@
-"""The matmul path. One of query and key is deferred, one with a deferred operand over its keys is replayed."""
+"""The matmul path: a product of query and key is deferred, one with a deferred operand over its keys is replayed."""
 
 from __future__ import annotations
 
