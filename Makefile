@@ -5,7 +5,7 @@ STAMP := .venv/installed
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage coverage-maps docs clean
+.PHONY: lines demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage coverage-maps docs clean
 
 demo: venv
 	$(BIN)/attnpatch demo
@@ -77,6 +77,10 @@ lint: venv
 
 demo-figures: venv
 	$(BIN)/python -m benchmarks.demo_model
+
+# Lines of code, without docstrings, comments and blanks.
+lines: venv
+	$(BIN)/python -m benchmarks.lines
 
 bench: venv
 	$(BIN)/python -m benchmarks
