@@ -32,7 +32,8 @@ from attnpatch.policy import Policy
 from attnpatch.recording.gpu import fused_sums, tiles
 from attnpatch.recording.gpu.fused_sums import Shape
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.call import arguments, fused_choice
+from attnpatch.rows.sdpa.call import arguments
+from attnpatch.rows.sdpa.kernel_choice import fused_choice
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 # What the kernel's tiles might be instead.

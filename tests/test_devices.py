@@ -22,7 +22,7 @@ from attnpatch.recording import block_sums
 from attnpatch.recording.statistics import MEASURES, Measures
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.evaluate.tiled import TiledEvaluation
-from attnpatch.rows.sdpa import as_graph, dense, logsumexp
+from attnpatch.rows.sdpa import as_graph, dense, kernel_choice, logsumexp
 from attnpatch.rows.sdpa import call as sdpa_call
 
 
@@ -157,7 +157,7 @@ def test_a_sink_does_not_use_a_wrong_logsumexp(monkeypatch):
 def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
     """As CUDA has it, where torch serves float32 heads that share keys in dense math."""
     monkeypatch.setattr(dense, "is_simple", lambda call: True)
-    monkeypatch.setattr(as_graph, "fused_choice", lambda call: sdpa_call.MATH_KERNEL)
+    monkeypatch.setattr(as_graph, "fused_choice", lambda call: kernel_choice.MATH_KERNEL)
     q_len, kv_len = lengths
     generator = torch.Generator().manual_seed(1)
     seen = torch.rand(2, 1, q_len, kv_len, generator=generator) > 0.3
@@ -213,11 +213,11 @@ def test_mps_is_not_asked_for_its_kernel():
     with FakeTensorMode():
         call = a_call_on("mps")
         with Names() as names:
-            assert sdpa_call.fused_choice(call) == sdpa_call.MATH_KERNEL
+            assert kernel_choice.fused_choice(call) == kernel_choice.MATH_KERNEL
     assert not names.seen
     call = a_call()
     with Names() as names:
-        assert sdpa_call.fused_choice(call) != sdpa_call.MATH_KERNEL
+        assert kernel_choice.fused_choice(call) != kernel_choice.MATH_KERNEL
     assert names.seen == ["_fused_sdp_choice.default"]
 
 
@@ -244,7 +244,7 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
         assert len(allowed) == 3 and set(allowed) == {before and not is_causal}
         torch.testing.assert_close(got, F.scaled_dot_product_attention(**call))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), sdpa_call.without_cudnn():
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), kernel_choice.without_cudnn():
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import attnpatch
 from attnpatch.recording.gpu.tiles import cut
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.call import arguments, fused_choice
+from attnpatch.rows.sdpa.call import arguments
+from attnpatch.rows.sdpa.kernel_choice import fused_choice
 
 HERE = pathlib.Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")

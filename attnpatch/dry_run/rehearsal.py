@@ -35,7 +35,7 @@ from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
 from attnpatch.rows.graph.axes import KEY, Tile, all_leaves, extent
 from attnpatch.rows.graph.nodes import InputNode, Node
 from attnpatch.rows.mode import FAST_PATHS, RowsMode, num_heads
-from attnpatch.rows.sdpa import fast_paths
+from attnpatch.rows.sdpa import encoder_fast_paths
 
 
 @dataclasses.dataclass
@@ -128,7 +128,7 @@ class _Mode(RowsMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in FAST_PATHS:
-            fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call)
+            encoder_fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call)
             with self:
                 return FAST_PATHS[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)

@@ -33,7 +33,7 @@ from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.sources import Sources, inputs_among
-from attnpatch.rows.sdpa.fast_paths import opened
+from attnpatch.rows.sdpa.encoder_fast_paths import opened
 from attnpatch.rows.watching import without
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.oom import Attempts
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.sdpa import call as sdpa_call
-from attnpatch.rows.sdpa import fast_paths, serve
+from attnpatch.rows.sdpa import encoder_fast_paths, serve
 from attnpatch.rows.watching import Watching
 
 _BLANK_USERS = frozenset(
@@ -36,8 +36,8 @@ _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
 # Operators of torch that compute attention inside, and what they consist of.
 FAST_PATHS: dict[Any, Callable[..., Any]] = {
-    compat.native_multi_head_attention: fast_paths.multihead,
-    compat.transformer_encoder_layer: fast_paths.encoder_layer,
+    compat.native_multi_head_attention: encoder_fast_paths.multihead,
+    compat.transformer_encoder_layer: encoder_fast_paths.encoder_layer,
 }
 
 
@@ -91,7 +91,7 @@ class RowsMode(Watching):
             return serve.attend(args, kwargs, self.call)
         if func in _COMPOSITES:
             with self:
-                return fast_paths.opened(func)(*args, **kwargs)
+                return encoder_fast_paths.opened(func)(*args, **kwargs)
         if func is torch.empty:
             return uninitialized.empty(args, kwargs, self.call, lambda: func(*args, **kwargs))
         begin = positions.BEGINNINGS.get(func)
@@ -131,7 +131,7 @@ class RowsMode(Watching):
         return func(*args, **kwargs)
 
     def _fast_path(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        if not fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call):
+        if not encoder_fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call):
             try:
                 return guard.native(func, args, kwargs)
             except RuntimeError as error:
@@ -151,5 +151,5 @@ class RowsMode(Watching):
             return serve.attend(*sdpa_call.settled(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
-                return fast_paths.opened(func)(*args, **kwargs)
+                return encoder_fast_paths.opened(func)(*args, **kwargs)
         return dispatch_in(self.call, func, args, kwargs)

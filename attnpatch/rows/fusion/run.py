@@ -26,7 +26,7 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.matmul.products import fuses
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.sdpa import call as sdpa_call
-from attnpatch.rows.sdpa import serve
+from attnpatch.rows.sdpa import kernel_choice, serve
 
 
 @fuses
@@ -46,9 +46,9 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
     # The tensors are of the dtype that the products would be computed in.
     with torch.autocast(node.device.type, enabled=False):
         whole = node.call()
-        if sdpa_call.fused_choice(whole) == sdpa_call.MATH_KERNEL:
+        if kernel_choice.fused_choice(whole) == kernel_choice.MATH_KERNEL:
             raise NoMatch("no fused kernel for these tensors")
-        if node.has_sink and (_needs_grad(node) or not sdpa_call.keeps_lse(whole)):
+        if node.has_sink and (_needs_grad(node) or not kernel_choice.keeps_lse(whole)):
             raise NoMatch("cat (sinks)")
         if node.cap is not None and (node.has_sink or node.device.type not in flex.DEVICES):
             raise NoMatch("tanh (softcap)")
@@ -73,7 +73,7 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
 
 
 def _with_lse(call: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
-    found = sdpa_call.checked_lse(call)
+    found = kernel_choice.checked_lse(call)
     if found is None:
         raise NoMatch("cat (sinks): a wrong logsumexp")
     return found

@@ -13,8 +13,8 @@ from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import RowGranularity, of_fused
 from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.graph.nodes import Context, InputNode, Node
-from attnpatch.rows.sdpa.call import MATH_KERNEL, fused_choice, keeps_lse, with_lse, without_cudnn
 from attnpatch.rows.sdpa.dense import Dense, is_simple
+from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice, keeps_lse, with_lse, without_cudnn
 
 
 def graph(call: dict[str, Any]) -> Node:

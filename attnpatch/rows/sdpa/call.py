@@ -1,22 +1,12 @@
-"""The arguments of an SDPA call, and which of torch's kernels serves it."""
+"""The arguments of an SDPA call by name, and whether it can be cut in rows."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from attnpatch import compat
-from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.ledger import is_plain
 from attnpatch.rows import autocast
 from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending, settle
-from attnpatch.rows.sdpa import logsumexp
-
-MATH_KERNEL = 0
-# Devices whose torch can be asked for the kernel it would choose. MPS cannot, and holds the scores.
-_CHOOSERS = frozenset(["cpu", "cuda", "xpu"])
 
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS: dict[str, Any] = {
@@ -56,43 +46,6 @@ def _has_rows_of(mask: DeferredTensor, call: dict[str, Any]) -> bool:
     return fits and query.dim() >= 2 and query.shape[-2] > 1 and not call["is_causal"]
 
 
-def fused_choice(call: dict[str, Any]) -> int:
-    """The kernel torch would choose (0: dense math)."""
-    if is_pending(call["attn_mask"]):
-        mask = call["attn_mask"]
-        # Nobody looks at its values: as many rows as it has, in the memory of one.
-        row = torch.empty(
-            mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
-        )
-        call = {**call, "attn_mask": row.expand(mask.shape)}
-    ledger = ledger_of(call["query"])
-    if ledger is not None:
-        return ledger.fused_choice(call)
-    if call["query"].device.type not in _CHOOSERS:
-        return MATH_KERNEL
-    return compat.fused_sdp_choice(
-        call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
-        scale=call["scale"], enable_gqa=call["enable_gqa"],
-    )  # fmt: skip
-
-
-def keeps_lse(call: dict[str, Any]) -> bool:
-    """Whether the call goes to a fused kernel whose operator returns the logsumexp."""
-    return logsumexp.why_not(call, fused_choice(call)) is None
-
-
-def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A call that ``keeps_lse``: its result, and float32 ``[batch, heads, q_len]``, the logsumexp of each row."""
-    return logsumexp.with_lse(call, fused_choice(call))
-
-
-def checked_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The same; ``None`` where the logsumexp is wrong, which the first use of a kind of call finds out."""
-    choice = fused_choice(call)
-    result, lse = logsumexp.with_lse(call, choice)
-    return (result, lse) if logsumexp.is_right(call, choice, lse) else None
-
-
 def can_be_cut(call: dict[str, Any]) -> bool:
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     tensors = [query, key, value, *([mask] if mask is not None and not is_pending(mask) else [])]
@@ -103,18 +56,3 @@ def can_be_cut(call: dict[str, Any]) -> bool:
     if len({t.dtype for t in tensors[:3]}) > 1 and autocast.narrow_dtype(query.device) is None:
         return False  # the same
     return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
-
-
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """On CUDA the other fused kernels serve, if cuDNN's was not the only one allowed."""
-    backends = torch.backends.cuda
-    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled()
-    if not (others and backends.cudnn_sdp_enabled()):
-        yield
-        return
-    backends.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        backends.enable_cudnn_sdp(True)
