@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,3 +31,13 @@ def test_docs_build(tmp_path):
         # Nothing is fetched when a page is read.
         text = page.read_text()
         assert "fonts.googleapis" not in text and 'src="http' not in text, page
+
+
+def test_files_that_the_design_names_exist():
+    """Paths are given from the package on; a file named alone is in the folder of the one before it."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+(?:/\w+)+\.py)`", text)
+    assert len(named) > 40
+    assert [
+        name for name in named if not ((ROOT / "attnpatch" / name).exists() or (ROOT / name).exists())
+    ] == []
