@@ -110,7 +110,15 @@ def in_patches(x):
 
 
 INDEX = ORDER[None, :, None].expand(2, 24, 32)
+
+
 # Each is another way to put tokens into another order, or to have others in their places. The word is in the reason.
+def set_as_data(x):
+    y = x.clone()
+    y.data = x.flip(1)
+    return y
+
+
 LOST = {
     "stacked in another order": (lambda x: torch.stack(x.unbind(1)[::-1], 1), "stack"),
     "one by one, joined": (lambda x: torch.cat(x.split(1, 1)[::-1], 1), "cat"),
@@ -125,6 +133,7 @@ LOST = {
         "einsum",
     ),
     "lerp": (lambda x: torch.lerp(x, x.flip(1), 1.0), "flip"),
+    "set as data": (set_as_data, "flip"),
     "where": (lambda x: torch.where(torch.ones(2, 24, 32, dtype=torch.bool), x.flip(1), x), "flip"),
     "random numbers added": (lambda x: x.flip(1) + torch.randn(2, 24, 32), "flip"),
     "zeros added": (lambda x: x.flip(1) + torch.zeros_like(x), "flip"),

@@ -29,7 +29,7 @@ _MOVING = frozenset(
 # The same with an order of their own for every element, which is not looked at.
 _BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
 # What a tensor holds is another's then, as that one lies.
-_TAKING = frozenset("copy_ set_ __set__".split())
+_TAKING = frozenset("copy_ set_ data_".split())
 
 # A dimension, and where each of its elements came from; ``None``: that is not known.
 Order = tuple[int, torch.Tensor] | None
