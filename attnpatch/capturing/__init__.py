@@ -1,0 +1,1 @@
+"""``capture``, and what it hands out."""

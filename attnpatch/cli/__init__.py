@@ -1,1 +1,1 @@
-"""Subcommands that fill a file of their own."""
+"""The command line: one file per subcommand that fills one, and what they share."""

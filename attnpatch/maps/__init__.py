@@ -1,0 +1,1 @@
+"""Block maps: their fields, files, tables and words."""

@@ -1,0 +1,1 @@
+"""Which modules are attention, and what stands in the place of their forward."""

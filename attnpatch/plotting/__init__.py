@@ -1,0 +1,1 @@
+"""Pictures: the folder that knows matplotlib, imported late."""

@@ -1,0 +1,1 @@
+"""Sums of attention by block while a model runs."""

@@ -1,0 +1,1 @@
+"""Where the messages of a conversation lie in what a chat template renders."""

@@ -1,0 +1,1 @@
+"""Conversations from files, whatever usual shape they have."""

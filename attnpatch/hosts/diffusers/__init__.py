@@ -1,0 +1,1 @@
+"""Pipelines, denoisers, prompts and latents of diffusers."""

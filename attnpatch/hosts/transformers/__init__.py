@@ -1,0 +1,1 @@
+"""Calls, caches, masks, attention weights and loading of transformers."""

@@ -1,0 +1,1 @@
+"""What a graph begins with though nobody multiplied it: masks, positions, constants, noise."""

@@ -1,0 +1,1 @@
+"""The tensor that stands for scores, and tensors that share its memory."""

@@ -1,0 +1,1 @@
+"""Computing a graph: whole, or tile by tile."""

@@ -1,0 +1,1 @@
+"""Attention written by hand that torch's fused kernel can compute."""

@@ -1,0 +1,1 @@
+"""What was asked of scores, written down: nodes, axes, views."""

@@ -1,0 +1,1 @@
+"""Torch functions that move, cut, join or overwrite elements of scores."""
