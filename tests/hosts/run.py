@@ -27,7 +27,7 @@ KEPT = ROOT / ".venv" / "hosts"
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 # What the hosts' tests import beside the hosts: all of them, and the files of single models.
 COMMON = ("parameterized",)
-FILES = (*COMMON, "datasets", "dill", "multiprocess", "pandas", "pyarrow", "timeout-decorator", "xxhash")
+FILES = (*COMMON, "datasets", "dill", "multiprocess", "pandas", "pyarrow", "timeout_decorator", "xxhash")
 PATCHED = {"ATTNPATCH": "1", "ATTNPATCH_MODE": "always", "ATTNPATCH_MIN_TOKENS": "4"}
 # Values of two runs may differ as two orders of adding differ: attention by rows has the same bits, but the hosts ask for
 # weights where sdpa has none, and those of a fused kernel round otherwise.
