@@ -113,6 +113,13 @@ INDEX = ORDER[None, :, None].expand(2, 24, 32)
 
 
 # Each is another way to put tokens into another order, or to have others in their places. The word is in the reason.
+def with_neighbours(x):
+    """Along channels, as MobileBERT has them."""
+    after, before = x[:, 1:], x[:, :-1]
+    pad = nn.functional.pad
+    return torch.cat([pad(after, [0, 0, 0, 1, 0, 0]), x, pad(before, [0, 0, 1, 0, 0, 0])], 2)
+
+
 def set_as_data(x):
     y = x.clone()
     y.data = x.flip(1)
@@ -252,6 +259,7 @@ IN_ORDER = {
     "turned twice": Model(lambda x: x.flip(1).flip(1)),
     "moved after attention": Model(after=lambda x: x.flip(1)),
     "added to tokens in order": Model(lambda x: x + x.flip(1)),
+    "neighbours beside them": Model(lambda x: with_neighbours(x) @ torch.ones(96, 32) / 96),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves
+from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.sources import Made, Sources, tensors_in
 from attnpatch.rows.provenance.token_order import Order
@@ -222,6 +222,12 @@ class Turned:
         if name in _MIXING and dims is not None and results[0].dim() == len(dims):
             self._sources.give(results[0], (*dims[:-1], *fresh(results[0].shape[-1:])))
             return
+        if name in element_places.IN_ORDER and dims is not None and results[0].numel() == first.numel():
+            # In their order, whatever lies in memory: neighbours that are taken together are pieces of one dimension.
+            grouped = regroup(dims, results[0].shape)
+            if grouped is not None:
+                self._sources.give(results[0], grouped)
+                return
         self._sources.follow(func, *given, result)
         if name in _SPATIAL and name not in element_places.CONVOLUTIONS and dims is not None:
             self._pooled(dims, first, results)
@@ -231,6 +237,8 @@ class Turned:
         self._merge(name, given, first, results[0])
         if _is_elementwise(name):
             self._settle(name, own, results[0])
+        elif name in element_places.JOINING:
+            self._beside(own, results[0])
 
     def _begin(self, name: str, own: list[torch.Tensor], result: torch.Tensor) -> bool:
         """Follow what a function takes from now on; whether there is something to follow."""
@@ -341,6 +349,19 @@ class Turned:
             clean = [dims[place] for dims, why in choices if place not in why]
             other = [dims[place] for dims, why in choices if place in why]
             found.append(next(iter(clean + other if is_sum else other + clean)))
+        self._sources.give(result, tuple(found))
+
+    def _beside(self, own: list[torch.Tensor], result: torch.Tensor) -> None:
+        """Of tensors that are joined along channels one that is in order has the order of the result, as in a sum: tokens
+        with their neighbours beside them."""
+        known = self._sources.of(result)
+        if known is None or len(own) < 2 or any(one.shape[:-1] != result.shape[:-1] for one in own):
+            return
+        choices = [(dims, self.why(one)) for one in own if (dims := self._sources.of(one)) is not None]
+        found = list(known)
+        for place in range(result.dim() - 1):
+            clean = next((dims[place] for dims, why in choices if place not in why), None)
+            found[place] = found[place] if clean is None else clean
         self._sources.give(result, tuple(found))
 
     # ------------------------------------------------------------------------------------------------------- writes
