@@ -40,7 +40,10 @@ def put_in_place(
         parts = attending
     patches = []
     for name, part in parts.items():
-        patch = patch_of(part)
+        patch = left = patch_of(part)
+        if patch is not None and patch.is_leaving:
+            patch.take_out(part)
+            patch = None
         if patch is not None and chosen not in (None, patch.chosen):
             if not replaces:
                 raise PatchError(
@@ -54,6 +57,8 @@ def put_in_place(
                 patch = Patch(part, rule, chosen=chosen or "auto")
             except PatchError as error:
                 raise PatchError(f"{name}: {error}" if name else str(error)) from error
+            if left is not None:
+                patch.watched |= left.watched
             undo.callback(patch.take_out, part)
         patches.append(patch)
     return patches

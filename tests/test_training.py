@@ -179,9 +179,9 @@ def test_data_loader_workers(method):
     attnpatch.remove(model)
 
 
-@pytest.mark.parametrize("is_applied", [False, True], ids=["captured", "applied and captured"])
+@pytest.mark.parametrize("applied", ["never", "before", "after"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_checkpoint_that_was_captured_runs_again_after_the_capture(attention, is_applied):
+def test_a_checkpoint_that_was_captured_runs_again_after_the_capture(attention, applied):
     """A checkpoint expects as many saved tensors when it runs again, and the backward pass may come later."""
     ids = torch.arange(30)[None]
 
@@ -203,18 +203,22 @@ def test_a_checkpoint_that_was_captured_runs_again_after_the_capture(attention, 
     native = model()
     native(ids, labels=ids).loss.backward()
     captured = model()
-    if is_applied:
+    if applied == "before":
         attnpatch.apply(captured)
     with attnpatch.capture(captured, attnpatch.Blocks.fixed(5)) as maps:
         loss = captured(ids, labels=ids).loss
     with attnpatch.capture(captured, attnpatch.Blocks.fixed(5)) as others, torch.no_grad():
         captured(ids)
+    if applied == "after":
+        attnpatch.apply(captured, min_tokens=7)
     loss.backward()
     for one, other in zip(captured.parameters(), native.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
     assert maps.block_map.mass.shape == others.block_map.mass.shape == (2, 6, 6)
     del loss
     gc.collect()
-    if not is_applied:
+    if applied == "never":
         with pytest.raises(attnpatch.errors.PatchError):
             attnpatch.report(captured)
+    else:
+        assert attnpatch.report(captured).policy.min_tokens == (7 if applied == "after" else 1024)

@@ -56,7 +56,8 @@ def capture(
     on its own is captured in the same way, where all calls inside the block are steps of one image.
 
     Args:
-        model: A model or a pipeline; patched or not, it is afterwards as it was before.
+        model: A model or a pipeline; patched or not, it is afterwards as it was before, once activation checkpoints of
+            calls inside the block are gone (they run again in a backward pass).
         blocks: What a block is; a pair for queries and keys where they differ (cross-attention). For an image
             ``Blocks.tiles(height, width, tile)``, of any unit: tiles attending to tiles, or in a pair with words. ``None``
             for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
@@ -155,7 +156,7 @@ def _patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
             return known  # the user's
         # Taken out below, with the last capture.
         (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
-        patch.captures, patch.is_leaving = patch.captures + 1, False
+        patch.captures += 1
 
     def release() -> None:
         with _lock:
@@ -178,7 +179,6 @@ def _leave(patch: Patch, part: nn.Module) -> None:
     def gone(one: int) -> None:
         left.discard(one)
         if not left and patch.is_leaving:
-            patch.is_leaving = False
             patch.take_out(part)
 
     left = set(range(len(waiting)))
