@@ -154,8 +154,10 @@ def show_runs(console: Console, runs: list[Measured]) -> None:
 
 
 def counted(counts: dict[str, int]) -> str:
-    """What the report counted, without what did not happen."""
-    return "\n".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+    """The calls that the report counted, without what did not happen; ``largest`` is bytes, and no count."""
+    return "\n".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "largest"
+    )
 
 
 def _in_fresh_process(*arguments: object) -> dict[str, Any]:
