@@ -1,7 +1,7 @@
 """Every private name of torch that attnpatch uses, in one place, each with what it is for.
 
-torch may change these in any release. A name that is missing fails here, when it is first asked for, and not in the
-middle of somebody's forward; ``tests/test_layers.py`` sees that no other file uses one.
+torch may change these in any release. Most that are missing fail here, when attnpatch is imported, and not in the middle of
+somebody's forward; of the others a comment says what happens. ``tests/test_layers.py`` sees that no other file uses one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,46 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch as dispatch_modes
+from torch.overrides import (
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
     is_traceable_wrapper_subclass,
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Contexts in which tensor subclasses (the first) or modes too (the second) are not asked for a function's result. Public
-# as well, but checked names are slower there.
+# Contexts in which tensor subclasses (the first) or modes too (the second) are not asked for a function's result.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 DisableTorchFunction = torch._C.DisableTorchFunction
 without_dispatch_modes = _disable_current_modes
+# The modes that see torch's functions, and those that see its operators, innermost last.
+function_mode, function_modes, without_function_mode = (
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
+dispatch_modes, push_dispatch_mode, pop_dispatch_mode = (
+    _get_current_dispatch_mode_stack,
+    _push_mode,
+    _pop_mode,
+)
+# One checkpoint (not reentrant); where torch has no such class, none is known. And how it stops running again.
+CheckpointFrame: Any = getattr(checkpoint, "_CheckpointFrame", None)
+StopRecomputation: Any = getattr(checkpoint, "_StopRecomputationError", None)
+# The modes of a selective checkpoint; where torch has none of these names, no mode is one.
+SELECTIVE_MODES = tuple(
+    getattr(checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(checkpoint, name)
+)
 OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
 
 # The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and the steps they are made of.
@@ -122,6 +149,12 @@ def storage_behind(weak_reference: int) -> torch.UntypedStorage | None:
     return torch.UntypedStorage._new_with_weak_ptr(weak_reference)
 
 
+def has_tile_registers(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a narrow dtype in tiles; where torch cannot say, it may."""
+    name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
+    return getattr(torch.cpu, name, lambda: True)()
+
+
 def neg_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view that is read with its sign turned."""
     return torch._neg_view(tensor)
@@ -129,6 +162,6 @@ def neg_view(tensor: torch.Tensor) -> torch.Tensor:
 
 __all__ = [
     "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "TorchDispatchMode",
-    "UnsupportedOperatorException", "dispatch_modes", "is_traceable_wrapper_subclass",
+    "UnsupportedOperatorException", "is_traceable_wrapper_subclass",
     "temporarily_clear_interpreter_stack", "tree_leaves", "tree_map",
 ]  # fmt: skip

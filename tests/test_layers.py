@@ -2,7 +2,6 @@
 
 import ast
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -142,25 +141,51 @@ def test_rows_and_recording_do_not_know_each_other():
             assert other not in set(imported(path)), path
 
 
-# Words in messages and tables, and attributes of this package's own.
-PRIVATE = re.compile(r"torch(?:\.\w+)*\._(?!_)\w+|forward_ad\._\w+")
-ALLOWED = {
-    # The names under which another library's operators arrive.
-    "attnpatch/rows/op_table.py": {"torch._ops", "torch._ops.aten"},
-    # What every subclass of a tensor begins with.
-    "attnpatch/rows/deferred/tensor.py": {"torch.Tensor._make_wrapper_subclass"},
-    "attnpatch/rows/provenance/element_places.py": {"torch._ops", "torch._ops.bitsandbytes"},
-}
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
 
 
-def test_private_names_of_torch_are_in_one_place():
-    for path in MODULES.values():
-        own = str(path.relative_to(ROOT.parent))
-        if own == "attnpatch/compat.py":
+def private_names(path):
+    """Names of torch and its hosts with a private part: imported, reached by dots, or asked for by ``getattr``."""
+    tree, roots, found = ast.parse(path.read_text()), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named = {(alias.asname or alias.name.split(".")[0]): alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        else:
             continue
-        text = re.sub(r"``[^`]*``|#.*", "", path.read_text())
-        found = set(PRIVATE.findall(text)) - ALLOWED.get(own, set())
-        assert not found, (own, found)
+        own = {key: name for key, name in named.items() if name.split(".")[0] in HOSTS}
+        roots |= own
+        found |= {name for name in own.values() if any(map(is_private, name.split(".")))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            if first in roots and all(map(str.isidentifier, rest)) and any(map(is_private, rest)):
+                found.add(".".join([roots[first], *rest]))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            asked = ast.unparse(node.args[0])
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if asked.split(".")[0] in roots and is_private(name):
+                found.add(f"{asked}.{name}")
+    return found
+
+
+HOSTS = ("torch", "transformers", "diffusers")
+# What every subclass of a tensor begins with.
+ALLOWED = {"torch.Tensor._make_wrapper_subclass"}
+
+
+def test_private_names_of_torch_are_in_one_place(tmp_path):
+    found = {str(path.relative_to(ROOT.parent)): private_names(path) - ALLOWED for path in MODULES.values()}
+    assert len(found.pop("attnpatch/compat.py")) > 30
+    assert {name: names for name, names in found.items() if names} == {}
+    spelled = tmp_path / "spelled.py"
+    spelled.write_text(
+        "import torch\nfrom torch.overrides import _a as b\nfrom torch.utils import checkpoint\n"
+        "torch._b\ncheckpoint._c\ngetattr(checkpoint, '_d')\nx._e\n"
+    )
+    assert sorted(name[-1] for name in private_names(spelled)) == ["a", "b", "c", "d"]
 
 
 def test_hosts_are_named_nowhere_else():

@@ -19,8 +19,8 @@ _NOTHING = (
 )
 # Where the model has been called.
 _NONE = (
-    "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, or what does is compiled "
-    "(a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
+    "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, "
+    "or what does is compiled (a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
 )
 
 

@@ -15,7 +15,6 @@ from attnpatch import compat
 from attnpatch.rows.arguments import argument, deferred_in, tensors_in
 from attnpatch.rows.autograd import checkpoints, kept_values
 from attnpatch.rows.deferred import sharing, views
-from attnpatch.rows.deferred import views as deferred_views
 from attnpatch.rows.deferred.handle import after_write
 from attnpatch.rows.deferred.history import has_history
 from attnpatch.rows.deferred.tensor import (
@@ -44,7 +43,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     is_write = writes(name) or flag is not None
     if args and isinstance(args[0], DeferredTensor) and args[0].handle.values is not None:
         if is_write:
-            deferred_views.begins_anew(args[0].handle)
+            views.begins_anew(args[0].handle)
         elif lookup(name).is_view and not sharing.is_whole(args[0].handle):
             return _viewed(name, func, args, kwargs)
     out = kwargs.get("out")

@@ -14,15 +14,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch.utils import checkpoint
-
 from attnpatch import compat
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.rows.autograd import selective_checkpoints
 from attnpatch.rows.oom import is_out_of_memory
 
-_PASSING = (AttnpatchError, getattr(checkpoint, "_StopRecomputationError", AttnpatchError))
+_PASSING = (AttnpatchError, compat.StopRecomputation or AttnpatchError)
 
 
 class Counting(Protocol):

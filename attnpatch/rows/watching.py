@@ -7,13 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode_temporarily,
-)
+from torch.overrides import TorchFunctionMode
 
+from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import natively
@@ -22,8 +18,8 @@ from attnpatch.rows.deferred.tensor import natively
 @contextlib.contextmanager
 def without(mode: TorchFunctionMode) -> Iterator[None]:
     """Take a mode away for a while; below a mode of the host's it stays."""
-    is_last = _get_current_function_mode() is mode
-    with _pop_mode_temporarily() if is_last else contextlib.nullcontext():
+    is_last = compat.function_mode() is mode
+    with compat.without_function_mode() if is_last else contextlib.nullcontext():
         yield
 
 
@@ -40,7 +36,7 @@ class Watching(TorchFunctionMode):
 
     def is_active(self) -> bool:
         """Whether calls come here: none does from inside an answer (a checkpoint runs again in ``autograd.grad``)."""
-        return any(mode is self for mode in _get_current_function_mode_stack())
+        return any(mode is self for mode in compat.function_modes())
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a call of torch's function gives."""

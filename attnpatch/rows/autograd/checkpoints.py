@@ -14,12 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import checkpoint
 
 from attnpatch import compat
 from attnpatch.rows.graph.axes import all_leaves
 
-_FRAME = getattr(checkpoint, "_CheckpointFrame", None)
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
 # Of deferred tensors that came from outside and were pending when first used: what their axes were taken for.
 _used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
@@ -36,7 +34,7 @@ def current() -> Any:
 
 def _found() -> tuple[Any, Any]:
     """That checkpoint, and what stands for its running again: ``None`` the first time."""
-    if _FRAME is None or not torch.is_grad_enabled():
+    if compat.CheckpointFrame is None or not torch.is_grad_enabled():
         return None, None
     hooks = compat.saved_tensor_hooks()
     if hooks is None:
@@ -46,9 +44,9 @@ def _found() -> tuple[Any, Any]:
     for cell in getattr(hook, "__closure__", None) or ():
         with contextlib.suppress(ValueError):
             value = cell.cell_contents
-            if isinstance(value, _FRAME):
+            if isinstance(value, compat.CheckpointFrame):
                 return value, None
-            if isinstance(value, weakref.ref) and isinstance(value(), _FRAME):
+            if isinstance(value, weakref.ref) and isinstance(value(), compat.CheckpointFrame):
                 return value(), hook
     return None, None
 

@@ -11,16 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils import checkpoint
-
 from attnpatch import compat
-from attnpatch.compat import dispatch_modes as modes
-
-_KINDS = tuple(
-    getattr(checkpoint, name)
-    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
-    if hasattr(checkpoint, name)
-)
 
 
 class _Thread(threading.local):
@@ -33,7 +24,7 @@ _thread = _Thread()
 def is_active() -> bool:
     """Whether such a checkpoint sees the operators of this thread now."""
     return compat.has_dispatch_modes() and any(
-        isinstance(mode, _KINDS) for mode in modes._get_current_dispatch_mode_stack()
+        isinstance(mode, compat.SELECTIVE_MODES) for mode in compat.dispatch_modes()
     )
 
 
@@ -42,19 +33,19 @@ def hidden() -> Iterator[None]:
     """While our own operators run."""
     outer, popped = _thread.hidden, []
     while is_active():
-        popped.append(modes._pop_mode())
-    others = [mode for mode in reversed(popped) if not isinstance(mode, _KINDS)]
+        popped.append(compat.pop_dispatch_mode())
+    others = [mode for mode in reversed(popped) if not isinstance(mode, compat.SELECTIVE_MODES)]
     for mode in others:
-        modes._push_mode(mode)
-    _thread.hidden = tuple(mode for mode in reversed(popped) if isinstance(mode, _KINDS))
+        compat.push_dispatch_mode(mode)
+    _thread.hidden = tuple(mode for mode in reversed(popped) if isinstance(mode, compat.SELECTIVE_MODES))
     try:
         yield
     finally:
         _thread.hidden = outer
         for _ in others:
-            modes._pop_mode()
+            compat.pop_dispatch_mode()
         for mode in reversed(popped):
-            modes._push_mode(mode)
+            compat.push_dispatch_mode(mode)
 
 
 def is_hidden() -> bool:
@@ -67,10 +58,10 @@ def shown() -> Iterator[None]:
     """While the host's own operator runs."""
     outer, _thread.hidden = _thread.hidden, ()
     for mode in outer:
-        modes._push_mode(mode)
+        compat.push_dispatch_mode(mode)
     try:
         yield
     finally:
         for _ in outer:
-            modes._pop_mode()
+            compat.pop_dispatch_mode()
         _thread.hidden = outer

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
+from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.graph.axes import FEWEST_ROWS, LEAST, ROW
 
 # Query rows and keys from which narrow dtypes may be packed, and how often a packed key has to be used for it.
 _PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
-# Fewer rows take another kernel of the matrix library.
-_FEWEST = 16
 _BLOCKS = ((768, 256), (192, 64), (0, 32))
 
 
@@ -132,7 +132,7 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> RowGranularity:
     least = next(least for least, _ in _BLOCKS if q_len >= least)
     multiple = _block(q_len)
     if query.device.type != "cpu" or not _may_pack(dtype):
-        return RowGranularity(max(least, multiple), multiple, fewest=_FEWEST)
+        return RowGranularity(max(least, multiple), multiple, fewest=LEAST_ROWS)
 
     threads = torch.get_num_threads()
     heads, key_heads = query.shape[:-2].numel(), key.shape[:-2].numel()
@@ -154,7 +154,7 @@ def of_fused(call: dict[str, Any], dtype: torch.dtype) -> RowGranularity:
         return packs(high - low, min(high, kv_len), low == 0) == packed
 
     return RowGranularity(
-        max(least, multiple), multiple, fewest=from_rows if packed else _FEWEST, holds=holds
+        max(least, multiple), multiple, fewest=from_rows if packed else LEAST_ROWS, holds=holds
     )
 
 
@@ -166,5 +166,4 @@ def _may_pack(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of a dtype in tiles."""
     if dtype not in _PACKED:
         return False
-    name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
-    return getattr(torch.cpu, name, lambda: True)()
+    return compat.has_tile_registers(dtype)
