@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+# Who follows tokens on either side knows that functions whose names begin so make memory for something: of whatever tensor
+# it has the shape, it holds none of its tokens.
+MAKING = tuple("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_".split())
 # The keys that an attention is open to; see ``Observer.begin``.
 Opened = Callable[[int | None], torch.Tensor | None]
 

@@ -61,9 +61,9 @@ def test_table_tells_bits_from_rounding():
 
 
 def test_what_the_report_counted_is_shown_in_full():
-    assert worker.counted({"native": 0, "by_rows": 3, "fused": 1, "materialised": 2}) == (
-        "3 by rows\n1 fused\n2 materialised"
-    )
+    assert worker.counted(
+        {"native": 0, "by_rows": 3, "fused": 1, "materialised": 2, "largest": 8_190_720}
+    ) == ("3 by rows\n1 fused\n2 materialised")
 
 
 def test_the_fact_is_named_when_it_is_found(conversation):

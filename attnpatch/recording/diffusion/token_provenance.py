@@ -13,6 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch.observing import MAKING
+
 IMAGE, TEXT, OTHER = "image", "text", "other"
 
 # Kinds of tokens and how many, in order; of one kind, however many there are, ``None``.
@@ -45,16 +47,6 @@ _ALONG_ONE_AXIS = frozenset(
 _REDUCING = frozenset(["mean", "sum", "amax", "amin", "max", "min", "median", "logsumexp", "prod"])
 # What takes a size or a type of another tensor, and none of its tokens.
 _LIKE = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
-_NEW = (
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "new_",
-)
 # What puts other tokens into a tensor that is there.
 _WRITING = frozenset(["__setitem__", "copy_", "index_put_", "index_copy_", "scatter_", "masked_scatter_"])
 
@@ -105,7 +97,7 @@ class Origins(TorchFunctionMode):
     def _source(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The first argument whose origin is known; of a product, the one whose rows the result has."""
         name = getattr(func, "__name__", "")
-        if name.startswith(_NEW):
+        if name.startswith(MAKING):
             return None
         if name in _LIKE:
             args, kwargs = args[:1], {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch.observing import MAKING
 from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.sources import Made, Sources, tensors_in
@@ -43,17 +44,6 @@ _LEAVING_TOKENS = frozenset("linear bilinear index_fill embedding __get__".split
 # A dimension of one element is made one of many.
 _EXPANDING = frozenset("expand expand_as broadcast_to".split())
 _ADDING = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
-# Memory for something: it has no tokens, of whatever tensor it has the shape.
-_NEW = (
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "new_",
-)
 # Writes into what is there: in place, or into a copy of it.
 _SETTING = frozenset(
     "__setitem__ copy scatter scatter_add scatter_reduce index_copy index_add index_put index_reduce put masked_scatter "
@@ -100,7 +90,7 @@ class Turned:
                 self._is_bare[one] = False
         if name in _OUT:
             self._has_left_torch |= any(tensor.is_floating_point() and _is_wide(tensor) for tensor in own)
-        elif not own or name.startswith(_NEW):
+        elif not own or name.startswith(MAKING):
             self._without_tokens(name, results)
         elif is_setting(name):
             self._set(name, args, kwargs, tensors, results)
