@@ -9,7 +9,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.hosts.transformers import caches
+from attnpatch.hosts.transformers import caches, calls
 
 IDS = zoo.tokens(40)
 # transformers 5.24 renamed it.
@@ -209,3 +209,39 @@ def test_the_parameter_for_a_cache_behind_an_adapter():
         zoo.BY_NAME["llama"].build("sdpa"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
     assert caches.parameter_of(model) == NAME
+
+
+ONE, SOME = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 7, dtype=torch.long)
+CALLS = {
+    "a step": ({"input_ids": ONE}, True),
+    "a step with a padding mask": ({"input_ids": ONE, "attention_mask": SOME, "position_ids": ONE}, True),
+    "an embedded step": ({"inputs_embeds": torch.zeros(1, 1, 8)}, True),
+    "a prompt": ({"input_ids": SOME}, False),
+    "two sequences": ({"input_ids": ONE.expand(2, 1)}, False),
+    "beside a picture of one colour": ({"input_ids": ONE, "pixel_values": torch.zeros(1, 1, 8, 8)}, False),
+    "a sound of one channel": ({"input_values": torch.zeros(1, 1, 50)}, False),
+    "beside an encoder's states": ({"input_ids": ONE, "encoder_outputs": (torch.zeros(1, 9, 8),)}, False),
+    "nothing": ({}, False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_which_call_is_of_one_token(name):
+    """Only there no token can lie in another's place: elsewhere functions between attention modules are looked at."""
+    given, is_single = CALLS[name]
+    assert calls.read_call(None, (), given).is_single == is_single
+    assert calls.read_call(None, tuple(given.values()), {}).is_single == (is_single and name == "a step")
+
+
+def test_a_prompt_that_was_turned_is_left_out_when_tokens_follow_one_by_one():
+    model = zoo.BY_NAME["llama"].build("sdpa", torch.float32).eval()
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda module, given: (given[0].flip(1), *given[1:]))
+    ids = torch.arange(9)[None]
+    with (
+        torch.no_grad(),
+        pytest.warns(Warning, match="another order"),
+        attnpatch.capture(model, Blocks.fixed(3)) as maps,
+    ):
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert maps.block_map.layers == (0,) and len(maps.left_out) == 1

@@ -39,11 +39,13 @@ class HostCall(Protocol):
         cache: The cache that it was handed, or ``None``.
         past: Tokens in it when the call began.
         problem: Why nothing of it can be mapped, if something is known to be wrong.
+        is_single: Whether it is of one token of one sequence, and nothing else that has an order.
     """
 
     cache: Any
     past: int
     problem: str | None
+    is_single: bool
 
 
 class _State(threading.local):
@@ -93,8 +95,6 @@ class Recorder:
 
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
-    # Whether its maps say which of the model's tokens is which.
-    follows_order = True
 
     def __init__(
         self,
@@ -158,6 +158,11 @@ class Recorder:
     def is_mine(self) -> bool:
         """Whether the running thread's calls are seen."""
         return self.owner is None or self.owner.is_mine()
+
+    @property
+    def follows_order(self) -> bool:
+        """Whether it matters which of the model's tokens is which: a step of a generation has one."""
+        return self.call is None or not self.call.is_single
 
     @property
     def call(self) -> HostCall | None:

@@ -37,6 +37,7 @@ class ModelCall:
         pasts: Tokens in that cache, and in any other that it was handed for another part of the model, by the cache's id,
             which is good for as long as the call goes on.
         problem: Why the blocks that were asked for are none of it.
+        is_single: Whether it is called with one token of one sequence, and with nothing else that has an order.
     """
 
     mask: torch.Tensor | None = None
@@ -47,6 +48,7 @@ class ModelCall:
     lengths: frozenset[int] | None = None
     pasts: dict[int, int] = dataclasses.field(default_factory=dict)
     problem: str | None = None
+    is_single: bool = False
 
     def past_of(self, handed: list[Any]) -> int | None:
         """Tokens that were in the first of some caches that the model was handed; ``None``: it was handed none of them."""
@@ -83,6 +85,7 @@ def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[
         lengths=_lengths(given, args),
         pasts={id(part): count for cache, count in pasts for part in caches.parts_of(cache)},
         problem=caches.why_pages(args, kwargs),
+        is_single=_is_single(given, args),
     )
 
 
@@ -118,6 +121,26 @@ def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | N
         elif value.is_floating_point() and not is_mask:
             return None  # pictures, or sound
     return frozenset(found) or None
+
+
+def _is_single(given: dict[str, Any], args: tuple[Any, ...]) -> bool:
+    """A step of a generation: of masks and caches alone there may be more than one token."""
+
+    def is_one(name: str, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor):
+            return not isinstance(value, (Mapping, tuple, list))
+        # Numbers that are no embeddings may be a picture or a sound.
+        is_embedded = name.endswith("inputs_embeds") and value.dim() == 3
+        return (
+            value.shape[:2] == (1, 1) if is_embedded else not value.is_floating_point() and value.numel() == 1
+        )
+
+    named = {id(value) for value in given.values()}
+    values = [(name, value) for name, value in given.items() if not name.endswith("mask")]
+    values += [("", value) for value in args if id(value) not in named]
+    return any(isinstance(value, torch.Tensor) for _, value in values) and all(
+        is_one(*each) for each in values
+    )
 
 
 def _as_mask(value: Any, past: int) -> torch.Tensor | None:
