@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 from fuzzing.processes import chunk
 from fuzzing.programs import Program, compiled
-from fuzzing.running import check, shrunk
+from fuzzing.running import check, modules, run, shrunk
 
 PLAIN = Program(
     ("s = q @ k.mT", "s = s * 0.5", "s = s.softmax(-1)", "vv = keys_of(v, s.shape, full)", "out = s @ vv")
@@ -77,6 +78,10 @@ ALLOWED = {
         ("s = q @ k.mT", "s = s.masked_fill(~fit(keep, s, full), float('-inf'))", "s = s.nan_to_num()", VALUES, "out = s @ vv[..., :1]"),
         shape=(1, 4, 9, 4), grads=("v",), seed=126,
     ),
+    "gradients that overflow in one order": Program(
+        ("s = q @ k.mT", "s = s.masked_fill(~fit(keep, s, full), float('-inf'))", "s = s.nan_to_num()", VALUES, "out = s @ vv", "more.append(s @ s.mT)"),
+        shape=(1, 1, 5, 4), grads=("q",),
+    ),
     "NaN of a kernel for larger products": Program(
         ("s = q @ k.mT", "s = s.masked_fill(~fit(keep, s, full), float('-inf'))", "vv = keys_of(v, s.shape, full).to(s.dtype)", "out = s @ vv"),
         shape=(1, 6, 17, 11), dim=8, autocast=True, grads=(),
@@ -91,6 +96,39 @@ ALLOWED = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_is_no_fault(name):
     assert check(ALLOWED[name])[0] in ("ok", "rounding")
+
+
+def leaf_in_a_function(product: str, *more: str) -> Program:
+    """Scores that are made a leaf in a reentrant checkpoint of which no argument needs a gradient."""
+    body = "\n".join("    " + line for line in (f"s = {product}", "s.requires_grad_()", *more, "return s"))
+    given = "q, k, v, bias, sink"
+    part = f"def part({given}):\n{body}\ns = checkpoint(part, {given}, use_reentrant=True)"
+    return Program((part, VALUES, "out = s @ vv"), grads=())
+
+
+EINSUM, MATMUL = "torch.einsum('bhid,bhjd->bhij', q, k)", "q @ k.mT"
+
+
+def test_a_leaf_that_leaves_a_function_is_torchs_own():
+    """Natively it stays one where ``einsum`` has made it, a view of its own, and not where ``matmul`` has."""
+    natively = [run(leaf_in_a_function(way), modules()[0], torch.float32).values for way in (EINSUM, MATMUL)]
+    assert torch.equal(natively[0]["out 0"], natively[1]["out 0"])
+    assert [values["requires_grad 0"] for values in natively] == [True, False]
+    assert check(leaf_in_a_function(EINSUM))[0] == "torch's own"
+    assert check(leaf_in_a_function(MATMUL))[0] == "ok"
+
+
+@pytest.mark.parametrize("fault", [FAULT, "s = s if type(s) is torch.Tensor else s[..., :1].expand_as(s)"])
+def test_a_fault_beside_such_a_leaf_is_seen(fault):
+    assert check(leaf_in_a_function(EINSUM, fault))[0] == "wrong"
+    lines = (
+        f"s = {EINSUM}",
+        "s.requires_grad_()",
+        "s = s if type(s) is torch.Tensor else s.detach()",
+        VALUES,
+        "out = s @ vv",
+    )
+    assert check(Program(lines, grads=()))[0] == "wrong"
 
 
 def test_a_result_that_is_read_after_what_it_needs_was_overwritten_is_refused():

@@ -14,10 +14,12 @@ from . import helpers, products, steps
 
 # Rows and heads per step that a case may ask for.
 POLICIES = ({"rows": 4}, {}, {"rows": 1, "heads": 1}, {"rows": 3, "heads": 2}, {"rows": 100})
+_LOWEST = torch.finfo(torch.float32).min
 _WIDER = (
     ("torch.float32", "torch.float64"), ("torch.bfloat16", "torch.float64"), (".float()", ".double()"),
-    # The lowest number of float64 would swallow others than that of a narrower dtype.
-    ("torch.finfo(s.dtype).min", "-3.4028234663852886e38"),
+    # The lowest number of float64 would swallow others than that of a narrower dtype, and overflow where it does.
+    ("torch.finfo(s.dtype).min", f"{_LOWEST}"),
+    ("nan_to_num()", f"nan_to_num(posinf={-_LOWEST}, neginf={_LOWEST})"), ("nan_to_num_()", f"nan_to_num_(posinf={-_LOWEST}, neginf={_LOWEST})"),
     (".bfloat16()", ".double()"), (".half()", ".double()"), ("torch.autocast('cpu', torch.bfloat16)", "torch.autocast('cpu', enabled=False)"),
 )  # fmt: skip
 

@@ -301,6 +301,24 @@ def _not_noticed(program: Program, dtype: torch.dtype) -> str:
     return ""
 
 
+# Scores that are made a leaf, as a line of a program or of a part of it.
+_LEAF = re.compile(r"^( *)s\.requires_grad_\(\)$", re.MULTILINE)
+_NO_VIEW = r"\1s = s.clone() if s._is_view() and not torch.is_grad_enabled() else s\n\1s.requires_grad_()"
+
+
+def _is_of_no_view(program: Program, got: Outcome, dtype: torch.dtype, exact: Outcome) -> bool:
+    """Whether ``got`` is what the native pass gives where scores that are made a leaf without gradients are no view.
+
+    What an ``autograd.Function`` of no input with a gradient returns (a reentrant checkpoint), torch detaches, and a view not:
+    ``einsum`` returns one and ``matmul`` of the same tensors does not.
+    """
+    lines = tuple(_LEAF.sub(_NO_VIEW, line) for line in program.lines)
+    if lines == program.lines:
+        return False
+    native = run(dataclasses.replace(program, lines=lines), modules()[0], getattr(torch, program.dtype))
+    return native.error is None and difference(got, native, exact, dtype) is None
+
+
 def check(program: Program) -> tuple[str, str]:
     """``ok``, ``rounding``, ``native raises``, ``torch's own``, ``refused`` or ``wrong``, and what was."""
     dtype = getattr(torch, program.dtype)
@@ -333,6 +351,11 @@ def check(program: Program) -> tuple[str, str]:
             return "rounding", ""
         if exact.error is None and _is_same_in_float64(program, got, native, exact, dtype):
             return "rounding", ""
+    if _is_of_no_view(program, got, dtype, exact):
+        return (
+            "torch's own",
+            "a view that was made a leaf keeps that outside of a Function, another tensor does not",
+        )
     return "wrong", wrong
 
 
