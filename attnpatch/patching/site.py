@@ -32,7 +32,8 @@ from attnpatch.rows.deferred.results import with_no_matrix
 from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
-from attnpatch.rows.provenance.sources import Sources, inputs_among
+from attnpatch.rows.provenance.repeated import Repeats, sources_of
+from attnpatch.rows.provenance.sources import inputs_among
 from attnpatch.rows.sdpa.encoder_fast_paths import opened
 from attnpatch.rows.watching import without
 
@@ -116,12 +117,19 @@ class Site(SiteCounters):
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.is_entry = is_root or masks.makes_masks(module)
         self.decisions: dict[tuple[int, int], bool] = {}
+        self.repeats = Repeats()
         self.below: Site | None = None
         self.waits_for: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts for itself."""
-        return {**vars(self), **vars(SiteCounters()), "decisions": {}, "waits_for": None}
+        return {
+            **vars(self),
+            **vars(SiteCounters()),
+            "decisions": {},
+            "repeats": Repeats(),
+            "waits_for": None,
+        }
 
     def __repr__(self) -> str:
         return f"Site({self.name or '(model)'!r}, {self.kind}, {dict(self.counts)})"
@@ -395,7 +403,8 @@ class Site(SiteCounters):
                     if watch is None
                     else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
                 )
-                call.sources = Sources(inputs, around, reasons)
+                repeats = None if observer.is_of_gradient else self.repeats
+                call.sources = sources_of(inputs, around, reasons, repeats)
             except Exception as error:
                 self.failed("the look at a module's inputs", error)
         return call

@@ -274,7 +274,7 @@ class Recorder:
 
     def _follow(self, sequence: Sequence, past: int, order: list[int] | None) -> None:
         """Bring the records of a sequence to what its cache holds."""
-        rows = max((len(mark) for mark in sequence.marks.values()), default=0)
+        rows = len(next(iter(sequence.marks.values()), ()))
         moved = order is not None and order != list(range(rows))
 
         def followed(name: str, record: SiteSums) -> SiteSums | None:

@@ -308,6 +308,9 @@ def of_call(call: dict[str, Any], sources: Sources | None) -> Layout:
     lead, q_len, kv_len = query.shape[:-2], query.shape[-2], key.shape[-2]
     if sources is None:
         return Layout(1, math.prod(lead), q_len, kv_len, why_not="its inputs were not followed")
+    known = sources.recall(query, key)
+    if known is not None:
+        return known
     own, other = sources.of(query), sources.of(key)
     if query.dim() == 2:
         own, other, lead = own and ((), *own), other and ((), *other), (1,)
@@ -321,4 +324,6 @@ def of_call(call: dict[str, Any], sources: Sources | None) -> Layout:
     ]
     row = (q_len, None if own is None else own[-2])
     keys = (kv_len, None if other is None else other[-2])
-    return layout_of(sources, leads, [row], [keys], contracted)
+    layout = layout_of(sources, leads, [row], [keys], contracted)
+    sources.remember(layout)
+    return layout

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
 from attnpatch.rows.graph.strides import Part, single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
@@ -99,6 +100,13 @@ class Sources:
         """Of which input an axis is."""
         found = self.origin(leaf)
         return None if found is None else found[0]
+
+    def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
+        """What attention of these was found to be before; ``None``: it has to be found out."""
+        return None
+
+    def remember(self, layout: Layout) -> None:
+        """Attention that was asked for with ``recall`` was found to be this."""
 
     def give(self, tensor: torch.Tensor, dims: Dims) -> None:
         """Say what the dimensions of a tensor are that came from none of these functions."""
@@ -270,7 +278,7 @@ class Sources:
             return self._unknown(result)
         axes: dict[str, list[Dim]] = {}
         for tensor, labels in zip(product.operands, product.labels, strict=True):
-            for label, dim in zip(labels, self.of(tensor) or (), strict=False):
+            for label, dim in zip(labels, self._known.get(tensor) or (), strict=False):
                 if size_of(dim) > 1:
                     axes.setdefault(label, []).append(dim)
         sizes = zip(product.result, result.shape, strict=True)
@@ -376,8 +384,9 @@ class Sources:
     def _written(self, name: str, operands: list[torch.Tensor], args: Any) -> None:
         """Something was written into a tensor that was there before."""
         target, value = operands[0], operands[-1]
-        own, dims = self._known.get(target), self.of(value)
+        own, dims = self._known.get(target), self._known.get(value)
         if own is None:
+            self._forget(target)  # of what lies in the same memory something may be known
             if dims is not None and value is not target and value.dim() == target.dim():
                 self._into_unknown(target, value, dims, args)
             return
@@ -463,8 +472,8 @@ class Sources:
 
     def _forget(self, target: torch.Tensor) -> None:
         """A tensor holds other elements than before, and so does all that lies in its memory."""
-        for one in list(self._known):
-            if _shares(one, target):
+        for one, dims in list(self._known.items()):
+            if dims is not None and _shares(one, target):
                 self._known[one] = fresh(one.shape)
 
     def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:

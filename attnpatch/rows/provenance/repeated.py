@@ -1,0 +1,314 @@
+"""A module that does the same for every token need not be followed for every token.
+
+While a sequence is generated, each call of an attention module runs the same functions on tensors of the same shapes; only
+the number of keys grows. ``RepeatedSources`` writes down what a call does (functions, which tensor goes where, numbers)
+up to its SDPA call. Where that is what an earlier call did, and every number that differs has grown by the same amount as
+in the calls that were compared, the answer is that of the earlier call. Otherwise what was written down is followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attnpatch.observing import Layout
+from attnpatch.rows.graph.axes import Dims
+from attnpatch.rows.op_table import called
+from attnpatch.rows.provenance import element_places
+from attnpatch.rows.provenance.sources import Sources
+
+# Inputs of at most so many tokens, over the batch: their tensors are kept until the SDPA call.
+MOST_TOKENS = 16
+# Ways of one module that are kept, as the batch and the cache change.
+_MOST_WAYS = 16
+# A tensor of more bytes that is joined with others, as a cache is, is not kept: only its shape is.
+_LARGE = 1 << 20
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_CONSTANTS = frozenset(
+    (str, bool, float, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+)
+# Marks in what is written, where anything else could be a number or a tensor's.
+_NEW, _STRIDED = object(), object()
+# In place: they change what a tensor looks like, so that what was done before can no longer be followed.
+_RESHAPING = frozenset(
+    "resize_ resize_as_ set_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ data_ unflatten_".split()
+)
+
+
+_name = functools.lru_cache(1024)(called)
+
+
+class _Shape:
+    """Stands for a tensor that nothing is known of but its shape."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass
+class _Way:
+    """What one call was found to be.
+
+    Attributes:
+        numbers: All that it was given: sizes, places, in order.
+        layout: What its attention was.
+        grows: Which of the numbers grow from call to call; ``None``: nothing was compared yet.
+        grows_in: The number of the piece of keys that grows with them.
+    """
+
+    numbers: tuple[int, ...]
+    layout: Layout
+    grows: tuple[bool, ...] | None = None
+    grows_in: int = 0
+
+    def answer(self, numbers: tuple[int, ...]) -> Layout | None:
+        """The layout of a call of these numbers; ``None``: it is not known."""
+        if numbers == self.numbers:
+            return self.layout
+        if self.grows is None:
+            return None
+        amount = self._growth(numbers)
+        return None if amount is None or amount[0] != self.grows else self._grown(self.grows_in, amount[1])
+
+    def compare(self, numbers: tuple[int, ...], layout: Layout) -> bool:
+        """Learn from a second call what grows; whether anything was learned."""
+        amount = self._growth(numbers) if self.grows is None else None
+        if amount is None:
+            return False
+        for place in range(max(1, len(self.layout.keys))):
+            if _is_same(self._grown(place, amount[1]), layout):
+                self.grows, self.grows_in = amount[0], place
+                return True
+        return False
+
+    def _growth(self, numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], int] | None:
+        """Which numbers differ from these, all by the same amount, and by how much."""
+        if len(numbers) != len(self.numbers):
+            return None
+        changes = [new - old for new, old in zip(numbers, self.numbers, strict=True)]
+        amounts = set(changes) - {0}
+        return (tuple(map(bool, changes)), amounts.pop()) if len(amounts) == 1 else None
+
+    def _grown(self, place: int, by: int) -> Layout:
+        keys = tuple(
+            dataclasses.replace(piece, length=piece.length + by) if i == place else piece
+            for i, piece in enumerate(self.layout.keys)
+        )
+        return dataclasses.replace(self.layout, kv_len=self.layout.kv_len + by, keys=keys)
+
+
+def _is_same(one: Layout, other: Layout) -> bool:
+    first, second = one.numbers, other.numbers
+    is_numbered_alike = first is second or (
+        first is not None and second is not None and torch.equal(first, second)
+    )
+    return is_numbered_alike and dataclasses.replace(one, numbers=None) == dataclasses.replace(
+        other, numbers=None
+    )
+
+
+class Repeats:
+    """What the calls of one module were found to be.
+
+    Attributes:
+        is_off: Whether the module does what cannot be written down, or asks twice.
+    """
+
+    def __init__(self) -> None:
+        self.is_off = False
+        self._ways: dict[tuple[Any, ...], list[_Way]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._ways)
+
+    def find(self, done: tuple[Any, ...], numbers: tuple[int, ...]) -> Layout | None:
+        """The layout of a call that did this with these numbers."""
+        return next(
+            (found for way in self._ways.get(done, ()) if (found := way.answer(numbers)) is not None), None
+        )
+
+    def keep(self, done: tuple[Any, ...], numbers: tuple[int, ...], layout: Layout) -> None:
+        """Remember what a call was found to be."""
+        ways = self._ways.setdefault(done, [])
+        if not any(way.compare(numbers, layout) for way in ways):
+            ways.append(_Way(numbers, layout))
+        del ways[:-_MOST_WAYS]
+        if len(self._ways) > _MOST_WAYS:
+            del self._ways[next(iter(self._ways))]
+
+
+def sources_of(
+    inputs: Sequence[torch.Tensor],
+    outer: Sources | None,
+    moved: dict[int, dict[int, str]],
+    repeats: Repeats | None,
+) -> Sources:
+    """The sources of a call; see ``Sources``.
+
+    Args:
+        inputs, outer, moved: As there.
+        repeats: What is known of the module's calls; ``None``: each is followed.
+    """
+    if repeats is None or repeats.is_off or outer is not None or moved or not inputs:
+        return Sources(inputs, outer, moved)
+    tokens = inputs[0].numel() // max(1, inputs[0].shape[-1])
+    return Sources(inputs) if tokens > MOST_TOKENS else RepeatedSources(inputs, repeats)
+
+
+class RepeatedSources(Sources):
+    """The sources of a call of few tokens, followed only where it is not a repetition.
+
+    Args:
+        inputs: The tensors that the module is called with, in order, each once.
+        repeats: What is known of the module's calls.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], repeats: Repeats) -> None:
+        super().__init__(inputs)
+        self._repeats = repeats
+        # What was done and is not followed yet; ``None``: all is, or nothing more is to be.
+        self._waiting: list[tuple[Any, ...]] | None = [] if repeats else None
+        self._is_asked = self._is_answered = self._is_lost = False
+        # All that was done, with a number for every tensor; and the numbers that it was done with.
+        self._done: list[Any] = []
+        self._numbers: list[int] = []
+        self._slots: dict[int, int] = {}
+        self._memories: dict[int, int] = {}
+        self._held: list[Any] = []  # so that no two of them have one identity
+        self._is_written = all(self._write(tensor) for tensor in inputs)
+
+    def of(self, tensor: torch.Tensor) -> Dims | None:
+        if self._is_answered or not self._is_asked:
+            self._stop()
+        self._catch_up()
+        return None if self._is_lost else super().of(tensor)
+
+    def give(self, tensor: torch.Tensor, dims: Dims) -> None:
+        self._stop()
+        super().give(tensor, dims)
+
+    def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
+        if copy is not tensor:
+            self._stop()
+            super().same(tensor, copy)
+
+    def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if self._is_answered:
+            return
+        if result is not None and not isinstance(result, (torch.Tensor, tuple, list)):
+            return  # a shape, a dtype
+        if self._is_written:
+            name = _name(func)
+            if name in element_places.JOINING and not kwargs and isinstance(args[0], (tuple, list)):
+                # A cache is gone as soon as it was joined with a token, and is not to be kept for this.
+                args = ([self._kept(piece) for piece in args[0]], *args[1:])
+            if name in _RESHAPING or "out" in kwargs or not self._step(func, args, kwargs, result):
+                self._is_lost |= self._waiting is not None and name in _RESHAPING
+                self._stop()
+        if self._waiting is None:
+            super().follow(func, args, kwargs, result)
+        else:
+            self._waiting.append((func, args, kwargs, result))
+
+    def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
+        """What attention of these is if an earlier call's was the same."""
+        if not self._is_written:
+            # It asked once whenever it was compared, and was followed no further.
+            self._is_lost |= self._is_answered
+            self._stop()
+            return None
+        self._is_asked = True
+        self._is_written = self._write(query) and self._write(key)
+        found = self._repeats.find(tuple(self._done), tuple(self._numbers)) if self._is_written else None
+        if found is not None:
+            self._is_answered, self._is_written = True, False
+            self._waiting, self._held, self._slots = None, [], {}
+        return found
+
+    def remember(self, layout: Layout) -> None:
+        """Keep what the attention was found to be that was not recalled."""
+        if self._is_written and not self._is_lost:
+            self._repeats.keep(tuple(self._done), tuple(self._numbers), layout)
+        self._is_written = self._is_asked = False
+        self._held, self._slots = [], {}
+
+    def _stop(self) -> None:
+        """Write nothing down any more, for this module: it is always followed."""
+        self._repeats.is_off, self._is_written = True, False
+        self._held, self._slots = [], {}
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        for step in waiting or ():
+            super().follow(*step)
+
+    # ----------------------------------------------------------------------------------------------- what is written
+
+    def _step(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+        self._done.append(func)
+        for value in args:
+            if not self._write(value):
+                return False
+        for name, value in kwargs.items():
+            self._done.append(name)
+            if not self._write(value):
+                return False
+        return self._write(result, is_result=True)
+
+    def _memory(self, tensor: torch.Tensor) -> int:
+        """A number for the memory that a tensor lies in: of two in the same a write to one changes both."""
+        if type(tensor) is torch.nn.Parameter or tensor.layout is not torch.strided:
+            return -1
+        return self._memories.setdefault(tensor.untyped_storage().data_ptr(), len(self._memories))
+
+    def _kept(self, piece: Any) -> Any:
+        is_large = type(piece) is torch.Tensor and piece.numel() * piece.element_size() > _LARGE
+        return _Shape(piece) if is_large and id(piece) not in self._slots else piece
+
+    def _write(self, value: Any, is_result: bool = False) -> bool:
+        """Write down what a function was given or has given; whether that is possible."""
+        kind = type(value)
+        if kind in _PLAIN:
+            slot = self._slots.get(id(value))
+            if slot is not None:
+                self._done.append(slot)
+                return True
+            self._slots[id(value)] = len(self._slots)
+            self._held.append(value)
+            self._done += (_NEW, value.dtype, value.dim())
+            self._numbers += value.shape
+            memory = self._memory(value)
+            if not is_result:  # how and where a result lies follows from what it was made of
+                self._done.append(memory)
+                if not value.is_contiguous():
+                    self._done.append(_STRIDED)
+                    self._numbers += value.stride()
+        elif kind is int:
+            self._done.append(int)
+            self._numbers.append(value)
+        elif kind in _CONSTANTS:
+            self._done += (kind, value)
+        elif kind in (tuple, list, torch.Size):
+            self._done += (kind, len(value))
+            return all(self._write(each, is_result) for each in value)
+        elif kind is slice:
+            self._done.append(slice)
+            return all(self._write(each) for each in (value.start, value.stop, value.step))
+        elif kind is _Shape:
+            self._done += (_Shape, value.dtype, value.dim())
+            self._numbers += value.shape
+        else:
+            return False
+        return True
