@@ -100,12 +100,12 @@ bench-gpu: venv
 	$(BIN)/python -m benchmarks.gpu
 
 coverage: venv
-	$(BIN)/python -W ignore -m benchmarks coverage
+	$(BIN)/python -W ignore -m tests.compat
 
 # Every block map of the same models beside their own softmax results. It goes on where it stopped: NEW=--again begins anew.
 coverage-maps: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.captured_transformers $(NEW)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.captured_diffusers $(NEW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compat.maps_transformers $(NEW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compat.maps_diffusers $(NEW)
 
 # Strict: a broken link or a missing page fails.
 docs: venv

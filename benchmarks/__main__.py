@@ -177,31 +177,16 @@ def finish(results: dict[str, object]) -> None:
     raise SystemExit(1 if wrong else 0)
 
 
-def cover(transformers: bool, diffusers: bool, only: list[str]) -> int:
-    """The sweeps over all models; both where none or both are asked for. The exit status."""
-    from benchmarks import coverage_diffusers, coverage_transformers
-
-    both = transformers == diffusers
-    if both and only:
-        raise SystemExit("--only names models of one library: say --transformers or --diffusers")
-    status = coverage_transformers.main(only) if transformers or both else 0
-    return max(status, coverage_diffusers.main(only) if diffusers or both else 0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    choices = (
-        "all tiles sweep rounding startup overhead explain coverage vae fuse page pictures table".split()
-    )
+    choices = "all tiles sweep rounding startup overhead explain vae fuse page pictures table".split()
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--only",
         nargs="*",
         default=[],
-        help="names of cases, classes or architectures, for 'all', 'coverage' and 'fuse'",
+        help="names of cases, for 'all' and 'fuse'",
     )
-    for library in ("transformers", "diffusers"):
-        parser.add_argument(f"--{library}", action="store_true", help=f"for 'coverage': {library} alone")
     parser.add_argument("--rounds", type=int, default=3, help="how often each variant runs, for 'fuse'")
     options = parser.parse_args()
     if options.what == "all":
@@ -227,8 +212,6 @@ def main() -> None:
             f"vae: time {found['time_ratio']:.2f}x (asked {VAE[4]:.3g}), peak {found['peak_ratio']:.3f}x (asked {VAE[5]:.3g})"
         )
         raise SystemExit(found["time_ratio"] > VAE[4] or found["peak_ratio"] > VAE[5])
-    elif options.what == "coverage":
-        raise SystemExit(cover(options.transformers, options.diffusers, options.only))
     elif options.what == "fuse":
         from benchmarks import fused
 

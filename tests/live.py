@@ -6,9 +6,8 @@ import weakref
 from typing import Any
 
 import torch
+from compat.sweep import plain_tensors, storage_of
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from benchmarks.sweep import plain_tensors, storage_of
 
 
 class Live(TorchDispatchMode):

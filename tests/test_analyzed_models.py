@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from compat import models_transformers
 from test_blocks import make_tokenizer
 from typer.testing import CliRunner
 
@@ -13,7 +14,6 @@ from attnpatch.cli.app import app
 from attnpatch.conversations.single_pass_check import tokens_to_try
 from attnpatch.errors import AnalysisError
 from attnpatch.hosts.transformers.loading import load_model
-from benchmarks import small_transformers
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TALK = [
@@ -263,7 +263,7 @@ def test_a_longer_text_is_tried_where_a_conversation_passes_a_window():
 def test_layers_that_are_in_no_map_are_in_the_notes(way, tokenizer):
     """Of Kimi Linear one layer in two attends by a softmax."""
     torch.manual_seed(0)
-    config = small_transformers.config_of("kimi_linear", 0)
+    config = models_transformers.config_of("kimi_linear", 0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     analyzer = attnpatch.BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, max_tokens=400)
     found = getattr(analyzer, f"analyze_conversation{way}")(TALK, "none")

@@ -1,6 +1,6 @@
 """A part of the sweep over all architectures of transformers, and that the sweep notices what it is there for.
 
-All of them: ``python -m benchmarks coverage --transformers``, which writes docs/coverage.md.
+All of them: ``python -m tests.compat --transformers``, which writes docs/coverage.md.
 """
 
 import pathlib
@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
+from compat import by_rows_transformers, models_transformers, sweep
 from torch import nn
 
 import attnpatch
-from benchmarks import coverage_transformers, small_transformers, sweep
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,7 +27,7 @@ llava llava_next idefics3 blip-2 sam reformer nemotron_h granite_swa dots3_note_
     [pytest.param(name, marks=[pytest.mark.long] if name == "dots3_note_text" else []) for name in NAMES],
 )
 def test_architectures(name):
-    outcome = coverage_transformers.examine(name)
+    outcome = by_rows_transformers.examine(name)
     assert outcome.runs, outcome.problem
     for implementation, run in outcome.runs.items():
         told = f"{name}, {implementation}: {run}"
@@ -39,14 +39,14 @@ def test_architectures(name):
 def test_page_is_of_these_architectures():
     """Every architecture of the installed transformers is in the page, and the page says the targets are reached."""
     text = PAGE.read_text()
-    absent = [name for name in small_transformers.model_classes() if f"`{name}`" not in text]
+    absent = [name for name in models_transformers.model_classes() if f"`{name}`" not in text]
     assert not absent, "run make coverage"
     built = int(re.search(r"(\d+) built and called", text).group(1))
     by_rows, sites = map(int, re.search(r"went by rows: (\d+) of (\d+)", text).groups())
     bits, runs = map(int, re.search(r"equal to the last bit: (\d+) of (\d+)", text).groups())
-    assert built >= coverage_transformers.BUILT
-    assert by_rows >= coverage_transformers.SHARE_BY_ROWS * sites
-    assert bits >= coverage_transformers.SHARE_BITS * runs
+    assert built >= by_rows_transformers.BUILT
+    assert by_rows >= by_rows_transformers.SHARE_BY_ROWS * sites
+    assert bits >= by_rows_transformers.SHARE_BITS * runs
     assert re.search(r"otherwise: 0\b", text) and "raise only when patched: 0" in text
 
 
@@ -65,8 +65,8 @@ class Attention(Hidden):
     """The same under a name that says so."""
 
 
-def compared(model: nn.Module, x: torch.Tensor) -> coverage_transformers.Run:
-    return coverage_transformers.compare(model, {"x": x}, sweep.run(model, {"x": x}))
+def compared(model: nn.Module, x: torch.Tensor) -> by_rows_transformers.Run:
+    return by_rows_transformers.compare(model, {"x": x}, sweep.run(model, {"x": x}))
 
 
 def test_attention_is_seen():
@@ -84,14 +84,14 @@ def test_attention_that_is_missed_is_reported():
     model.attention = Attention()
     model.forward = lambda x: model.inner(x) + model.attention(x)
     native = sweep.run(model, {"x": (x := torch.randn(2, 11, 8))})
-    result = coverage_transformers.Run()
+    result = by_rows_transformers.Run()
     with sweep.seen({"x": x}) as seen:
         sweep.run(model, {"x": x})
     names = {module: name for name, module in model.named_modules()}
     with attnpatch.patched(model, sites=["attention"], mode="always"):
         assert sweep.equal(sweep.run(model, {"x": x}), native)
         sites = {site.name: site for site in attnpatch.report(model).sites}
-    coverage_transformers._judge(result, seen.rows, names, sites)
+    by_rows_transformers._judge(result, seen.rows, names, sites)
     assert (result.sites, result.by_rows, result.missed) == (2, 1, {"Hidden": 1})
 
 
@@ -106,5 +106,5 @@ def test_process_that_dies_is_one_line():
     def dies(name):
         raise SystemExit(3)
 
-    outcome = sweep.apart(dies, "anything", coverage_transformers.Outcome)
+    outcome = sweep.apart(dies, "anything", by_rows_transformers.Outcome)
     assert outcome.problem == "the process died"

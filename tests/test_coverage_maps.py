@@ -7,9 +7,9 @@ import pathlib
 import re
 
 import pytest
+from compat import maps_diffusers, softmax_oracle, sweep
 
 import attnpatch
-from benchmarks import captured_diffusers, softmax_oracle, sweep
 
 pytest.importorskip("diffusers")
 
@@ -21,7 +21,7 @@ AutoencoderKL""".split()
 
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_of_diffusers(name):
-    outcome = captured_diffusers.examine(name)
+    outcome = maps_diffusers.examine(name)
     assert not outcome.problem
     assert list(outcome.runs) == (["tokens"] if name.startswith("Auto") else ["tokens", "image"])
     for run in outcome.runs.values():
@@ -31,8 +31,8 @@ def test_maps_of_diffusers(name):
 
 def test_a_wrong_map_is_noticed():
     name = "FluxTransformer2DModel"
-    model = captured_diffusers.small_models.build(name)
-    native = captured_diffusers.Native(model, captured_diffusers.unpadded(name, model))
+    model = maps_diffusers.models_diffusers.build(name)
+    native = maps_diffusers.Native(model, maps_diffusers.unpadded(name, model))
     with attnpatch.capture(model) as maps:
         sweep.run(model, native.inputs)
     site = next(iter(maps.sites))

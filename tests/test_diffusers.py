@@ -1,15 +1,15 @@
 """diffusers: its attention processors and some of its models, forced by rows, to the last bit and undone exactly.
 
-All of its model classes: ``python -m benchmarks coverage --diffusers``.
+All of its model classes: ``python -m tests.compat --diffusers``.
 """
 
 import pytest
 import torch
+from compat import by_rows_diffusers, models_diffusers, sweep
 from test_exact import snapshot
 from torch import nn
 
 import attnpatch
-from benchmarks import coverage_diffusers, small_models, sweep
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -61,8 +61,8 @@ def assert_by_rows(model: nn.Module, run, native_calls: int = 0, few_round: bool
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
-    model = small_models.build(name)
-    inputs, _ = coverage_diffusers.first_that_runs(model, name)
+    model = models_diffusers.build(name)
+    inputs, _ = by_rows_diffusers.first_that_runs(model, name)
     assert_by_rows(model, lambda: sweep.run(model, inputs))
 
 
@@ -72,14 +72,14 @@ def test_processors_of_models(name, processor):
     """``baddbmm``, SDPA and attention slicing; the mid block of the autoencoder has 4-D inputs and one head."""
     from diffusers.models import attention_processor
 
-    model = small_models.build(name)
+    model = models_diffusers.build(name)
     if processor == "sliced":
         for module in model.modules():
             if isinstance(module, attention_processor.Attention):
                 module.set_attention_slice(1)
     else:
         model.set_attn_processor(getattr(attention_processor, processor)())
-    inputs, _ = coverage_diffusers.first_that_runs(model, name)
+    inputs, _ = by_rows_diffusers.first_that_runs(model, name)
     assert_by_rows(model, lambda: sweep.run(model, inputs))
 
 
@@ -96,8 +96,8 @@ def test_middle_of_autoencoder_has_one_head():
         bias=True,
         _from_deprecated_attn_block=True,
     )
-    model = nn.Sequential(small_models.randomise(attention).eval())
-    hidden_states = small_models.floats(1, 512, 12, 13)
+    model = nn.Sequential(models_diffusers.randomise(attention).eval())
+    hidden_states = models_diffusers.floats(1, 512, 12, 13)
     with torch.no_grad():
         assert_by_rows(model, lambda: [model(hidden_states)])
 
@@ -110,9 +110,9 @@ _ADDED = {**_PLAIN, "added_kv_proj_dim": 24, "norm_num_groups": 8}
 _JOINT = {**_PLAIN, "added_kv_proj_dim": 32, "context_pre_only": False, "qk_norm": "rms_norm"}
 _CUSTOM = {"hidden_size": 32, "cross_attention_dim": 24}
 _ADAPTER = {**_CUSTOM, "num_tokens": (4,), "scale": 0.7}
-TEXT = small_models.floats(2, 19, 24, seed=3)
-SAME_WIDTH = small_models.floats(2, 19, 32, seed=3)
-IMAGES = [small_models.floats(2, 1, 4, 24, seed=4)]
+TEXT = models_diffusers.floats(2, 19, 24, seed=3)
+SAME_WIDTH = models_diffusers.floats(2, 19, 32, seed=3)
+IMAGES = [models_diffusers.floats(2, 1, 4, 24, seed=4)]
 
 # Processor, its arguments, those of the attention, what attends to what, and whether scores are asked for whole.
 PROCESSORS = [
@@ -145,10 +145,10 @@ def test_processors(name, fields, attention, context):
     if name.startswith("Fused"):
         module.fuse_projections()
     module.set_processor(processor)
-    model = nn.Sequential(small_models.randomise(module).eval())
+    model = nn.Sequential(models_diffusers.randomise(module).eval())
     # Added keys come with images, 4-D.
     shape = (2, 32, 7, 11) if "AddedKV" in name else (2, 77, 32)
-    hidden_states = small_models.floats(*shape)
+    hidden_states = models_diffusers.floats(*shape)
 
     def run():
         with torch.no_grad():
@@ -163,11 +163,11 @@ def test_scaled_adapters():
     pytest.importorskip("peft")
     from peft import LoraConfig
 
-    model = small_models.build("UNet2DConditionModel")
+    model = models_diffusers.build("UNet2DConditionModel")
     model.add_adapter(
         LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     )
-    inputs, _ = coverage_diffusers.first_that_runs(model, "UNet2DConditionModel")
+    inputs, _ = by_rows_diffusers.first_that_runs(model, "UNet2DConditionModel")
     inputs["cross_attention_kwargs"] = {"scale": 0.5}
     native = sweep.run(model, inputs)
     with attnpatch.patched(model, mode="always", rows=7):
@@ -191,8 +191,8 @@ def test_backends_that_are_no_torch_functions(monkeypatch):
             return native(query, key, value, *args, **kwargs)
 
     monkeypatch.setitem(backends, name, foreign)
-    model = small_models.build("FluxTransformer2DModel")
-    inputs, expected = coverage_diffusers.first_that_runs(model, "FluxTransformer2DModel")
+    model = models_diffusers.build("FluxTransformer2DModel")
+    inputs, expected = by_rows_diffusers.first_that_runs(model, "FluxTransformer2DModel")
     with attnpatch.patched(model, mode="always", rows=7):
         got = sweep.run(model, inputs)
         totals = attnpatch.report(model).totals

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from compat.sweep import Whole
 from live import Live
 from torch import nn
 
@@ -15,7 +16,6 @@ from attnpatch.hosts.transformers import masks as host_masks
 from attnpatch.rows.creation import row_masks
 from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending
 from attnpatch.rows.evaluate import toeplitz as distances
-from benchmarks.sweep import Whole
 
 TOKENS = 1024
 SIZES = {

@@ -1,8 +1,8 @@
 """Whether block maps are right: of every model class of diffusers, each map beside the model's own softmax results.
 
-``python -m benchmarks.captured_diffusers [name ...]``. A denoiser is captured twice: in blocks of tokens, and as an image
+``python -m tests.compat.maps_diffusers [name ...]``. A denoiser is captured twice: in blocks of tokens, and as an image
 with tiles and words. Other classes (autoencoders, ControlNets) have the first only. Results are kept in a folder for
-temporary files, as those of ``captured_transformers`` are; a whole run writes its part of docs/coverage_diffusers.md.
+temporary files, as those of ``maps_transformers`` are; a whole run writes its part of docs/coverage_diffusers.md.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 import attnpatch
 from attnpatch.hosts.diffusers.denoiser import is_denoiser
 from attnpatch.patching.registry import is_attention
-from benchmarks import captured_page, small_models, softmax_oracle, sweep
-from benchmarks.captured import TOLERANCE, Native, Outcome, Run, Site, captured, put, run_all, status_of
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage_diffusers.md"
+from . import maps_page, models_diffusers, softmax_oracle, sweep
+from .maps import TOLERANCE, Native, Outcome, Run, Site, captured, put, run_all, status_of
+
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage_diffusers.md"
 RESULTS = pathlib.Path(tempfile.gettempdir()) / "attnpatch-captured-diffusers"
-WORDS = captured_page.Words("class", "classes", "captured", "in blocks of tokens and as images")
+WORDS = maps_page.Words("class", "classes", "captured", "in blocks of tokens and as images")
 ABOUT = (
     "`make coverage-maps` runs the same small models with masks that close nothing, once under `capture(model,",
     "Blocks.fixed(8))` (`tokens`) and, if it is a denoiser, once under `capture(model)` (`image`: its own tokens, those of",
@@ -36,7 +37,7 @@ ABOUT = (
 
 def unpadded(name: str, model: Any) -> Iterator[dict[str, Any]]:
     """Inputs to try, in which every token is real."""
-    for inputs in small_models.inputs_of(model, small_models.special_of(name)):
+    for inputs in models_diffusers.inputs_of(model, models_diffusers.special_of(name)):
         masks = [k for k, v in inputs.items() if "mask" in k and isinstance(v, torch.Tensor) and v.dim() == 2]
         yield {**inputs, **{k: torch.ones_like(inputs[k]) for k in masks}}
 
@@ -45,7 +46,7 @@ def examine(name: str) -> Outcome:
     """One class, in this process."""
     outcome = Outcome(name)
     try:
-        model = small_models.build(name)
+        model = models_diffusers.build(name)
         native = Native(model, unpadded(name, model))
     except Exception as error:
         outcome.problem = sweep.reason(error)
@@ -88,12 +89,12 @@ def captured_image(model: Any, native: Native) -> Run:
 def main() -> int:
     import diffusers
 
-    known = list(small_models.classes())
-    outcomes = run_all("python -m benchmarks.captured_diffusers", __doc__, known, examine, RESULTS)
+    known = list(models_diffusers.classes())
+    outcomes = run_all("python -m tests.compat.maps_diffusers", __doc__, known, examine, RESULTS)
     if outcomes is None:
         return 0
     host = f"diffusers {diffusers.__version__}, in {{state}} of this package:"
-    captured_page.write(DOCUMENT, outcomes, WORDS, [*ABOUT, host])
+    maps_page.write(DOCUMENT, outcomes, WORDS, [*ABOUT, host])
     return status_of(outcomes)
 
 

@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 
 import attnpatch
-from benchmarks import softmax_oracle, sweep
+
+from . import softmax_oracle, sweep
 
 WIDTH = 8
 TOLERANCE = {"eager": 1e-6, "sdpa": 1e-5}

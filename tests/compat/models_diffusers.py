@@ -277,7 +277,7 @@ def inputs_of(model: nn.Module, special: Special) -> Iterator[dict[str, Any]]:
 
 def special_of(name: str) -> Special:
     """What cannot be derived for a class; nothing for most."""
-    from benchmarks.small_special import SPECIAL
+    from .recipes_diffusers import SPECIAL
 
     return SPECIAL.get(name, Special())
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import sweep
+from . import sweep
 
 TITLE = "## Block maps"
 # What a site is whose map is given.

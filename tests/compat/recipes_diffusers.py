@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.small_models import HEADS, TEXT_LEN, TEXT_WIDTH, TOKENS, WIDTH, Special, build, floats
+from .models_diffusers import HEADS, TEXT_LEN, TEXT_WIDTH, TOKENS, WIDTH, Special, build, floats
 
 VIDEO, IMAGE = (5, 16, 24), (16, 24)
 _MOTION_BLOCKS = {"block_out_channels": (32,) * 4, "norm_num_groups": 8}

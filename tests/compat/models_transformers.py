@@ -1,6 +1,6 @@
 """Small models of every architecture that transformers knows: defaults of its config, shrunk, and random weights.
 
-Widths come from a table of names; what cannot be derived for one architecture stands in ``special_transformers.py``.
+Widths come from a table of names; what cannot be derived for one architecture stands in ``recipes_transformers.py``.
 Where the shrunk config does not fit together, the model keeps its default widths and only loses layers, words and
 experts (``level`` 1).
 """
@@ -318,7 +318,7 @@ def _layer_types(default: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def special_of(model_type: str) -> Special:
     """What cannot be derived for an architecture; nothing for most."""
-    from benchmarks.special_transformers import SPECIAL
+    from .recipes_transformers import SPECIAL
 
     return SPECIAL.get(model_type, Special())
 
@@ -354,7 +354,7 @@ def _parameters(kind: type[Any], config: Any) -> int:
 
 def build(model_type: str, level: int, implementation: str) -> nn.Module:
     """A small model with random weights."""
-    from benchmarks.small_models import randomise
+    from .models_diffusers import randomise
 
     kind, config = class_of(model_type), config_of(model_type, level)
     if level and (count := _parameters(kind, config)) > MOST_PARAMETERS:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.small_models import floats
-from benchmarks.small_transformers import FRAMES, IMAGE, WORDS, Special
+from .models_diffusers import floats
+from .models_transformers import FRAMES, IMAGE, WORDS, Special
 
 # Longer than 64: below, torch's fused CPU kernel cannot be cut without rounding differently.
 LENGTH, TARGET_LENGTH, PADDING, BATCH = 101, 71, 14, 2

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 import attnpatch
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.site import calls_here
-from benchmarks import captured_page, small_models, sweep
-from benchmarks.sweep import ROWS, listed
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage_diffusers.md"
+from . import maps_page, models_diffusers, sweep
+from .sweep import ROWS, listed
+
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage_diffusers.md"
 SHARE = 0.95
 
 
@@ -79,14 +80,14 @@ class _Outside(TorchFunctionMode):
 
 def first_that_runs(model: nn.Module, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Inputs that a class takes, and what it makes of them."""
-    return sweep.first_that_runs(model, small_models.inputs_of(model, small_models.special_of(name)))
+    return sweep.first_that_runs(model, models_diffusers.inputs_of(model, models_diffusers.special_of(name)))
 
 
 def examine(name: str) -> Outcome:
     """One class, in this process."""
     outcome = Outcome(name)
     try:
-        model = small_models.build(name)
+        model = models_diffusers.build(name)
         outcome.sites = sum(is_attention(module) for module in model.modules())
         inputs, native = first_that_runs(model, name)
     except Exception as error:
@@ -189,7 +190,7 @@ def document(outcomes: list[Outcome], none: list[str]) -> str:
     lines = [
         "# diffusers, class by class",
         "",
-        f"`python -m benchmarks coverage --diffusers` builds a small one of every model class of diffusers {diffusers.__version__} "
+        f"`python -m tests.compat --diffusers` builds a small one of every model class of diffusers {diffusers.__version__} "
         "that has attention, with random weights, and runs it",
         f'unpatched and with `mode="always", rows={ROWS}`, on CPU in float32.',
         "",
@@ -217,7 +218,7 @@ def main(names: list[str]) -> int:
     """Prints the table; writes the page where every class was asked for. The exit status."""
     torch.set_num_threads(1)
     seen = []
-    for name in names or small_models.classes():
+    for name in names or models_diffusers.classes():
         seen.append(sweep.apart(examine, name, Outcome))
         each = seen[-1]
         print(f"{name:42} {each.problem or _row(each)[len(name) + 6 :]}", flush=True)
@@ -225,8 +226,8 @@ def main(names: list[str]) -> int:
     print(*summary(outcomes), sep="\n")
     if not names:
         none = [each.name for each in seen if not each.built and not each.problem]
-        part = captured_page.kept(DOCUMENT.read_text())
-        DOCUMENT.write_text(captured_page.with_part(document(outcomes, none), part))
+        part = maps_page.kept(DOCUMENT.read_text())
+        DOCUMENT.write_text(maps_page.with_part(document(outcomes, none), part))
     built = [each for each in outcomes if each.built]
     good = all(each.equal or each.is_causal for each in built) and sum(
         each.by_rows for each in built

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.small_models import floats
-from benchmarks.small_transformers import HIDDEN, Special
+from .models_diffusers import floats
+from .models_transformers import HIDDEN, Special
 
 BATCH, LENGTH = 2, 101
 # Of time series: what is known, what is asked for, and how far back a step looks.

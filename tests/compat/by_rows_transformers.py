@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 import attnpatch
-from benchmarks import captured_page, small_transformers, sweep
-from benchmarks.inputs_transformers import LENGTH, MEDIA, TARGET_LENGTH, inputs_of, parameters_of
-from benchmarks.sweep import ROWS
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
+from . import maps_page, models_transformers, sweep
+from .inputs_transformers import LENGTH, MEDIA, TARGET_LENGTH, inputs_of, parameters_of
+from .sweep import ROWS
+
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
 IMPLEMENTATIONS = ("eager", "sdpa")
 # What is asked for.
 # Bits: heads of 256 and wider round otherwise in steps of fewer than 17 rows on processors with AMX (the sweep takes 7).
@@ -76,11 +77,11 @@ class Outcome:
 def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
     outcome = Outcome(model_type)
-    special = small_transformers.special_of(model_type)
+    special = models_transformers.special_of(model_type)
 
     def attempt(level: int) -> dict[str, Run]:
         outcome.level, runs = level, {}
-        for implementation, model in small_transformers.built_with(model_type, level, IMPLEMENTATIONS):
+        for implementation, model in models_transformers.built_with(model_type, level, IMPLEMENTATIONS):
             inputs, native = sweep.first_that_runs(model, inputs_of(model, special))
             runs[implementation] = compare(model, inputs, native)
         return runs
@@ -223,7 +224,7 @@ def document(outcomes: list[Outcome]) -> str:
     lines = [
         "# transformers, architecture by architecture",
         "",
-        "`python -m benchmarks coverage --transformers` builds a small one of every architecture that an Auto class of",
+        "`python -m tests.compat --transformers` builds a small one of every architecture that an Auto class of",
         f"transformers {transformers.__version__} knows, with random weights, and runs it unpatched and with",
         f'`mode="always", rows={ROWS}`: on CPU in float32, eager and SDPA, with padding.',
         "",
@@ -267,7 +268,7 @@ def main(names: list[str]) -> int:
 
     transformers.logging.set_verbosity_error()
     outcomes = []
-    for name in names or small_transformers.model_classes():
+    for name in names or models_transformers.model_classes():
         outcomes.append(sweep.apart(examine, name, Outcome))
         each = outcomes[-1]
         for kind in each.runs:
@@ -276,9 +277,7 @@ def main(names: list[str]) -> int:
             print(f"{name:36} {each.problem}", flush=True)
     print(*summary(outcomes), sep="\n")
     if not names:
-        DOCUMENT.write_text(
-            captured_page.with_part(document(outcomes), captured_page.kept(DOCUMENT.read_text()))
-        )
+        DOCUMENT.write_text(maps_page.with_part(document(outcomes), maps_page.kept(DOCUMENT.read_text())))
         built = sum(bool(each.runs) for each in outcomes)
         return int(not reached(outcomes) or built < BUILT)
     return int(not reached(outcomes))

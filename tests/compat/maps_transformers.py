@@ -1,6 +1,6 @@
 """Whether block maps are right: of every architecture of transformers, each map beside the model's own softmax results.
 
-``python -m benchmarks.captured_transformers [name ...]``. Results are kept in a folder for temporary files, one file for
+``python -m tests.compat.maps_transformers [name ...]``. Results are kept in a folder for temporary files, one file for
 each architecture, so that a run of all of them goes on where it stopped, and then writes its part of docs/coverage.md.
 A second process may do the rest from the other end (``--backwards``). ``--again`` begins anew.
 """
@@ -15,14 +15,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks import captured_page, inputs_transformers, small_transformers, sweep
-from benchmarks.captured import TOLERANCE, Native, Outcome, Run, captured, run_all, status_of
+from . import inputs_transformers, maps_page, models_transformers, sweep
+from .maps import TOLERANCE, Native, Outcome, Run, captured, run_all, status_of
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
 RESULTS = pathlib.Path(tempfile.gettempdir()) / "attnpatch-captured-transformers"
-WORDS = captured_page.Words(
-    "architecture", "architectures", "attention", "with both implementations", " (eager)"
-)
+WORDS = maps_page.Words("architecture", "architectures", "attention", "with both implementations", " (eager)")
 ABOUT = (
     "`make coverage-maps` runs the same small models, without padding, under `capture(model, Blocks.fixed(8))`, eager and",
     "SDPA, and compares every map with what a loop makes of the softmax results that the model, without attnpatch, computes",
@@ -48,16 +46,16 @@ def unpadded(model: Any, special: Any) -> Iterator[dict[str, Any]]:
 def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
     outcome = Outcome(model_type)
-    special = small_transformers.special_of(model_type)
+    special = models_transformers.special_of(model_type)
 
     def attempt(level: int) -> dict[str, Run]:
         native, runs = None, {}
-        for implementation, model in small_transformers.built_with(model_type, level, TOLERANCE):
+        for implementation, model in models_transformers.built_with(model_type, level, TOLERANCE):
             native = native or Native(model, unpadded(model, special))
             found = captured(model, native, TOLERANCE[implementation])
             if implementation == "sdpa" and found.has_wrong():
                 # Some models are handed other masks by it: then the oracle is its own dense math.
-                math = small_transformers.build(model_type, level, implementation)
+                math = models_transformers.build(model_type, level, implementation)
                 native = Native(math, unpadded(math, special))
                 found = captured(model, native, TOLERANCE[implementation])
             runs[implementation] = found
@@ -73,12 +71,12 @@ def main() -> int:
     import transformers.modeling_utils  # before processes are forked
 
     transformers.logging.set_verbosity_error()
-    known = list(small_transformers.model_classes())
-    outcomes = run_all("python -m benchmarks.captured_transformers", __doc__, known, examine, RESULTS)
+    known = list(models_transformers.model_classes())
+    outcomes = run_all("python -m tests.compat.maps_transformers", __doc__, known, examine, RESULTS)
     if outcomes is None:
         return 0
     host = f"transformers {transformers.__version__}, in {{state}} of this package:"
-    captured_page.write(DOCUMENT, outcomes, WORDS, [*ABOUT, host])
+    maps_page.write(DOCUMENT, outcomes, WORDS, [*ABOUT, host])
     return status_of(outcomes)
 
 
