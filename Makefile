@@ -76,7 +76,7 @@ lint: venv
 	$(BIN)/ruff format --check attnpatch tests examples benchmarks
 
 demo-figures: venv
-	$(BIN)/python -m benchmarks.demo_model
+	$(BIN)/python examples/demo_model/measure.py
 
 # Lines of code, without docstrings, comments and blanks.
 lines: venv

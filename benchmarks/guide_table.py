@@ -182,7 +182,7 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
 
     The cost is the time of a pass with maps less that of one without, as a share of the latter; medians, by turns.
     """
-    from attnpatch.demo.conversations import Conversation
+    from attnpatch.demo.conversation import Conversation
     from attnpatch.demo.run import FOLDER
     from attnpatch.demo.worker import load
 

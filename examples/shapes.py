@@ -1,6 +1,6 @@
 """Two coloured shapes from a caption: the captions, their pictures, and a pipeline that draws them.
 
-What ``train_shapes.py`` and ``heat_maps.py`` share. A caption reads "red circle left, blue square right"; the
+What ``demo_model/train_shapes.py`` and ``heat_maps.py`` share. A caption reads "red circle left, blue square right"; the
 pictures are 32 x 32 pixels, and the models draw pixels, so there is no autoencoder.
 """
 

@@ -12,7 +12,11 @@ from rich.console import Console
 
 import attnpatch
 from attnpatch.demo import run, worker
-from attnpatch.demo.conversations import Conversation, held_out_conversation
+from attnpatch.demo.conversation import Conversation
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo_model"))
+
+from generator import held_out_conversation
 
 MODEL = run.FOLDER / "model"
 PNG = b"\x89PNG\r\n\x1a\n"

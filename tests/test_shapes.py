@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo_model")]
 
 import heat_maps  # noqa: E402
 import shapes  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import attnpatch
-from attnpatch.demo.conversations import Conversation, Message
+from attnpatch.demo.conversation import Conversation, Message
 from attnpatch.demo.worker import DemoError, Measured, load, measure_all, show_runs
 from attnpatch.errors import MissingExtraError
 from attnpatch.maps.block_map import BlockMap

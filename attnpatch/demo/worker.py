@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import attnpatch
-from attnpatch.demo.conversations import Conversation
+from attnpatch.demo.conversation import Conversation
 from attnpatch.errors import AttnpatchError
 from attnpatch.memory import PeakMeter
 

@@ -1,6 +1,6 @@
 """Does the demo model know the answer, and does its attention say where it found it?
 
-    python benchmarks/demo_model.py
+    python examples/demo_model/measure.py
 
 Two figures on held-out conversations of 1,000 to 4,600 tokens, each ending with a question about a fact
 stated in one earlier message:
@@ -20,12 +20,13 @@ from itertools import accumulate, count
 from pathlib import Path
 
 import torch
+from generator import held_out_conversation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnpatch
-from attnpatch.demo.conversations import Conversation, held_out_conversation
+from attnpatch.demo.conversation import Conversation
 
-MODEL = Path(__file__).parents[1] / "attnpatch" / "demo" / "model"
+MODEL = Path(__file__).parents[2] / "attnpatch" / "demo" / "model"
 SHORTEST, LONGEST = 1000, 4600
 # Nobody looked at the conversations measured while the training was worked out (it did at some below 10,000).
 FIRST_SEED = 20_000

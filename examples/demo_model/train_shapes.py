@@ -1,7 +1,7 @@
 """Train the models that the heat maps are proven on: captions of two coloured shapes to 32 x 32 pictures.
 
-    python examples/train_shapes.py --model unet
-    python examples/train_shapes.py --model dit
+    python examples/demo_model/train_shapes.py --model unet
+    python examples/demo_model/train_shapes.py --model dit
 
 Both start from random weights and see pictures drawn as they train, of captions that are not held out.
 """
@@ -11,16 +11,19 @@ import copy
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import shapes
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import shapes
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 TOKENS = 8

@@ -1,6 +1,6 @@
 """Train the demo model: a small Llama that answers questions about what was said earlier in a chat.
 
-    python examples/train_demo_model.py --out attnpatch/demo/model
+    python examples/demo_model/train.py --out attnpatch/demo/model
 
 The vocabulary is the words of the conversation generator; the model starts from random weights and sees only
 generated conversations, short ones first, long ones last.
@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from generator import DENSE, NATURAL, all_phrases, training_conversation
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from attnpatch.demo.conversations import DENSE, NATURAL, Conversation, all_phrases, training_conversation
+from attnpatch.demo.conversation import Conversation
 
 ROLES = ("system", "user", "assistant")
 END, PAD = "<|end|>", "<|pad|>"

@@ -10,24 +10,22 @@ triples of that tenth. No fact of a held-out conversation, asked or not, was eve
 every single word was.
 """
 
-import json
 import math
 import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from attnpatch.demo import phrases
+import phrases
+
+from attnpatch.demo.conversation import Conversation, Message
 
 HELD_OUT_SHARE = 10
 # The demo tokenizer gives each of these one token, so lengths are known without loading it.
 _PIECES = re.compile(r"'s|\w+|[^\w\s]")
 _TOKENS_AROUND_MESSAGE = 2
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -47,39 +45,6 @@ class Fact:
     def held_out(self) -> bool:
         """Whether the triple is reserved for evaluation."""
         return zlib.crc32(f"{self.key}={self.value}".encode()) % HELD_OUT_SHARE == 0
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages that end with a question, and where its answer was stated.
-
-    Attributes:
-        messages: ``{"role", "content"}`` dicts: a system message, then user and assistant in turn. The last
-            one is the user's question.
-        fact_message: Index in ``messages`` of the one message that states the fact asked for.
-        answer: The exact reply expected.
-        asked: For every question before the last: the index of its reply and of the message that states the
-            fact. Training puts its loss on the replies.
-    """
-
-    messages: list[Message]
-    fact_message: int
-    answer: str
-    asked: list[tuple[int, int]]
-
-    def with_answer(self) -> list[Message]:
-        """The messages with the expected answer appended as the assistant's."""
-        return [*self.messages, {"role": "assistant", "content": self.answer}]
-
-    def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Conversation":
-        """Read what :meth:`save` wrote; fields it does not know are ignored."""
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

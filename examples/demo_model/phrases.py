@@ -1,4 +1,4 @@
-"""The words the demo conversations are made of; ``conversations.py`` puts them together.
+"""The words the demo conversations are made of; ``generator.py`` puts them together.
 
 Every word here becomes one token of the demo tokenizer. ``{person}``, ``{city}``, ``{food}``, ``{day}``,
 ``{thing}`` and ``{hour}`` are filled in at random; ``{key}`` is what a fact is about ("Marta's boat") and
