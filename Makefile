@@ -80,7 +80,7 @@ demo-figures: venv
 
 # Lines of code, without docstrings, comments and blanks.
 lines: venv
-	$(BIN)/python -m benchmarks.lines
+	$(BIN)/python -m tests.lines
 
 bench: venv
 	$(BIN)/python -m benchmarks

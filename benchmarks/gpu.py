@@ -398,7 +398,7 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
 def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
     """Attention and block mass in one pass, beside a fused kernel and a second pass; float64 of a short call first."""
     # Triton is there by now, and reads when it is imported whether it is to interpret.
-    from benchmarks import one_pass
+    from tests import one_pass
 
     tried = one_pass.SHAPES if sizes.device.type == "cuda" else (one_pass.Shape(16, 16, 4, 2),)
     short, (blocks, count) = a_call(sizes, sizes.checked), blocks_of(sizes.checked, sizes.block)

@@ -22,7 +22,7 @@ import torch
 
 from attnpatch import capture
 from attnpatch.memory import PeakMeter
-from benchmarks.guide_table import GUIDE, SHAPES, blocks_of, model_of
+from benchmarks.conversation import GUIDE, SHAPES, blocks_of, model_of
 
 HERE = pathlib.Path(__file__).parent
 # What is measured of each layer. The first is compared to, and its result is the next layer's input.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import one_pass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -13,7 +14,6 @@ from triton.compiler import ASTSource
 
 from attnpatch.recording.gpu.fused_sums import shape_for
 from attnpatch.recording.gpu.kernel import sum_tiles
-from benchmarks import one_pass
 
 POINTERS = {
     "lse": "*fp32", "out": "*fp32", "query_tiles": "*i32", "key_tiles": "*i32", "query_order": "*i32",

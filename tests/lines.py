@@ -1,4 +1,4 @@
-"""Lines of code without docstrings, comments and blanks: ``python -m benchmarks.lines [FOLDER...]``."""
+"""Lines of code without docstrings, comments and blanks: ``python -m tests.lines [FOLDER...]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guide's table, measured: ``python -m benchmarks.guide_table [--tokens 8192] [--layers 16] [--shape 1b]``.
+"""The guide's table, measured: ``python -m benchmarks.conversation [--tokens 8192] [--layers 16] [--shape 1b]``.
 
 Each row is one pass over a conversation of 16 messages with block maps of every layer, in a process of its own. The
 model has random weights in the shape of Llama-3.2-1B (or of Llama-3.1-8B with ``--shape 8b``), in bfloat16 on the CPU.
@@ -221,7 +221,7 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
 def table(shape: str, layers: int, tokens: int, cases: list[str]) -> list[dict[str, Any]]:
     found = []
     for case in cases:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.guide_table", "--case", case]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.conversation", "--case", case]
         command += ["--shape", shape, "--layers", str(layers), "--tokens", str(tokens)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
         one: dict[str, Any] = {"case": case, "failed": done.returncode}
@@ -244,7 +244,7 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guide_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversation", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192)
