@@ -89,15 +89,16 @@ bench: venv
 bench-peers: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		memory-efficient-attention memory-efficient-attention-pytorch
-	$(BIN)/python -W ignore -m benchmarks.peers
+	$(BIN)/python -W ignore -m benchmarks peers
 
 # Beside another checkout of this project: make bench-against OTHER=<folder>
 bench-against: venv
 	$(BIN)/python -m benchmarks.against $(OTHER)
 
-# On a machine with a GPU; correctness first.
+# On a machine with a GPU; nothing is timed whose sums are wrong.
 bench-gpu: venv
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m pytest tests/on_kernel.py
+	$(BIN)/python -m benchmarks gpu
 
 coverage: venv
 	$(BIN)/python -W ignore -m tests.compat

@@ -1,65 +1,56 @@
-"""One measurement in a process of its own: ``python -m benchmarks.case NAME VARIANT`` prints one line of JSON."""
+"""The table of cases; ``python -m benchmarks.case NAME VARIANT [PARAMETER...]`` measures one and prints a line of JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import attnpatch
-from attnpatch.memory import PeakMeter
+from benchmarks import conversation, explain, long, peers
 from benchmarks.models import eager, llama, tokens
+from benchmarks.runner import Found, once
 
 LONG = 8192
-# Models with attention written by hand, and how many tokens they are given.
-FUSED = {
-    "llama": LONG,
-    "gptj": LONG,
-    "bloom": LONG,
-    "t5": 4096,
-    "deberta": 4096,
-    "gpt_oss": 4096,
-    "gemma2": 4096,
-}
+BY_ROWS = {"mode": "always"}
 
 
-def once(call: Callable[[], object], warm: Callable[[], object]) -> dict[str, float]:
-    """Seconds and peak bytes of one call in a warm process."""
-    warm()
-    with PeakMeter() as meter:
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": meter.peak}
+def around(model: torch.nn.Module, policy: dict[str, Any]) -> Any:
+    """A patch with this policy; none without one."""
+    return attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
 
 
-def forward(implementation: str, **policy: object) -> dict[str, float]:
+def capturing(model: torch.nn.Module, on: bool) -> Any:
+    """A capture in blocks of 128 tokens, or none."""
+    return attnpatch.capture(model, attnpatch.Blocks.fixed(128)) if on else contextlib.nullcontext()
+
+
+def forward(implementation: str, **policy: Any) -> Found:
     """A forward pass over 8,192 tokens, native without a policy."""
     model, ids, short = llama(implementation), tokens(LONG), tokens(256)
-    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
-    with torch.inference_mode(), around:
-        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
+    with torch.inference_mode(), around(model, policy):
+        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))[0]
 
 
-def fuse(name: str, length: int, **policy: object) -> dict[str, float]:
+def fuse(name: str, length: int, **policy: Any) -> Found:
     """A forward pass of a model with attention written by hand, native without a policy."""
-    model = eager(name)
-    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
-    ids, short = tokens(length), tokens(256)
-    with torch.inference_mode(), around:
-        found = once(lambda: model(ids), lambda: model(short))
+    model, ids, short = eager(name), tokens(length), tokens(256)
+    with torch.inference_mode(), around(model, policy):
+        found, _ = once(lambda: model(ids), lambda: model(short))
         if policy.get("fuse") and attnpatch.report(model).totals["by_rows"]:
             print(attnpatch.report(model), file=sys.stderr)
     return found
 
 
-def fuse_error(name: str, length: int = 2048) -> dict[str, float]:
+def fuse_error(name: str, length: int = 2048) -> Found:
     """Distance from the same model in float64, root of the mean square: of the native pass and of the fused one."""
     model, ids = eager(name), tokens(length)
     with torch.inference_mode():
@@ -68,20 +59,17 @@ def fuse_error(name: str, length: int = 2048) -> dict[str, float]:
             fused = model(ids)[0]
         exact = model.double()(ids)[0]
     native_error, fused_error = ((each - exact).square().mean().sqrt().item() for each in (native, fused))
-    return {"native": native_error, "fused": fused_error}
+    return {"native": native_error, "fused": fused_error, "ratio": fused_error / native_error}
 
 
-def capture(on: bool) -> dict[str, float]:
+def capture(on: bool) -> Found:
     """A fused forward pass over 8,192 tokens, with block maps of 128 tokens or without."""
     model, ids, short = llama("sdpa"), tokens(LONG), tokens(256)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        if on:
-            stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)))
-        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))
+    with torch.inference_mode(), capturing(model, on):
+        return once(lambda: model(ids, use_cache=False), lambda: model(short, use_cache=False))[0]
 
 
-def capture_decode(steps: int = 40, layers: int = 4) -> dict[str, float]:
+def capture_decode(steps: int = 40, layers: int = 4) -> Found:
     """Tokens decoded one by one after a prompt of 512, with block maps of 128 tokens and without.
 
     Returns:
@@ -89,13 +77,9 @@ def capture_decode(steps: int = 40, layers: int = 4) -> dict[str, float]:
     """
     from transformers import DynamicCache
 
-    model, prompt = llama("sdpa", layers), tokens(512)
-    found = {}
+    model, prompt, found = llama("sdpa", layers), tokens(512), {}
     for name in ("off", "on", "off", "on"):  # The first of each warms up.
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            if name == "on":
-                stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)))
+        with torch.inference_mode(), capturing(model, name == "on"):
             cache, seconds = DynamicCache(), []
             model(prompt, past_key_values=cache)
             for _ in range(steps):
@@ -106,19 +90,18 @@ def capture_decode(steps: int = 40, layers: int = 4) -> dict[str, float]:
     return {**found, "seconds": (found["on"] - found["off"]) / layers}
 
 
-def training(implementation: str, **policy: object) -> dict[str, float]:
-    """Forward and backward over 4,096 tokens."""
-    model, ids = llama(implementation, layers=1), tokens(4096)
-    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
+def training(**policy: Any) -> Found:
+    """Forward and backward of eager attention over 4,096 tokens, native without a policy."""
+    model = llama("eager", layers=1)
 
     def step(ids: torch.Tensor) -> None:
         model(ids, use_cache=False).logits.mean().backward()
 
-    with around:
-        return once(lambda: step(ids), lambda: step(tokens(64)))
+    with around(model, policy):
+        return once(lambda: step(tokens(4096)), lambda: step(tokens(64)))[0]
 
 
-def vae(**policy: object) -> dict[str, float]:
+def vae(**policy: Any) -> Found:
     """Attention in the middle of an autoencoder: one head of 512 over 128 x 128 latents, in torch's dense math."""
     from diffusers.models.attention_processor import Attention
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,12 +113,11 @@ def vae(**policy: object) -> dict[str, float]:
     )  # fmt: skip
     model = torch.nn.Sequential(attention).eval()
     latents = torch.randn(1, 512, 128, 128, generator=torch.Generator().manual_seed(0))
-    around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), around:
-        return once(lambda: model(latents), lambda: model(latents[..., :16, :16].contiguous()))
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), around(model, policy):
+        return once(lambda: model(latents), lambda: model(latents[..., :16, :16].contiguous()))[0]
 
 
-def overhead(kind: str, pairs: int = 200, is_patched: bool = True) -> dict[str, float]:
+def overhead(kind: str, pairs: int = 200, is_patched: bool = True) -> Found:
     """Patched and unpatched calls of one model by turns; the patch stays native.
 
     Args:
@@ -180,29 +162,82 @@ def _timed(model: torch.nn.Module, prompt: torch.Tensor, kind: str, cache: objec
     return time.perf_counter() - start
 
 
-CASES: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
-    "eager": {"native": lambda: forward("eager"), "by rows": lambda: forward("eager", mode="always")},
-    "sdpa": {"native": lambda: forward("sdpa"), "by rows": lambda: forward("sdpa", mode="always")},
-    "capture": {"off": lambda: capture(False), "on": lambda: capture(True)},
-    "capture decode": {"pairs": capture_decode},
-    "training": {"native": lambda: training("eager"), "by rows": lambda: training("eager", mode="always")},
-    "vae": {"native": vae, "by rows": lambda: vae(mode="always")},
-    **{
-        f"fuse {name}": {
-            "native": functools.partial(fuse, name, length),
-            "fused": functools.partial(fuse, name, length, fuse=True),
-            "by rows": functools.partial(fuse, name, length, mode="always"),
-            "error": functools.partial(fuse_error, name),
-        }
-        for name, length in FUSED.items()
-    },
-    "prefill 512": {"pairs": lambda: overhead("prefill")},
-    "decode": {
-        "pairs": lambda: overhead("decode"),
-        "unpatched": lambda: overhead("decode", is_patched=False),
-    },
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured, in a process for each variant.
+
+    Attributes:
+        variants: By name. In a table the first is what the others are compared to.
+        title: In the picture; cases without one are not drawn.
+        rounds: How often the runner measures each; 0: it is a part of a command of its own.
+        time, peak: The largest ratio of the last variant to the first, of seconds and of peak bytes, that passes.
+        more: The most bytes that the last variant may take beyond the first.
+        alone: Variants that are no time and memory of a call: measured once, and not compared.
+    """
+
+    variants: dict[str, Callable[..., Found]]
+    title: str = ""
+    rounds: int = 0
+    time: float | None = None
+    peak: float | None = None
+    more: float | None = None
+    alone: tuple[str, ...] = ()
+
+
+# Models with attention written by hand: how many tokens they are given, and the largest share of native time that passes.
+FUSED = {
+    "llama": (LONG, 1 / 4),
+    "gptj": (LONG, 1 / 2),
+    "bloom": (LONG, 1 / 2),
+    "t5": (4096, 1 / 2),
+    "deberta": (4096, 1 / 2),
+    "gpt_oss": (4096, None),
+    "gemma2": (4096, None),
 }
+CASES: dict[str, Case] = {
+    "eager": Case(
+        {"native": lambda: forward("eager"), "by rows": lambda: forward("eager", **BY_ROWS)},
+        "eager\n8,192 tokens", 3, 0.4, 1 / 8,
+    ),
+    "sdpa": Case(
+        {"native": lambda: forward("sdpa"), "by rows": lambda: forward("sdpa", **BY_ROWS)},
+        "fused\n8,192 tokens", 5, 1.1,
+    ),
+    "capture": Case(
+        {"off": lambda: capture(False), "on": lambda: capture(True)},
+        "fused with\nblock maps", 5, 1.5, more=100e6,
+    ),
+    "training": Case(
+        {"native": training, "by rows": lambda: training(**BY_ROWS)},
+        "training\n4,096 tokens", 3, peak=1 / 4,
+    ),
+    "prefill 512": Case({"pairs": lambda: overhead("prefill")}, rounds=1, time=1.01),
+    "decode": Case(
+        {"pairs": lambda: overhead("decode"), "unpatched": lambda: overhead("decode", is_patched=False)},
+        rounds=1, time=1.01,
+    ),
+    "capture decode": Case({"pairs": capture_decode}),
+    "vae": Case({"native": vae, "by rows": lambda: vae(**BY_ROWS)}, "", 3, 1.0, 1 / 8),
+    **{
+        f"fuse {name}": Case(
+            {
+                "native": functools.partial(fuse, name, length),
+                "by rows": functools.partial(fuse, name, length, **BY_ROWS),
+                "fused": functools.partial(fuse, name, length, fuse=True),
+                "error": functools.partial(fuse_error, name),
+            },
+            rounds=3, time=limit, alone=("error",),
+        )
+        for name, (length, limit) in FUSED.items()
+    },
+    **{f"peers {kind}": Case(peers.variants(kind)) for kind in peers.KINDS},
+    "conversation": Case(conversation.VARIANTS),
+    "layer": Case(long.VARIANTS),
+    "explain": Case(explain.VARIANTS),
+}  # fmt: skip
+
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    print(json.dumps(CASES[sys.argv[1]][sys.argv[2]]()))
+    name, variant, *parameters = sys.argv[1:]
+    print(json.dumps(CASES[name].variants[variant](*parameters)))

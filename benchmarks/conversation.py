@@ -1,58 +1,32 @@
-"""The guide's table, measured: ``python -m benchmarks.conversation [--tokens 8192] [--layers 16] [--shape 1b]``.
+"""What maps of a conversation cost, by the way that the model runs: ``python -m benchmarks conversation [--tokens 8192]``.
 
-Each row is one pass over a conversation of 16 messages with block maps of every layer, in a process of its own. The
-model has random weights in the shape of Llama-3.2-1B (or of Llama-3.1-8B with ``--shape 8b``), in bfloat16 on the CPU.
-What sampling costs in accuracy is measured on the trained model of the demo: attention of random weights is too even to
-be hard to sample.
+Each row is one pass over a conversation of 16 messages with block maps of every layer, in a process of its own, beside
+the same pass without maps and beside maps made of eager weights in a hook. The model has random weights in the shape of
+Llama-3.2-1B (or of Llama-3.1-8B with ``--shape 8b``), in bfloat16 on the CPU. What a sample of rows costs in accuracy
+(``python -m benchmarks sampling``) is measured on the trained model of the demo: attention of random weights is too even
+to be hard to sample.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
-import json
-import pathlib
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attnpatch import Blocks, capture
-from attnpatch.memory import PeakMeter, free_bytes
+from attnpatch.memory import free_bytes
+from benchmarks.runner import Found, StoppedError, measure, once
 
-HERE = pathlib.Path(__file__).parent
 SHAPES = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
 MESSAGES = 16
-# What the guide estimates at 32k tokens: memory, speed, accuracy.
-GUIDE = {
-    "no maps": ("", "", ""),
-    "original": ("~80 GB+ (out of memory)", "baseline", "100 %"),
-    "by rows": ("~40 GB (chunks of heads)", "baseline", "100 %"),
-    "sequential": ("", "", ""),
-    "chunked": ("", "", ""),
-    "gradient": ("", "", ""),
-    "gradient, checkpointing": ("~25 GB", "-20 %", "100 %"),
-    "4-bit": ("~15 GB", "-10 %", "~99 %"),
-    "sampling": ("~10 GB", "+50 %", "~95 %"),
-}
 
 
 def model_of(
@@ -83,25 +57,24 @@ def in_4_bits(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(child, torch.nn.Linear):
                 weights = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 small = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=False,
-                    compute_dtype=torch.bfloat16,
-                    quant_type="nf4",
-                )
+                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )  # fmt: skip
                 small.weight = weights
                 setattr(module, name, small.to("cpu"))
     return model
 
 
+def edges_of(tokens: int) -> list[int]:
+    return [tokens * i // MESSAGES for i in range(MESSAGES + 1)]
+
+
 def blocks_of(tokens: int) -> Blocks:
-    edges = [tokens * i // MESSAGES for i in range(MESSAGES + 1)]
-    return Blocks.spans(list(itertools.pairwise(edges)), ahead=True)
+    return Blocks.spans(list(itertools.pairwise(edges_of(tokens))), ahead=True)
 
 
-def original(model: torch.nn.Module, ids: torch.Tensor) -> None:
-    """The guide's: eager weights of a layer, taken by a hook, averaged over chunks of 8 heads, summed block by block."""
-    edges = [ids.shape[1] * i // MESSAGES for i in range(MESSAGES + 1)]
+def hook_on_eager_weights(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Eager weights of a layer, averaged over chunks of 8 heads, summed block by block, and thrown away."""
+    edges = edges_of(ids.shape[1])
     found = []
 
     def hook(module: Any, args: Any, output: Any) -> Any:
@@ -149,9 +122,10 @@ def no_maps(model: torch.nn.Module, ids: torch.Tensor) -> None:
         model(ids, use_cache=False, logits_to_keep=1)
 
 
-CASES: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
+# By way of running: the attention implementation, and the pass.
+WAYS: dict[str, tuple[str, Any]] = {
     "no maps": ("sdpa", no_maps),
-    "original": ("eager", original),
+    "hook on eager weights": ("eager", hook_on_eager_weights),
     "by rows": ("sdpa", lambda model, ids: passes(model, ids, None)),
     "sequential": ("sdpa", lambda model, ids: passes(model, ids, ids.shape[1] // MESSAGES)),
     "chunked": ("sdpa", lambda model, ids: passes(model, ids, 1024)),
@@ -162,19 +136,24 @@ CASES: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
 }
 
 
-def measure(case: str, shape: str, layers: int, tokens: int) -> dict[str, float]:
-    attention, run = CASES[case]
-    model = model_of(shape, layers, attention, case == "4-bit")
+def eager_bytes(shape: str, tokens: int) -> int:
+    """Scores of one layer in bfloat16, their softmax in float32, and copies of both."""
+    return SHAPES[shape]["num_attention_heads"] * tokens**2 * 10
+
+
+def one_way(name: str, shape: str, layers: str, tokens: str) -> Found:
+    """One pass: seconds, bytes beyond the weights, bytes of these; ``needs`` where it does not fit."""
+    attention, run = WAYS[name]
+    need = eager_bytes(shape, int(tokens))
+    if attention == "eager" and need > free_bytes(torch.device("cpu")):
+        return {"needs": need}
+    model = model_of(shape, int(layers), attention, name == "4-bit")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    ids = torch.randint(0, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    need = SHAPES[shape]["num_attention_heads"] * tokens**2 * 10
-    if case == "original" and need > free_bytes(torch.device("cpu")):
-        return {"seconds": float("nan"), "peak": float("nan"), "weights": weights, "needs": need}
-    with PeakMeter() as meter:
-        start = time.perf_counter()
-        run(model, ids)
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": meter.peak, "weights": weights}
+    ids = torch.randint(0, 32000, (1, int(tokens)), generator=torch.Generator().manual_seed(0))
+    return {**once(lambda: run(model, ids))[0], "weights": weights}
+
+
+VARIANTS = {name: functools.partial(one_way, name) for name in WAYS}
 
 
 def sampling_error() -> list[tuple[str, float, float, float]]:
@@ -191,13 +170,11 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
     rendered = tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     ids = torch.tensor([tokenizer(rendered, add_special_tokens=False)["input_ids"][:4096]])
 
-    def once(**options: Any) -> tuple[float, torch.Tensor | None]:
+    def run(**options: Any) -> tuple[float, torch.Tensor | None]:
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             maps = stack.enter_context(capture(model, Blocks.fixed(128), **options)) if options else None
-            start = time.perf_counter()
-            model(ids, use_cache=False, logits_to_keep=1)
-            seconds = time.perf_counter() - start
-            return seconds, None if maps is None else maps.block_map.mass.double()
+            spent, _ = once(lambda: model(ids, use_cache=False, logits_to_keep=1))
+            return spent["seconds"], None if maps is None else maps.block_map.mass.double()
 
     kinds: dict[str, dict[str, Any]] = {"no maps": {}, "all": {"sample_rows": None}}
     kinds |= {str(count): {"sample_rows": count} for count in (64, 16, 4, 1)}
@@ -205,7 +182,7 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
     found: dict[str, list[Any]] = {kind: [] for kind in kinds}
     for seed in range(9):
         for kind, options in kinds.items():
-            spent, mass = once(**options, **({"seed": seed} if options else {}))
+            spent, mass = run(**options, **({"seed": seed} if options else {}))
             if seed:  # the first round warms up
                 seconds[kind].append(spent)
                 found[kind].append(mass)
@@ -218,53 +195,35 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def table(shape: str, layers: int, tokens: int, cases: list[str]) -> list[dict[str, Any]]:
-    found = []
-    for case in cases:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.conversation", "--case", case]
-        command += ["--shape", shape, "--layers", str(layers), "--tokens", str(tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
-        one: dict[str, Any] = {"case": case, "failed": done.returncode}
-        with contextlib.suppress(IndexError, json.JSONDecodeError):
-            one |= json.loads(done.stdout.splitlines()[-1])
-        found.append(one)
-        print(_line(one), flush=True)
-    return found
-
-
-def _line(one: dict[str, Any]) -> str:
-    memory, speed, accuracy = GUIDE[one["case"]]
-    if one["failed"]:
-        measured = f"{'killed: out of memory' if one['failed'] < 0 else 'failed':>29}"
-    elif one["seconds"] != one["seconds"]:
-        measured = f"{'needs ' + format(one['needs'] / 1e9, '.0f') + ' GB, not run':>29}"
-    else:
-        measured = f"{one['peak'] / 1e9:8.2f} GB  {one['weights'] / 1e9:5.2f} GB {one['seconds']:8.1f} s"
-    return f"{one['case']:24} {measured}   | guide at 32k: {memory:26} {speed:9} {accuracy}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversation", description=__doc__)
+def conversation(arguments: list[str]) -> None:
+    """Print a line for each way."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks conversation", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--case", choices=CASES, help="only this, as one line of JSON")
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--sampling", action="store_true", help="only what sampling costs in accuracy")
-    options = parser.parse_args()
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    options = parser.parse_args(arguments)
+    print(f"{options.tokens} tokens, {options.layers} layers of the {options.shape} shape, bfloat16, CPU")
+    print(f"{'':24} {'beyond weights':>14}  {'weights':>7} {'time':>10}")
+    for name in options.ways:
+        try:
+            found = measure("conversation", name, options.shape, options.layers, options.tokens)
+        except StoppedError as error:
+            print(f"{name:24} {'killed: out of memory' if error.args[1] < 0 else error.args[0]}", flush=True)
+            continue
+        if "needs" in found:
+            said = f"needs {found['needs'] / 1e9:.0f} GB for the attention of a layer, not run"
+        else:
+            said = (
+                f"{found['peak'] / 1e9:11.2f} GB  {found['weights'] / 1e9:4.2f} GB {found['seconds']:8.1f} s"
+            )
+        print(f"{name:24} {said}", flush=True)
+
+
+def sampling(arguments: list[str]) -> None:
+    """Print what a sample of rows costs and gives."""
     torch.set_num_threads(2)
-    if options.case:
-        print(json.dumps(measure(options.case, options.shape, options.layers, options.tokens)))
-        return
-    if not options.sampling:
-        print(f"{options.tokens} tokens, {options.layers} layers of the {options.shape} shape, bfloat16, CPU")
-        print(f"{'':24} {'beyond weights':>11}  {'weights':>8} {'time':>8}")
-        table(options.shape, options.layers, options.tokens, options.cases)
-    print("\nrows per block of 128 tokens, of the demo's model at 4,096 tokens; mass is 0 to 1")
+    print("rows per block of 128 tokens, of the demo's model at 4,096 tokens; mass is 0 to 1")
     print(f"{'rows':>5} {'cost of maps':>13} {'largest error':>14} {'mean error':>11}")
     for kind, cost, most, mean in sampling_error():
         print(f"{kind:>5} {cost:>12.0%} {most:>14.4f} {mean:>11.5f}")
-
-
-if __name__ == "__main__":
-    main()

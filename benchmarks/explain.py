@@ -7,24 +7,22 @@ and the holes it keeps for blocks below 32 MiB.
 from __future__ import annotations
 
 import os
-import statistics
-import subprocess
-import sys
 import time
 
 import torch
 
 import attnpatch
 from benchmarks.models import llama, tokens
+from benchmarks.runner import Found, measure
 
 LENGTHS = (2048, 4096, 8192)
-ALLOCATORS = {"tensors": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "process": {}}
+ALLOCATORS = ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {})
 
 
-def peak(implementation: str, length: int, way: str) -> int:
+def peak(by_rows: bool, implementation: str, length: str) -> Found:
     """Bytes of one forward pass by the kernel's own high-water mark."""
-    model, ids = llama(implementation), tokens(length)
-    if way == "by rows":
+    model, ids = llama(implementation), tokens(int(length))
+    if by_rows:
         attnpatch.apply(model, mode="always")
     with torch.no_grad():
         model(ids[:, :64])
@@ -34,7 +32,13 @@ def peak(implementation: str, length: int, way: str) -> int:
         result = model(ids)
     found = _memory("VmHWM") - before
     del result
-    return found
+    return {"peak": found}
+
+
+VARIANTS = {
+    "native": lambda implementation, length: peak(False, implementation, length),
+    "by rows": lambda implementation, length: peak(True, implementation, length),
+}
 
 
 def _memory(field: str) -> int:
@@ -42,19 +46,10 @@ def _memory(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
-def _measured(arguments: list[str], environment: dict[str, str], rounds: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.explain", *arguments]
-    env = {**os.environ, **environment}
-    values = [
-        int(subprocess.run(command, env=env, check=True, capture_output=True).stdout) for _ in range(rounds)
-    ]
-    return statistics.median(values)
-
-
-def table(rounds: int = 1) -> None:
-    """Predicted and measured peaks; the exit code says whether all are within a quarter of what tensors hold."""
+def explain(arguments: list[str]) -> int:
+    """Print predicted and measured peaks; 1 where one is not within a quarter of what tensors hold."""
     print(
-        f"{'attention':9} {'tokens':>6} {'':8} {'predicted':>10} {'tensors':>10} {'ratio':>6} {'process':>10} {'ratio':>6}"
+        f"{'attention':9} {'tokens':>6} {'':8} {'predicted':>10}  {'tensors':>10} {'ratio':>6} {'process':>10} {'ratio':>6}"
     )
     outside = 0
     for implementation in ("eager", "sdpa"):
@@ -63,20 +58,19 @@ def table(rounds: int = 1) -> None:
         for length in LENGTHS:
             said = attnpatch.explain(model, length, device="cpu", mode="always")
             for way, predicted in (("native", said.native_peak), ("by rows", said.peak)):
-                arguments = [implementation, str(length), way]
                 found = [
-                    _measured(arguments, environment, 1 if name == "tensors" else rounds)
-                    for name, environment in ALLOCATORS.items()
+                    measure("explain", way, implementation, length, env={**os.environ, **allocator})["peak"]
+                    for allocator in ALLOCATORS
                 ]
                 cells = " ".join(f"{value / 1e6:7.0f} MB {predicted / value:6.2f}" for value in found)
-                print(f"{implementation:9} {length:6} {way:8} {predicted / 1e6:7.0f} MB {cells}", flush=True)
+                print(f"{implementation:9} {length:6} {way:8} {predicted / 1e6:7.0f} MB  {cells}", flush=True)
                 outside += abs(predicted - found[0]) > 0.25 * found[0]
     for implementation in ("eager", "sdpa"):
         seconds = seventy_billion(implementation)
         print(
             f"explaining a 70B Llama on meta at 32768 tokens, {implementation}: {seconds:.1f} s", flush=True
         )
-    raise SystemExit(1 if outside else 0)
+    return int(bool(outside))
 
 
 def seventy_billion(implementation: str) -> float:
@@ -92,8 +86,3 @@ def seventy_billion(implementation: str) -> float:
     start = time.perf_counter()
     attnpatch.explain(model, 32768, device="cpu")
     return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    print(peak(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

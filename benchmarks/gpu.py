@@ -1,6 +1,7 @@
-"""Every GPU figure: ``python -m benchmarks.gpu``. Correctness first, then times and memory, in under 8 minutes on an H200.
+"""Every GPU figure: ``python -m benchmarks gpu``, in under 8 minutes on an H200.
 
-``--device cpu`` runs every line of it on tiny shapes in Triton's interpreter: no figures, but no surprises either.
+Times and memory only: ``make bench-gpu`` tests first that the kernels are right (``tests/on_kernel.py``). ``--device cpu``
+runs every line on tiny shapes in Triton's interpreter: no figures, but no surprises either.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -41,7 +40,7 @@ SHAPES = (
     Shape(128, 64, 4, 3), Shape(128, 64, 4, 2), Shape(128, 64, 4, 4), Shape(128, 64, 8, 3), Shape(128, 128, 8, 2),
     Shape(128, 128, 8, 3), Shape(64, 128, 4, 2), Shape(64, 64, 4, 3), Shape(128, 64, 4, 3, 8), Shape(128, 64, 4, 3, 32),
 )  # fmt: skip
-# Ratios asked for, and bytes.
+# The largest ratios that pass, and bytes.
 ATTENTION, FORWARD, BYTES = 1.6, 1.25, 64 * 10**6
 
 
@@ -60,14 +59,13 @@ class Sizes:
     layers: int = 4
     block: int = 128
     dense: int = 8192
-    checked: int = 1000
     rounds: int = 7
 
 
 GPU = Sizes(torch.device("cuda"), torch.bfloat16, (32768, 131072))
 REHEARSAL = Sizes(
     torch.device("cpu"), torch.float32, (64, 96), heads=2, kv_heads=1, width=16, hidden=32, inner=48, layers=1,
-    block=32, dense=64, checked=50, rounds=1,
+    block=32, dense=64, rounds=1,
 )  # fmt: skip
 
 
@@ -136,135 +134,6 @@ def blocks_of(tokens: int, size: int) -> tuple[torch.Tensor, int]:
 
 def attend(call: dict[str, Any]) -> torch.Tensor:
     return F.scaled_dot_product_attention(**call)
-
-
-# ------------------------------------------------------------------------------------------------------ correctness
-
-
-def expected(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 probabilities and their logsumexp."""
-    query, key, mask = call["query"].double(), call["key"].double(), call["attn_mask"]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    if call["is_causal"]:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], device=scores.device).tril() == 0, -math.inf)
-    if mask is not None:
-        scores = (
-            scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
-        )
-    lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0), lse
-
-
-def check_kernel(sizes: Sizes) -> list[str]:
-    """The kernel against float64, on every feature."""
-    n, device = sizes.checked, sizes.device
-    places = torch.arange(n, device=device)
-    window = (places[:, None] - places >= 0) & (places[:, None] - places < n // 5)
-    slopes = torch.rand(1, sizes.heads, 1, 1, device=device)
-    edges = [0, n // 11, n // 11 + 1, n // 3, n - 7]
-    spans = attnpatch.Blocks.spans(list(itertools.pairwise(edges)))
-    uneven = spans.resolve(torch.ones(1, n, dtype=torch.bool)).assignment
-    scattered = torch.randint(-1, 9, (1, n), generator=torch.Generator().manual_seed(0))
-    fixed, count = blocks_of(n, sizes.block)
-    masked = {"is_causal": False}
-    dtypes = (
-        (torch.bfloat16, torch.float16, torch.float32)
-        if device.type == "cuda"
-        else (torch.float16, torch.float32)
-    )
-    cases: list[tuple[str, dict[str, Any], torch.Tensor, int, list[int] | None]] = [
-        *((f"causal, {dtype}", a_call(sizes, n, dtype), fixed, count, None) for dtype in dtypes),
-        ("not causal", a_call(sizes, n, **masked), fixed, count, None),
-        ("heads apart", a_call(sizes, n), fixed, count, [1, 0]),
-        ("uneven blocks", a_call(sizes, n), uneven, len(edges) - 1, None),
-        ("blocks in many runs", a_call(sizes, n), scattered, 9, None),
-        ("sliding window", a_call(sizes, n, attn_mask=window, **masked), fixed, count, None),
-        (
-            "added mask",
-            a_call(sizes, n, attn_mask=slopes * (places / n - 1) * 9, **masked),
-            fixed,
-            count,
-            None,
-        ),
-    ]
-    wrong = []
-    for name, call, blocks, number, heads in cases:
-        given, lse = expected(call)
-        member = (blocks == torch.arange(number)[:, None]).to(device, torch.float64)
-        wanted = member @ given[0] @ member.T
-        wanted = wanted.sum(0, keepdim=True) if heads is None else wanted[heads]
-        sums = fused_sums.block_sums(call, lse.float(), blocks, blocks, (number, number), heads)
-        rows = member.sum(-1).clamp(min=1)[:, None] * (sizes.heads if heads is None else 1)
-        off = ((sums[0].to(device) - wanted) / rows).abs().max().item()
-        print(f"  kernel, {name:24} off by {off:.1e} (at most 1e-05)", flush=True)
-        wrong += [f"kernel, {name}"] if not off <= 1e-5 else []
-    return wrong
-
-
-def check_lse(sizes: Sizes) -> list[str]:
-    """Every operator that returns a logsumexp gives SDPA's own result with it, and a right one."""
-    wrong = []
-    for backend in BACKENDS if sizes.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
-        for what in ("causal", "mask", "padding"):
-            more = {"enable_gqa": backend != SDPBackend.EFFICIENT_ATTENTION}
-            if what == "mask":
-                seen = torch.rand(sizes.checked, sizes.checked, device=sizes.device) < 0.5
-                more |= {"is_causal": False, "attn_mask": seen}
-            elif what == "padding":
-                # Rows that see nothing, and rows of a longer buffer.
-                seen = torch.ones(
-                    sizes.checked, sizes.checked + 3, dtype=torch.bool, device=sizes.device
-                ).tril()
-                seen[:, :7] = False
-                more |= {"is_causal": False, "attn_mask": seen[:, : sizes.checked]}
-            call = a_call(sizes, sizes.checked, **more)
-            if not more["enable_gqa"]:
-                call["key"], call["value"] = (
-                    call[name].repeat_interleave(sizes.heads // sizes.kv_heads, 1)
-                    for name in ("key", "value")
-                )
-            name = f"{backend.name.lower()}, {what}"
-            with sdpa_kernel([backend, SDPBackend.MATH]):
-                choice = fused_choice(call)
-                if (sizes.device.type, choice) not in fused.OPERATORS:
-                    print(f"  logsumexp, {name}: not offered")
-                    continue
-                result, lse = fused.with_lse(call, choice)
-                own = attend(call)
-                # A kernel may round otherwise when it keeps the logsumexp.
-                result, own = result.nan_to_num(9.0), own.nan_to_num(9.0)
-                same = bool(((result - own).abs() <= torch.finfo(own.dtype).eps * (1 + own.abs())).all())
-            wanted = expected(call)[1]
-            off = (lse - wanted)[wanted.isfinite()].abs().max().item()
-            right = fused.is_right(call, choice, lse)
-            print(f"  logsumexp, {name:28} off by {off:.1e}, result the same: {same}", flush=True)
-            wrong += [f"logsumexp, {name}"] if not (off <= 1e-2 and same and right) else []
-    return wrong
-
-
-def check_maps(sizes: Sizes) -> list[str]:
-    """Maps of a model by the kernel, and by torch."""
-    model, ids = llama(sizes, 1), tokens_of(sizes, 2 * sizes.checked)
-    maps = {}
-    for way in ("kernel", "torch"):
-        why_not = fused_sums.why_not
-        fused_sums.why_not = why_not if way == "kernel" else lambda call: "left out"
-        try:
-            with captured(model, sizes) as found:
-                model(ids, use_cache=False)
-                summed = attnpatch.report(model).sites[0].summed_by
-        finally:
-            fused_sums.why_not = why_not
-        if set(summed) != {"kernel" if way == "kernel" else "torch (left out)"}:
-            return [f"maps by {way}: {summed}"]
-        maps[way] = found.block_map.to_numpy()
-    off = float(abs(maps["kernel"] - maps["torch"]).max())
-    print(f"  maps of a layer by kernel and by torch: off by {off:.1e} (at most 1e-04)")
-    return [] if off <= 1e-4 else ["maps of a layer"]
-
-
-# ---------------------------------------------------------------------------------------------------------- figures
 
 
 def llama(sizes: Sizes, layers: int, implementation: str = "sdpa") -> torch.nn.Module:
@@ -396,16 +265,11 @@ def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
 
 
 def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
-    """Attention and block mass in one pass, beside a fused kernel and a second pass; float64 of a short call first."""
+    """Attention and block mass in one pass, beside a fused kernel and a second pass."""
     # Triton is there by now, and reads when it is imported whether it is to interpret.
     from tests import one_pass
 
     tried = one_pass.SHAPES if sizes.device.type == "cuda" else (one_pass.Shape(16, 16, 4, 2),)
-    short, (blocks, count) = a_call(sizes, sizes.checked), blocks_of(sizes.checked, sizes.block)
-    weights, _ = expected(short)
-    member = (blocks == torch.arange(count)[:, None]).to(sizes.device, torch.float64)
-    value = short["value"].double().repeat_interleave(sizes.heads // sizes.kv_heads, 1)
-    wanted, mass_wanted = weights @ value, (member @ weights[0] @ member.T).sum(0)
     call, (blocks, count) = a_call(sizes, tokens), blocks_of(tokens, sizes.block)
     choice = fused_choice(call)
 
@@ -416,16 +280,6 @@ def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {"attention": lambda: attend(call), "two passes": two_passes}
     for shape in tried:
         name = "one pass, " + " ".join(f"{key} {number}" for key, number in dataclasses.asdict(shape).items())
-        out, mass = one_pass.attend(short, sizes.block, shape)
-        # As far from float64 as torch's own kernel, and rows of mass as exact as those of two passes.
-        off = (out - wanted).abs().max().item()
-        own = (attend(short) - wanted).abs().max().item()
-        of_mass = ((mass.to(sizes.device) - mass_wanted) / (sizes.block * sizes.heads)).abs().max().item()
-        print(
-            f"  {name}: off by {off:.1e} (torch {own:.1e}), mass by {of_mass:.1e} (at most 1e-05)", flush=True
-        )
-        if not (off <= max(2 * own, 1e-5) and of_mass <= 1e-5):
-            raise ArithmeticError(f"{name} is wrong")
         calls[name] = functools.partial(one_pass.attend, call, sizes.block, shape)
     seconds = by_turns(calls, sizes)
     for name, taken in seconds.items():
@@ -463,27 +317,27 @@ def dense(sizes: Sizes) -> dict[str, Any]:
     return found
 
 
-def shown(name: str, found: dict[str, Any], goal: float) -> list[str]:
+def shown(name: str, found: dict[str, Any], limit: float) -> list[str]:
     """Print a pair; what was missed."""
     seconds = found["seconds"]
     print(
-        f"  {seconds['without'] * 1e3:.2f} -> {seconds['with'] * 1e3:.2f} ms, {found['ratio']:.3f}x (asked {goal}), "
-        f"{found['more bytes'] / 1e6:+.1f} MB (asked < {BYTES / 1e6:.0f})"
+        f"  {seconds['without'] * 1e3:.2f} -> {seconds['with'] * 1e3:.2f} ms, {found['ratio']:.3f}x (limit {limit}), "
+        f"{found['more bytes'] / 1e6:+.1f} MB (limit {BYTES / 1e6:.0f})"
     )
     if "mass alone" in seconds:
         print(f"    mass alone: {seconds['mass alone'] * 1e3:.2f} ms")
     for key in ("kernel", "layers", "summed by", "rows sum to"):
         if key in found:
             print(f"    {key}: {found[key]}", flush=True)
-    missed = [f"{name}: {found['ratio']:.3f}x, asked {goal}"] if found["ratio"] > goal else []
+    missed = [f"{name}: {found['ratio']:.3f}x, the limit is {limit}"] if found["ratio"] > limit else []
     return missed + ([f"{name}: {found['more bytes'] / 1e6:.1f} MB"] if found["more bytes"] >= BYTES else [])
 
 
 @torch.inference_mode()
 def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
-    """Everything; what was found, and what was wrong or missed.
+    """Everything; what was found, and what failed or was missed.
 
-    Nothing is timed whose sums are wrong. What fails otherwise is said, and the rest goes on: a GPU may be there only once.
+    What fails is said, and the rest goes on: a GPU may be there only once.
     """
     device = sizes.device
     name = (
@@ -500,15 +354,10 @@ def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
             results[title] = call()
         except Exception as error:
             traceback.print_exc()
-            missed.append(f"wrong: {title}: {type(error).__name__}")
+            missed.append(f"failed: {title}: {type(error).__name__}")
         return results.get(title)
 
     print(f"{name}, torch {torch.__version__}")
-    wrong = section("the kernel against float64", 0, lambda: check_kernel(sizes))
-    if wrong is None or wrong:
-        return results, missed + [f"wrong: {what}" for what in wrong or ()]
-    for title, check in (("logsumexp", check_lse), ("maps", check_maps)):
-        missed += [f"wrong: {what}" for what in section(title, 0, lambda: check(sizes)) or ()]  # noqa: B023
     for tokens in sizes.tokens:
         title = f"attention with capture over attention without, {tokens} tokens"
         found = section(title, 20, lambda: attention(sizes, tokens))  # noqa: B023
@@ -527,8 +376,9 @@ def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
     return results, missed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+def gpu(arguments: list[str]) -> int:
+    """Measure and print; 1 where something failed or is beyond its limit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seconds", type=float, default=420.0, help="start nothing that would end later")
     parser.add_argument("--out", type=pathlib.Path, help="write what was found as JSON")
@@ -543,10 +393,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         options.out.write_text(json.dumps(results, indent=1, default=str))
     if options.device == "cpu":
-        missed = [line for line in missed if line.startswith("wrong")]  # times of a rehearsal say nothing
-    print("\n".join(f"missed: {line}" for line in missed) or "all that was asked is reached")
+        missed = [line for line in missed if line.startswith("failed")]  # times of a rehearsal say nothing
+    print("\n".join(f"missed: {line}" for line in missed) or "every limit is kept")
     return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

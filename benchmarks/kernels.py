@@ -23,8 +23,9 @@ class Attention(torch.nn.Module):
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)
 
 
-def tiles(length: int = 4096, heads: int = 16, head_dim: int = 64, rounds: int = 3) -> None:
+def tiles(arguments: list[str]) -> None:
     """Seconds of one attention call by heads and rows per step, beside the fused kernel; best of some rounds."""
+    length, heads, head_dim, rounds = 4096, 16, 64, 3
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, heads, length, head_dim).unbind()
     mask = torch.full((1, 1, length, length), -1e30).triu_(1)
@@ -48,7 +49,7 @@ def tiles(length: int = 4096, heads: int = 16, head_dim: int = 64, rounds: int =
             print(f"chosen              {_best(lambda: model[0](query, key, value, mask), rounds):7.3f}")
 
 
-def sweep(rounds: int = 2) -> None:
+def sweep(arguments: list[str], rounds: int = 2) -> None:
     """By rows against the fused kernel with the same mask, over lengths, widths, dtypes, heads and threads.
 
     In one thread CPU time counts, because other processes disturb it less than the clock. No more than 2,048 query rows of
@@ -118,7 +119,7 @@ def _best(call: object, rounds: int) -> float:
     return min(seconds)
 
 
-def rounding() -> None:
+def rounding(arguments: list[str]) -> None:
     """How often a product of some rows differs in a bit from the same rows of the whole product."""
     different: Counter[tuple[int, str]] = Counter()
     tried = 0

@@ -1,4 +1,4 @@
-"""32,768 tokens with block maps of every layer, layer by layer: ``python -m benchmarks.long [--tokens 32768]``.
+"""32,768 tokens with block maps of every layer, layer by layer: ``python -m benchmarks long [--tokens 32768]``.
 
 The model has random weights in the shape of Llama-3.2-1B (16 layers, 32 heads) in bfloat16 on the CPU. One layer at a
 time runs, natively and with maps, by turns, each in a process of its own; what goes into the next layer is kept in a
@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import functools
 import pathlib
 import statistics
-import subprocess
-import sys
-import time
 from typing import Any
 
 import torch
 
 from attnpatch import capture
-from attnpatch.memory import PeakMeter
-from benchmarks.conversation import GUIDE, SHAPES, blocks_of, model_of
+from benchmarks.conversation import SHAPES, blocks_of, eager_bytes, model_of
+from benchmarks.runner import ROOT, Found, keep, kept, measure, once
 
-HERE = pathlib.Path(__file__).parent
 # What is measured of each layer. The first is compared to, and its result is the next layer's input.
-VARIANTS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "no maps": {},
     "by rows": {"sample_rows": None},
     "sampling": {"sample_rows": 16},
@@ -50,102 +46,73 @@ def first_input(tokens: int, shape: str) -> torch.Tensor:
     return table[torch.randint(0, 32000, (1, tokens), generator=numbers)]
 
 
-def measure(folder: pathlib.Path, number: int, variant: str, shape: str, tokens: int) -> dict[str, Any]:
+def one_layer(way: str, folder: str, layer: str, shape: str, tokens: str) -> Found:
     """One layer, once: seconds, bytes beyond weights and input, and what tells that results are the same."""
-    kept = folder / f"into_{number}.pt"
-    hidden = torch.load(kept) if number else first_input(tokens, shape)
-    model = layer_of(number, shape, variant == "4-bit")
-    found: dict[str, Any] = {}
-    with PeakMeter() as meter, torch.inference_mode(), contextlib.ExitStack() as stack:
-        start = time.perf_counter()
+    place, number = pathlib.Path(folder), int(layer)
+    hidden = torch.load(place / f"into_{number}.pt") if number else first_input(int(tokens), shape)
+    model = layer_of(number, shape, way == "4-bit")
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
         maps = None
-        if VARIANTS[variant]:
-            maps = stack.enter_context(capture(model, blocks_of(tokens), **VARIANTS[variant]))
-        result = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        found["seconds"] = time.perf_counter() - start
-    found["peak"] = meter.peak
-    found["bits"] = int(
-        result.flatten()[:: max(1, result.numel() // COMPARED)].view(torch.int16).long().sum()
-    )
+        if WAYS[way]:
+            maps = stack.enter_context(capture(model, blocks_of(int(tokens)), **WAYS[way]))
+        found, output = once(lambda: model(inputs_embeds=hidden, use_cache=False))
+    result = output.last_hidden_state
+    some = result.flatten()[:: max(1, result.numel() // COMPARED)]
+    found["bits"] = int(some.view(torch.int16).long().sum())
     if maps is not None:
         found["rows_sum"] = maps.block_map.mass.sum(-1).mean().item()
-        maps.block_map.save(folder / f"map_{number}_{variant.replace(' ', '_')}.safetensors")
+        maps.block_map.save(place / f"map_{number}_{way.replace(' ', '_')}.safetensors")
     else:
-        whole = folder / "whole.pt"
-        torch.save(result, whole)
-        whole.replace(folder / f"into_{number + 1}.pt")
+        torch.save(result, place / "whole.pt")
+        (place / "whole.pt").replace(place / f"into_{number + 1}.pt")
     return found
 
 
-def run(folder: pathlib.Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Whatever is not in the folder yet; returns what is known of each layer, by variant."""
-    done = folder / "done.json"
-    known: list[dict[str, Any]] = json.loads(done.read_text()) if done.exists() else []
+VARIANTS = {way: functools.partial(one_layer, way) for way in WAYS}
+
+
+def run(folder: pathlib.Path, options: argparse.Namespace) -> list[Found]:
+    """Whatever is not in the folder yet; returns what is known of each layer, by way."""
+    known: list[Found] = kept(folder / "done.json").get("layers", [])
     for number in range(len(known), options.layers):
-        layer = {}
         # By turns: the order changes from layer to layer.
-        for variant in options.variants[:: 1 if number % 2 else -1]:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.long", "--folder", str(folder)]
-            command += [
-                "--one",
-                str(number),
-                variant,
-                "--shape",
-                options.shape,
-                "--tokens",
-                str(options.tokens),
-            ]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
-            layer[variant] = json.loads(printed.stdout.splitlines()[-1])
-            print(
-                f"layer {number} {variant:9} {layer[variant]['seconds']:8.1f} s", file=sys.stderr, flush=True
-            )
-        known.append(layer)
-        whole = done.with_suffix(".new")
-        whole.write_text(json.dumps(known))
-        whole.replace(done)
+        known.append(
+            {
+                way: measure("layer", way, folder, number, options.shape, options.tokens)
+                for way in options.ways[:: 1 if number % 2 else -1]
+            }
+        )
+        keep(folder / "done.json", {"layers": known})
         (folder / f"into_{number}.pt").unlink(missing_ok=True)
     return known
 
 
-def table(known: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    first = options.variants[0]
+def table(known: list[Found], options: argparse.Namespace) -> None:
+    first = options.ways[0]
     print(f"\n{options.tokens} tokens, {len(known)} layers of the {options.shape} shape, bfloat16, CPU")
     print(f"{'':9} {'beyond weights':>15} {'time':>9} {'median of layers':>17}  same bits")
-    for variant in options.variants:
-        ratios = [layer[variant]["seconds"] / layer[first]["seconds"] for layer in known]
-        peak = max(layer[variant]["peak"] for layer in known)
-        seconds = sum(layer[variant]["seconds"] for layer in known)
-        same = sum(layer[variant]["bits"] == layer[first]["bits"] for layer in known)
-        guide = " | guide at 32k: " + " ".join(GUIDE[variant]) if any(GUIDE[variant]) else ""
+    for way in options.ways:
+        ratios = [layer[way]["seconds"] / layer[first]["seconds"] for layer in known]
+        peak = max(layer[way]["peak"] for layer in known)
+        seconds = sum(layer[way]["seconds"] for layer in known)
+        same = sum(layer[way]["bits"] == layer[first]["bits"] for layer in known)
         print(
-            f"{variant:9} {peak / 1e9:12.2f} GB {seconds:7.0f} s {statistics.median(ratios):16.2f}x"
-            f"  {same} of {len(known)}{guide}"
+            f"{way:9} {peak / 1e9:12.2f} GB {seconds:7.0f} s {statistics.median(ratios):16.2f}x"
+            f"  {same} of {len(known)}"
         )
-    need = SHAPES[options.shape]["num_attention_heads"] * options.tokens**2 * 10
-    print(
-        f"original  needs {need / 1e9:.0f} GB for the attention of one layer | guide at 32k: {GUIDE['original'][0]}"
-    )
+    need = eager_bytes(options.shape, options.tokens)
+    print(f"a hook on eager weights needs {need / 1e9:.0f} GB for the attention of one layer")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
+def long(arguments: list[str]) -> None:
+    """Measure what is not known yet, and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks long", description=__doc__)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["no maps", "by rows"])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=["no maps", "by rows"])
     parser.add_argument("--folder", type=pathlib.Path, help="where a run is kept; runs/long_TOKENS_SHAPE")
-    parser.add_argument("--one", nargs=2, metavar=("LAYER", "VARIANT"), help="only this, as one line of JSON")
-    options = parser.parse_args()
-    torch.set_num_threads(2)
-    folder = options.folder or HERE.parent / "runs" / f"long_{options.tokens}_{options.shape}"
+    options = parser.parse_args(arguments)
+    folder = options.folder or ROOT / "runs" / f"long_{options.tokens}_{options.shape}"
     folder.mkdir(parents=True, exist_ok=True)
-    if options.one:
-        number, variant = int(options.one[0]), options.one[1]
-        print(json.dumps(measure(folder, number, variant, options.shape, options.tokens)))
-        return
-    table(run(folder, options), options)
-
-
-if __name__ == "__main__":
-    main()
+    table(run(folder.resolve(), options), options)

@@ -1,6 +1,6 @@
 """Where the time of a patch that stays native goes: ``python -m benchmarks overhead``.
 
-How much it is, over 200 pairs, is measured by ``python -m benchmarks --only "prefill 512" decode``. A profiler makes
+How much it is, over 200 pairs, is measured by ``python -m benchmarks "prefill 512" decode``. A profiler makes
 small functions look dearer than they are, so what counts here is their order.
 """
 
@@ -19,7 +19,7 @@ PACKAGE = str(pathlib.Path(attnpatch.__file__).parent)
 STEPS = 100
 
 
-def overhead() -> None:
+def overhead(arguments: list[str]) -> None:
     """Print, for a prompt of 512 tokens and for one token after it, what each function of attnpatch takes itself."""
     from transformers import DynamicCache
 

@@ -1,4 +1,4 @@
-"""Side by side with what a user would pick instead: ``make bench-peers`` or ``python -m benchmarks.peers``.
+"""Side by side with what a user would pick instead: ``make bench-peers`` or ``python -m benchmarks peers``.
 
 Plain attention of 8 heads of 64 in float32 over one sequence, forward and with the backward pass, and block maps of a
 small Llama. Every case is a fresh process under a limit of memory and time, by turns with the others; results are
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
-import json
 import math
 import pathlib
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpatch
-from attnpatch.memory import PeakMeter
 from benchmarks.models import llama, tokens
+from benchmarks.runner import ROOT, Found, StoppedError, keep, kept, measure, once
 
-HERE = pathlib.Path(__file__).parent
-RESULTS, PICTURE = HERE / "peers.json", HERE.parent / "docs" / "peers.png"
+RESULTS, PICTURE = ROOT / "benchmarks" / "peers.json", ROOT / "docs" / "peers.png"
 HEADS, WIDTH, SEED = 8, 64, 0
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 # What a case may take: address space, and seconds, of which the inputs and imports are the smaller part.
@@ -39,6 +37,8 @@ BYTES, SECONDS = 20 * 2**30, 240
 # Rows whose result is compared to float64, and how far an exact method may be from it.
 SAMPLE, EXACT = 64, 1e-5
 BLOCK = 128
+# How many times less memory than the best other way to block maps.
+LESS_MEMORY = 20
 NO_MAPS = "no maps"
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -140,12 +140,11 @@ def reference(given: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ value, slopes @ key / math.sqrt(WIDTH)
 
 
-def attend(name: str, length: int, backward: bool) -> dict[str, float]:
+def attend(name: str, backward: bool, length: str) -> Found:
     """One case: seconds, peak bytes, and the largest distance from float64."""
-    call = PEERS[name]()
-    given = inputs(length)
+    call, given = PEERS[name](), inputs(int(length))
 
-    def once(given: list[Tensor]) -> Tensor:
+    def run(given: list[Tensor]) -> Tensor:
         if not backward:
             with torch.inference_mode():
                 return call(*given[:3])
@@ -154,14 +153,10 @@ def attend(name: str, length: int, backward: bool) -> dict[str, float]:
         return leaves[0].grad
 
     # A compiler compiles for a length.
-    once(given if "compiled" in name else inputs(256))
-    with PeakMeter() as meter:
-        start = time.perf_counter()
-        found = once(given)
-        seconds = time.perf_counter() - start
-    rows = torch.linspace(0, length - 1, SAMPLE).long()
-    error = (found[:, :, rows].double() - reference(given, rows)[backward]).abs().max().item()
-    return {"seconds": seconds, "peak": meter.peak, "error": error}
+    found, result = once(lambda: run(given), lambda: run(given if "compiled" in name else inputs(256)))
+    rows = torch.linspace(0, int(length) - 1, SAMPLE).long()
+    error = (result[:, :, rows].double() - reference(given, rows)[backward]).abs().max().item()
+    return {**found, "error": error}
 
 
 def reduced(weights: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ def inseq(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def hooks(model: nn.Module, ids: Tensor) -> Tensor:
-    """The block-attention guide's: eager weights, reduced when a layer is done and thrown away."""
+    """Eager weights, reduced when a layer is done and thrown away."""
     found = []
 
     def hook(module: Any, args: Any, output: Any) -> Any:
@@ -226,58 +221,58 @@ WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor | None]]] = {
 }
 
 
-def capture(name: str, length: int) -> dict[str, float]:
+def capture(name: str, length: str) -> Found:
     """Block maps of one pass; the first rows see nothing of what follows, so a short pass in float64 checks them."""
     attention, way = WAYS[name]
-    model, ids = llama(attention), tokens(length)
+    model, ids = llama(attention), tokens(int(length))
     with torch.inference_mode():
-        way(model, ids[:, :256])
-        with PeakMeter() as meter:
-            start = time.perf_counter()
-            found = way(model, ids)
-            seconds = time.perf_counter() - start
-        if found is None:
-            return {"seconds": seconds, "peak": meter.peak, "error": 0.0}
+        found, maps = once(lambda: way(model, ids), lambda: way(model, ids[:, :256]))
+        if maps is None:
+            return {**found, "error": 0.0}
         blocks = 512 // BLOCK
         exact = all_weights(llama("eager").double(), ids[:, :512])
-    error = (found[:, :blocks, :blocks].double() - exact).abs().max().item()
-    return {"seconds": seconds, "peak": meter.peak, "error": error}
+    return {**found, "error": (maps[:, :blocks, :blocks].double() - exact).abs().max().item()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is compared: how one case of it is run, and the names there are."""
+    """What is compared: a case of the table, whose variants are called with a name and with more."""
 
     title: str
-    run: Callable[[str, int], dict[str, float]]
+    run: Callable[..., Found]
     names: list[str]
+    more: tuple[Any, ...] = ()
 
 
 KINDS = {
-    "forward": Kind("attention, forward", lambda name, n: attend(name, n, False), list(PEERS)),
-    "training": Kind("attention, forward and backward", lambda name, n: attend(name, n, True), list(PEERS)),
+    "forward": Kind("attention, forward", attend, list(PEERS), (False,)),
+    "training": Kind("attention, forward and backward", attend, list(PEERS), (True,)),
     "capture": Kind("block maps of a Llama of 2 layers", capture, list(WAYS)),
 }
 
 
-def one(kind: str, name: str, length: int) -> dict[str, Any]:
+def variants(kind: str) -> dict[str, Callable[[str], Found]]:
+    """For the table of cases; each takes a number of tokens."""
+    own = KINDS[kind]
+    return {name: functools.partial(own.run, name, *own.more) for name in own.names}
+
+
+def one(kind: str, name: str, length: int) -> Found:
     """One case in a process of its own; ``stopped`` says why there is no number."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--one", kind, name, str(length)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=HERE.parent, check=False, timeout=SECONDS,
+        return measure(
+            f"peers {kind}", name, length, timeout=SECONDS,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES)),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"stopped": f"over {SECONDS} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    said = done.stderr.strip().splitlines()
-    lines = [line for line in said if "Error" in line]
-    text = " ".join(said[-3:])
-    if done.returncode < 0 or "allocate memory" in text or "MemoryError" in text:
+    except StoppedError as error:
+        text, status = error.args
+    said = text.splitlines()
+    end = " ".join(said[-3:])
+    if status < 0 or "allocate memory" in end or "MemoryError" in end:
         return {"stopped": "out of memory"}
-    return {"stopped": (lines or said or ["?"])[-1][:160]}
+    return {"stopped": ([line for line in said if "Error" in line] or said)[-1][:160]}
 
 
 def compare(
@@ -297,7 +292,6 @@ def compare(
                     runs[name].append(one(kind, name, length))
                     if "stopped" in runs[name][-1]:
                         stopped.add(name)
-                    print(f"  {kind} {length} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
             for name, all_runs in runs.items():
                 found[name][str(length)] = summary(all_runs) if all_runs else {"stopped": "not tried"}
         # In the order of the table; what was not measured now is kept.
@@ -355,7 +349,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """What was asked and is not so: an exact peer that is faster with no more memory, and maps that need too much."""
+    """Where another is better: an exact peer that is faster with no more memory, or maps that need more than they may."""
     wrong = []
     for kind in ("forward", "training"):
         found = results.get(kind, {})
@@ -378,13 +372,12 @@ def verdict(results: dict[str, Any]) -> list[str]:
     if peaks and "peak" in own:
         best = min(peaks, key=lambda name: peaks[name])
         ratio = peaks[best] / own["peak"]
-        if ratio < 20:
-            more = (
-                f", {without['peak'] / 1e6:.0f} MB of {own['peak'] / 1e6:.0f} MB without maps"
-                if without
-                else ""
+        if ratio < LESS_MEMORY:
+            more = f"; the pass without maps takes {without['peak'] / 1e6:.0f} MB" if without else ""
+            wrong.append(
+                f"capture, N=8192: {ratio:.1f}x less memory than {best}, the limit is {LESS_MEMORY}x, "
+                f"{own['peak'] / 1e6:.0f} MB{more}"
             )
-            wrong.append(f"capture, N=8192: {ratio:.1f}x less memory than {best}, asked 20x{more}")
     return wrong
 
 
@@ -431,35 +424,22 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+def peers(arguments: list[str]) -> int:
+    """Measure, draw and print; 1 where a peer is better."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks peers", description=__doc__)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sizes", nargs="*", type=int, default=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of peers; all")
     parser.add_argument("--show", action="store_true", help="only print and draw what was measured before")
-    parser.add_argument(
-        "--one", nargs=3, metavar=("KIND", "NAME", "N"), help="only this, as one line of JSON"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(2)
-    if options.one:
-        kind, name, length = options.one
-        print(json.dumps(KINDS[kind].run(name, int(length))))
-        return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    options = parser.parse_args(arguments)
     known = {name for kind in options.kinds for name in KINDS[kind].names}
     if unknown := [name for name in options.only if name not in known]:
         parser.error(f"there is no {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    results = kept(RESULTS)
     if not options.show:
-        results = compare(options.kinds, options.sizes, options.rounds, results, options.only)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        keep(RESULTS, compare(options.kinds, options.sizes, options.rounds, results, options.only))
     draw(results, PICTURE)
-    print(table(results))
-    wrong = verdict(results)
-    print("\n" + ("\n".join(f"missed: {line}" for line in wrong) or "all that was asked is reached"))
-    raise SystemExit(1 if wrong else 0)
-
-
-if __name__ == "__main__":
-    main()
+    wrong = [f"missed: {line}" for line in verdict(results)]
+    print(table(results), "", *(wrong or ["no peer is better"]), sep="\n")
+    return int(bool(wrong))

@@ -5,7 +5,6 @@ The page, opened on the demo's conversation with a cell chosen, and heat maps of
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,9 @@ import torch
 import attnpatch
 from attnpatch.viewing.files import load_maps
 from attnpatch.viewing.page import write_page
-from benchmarks.page import BROWSERS, wait
+from benchmarks.page import a_browser, wait
+from benchmarks.runner import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # The cell that is chosen, as shares of the map's width and height: a late message that looks at an early one.
 CELL = (0.357, 0.982)
@@ -29,9 +28,7 @@ def page(target: Path) -> None:
     """The page of the demo's conversation, in the system's Chromium."""
     from playwright.sync_api import sync_playwright
 
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise SystemExit(f"no browser; looked for {', '.join(BROWSERS)}")
+    browser = a_browser()
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         command = [sys.executable, "-m", "attnpatch", "analyze", "--mode", "demo", "--out", str(out)]
@@ -70,7 +67,8 @@ def heat_map(target: Path) -> None:
     maps.plot_overlay(picture.images[0], WORDS, target)
 
 
-def pictures() -> None:
+def pictures(arguments: list[str]) -> None:
+    """Make both."""
     page(DOCS / "page.png")
     heat_map(DOCS / "heat_map.png")
     print(f"written: page.png and heat_map.png in {DOCS.relative_to(ROOT)}")
