@@ -5,7 +5,7 @@ All of its model classes: ``python -m tests.compat --diffusers``.
 
 import pytest
 import torch
-from compat import by_rows_diffusers, models_diffusers, sweep
+from compat import by_rows_diffusers, models_diffusers, recipe, sweep
 from test_exact import snapshot
 from torch import nn
 
@@ -96,8 +96,8 @@ def test_middle_of_autoencoder_has_one_head():
         bias=True,
         _from_deprecated_attn_block=True,
     )
-    model = nn.Sequential(models_diffusers.randomise(attention).eval())
-    hidden_states = models_diffusers.floats(1, 512, 12, 13)
+    model = nn.Sequential(recipe.randomise(attention).eval())
+    hidden_states = recipe.floats(1, 512, 12, 13)
     with torch.no_grad():
         assert_by_rows(model, lambda: [model(hidden_states)])
 
@@ -110,9 +110,9 @@ _ADDED = {**_PLAIN, "added_kv_proj_dim": 24, "norm_num_groups": 8}
 _JOINT = {**_PLAIN, "added_kv_proj_dim": 32, "context_pre_only": False, "qk_norm": "rms_norm"}
 _CUSTOM = {"hidden_size": 32, "cross_attention_dim": 24}
 _ADAPTER = {**_CUSTOM, "num_tokens": (4,), "scale": 0.7}
-TEXT = models_diffusers.floats(2, 19, 24, seed=3)
-SAME_WIDTH = models_diffusers.floats(2, 19, 32, seed=3)
-IMAGES = [models_diffusers.floats(2, 1, 4, 24, seed=4)]
+TEXT = recipe.floats(2, 19, 24, seed=3)
+SAME_WIDTH = recipe.floats(2, 19, 32, seed=3)
+IMAGES = [recipe.floats(2, 1, 4, 24, seed=4)]
 
 # Processor, its arguments, those of the attention, what attends to what, and whether scores are asked for whole.
 PROCESSORS = [
@@ -145,10 +145,10 @@ def test_processors(name, fields, attention, context):
     if name.startswith("Fused"):
         module.fuse_projections()
     module.set_processor(processor)
-    model = nn.Sequential(models_diffusers.randomise(module).eval())
+    model = nn.Sequential(recipe.randomise(module).eval())
     # Added keys come with images, 4-D.
     shape = (2, 32, 7, 11) if "AddedKV" in name else (2, 77, 32)
-    hidden_states = models_diffusers.floats(*shape)
+    hidden_states = recipe.floats(*shape)
 
     def run():
         with torch.no_grad():

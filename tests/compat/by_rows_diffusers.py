@@ -19,6 +19,7 @@ from attnpatch.patching.registry import is_attention
 from attnpatch.patching.site import calls_here
 
 from . import maps_page, models_diffusers, sweep
+from .recipes_diffusers import recipe_of
 from .sweep import ROWS, listed
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage_diffusers.md"
@@ -80,7 +81,7 @@ class _Outside(TorchFunctionMode):
 
 def first_that_runs(model: nn.Module, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Inputs that a class takes, and what it makes of them."""
-    return sweep.first_that_runs(model, models_diffusers.inputs_of(model, models_diffusers.special_of(name)))
+    return sweep.first_that_runs(model, models_diffusers.inputs_of(model, recipe_of(name)))
 
 
 def examine(name: str) -> Outcome:

@@ -14,6 +14,7 @@ import attnpatch
 
 from . import maps_page, models_transformers, sweep
 from .inputs_transformers import LENGTH, MEDIA, TARGET_LENGTH, inputs_of, parameters_of
+from .recipes_transformers import recipe_of
 from .sweep import ROWS
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -77,17 +78,16 @@ class Outcome:
 def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
     outcome = Outcome(model_type)
-    special = models_transformers.special_of(model_type)
+    recipe = recipe_of(model_type)
 
     def attempt(level: int) -> dict[str, Run]:
         outcome.level, runs = level, {}
         for implementation, model in models_transformers.built_with(model_type, level, IMPLEMENTATIONS):
-            inputs, native = sweep.first_that_runs(model, inputs_of(model, special))
+            inputs, native = sweep.first_that_runs(model, inputs_of(model, recipe))
             runs[implementation] = compare(model, inputs, native)
         return runs
 
-    levels = (0, 1) if special.level is None else (special.level,)
-    runs, outcome.problem = sweep.at_first_level(levels, attempt)
+    runs, outcome.problem = sweep.at_first_level((0, 1), attempt)
     outcome.runs.update(runs or {})
     return outcome
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models_diffusers import floats
-from .models_transformers import FRAMES, IMAGE, WORDS, Special
+from .recipe import Recipe, floats
+from .recipes_transformers import FRAMES, IMAGE, WORDS
 
 # Longer than 64: below, torch's fused CPU kernel cannot be cut without rounding differently.
 LENGTH, TARGET_LENGTH, PADDING, BATCH = 101, 71, 14, 2
@@ -27,7 +27,7 @@ _FLATTENED = ("image_grid_thw", "grid_thw")
 
 
 def words(*shape: int, seed: int = 1, high: int = WORDS) -> torch.Tensor:
-    """Ids of words; the first few are special."""
+    """Ids of words; the first few are recipe."""
     return torch.randint(5, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -183,10 +183,10 @@ def _seeds(model: nn.Module, names: dict[str, inspect.Parameter]) -> Iterator[di
         yield {"inputs_embeds": floats(BATCH, LENGTH, find(config, "hidden_size", default=64))}
 
 
-def inputs_of(model: nn.Module, special: Special) -> Iterator[dict[str, Any]]:
+def inputs_of(model: nn.Module, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Inputs to try, most complete first."""
-    names = {k: v for k, v in parameters_of(model.forward).items() if k not in special.without}
-    given = {k: (v(model) if callable(v) else v) for k, v in special.inputs.items()}
+    names = {k: v for k, v in parameters_of(model.forward).items() if k not in recipe.without}
+    given = recipe.inputs
     side = "right" if getattr(model.config, "is_encoder_decoder", False) else "left"
     tried: set[tuple[Any, ...]] = set()
     for seed in [*_seeds(model, names)] or [{}]:

@@ -22,6 +22,7 @@ from attnpatch.patching.registry import is_attention
 
 from . import maps_page, models_diffusers, softmax_oracle, sweep
 from .maps import TOLERANCE, Native, Outcome, Run, Site, captured, put, run_all, status_of
+from .recipes_diffusers import recipe_of
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage_diffusers.md"
 RESULTS = pathlib.Path(tempfile.gettempdir()) / "attnpatch-captured-diffusers"
@@ -37,7 +38,7 @@ ABOUT = (
 
 def unpadded(name: str, model: Any) -> Iterator[dict[str, Any]]:
     """Inputs to try, in which every token is real."""
-    for inputs in models_diffusers.inputs_of(model, models_diffusers.special_of(name)):
+    for inputs in models_diffusers.inputs_of(model, recipe_of(name)):
         masks = [k for k, v in inputs.items() if "mask" in k and isinstance(v, torch.Tensor) and v.dim() == 2]
         yield {**inputs, **{k: torch.ones_like(inputs[k]) for k in masks}}
 

@@ -17,6 +17,8 @@ import torch
 
 from . import inputs_transformers, maps_page, models_transformers, sweep
 from .maps import TOLERANCE, Native, Outcome, Run, captured, run_all, status_of
+from .recipe import Recipe
+from .recipes_transformers import recipe_of
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
 RESULTS = pathlib.Path(tempfile.gettempdir()) / "attnpatch-captured-transformers"
@@ -35,10 +37,10 @@ def _all_real(length: int, side: str, padding: int = 0) -> torch.Tensor:
     return torch.ones(inputs_transformers.BATCH, length, dtype=torch.long)
 
 
-def unpadded(model: Any, special: Any) -> Iterator[dict[str, Any]]:
+def unpadded(model: Any, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Inputs to try, in which every token is real."""
     with mock.patch.object(inputs_transformers, "mask", _all_real):
-        for inputs in inputs_transformers.inputs_of(model, special):
+        for inputs in inputs_transformers.inputs_of(model, recipe):
             full = {k: torch.ones_like(v) for k, v in inputs.items() if k in _MASKS and v.dim() in (2, 3)}
             yield {**inputs, **full}
 
@@ -46,23 +48,22 @@ def unpadded(model: Any, special: Any) -> Iterator[dict[str, Any]]:
 def examine(model_type: str) -> Outcome:
     """One architecture, in this process."""
     outcome = Outcome(model_type)
-    special = models_transformers.special_of(model_type)
+    recipe = recipe_of(model_type)
 
     def attempt(level: int) -> dict[str, Run]:
         native, runs = None, {}
         for implementation, model in models_transformers.built_with(model_type, level, TOLERANCE):
-            native = native or Native(model, unpadded(model, special))
+            native = native or Native(model, unpadded(model, recipe))
             found = captured(model, native, TOLERANCE[implementation])
             if implementation == "sdpa" and found.has_wrong():
                 # Some models are handed other masks by it: then the oracle is its own dense math.
                 math = models_transformers.build(model_type, level, implementation)
-                native = Native(math, unpadded(math, special))
+                native = Native(math, unpadded(math, recipe))
                 found = captured(model, native, TOLERANCE[implementation])
             runs[implementation] = found
         return runs
 
-    levels = (0, 1) if special.level is None else (special.level,)
-    runs, outcome.problem = sweep.at_first_level(levels, attempt)
+    runs, outcome.problem = sweep.at_first_level((0, 1), attempt)
     outcome.runs.update(runs or {})
     return outcome
 

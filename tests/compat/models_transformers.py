@@ -12,139 +12,29 @@ import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-HIDDEN, INNER, HEADS, KEY_HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 96, 4, 2, 16, 2, 512
-IMAGE, PATCH, FRAMES, POSITIONS = 64, 4, 4, 1024
+from .recipe import randomise
+from .recipes_transformers import (
+    COSTLY,
+    HEAD_NAMES,
+    ID_ENDINGS,
+    IMAGE,
+    KEY_HEAD_NAMES,
+    LAYERS,
+    POSITION_NAMES,
+    POSITIONS,
+    SMALL,
+    SPECIAL_IDS,
+    WORDS,
+    recipe_of,
+)
+
 MOST_PARAMETERS = 100 * 10**6
-# Ids of special tokens are put above all words that a text is made of.
-WORDS, SPECIAL_IDS = 97, 400
-
-_LAYERS = """num_hidden_layers num_layers n_layer n_layers layers encoder_layers decoder_layers depth num_decoder_layers
-num_encoder_layers decoder_num_hidden_layers encoder_num_hidden_layers conf_num_hidden_layers
-speech_encoder_layers t2u_encoder_layers t2u_decoder_layers memory_attention_num_layers resampler_depth
-decoder_num_layers text_encoder_num_layers query_dec_layers num_blocks num_attention_layers l_layers x_layers
-r_layers num_self_attends_per_block folding_trunk_num_hidden_layers num_timestamp_prediction_layers
-num_global_layers perceiver_resampler_num_layers decoder_depth postnet_layers""".split()
-_VOCAB = """vocab_size text_vocab_size src_vocab_size tgt_vocab_size entity_vocab_size codebook_vocab_size
-vocab_size_per_layer_input t2u_vocab_size unit_hifi_gan_vocab_size text_encoder_vocab_size audio_vocab_size
-vision_vocab_size encoder_hash_byte_group_vocab num_hash_buckets mel_vocab_size shape_vocab_size
-pronunciation_vocab_size""".split()
-_WIDTHS = """hidden_size d_model n_embd dim emb_dim hidden_dim embed_dim projection_dim embedding_size text_hidden_size
-decoder_hidden_size encoder_hidden_size encoder_hidden_dim out_hidden_size vision_hidden_size output_proj_dims
-cross_hidden_size memory_attention_hidden_size memory_encoder_hidden_size fpn_hidden_size d_latents
-hidden_size_global backbone_hidden_size mask_dim conv_dim fpn_feature_size mask_feature_size feature_size
-adapter_out_dim reassemble_hidden_size project_dim decoder_embed_dim hidden_channels text_embed_dim word_embed_proj_dim output_dim
-decoder_in_channels projector_hidden_size projection_hidden_size emb_size true_hidden_size intra_bottleneck_size
-memory_encoder_output_channels_ image_text_hidden_size mask_downsampler_embed_dim memory_fuser_embed_dim
-perceiver_resampler_hidden_size output_channels decoder_output_dim input_embedding_size output_embedding_size
-mm_embed_dim audio_embed_dim condition_dim audio_hidden_size prompt_embed_dim vector_quantization_hidden_dimension""".split()
-_INNER = """intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff dim_ff dff mlp_dim ffn_hidden_size d_inner
-n_inner moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size
-decoder_intermediate_size encoder_feedforward_dim dim_feedforward encoder_dim_feedforward decoder_dim_feedforward
-iou_head_hidden_dim intermediate_size_mlp moe_shared_expert_intermediate_size speech_encoder_intermediate_size
-t2u_encoder_ffn_dim t2u_decoder_ffn_dim memory_fuser_intermediate_dim memory_attention_feed_forward_hidden_size
-memory_attention_mlp_hidden_size perceiver_resampler_mlp_intermediate_size dense_intermediate_size
-shared_experts_intermediate_size encoder_linear_units decoder_linear_units moe_hidden_size feed_forward_size
-task_encoder_hidden_dim projection_intermediate_dim pair_transition_intermediate_size
-centroid_intermediate_size""".split()
-_HEADS = """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
-decoder_num_attention_heads encoder_num_attention_heads conf_num_attention_heads speech_encoder_attention_heads
-t2u_encoder_attention_heads t2u_decoder_attention_heads cross_num_attention_heads cross_num_key_value_heads
-decoder_num_heads num_encoder_attention_heads num_decoder_attention_heads resampler_n_heads resampler_heads
-swa_num_attention_heads index_n_heads linear_num_value_heads linear_num_key_heads linear_num_heads
-mamba_n_heads mamba_num_heads num_self_attention_heads num_cross_attention_heads decoder_self_attention_heads
-decoder_cross_attention_heads""".split()
-_KEY_HEADS = "num_key_value_heads swa_num_key_value_heads num_key_value_attention_heads".split()
-_HEAD_DIMS = """head_dim d_kv d_head v_head_dim qk_nope_head_dim dim_head attention_head_size cross_head_dim
-global_head_dim swa_head_dim index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim kv_channels
-mamba_head_dim mamba_d_head resampler_head_dim resampler_dim_head attention_head_dim""".split()
-_EXPERTS = """num_experts n_routed_experts num_local_experts moe_num_experts num_moe_experts""".split()
-_PICKED = "num_experts_per_tok moe_topk moe_k top_k_experts moe_top_k".split()
-_POSITIONS = """max_position_embeddings n_positions n_ctx max_source_positions max_target_positions max_seq_len
-decoder_max_position_embeddings max_encoder_position_embeddings max_decoder_position_embeddings context_length
-t2u_max_position_embeddings max_sequence_length""".split()
-
-# What a value of a config becomes; never more than it was.
-SMALL: dict[str, int] = {
-    **dict.fromkeys(_LAYERS, LAYERS),
-    **dict.fromkeys(_VOCAB, VOCAB),
-    **dict.fromkeys(_WIDTHS, HIDDEN),
-    **dict.fromkeys(_INNER, INNER),
-    **dict.fromkeys(_HEADS, HEADS),
-    **dict.fromkeys(_KEY_HEADS, KEY_HEADS),
-    **dict.fromkeys(_HEAD_DIMS, HEAD_DIM),
-    **dict.fromkeys(_EXPERTS, 4),
-    **dict.fromkeys(_PICKED, 2),
-    "qk_rope_head_dim": 8,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "o_lora_rank": 32,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 16,
-    "laurel_rank": 16,
-    "index_topk": 16,
-    "rotary_dim": 8,
-    "image_size": IMAGE,
-    "patch_size": PATCH,
-    "num_queries": 20,
-    "num_query_tokens": 20,
-    "num_latents": 20,
-    "window_size": 4,
-    "num_pos_feats": HIDDEN // 2,
-    "sliding_window": 32,
-    "num_mel_bins": 16,
-    "num_frames": FRAMES,
-    "codebook_size": 64,
-    "num_codebooks": 4,
-    "mamba_d_state": 16,
-    "num_res_blocks": 1,
-    "depths": 2,
-    "upsample_groups": HIDDEN,
-    "num_mtp_layers": 0,
-    "num_nextn_predict_layers": 0,
-}
-# What only costs time: shrunk where widths stay as they are.
-COSTLY = {
-    *_LAYERS,
-    *_VOCAB,
-    *_EXPERTS,
-    *_PICKED,
-    "num_kv_shared_layers",
-    "n_group",
-    "topk_group",
-    "num_frames",
-}
-COSTLY |= {"first_k_dense_replace", "sliding_window", "num_mtp_layers", "num_nextn_predict_layers"}
-_ID = ("_token_id", "_token_index", "_token_ids")
-
-
-@dataclasses.dataclass(frozen=True)
-class Special:
-    """What cannot be derived for one architecture.
-
-    Attributes:
-        config: Values of the config that replace the shrunk ones; those of a sub-config as a dict.
-        inputs: Arguments of the call that replace or add to the derived ones; callables are given the model.
-        without: Arguments of the call that are not to be given.
-        kind: Name of the model class, where not the one that ``AutoModel`` would take.
-        level: The only level to try.
-        build: Makes the config in the place of all this.
-    """
-
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    without: tuple[str, ...] = ()
-    kind: str = ""
-    level: int | None = None
-    build: Callable[[], Any] | None = None
 
 
 @functools.cache
@@ -238,9 +128,9 @@ def shrunk(name: str, value: Any, level: int) -> Any:
     """A value of a config, made small."""
     if isinstance(value, bool) or value is None:
         return value
-    if name.endswith(_ID) and isinstance(value, int):
+    if name.endswith(ID_ENDINGS) and isinstance(value, int):
         return _special_id(name, value)
-    if name in _POSITIONS and isinstance(value, int) and value > 0:
+    if name in POSITION_NAMES and isinstance(value, int) and value > 0:
         return max(value, POSITIONS) if level else POSITIONS
     if name not in SMALL or (level and name not in COSTLY):
         return value
@@ -251,7 +141,7 @@ def shrunk(name: str, value: Any, level: int) -> Any:
         return min(small, value) if value > 0 else value
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
         # Heads of stages that grow wider: a number that divides all widths.
-        return type(value)(small if name in _HEADS else min(small, v) for v in value)
+        return type(value)(small if name in HEAD_NAMES else min(small, v) for v in value)
     return value
 
 
@@ -267,7 +157,9 @@ def _key_heads(default: Any, values: dict[str, Any]) -> dict[str, Any]:
     """As many heads of keys as of queries, where there are as many."""
     own = vars(default)
     same = [
-        name for name in _KEY_HEADS if values.get(name) and own.get(name) == own.get("num_attention_heads")
+        name
+        for name in KEY_HEAD_NAMES
+        if values.get(name) and own.get(name) == own.get("num_attention_heads")
     ]
     return dict.fromkeys(same, values.get("num_attention_heads"))
 
@@ -316,13 +208,6 @@ def _layer_types(default: Any, values: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ models
 
 
-def special_of(model_type: str) -> Special:
-    """What cannot be derived for an architecture; nothing for most."""
-    from .recipes_transformers import SPECIAL
-
-    return SPECIAL.get(model_type, Special())
-
-
 def class_of(model_type: str) -> type[Any]:
     """The model class.
 
@@ -331,16 +216,13 @@ def class_of(model_type: str) -> type[Any]:
     """
     import transformers
 
-    return getattr(transformers, special_of(model_type).kind or model_classes()[model_type])
+    return getattr(transformers, recipe_of(model_type).kind or model_classes()[model_type])
 
 
 def config_of(model_type: str, level: int) -> Any:
     from transformers import CONFIG_MAPPING
 
-    special = special_of(model_type)
-    if special.build is not None:
-        return special.build()
-    config = small_config(CONFIG_MAPPING[model_type], level, special.config)
+    config = small_config(CONFIG_MAPPING[model_type], level, recipe_of(model_type).config)
     if level == 0:
         _rotate(config)
     return config
@@ -354,8 +236,6 @@ def _parameters(kind: type[Any], config: Any) -> int:
 
 def build(model_type: str, level: int, implementation: str) -> nn.Module:
     """A small model with random weights."""
-    from .models_diffusers import randomise
-
     kind, config = class_of(model_type), config_of(model_type, level)
     if level and (count := _parameters(kind, config)) > MOST_PARAMETERS:
         raise ValueError(f"{count / 1e6:.0f} million parameters with its default widths")

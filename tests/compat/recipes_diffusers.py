@@ -1,12 +1,64 @@
-"""What cannot be derived from the signatures of diffusers' model classes."""
+"""Small models of diffusers as data: what an argument becomes, and what cannot be derived for a class."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
-from .models_diffusers import HEADS, TEXT_LEN, TEXT_WIDTH, TOKENS, WIDTH, Special, build, floats
+from .recipe import Recipe, floats
 
-VIDEO, IMAGE = (5, 16, 24), (16, 24)
+HEADS, HEAD_DIM, WIDTH, TEXT_WIDTH, TEXT_LEN = 4, 16, 64, 32, 19
+FRAMES, HEIGHT, WIDTH_PX = 2, 8, 12
+TOKENS = FRAMES * HEIGHT * WIDTH_PX // 2
+
+_LAYERS = """num_layers depth num_hidden_layers num_single_layers num_mmdit_layers num_single_dit_layers n_layers
+nlayers num_refiner_layers n_refiner_layers mmdit_layers transformer_num_layers num_text_blocks num_visual_blocks
+dit_depth perceiver_num_layers num_layerwise_text_blocks num_refiner_text_blocks decoder_num_layers
+encoder_num_hidden_layers decoder_num_hidden_layers LFE_depth approximator_layers""".split()
+_HEADS = """num_attention_heads n_heads num_heads nheads dit_heads num_cross_attention_heads block_num_heads
+text_num_attention_heads decoder_num_attention_heads audio_num_attention_heads face_encoder_num_heads
+attn_num_heads motion_num_attention_heads cross_attn_num_heads LFE_num_heads""".split()
+_KEY_HEADS = "num_key_value_heads num_kv_heads n_kv_heads num_key_value_attention_heads text_num_key_value_heads".split()
+_HEAD_DIMS = """attention_head_dim head_dim cross_attention_head_dim linear_head_dim decoder_attention_head_dim d_kv
+audio_attention_head_dim dim_heads decoder_head_dim cross_attn_dim_head LFE_dim_head""".split()
+_WIDTHS = """hidden_size model_dim dim cross_attention_dim caption_projection_dim token_dim dit_dim embed_dim d_model
+audio_cross_attention_dim encoder_hidden_size decoder_hidden_size model_channels""".split()
+_INNER = """intermediate_size ffn_dim ff_dim ffn_hidden_size ff_inner_dim d_ff text_intermediate_size
+decoder_intermediate_size moe_intermediate_dim approximator_hidden_dim""".split()
+TEXT_NAMES = """text_embed_dim joint_attention_dim text_dim caption_channels cap_feat_dim cross_attention_input_dim
+encoder_hid_dim context_in_dim in_text_dim dit_text_dim text_in_dim cond_token_dim text_hidden_dim source_dim
+llm_features_dim condition_dim text_encoder_dim""".split()
+_OTHER_WIDTHS = """pooled_projection_dim in_text_dim2 cross_attention_dim_t5 text_embed_dim_t5 text_embed_2_dim
+time_embed_dim time_dim freq_dim image_embed_dim global_cond_dim global_states_input_dim text_emb_dim adaln_dim
+adaln_lora_dim time_embedding_dim timestep_channels time_step_dim pair_repr_dim dim_cond
+time_embed_hidden_dim""".split()
+
+# How a value of the signature is made small; ``None`` in the signature means "not used" and is left alone.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(_LAYERS, 1),
+    **dict.fromkeys(_HEADS, HEADS),
+    **dict.fromkeys(_KEY_HEADS, HEADS // 2),
+    **dict.fromkeys(_HEAD_DIMS, HEAD_DIM),
+    **dict.fromkeys(_WIDTHS, WIDTH),
+    **dict.fromkeys(_INNER, 2 * WIDTH),
+    **dict.fromkeys(TEXT_NAMES, TEXT_WIDTH),
+    **dict.fromkeys(_OTHER_WIDTHS, TEXT_WIDTH),
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "num_res_blocks": 1,
+    "base_dim": 16,
+    "vocab_size": 97,
+    "ch": 32,
+    "channels": 32,
+    "groups": 8,
+}
+AXES = ("axes_dims_rope", "axes_dims", "rope_axes_dim", "axes_dim_rope", "rope_dim_list", "rope_dim")
+AXES_BY_COUNT = {2: (8, 8), 3: (4, 6, 6), 4: (4, 4, 4, 4)}
+
+Build = Callable[[str], nn.Module]
 _MOTION_BLOCKS = {"block_out_channels": (32,) * 4, "norm_num_groups": 8}
 
 
@@ -24,10 +76,10 @@ def grid(height: int = 8, width: int = 12, axes: int = 3, before: int = 0) -> to
 
 def several(
     name: str, kind: str, first: tuple[int, ...], condition: tuple[int, ...], **inputs: object
-) -> Special:
+) -> Recipe:
     """A class that holds a list of others."""
 
-    def make() -> torch.nn.Module:
+    def make(build: Build) -> nn.Module:
         import diffusers.models as models
 
         return getattr(models, name)([build(kind)])
@@ -38,10 +90,10 @@ def several(
         "return_dict": False,
         **inputs,
     }
-    return Special(build=make, first=first, inputs=given)
+    return Recipe(build=make, first=first, inputs=given)
 
 
-def _z_image_control() -> torch.nn.Module:
+def _z_image_control(build: Build) -> nn.Module:
     from diffusers.models import ZImageControlNetModel
 
     control = ZImageControlNetModel(
@@ -62,123 +114,123 @@ _HUNYUAN = {
 }
 
 # fmt: off
-SPECIAL: dict[str, Special] = {
-    "AceStepTransformer1DModel": Special(
+RECIPES: dict[str, Recipe] = {
+    "AceStepTransformer1DModel": Recipe(
         config={"num_hidden_layers": 2, "in_channels": 48, "audio_acoustic_hidden_dim": 16, "sliding_window": 16},
         first=(1, TOKENS, 16),
         inputs={"context_latents": floats(1, TOKENS, 32), "encoder_hidden_states": floats(1, TEXT_LEN, WIDTH)},
     ),
-    "AnimaTextConditioner": Special(
+    "AnimaTextConditioner": Recipe(
         config={"target_dim": WIDTH, "min_sequence_length": 16},
         first=(1, TOKENS, TEXT_WIDTH),
         inputs={"target_input_ids": ids(1, 37)},
     ),
-    "AnyFlowFARTransformer3DModel": Special(first=(1, 5, 16, 16, 24), inputs={"chunk_partition": [1, 2, 2], "timestep": torch.full((1, 5), 500.0), "r_timestep": torch.full((1, 5), 400.0)}),
-    "AnyFlowTransformer3DModel": Special(first=(1, 5, 16, 16, 24), inputs={"timestep": torch.full((1, 5), 500.0), "r_timestep": torch.full((1, 5), 400.0)}),
-    "AutoencoderKLHunyuanImage": Special(
+    "AnyFlowFARTransformer3DModel": Recipe(first=(1, 5, 16, 16, 24), inputs={"chunk_partition": [1, 2, 2], "timestep": torch.full((1, 5), 500.0), "r_timestep": torch.full((1, 5), 400.0)}),
+    "AnyFlowTransformer3DModel": Recipe(first=(1, 5, 16, 16, 24), inputs={"timestep": torch.full((1, 5), 500.0), "r_timestep": torch.full((1, 5), 400.0)}),
+    "AutoencoderKLHunyuanImage": Recipe(
         config={
             "in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (32, 32, 32),
             "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 64,
         },
     ),
-    "AutoencoderKLHunyuanImageRefiner": Special(
+    "AutoencoderKLHunyuanImageRefiner": Recipe(
         config={"latent_channels": 8, "block_out_channels": (16, 16, 32), "spatial_compression_ratio": 4,
                 "temporal_compression_ratio": 2},
         first=(1, 3, 5, 32, 48),
     ),
-    "AutoencoderKLHunyuanVideo15": Special(
+    "AutoencoderKLHunyuanVideo15": Recipe(
         config={"latent_channels": 8, "block_out_channels": (16, 16, 32), "spatial_compression_ratio": 4,
                 "temporal_compression_ratio": 2},
         first=(1, 3, 5, 32, 48),
     ),
-    "AutoencoderKLKVAEAudio": Special(
+    "AutoencoderKLKVAEAudio": Recipe(
         config={"encoder_dim": 8, "encoder_rates": [2, 4], "decoder_rates": [4, 2], "latent_dim": 32,
                 "codebook_dim": 8, "decoder_dim": 32},
         first=(1, 1, 1024),
     ),
-    "AutoencoderKLMiniMaxH3": Special(config={"clip_length": 17, "token_drop": 1}, first=(1, 3, 33, 64, 96)),
-    "AutoencoderKLMiniMaxH3Audio": Special(
+    "AutoencoderKLMiniMaxH3": Recipe(config={"clip_length": 17, "token_drop": 1}, first=(1, 3, 33, 64, 96)),
+    "AutoencoderKLMiniMaxH3Audio": Recipe(
         config={"encoder_dim": 8, "encoder_rates": (2, 4), "latent_dim": 32, "latent_channels": 8, "decoder_dim": 32,
                 "decoder_rates": (4, 2), "decoder_kernel_sizes": (8, 4)},
         first=(1, 1, 1024),
     ),
-    "AutoencoderKLMochi": Special(
+    "AutoencoderKLMochi": Recipe(
         config={"in_channels": 3 * 5, "layers_per_block": (1,) * 5}, first=(1, 3, 7, 32, 48),
     ),
-    "AutoencoderKLQwenImage21": Special(first=(1, 4, 1, 64, 96)),
-    "AutoencoderSAME": Special(
+    "AutoencoderKLQwenImage21": Recipe(first=(1, 4, 1, 64, 96)),
+    "AutoencoderSAME": Recipe(
         config={"patch_size": 16, "encoder_channels": 32, "encoder_c_mults": (2,), "encoder_strides": (2,),
                 "encoder_transformer_depths": (1,), "latent_dim": 16, "encoder_sinusoidal_blocks": (0,),
                 "decoder_sinusoidal_blocks": (0,)},
         first=(1, 2, 2048),
     ),
-    "BriaFibo2Transformer2DModel": Special(
+    "BriaFibo2Transformer2DModel": Recipe(
         config={"injection_layer_ids": (0,), "min_num_gist_tokens": 8, "max_num_gist_tokens": 16, "gist_step": 4,
                 "gist_min_text_len": 8, "gist_max_text_len": 64},
         inputs={"encoder_hidden_states": floats(1, 2, TEXT_LEN, TEXT_WIDTH)}, without=("encoder_attention_mask",),
     ),
-    "BriaFiboTransformer2DModel": Special(
+    "BriaFiboTransformer2DModel": Recipe(
         config={"text_encoder_dim": WIDTH // 2},
         first=(1, TOKENS, 64),
         inputs={"text_encoder_layers": [floats(1, TEXT_LEN, WIDTH // 2)] * 2},
     ),
-    "CogVideoXTransformer3DModel": Special(
+    "CogVideoXTransformer3DModel": Recipe(
         config={"max_text_seq_length": TEXT_LEN}, first=(1, 5, 16, 16, 24),
     ),
-    "ConsisIDTransformer3DModel": Special(
+    "ConsisIDTransformer3DModel": Recipe(
         config={"max_text_seq_length": TEXT_LEN}, first=(1, 5, 16, 16, 24),
     ),
-    "ConsistencyDecoderVAE": Special(config={"encoder_layers_per_block": 1, "decoder_layers_per_block": 1},
+    "ConsistencyDecoderVAE": Recipe(config={"encoder_layers_per_block": 1, "decoder_layers_per_block": 1},
                                      first=(1, 3, 64, 96)),
-    "ControlNetUnionModel": Special(
+    "ControlNetUnionModel": Recipe(
         config={"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80, "num_control_type": 6,
                 "num_trans_channel": 32, "num_trans_head": HEADS, "num_proj_channel": 32, "attention_head_dim": 8},
         inputs={"controlnet_cond": [floats(1, 3, 128, 192)], "control_type": torch.tensor([[1.0, 0, 0, 0, 0, 0]]),
                 "control_type_idx": [0],
                 "added_cond_kwargs": {"text_embeds": floats(1, 32), "time_ids": floats(1, 6)}},
     ),
-    "CosmosTransformer3DModel": Special(
+    "CosmosTransformer3DModel": Recipe(
         config={"max_size": (8, 32, 32), "concat_padding_mask": False, "attention_head_dim": 18},
         first=(1, 16, 5, 16, 24),
     ),
-    "CosmosControlNetModel": Special(),
-    "DiTTransformer2DModel": Special(config={"sample_size": 16}, first=(1, 4, 16, 16)),
-    "DreamLiteTransformer2DModel": Special(config={"in_channels": 32, "cross_attention_dim": WIDTH},
+    "CosmosControlNetModel": Recipe(),
+    "DiTTransformer2DModel": Recipe(config={"sample_size": 16}, first=(1, 4, 16, 16)),
+    "DreamLiteTransformer2DModel": Recipe(config={"in_channels": 32, "cross_attention_dim": WIDTH},
                                            inputs={"encoder_hidden_states": floats(1, TEXT_LEN, WIDTH)}),
-    "DualTransformer2DModel": Special(
+    "DualTransformer2DModel": Recipe(
         config={"in_channels": 32, "cross_attention_dim": WIDTH}, first=(1, 32, 16, 24),
         inputs={"encoder_hidden_states": floats(1, 77 + 257, WIDTH)},
     ),
-    "EasyAnimateTransformer3DModel": Special(
+    "EasyAnimateTransformer3DModel": Recipe(
         config={"in_channels": 16, "out_channels": 16, "patch_size": 2}, first=(1, 16, 5, 16, 24),
     ),
-    "ErnieImageTransformer2DModel": Special(
+    "ErnieImageTransformer2DModel": Recipe(
         inputs={"text_bth": floats(1, TEXT_LEN, TEXT_WIDTH), "text_lens": torch.tensor([TEXT_LEN])},
     ),
     "FluxMultiControlNetModel": several("FluxMultiControlNetModel", "FluxControlNetModel", (1, 96, 64), (1, 96, 64), controlnet_mode=[torch.zeros(1, dtype=torch.long)], encoder_hidden_states=floats(1, TEXT_LEN, TEXT_WIDTH), pooled_projections=floats(1, TEXT_WIDTH), img_ids=grid(), txt_ids=grid(0, 0, before=TEXT_LEN)),
-    "GlmImageTransformer2DModel": Special(
+    "GlmImageTransformer2DModel": Recipe(
         inputs={"prior_token_id": ids(1, 96), "prior_token_drop": torch.tensor([False])},
     ),
-    "HiDreamImageTransformer2DModel": Special(
+    "HiDreamImageTransformer2DModel": Recipe(
         config={"patch_size": 2, "in_channels": 4, "caption_channels": (32, 32), "llama_layers": (0, 1),
                 "axes_dims_rope": (8, 4, 4), "max_resolution": (16, 24)},
         first=(1, 4, 16, 24),
         inputs={"encoder_hidden_states_llama3": floats(2, 1, TEXT_LEN, 32),
                 "encoder_hidden_states_t5": floats(1, TEXT_LEN, 32), "pooled_embeds": floats(1, TEXT_WIDTH)},
     ),
-    "HunyuanDiT2DModel": Special(
+    "HunyuanDiT2DModel": Recipe(
         config={"in_channels": 4, "patch_size": 2, "sample_size": 16, "text_len": TEXT_LEN, "text_len_t5": TEXT_LEN,
                 "num_layers": 2, "pooled_projection_dim": TEXT_WIDTH},
         first=(1, 4, 16, 16),
         inputs={"encoder_hidden_states": floats(1, TEXT_LEN, WIDTH), "image_meta_size": floats(1, 6), "style": ids(1) * 0,
                 "image_rotary_emb": (floats(64, 16), floats(64, 16))},
     ),
-    "HunyuanImageTransformer2DModel": Special(config={"text_embed_2_dim": TEXT_WIDTH, "rope_axes_dim": (8, 8)}),
-    "HunyuanVideo15Transformer3DModel": Special(
+    "HunyuanImageTransformer2DModel": Recipe(config={"text_embed_2_dim": TEXT_WIDTH, "rope_axes_dim": (8, 8)}),
+    "HunyuanVideo15Transformer3DModel": Recipe(
         config={"text_embed_2_dim": TEXT_WIDTH, "image_embed_dim": TEXT_WIDTH},
         inputs={"image_embeds": floats(1, 9, TEXT_WIDTH)},
     ),
-    "HunyuanVideoFramepackTransformer3DModel": Special(
+    "HunyuanVideoFramepackTransformer3DModel": Recipe(
         config={"has_clean_x_embedder": True, "has_image_proj": True, "image_proj_dim": TEXT_WIDTH},
         first=(1, 16, 5, 16, 24),
         inputs={"image_embeds": floats(1, 7, TEXT_WIDTH), "indices_latents": torch.arange(5),
@@ -186,37 +238,37 @@ SPECIAL: dict[str, Special] = {
                 "latents_history_2x": floats(1, 16, 2, 16, 24), "indices_latents_history_2x": torch.arange(2),
                 "latents_history_4x": floats(1, 16, 4, 16, 24), "indices_latents_history_4x": torch.arange(4)},
     ),
-    "I2VGenXLUNet": Special(
+    "I2VGenXLUNet": Recipe(
         first=(1, 4, 3, 16, 24),
         inputs={"image_latents": floats(1, 4, 3, 16, 24), "image_embeddings": floats(1, WIDTH)},
     ),
-    "Ideogram4Transformer2DModel": Special(
+    "Ideogram4Transformer2DModel": Recipe(
         config={"mrope_section": (3, 3, 2)},
         inputs={"encoder_hidden_states": floats(1, TOKENS, TEXT_WIDTH), "position_ids": grid()[None],
                 "segment_ids": (torch.arange(TOKENS) // 60)[None], "indicator": torch.full((1, TOKENS), 3)},
     ),
-    "JoyImageEditPlusTransformer3DModel": Special(
+    "JoyImageEditPlusTransformer3DModel": Recipe(
         first=(1, TOKENS, 16, 1, 2, 2), inputs={"shape_list": [[(1, 8, 12)]]},
     ),
-    "Kandinsky3UNet": Special(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (16, 32, 64, 128), "time_embedding_dim": 64,
+    "Kandinsky3UNet": Recipe(config={"groups": 8, "attention_head_dim": 8, "cross_attention_dim": WIDTH, "block_out_channels": (16, 32, 64, 128), "time_embedding_dim": 64,
                                      "layers_per_block": 3}),
-    "Kandinsky5Transformer3DModel": Special(
+    "Kandinsky5Transformer3DModel": Recipe(
         first=(1, 5, 16, 24, 4),
         inputs={"visual_rope_pos": [torch.arange(5), torch.arange(8), torch.arange(12)],
                 "text_rope_pos": torch.arange(TEXT_LEN)},
     ),
-    "Kandinsky6SRTransformer3DModel": Special(config={"out_visual_dim": 64}, first=(1, 2, 16, 24, 129)),
-    "Krea2Transformer2DModel": Special(
+    "Kandinsky6SRTransformer3DModel": Recipe(config={"out_visual_dim": 64}, first=(1, 2, 16, 24, 129)),
+    "Krea2Transformer2DModel": Recipe(
         config={"num_text_layers": 2},
         inputs={"encoder_hidden_states": floats(1, TEXT_LEN, 2, TEXT_WIDTH), "position_ids": grid(before=TEXT_LEN)},
     ),
-    "LuminaNextDiT2DModel": Special(
+    "LuminaNextDiT2DModel": Recipe(
         config={"num_kv_heads": 2, "num_layers": 2, "cross_attention_dim": TEXT_WIDTH},
         inputs={"encoder_hidden_states": floats(1, TEXT_LEN, TEXT_WIDTH), "cross_attention_kwargs": {},
                 "image_rotary_emb": torch.polar(torch.ones(384, 384, 8), floats(384, 384, 8))},
     ),
-    "MMAudioVAE": Special(config={"mel_bins": 16, "latent_channels": 8, "hidden_channels": 32}, first=(1, 48000)),
-    "MiniMaxH3Transformer3DModel": Special(
+    "MMAudioVAE": Recipe(config={"mel_bins": 16, "latent_channels": 8, "hidden_channels": 32}, first=(1, 48000)),
+    "MiniMaxH3Transformer3DModel": Recipe(
         first=(1, 96, 96),
         config={"text_dim": 32, "rope_freq_dim": 2},
         inputs={"audio_hidden_states": floats(1, 11, 32), "timestep": torch.tensor([0.5]),
@@ -227,76 +279,76 @@ SPECIAL: dict[str, Special] = {
                 "audio_indices": torch.arange(TEXT_LEN + 96, 126),
                 "text_indices": torch.arange(TEXT_LEN)},
     ),
-    "MiniMaxMusic3RVQDepthDecoder": Special(config={"max_position_embeddings": 64}, first=(1, 8, WIDTH)),
-    "MiniMaxMusic3Transformer1DModel": Special(
+    "MiniMaxMusic3RVQDepthDecoder": Recipe(config={"max_position_embeddings": 64}, first=(1, 8, WIDTH)),
+    "MiniMaxMusic3Transformer1DModel": Recipe(
         config={"rotary_dim": 8}, first=(1, 128, TOKENS), inputs={"encoder_hidden_states": floats(1, TOKENS, 32)},
     ),
     "MultiControlNetModel": several("MultiControlNetModel", "ControlNetModel", (1, 4, 16, 24), (1, 3, 128, 192), encoder_hidden_states=floats(1, TEXT_LEN, WIDTH)),
-    "OmniGenTransformer2DModel": Special(
+    "OmniGenTransformer2DModel": Recipe(
         config={"pad_token_id": 0, "vocab_size": 97, "num_key_value_heads": HEADS,
                 "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}},
         inputs={"input_ids": ids(1, 16), "input_img_latents": [], "input_image_sizes": {},
                 "attention_mask": torch.ones(1, 16 + 1 + 96, 16 + 1 + 96), "position_ids": torch.arange(16 + 1 + 96)[None]},
     ),
-    "PRXTransformer2DModel": Special(config={"axes_dim": [8, 8]}),
-    "PixArtTransformer2DModel": Special(config={"sample_size": 16}, first=(1, 4, 16, 16)),
-    "PriorTransformer": Special(
+    "PRXTransformer2DModel": Recipe(config={"axes_dim": [8, 8]}),
+    "PixArtTransformer2DModel": Recipe(config={"sample_size": 16}, first=(1, 4, 16, 16)),
+    "PriorTransformer": Recipe(
         config={"embedding_dim": TEXT_WIDTH, "num_embeddings": 77},
         first=(1, TEXT_WIDTH),
         inputs={"proj_embedding": floats(1, TEXT_WIDTH), "encoder_hidden_states": floats(1, 77, TEXT_WIDTH)},
     ),
-    "QwenImage21Transformer2DModel": Special(
+    "QwenImage21Transformer2DModel": Recipe(
         first=(1, TOKENS, 64), without=("encoder_hidden_states_mask",),
         inputs={"img_mask": torch.arange(TEXT_LEN + TOKENS // 4)[None] >= TEXT_LEN},
     ),
     "QwenImageMultiControlNetModel": several("QwenImageMultiControlNetModel", "QwenImageControlNetModel", (1, 96, 64), (1, 96, 64)),
     "SD3MultiControlNetModel": several("SD3MultiControlNetModel", "SD3ControlNetModel", (1, 16, 16, 24), (1, 16, 16, 24), pooled_projections=floats(1, TEXT_WIDTH)),
-    "SanaWMTransformer3DModel": Special(
+    "SanaWMTransformer3DModel": Recipe(
         first=(1, 128, 5, 16, 24), without=("encoder_attention_mask",),
         inputs={"encoder_hidden_states": floats(1, 1, TEXT_LEN, TEXT_WIDTH), "mask": torch.ones(1, TEXT_LEN),
                 "timestep": torch.full((1, 1, 5), 500.0)},
     ),
-    "SparseControlNetModel": Special(
+    "SparseControlNetModel": Recipe(
         first=(1, 4, 3, 16, 24),
         inputs={"controlnet_cond": floats(1, 4, 3, 16, 24), "conditioning_mask": torch.ones(1, 1, 3, 16, 24),
                 "encoder_hidden_states": floats(3, TEXT_LEN, WIDTH)},
     ),
-    "StableAudio3DiTModel": Special(
+    "StableAudio3DiTModel": Recipe(
         config={"io_channels": 16, "local_add_cond_dim": 17, "num_memory_tokens": 4},
         first=(1, 16, TOKENS),
         inputs={"global_hidden_states": floats(1, TEXT_WIDTH), "timestep": torch.tensor([0.5])},
     ),
-    "StableAudioDiTModel": Special(
+    "StableAudioDiTModel": Recipe(
         config={"cross_attention_dim": WIDTH, "time_proj_dim": 32}, first=(1, 64, TOKENS),
         inputs={"global_hidden_states": floats(1, 1, TEXT_WIDTH), "rotary_embedding": (floats(TOKENS + 1, 8), floats(TOKENS + 1, 8))},
     ),
-    "StableCascadeUNet": Special(
+    "StableCascadeUNet": Recipe(
         config={"block_out_channels": (32, 32), "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1),
                 "conditioning_dim": WIDTH, "clip_text_pooled_in_channels": TEXT_WIDTH, "num_attention_heads": (4, 4)},
         inputs={"timestep_ratio": torch.tensor([0.5]), "clip_text_pooled": floats(1, 1, TEXT_WIDTH)},
     ),
-    "T5FilmDecoder": Special(
+    "T5FilmDecoder": Recipe(
         config={"input_dims": 32, "targets_length": 48},
         inputs={"encodings_and_masks": [(floats(1, TEXT_LEN, WIDTH), torch.ones(1, TEXT_LEN))],
                 "decoder_input_tokens": floats(1, 48, 32), "decoder_noise_time": torch.tensor([0.5])},
     ),
-    "Transformer2DModel": Special(config={"in_channels": 32, "cross_attention_dim": WIDTH},
+    "Transformer2DModel": Recipe(config={"in_channels": 32, "cross_attention_dim": WIDTH},
                                   inputs={"encoder_hidden_states": floats(1, TEXT_LEN, WIDTH)}),
-    "TransformerTemporalModel": Special(config={"in_channels": 32}, first=(5, 32, 16, 24), inputs={"num_frames": 5}, without=("encoder_hidden_states",)),
-    "UNet1DModel": Special(first=(1, 2, 512), config={"extra_in_channels": 16, "block_out_channels": (8, 32, 32)}),
-    "UNetControlNetXSModel": Special(first=(1, 4, 16, 24), inputs={"controlnet_cond": floats(1, 3, 128, 192)}),
-    "UNetMotionModel": Special(first=(1, 4, 3, 16, 24), inputs={"encoder_hidden_states": floats(3, TEXT_LEN, WIDTH)}),
-    "UNetSpatioTemporalConditionModel": Special(
+    "TransformerTemporalModel": Recipe(config={"in_channels": 32}, first=(5, 32, 16, 24), inputs={"num_frames": 5}, without=("encoder_hidden_states",)),
+    "UNet1DModel": Recipe(first=(1, 2, 512), config={"extra_in_channels": 16, "block_out_channels": (8, 32, 32)}),
+    "UNetControlNetXSModel": Recipe(first=(1, 4, 16, 24), inputs={"controlnet_cond": floats(1, 3, 128, 192)}),
+    "UNetMotionModel": Recipe(first=(1, 4, 3, 16, 24), inputs={"encoder_hidden_states": floats(3, TEXT_LEN, WIDTH)}),
+    "UNetSpatioTemporalConditionModel": Recipe(
         config={"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24},
         first=(1, 3, 8, 16, 24), inputs={"added_time_ids": floats(1, 3)},
     ),
-    "UVit2DModel": Special(
+    "UVit2DModel": Recipe(
         config={"cond_embed_dim": 32, "micro_cond_embed_dim": 5 * 16, "micro_cond_encode_dim": 16, "vocab_size": 97,
                 "codebook_size": 90, "in_channels": 32, "block_out_channels": 32, "block_num_heads": 4},
         inputs={"input_ids": ids(1, 12, 12), "encoder_hidden_states": floats(1, TEXT_LEN, WIDTH),
                 "pooled_text_emb": floats(1, 32), "micro_conds": floats(1, 5)},
     ),
-    "WanAnimateTransformer3DModel": Special(
+    "WanAnimateTransformer3DModel": Recipe(
         config={"image_dim": TEXT_WIDTH, "added_kv_proj_dim": WIDTH, "motion_encoder_size": 16,
                 "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_style_dim": 16, "motion_dim": 4,
                 "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "inject_face_latents_blocks": 1},
@@ -304,11 +356,11 @@ SPECIAL: dict[str, Special] = {
         inputs={"pose_hidden_states": floats(1, 16, 4, 16, 24), "face_pixel_values": floats(1, 3, 13, 16, 16),
                 "encoder_hidden_states_image": floats(1, 7, TEXT_WIDTH)},
     ),
-    "WanVACETransformer3DModel": Special(
+    "WanVACETransformer3DModel": Recipe(
         config={"vace_layers": [0]}, first=(1, 16, 5, 16, 24),
         inputs={"control_hidden_states": floats(1, 96, 5, 16, 24)},
     ),
-    "ZImageTransformer2DModel": Special(
+    "ZImageTransformer2DModel": Recipe(
         config={"axes_dims": [4, 6, 6]},
         inputs={"x": [floats(16, 1, 16, 24)], "cap_feats": [floats(TEXT_LEN, TEXT_WIDTH)]},
     ),
@@ -318,8 +370,8 @@ SPECIAL: dict[str, Special] = {
         control_type_idx=[[0]], encoder_hidden_states=floats(1, TEXT_LEN, WIDTH),
         added_cond_kwargs={"text_embeds": floats(1, 32), "time_ids": floats(1, 6)},
     ),
-    "Kandinsky6Transformer3DModel": Special(config={"visual_cond": False}, first=(1, 5, 16, 24, 16), without=("encoder_attention_mask",)),
-    "HunyuanDiT2DControlNetModel": Special(
+    "Kandinsky6Transformer3DModel": Recipe(config={"visual_cond": False}, first=(1, 5, 16, 24, 16), without=("encoder_attention_mask",)),
+    "HunyuanDiT2DControlNetModel": Recipe(
         config={"in_channels": 4, "patch_size": 2, "sample_size": 16, "text_len": TEXT_LEN, "text_len_t5": TEXT_LEN,
                 "transformer_num_layers": 4, "pooled_projection_dim": TEXT_WIDTH},
         first=(1, 4, 16, 16),
@@ -328,28 +380,33 @@ SPECIAL: dict[str, Special] = {
     "HunyuanDiT2DMultiControlNetModel": several(
         "HunyuanDiT2DMultiControlNetModel", "HunyuanDiT2DControlNetModel", (1, 4, 16, 16), (1, 4, 16, 16), **_HUNYUAN
     ),
-    "ImageProjection": Special(first=(1, TEXT_WIDTH)),
-    "LTX2VideoTransformer3DModel": Special(
+    "ImageProjection": Recipe(first=(1, TEXT_WIDTH)),
+    "LTX2VideoTransformer3DModel": Recipe(
         first=(1, TOKENS, 128),
         config={"audio_in_channels": 32, "audio_out_channels": 32, "audio_attention_head_dim": 8,
                 "audio_cross_attention_dim": 32},
         inputs={"audio_hidden_states": floats(1, 11, 32), "audio_encoder_hidden_states": floats(1, TEXT_LEN, TEXT_WIDTH),
                 "audio_num_frames": 11, "timestep": torch.full((1,), 500.0)},
     ),
-    "AutoencoderKLLTX2Video": Special(first=(1, 3, 9, 64, 96), config={"block_out_channels": (16, 32, 64, 128), "decoder_block_out_channels": (16, 32, 64)}),
-    "ZImageControlNetModel": Special(
+    "AutoencoderKLLTX2Video": Recipe(first=(1, 3, 9, 64, 96), config={"block_out_channels": (16, 32, 64, 128), "decoder_block_out_channels": (16, 32, 64)}),
+    "ZImageControlNetModel": Recipe(
         build=_z_image_control,
         inputs={"x": [floats(16, 1, 16, 24)], "t": torch.tensor([0.5]), "cap_feats": [floats(TEXT_LEN, TEXT_WIDTH)],
                 "control_context": [floats(16, 1, 16, 24)]},
     ),
-    "LTX2VideoDiffusionDecoderModel": Special(
+    "LTX2VideoDiffusionDecoderModel": Recipe(
         config={"latent_channels": 8, "decoder_stage_channels": (128, 64, 32, 32, 16), "decoder_head_dim": 16,
                 "decoder_stage_depths": (1,) * 5, "decoder_stage_kernels": ((3, 3, 3),) * 4,
                 "decoder_stage5_kernel": (3, 3, 3), "decoder_t_emb_dim": 16},
         first=(1, 8, 2, 3, 3),
     ),
-    "SanaWMLTX2RefinerTransformer3DModel": Special(
+    "SanaWMLTX2RefinerTransformer3DModel": Recipe(
         first=(1, TOKENS, 128), inputs={"video_rotary_emb": (floats(1, TOKENS, WIDTH), floats(1, TOKENS, WIDTH))},
     ),
 }
 # fmt: on
+
+
+def recipe_of(name: str) -> Recipe:
+    """What cannot be derived for a class; nothing for most."""
+    return RECIPES.get(name, Recipe())
