@@ -141,6 +141,15 @@ def test_rows_and_recording_do_not_know_each_other():
             assert other not in set(imported(path)), path
 
 
+def test_tests_import_nothing_of_the_benchmarks():
+    """What both need is in ``tests/``: a benchmark may be changed without a look at what tests assume."""
+    for path in pathlib.Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "benchmarks" for name in names), path
+
+
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
