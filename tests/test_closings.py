@@ -260,6 +260,55 @@ def test_a_last_message_that_is_left_open_grows(name):
     assert longer.ends.tolist()[0] == [end for _, end in found.spans[:-1]] + [len(found.ids) + 5]
 
 
+def of_tools(opening, before, after, closing, between=""):
+    """A template that writes the results of tools that follow each other into one turn."""
+    first = "loop.first or messages[loop.index0 - 1].role != 'tool'"
+    last = "loop.last or messages[loop.index0 + 1].role != 'tool'"
+    return (
+        LOOP
+        + f"{{% if m.role == 'tool' %}}{{{{ ('{opening}' if {first} else '{between}') + '{before}' + m.content + '{after}' }}}}"
+        + f"{{{{ '{closing}' if {last} else '' }}}}{{% else %}}{{{{ '<|turn|>' + m.role + '\n' + m.content }}}}"
+        + "{{ '<|/turn|>\n' }}{% endif %}{% endfor %}"
+        + OPENED
+    )
+
+
+# What opens the turn of results, one of them, closes one of them, the turn, and what is between two.
+OF_TOOLS = {
+    "a user's turn": ("<|turn|>user", "\n<result>\n", "\n</result>", "<|/turn|>\n", ""),
+    "a turn of tools": ("<|turn|>tool\n", "<result>", "</result>", "<|/turn|>\n", ""),
+    "a list": ("<results>", "<result>", "</result>", "</results>", "\n"),
+}
+
+
+@pytest.mark.parametrize("name", OF_TOOLS)
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_results_of_tools_that_share_a_turn_are_blocks_of_their_own(name, count, prompt, goes_on):
+    opening, before, after, closing, between = OF_TOOLS[name]
+    tokenizer = make_tokenizer(of_tools(*OF_TOOLS[name]))
+    texts = ["red", " near\n", "</result>", "the key", "one"]
+    results = [said("tool", texts[i % 5] + str(i)) for i in range(count)]
+    messages = [said("user", "which"), said("assistant", "fine"), *results]
+    expected = [turn("user", "which", "<|/turn|>\n"), turn("assistant", "fine", "<|/turn|>\n")]
+    for i, result in enumerate(results):
+        is_last = i == count - 1
+        written = before + result["content"] + after
+        expected.append(opening * (i == 0) + written + (closing if is_last else between))
+    if goes_on:
+        messages += [said("assistant", "thanks")]
+        expected += [turn("assistant", "thanks", "<|/turn|>\n")]
+    if prompt:
+        expected += ["<|turn|>assistant\n"]
+    found = render(tokenizer, messages, add_generation_prompt=prompt)
+    pieces = [tokenizer.decode(found.ids[a:b], clean_up_tokenization_spaces=False) for a, b in found.spans]
+    assert pieces == expected
+    assert found.notes == ()
+    blocks = Blocks.messages(tokenizer, messages, add_generation_prompt=prompt)
+    assert blocks.spans_by_sequence == (found.spans,)
+
+
 # Nothing tells a closing from a header, and both are others each time.
 UNTOLD = (
     "{% for m in messages %}{{ m.content }}{% if loop.last %}<|eot|>{% else %}<|/turn|>{{ loop.index }}"

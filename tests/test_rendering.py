@@ -471,10 +471,9 @@ def test_tool_calls_and_their_answers(tools, prompt):
     texts = dict(zip(found.labels, decoded(found, tokenizer), strict=True))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ghent", "days": 2}}\n</tool_call>'
     assert texts["2 assistant"] == f"<|im_start|>assistant\n{call}\n{call}<|im_end|>\n"
-    # Answers that follow each other are one turn; the first one closes where it would if it were alone.
-    assert texts["3 tool + 4 tool"].startswith(
-        "<|im_start|>user\n<tool_response>\nyes\n</tool_response>\n<tool"
-    )
+    # Answers that follow each other are one turn, of which each has its part.
+    assert texts["3 tool"] == "<|im_start|>user\n<tool_response>\nyes\n</tool_response>"
+    assert texts["4 tool"] == "\n<tool_response>\nno\n</tool_response><|im_end|>\n"
     assert texts["5 assistant"] == "<|im_start|>assistant\nIt rains.<|im_end|>\n"
     assert ("# Tools" in texts["0 system"]) == bool(tools)
     assert ("assistant (next)" in texts) == prompt

@@ -60,6 +60,16 @@ class Special:
                     length = start + begin
         return length
 
+    def common_end(self, one: str, other: str) -> int:
+        """Length of the common suffix; a token is in it as a whole or not at all."""
+        length = common_prefix(one[::-1], other[::-1])
+        for text in (one, other):
+            for begin, end in self.tags(text[max(0, len(text) - length - 200) :]):
+                begin, end = (place - min(len(text), length + 200) for place in (begin, end))
+                if begin < -length < end:
+                    length = -end
+        return length
+
 
 @dataclass
 class Closings:

@@ -96,6 +96,8 @@ class Ends:
     open: set[tuple] = field(default_factory=set)
     # Messages that close otherwise while they are last, and how.
     otherwise: dict[int, str] = field(default_factory=dict)
+    # The same by the text that is between messages of the same roles.
+    closed_when_last: dict[tuple, str] = field(default_factory=dict)
 
     def found(self) -> list[int | None]:
         """Where each message ends; None where it runs on into the next one."""
@@ -178,7 +180,7 @@ class Ends:
         if closing is None:
             return None
         if not self._fits(closing, run):
-            self.otherwise[index] = closing
+            self.otherwise[index] = self.closed_when_last[run.key] = closing
             prompted = self._prompted(index + 1, only)
             behind = None if prompted is None else self._behind_marks(index, prompted)
             followed = self.written.followed(closing, behind or closing)
@@ -240,8 +242,30 @@ class Ends:
             found = [len(closing) for closing in both if gap.startswith(closing)]
             if found:
                 return max(found)
-        header = self._header_at_end(run) if len(run.members) == 1 else ""
-        return len(gap) - len(header) if header else None
+        if len(run.members) > 1:
+            return None
+        header = self._header_at_end(run)
+        return len(gap) - len(header) if header else self._seam(run)
+
+    def _seam(self, run: _Run) -> int | None:
+        """Where a message ends that shares its turn with the next one.
+
+        Results of several tools are written into one turn, one after the other (Qwen3): what closes the first of them is how
+        the closing of a last one begins, what opens the second how the header of a first one ends, and there is nothing but
+        white space between them.
+        """
+        gap, closing = self.text[run.base : run.limit], self.closed_when_last.get(run.key, "")
+        after = run.members[0] + 1
+        if after >= len(self.messages):
+            return None
+        special, header = self.written.special, self.written.header(self.messages[after])
+        end = special.common(gap, closing)
+        for own in {self._white_space(after)[0], ""}:
+            start = len(gap) - special.common_end(gap, header + own)
+            are_whole = bool(special.tags(gap[:end]) and special.tags(gap[start:]))
+            if are_whole and end <= start and not gap[end:start].strip():
+                return start
+        return None
 
     def _header_at_end(self, run: _Run) -> str:
         """What the text of a run ends with, if that is how messages of the next one's role begin; else empty."""
