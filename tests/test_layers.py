@@ -13,7 +13,7 @@ ROOT = pathlib.Path(attnpatch.__file__).parent
 # A module may import from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {"failures", "class_methods", "precision", "compat"},
+    {"failures", "precision", "compat"},
     {"policy"},
     {"memory"},
     {"ledger", "observing"},

@@ -43,7 +43,7 @@ import torch
 from torch import nn
 
 from attnpatch import compat
-from attnpatch.class_methods import Replaced, changing, owner_of
+from attnpatch.hosts.class_methods import Replaced, changing, owner_of
 
 STATE = "_attnpatch"
 _SLOTS = ("_old_forward", "forward")

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from attnpatch.class_methods import changing
 from attnpatch.errors import PatchError
+from attnpatch.hosts.class_methods import changing
 from attnpatch.hosts.transformers import masks
 from attnpatch.memory import FreeMemoryCache
 from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out

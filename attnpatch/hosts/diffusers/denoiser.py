@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.class_methods import Replaced, changing, owner_of
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
+from attnpatch.hosts.class_methods import Replaced, changing, owner_of
 from attnpatch.hosts.diffusers import latent_grids
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoising import DenoiserCall
