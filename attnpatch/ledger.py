@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from attnpatch import compat
 from attnpatch.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, tree_leaves
+from attnpatch.sdpa_call import SdpaCall
 
 _FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attention")
 
@@ -115,7 +116,7 @@ class Ledger(TorchDispatchMode):
             self._spans.pop()
             span.exit = self.live
 
-    def fused_choice(self, call: dict[str, Any]) -> int:
+    def fused_choice(self, call: SdpaCall) -> int:
         """What ``torch._fused_sdp_choice`` says of real tensors like these: 0 for dense math.
 
         For tensors without data that function says 0 always; what runs in the call itself is chosen by their device.
@@ -123,7 +124,7 @@ class Ledger(TorchDispatchMode):
         spans, self._spans, self._is_paused = self._spans, [], True
         try:
             with self.span() as span:
-                F.scaled_dot_product_attention(**call)
+                F.scaled_dot_product_attention(**call.arguments())
         finally:
             self._spans, self._is_paused = spans, False
         return int(span.fused_kernel() is not None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+
+from attnpatch.sdpa_call import SdpaCall
 
 # Who follows tokens on either side knows that functions whose names begin so make memory for something: of whatever tensor
 # it has the shape, it holds none of its tokens.
@@ -52,8 +54,8 @@ class Observer(Protocol):
         Keys that no row of the tile may look at can be left out at the end.
         """
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
-        """See a whole SDPA call at once, given its arguments by name and ``[batch, heads, q_len]`` logsumexp.
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
+        """See a whole SDPA call at once, given it and its ``[batch, heads, q_len]`` logsumexp.
 
         ``workspace``: bytes that may be held meanwhile; ``None``: as many as it takes.
 

@@ -31,8 +31,8 @@ from attnpatch.policy import Policy
 from attnpatch.recording.gpu import fused_sums, tiles
 from attnpatch.recording.gpu.fused_sums import Shape
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.call import arguments
 from attnpatch.rows.sdpa.kernel_choice import fused_choice
+from attnpatch.sdpa_call import SdpaCall
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 # What the kernel's tiles might be instead.
@@ -115,8 +115,8 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
     return meter.peak
 
 
-def a_call(sizes: Sizes, tokens: int, dtype: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
-    """Arguments of a causal SDPA call with shared key heads."""
+def a_call(sizes: Sizes, tokens: int, dtype: torch.dtype | None = None, **more: Any) -> SdpaCall:
+    """A causal SDPA call with shared key heads."""
     generator = torch.Generator(sizes.device).manual_seed(0)
 
     def normal(heads: int) -> torch.Tensor:
@@ -125,15 +125,15 @@ def a_call(sizes: Sizes, tokens: int, dtype: torch.dtype | None = None, **more: 
         return values.transpose(1, 2)  # as projections leave them
 
     query, key, value = normal(sizes.heads), normal(sizes.kv_heads), normal(sizes.kv_heads)
-    return arguments((query, key, value), {"is_causal": True, "enable_gqa": True, **more})
+    return SdpaCall(query, key, value, **{"is_causal": True, "enable_gqa": True, **more})
 
 
 def blocks_of(tokens: int, size: int) -> tuple[torch.Tensor, int]:
     return (torch.arange(tokens) // size)[None], -(-tokens // size)
 
 
-def attend(call: dict[str, Any]) -> torch.Tensor:
-    return F.scaled_dot_product_attention(**call)
+def attend(call: SdpaCall) -> torch.Tensor:
+    return F.scaled_dot_product_attention(**call.arguments())
 
 
 def llama(sizes: Sizes, layers: int, implementation: str = "sdpa") -> torch.nn.Module:

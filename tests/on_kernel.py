@@ -17,8 +17,8 @@ from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.gpu.fused_sums import Shape, block_sums
 from attnpatch.recording.gpu.tiles import cut
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.call import arguments
 from attnpatch.rows.sdpa.kernel_choice import fused_choice
+from attnpatch.sdpa_call import SdpaCall
 
 DEVICE = "cpu" if fused_sums.is_interpreted() else "cuda"
 # Small tiles: many of them in few tokens.
@@ -30,29 +30,22 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 def a_call(
     q_len=50, kv_len=None, batch=1, heads=2, kv_heads=None, width=16, dtype=torch.float32, mask=None, **more
 ):
-    """Arguments of an SDPA call."""
+    """An SDPA call."""
     generator = torch.Generator().manual_seed(0)
     kv_len, kv_heads = kv_len or q_len, kv_heads or heads
     query = 1.5 * torch.randn(batch, heads, q_len, width, generator=generator)
     key = 1.5 * torch.randn(batch, kv_heads, kv_len, width, generator=generator)
-    call = {
-        "query": query.to(DEVICE, dtype),
-        "key": key.to(DEVICE, dtype),
-        "attn_mask": None if mask is None else mask.to(DEVICE),
-        "is_causal": False,
-        "scale": None,
-        "enable_gqa": kv_heads != heads,
-    }
-    return {**call, **more}
+    key, mask = key.to(DEVICE, dtype), None if mask is None else mask.to(DEVICE)
+    return SdpaCall(query.to(DEVICE, dtype), key, key, mask, **{"enable_gqa": kv_heads != heads, **more})
 
 
 def probabilities(call):
     """float64 ``[batch, heads, q_len, kv_len]`` and float32 logsumexp, the slow and obvious way."""
-    query, key, mask = call["query"].double().cpu(), call["key"].double().cpu(), call["attn_mask"]
-    if call["enable_gqa"]:
+    query, key, mask = call.query.double().cpu(), call.key.double().cpu(), call.attn_mask
+    if call.enable_gqa:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if call["scale"] is None else call["scale"])
-    if call["is_causal"]:
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if call.given_scale is None else call.given_scale)
+    if call.is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -math.inf)
     if mask is not None:
         mask = mask.cpu()
@@ -236,11 +229,14 @@ def test_widths_that_are_no_power_of_two(width):
 def test_scale_and_layout():
     """Tokens before heads, as hosts' projections leave them, and keys that are expanded, are read where they lie."""
     blocks, count = in_blocks(50, 16, 2)
-    call = a_call(batch=2, heads=4, scale=0.11, is_causal=True)
-    call["query"] = call["query"].transpose(1, 2).contiguous().transpose(1, 2)
-    call["key"] = call["key"][:, :1].expand(-1, 4, -1, -1)
+    call = a_call(batch=2, heads=4, given_scale=0.11, is_causal=True)
+    query, key = (
+        call.query.transpose(1, 2).contiguous().transpose(1, 2),
+        call.key[:, :1].expand(-1, 4, -1, -1),
+    )
+    call = dataclasses.replace(call, query=query, key=key)
     check(call, blocks, blocks, (count, count))
-    call["key"] = call["key"][..., ::2].repeat_interleave(2, -1).mT.contiguous().mT
+    call = dataclasses.replace(call, key=key[..., ::2].repeat_interleave(2, -1).mT.contiguous().mT)
     check(call, blocks, blocks, (count, count))
 
 
@@ -278,12 +274,13 @@ def test_what_it_cannot_serve_it_says(monkeypatch):
         "float64": a_call(dtype=torch.float64),
         "wide heads": a_call(width=257),
         "few rows": a_call(15),
-        "another layout": {**plain, "query": plain["query"][0], "key": plain["key"][0]},
-        "another mask": {**plain, "attn_mask": torch.nn.Parameter(torch.zeros(50, 50, device=DEVICE))},
-        "a long sequence": {
-            **plain,
-            "key": torch.empty_strided((1, 2, 50, 16), (0, 0, 2**26, 1), device="meta"),
-        },
+        "another layout": dataclasses.replace(plain, query=plain.query[0], key=plain.key[0]),
+        "another mask": dataclasses.replace(
+            plain, attn_mask=torch.nn.Parameter(torch.zeros(50, 50, device=DEVICE))
+        ),
+        "a long sequence": dataclasses.replace(
+            plain, key=torch.empty_strided((1, 2, 50, 16), (0, 0, 2**26, 1), device="meta")
+        ),
     }.items():
         assert fused_sums.why_not(call) == wanted
     other_heads = a_call(heads=4, kv_heads=2, enable_gqa=False)
@@ -426,7 +423,7 @@ def test_a_kernel_that_fails_for_one_kind_of_call_serves_the_others(monkeypatch)
     with pytest.warns(
         UserWarning, match="float32 heads of 64 is left to torch, since Triton failed: no room"
     ):
-        assert fused_sums.give_up(ValueError("no room"), wide["query"]) == "Triton: ValueError"
+        assert fused_sums.give_up(ValueError("no room"), wide.query) == "Triton: ValueError"
     assert fused_sums.why_not(wide) == "Triton: ValueError"
     assert [fused_sums.why_not(call) for call in others] == [None, None]
 
@@ -458,12 +455,13 @@ LENGTH, SIZE = LARGE["q_len"], 128 if DEVICE == "cuda" else 32
 
 
 def large(**more):
-    """All arguments of a causal SDPA call whose tokens lie before its heads, as projections leave them."""
+    """A causal SDPA call whose tokens lie before its heads, as projections leave them."""
     call = a_call(**{**LARGE, "is_causal": more.get("mask") is None, **more})
-    call["value"] = torch.randn(call["key"].shape, generator=torch.Generator().manual_seed(1)).to(call["key"])
-    for name in ("query", "key", "value"):
-        call[name] = call[name].transpose(1, 2).contiguous().transpose(1, 2)
-    return arguments((), call)
+    value = torch.randn(call.key.shape, generator=torch.Generator().manual_seed(1)).to(call.key)
+    query, key, value = (
+        each.transpose(1, 2).contiguous().transpose(1, 2) for each in (call.query, call.key, value)
+    )
+    return dataclasses.replace(call, query=query, key=key, value=value)
 
 
 def scattered(length):
@@ -520,7 +518,7 @@ def test_every_operator_that_gives_a_logsumexp_gives_sdpas_own_result(backend, w
         if (DEVICE, choice) not in fused.OPERATORS:
             return
         result, lse = fused.with_lse(call, choice)
-        own = F.scaled_dot_product_attention(**call)
+        own = F.scaled_dot_product_attention(**call.arguments())
     # A kernel may round otherwise when it keeps the logsumexp.
     result, own = result.nan_to_num(9.0), own.nan_to_num(9.0)
     assert ((result - own).abs() <= torch.finfo(own.dtype).eps * (1 + own.abs())).all()
@@ -540,10 +538,10 @@ def test_attention_and_mass_in_one_pass(shape):
         return
     call, (blocks, count) = large(), in_blocks(LENGTH, SIZE)
     given, _ = probabilities(call)
-    value = call["value"].double().cpu().repeat_interleave(LARGE["heads"] // LARGE["kv_heads"], 1)
+    value = call.value.double().cpu().repeat_interleave(LARGE["heads"] // LARGE["kv_heads"], 1)
     expected, member = given @ value, (blocks == torch.arange(count)[:, None]).double()
     out, mass = one_pass.attend(call, SIZE, shapes[shape])
-    own = (F.scaled_dot_product_attention(**call).cpu() - expected).abs().max()
+    own = (F.scaled_dot_product_attention(**call.arguments()).cpu() - expected).abs().max()
     assert (out.cpu() - expected).abs().max() <= max(2 * own, 1e-5)
     rows = SIZE * LARGE["heads"]
     wanted = (member @ given[0] @ member.T).sum(0)

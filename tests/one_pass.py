@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from attnpatch.sdpa_call import SdpaCall
 
 LOG2_E = 1.0 / math.log(2.0)
 # Bytes of the sums of tiles that are kept apart before heads are summed.
@@ -102,18 +103,18 @@ def attend_and_sum(
         tl.debug_barrier()
 
 
-def attend(call: dict[str, Any], block: int, shape: Shape = SHAPES[0]) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: SdpaCall, block: int, shape: Shape = SHAPES[0]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one sequence, and its block mass.
 
     Args:
-        call: Arguments of an SDPA call by name: query ``[1, heads, tokens, width]``, as many keys and values with heads
+        call: Query ``[1, heads, tokens, width]``, as many keys and values with heads
             that may be shared, no mask, default scale.
         block: Tokens of a block, a multiple of the tiles'.
 
     Returns:
         The attention output, and float64 ``[blocks, blocks]`` on the CPU: probability, summed over heads and tokens.
     """
-    query, key, value = (call[name][0] for name in ("query", "key", "value"))
+    query, key, value = call.query[0], call.key[0], call.value[0]
     device, (heads, length, width) = query.device, query.shape
     blocks, tiles = -(-length // block), -(-length // shape.rows)
     programs = tiles * heads
@@ -133,7 +134,7 @@ def attend(call: dict[str, Any], block: int, shape: Shape = SHAPES[0]) -> tuple[
                 query, key, value, out, sums, kept, length, blocks, first, some, heads // key.shape[0],
                 LOG2_E / math.sqrt(width), *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
                 *out.stride()[:2], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys, BLOCK=block,
-                IS_CAUSAL=bool(call["is_causal"]),
+                IS_CAUSAL=bool(call.is_causal),
                 PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
                 num_warps=shape.warps, num_stages=shape.stages,
             )  # fmt: skip

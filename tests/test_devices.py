@@ -1,6 +1,7 @@
 """What kernels of devices that are not here would be given: operators are seen and not run, devices are fake."""
 
 import contextlib
+import dataclasses
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from attnpatch.recording.statistics import MEASURES, Measures
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.evaluate.tiled import TiledEvaluation
 from attnpatch.rows.sdpa import as_graph, dense, kernel_choice, logsumexp
-from attnpatch.rows.sdpa import call as sdpa_call
+from attnpatch.sdpa_call import SdpaCall
 
 
 class Seen(TorchDispatchMode):
@@ -48,7 +49,7 @@ def a_call(width=64, kv_len=40, heads=4, kv_heads=4, q_len=40, mask=None, dtype=
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(2, kv_heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
-    return sdpa_call.arguments((query, key, value, mask), {"enable_gqa": heads != kv_heads, **more})
+    return SdpaCall(query, key, value, mask, enable_gqa=heads != kv_heads, **more)
 
 
 # ------------------------------------------------------------------------------------------ operators and their masks
@@ -66,10 +67,10 @@ def test_cudnn_is_given_the_number_that_sdpa_gives_it_for_hidden_keys():
 @pytest.mark.parametrize("width", [36, 64])
 def test_flash_is_given_the_tensors_themselves_where_their_width_fits(width):
     call = a_call(width)
-    for tensor, name in zip(given(1, call), ("query", "key", "value"), strict=False):
+    for tensor, own in zip(given(1, call), (call.query, call.key, call.value), strict=False):
         assert tensor.shape[-1] % 8 == 0
-        assert (tensor.data_ptr() == call[name].data_ptr()) == (width % 8 == 0)
-        assert torch.equal(tensor[..., :width], call[name])
+        assert (tensor.data_ptr() == own.data_ptr()) == (width % 8 == 0)
+        assert torch.equal(tensor[..., :width], own)
 
 
 @pytest.mark.parametrize("kv_len", [40, 41, 48])
@@ -176,7 +177,7 @@ def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
         node = as_graph.graph(call)
         assert isinstance(node, dense.Dense)
         with sdpa_kernel(SDPBackend.MATH):
-            native = F.scaled_dot_product_attention(**call)
+            native = F.scaled_dot_product_attention(**call.arguments())
         for rows, heads in ((None, None), (7, None), (16, 2)):
             got = TiledEvaluation(node, Policy(mode="always", rows=rows, heads=heads))()
             torch.testing.assert_close(got, native)
@@ -185,14 +186,14 @@ def test_dense_of_shared_and_causal_heads(lengths, what, kv_heads, monkeypatch):
 def test_dense_serves_float32_heads_that_share_keys_on_cuda():
     with Shapes(), torch.no_grad():
         call = a_call_on("cuda", heads=4, kv_heads=2)
-        assert dense.is_simple(call) and dense.is_simple({**call, "is_causal": True})
+        assert dense.is_simple(call) and dense.is_simple(dataclasses.replace(call, is_causal=True))
     assert not dense.is_simple(a_call(heads=4, kv_heads=2))
 
 
 def a_call_on(device, heads=4, kv_heads=4, q_len=64, dtype=torch.float32, **more):
     query = torch.empty(1, heads, q_len, 32, device=device, dtype=dtype)
     key = torch.empty(1, kv_heads, q_len, 32, device=device, dtype=dtype)
-    return sdpa_call.arguments((query, key, key), {"enable_gqa": heads != kv_heads, **more})
+    return SdpaCall(query, key, key, enable_gqa=heads != kv_heads, **more)
 
 
 # --------------------------------------------------------------------------------------------------- what is asked of
@@ -242,7 +243,7 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
         with torch.no_grad(), Watch():
             got = TiledEvaluation(node, Policy(mode="always", rows=32))()
         assert len(allowed) == 3 and set(allowed) == {before and not is_causal}
-        torch.testing.assert_close(got, F.scaled_dot_product_attention(**call))
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(**call.arguments()))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), kernel_choice.without_cudnn():
         assert torch.backends.cuda.cudnn_sdp_enabled()

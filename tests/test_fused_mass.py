@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import attnpatch
 from attnpatch.recording.gpu.tiles import cut
 from attnpatch.rows.sdpa import logsumexp as fused
-from attnpatch.rows.sdpa.call import arguments
 from attnpatch.rows.sdpa.kernel_choice import fused_choice
+from attnpatch.sdpa_call import SdpaCall
 
 HERE = pathlib.Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
@@ -173,7 +173,7 @@ def test_operators_for_cuda_take_what_they_are_given(kernel, mask, width, monkey
         for heads, length in ((4, 70), (shared, 71))
     )
     mask = None if mask is None else torch.empty(1, 1, 70, 71, dtype=mask, device="meta")
-    call = arguments((query, key, key), {"enable_gqa": shared == 2, "attn_mask": mask})
+    call = SdpaCall(query, key, key, mask, enable_gqa=shared == 2)
     result, lse = fused.with_lse(call, kernel)
     assert result.shape == query.shape and result.dtype == query.dtype
     assert lse.shape == (2, 4, 70) and lse.dtype == torch.float32
@@ -191,13 +191,12 @@ def test_logsumexp_is_checked_at_first_use(what, is_shared, dtype, monkeypatch):
         name: value.to(dtype) if value is MASKS["added"].get(name) else value
         for name, value in MASKS[what].items()
     }
-    call = arguments((query, key, key), {"enable_gqa": is_shared, **more})
+    call = SdpaCall(query, key, key, enable_gqa=is_shared, **more)
     choice = fused_choice(call)
     assert fused.why_not(call, choice) is None
     result, lse = fused.with_lse(call, choice)
-    assert torch.equal(
-        result.nan_to_num(0.0), torch.nn.functional.scaled_dot_product_attention(**call).nan_to_num(0.0)
-    )
+    native = torch.nn.functional.scaled_dot_product_attention(**call.arguments())
+    assert torch.equal(result.nan_to_num(0.0), native.nan_to_num(0.0))
     for wrong in (lse * 0.7, lse + 0.1, lse.flip(-1)):
         fused._is_right.clear()
         assert not fused.is_right(call, choice, wrong)

@@ -12,7 +12,7 @@ from hypothesis import given
 from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.evaluate import row_granularity
 from attnpatch.rows.graph import axes
-from attnpatch.rows.sdpa import call as sdpa_call
+from attnpatch.sdpa_call import SdpaCall
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,7 +56,7 @@ def arguments(batch, heads, group, width, q_len, kv_len, masked, dtype, seed):
     query = torch.randn(batch, heads * group, q_len, width, generator=generator).to(dtype)
     key, value = (torch.randn(batch, heads, kv_len, width, generator=generator).to(dtype) for _ in "kv")
     mask = torch.rand(batch, 1, q_len, kv_len, generator=generator) > 0.3 if masked else None
-    return sdpa_call.arguments((query, key, value, mask), {"enable_gqa": group > 1})
+    return SdpaCall(query, key, value, mask, enable_gqa=group > 1)
 
 
 @given(call=calls())
@@ -69,7 +69,7 @@ def test_steps_have_the_bits_of_the_whole(call):
     step, dtype = call.pop("step"), call["dtype"]
     with threads(call.pop("threads")):
         named = arguments(**call)
-        whole = F.scaled_dot_product_attention(**named)
+        whole = F.scaled_dot_product_attention(**named.arguments())
         found = row_granularity.of_fused(named, dtype)
         for spans in (found.cut(call["q_len"], step), found.tight(call["q_len"], step)):
             assert_cover(spans, call["q_len"])
@@ -79,12 +79,8 @@ def test_steps_have_the_bits_of_the_whole(call):
 
 
 def rows_of(call, low, high):
-    mask = call["attn_mask"]
-    return {
-        **call,
-        "query": call["query"][:, :, low:high],
-        "attn_mask": None if mask is None else mask[:, :, low:high],
-    }
+    mask = None if call.attn_mask is None else call.attn_mask[:, :, low:high]
+    return {**call.arguments(), "query": call.query[:, :, low:high], "attn_mask": mask}
 
 
 def assert_cover(spans, size):

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"failures", "precision", "compat"},
     {"policy"},
-    {"memory"},
+    {"memory", "sdpa_call"},
     {"ledger", "observing"},
     {"rows"},
     {"blocks", "plotting"},

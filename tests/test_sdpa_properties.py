@@ -247,10 +247,14 @@ def test_errors_stay_torchs():
         ((query, query, query), {"attn_mask": torch.zeros(9, 9, dtype=torch.int64)}),
         ((query, torch.randn(1, 3, 9, 4), torch.randn(1, 3, 9, 4)), {"enable_gqa": True}),
         ((query, query.double(), query), {}),
+        ((query, query), {}),
+        ((query, query, query), {"is_casual": True}),
+        ((query, query, query), {"query": query}),
+        ((query, query, query, None, 0.0, False, 0.5), {}),
     ]
     for args, kwargs in cases:
-        with pytest.raises(RuntimeError) as native:
+        with pytest.raises((RuntimeError, TypeError)) as native:
             F.scaled_dot_product_attention(*args, **kwargs)
-        with by_rows(model, zoo.SDPA_CALL, rows=4), pytest.raises(RuntimeError) as mine:
+        with by_rows(model, zoo.SDPA_CALL, rows=4), pytest.raises(native.type) as mine:
             model(*args, **kwargs)
         assert str(mine.value).splitlines()[0] == str(native.value).splitlines()[0]

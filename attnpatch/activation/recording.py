@@ -22,6 +22,7 @@ from attnpatch.recording.gathered import maps_of, nothing
 from attnpatch.recording.recorder import Recorder
 from attnpatch.recording.sequences import reference
 from attnpatch.recording.text_observer import TextObserver
+from attnpatch.sdpa_call import SdpaCall
 
 
 def _nothing() -> None:
@@ -238,7 +239,7 @@ class _Guarded:
     def observe(self, probabilities: Any, passing: Any) -> None:
         self._attempted(self.observer.observe, probabilities, passing)
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str | None:
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
         found: str | None = self._attempted(self.observer.take, call, lse, workspace, otherwise="given up")
         return found
 

@@ -36,6 +36,7 @@ from attnpatch.rows.provenance.repeated import Repeats, sources_of
 from attnpatch.rows.provenance.sources import inputs_among
 from attnpatch.rows.sdpa.encoder_fast_paths import opened
 from attnpatch.rows.watching import without
+from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
     from attnpatch.patching.patch import Patch
@@ -502,7 +503,7 @@ class NullObserver:
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         pass
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None) -> str:
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str:
         return "seen before"
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from attnpatch.observing import TileInfo
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
+from attnpatch.sdpa_call import SdpaCall
 
 # Blocks of fewer rows than this in a tile are summed together by one product.
 _SHORT_RUN = 8
@@ -120,13 +121,11 @@ class SiteObserver:
     def finish(self) -> None:
         """The call of the site has ended."""
 
-    def sums_of(
-        self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None, num_heads: int
-    ) -> str | None:
+    def sums_of(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None, num_heads: int) -> str | None:
         """Add a whole attention call to the record at once, where the kernel of ``fused_mass`` can.
 
         Args:
-            call: Arguments of an SDPA call by name.
+            call: The call.
             lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
             workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
             num_heads: Heads of a sequence.
@@ -134,7 +133,7 @@ class SiteObserver:
         Returns:
             ``None`` if it did; otherwise why not, in a few words, and nothing is added.
         """
-        record, q_len = self.record, call["query"].shape[-2]
+        record, q_len = self.record, call.q_len
         assert record is not None
         heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
         query = record.query.assignment[:, self.past : self.past + q_len]

@@ -31,6 +31,7 @@ from attnpatch.recording.call_facts import (
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.row_sampling import RowSample, draw, generator_for
 from attnpatch.recording.statistics import Measures
+from attnpatch.sdpa_call import SdpaCall
 
 # Numbers of a call that are kept row by row.
 _MOST_NUMBERS = 1 << 16
@@ -177,7 +178,7 @@ class TextObserver(SiteObserver):
             return None
         return self.sample.positions() - self.past
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
 
         Args:
@@ -192,7 +193,7 @@ class TextObserver(SiteObserver):
         if reason is not None:
             return reason
         layout = self.layout
-        batch, num_heads, q_len, _ = call["query"].shape
+        batch, num_heads, q_len, _ = call.query.shape
         is_plain = (batch, num_heads, q_len) == (layout.batch, layout.heads, layout.q_len)
         if not is_plain or self._numbers is not None:
             return "another layout"

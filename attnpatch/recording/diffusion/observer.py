@@ -27,6 +27,7 @@ from attnpatch.recording.diffusion.denoising import (
 )
 from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, TEXT, Origin
 from attnpatch.recording.gpu import fused_sums
+from attnpatch.sdpa_call import SdpaCall
 
 UNSAID = (
     "in which rows and columns they lie is not said by the call (no img_ids, img_shapes, or height and width); give "
@@ -164,14 +165,14 @@ class ImageObserver(SiteObserver):
                     f"{grid.height} x {grid.width}: which part of the image each of them shows is not known"
                 )
 
-    def take(self, call: dict[str, Any], lse: torch.Tensor, workspace: int | None = None) -> str | None:
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """Add a whole attention call at once; see ``sums_of``."""
         reason = fused_sums.why_not(call)
         if reason is not None:
             return reason
         layout = self.layout
         assert layout is not None
-        is_plain = call["query"].shape[:3] == (layout.batch, layout.heads, layout.q_len)
+        is_plain = call.query.shape[:3] == (layout.batch, layout.heads, layout.q_len)
         if not is_plain or layout.numbers is not None:
             return "another layout"
         # The kernel has a check of its own.

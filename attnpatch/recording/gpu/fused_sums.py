@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attnpatch.recording.gpu.tiles import Cut, cut
+from attnpatch.sdpa_call import SdpaCall
 
 LOG2_E = 1.0 / math.log(2.0)
 # Scratch on the device: one number per query tile, key tile and head that is kept apart.
@@ -69,9 +70,9 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(call: dict[str, Any]) -> str | None:
+def why_not(call: SdpaCall) -> str | None:
     """Why the kernel cannot serve an attention call, in a few words; ``None``: it can."""
-    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    query, key, mask = call.query, call.key, call.attn_mask
     if query.device.type != "cuda" and not is_interpreted():
         return "no GPU"
     if _kind(query) in _broken:
@@ -80,8 +81,7 @@ def why_not(call: dict[str, Any]) -> str | None:
         return "no Triton"
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "an old GPU"
-    group = query.shape[-3] // key.shape[-3] if call["enable_gqa"] and query.dim() > 2 else 1
-    if query.dim() != 4 or query.shape[:2] != (key.shape[0], key.shape[1] * group):
+    if query.dim() != 4 or query.shape[:2] != (key.shape[0], key.shape[1] * call.group):
         return "another layout"
     if query.dtype == torch.bfloat16 and is_interpreted():
         return "bfloat16 in Triton's interpreter"  # it multiplies the bits
@@ -116,7 +116,7 @@ def give_up(error: Exception, query: torch.Tensor) -> str:
 
 
 def block_sums(
-    call: dict[str, Any],
+    call: SdpaCall,
     lse: torch.Tensor,
     query_blocks: torch.Tensor,
     key_blocks: torch.Tensor,
@@ -128,7 +128,7 @@ def block_sums(
     """Attention probability summed over the tokens of each pair of blocks.
 
     Args:
-        call: Arguments of an SDPA call by name that ``why_not`` has nothing against; ``is_causal`` lets row i see the
+        call: One that ``why_not`` has nothing against; ``is_causal`` lets row i see the
             keys up to i.
         lse: float32 ``[batch, heads, q_len]``, natural logarithm; what is not finite is a row that sees nothing.
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
@@ -141,8 +141,7 @@ def block_sums(
         float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. The kernel sums in float32 what lies in a
         tile.
     """
-    query = call["query"]
-    shape = shape or shape_for(query.dtype, query.shape[-1], call["attn_mask"] is not None)
+    shape = shape or shape_for(call.dtype, call.query.shape[-1], call.attn_mask is not None)
     queries, keys = cut(query_blocks, shape.rows), cut(key_blocks, shape.keys)
     batch, tiles = queries.blocks.shape
     places = 1 if heads is None else len(heads)
@@ -161,7 +160,7 @@ def block_sums(
 
 
 def checked_sums(
-    call: dict[str, Any],
+    call: SdpaCall,
     lse: torch.Tensor,
     query_blocks: torch.Tensor,
     key_blocks: torch.Tensor,
@@ -187,18 +186,18 @@ def checked_sums(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return give_up(error, call["query"])
+        return give_up(error, call.query)
     rows = sums.new_zeros(len(query_blocks), counts[0])
     rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())
-    of_heads = rows[:, None] * (call["query"].shape[1] if heads is None else 1)
-    if not is_plausible(sums, of_heads, call["attn_mask"] is not None):
+    of_heads = rows[:, None] * (call.query.shape[1] if heads is None else 1)
+    if not is_plausible(sums, of_heads, call.attn_mask is not None):
         return "a wrong logsumexp"
     return sums, rows
 
 
-def _has_closed_rows(call: dict[str, Any], lse: torch.Tensor, query_blocks: torch.Tensor) -> bool:
+def _has_closed_rows(call: SdpaCall, lse: torch.Tensor, query_blocks: torch.Tensor) -> bool:
     """Whether a row of a block has to be summed and divided by its sum, since its logsumexp says too little."""
-    if call["attn_mask"] is None or call["attn_mask"].dtype == torch.bool:
+    if not call.adds_mask:
         return False
     is_counted = (query_blocks >= 0).to(lse.device)[:, None]
     return bool(((lse < _CLOSED) & lse.isfinite() & is_counted).any())
@@ -217,12 +216,12 @@ def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> boo
 
 
 def _launch(
-    call: dict[str, Any], lse: torch.Tensor, queries: Cut, keys: Cut, heads: list[int] | None, shape: Shape
+    call: SdpaCall, lse: torch.Tensor, queries: Cut, keys: Cut, heads: list[int] | None, shape: Shape
 ) -> torch.Tensor:
     """float32 ``[batch, 1 or heads, query tiles, key tiles]`` on the device of the query."""
     from attnpatch.recording.gpu.kernel import sum_tiles
 
-    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    query, key, mask = call.query, call.key, call.attn_mask
     device, (batch, num_heads, q_len, width) = query.device, query.shape
     kv_len = key.shape[-2]
     places = 1 if heads is None else len(heads)
@@ -238,7 +237,6 @@ def _launch(
         enough = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
     while per_program > 1 and batch * places * rows * -(-columns // per_program) < enough:
         per_program //= 2
-    scale = 1.0 / math.sqrt(width) if call["scale"] is None else call["scale"]
     tables = [
         queries.table,
         keys.table,
@@ -251,10 +249,10 @@ def _launch(
         sum_tiles[rows, -(-columns // per_program), batch * places](
             query, key, lse, query if mask is None else mask, out, *tables,
             q_len, kv_len, rows, columns, places, num_heads if heads is None else 1,
-            num_heads // key.shape[1], scale * LOG2_E, *query.stride(), *key.stride(), *lse.stride(), *mask_strides,
+            num_heads // key.shape[1], call.scale * LOG2_E, *query.stride(), *key.stride(), *lse.stride(), *mask_strides,
             HEAD_DIM=width, WIDTH=max(16, 2 ** (width - 1).bit_length()), ROWS=queries.size, KEYS=keys.size,
             KEY_TILES=per_program, QUERY_ORDERED=queries.order is not None, KEY_ORDERED=keys.order is not None,
-            FULL_FIRST=keys.is_full_first, EVEN=keys.is_even, IS_CAUSAL=bool(call["is_causal"]), MASK=kind,
+            FULL_FIRST=keys.is_full_first, EVEN=keys.is_even, IS_CAUSAL=bool(call.is_causal), MASK=kind,
             MASK_OF_HEADS=mask_strides[1] != 0,
             # Three products of halves are as good as one in float32, and run on the matrix units.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from attnpatch import compat
 from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.graph.axes import FEWEST_ROWS, LEAST, ROW
+from attnpatch.sdpa_call import SdpaCall
 
 # Query rows and keys from which narrow dtypes may be packed, and how often a packed key has to be used for it.
 _PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
@@ -120,15 +120,14 @@ def _parts(size: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def of_fused(call: dict[str, Any], dtype: torch.dtype) -> RowGranularity:
+def of_fused(call: SdpaCall, dtype: torch.dtype) -> RowGranularity:
     """Steps of an SDPA call that torch's fused CPU kernel serves; elsewhere it is a guess at what is fast.
 
     Args:
-        call: All arguments of the call by name.
+        call: The call.
         dtype: What the kernel computes in.
     """
-    query, key = call["query"], call["key"]
-    q_len, kv_len, is_causal = query.shape[-2], key.shape[-2], call["is_causal"]
+    query, key, q_len, kv_len, is_causal = call.query, call.key, call.q_len, call.kv_len, call.is_causal
     least = next(least for least, _ in _BLOCKS if q_len >= least)
     multiple = _block(q_len)
     if query.device.type != "cpu" or not _may_pack(dtype):

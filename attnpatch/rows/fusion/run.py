@@ -25,8 +25,8 @@ from attnpatch.rows.graph.nodes import Node, tensors_of
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.matmul.products import fuses
 from attnpatch.rows.provenance import observed
-from attnpatch.rows.sdpa import call as sdpa_call
 from attnpatch.rows.sdpa import kernel_choice, serve
+from attnpatch.sdpa_call import SdpaCall
 
 
 @fuses
@@ -54,14 +54,16 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
             raise NoMatch("tanh (softcap)")
         pattern = node.added.pattern(node.masks, node, node.lead_of_masks) if node.cap is None else None
         if pattern is not None:
-            whole |= {"attn_mask": None, "is_causal": pattern == "causal"}
+            whole = dataclasses.replace(whole, attn_mask=None, is_causal=pattern == "causal")
             if not node.has_sink:
                 # Nothing is as wide as the scores, so there is nothing to cut.
                 if site.sources is not None:
                     lead = (node.leads[:-1], node.leads[-1:])
                     observed.name_operands(whole, lead, node.row, node.keys, site.sources)
                 policy = dataclasses.replace(site.policy, mode="auto")
-                return node.laid_out(serve.attend((), whole, dataclasses.replace(site, policy=policy)), {})
+                return node.laid_out(
+                    serve.attend((), whole.arguments(), dataclasses.replace(site, policy=policy)), {}
+                )
     if site.observer is not None:
         raise NoMatch("a mask or a sink, while block maps are captured")
     if pattern is not None:
@@ -72,7 +74,7 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
     return result
 
 
-def _with_lse(call: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
     found = kernel_choice.checked_lse(call)
     if found is None:
         raise NoMatch("cat (sinks): a wrong logsumexp")
@@ -120,13 +122,13 @@ class Fused(Node):
     def lead_of_masks(self) -> list[Axis]:
         return [axis for axis in leaves(self.leads) if axis in self.added.leads]
 
-    def call(self) -> dict[str, object]:
-        """The arguments of the whole call by name, with a mask that has no values."""
+    def call(self) -> SdpaCall:
+        """The whole call, with a mask that has no values."""
         query, key, value = self._operands({}, Evaluator(self))
         mask = None
         if self.mask_count:
             mask = query.new_zeros(1).expand(*query.shape[:-1], key.shape[-2])
-        return {**sdpa_call.arguments((query, key, value, mask), {}), "scale": self.factor}
+        return SdpaCall(query, key, value, mask, given_scale=self.factor)
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -136,13 +138,13 @@ class Fused(Node):
                 mask, low, high = self.added.seen(self.masks, tile, run)
                 key, value = key[..., low:high, :], value[..., low:high, :]
                 mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
-            call = {**sdpa_call.arguments((query, key, value, mask), {}), "scale": self.factor}
+            call = SdpaCall(query, key, value, mask, given_scale=self.factor)
             if self.has_sink:
                 out = self.beside_sink(*_with_lse(call), tile, run)
             elif self.cap is not None:
                 out = flex.attend(query, key, value, mask, self.factor, self.cap)
             else:
-                out = F.scaled_dot_product_attention(**call)
+                out = F.scaled_dot_product_attention(**call.arguments())
             return self.laid_out(out if mask is None or self.has_sink else _without_nothing(out, mask), tile)
 
     def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Evaluator) -> torch.Tensor:

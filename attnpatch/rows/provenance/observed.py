@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from attnpatch.rows.matmul.spellings import Product
 from attnpatch.rows.op_table import CASTS
 from attnpatch.rows.provenance.dimensions import layout_of, paired
 from attnpatch.rows.provenance.sources import Sources
+from attnpatch.sdpa_call import SdpaCall
 
 # Steps between softmax and the product with the values that do not change what is attended to.
 _AFTER_SOFTMAX = CASTS | {"clone"}
@@ -262,12 +262,12 @@ def _is_mixed(node: Node, keys: set[Axis]) -> bool:
 
 
 def name_operands(
-    call: dict[str, Any], leads: Sequence[Sequence[Axis]], row: Axis, keys: Axis, sources: Sources
+    call: SdpaCall, leads: Sequence[Sequence[Axis]], row: Axis, keys: Axis, sources: Sources
 ) -> None:
     """Say where the operands of an SDPA call come from that was made of a graph.
 
     Args:
-        call: Its arguments by name.
+        call: The call.
         leads: The graph's axes of each leading dimension.
         row, keys: Its axes of queries and of keys.
         sources: Of the site's call.
@@ -278,11 +278,11 @@ def name_operands(
         return None if any(dim is None for dim in found) else tuple(a for dim in found if dim for a in dim)
 
     outer = [dim_of(group) for group in leads]
-    for name, axis in (("query", row), ("key", keys)):
+    for operand, axis in ((call.query, row), (call.key, keys)):
         inner = dim_of([axis])
         if inner is not None and all(dim is not None for dim in outer):
-            width = (Axis(call[name].shape[-1]),)
-            sources.give(call[name], (*(dim or () for dim in outer), inner, width))
+            width = (Axis(operand.shape[-1]),)
+            sources.give(operand, (*(dim or () for dim in outer), inner, width))
 
 
 def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
@@ -302,10 +302,10 @@ def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
         observer.end()
 
 
-def of_call(call: dict[str, Any], sources: Sources | None) -> Layout:
+def of_call(call: SdpaCall, sources: Sources | None) -> Layout:
     """What the dimensions of an SDPA call are."""
-    query, key = call["query"], call["key"]
-    lead, q_len, kv_len = query.shape[:-2], query.shape[-2], key.shape[-2]
+    query, key, q_len, kv_len = call.query, call.key, call.q_len, call.kv_len
+    lead = query.shape[:-2]
     if sources is None:
         return Layout(1, math.prod(lead), q_len, kv_len, why_not="its inputs were not followed")
     known = sources.recall(query, key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +14,18 @@ from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
 from attnpatch.rows.graph.nodes import Context, InputNode, Node
 from attnpatch.rows.sdpa.dense import Dense, is_simple
 from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice, keeps_lse, with_lse, without_cudnn
+from attnpatch.sdpa_call import SdpaCall
 
 
-def graph(call: dict[str, Any]) -> Node:
+def graph(call: SdpaCall) -> Node:
     """An SDPA call as a graph of one step."""
-    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    lead = fresh(torch.broadcast_shapes(query.shape[:-2], *([] if call["enable_gqa"] else [key.shape[:-2]])))
-    if call["enable_gqa"]:
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+    lead, count = fresh(call.lead), call.group
+    if call.enable_gqa:
         # Query heads are key heads x group: cut between groups, never through one.
         groups = fresh(key.shape[-3:-2])[0]
-        count = query.shape[-3] // key.shape[-3]
         lead = (*lead[:-1], (*groups, *((Axis(count),) if count > 1 else ())))
-    row: Dim = (Axis(query.shape[-2], ROW),) if query.shape[-2] > 1 else ()
+    row: Dim = (Axis(call.q_len, ROW),) if call.q_len > 1 else ()
     width = fresh(value.shape[-1:])[0]
     dims = (*lead, row, width)
     leaves: list[Node] = [
@@ -34,7 +33,7 @@ def graph(call: dict[str, Any]) -> Node:
         _leaf(key, (*lead, (), ())),
         _leaf(value, (*lead, (), width)),
     ]
-    if call["enable_gqa"]:
+    if call.enable_gqa:
         outer = lead[:-1]
         leaves[1] = _leaf(key, (*outer, groups, (), ()))
         leaves[2] = _leaf(value, (*outer, groups, (), width))
@@ -43,7 +42,7 @@ def graph(call: dict[str, Any]) -> Node:
         node = _mask_node(mask, (*lead, row, ()))
         beside = node.dims[-1] if node.dims else ()
         leaves.append(node)
-    inner = () if not call["enable_gqa"] or count == 1 else lead[-1][-1:]
+    inner = lead[-1][-1:] if count > 1 else ()
     fused = fused_choice(call) != MATH_KERNEL
     # A fused kernel is parallel over heads and holds no scores: give it all of them.
     whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
@@ -79,21 +78,20 @@ class Attend(Node):
         dims: Dims,
         row: Dim,
         whole: tuple[Axis, ...],
-        call: dict[str, Any],
+        call: SdpaCall,
         fused: bool,
     ) -> None:
         self.children = tuple(leaves)
         self.dims, self.row, self.whole = dims, row, whole
-        self.dtype, self.device = call["query"].dtype, call["query"].device
-        self.rest = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
-        self.is_causal = call["is_causal"]
-        self.is_learned = call["attn_mask"] is not None and call["attn_mask"].requires_grad
+        self.dtype, self.device = call.dtype, call.device
+        self.rest = {"dropout_p": call.dropout_p, "scale": call.given_scale, "enable_gqa": call.enable_gqa}
+        self.is_causal = call.is_causal
+        self.is_learned = call.attn_mask is not None and call.attn_mask.requires_grad
         # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
         self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
-        self.random = call["dropout_p"] > 0
-        self.kv_len = call["key"].shape[-2]
-        is_shared = call["enable_gqa"] and not fused
-        self.group = call["query"].shape[-3] // call["key"].shape[-3] if is_shared else 1
+        self.random = call.dropout_p > 0
+        self.kv_len = call.kv_len
+        self.group = 1 if fused else call.group
         self.context = Context(self.device)
         if self.context.autocast:
             self.dtype = self.context.autocast_dtype
@@ -146,15 +144,7 @@ class Attend(Node):
     def _with_lse(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = {
-            "query": query,
-            "key": key,
-            "value": value,
-            "attn_mask": None,
-            "is_causal": is_causal,
-            **self.rest,
-        }
-        return with_lse(call)
+        return with_lse(SdpaCall.of((query, key, value), {"is_causal": is_causal, **self.rest}))
 
     def row_count(self) -> int:
         return self.row[0].size if self.row else 1

@@ -1,4 +1,4 @@
-"""The arguments of an SDPA call by name, and whether it can be cut in rows."""
+"""Whether an SDPA call can be cut in rows, and what of its arguments has to be computed before."""
 
 from __future__ import annotations
 
@@ -7,52 +7,49 @@ from typing import Any
 from attnpatch.ledger import is_plain
 from attnpatch.rows import autocast
 from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending, settle
-
-_ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_DEFAULTS: dict[str, Any] = {
-    "attn_mask": None,
-    "dropout_p": 0.0,
-    "is_causal": False,
-    "scale": None,
-    "enable_gqa": False,
-}
+from attnpatch.sdpa_call import SdpaCall
 
 
-def arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of an SDPA call by name."""
-    return {**_DEFAULTS, **dict(zip(_ORDER, args, strict=False)), **kwargs}
+def of_host(args: Any, kwargs: dict[str, Any]) -> SdpaCall | None:
+    """The call that a host makes with these arguments; ``None``: torch refuses them, and says why in its own words."""
+    try:
+        return SdpaCall.of(args, kwargs)
+    except TypeError:
+        return None
 
 
-def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def settled(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
 
     Scores that were computed by hand and then used as a query or a key are not what the matmul path is for.
     """
-    call = arguments(args, kwargs)
-    mask = computed(call.pop("attn_mask"))
-    call = settle(call, "scaled_dot_product_attention")
-    if isinstance(mask, DeferredTensor) and not _has_rows_of(mask, call):
+    call = of_host(args, kwargs)
+    if call is None:
+        return settle((args, kwargs), "scaled_dot_product_attention")
+    named = call.arguments()
+    mask = computed(named.pop("attn_mask"))
+    named = settle(named, "scaled_dot_product_attention")
+    if isinstance(mask, DeferredTensor) and not _has_rows_of(mask, SdpaCall.of((), named)):
         mask = settle(mask, "scaled_dot_product_attention")
-    return (), {**call, "attn_mask": mask}
+    return (), {**named, "attn_mask": mask}
 
 
-def _has_rows_of(mask: DeferredTensor, call: dict[str, Any]) -> bool:
+def _has_rows_of(mask: DeferredTensor, call: SdpaCall) -> bool:
     """Whether a deferred mask can be cut as the call is."""
-    query, key = call["query"], call["key"]
-    scores = (*query.shape[:-1], key.shape[-2])
+    scores = (*call.query.shape[:-1], call.kv_len)
     fits = mask.dim() <= len(scores) and all(
         size in (1, wanted) for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
     )
-    return fits and query.dim() >= 2 and query.shape[-2] > 1 and not call["is_causal"]
+    return fits and call.query.dim() >= 2 and call.q_len > 1 and not call.is_causal
 
 
-def can_be_cut(call: dict[str, Any]) -> bool:
-    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    tensors = [query, key, value, *([mask] if mask is not None and not is_pending(mask) else [])]
-    # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
-    if mask is not None and call["is_causal"]:
+def can_be_cut(call: SdpaCall) -> bool:
+    operands, mask = [call.query, call.key, call.value], call.attn_mask
+    if mask is not None and call.is_causal:
         return False  # torch refuses both together, in its own words
+    # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
+    tensors = [*operands, *([mask] if mask is not None and not is_pending(mask) else [])]
     plain = all(map(is_plain, tensors))
-    if len({t.dtype for t in tensors[:3]}) > 1 and autocast.narrow_dtype(query.device) is None:
+    if len({t.dtype for t in operands}) > 1 and autocast.narrow_dtype(call.device) is None:
         return False  # the same
-    return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and query.dim() >= 2
+    return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and call.query.dim() >= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -11,25 +10,25 @@ from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation.row_masks import RowFunctionNode
 from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.matmul import products
+from attnpatch.sdpa_call import SdpaCall
 
 
 @torch.no_grad()
-def of_call(call: dict[str, Any], site: AttentionCall) -> torch.Tensor:
+def of_call(call: SdpaCall, site: AttentionCall) -> torch.Tensor:
     """Softmax of the scores of an SDPA call, before dropout, in the dtype of its query.
 
     A row that may look at nothing is zero, as in torch's attention. Without gradients: those of the call are its own.
 
     Args:
-        call: All arguments of the call by name; its mask may be deferred.
+        call: The call; its mask may be deferred.
         site: Whose policy says how rows are computed.
 
     Returns:
         ``[..., heads, q_len, kv_len]``: deferred, with the query and the key kept for it; computed at once where it is
         smaller than these (a step of a generation).
     """
-    query, key, mask = call["query"].detach(), call["key"].detach(), call["attn_mask"]
-    scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
-    grouped = call["enable_gqa"] and query.shape[-3] != key.shape[-3]
+    query, key, mask = call.query.detach(), call.key.detach(), call.attn_mask
+    grouped = call.group > 1
     if grouped:
         query, key = query.unflatten(-3, (key.shape[-3], -1)), key.unsqueeze(-3)
     product = products.parse("matmul", (query, key.transpose(-2, -1)), {})
@@ -37,9 +36,9 @@ def of_call(call: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     scores: torch.Tensor = products.deferred(torch.matmul, product, site)
     if grouped:
         scores = scores.flatten(-4, -3)
-    scores = scores * scale
-    if call["is_causal"]:
-        mask = _causal(query.shape[-2], key.shape[-2], query.device, site)
+    scores = scores * call.scale
+    if call.is_causal:
+        mask = _causal(call.q_len, call.kv_len, call.device, site)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(mask.logical_not(), -math.inf)
     elif mask is not None:
@@ -47,7 +46,7 @@ def of_call(call: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(query.dtype, torch.float32))
     if mask is not None:
         weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-    weights = weights.to(call["query"].dtype)
+    weights = weights.to(call.dtype)
     if weights.numel() <= query.numel() + key.numel():
         return site.replay(weights.handle.node)  # type: ignore[attr-defined]
     return weights

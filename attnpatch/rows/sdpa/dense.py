@@ -9,7 +9,6 @@ every step overwrites: the same operations on the same operands, so the same bit
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -17,26 +16,27 @@ from attnpatch.ledger import ledger_of
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, Tile
 from attnpatch.rows.graph.nodes import Context, Node
+from attnpatch.sdpa_call import SdpaCall, additive
 
 _DTYPES = (torch.float32, torch.float64)  # torch computes narrower ones in float32, and rounds at the end
 
 
-def is_simple(call: dict[str, Any]) -> bool:
+def is_simple(call: SdpaCall) -> bool:
     """Whether ``Dense`` computes this call that torch would compute in its dense math."""
-    query, mask = call["query"], call["attn_mask"]
-    tensors = [query, call["key"], call["value"]]
+    query, mask = call.query, call.attn_mask
+    tensors = [query, call.key, call.value]
     # On CPU a step of a causal call leaves out the keys after it, and a fused kernel serves heads that share keys.
-    is_other = call["is_causal"] or call["enable_gqa"]
+    is_other = call.is_causal or call.enable_gqa
     return (
         (query.device.type == "cuda" or (query.device.type == "cpu" and not is_other))
         # In-place steps cannot be differentiated, in either direction.
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(query.device.type)
-        and not call["dropout_p"] > 0
+        and not call.dropout_p > 0
         and all(tensor.dtype == query.dtype and tensor.dim() == query.dim() for tensor in tensors)
         and query.dtype in _DTYPES
         and (mask is None or mask.dtype in (torch.bool, query.dtype))
-        and math.isfinite(call["scale"] or 0.0)
+        and math.isfinite(call.scale)
     )
 
 
@@ -55,19 +55,18 @@ class Dense(Node):
     """Dense attention of some query rows."""
 
     def __init__(
-        self, leaves: list[Node], dims: Dims, row: Dim, whole: tuple[Axis, ...], call: dict[str, Any]
+        self, leaves: list[Node], dims: Dims, row: Dim, whole: tuple[Axis, ...], call: SdpaCall
     ) -> None:
         query, key, *rest = leaves
-        self.row, self.is_causal = row, call["is_causal"]
+        self.row, self.is_causal = row, call.is_causal
         # Query heads that share a key head are further rows of it: nobody's keys and values are repeated.
-        self.group = call["query"].shape[-3] // call["key"].shape[-3] if call["enable_gqa"] else 1
-        scale = 1.0 / math.sqrt(call["query"].shape[-1]) if call["scale"] is None else call["scale"]
-        root = math.sqrt(abs(scale))
-        self.factor = -root if scale < 0 else root
+        self.group = call.group
+        root = math.sqrt(abs(call.scale))
+        self.factor = -root if call.scale < 0 else root
         self.children = (query, ScaledKey(key, root), *rest)
-        self.dims, self.whole, self.score_width = dims, whole, self.group * call["key"].shape[-2]
-        self.scores_held = call["key"].shape[-2]
-        self.dtype, self.device = call["query"].dtype, call["query"].device
+        self.dims, self.whole, self.score_width = dims, whole, self.group * call.kv_len
+        self.scores_held = call.kv_len
+        self.dtype, self.device = call.dtype, call.device
         self.context = Context(self.device)
         self.buffer: torch.Tensor | None = None
 
@@ -84,7 +83,7 @@ class Dense(Node):
             folded = self._scores(query * self.factor, key)
             scores = folded if self.group == 1 else folded.unflatten(-2, (self.group, rows)).flatten(-4, -3)
             if mask:
-                scores.add_(_added(mask[0], scores.dtype))
+                scores.add_(additive(mask[0], scores.dtype))
             if self.is_causal:
                 seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(low)
                 scores.masked_fill_(seen.logical_not_(), -math.inf)
@@ -106,9 +105,3 @@ class Dense(Node):
             self.buffer = None
             self.buffer = torch.empty(count, dtype=self.dtype, device=self.device)
         return torch.matmul(query, key, out=self.buffer[:count].view(shape))
-
-
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -12,43 +12,44 @@ from attnpatch import compat
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.deferred.tensor import is_pending
 from attnpatch.rows.sdpa import logsumexp
+from attnpatch.sdpa_call import SdpaCall
 
 MATH_KERNEL = 0
 # Devices whose torch can be asked for the kernel it would choose. MPS cannot, and holds the scores.
 _CHOOSERS = frozenset(["cpu", "cuda", "xpu"])
 
 
-def fused_choice(call: dict[str, Any]) -> int:
+def fused_choice(call: SdpaCall) -> int:
     """The kernel torch would choose (0: dense math)."""
-    if is_pending(call["attn_mask"]):
-        mask = call["attn_mask"]
+    mask = call.attn_mask
+    if is_pending(mask):
         # Nobody looks at its values: as many rows as it has, in the memory of one.
         row = torch.empty(
             mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
         )
-        call = {**call, "attn_mask": row.expand(mask.shape)}
-    ledger = ledger_of(call["query"])
+        call = dataclasses.replace(call, attn_mask=row.expand(mask.shape))
+    ledger = ledger_of(call.query)
     if ledger is not None:
         return ledger.fused_choice(call)
-    if call["query"].device.type not in _CHOOSERS:
+    if call.device.type not in _CHOOSERS:
         return MATH_KERNEL
     return compat.fused_sdp_choice(
-        call["query"], call["key"], call["value"], call["attn_mask"], call["dropout_p"], call["is_causal"],
-        scale=call["scale"], enable_gqa=call["enable_gqa"],
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
+        scale=call.given_scale, enable_gqa=call.enable_gqa,
     )  # fmt: skip
 
 
-def keeps_lse(call: dict[str, Any]) -> bool:
+def keeps_lse(call: SdpaCall) -> bool:
     """Whether the call goes to a fused kernel whose operator returns the logsumexp."""
     return logsumexp.why_not(call, fused_choice(call)) is None
 
 
-def with_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def with_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """A call that ``keeps_lse``: its result, and float32 ``[batch, heads, q_len]``, the logsumexp of each row."""
     return logsumexp.with_lse(call, fused_choice(call))
 
 
-def checked_lse(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def checked_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The same; ``None`` where the logsumexp is wrong, which the first use of a kind of call finds out."""
     choice = fused_choice(call)
     result, lse = logsumexp.with_lse(call, choice)

@@ -12,8 +12,8 @@ import torch
 from attnpatch import compat
 from attnpatch.ledger import ledger_of
 from attnpatch.precision import in_full
+from attnpatch.sdpa_call import SdpaCall, additive
 
-Call = dict[str, Any]
 # Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one
 # that returned it in another base was off by a third of it (pytorch#181645).
 _ROWS, _OFF, _OFF_RELATIVE = 4, 1e-2, 1e-3
@@ -23,20 +23,13 @@ CUDNN_HIDDEN = -65504.0
 _is_right: dict[tuple[Any, ...], bool] = {}
 
 
-def _flash_cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    if call["enable_gqa"] and not _shares_heads():
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+def _flash_cpu(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = call.key, call.value
+    if call.enable_gqa and not _shares_heads():
+        key, value = key.repeat_interleave(call.group, -3), value.repeat_interleave(call.group, -3)
     return compat.flash_attention_on_cpu(
-        query,
-        key,
-        value,
-        call["dropout_p"],
-        call["is_causal"],
-        attn_mask=_added(mask, query),
-        scale=call["scale"],
-    )
+        call.query, key, value, call.dropout_p, call.is_causal, attn_mask=call.additive_mask(), scale=call.given_scale
+    )  # fmt: skip
 
 
 @functools.cache
@@ -50,35 +43,28 @@ def _shares_heads() -> bool:
     return True
 
 
-def _flash_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash_cuda(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel takes widths that are multiples of 8, as SDPA pads them for it, and shared key heads as they are."""
-    query, key, value = call["query"], call["key"], call["value"]
-    width, scale = value.shape[-1], call["scale"]
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    padded = (_of_eights(each) for each in (query, key, value))
-    result, lse, *_ = compat.flash_attention(
-        *padded, call["dropout_p"], call["is_causal"], False, scale=scale
-    )
-    return result[..., :width], lse
+    padded = map(_of_eights, (call.query, call.key, call.value))
+    result, lse, *_ = compat.flash_attention(*padded, call.dropout_p, call.is_causal, False, scale=call.scale)
+    return result[..., : call.value.shape[-1]], lse
 
 
-def _efficient_cuda(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _efficient_cuda(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel reads a mask 8 elements at a time; its logsumexp has room for whole warps."""
-    query, key = call["query"], call["key"]
-    mask = _added(call["attn_mask"], query)
+    mask = call.additive_mask()
     if mask is not None:
-        mask = aligned(mask).expand(*query.shape[:-1], key.shape[-2])
+        mask = aligned(mask).expand(*call.query.shape[:-1], call.kv_len)
     result, lse, *_ = compat.efficient_attention(
-        query, key, call["value"], mask, True, call["dropout_p"], call["is_causal"], scale=call["scale"]
+        call.query, call.key, call.value, mask, True, call.dropout_p, call.is_causal, scale=call.given_scale
     )
     return result, lse
 
 
-def _cudnn(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    query = call["query"]
+def _cudnn(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
     result, lse, *_ = compat.cudnn_attention(
-        query, call["key"], call["value"], _added(call["attn_mask"], query, CUDNN_HIDDEN), True,
-        call["dropout_p"], call["is_causal"], False, scale=call["scale"],
+        call.query, call.key, call.value, call.additive_mask(CUDNN_HIDDEN), True,
+        call.dropout_p, call.is_causal, False, scale=call.given_scale,
     )  # fmt: skip
     return result, lse
 
@@ -98,7 +84,7 @@ def aligned(mask: torch.Tensor) -> torch.Tensor:
 
 
 # By the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
-OPERATORS: dict[tuple[str, int], Callable[[Call], tuple[torch.Tensor, torch.Tensor]]] = {
+OPERATORS: dict[tuple[str, int], Callable[[SdpaCall], tuple[torch.Tensor, torch.Tensor]]] = {
     ("cpu", 1): _flash_cpu,
     ("cuda", 1): _flash_cuda,
     ("cuda", 2): _efficient_cuda,
@@ -106,28 +92,20 @@ OPERATORS: dict[tuple[str, int], Callable[[Call], tuple[torch.Tensor, torch.Tens
 }
 
 
-def _added(mask: torch.Tensor | None, query: torch.Tensor, hidden: float = -math.inf) -> torch.Tensor | None:
-    """A mask as SDPA hands it to its kernels: added to the scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), hidden)
-
-
-def why_not(call: Call, choice: int) -> str | None:
+def why_not(call: SdpaCall, choice: int) -> str | None:
     """Why an SDPA call gives no logsumexp, in a few words; ``None``: it does.
 
     Args:
-        call: All arguments of the call by name.
+        call: The call.
         choice: The kernel that torch chooses.
     """
-    query = call["query"]
+    query, mask = call.query, call.attn_mask
     if torch.is_autocast_enabled(query.device.type):
         return "autocast"  # it knows the call and not the operator
     if query.dim() != 4:
         return "another layout"
     if (query.device.type, choice) not in OPERATORS:
         return "another kernel"
-    mask = call["attn_mask"]
     if query.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return "another mask"
     if not _is_right.get(_kind(call, choice), True):
@@ -135,52 +113,48 @@ def why_not(call: Call, choice: int) -> str | None:
     return None
 
 
-def with_lse(call: Call, choice: int) -> tuple[torch.Tensor, torch.Tensor]:
+def with_lse(call: SdpaCall, choice: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An SDPA call that ``why_not`` has nothing against: the same result, and the logsumexp of each row.
 
     Args:
-        call: All arguments of the call by name.
+        call: The call.
         choice: The kernel that torch chooses.
 
     Returns:
         The attention output, and float32 ``[batch, heads, q_len]``, natural logarithm.
     """
-    query = call["query"]
+    query = call.query
     result, lse = OPERATORS[query.device.type, choice](call)
     # Kernels leave room at its end, or a dimension of one.
     return result, lse.reshape(*query.shape[:2], -1)[..., : query.shape[-2]]
 
 
 @torch.no_grad()
-def is_right(call: Call, choice: int, lse: torch.Tensor) -> bool:
+def is_right(call: SdpaCall, choice: int, lse: torch.Tensor) -> bool:
     """Whether the logsumexp is what it says; computed again for some rows at the first use of a kind of call."""
     kind = _kind(call, choice)
-    if kind not in _is_right and ledger_of(call["query"]) is None:
-        _is_right[kind] = all(_agrees(call, lse, head) for head in {0, call["key"].shape[1] - 1})
+    if kind not in _is_right and ledger_of(call.query) is None:
+        _is_right[kind] = all(_agrees(call, lse, head) for head in {0, call.key.shape[1] - 1})
     return _is_right.get(kind, True)
 
 
-def _kind(call: Call, choice: int) -> tuple[Any, ...]:
-    query = call["query"]
-    return query.device, choice, query.dtype, call["is_causal"], call["attn_mask"] is None
+def _kind(call: SdpaCall, choice: int) -> tuple[Any, ...]:
+    return call.device, choice, call.dtype, call.is_causal, call.attn_mask is None
 
 
-def _agrees(call: Call, lse: torch.Tensor, key_head: int) -> bool:
+def _agrees(call: SdpaCall, lse: torch.Tensor, key_head: int) -> bool:
     """Of some rows of the query heads that share a key head, in the first sequence."""
-    query, key, mask = call["query"], call["key"], call["attn_mask"]
-    q_len, kv_len = query.shape[-2], key.shape[-2]
+    query, key, mask, q_len, kv_len = call.query, call.key, call.attn_mask, call.q_len, call.kv_len
     group = query.shape[1] // key.shape[1]
     heads = slice(key_head * group, (key_head + 1) * group)
     rows = torch.linspace(0, q_len - 1, min(_ROWS, q_len), device=query.device).long()
-    scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
     dtype = torch.promote_types(query.dtype, torch.float32)
     with in_full(query):
-        scores = (query[0, heads][:, rows].to(dtype) @ key[0, key_head].to(dtype).T) * scale
-    if call["is_causal"]:
+        scores = (query[0, heads][:, rows].to(dtype) @ key[0, key_head].to(dtype).T) * call.scale
+    if call.is_causal:
         scores.masked_fill_(torch.arange(kv_len, device=query.device) > rows[:, None], -math.inf)
     if mask is not None:
-        some = _added(mask.expand(*query.shape[:-1], kv_len)[0, heads][:, rows], query)
-        scores.add_(some)
+        scores.add_(additive(mask.expand(*query.shape[:-1], kv_len)[0, heads][:, rows], query.dtype))
     expected = scores.logsumexp(-1)
     there = expected.isfinite()
     off = (lse[0, heads][:, rows].to(dtype) - expected).abs()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
 from attnpatch.rows.graph.axes import Tile, leaves
 from attnpatch.rows.oom import is_out_of_memory
+from attnpatch.sdpa_call import SdpaCall
 
 # Scores held at once on CPU: what the cache holds beside a head's keys.
 CPU_SHOW_BYTES = 2 * 2**20  # per thread
@@ -30,7 +30,7 @@ LOG2_E = 1.0 / math.log(2.0)
 
 @torch.no_grad()
 def show(
-    call: dict[str, Any],
+    call: SdpaCall,
     observer: Observer,
     lse: torch.Tensor | None = None,
     on_retry: Callable[[], None] | None = None,
@@ -40,7 +40,7 @@ def show(
     """Show an observer the probabilities of an SDPA call, in float32 or better.
 
     Args:
-        call: All arguments of the call by name.
+        call: The call.
         observer: Called once per tile.
         lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
         on_retry: Called when there is no memory for a tile, and all begins again with half of it; ``None``: the error
@@ -49,10 +49,9 @@ def show(
             its own gradient, which is the product of a row of this and a value (Q K' = S, P = softmax S, O = P V).
         workspace: Most bytes that a tile may take; ``None``: what is fast.
     """
-    query, kv_len = call["query"], call["key"].shape[-2]
-    on_cpu = query.device.type == "cpu"
+    kv_len, on_cpu = call.kv_len, call.device.type == "cpu"
     elements = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // 4
-    elements = max(elements, 16 * kv_len * _group(call))
+    elements = max(elements, 16 * kv_len * call.group)
     if workspace is not None:
         elements = min(elements, workspace // (LIVE_COPIES * 4))
     while True:
@@ -63,34 +62,29 @@ def show(
         except RuntimeError as error:
             if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
                 raise
-        elements = min(elements, call["query"].shape[-2] * kv_len) // 2
+        elements = min(elements, call.q_len * kv_len) // 2
         on_retry()
         observer.restart()
 
 
 def _show(
-    call: dict[str, Any],
+    call: SdpaCall,
     observer: Observer,
     lse: torch.Tensor | None,
     elements: int,
     grad: torch.Tensor | None,
 ) -> None:
     """Tiles of about so many scores."""
-    query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+    lead = call.lead
     if query.dim() == 2:
-        query, key, value = query[None], key[None], value[None]
+        query, key, value, lead = query[None], key[None], value[None], torch.Size((1, *lead))
         grad = None if grad is None else grad[None]
-    q_len, kv_len = query.shape[-2], key.shape[-2]
-    group = _group(call)
-    lead = (
-        query.shape[:-2] if call["enable_gqa"] else torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    )
+    q_len, kv_len, group = call.q_len, call.kv_len, call.group
     outer = (*lead[:-1], lead[-1] // group)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if call["scale"] is None else call["scale"]
     query = query.expand(*lead, *query.shape[-2:]).unflatten(-3, (outer[-1], group))
     key = key.expand(*outer, *key.shape[-2:])
     masks = _Masks(mask, lead, q_len, kv_len, group)
-    is_added = mask is not None and mask.dtype != torch.bool
     lse = None if lse is None else lse.unflatten(-2, (outer[-1], group))
     if grad is not None:
         value = value.expand(*outer, *value.shape[-2:])
@@ -108,18 +102,18 @@ def _show(
     ):
         at = tuple(where)
         leads = torch.arange(number * group, (number + 1) * group)
-        head = _Head(query[at], key[at], None if lse is None else lse[at], scale, is_added)
+        head = _Head(query[at], key[at], None if lse is None else lse[at], call.scale, call.adds_mask)
         low = 0
         while low < count:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
             first = low if rows is None else int(rows[low])
-            seen = min(kv_len, max(first, 256)) if call["is_causal"] else kv_len
+            seen = min(kv_len, max(first, 256)) if call.is_causal else kv_len
             high = min(count, low + _tile_rows(elements // group, seen))
             tile_mask = masks.rows(at, low, high) if rows is None else masks.picked(at, rows[low:high])
             places = None if rows is None else rows[low:high]
             # The products here are nobody's but ours, and so are the sums of who looks.
             with torch.autocast(query.device.type, enabled=False), in_full(head.query):
-                powers, weights = head.powers(low, high, tile_mask, call["is_causal"], places)
+                powers, weights = head.powers(low, high, tile_mask, call.is_causal, places)
                 if grad is not None:
                     seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
                     powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
@@ -128,13 +122,11 @@ def _show(
             low = high
 
 
-def mask_rows(call: dict[str, Any]) -> Callable[[int, int, int], torch.Tensor]:
+def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
     """Rows of the mask of an SDPA call: from a flattened leading index, a first row and one past the last."""
-    query, key = call["query"], call["key"]
-    lead = query.shape[:-2] or (1,)
-    group = _group(call)
+    lead, group = call.query.shape[:-2] or (1,), call.group
     outer = (*lead[:-1], lead[-1] // group)
-    masks = _Masks(call["attn_mask"], tuple(lead), query.shape[-2], key.shape[-2], group)
+    masks = _Masks(call.attn_mask, tuple(lead), call.q_len, call.kv_len, group)
 
     def rows(number: int, low: int, high: int) -> torch.Tensor:
         at, rest = [], number // group
@@ -201,11 +193,6 @@ class _Masks:
             return None
         found = [self.rows(at, row, row + 1) for row in rows.tolist()]
         return torch.cat([row.expand(-1, 1, -1) for row in found if row is not None], -2)
-
-
-def _group(call: dict[str, Any]) -> int:
-    """Query heads that share a key head."""
-    return call["query"].shape[-3] // call["key"].shape[-3] if call["enable_gqa"] else 1
 
 
 def _tile_rows(elements: int, kv_len: int) -> int:

@@ -21,9 +21,10 @@ from attnpatch.rows.provenance import observed
 from attnpatch.rows.provenance.open_keys import causal_keys, once_for, open_keys
 from attnpatch.rows.sdpa import deferred_weights, logsumexp
 from attnpatch.rows.sdpa.as_graph import graph
-from attnpatch.rows.sdpa.call import arguments, can_be_cut
+from attnpatch.rows.sdpa.call import can_be_cut, of_host
 from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice
 from attnpatch.rows.sdpa.probabilities import mask_rows, show
+from attnpatch.sdpa_call import SdpaCall
 
 # Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
 DENSE_COPIES = 3
@@ -31,28 +32,29 @@ DENSE_COPIES = 3
 
 def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
-    call = arguments(args, kwargs)
-    if not can_be_cut(call):
+    call = of_host(args, kwargs)
+    if call is None or not can_be_cut(call):
         kwargs = settle(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
         site.tally.left_native("kind")
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.weights is not None:
         site.weights.append(deferred_weights.of_call(call, site))
-    device = call["query"].device
+    device = call.device
     dtype = autocast.narrow_dtype(device)
     if dtype is None:
         return _watched(call, args, kwargs, site)
     # Kernels are chosen by what they are given, and their operators know nothing of autocast.
-    given, call = call, autocast.cast(call, device, dtype)
+    given, named = call, autocast.cast(call.arguments(), device, dtype)
+    call = SdpaCall.of((), named)
     if site.sources is not None:
-        for name in ("query", "key"):
-            site.sources.same(given[name], call[name])
+        site.sources.same(given.query, call.query)
+        site.sources.same(given.key, call.key)
     with torch.autocast(device.type, enabled=False):
-        return _watched(call, (), call, site)
+        return _watched(call, (), named, site)
 
 
-def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
+def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     """A call, and its probabilities for who looks at them."""
     if site.observer is None:
         return _attend(call, args, kwargs, site)
@@ -72,11 +74,11 @@ def _watched(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: Atte
     return result
 
 
-def _fused(call: dict[str, Any], site: AttentionCall) -> tuple[torch.Tensor | None, torch.Tensor | str]:
+def _fused(call: SdpaCall, site: AttentionCall) -> tuple[torch.Tensor | None, torch.Tensor | str]:
     """The result of a fused call and its logsumexp; or neither, and the reason."""
     if site.policy.mode == "always":
         return None, "by rows"
-    if is_pending(call["attn_mask"]):
+    if is_pending(call.attn_mask):
         return None, "a mask by rows"
     choice = fused_choice(call)
     reason = logsumexp.why_not(call, choice)
@@ -94,7 +96,7 @@ def _fused(call: dict[str, Any], site: AttentionCall) -> tuple[torch.Tensor | No
     return result, lse if is_right else "a wrong logsumexp"
 
 
-def _look(call: dict[str, Any], site: AttentionCall, lse: torch.Tensor | str) -> None:
+def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
     """Let an observer see the probabilities of a call: as a whole if it can take it so, otherwise tile by tile."""
     observer, retries = site.observer, site.policy.retry_on_oom
     assert observer is not None
@@ -113,19 +115,19 @@ def _look(call: dict[str, Any], site: AttentionCall, lse: torch.Tensor | str) ->
     guard.attempted(observer.end, name="the end of attention that was shown", tally=site.tally)
 
 
-def _is_shown(call: dict[str, Any], site: AttentionCall) -> bool:
+def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
     """Whether an observer wants to be shown a call, once it knows what its dimensions are."""
     assert site.observer is not None
     layout = observed.of_call(call, site.sources)
 
     def opened(own: int | None) -> torch.Tensor | None:
-        mask, (q_len, kv_len) = call["attn_mask"], (layout.q_len, layout.kv_len)
+        mask, q_len, kv_len = call.attn_mask, layout.q_len, layout.kv_len
         if mask is None:
-            return causal_keys(layout.batch, q_len, kv_len) if call["is_causal"] else None
+            return causal_keys(layout.batch, q_len, kv_len) if call.is_causal else None
         rows = mask_rows(call)
 
         # Where a host gives the heads of one token as rows, its first row is as good as any.
-        heads = layout.heads // (call["query"].shape[-2] if layout.head_rows else 1)
+        heads = layout.heads // (call.q_len if layout.head_rows else 1)
 
         def some(sequence: int, low: int, high: int) -> torch.Tensor:
             return rows(sequence * heads, low, high)
@@ -136,7 +138,7 @@ def _is_shown(call: dict[str, Any], site: AttentionCall) -> bool:
     return site.observer.begin(layout, opened)
 
 
-def _show_gradient(call: dict[str, Any], site: AttentionCall, grad: torch.Tensor) -> None:
+def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
     """In the backward pass: an observer sees each probability times its gradient."""
     if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
         return
@@ -148,29 +150,30 @@ def _show_gradient(call: dict[str, Any], site: AttentionCall, grad: torch.Tensor
 
 
 def _show(
-    call: dict[str, Any], site: AttentionCall, lse: torch.Tensor | None, grad: torch.Tensor | None = None
+    call: SdpaCall, site: AttentionCall, lse: torch.Tensor | None, grad: torch.Tensor | None = None
 ) -> None:
     assert site.observer is not None
     on_retry = site.retried if site.policy.retry_on_oom else None
     show(call, site.observer, lse, on_retry, grad, site.policy.workspace_bytes)
 
 
-def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
-    query, key = call["query"], call["key"]
-    q_len, kv_len = query.shape[-2], key.shape[-2]
-    if site.policy.mode == "always" or is_pending(call["attn_mask"]):
+def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
+    q_len = call.q_len
+    # Bytes of one tensor of scores.
+    size = math.prod(call.query.shape[:-1]) * call.kv_len * call.query.element_size()
+    if site.policy.mode == "always" or is_pending(call.attn_mask):
         # Where the rule had a mask deferred, the native call would hold all of it, and what its kernel makes of it.
         native, fused = q_len < 2, False
         if native:
             site.tally.left_native("one row")
     else:
         fused = fused_choice(call) != MATH_KERNEL
-        temporaries = DENSE_COPIES * math.prod(query.shape[:-1]) * kv_len * query.element_size()
+        temporaries = DENSE_COPIES * size
         # A fused kernel holds no scores, so nothing is gained unless it has failed.
-        decide = site.went_by_rows if fused else functools.partial(site.by_rows, device=query.device)
+        decide = site.went_by_rows if fused else functools.partial(site.by_rows, device=call.device)
         native = not decide(q_len, temporaries)
     if native:
-        random = [random_state(query.device)] if call["dropout_p"] > 0 else []
+        random = [random_state(call.device)] if call.dropout_p > 0 else []
         saved = SavedTensorBuffer()
         try:
             with saved.holding() if site.answers_shortage else contextlib.nullcontext():
@@ -181,12 +184,12 @@ def _attend(call: dict[str, Any], args: Any, kwargs: dict[str, Any], site: Atten
                 site.tally.left_native("fused")
                 site.remember(q_len, temporaries, False)
             elif q_len > 1:
-                site.tally.made(math.prod(query.shape[:-1]) * kv_len * query.element_size())
+                site.tally.made(size)
             return result
         except RuntimeError as error:
             if not site.is_answered(error) or q_len < 2:
                 raise
-            site.ran_out(error, query.device)
+            site.ran_out(error, call.device)
         site.remember(q_len, temporaries)
         for state in random:
             set_random_state(state)
