@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.precision import in_full
+from attnpatch.rows.precision import in_full
 
 LLAMA = zoo.BY_NAME["llama"]
 

@@ -9,12 +9,12 @@ import torch
 
 from attnpatch.memory import FreeMemoryCache
 from attnpatch.observing import Observer
+from attnpatch.oom import Attempts, is_out_of_memory
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
 from attnpatch.rows.graph.nodes import Node
-from attnpatch.rows.oom import Attempts, is_out_of_memory
 from attnpatch.rows.provenance.sources import Sources
 
 

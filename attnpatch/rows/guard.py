@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from attnpatch import compat
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
+from attnpatch.oom import is_out_of_memory
 from attnpatch.rows.autograd import selective_checkpoints
-from attnpatch.rows.oom import is_out_of_memory
 
 _PASSING = (AttnpatchError, compat.StopRecomputation or AttnpatchError)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch import compat
+from attnpatch.oom import Attempts
 from attnpatch.rows import dispatch, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
@@ -21,7 +22,6 @@ from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, s
 from attnpatch.rows.interception import dispatch_in
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
-from attnpatch.rows.oom import Attempts
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.sdpa import call as sdpa_call
 from attnpatch.rows.sdpa import encoder_fast_paths, serve

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from attnpatch.oom import Attempts, is_out_of_memory
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.evaluate.evaluator import Evaluator
@@ -17,7 +18,6 @@ from attnpatch.rows.evaluate.tile_plan import TilePlan, choose, one_row, product
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
-from attnpatch.rows.oom import Attempts, is_out_of_memory
 
 # What an observer is called with: the node's values in a tile, and the tile.
 Look = Callable[[torch.Tensor, Tile], None]

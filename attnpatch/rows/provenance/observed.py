@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from attnpatch.observing import Layout, TileInfo
-from attnpatch.precision import in_full
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.evaluate.tiled import Look
@@ -22,6 +21,7 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.joining import Joined
 from attnpatch.rows.matmul.spellings import Product
 from attnpatch.rows.op_table import CASTS
+from attnpatch.rows.precision import in_full
 from attnpatch.rows.provenance.dimensions import layout_of, paired
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.sdpa_call import SdpaCall

@@ -11,7 +11,7 @@ import torch
 
 from attnpatch import compat
 from attnpatch.ledger import ledger_of
-from attnpatch.precision import in_full
+from attnpatch.rows.precision import in_full
 from attnpatch.sdpa_call import SdpaCall, additive
 
 # Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one

@@ -13,12 +13,12 @@ import torch
 
 from attnpatch import compat
 from attnpatch.observing import Observer, TileInfo
-from attnpatch.precision import in_full
+from attnpatch.oom import is_out_of_memory
 from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
 from attnpatch.rows.graph.axes import Tile, leaves
-from attnpatch.rows.oom import is_out_of_memory
+from attnpatch.rows.precision import in_full
 from attnpatch.sdpa_call import SdpaCall
 
 # Scores held at once on CPU: what the cache holds beside a head's keys.

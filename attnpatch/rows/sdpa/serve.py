@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch import compat
+from attnpatch.oom import is_out_of_memory
 from attnpatch.rows import autocast, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd.saved_tensors import SavedTensorBuffer
 from attnpatch.rows.deferred.tensor import is_pending, settle
 from attnpatch.rows.graph.random_state import random_state, set_random_state
-from attnpatch.rows.oom import is_out_of_memory
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.provenance.open_keys import causal_keys, once_for, open_keys
 from attnpatch.rows.sdpa import deferred_weights, logsumexp
