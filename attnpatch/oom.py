@@ -1,11 +1,15 @@
-"""Running out of memory: how it is recognised, and what was tried before giving up."""
+"""Running out of memory: how it is recognised, how a step becomes smaller until it fits, and what was tried before giving up.
+
+A native call that fails is answered by rows (``rows/attention_call.py``, ``AttentionCall.answers``)."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import torch
 
+T = TypeVar("T")
 # CUDA and XPU have a type for it; MPS, CPU and the libraries below them have only words.
 _WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
@@ -41,3 +45,29 @@ class Attempts:
         assert self.error is not None
         self.error.add_note(f"attnpatch tried, and had no memory for: {', then '.join(self.tried)}")
         raise self.error from None
+
+
+def until_it_fits(
+    work: Callable[[], T], smaller: Callable[[], bool], said: Callable[[], str], attempts: Attempts
+) -> T:
+    """``work()``, again with a smaller step as long as it runs out of memory.
+
+    Args:
+        work: Does all of it with the present step.
+        smaller: Makes the step smaller, and forgets what was done; ``False``: it is as small as it gets.
+        said: The present step in words.
+        attempts: What was tried before.
+
+    Raises:
+        RuntimeError: There is no memory for the smallest step either; the first error.
+    """
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            attempts.failed(error, said())
+        # Out of the handler, where the error holds no tensors any more.
+        if not smaller():
+            attempts.give_up()

@@ -428,9 +428,14 @@ def test_a_kernel_that_fails_for_one_kind_of_call_serves_the_others(monkeypatch)
     assert [fused_sums.why_not(call) for call in others] == [None, None]
 
 
-def test_a_kernel_that_runs_out_of_memory_leaves_the_call_to_torch(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("Triton Error [CUDA]: out of memory")], ids=repr
+)
+def test_a_kernel_that_runs_out_of_memory_leaves_the_call_to_torch(error, monkeypatch):
+    """That call alone: it is not given up for the process."""
+
     def fails(*_):
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     monkeypatch.setattr(fused_sums, "_launch", fails)
     model = a_model()

@@ -150,6 +150,16 @@ def test_tests_import_nothing_of_the_benchmarks():
             assert not any(name.split(".")[0] == "benchmarks" for name in names), path
 
 
+def test_running_out_of_memory_is_recognised_in_one_place():
+    """By type or by words: MPS, CPU and Triton have no type for it."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "OutOfMemoryError" in path.read_text() or 'out of memory"' in path.read_text()
+    }
+    assert found == {"oom.py"}
+
+
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 

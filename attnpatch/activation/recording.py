@@ -17,6 +17,7 @@ from attnpatch.blocks.spec import Blocks
 from attnpatch.capturing.capture import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.oom import is_out_of_memory
 from attnpatch.patching.patch import Patch
 from attnpatch.recording.gathered import maps_of, nothing
 from attnpatch.recording.recorder import Recorder
@@ -226,9 +227,9 @@ class _Guarded:
             return otherwise
         try:
             return step(*args)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self.recorder.fail(error)
             return otherwise
 

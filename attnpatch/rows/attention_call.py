@@ -102,11 +102,14 @@ class AttentionCall:
         """Whether an error of a native call is answered by rows instead of being raised."""
         return self.answers_shortage and is_out_of_memory(error)
 
-    def ran_out(self, error: RuntimeError, device: torch.device) -> None:
-        """A native call ran out of memory and is answered by rows."""
+    def answers(self, error: RuntimeError, device: torch.device) -> bool:
+        """The same; what is answered is noted: the layers after it go by rows at once."""
+        if not self.is_answered(error):
+            return False
         self.attempts.failed(error, "the native call")
         self.room.ran_out(device)
         self.retried()
+        return True
 
     def remember(self, q_len: int, temporaries: int, by_rows: bool = True) -> None:
         """Keep how a call of this size went, for a checkpointed forward pass that runs again."""

@@ -135,9 +135,8 @@ class RowsMode(Watching):
             try:
                 return guard.native(func, args, kwargs)
             except RuntimeError as error:
-                if not self.call.is_answered(error):
+                if not self.call.answers(error, args[0].device):
                     raise
-                self.call.ran_out(error, args[0].device)
         with self:
             return FAST_PATHS[func](*args, **kwargs)
 

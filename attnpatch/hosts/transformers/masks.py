@@ -159,7 +159,7 @@ def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     try:
         return original(**given)
     except RuntimeError as error:
-        if not row_masks.ran_out(error, torch.device(given.get("device", "cpu"))):
+        if not row_masks.answers(error, torch.device(given.get("device", "cpu"))):
             raise
         found = _deferred(original, given)
         if found is NotImplemented:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.oom import is_out_of_memory
 from attnpatch.recording.gpu.tiles import Cut, cut
 from attnpatch.sdpa_call import SdpaCall
 
@@ -183,9 +184,9 @@ def checked_sums(
     scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
     try:
         sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return give_up(error, call.query)
     rows = sums.new_zeros(len(query_blocks), counts[0])
     rows.scatter_add_(1, query_blocks.clamp(min=0), (query_blocks >= 0).double())

@@ -160,9 +160,8 @@ class NativeTape:
             with self.saved.holding():
                 result = native(func, args, kwargs)
         except RuntimeError as error:
-            if not call.is_answered(error) or writes(name) or kwargs.get("out") is not None:
+            if writes(name) or kwargs.get("out") is not None or not call.answers(error, step.context_device):
                 raise
-            call.ran_out(error, step.context_device)
         else:
             self._note(step, name, args, kwargs, result)
             return result

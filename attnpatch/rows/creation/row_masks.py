@@ -130,13 +130,9 @@ def deferred(
     )
 
 
-def ran_out(error: RuntimeError, device: torch.device) -> bool:
+def answers(error: RuntimeError, device: torch.device) -> bool:
     """Whether a mask that was to be whole and that memory does not hold goes by rows; it is counted."""
-    call = _thread.call
-    if call is None or not call.is_answered(error):
-        return False
-    call.ran_out(error, device)
-    return True
+    return _thread.call is not None and _thread.call.answers(error, device)
 
 
 def failed(where: str, error: Exception) -> None:

@@ -59,9 +59,8 @@ def empty(
         try:
             return native()
         except RuntimeError as error:
-            if not call.is_answered(error):
+            if not call.answers(error, node.device):
                 raise
-            call.ran_out(error, node.device)
     return wrap(node, call)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from attnpatch.oom import Attempts, is_out_of_memory
+from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.evaluate.evaluator import Evaluator
@@ -157,20 +157,20 @@ class TiledEvaluation:
 
     def _fitted(self, work: Callable[[], T]) -> T:
         """Do ``work``, with smaller steps while it runs out of memory."""
-        while True:
-            try:
-                result = work()
-                self.attempts = Attempts()
-                return result
-            except RuntimeError as error:
-                if not (self.policy.retry_on_oom and is_out_of_memory(error)):
-                    raise
-                self.attempts.failed(error, self._said())
-            if not self._halve():
-                self.attempts.give_up()
-            self.on_retry()
-            self.on_restart()
-            set_random_state(self.random)
+        if not self.policy.retry_on_oom:
+            return work()
+        result = until_it_fits(work, self._begin_smaller, self._said, self.attempts)
+        self.attempts = Attempts()
+        return result
+
+    def _begin_smaller(self) -> bool:
+        """Begin again with a smaller step; ``False`` if it is as small as it gets."""
+        if not self._halve():
+            return False
+        self.on_retry()
+        self.on_restart()
+        set_random_state(self.random)
+        return True
 
     def _said(self) -> str:
         """The step in words."""

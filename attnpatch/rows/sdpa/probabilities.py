@@ -13,7 +13,7 @@ import torch
 
 from attnpatch import compat
 from attnpatch.observing import Observer, TileInfo
-from attnpatch.oom import is_out_of_memory
+from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import LIVE_COPIES
@@ -54,17 +54,25 @@ def show(
     elements = max(elements, 16 * kv_len * call.group)
     if workspace is not None:
         elements = min(elements, workspace // (LIVE_COPIES * 4))
-    while True:
-        try:
-            # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
-            with compat.DisableTorchFunction():
-                return _show(call, observer, lse, elements, grad)
-        except RuntimeError as error:
-            if on_retry is None or not is_out_of_memory(error) or elements < kv_len:
-                raise
+
+    def shown() -> None:
+        # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
+        with compat.DisableTorchFunction():
+            _show(call, observer, lse, elements, grad)
+
+    def begin_smaller() -> bool:
+        nonlocal elements
+        if elements < kv_len:
+            return False
         elements = min(elements, call.q_len * kv_len) // 2
         on_retry()
         observer.restart()
+        return True
+
+    if on_retry is None:
+        shown()
+        return
+    until_it_fits(shown, begin_smaller, lambda: f"tiles of {elements} scores", Attempts())
 
 
 def _show(

@@ -187,9 +187,8 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
                 site.tally.made(size)
             return result
         except RuntimeError as error:
-            if not site.is_answered(error) or q_len < 2:
+            if q_len < 2 or not site.answers(error, call.device):
                 raise
-            site.ran_out(error, call.device)
         site.remember(q_len, temporaries)
         for state in random:
             set_random_state(state)
