@@ -160,6 +160,17 @@ def test_running_out_of_memory_is_recognised_in_one_place():
     assert found == {"oom.py"}
 
 
+def test_thread_state_is_declared_in_one_place():
+    """``rows/thread_state.py`` says why the others are apart: it must not know what they hold, or they are of a capture."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "threading.local" in path.read_text() or "ContextVar" in path.read_text()
+    }
+    known = {"rows/thread_state.py", "patching/site.py", "patching/forward_swap.py"}
+    assert found == known | {"recording/threads.py", "recording/recorder.py"}
+
+
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 

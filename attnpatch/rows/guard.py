@@ -10,7 +10,6 @@ error of the host's own is raised by the native call, as without attnpatch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.oom import is_out_of_memory
 from attnpatch.rows.autograd import selective_checkpoints
+from attnpatch.rows.thread_state import here
 
 _PASSING = (AttnpatchError, compat.StopRecomputation or AttnpatchError)
 
@@ -27,21 +27,10 @@ class Counting(Protocol):
     def count(self, what: str) -> None: ...
 
 
-class _Thread(threading.local):
-    """The results of host's own calls for the operation that is going on."""
-
-    ran: list[Any] | None = None
-    # The error that the host's own function has raised: by identity, since its frames hold tensors.
-    raised: int | None = None
-
-
-_thread = _Thread()
-
-
 def ran(result: Any) -> Any:
     """Say that the host's own function has run for this operation, and given ``result``."""
-    if _thread.ran is not None:
-        _thread.ran.append(result)
+    if here.results is not None:
+        here.results.append(result)
     return result
 
 
@@ -54,7 +43,7 @@ def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         else:
             result = func(*args, **kwargs)
     except Exception as error:
-        _thread.raised = id(error)
+        here.raised = id(error)
         raise
     return ran(result)
 
@@ -80,22 +69,22 @@ def guarded(
         name: Of the operation, for the warning.
         tally: Counts the failure.
     """
-    outer, _thread.ran = _thread.ran, []
+    outer, here.results = here.results, []
     try:
         if selective_checkpoints.is_active():
             with selective_checkpoints.hidden():
                 return ours(*args)
         return ours(*args)
     except Exception as error:
-        if passes(error) or _thread.raised == id(error):
+        if passes(error) or here.raised == id(error):
             raise
-        result = _thread.ran[0] if _thread.ran else natively()
+        result = here.results[0] if here.results else natively()
         failed(name, error, tally)
         return result
     finally:
-        _thread.ran = outer
+        here.results = outer
         if outer is None:
-            _thread.raised = None
+            here.raised = None
 
 
 def failed(name: str, error: Exception, tally: Counting | None) -> None:

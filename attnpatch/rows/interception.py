@@ -14,7 +14,7 @@ from attnpatch.rows.arguments import deferred_in
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred import sharing
-from attnpatch.rows.deferred.handle import deferred_here, has_other_history
+from attnpatch.rows.deferred.handle import has_other_history
 from attnpatch.rows.deferred.history import has_history
 from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending, settle, tally_of
 from attnpatch.rows.dispatch import apply
@@ -22,6 +22,7 @@ from attnpatch.rows.graph.nodes import depth_of, map_structure
 from attnpatch.rows.layout import shaping
 from attnpatch.rows.op_table import ELEMENTWISE, called
 from attnpatch.rows.ops.pointwise import elementwise
+from attnpatch.rows.thread_state import here
 
 # Answered from the wrapper itself, without computing anything.
 _ATTRIBUTES = frozenset(
@@ -49,11 +50,11 @@ _GEOMETRY = frozenset(
 
 def dispatch_in(site: AttentionCall, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``dispatch`` inside the call of a site."""
-    outer, deferred_here.site = deferred_here.site, site
+    outer, here.site = here.site, site
     try:
         return dispatch(func, args, kwargs)
     finally:
-        deferred_here.site = outer
+        here.site = outer
 
 
 def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from attnpatch import compat
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.graph.nodes import copied
+from attnpatch.rows.thread_state import here
 
 
 class Kept:
@@ -27,7 +27,7 @@ class Kept:
         self.is_replaced = False
         self.versions = [tensor._version for tensor in tensors]
         for tensor in tensors:
-            kept_here.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
+            here.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
 
     def held(self, tensors: list[torch.Tensor]) -> list[Any]:
         return [tensor.detach() for tensor in tensors]
@@ -93,14 +93,6 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return kind, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-class _KeptHere(threading.local):
-    def __init__(self) -> None:
-        self.kept: dict[int, weakref.WeakSet[Kept]] = {}
-
-
-kept_here = _KeptHere()
-
-
 def memory_of(tensor: torch.Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
     while compat.is_wrapped(tensor):
@@ -113,12 +105,12 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 def are_kept() -> bool:
     """Whether some backward pass of this thread still needs tensors that could be overwritten."""
-    return bool(kept_here.kept)
+    return bool(here.kept)
 
 
 def before_write(storage: int) -> None:
     """Let edges copy what they saved of a storage that is about to be written to."""
-    for kept in list(kept_here.kept.get(storage, ())):
+    for kept in list(here.kept.get(storage, ())):
         kept.preserve(storage)
-    if len(kept_here.kept) > 256:
-        kept_here.kept = {key: found for key, found in kept_here.kept.items() if found}
+    if len(here.kept) > 256:
+        here.kept = {key: found for key, found in here.kept.items() if found}

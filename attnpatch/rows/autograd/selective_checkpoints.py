@@ -7,18 +7,10 @@ runs again. So such a checkpoint sees the host's operators and none of ours: att
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 from attnpatch import compat
-
-
-class _Thread(threading.local):
-    hidden: tuple[Any, ...] = ()
-
-
-_thread = _Thread()
+from attnpatch.rows.thread_state import here
 
 
 def is_active() -> bool:
@@ -31,17 +23,17 @@ def is_active() -> bool:
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
     """While our own operators run."""
-    outer, popped = _thread.hidden, []
+    outer, popped = here.hidden, []
     while is_active():
         popped.append(compat.pop_dispatch_mode())
     others = [mode for mode in reversed(popped) if not isinstance(mode, compat.SELECTIVE_MODES)]
     for mode in others:
         compat.push_dispatch_mode(mode)
-    _thread.hidden = tuple(mode for mode in reversed(popped) if isinstance(mode, compat.SELECTIVE_MODES))
+    here.hidden = tuple(mode for mode in reversed(popped) if isinstance(mode, compat.SELECTIVE_MODES))
     try:
         yield
     finally:
-        _thread.hidden = outer
+        here.hidden = outer
         for _ in others:
             compat.pop_dispatch_mode()
         for mode in reversed(popped):
@@ -50,13 +42,13 @@ def hidden() -> Iterator[None]:
 
 def is_hidden() -> bool:
     """Whether our own operators run, hidden from such a checkpoint."""
-    return bool(_thread.hidden)
+    return bool(here.hidden)
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
     """While the host's own operator runs."""
-    outer, _thread.hidden = _thread.hidden, ()
+    outer, here.hidden = here.hidden, ()
     for mode in outer:
         compat.push_dispatch_mode(mode)
     try:
@@ -64,4 +56,4 @@ def shown() -> Iterator[None]:
     finally:
         for _ in outer:
             compat.pop_dispatch_mode()
-        _thread.hidden = outer
+        here.hidden = outer

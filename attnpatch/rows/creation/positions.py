@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, w
 from attnpatch.rows.evaluate.toeplitz import COMPARISONS, SUBTRACTIONS
 from attnpatch.rows.graph.nodes import InputNode, ViewNode
 from attnpatch.rows.graph.operations import OpNode
+from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import Watching, without
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], AttentionCall], Any]
@@ -157,13 +157,6 @@ BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, **constants.BEGINNINGS}
 # --------------------------------------------------------------------------------------------- before any attention
 
 
-class _Thread(threading.local):
-    watch: Before | None = None
-
-
-_thread = _Thread()
-
-
 class Before(Watching):
     """Defers what a model makes of positions before its attention.
 
@@ -174,7 +167,7 @@ class Before(Watching):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _thread.watch is not self:
+        if here.positions is not self:
             return func(*args, **(kwargs or {}))  # taken away, but below a mode of the host's
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -193,18 +186,18 @@ class Before(Watching):
 @contextlib.contextmanager
 def watched(call: AttentionCall) -> Iterator[None]:
     """Watch the call of a model, its attention left out: that has a watch of its own (``mode.RowsMode``)."""
-    outer, _thread.watch = _thread.watch, Before(call)
+    outer, here.positions = here.positions, Before(call)
     try:
-        with _thread.watch:
+        with here.positions:
             yield
     finally:
-        _thread.watch = outer
+        here.positions = outer
         guard.attempted(left, name="the end of a model's call", tally=call.tally)
 
 
 def is_watching() -> bool:
     """Whether there is a watch to take away."""
-    return _thread.watch is not None
+    return here.positions is not None
 
 
 def unwatched() -> contextlib.AbstractContextManager[Any]:
@@ -212,7 +205,7 @@ def unwatched() -> contextlib.AbstractContextManager[Any]:
 
     Those of ``nn.TransformerEncoderLayer`` are not called while any mode is there.
     """
-    return _NOTHING if _thread.watch is None else _unwatched(_thread.watch)
+    return _NOTHING if here.positions is None else _unwatched(here.positions)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -220,9 +213,9 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _unwatched(watch: Before) -> Iterator[None]:
-    _thread.watch = None
+    here.positions = None
     try:
         with without(watch):  # Where it stays, it does nothing.
             yield
     finally:
-        _thread.watch = watch
+        here.positions = watch

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, ROW, Dims, Tile, flat_range, fresh, leaves, local_shape, take
 from attnpatch.rows.graph.nodes import Node
+from attnpatch.rows.thread_state import here
 
 # Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
 # and its absolute value are alive together (measured by tests/test_workspace.py).
@@ -77,28 +77,19 @@ class ConstantNode(Node):
 # ------------------------------------------------------------------------------------------ masks of a model's call
 
 
-class _Thread(threading.local):
-    """Whose masks are deferred in this thread: the model call that is going on, or nobody's."""
-
-    call: AttentionCall | None = None
-
-
-_thread = _Thread()
-
-
 @contextlib.contextmanager
 def of_call(call: AttentionCall | None) -> Iterator[None]:
     """Defer masks that are asked for inside the block, under the policy of ``call``; ``None``: do not."""
-    outer, _thread.call = _thread.call, call
+    outer, here.model_call = here.model_call, call
     try:
         yield
     finally:
-        _thread.call = outer
+        here.model_call = outer
 
 
 def may_defer(q_len: int) -> bool:
     """Whether a mask of so many rows that is asked for now could be deferred."""
-    call = _thread.call
+    call = here.model_call
     if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
         return False
     return not compat.is_transformed()
@@ -114,7 +105,7 @@ def deferred(
         q_len, kv_len: Rows and keys.
         temporaries: From the number of the mask's elements to the bytes that the host holds if it is made.
     """
-    call = _thread.call
+    call = here.model_call
     assert call is not None
     # Four rows tell what all of them are.
     few = function(0, min(q_len, 4))
@@ -132,19 +123,19 @@ def deferred(
 
 def answers(error: RuntimeError, device: torch.device) -> bool:
     """Whether a mask that was to be whole and that memory does not hold goes by rows; it is counted."""
-    return _thread.call is not None and _thread.call.answers(error, device)
+    return here.model_call is not None and here.model_call.answers(error, device)
 
 
 def failed(where: str, error: Exception) -> None:
     """An error of ours, where the host made its mask instead."""
-    if _thread.call is not None:
-        _thread.call.tally.count("failed")
+    if here.model_call is not None:
+        here.model_call.tally.count("failed")
     warn_once(where, error)
 
 
 def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> None:
     """Count a mask that cannot be deferred, where the rule would have it so."""
-    call = _thread.call
+    call = here.model_call
     if call is not None:
         call.tally.made(mask.numel() * mask.element_size())
         if call.by_rows(q_len, temporaries, mask.device):

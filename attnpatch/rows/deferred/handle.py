@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.history import has_history, is_inference
 from attnpatch.rows.evaluate import untiled
 from attnpatch.rows.graph.nodes import Node, tensors_of
+from attnpatch.rows.thread_state import here
 
 if TYPE_CHECKING:
     from attnpatch.rows.deferred.tensor import DeferredTensor
@@ -58,7 +58,7 @@ class Handle:
         self.memory = sharing.Memory(node) if memory is None else memory
         self.memory.members.add(self)
         self.path = path
-        self.pending = deferred_here.pending
+        self.pending = here.pending
         self.pending.add(self)
 
     def belongs_to(self, tensor: DeferredTensor) -> None:
@@ -98,7 +98,7 @@ class Handle:
 
     def reduced(self) -> torch.Tensor:
         """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
-        deferred_here.real.add(self)
+        here.real.add(self)
         if self.written is not None:
             tensor = self.tensor
             return (
@@ -137,7 +137,7 @@ class Handle:
         """From now on the computed tensor alone stands for it; its history goes on to the one that there is."""
         self.written, self._adopted = value, value.grad_fn
         self.pending.discard(self)
-        deferred_here.real.add(self)
+        here.real.add(self)
 
     def is_written(self, value: torch.Tensor) -> None:
         """The computed tensor was written to in place: it alone stands for the result, with its history."""
@@ -190,19 +190,6 @@ class Handle:
                 leaf.preserve()
 
 
-class _DeferredHere(threading.local):
-    """Deferred tensors of this thread: another one neither waits for them nor writes to what they read."""
-
-    def __init__(self) -> None:
-        self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
-        # For these a real tensor stands, which may be written to as another one's.
-        self.real: weakref.WeakSet[Handle] = weakref.WeakSet()
-        self.site: AttentionCall | None = None
-
-
-deferred_here = _DeferredHere()
-
-
 def _untransformed() -> contextlib.AbstractContextManager[Any]:
     """Outside of ``torch.func``'s transforms: what is read in one was made before it."""
     is_inside = compat.is_transformed()
@@ -211,18 +198,18 @@ def _untransformed() -> contextlib.AbstractContextManager[Any]:
 
 def pending() -> bool:
     """Whether some deferred tensor of this thread is alive and not yet computed."""
-    return bool(deferred_here.pending)
+    return bool(here.pending)
 
 
 def after_write() -> None:
     """Let deferred tensors whose memory may have been written to as another tensor's have the history it has now."""
-    for handle in list(deferred_here.real):
+    for handle in list(here.real):
         handle.follow()
 
 
 def secure_escaped() -> None:
     """Called when a site is left: what is still deferred now outlives it."""
-    for handle in list(deferred_here.pending):
+    for handle in list(here.pending):
         for leaf in tensors_of(handle.node):
             leaf.secure()
 
@@ -235,7 +222,7 @@ def left() -> None:
 
 def running_site(otherwise: AttentionCall) -> AttentionCall:
     """The site whose call goes on."""
-    return otherwise if deferred_here.site is None else deferred_here.site
+    return otherwise if here.site is None else here.site
 
 
 def is_foreign(tensor: DeferredTensor) -> bool:
@@ -255,5 +242,5 @@ def _is_of_outer_checkpoint(handle: Handle) -> bool:
     """Whether it goes from one checkpoint into another: when they run again, what arrives has a history of torch's."""
     if handle.checkpoint is None:
         return False
-    here = checkpoints.current()
-    return here is not None and here is not handle.checkpoint()
+    current = checkpoints.current()
+    return current is not None and current is not handle.checkpoint()

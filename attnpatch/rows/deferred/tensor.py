@@ -13,14 +13,15 @@ from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.autograd import checkpoints, edges, kept_values
 from attnpatch.rows.deferred import sharing
-from attnpatch.rows.deferred.handle import Handle, deferred_here, is_foreign
+from attnpatch.rows.deferred.handle import Handle, is_foreign
 from attnpatch.rows.deferred.history import has_history
 from attnpatch.rows.graph.nodes import Node, ViewNode
+from attnpatch.rows.thread_state import here
 
 
 def is_watching_writes() -> bool:
     """Whether something of this thread still reads tensors that may be overwritten, or stands for one."""
-    return bool(deferred_here.pending) or bool(deferred_here.real) or kept_values.are_kept()
+    return bool(here.pending) or bool(here.real) or kept_values.are_kept()
 
 
 def before_write(tensor: torch.Tensor) -> None:
@@ -31,7 +32,7 @@ def before_write(tensor: torch.Tensor) -> None:
     if is_watching_writes() and not isinstance(tensor, DeferredTensor):
         storage = kept_values.memory_of(tensor)
         kept_values.before_write(storage)
-        for handle in list(deferred_here.pending):
+        for handle in list(here.pending):
             handle.preserve(storage)
 
 
@@ -157,9 +158,7 @@ def site_of(tensors: Sequence[torch.Tensor]) -> AttentionCall:
     A mask is many sites'; a bias may be a layer's that has handed it on to the next (WavLM).
     """
     calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredTensor)]
-    own = [call for call in calls if call is deferred_here.site] or [
-        call for call in calls if not call.is_of_masks
-    ]
+    own = [call for call in calls if call is here.site] or [call for call in calls if not call.is_of_masks]
     return (own or calls)[0]
 
 

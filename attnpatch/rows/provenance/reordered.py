@@ -8,7 +8,6 @@ is made of their results: a sum with a tensor that was not moved (a residual) ha
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from attnpatch.rows import guard
 from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance.element_places import CONVOLUTIONS
 from attnpatch.rows.provenance.reordered_views import Turned, is_setting
+from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
 
 # Functions that put elements into another order, along one dimension or along some.
@@ -234,13 +234,6 @@ def _orders(
             yield dim % first.dim(), places.flip(0)
 
 
-class _Thread(threading.local):
-    watch: Moved | None = None
-
-
-_thread = _Thread()
-
-
 @contextlib.contextmanager
 def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
     """Watch the call of a model.
@@ -249,22 +242,22 @@ def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
         module: The model.
         given: What it is called with.
     """
-    outer, _thread.watch = _thread.watch, Moved(module, given)
+    outer, here.order = here.order, Moved(module, given)
     try:
-        with _thread.watch:
+        with here.order:
             yield
     finally:
-        _thread.watch = outer
+        here.order = outer
 
 
 def watch() -> Moved | None:
     """The watch on the model's call that this thread is in."""
-    return _thread.watch
+    return here.order
 
 
 def sides(tensor: torch.Tensor) -> list[int]:
     """Rows and columns that the tokens of a tensor are of, as the model's functions have made them; empty: not known."""
-    return [] if _thread.watch is None else _thread.watch.sides(tensor)
+    return [] if here.order is None else here.order.sides(tensor)
 
 
 @contextlib.contextmanager
