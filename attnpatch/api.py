@@ -13,7 +13,7 @@ from attnpatch.capturing.capture import capture
 from attnpatch.dry_run.explanation import Explanation, explanation_of
 from attnpatch.errors import PatchError
 from attnpatch.hosts.diffusers.components import compiled_in, parts_of
-from attnpatch.model_patches import not_patched, parts_in, put_in_place
+from attnpatch.patching.model_patches import not_patched, parts_in, put_in_place
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
 from attnpatch.patching.selection import Sites

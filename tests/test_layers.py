@@ -23,7 +23,7 @@ LAYERS = [
     {"recording"},
     {"hosts"},
     {"patching"},
-    {"reporting", "model_patches", "dry_run"},
+    {"reporting", "dry_run"},
     {"capturing"},
     {"api"},
     {"viewing"},

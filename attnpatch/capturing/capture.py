@@ -21,7 +21,7 @@ from attnpatch.hosts.diffusers.components import tokenizers_of
 from attnpatch.hosts.diffusers.prompts import Prompts
 from attnpatch.hosts.transformers import caches, image_tokens
 from attnpatch.hosts.transformers import calls as host
-from attnpatch.model_patches import parts_in, put_in_place
+from attnpatch.patching.model_patches import parts_in, put_in_place
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
 from attnpatch.recording.call_facts import AttentionCallInfo
