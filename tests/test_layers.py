@@ -13,7 +13,7 @@ ROOT = pathlib.Path(attnpatch.__file__).parent
 # A module may import from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {"failures", "compat", "oom"},
+    {"atomic_files", "failures", "compat", "oom"},
     {"policy"},
     {"memory", "sdpa_call"},
     {"ledger", "observing"},
@@ -169,6 +169,18 @@ def test_thread_state_is_declared_in_one_place():
     }
     known = {"rows/thread_state.py", "patching/site.py", "patching/forward_swap.py"}
     assert found == known | {"recording/threads.py", "recording/recorder.py"}
+
+
+def test_files_take_their_place_in_one_way():
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        for name in ("os.replace(", "os.link(", ".rename(", '.tmp"')
+        if name in path.read_text()
+    }
+    # The last two look for what a killed process left, and try whether a folder can be written to.
+    assert found == {"atomic_files.py", "conversations/results_folder.py", "activation/settings.py"}
+    assert "os.replace(" not in (ROOT / "conversations" / "results_folder.py").read_text()
 
 
 def is_private(name):

@@ -19,7 +19,7 @@ import torch
 from attnpatch.conversations import batch, results_folder
 from attnpatch.conversations.reading.files import Conversation, RejectedRecord
 from attnpatch.conversations.result import Analysis
-from attnpatch.conversations.results_folder import RunFolder, read_facts
+from attnpatch.conversations.results_folder import RunFolder
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
@@ -324,21 +324,21 @@ def test_a_result_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
 def test_a_header_is_read_of_whole_files_only(tmp_path):
     run(Pretended(), said("a"), tmp_path)
     path, cut = tmp_path / "c1.safetensors", tmp_path / "cut.safetensors"
-    whole, facts = path.read_bytes(), read_facts(path)
+    whole, facts = path.read_bytes(), io.facts(path)
     content = io.read(path)
     assert facts == {name: value for name, value in content.items() if name in facts}
     assert facts["metadata"]["conversation"]["name"] == "c1"
     for other in [whole[:length] for length in range(len(whole))] + [whole + b" ", b"x" * 500]:
         cut.write_bytes(other)
-        assert read_facts(cut) is None
-    assert read_facts(tmp_path / "nowhere") is None
+        assert io.facts(cut) is None
+    assert io.facts(tmp_path / "nowhere") is None
 
 
 def test_tools_reach_the_template(tmp_path):
     tools = ({"name": "look"},)
     with_tools = dataclasses.replace(said("a")[0], tools=tools)
     run(Pretended(), [with_tools], tmp_path)
-    assert read_facts(tmp_path / "c1.safetensors")["metadata"]["tools"] == [{"name": "look"}]
+    assert io.facts(tmp_path / "c1.safetensors")["metadata"]["tools"] == [{"name": "look"}]
 
 
 # ------------------------------------------------------------------------------------------------- two processes

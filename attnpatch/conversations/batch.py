@@ -16,8 +16,9 @@ from attnpatch.blocks.spec import Blocks
 from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
 from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.result import Analysis
-from attnpatch.conversations.results_folder import RunFolder, read_facts
+from attnpatch.conversations.results_folder import RunFolder
 from attnpatch.errors import AnalysisError, AttnpatchError
+from attnpatch.maps import io
 
 METHODS = {
     "sequential": "analyze_conversation_sequential",
@@ -195,7 +196,7 @@ def _one(
     about = {"record": number, "source": conversation.source, "name": conversation.name}
     digest = _digest(conversation)
     run.clear(conversation.name)
-    facts = read_facts(path) if path.exists() else None
+    facts = io.facts(path) if path.exists() else None
     if facts is not None:
         found = facts.get("metadata", {}).get("conversation", {})
         if found.get("digest") != digest:
@@ -215,7 +216,7 @@ def _one(
     block_map = dataclasses.replace(analysis.block_map, metadata=facts)
     analysis = dataclasses.replace(analysis, block_map=block_map)
     analysis.save(path)
-    written = read_facts(path)
+    written = io.facts(path)
     if written is None:
         raise AnalysisError(f"{path} was written and cannot be read; is the disk sound?")
     return Step("done", _entry(about, path, written), analysis)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnpatch.conversations.results_folder import SUFFIX, read_facts
+from attnpatch.conversations.results_folder import SUFFIX
 from attnpatch.errors import AnalysisError, AttnpatchError
+from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
 
 By = Literal["labels", "role"]
@@ -106,7 +107,7 @@ def _headers(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[str]]:
     found: dict[Path, Mapping[str, Any]] = {}
     damaged = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
-        facts = read_facts(path)
+        facts = io.facts(path)
         if facts is None or "layers" not in facts:
             damaged.append(f"{path.name}: it is damaged, or no block map")
         elif "spread" not in facts.get("metadata", {}):  # not what an earlier merge wrote

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnpatch.atomic_files import create, put, whole
 from attnpatch.errors import AnalysisError
 
 try:
@@ -110,17 +111,12 @@ class RunFolder:
         writes again, so the last one to write has read everything.
         """
         path = self.folder / INDEX
-        temporary = path.with_name(f".{INDEX}.{self.rank}.tmp")
         seen = None
         while seen != (now := self._sizes()):
             seen = now
             lines = sorted(_best(self._lines(), self.folder), key=lambda line: line["record"])
-            with open(temporary, "wb") as file:
-                for line in lines:
-                    file.write(_line(line))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with whole(path, tag=self.rank) as temporary:
+                put(temporary, map(_line, lines))
         return path
 
     def _sizes(self) -> list[tuple[str, int]]:
@@ -135,6 +131,7 @@ class RunFolder:
         path = self.folder / RUN
         way_out = "go on with it by --resume, or give another folder"
         wanted = {"version": VERSION, "processes": count, "options": options}
+        text = (json.dumps(wanted, indent=1) + "\n").encode()
         if not path.exists():
             results = [entry for pattern in (f"*{SUFFIX}", _PARTS) for entry in self.folder.glob(pattern)]
             # A process that has started with this one may have been faster.
@@ -142,13 +139,12 @@ class RunFolder:
                 raise AnalysisError(
                     f"{self.folder} holds {results[0].name}, and no {RUN} says of which run; give another folder"
                 )
-            if _create(path, json.dumps(wanted, indent=1), self.rank):
+            if create(path, text, self.rank):
                 return
         if not resume and self._is_of_nothing():
             # Left by a run that was killed before its first result. Processes that start together write the same.
-            temporary = path.with_name(f".{path.name}.{self.rank}.tmp")
-            temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            with whole(path, tag=self.rank) as temporary:
+                put(temporary, [text])
             for part in self.folder.glob(_PARTS):
                 if int(part.stem.removeprefix("index-")) >= count:
                     part.unlink(missing_ok=True)
@@ -202,8 +198,8 @@ class RunFolder:
             except OSError:  # a file system without locks
                 pass
         if file.readable():
-            whole = b"" if is_of_nothing else file.read()
-            file.truncate(whole.rfind(b"\n") + 1)
+            lines = b"" if is_of_nothing else file.read()
+            file.truncate(lines.rfind(b"\n") + 1)
             file.seek(0, os.SEEK_END)
         return file
 
@@ -286,26 +282,6 @@ def _best(lines: Iterator[dict[str, Any]], folder: Path) -> list[dict[str, Any]]
     return [line for line in best.values() if "error" not in line or line["source"] not in done]
 
 
-def _create(path: Path, text: str, rank: int) -> bool:
-    """Whether this process was the one that wrote a file; others then find it whole."""
-    temporary = path.with_name(f".{path.name}.{rank}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
-
-
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -314,23 +290,3 @@ def _read_run(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise AnalysisError(f"{path} is damaged, or of another version of attnpatch; give another folder")
-
-
-def read_facts(path: Path) -> dict[str, Any] | None:
-    """What the header of a result says, without reading its tensors; None if the file is none or not whole.
-
-    By hand: ``safe_open`` takes no path that is not UTF-8.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                return None
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        content = json.loads(metadata["block_map"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return None
-    return content if isinstance(content, dict) and 8 + length + end == size else None

@@ -1,10 +1,7 @@
 """Block maps in files: tensors as safetensors, everything else as JSON in the header, written whole or not at all."""
 
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from attnpatch.atomic_files import put, whole
 from attnpatch.errors import BlockMapFileError
 
 FILE_FORMAT = "attnpatch.block_map"
@@ -30,32 +28,49 @@ def write(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> Pa
     Raises:
         BlockMapFileError: The file cannot be written.
     """
-    header = {"format": FILE_FORMAT, "version": FILE_VERSION, "block_map": json.dumps(content)}
-    data = to_safetensors(tensors, header)
-    with whole(path, BlockMapFileError) as temporary, open(temporary, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    words = {"format": FILE_FORMAT, "version": FILE_VERSION, "block_map": json.dumps(content)}
+    data = to_safetensors(tensors, words)
+    with whole(path, BlockMapFileError) as temporary:
+        put(temporary, [data])
     return path
 
 
-@contextlib.contextmanager
-def whole(path: Path, failure: type[Exception]) -> Iterator[Path]:
-    """A place beside a file's to write it to: moved there when the block ends, and gone when it fails.
+def header(path: Path) -> dict[str, str] | None:
+    """The words in the header of a safetensors file, without reading its tensors; ``None``: it is none, or not whole.
+
+    By hand: ``safe_open`` takes no path that is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                return None
+            entries = json.loads(file.read(length))
+        words = entries.pop("__metadata__", {})
+        end = max((tensor["data_offsets"][1] for tensor in entries.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+    return words if isinstance(words, dict) and 8 + length + end == size else None
+
+
+def facts(path: Path) -> dict[str, Any] | None:
+    """All of a block map but its tensors; ``None`` if the file is none or not whole."""
+    try:
+        content = json.loads((header(path) or {})["block_map"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def check_kind(path: Path, words: dict[str, str]) -> None:
+    """See that a header is that of a block map.
 
     Raises:
-        failure: The file cannot be written.
+        BlockMapFileError: It is not.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        problem = error.strerror or error
-        raise failure(f"cannot write {path}: {problem}; choose a path that can be.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    if words.get("format") != FILE_FORMAT:
+        raise BlockMapFileError(f"{path} is safetensors but no block map; give what BlockMap.save wrote.")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -68,21 +83,20 @@ def read(path: Path) -> dict[str, Any]:
         raise BlockMapFileError(f"there is no file {path}; give the path that BlockMap.save was given.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            words = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except UnicodeEncodeError as error:
         raise BlockMapFileError(f"{path!a} is no UTF-8 name; rename the file.") from error
     except (SafetensorError, OSError) as error:
         raise BlockMapFileError(f"{path} is cut short or no block map ({error}); {AGAIN}") from error
-    if header.get("format") != FILE_FORMAT:
-        raise BlockMapFileError(f"{path} is safetensors but no block map; give what BlockMap.save wrote.")
-    if header.get("version") != FILE_VERSION:
+    check_kind(path, words)
+    if words.get("version") != FILE_VERSION:
         raise BlockMapFileError(
-            f"{path} has version {header.get('version')!r}, this attnpatch reads {FILE_VERSION!r}; read "
+            f"{path} has version {words.get('version')!r}, this attnpatch reads {FILE_VERSION!r}; read "
             f"it with the attnpatch that wrote it, or {AGAIN}"
         )
     try:
-        return {**json.loads(header["block_map"]), **tensors}
+        return {**json.loads(words["block_map"]), **tensors}
     except KeyError as error:
         raise BlockMapFileError(f"{path} lacks {error}; {AGAIN}") from error
     except (ValueError, TypeError) as error:

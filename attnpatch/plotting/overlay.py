@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnpatch.atomic_files import put, whole
 from attnpatch.errors import CaptureError
 from attnpatch.plotting import panel_grid
 from attnpatch.plotting.images import as_heat, as_image, blended, described, enlarged, resized
@@ -128,17 +128,16 @@ def write_overlays(image: Any, heats: Mapping[str, np.ndarray], folder: str | os
     pixels = enlarged(pixels, max(1, round(_FILE_PIXELS / max(pixels.shape[:2]))))
     digits = max(2, len(str(len(heats) - 1)))
     paths = [folder / f"{number:0{digits}}_{_file_name(word)}.png" for number, word in enumerate(heats)]
-    temporaries = [folder / f".{secrets.token_hex(8)}.tmp" for _ in paths]
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     new = [path for path in paths if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for temporary, heat in zip(temporaries, heats.values(), strict=True):
-            _write(temporary, panel_grid.png(blended(pixels, heat, float(heat.max()), colours)))
-        for temporary, path in zip(temporaries, paths, strict=True):
-            os.replace(temporary, path)
+        with contextlib.ExitStack() as written:
+            for path, heat in zip(paths, heats.values(), strict=True):
+                picture = panel_grid.png(blended(pixels, heat, float(heat.max()), colours))
+                put(written.enter_context(whole(path)), [picture])
     except BaseException as error:
-        _remove([*temporaries, *new], made)
+        _remove(new, made)
         if not isinstance(error, OSError):
             raise
         problem = "it is a file" if folder.is_file() else error.strerror or error
@@ -184,13 +183,6 @@ def _file_name(word: str) -> str:
     """Letters, with their accents, and digits of any script; everything else as ``_``."""
     kept = (letter if unicodedata.category(letter)[0] in "LMN" or letter in "-_" else " " for letter in word)
     return "_".join("".join(kept).split())[:_LONGEST_NAME].rstrip("_") or "word"
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _remove(files: Sequence[Path], folders: Sequence[Path]) -> None:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from attnpatch.errors import BlockMapFileError, PageError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
@@ -41,11 +39,7 @@ def load_maps(path: Path) -> tuple[dict[str, BlockMap], list[str]]:
 
 def _load(file: Path) -> BlockMap:
     """``BlockMap.load``, which reads all tensors, only where the header says it is one: weights are large."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-    except (SafetensorError, OSError):
-        header = None
-    if header is not None and header.get("format") != io.FILE_FORMAT:
-        raise BlockMapFileError(f"{file} is safetensors but no block map; give what BlockMap.save wrote.")
+    words = io.header(file)
+    if words is not None:
+        io.check_kind(file, words)
     return BlockMap.load(file)

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from attnpatch.atomic_files import put, whole
 from attnpatch.errors import PageError
-from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
 
 _SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
@@ -55,10 +55,9 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
         raise PageError("there is no block map to show; give at least one.")
     if path.is_dir():
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
-    # Half of a character, as names of files can hold on Linux, would not fit utf-8.
-    options = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
-    with io.whole(path, PageError) as temporary, open(temporary, "x", **options) as file:
-        file.writelines(_page(maps))
+    with whole(path, PageError) as temporary:
+        # Half of a character, as names of files can hold on Linux, would not fit utf-8.
+        put(temporary, (piece.encode("utf-8", "replace") for piece in _page(maps)))
     return path
 
 
