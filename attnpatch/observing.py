@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -39,20 +38,24 @@ class TileInfo:
     positions: torch.Tensor | None = None
 
 
-class Observer(Protocol):
+class Observer:
     """Who looks at attention probabilities while they pass by.
+
+    Of one attention ``begin`` comes first; then ``take``, where a fused kernel serves it, or ``observe`` for every tile;
+    then ``end``. ``restart`` begins the tiles again. A call of a site may hold several; ``finish`` comes after the last.
 
     Attributes:
         is_of_gradient: Whether to show each probability times its gradient instead, in the backward pass.
     """
 
-    is_of_gradient: bool
+    is_of_gradient: bool = False
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
 
         Keys that no row of the tile may look at can be left out at the end.
         """
+        raise NotImplementedError
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
         """See a whole SDPA call at once, given it and its ``[batch, heads, q_len]`` logsumexp.
@@ -62,9 +65,11 @@ class Observer(Protocol):
         Returns:
             ``None`` if nothing of it needs to be shown any more; otherwise why, in a few words.
         """
+        raise NotImplementedError
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """Query rows that need to be shown, int64, ascending; ``None``: all. More may be."""
+        return None
 
     def begin(self, layout: Layout, opened: Opened) -> bool:
         """An attention of the site is about to be shown, or would be; whether it is to be.
@@ -74,6 +79,7 @@ class Observer(Protocol):
             opened: From the place of the first query among the keys (``None``: they are others' tokens) to bool
                 ``[batch, kv_len]``, the keys that attention is open to; ``None``: to all; empty: that is not known.
         """
+        raise NotImplementedError
 
     def restart(self) -> None:
         """Forget the tiles of this attention: it ran out of memory and begins again."""
@@ -83,6 +89,22 @@ class Observer(Protocol):
 
     def finish(self) -> None:
         """The call has ended."""
+
+
+class NullObserver(Observer):
+    """Stands for an observer that has seen this call already."""
+
+    def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
+        pass
+
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str:
+        return "seen before"
+
+    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def begin(self, layout: Layout, opened: Opened) -> bool:
+        return False
 
 
 INPUT, KEPT, SLOTS = "input", "kept", "slots"

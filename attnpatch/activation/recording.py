@@ -17,6 +17,7 @@ from attnpatch.blocks.spec import Blocks
 from attnpatch.capturing.capture import recorder_of
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.observing import Observer
 from attnpatch.oom import is_out_of_memory
 from attnpatch.patching.patch import Patch
 from attnpatch.recording.gathered import maps_of, nothing
@@ -214,10 +215,8 @@ class ThreadRecorder:
             self.fail(error)
 
 
-class _Guarded:
+class _Guarded(Observer):
     """An observer whose errors end the capture of a sequence instead of the model's call."""
-
-    is_of_gradient = False
 
     def __init__(self, recorder: ThreadRecorder, observer: TextObserver) -> None:
         self.recorder, self.observer = recorder, observer
@@ -243,9 +242,6 @@ class _Guarded:
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
         found: str | None = self._attempted(self.observer.take, call, lse, workspace, otherwise="given up")
         return found
-
-    def rows(self, lead_count: int, q_len: int, kv_len: int) -> None:
-        return None
 
     def restart(self) -> None:
         self._attempted(self.observer.restart)

@@ -217,7 +217,7 @@ class ImageMaps:
             return overlay.write_overlays(image, heats, Path(path))
         else:
             figure = overlay.overlay(image, heats)
-        return figure if path is None else map_figure.write(figure, path)
+        return map_figure.write(figure, path)
 
     def plot_steps(
         self, image: Any, word: str | int, path: str | os.PathLike | None = None, **heat_map: Any
@@ -242,7 +242,7 @@ class ImageMaps:
             raise CaptureError("steps of a video are not drawn; draw one with heat_map(word, step=...)")
         labels = [f"step {step}" for step in steps]
         figure = overlay.steps(image, heats, labels, title=str(word))
-        return figure if path is None else map_figure.write(figure, path)
+        return map_figure.write(figure, path)
 
     def __repr__(self) -> str:
         said = "nothing captured yet"

@@ -110,7 +110,7 @@ class Analysis:
             path: ``.png``, ``.svg`` or ``.pdf``; when left out the figure is returned.
             most: Layers that are drawn, evenly spread, the first and the last among them.
         """
-        return _written(drawing.layers(self.block_map, most), path)
+        return map_figure.write(drawing.layers(self.block_map, most), path)
 
     def plot_row(self, row: int | str, path: str | os.PathLike | None = None) -> Figure | Path:
         """Where one block looks, in every layer.
@@ -122,7 +122,7 @@ class Analysis:
         Raises:
             AnalysisError: There is no such block.
         """
-        return _written(drawing.row(self.block_map, self._row(row)), path)
+        return map_figure.write(drawing.row(self.block_map, self._row(row)), path)
 
     def plot_memory(self, path: str | os.PathLike | None = None) -> Figure | Path:
         """Memory over the time of the run.
@@ -132,7 +132,7 @@ class Analysis:
         """
         if len(self.memory) < 2:
             raise AnalysisError("the run was too short for a curve of its memory")
-        return _written(drawing.memory(self.memory), path)
+        return map_figure.write(drawing.memory(self.memory), path)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file, which ``BlockMap.load`` reads too; whole or not at all.
@@ -182,7 +182,3 @@ class Analysis:
         raise AnalysisError(
             f"there is no block {row!r}; there are 0 to {len(labels) - 1}: {', '.join(labels[:8])}"
         )
-
-
-def _written(figure: Figure, path: str | os.PathLike | None) -> Figure | Path:
-    return figure if path is None else map_figure.write(figure, path)

@@ -241,7 +241,7 @@ class BlockMap:
             errors_are="standard error" if one.spread is None else "spread",
             is_signed=self.is_signed,
         )
-        return figure if path is None else map_figure.write(figure, path)
+        return map_figure.write(figure, path)
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows; None (then it shows the text) without matplotlib."""

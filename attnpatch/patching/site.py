@@ -18,7 +18,7 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import attention_outputs, masks
 from attnpatch.memory import FreeMemoryCache
-from attnpatch.observing import TileInfo
+from attnpatch.observing import NullObserver
 from attnpatch.patching.counters import SiteCounters
 from attnpatch.patching.forward_swap import renew
 from attnpatch.patching.recognition import Watch
@@ -36,7 +36,6 @@ from attnpatch.rows.provenance.repeated import Repeats, sources_of
 from attnpatch.rows.provenance.sources import inputs_among
 from attnpatch.rows.sdpa.encoder_fast_paths import opened
 from attnpatch.rows.watching import without
-from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
     from attnpatch.patching.patch import Patch
@@ -63,6 +62,7 @@ class _Calls(threading.local):
 
 
 calls_here = _Calls()
+SEEN = NullObserver()
 
 
 class _OfMasks:
@@ -493,36 +493,6 @@ class Around:
             except Exception as error:
                 if error is not exc_info[1]:
                     self.site.failed("the end of a watch", error)
-
-
-class NullObserver:
-    """Stands for an observer that has seen this call already."""
-
-    is_of_gradient = False
-
-    def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
-        pass
-
-    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str:
-        return "seen before"
-
-    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor:
-        return torch.zeros(0, dtype=torch.int64)
-
-    def begin(self, layout: Any, opened: Any) -> bool:
-        return False
-
-    def restart(self) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-SEEN = NullObserver()
 
 
 def most_rows(args: Any, kwargs: dict[str, Any]) -> int:

@@ -115,12 +115,14 @@ def colours(
     return norm, colormaps["viridis"].with_extremes(bad=_ZERO_COLOUR)
 
 
-def write(figure: "Figure", path: str | os.PathLike) -> Path:
-    """Save ``figure`` in the format its suffix names and return the path.
+def write(figure: "Figure", path: str | os.PathLike | None) -> "Figure | Path":
+    """Save ``figure`` in the format that a path's suffix names and return the path; without a path, the figure.
 
     Raises:
         CaptureError: The suffix is not ``.png``, ``.svg`` or ``.pdf``.
     """
+    if path is None:
+        return figure
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise CaptureError(f"cannot draw into {path.name!r}; accepted suffixes are {', '.join(SUFFIXES)}.")

@@ -12,7 +12,7 @@ import torch
 from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
-from attnpatch.observing import TileInfo
+from attnpatch.observing import Observer, TileInfo
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
@@ -84,7 +84,7 @@ class SiteSums:
         )
 
 
-class SiteObserver:
+class SiteObserver(Observer):
     """Adds tiles of probabilities to sums.
 
     Args:
@@ -97,14 +97,9 @@ class SiteObserver:
     """
 
     def __init__(self, recorder: Collecting, name: str) -> None:
-        self.recorder, self.name = recorder, name
+        self.recorder, self.name, self.is_of_gradient = recorder, name, recorder.is_of_gradient
         self.record: SiteSums | None = None
         self.past = 0
-
-    @property
-    def is_of_gradient(self) -> bool:
-        """Whether it is shown probabilities times their gradients."""
-        return self.recorder.is_of_gradient
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
@@ -114,12 +109,6 @@ class SiteObserver:
 
     def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         raise NotImplementedError
-
-    def end(self) -> None:
-        """All tiles of an attention were shown."""
-
-    def finish(self) -> None:
-        """The call of the site has ended."""
 
     def sums_of(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None, num_heads: int) -> str | None:
         """Add a whole attention call to the record at once, where the kernel of ``fused_mass`` can.

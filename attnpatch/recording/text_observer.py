@@ -179,16 +179,7 @@ class TextObserver(SiteObserver):
         return self.sample.positions() - self.past
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
-        """Add a whole attention call at once, where the kernel of ``fused_mass`` can.
-
-        Args:
-            call: Arguments of an SDPA call by name.
-            lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
-            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
-
-        Returns:
-            ``None`` if it did; otherwise why not, in a few words, and nothing is added.
-        """
+        """See ``Observer.take``: where the kernel of ``fused_sums`` can; otherwise nothing is added."""
         reason = fused_sums.why_not(call) or ("measures" if self.recorder.measures else None)
         if reason is not None:
             return reason

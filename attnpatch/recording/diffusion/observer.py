@@ -213,10 +213,6 @@ class ImageObserver(SiteObserver):
         except Unknown as reason:
             self._refuse(str(reason))
 
-    def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
-        """All rows."""
-        return None
-
     def finish(self) -> None:
         """The call of the site has ended."""
         if self.layout is None and not self.is_candidate:
