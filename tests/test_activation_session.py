@@ -309,7 +309,7 @@ def test_what_cannot_be_captured_does_not_stop_the_script(capturing, tmp_path, c
 
 def test_after_a_failure_the_next_sequence_is_captured(capturing, tmp_path, monkeypatch):
     """In a part (the encoder, which generate calls on its own), in the whole, and in a call that goes on."""
-    from attnpatch.recording.text_observer import TextObserver
+    from attnpatch.recording.text.observer import TextObserver
 
     model = T5ForConditionalGeneration(T5).eval()
     observe, fails = TextObserver.observe, []

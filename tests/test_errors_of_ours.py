@@ -21,8 +21,8 @@ from attnpatch.hosts.diffusers.prompts import Prompts
 from attnpatch.patching import site as patching
 from attnpatch.patching.patch import Patch
 from attnpatch.patching.recognition import Watch
-from attnpatch.recording.recorder import Recorder
-from attnpatch.recording.text_observer import TextObserver
+from attnpatch.recording.text.observer import TextObserver
+from attnpatch.recording.text.recorder import Recorder
 from attnpatch.rows.autograd.native_tape import NativeTape
 from attnpatch.rows.creation import positions, row_masks
 from attnpatch.rows.mode import RowsMode

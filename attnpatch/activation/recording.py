@@ -20,10 +20,10 @@ from attnpatch.maps.block_map import BlockMap
 from attnpatch.observing import Observer
 from attnpatch.oom import is_out_of_memory
 from attnpatch.patching.patch import Patch
-from attnpatch.recording.gathered import maps_of, nothing
-from attnpatch.recording.recorder import Recorder
-from attnpatch.recording.sequences import reference
-from attnpatch.recording.text_observer import TextObserver
+from attnpatch.recording.text.gathered import maps_of, nothing
+from attnpatch.recording.text.observer import TextObserver
+from attnpatch.recording.text.recorder import Recorder
+from attnpatch.recording.text.sequences import reference
 from attnpatch.sdpa_call import SdpaCall
 
 

@@ -27,7 +27,7 @@ from attnpatch.policy import Policy
 from attnpatch.recording.call_facts import AttentionCallInfo
 from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
 from attnpatch.recording.diffusion.recorder import ImageRecorder
-from attnpatch.recording.recorder import Recorder
+from attnpatch.recording.text.recorder import Recorder
 from attnpatch.recording.threads import Owner
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.sources import inputs_among

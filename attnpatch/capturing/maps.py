@@ -8,9 +8,9 @@ import torch
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.recording.gathered import maps_of, measured_of, nothing
-from attnpatch.recording.recorder import Recorder
-from attnpatch.recording.sequences import Calls
+from attnpatch.recording.text.gathered import maps_of, measured_of, nothing
+from attnpatch.recording.text.recorder import Recorder
+from attnpatch.recording.text.sequences import Calls
 
 
 class Maps:

@@ -17,12 +17,12 @@ from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import CaptureError
 from attnpatch.recording.accumulator import SiteSums
-from attnpatch.recording.cache_history import cut
 from attnpatch.recording.call_facts import AttentionCallInfo, Unknown
 from attnpatch.recording.layers import chosen_sites, pattern_of
-from attnpatch.recording.sequences import Calls, Marks, Sequence, reference
 from attnpatch.recording.statistics import checked_measures
-from attnpatch.recording.text_observer import NOT_SEEN, TextObserver
+from attnpatch.recording.text.cache_history import cut
+from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
+from attnpatch.recording.text.sequences import Calls, Marks, Sequence, reference
 from attnpatch.recording.threads import Owner
 
 _OTHERS_PLACES = (

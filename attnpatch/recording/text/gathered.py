@@ -10,8 +10,8 @@ from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.assemble import block_map, measured, together
-from attnpatch.recording.recorder import Recorder
-from attnpatch.recording.sequences import Calls
+from attnpatch.recording.text.recorder import Recorder
+from attnpatch.recording.text.sequences import Calls
 
 _NOTHING = (
     "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile shows nothing), "

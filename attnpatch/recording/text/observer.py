@@ -14,7 +14,6 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.observing import TileInfo
 from attnpatch.recording.accumulator import Collecting, SiteObserver, SiteSums, heads_as_leads
 from attnpatch.recording.block_sums import key_sums
-from attnpatch.recording.cache_history import MOST_ROWS, History, Rows
 from attnpatch.recording.call_facts import (
     NOT_SEEN,
     OFF,
@@ -29,8 +28,9 @@ from attnpatch.recording.call_facts import (
     relation_of,
 )
 from attnpatch.recording.gpu import fused_sums
-from attnpatch.recording.row_sampling import RowSample, draw, generator_for
 from attnpatch.recording.statistics import Measures
+from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
+from attnpatch.recording.text.row_sampling import RowSample, draw, generator_for
 from attnpatch.sdpa_call import SdpaCall
 
 # Numbers of a call that are kept row by row.
