@@ -20,6 +20,7 @@ from attnpatch.maps.block_map import BlockMap
 from attnpatch.observing import Observer
 from attnpatch.oom import is_out_of_memory
 from attnpatch.patching.patch import Patch
+from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.gathered import maps_of, nothing
 from attnpatch.recording.text.observer import TextObserver
 from attnpatch.recording.text.recorder import Recorder
@@ -173,7 +174,7 @@ class ThreadRecorder:
     def _recorder(self) -> Recorder:
         """The recorder, which knows all sites that the patch has by now."""
         if self._inner is None or self._sites != len(self.patch.sites):
-            new = recorder_of(self.patch, self.kind, Blocks.fixed(self.block_size))
+            new = recorder_of(self.patch, self.kind, CaptureOptions(Blocks.fixed(self.block_size)))
             if self._inner is None:
                 self._inner = new
             else:

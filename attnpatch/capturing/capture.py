@@ -13,7 +13,7 @@ from torch import nn
 
 from attnpatch.blocks.heads import Heads
 from attnpatch.blocks.spec import Blocks
-from attnpatch.capturing.image_maps import ImageMaps, Steps
+from attnpatch.capturing.image_maps import ImageMaps
 from attnpatch.capturing.maps import Maps
 from attnpatch.errors import AttnpatchWarning, CaptureError, PatchError
 from attnpatch.hosts.diffusers import denoiser
@@ -26,8 +26,9 @@ from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
 from attnpatch.recording.call_facts import AttentionCallInfo
 from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
-from attnpatch.recording.diffusion.recorder import ImageRecorder
-from attnpatch.recording.text.recorder import Recorder
+from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
+from attnpatch.recording.options import CaptureOptions, Steps
+from attnpatch.recording.text.recorder import HostReading, Recorder
 from attnpatch.recording.threads import Owner
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.sources import inputs_among
@@ -91,11 +92,10 @@ def capture(
         PatchError: As ``apply``.
     """
     parts = parts_in(model)
+    options = CaptureOptions(blocks, heads, layers, sites, steps, measures, sample_rows, seed, weighting)
     images = {name: part for name, part in parts.items() if denoiser.is_denoiser(part)}
     if images and ("" not in parts or _of_image(blocks)):
-        if measures or sample_rows is not None or weighting != "probability":
-            raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
-        with _capture_image(model, images, blocks, heads, layers, sites, steps) as maps:
+        with _capture_image(model, images, options.for_image()) as maps:
             yield maps
         return
     if len(parts) > 1:
@@ -104,21 +104,12 @@ def capture(
             "and an argument named timestep); capture one of them: "
             f"{', '.join(parts)}"
         )
-    if blocks is None:
-        raise CaptureError("say what a block is, such as blocks=Blocks.fixed(128) or Blocks.messages(...)")
     (part,) = parts.values()
     with contextlib.ExitStack() as undo:
         patch = _patch_for(part, undo)
-        more = {
-            "is_kept_apart": _checked_steps(steps),
-            "measures": measures,
-            "sample_rows": sample_rows,
-            "seed": seed,
-            "weighting": weighting,
-        }
-        recorder = recorder_of(patch, type(part), blocks, heads, layers, sites, **more)
+        recorder = recorder_of(patch, type(part), options)
         _check_tokens(recorder, part)
-        maps = Maps(recorder, None if isinstance(steps, str) else steps)
+        maps = Maps(recorder, options.chosen_steps)
         with _recording(patch, recorder):
             try:
                 yield maps
@@ -217,24 +208,12 @@ def _of_image(blocks: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _capture_image(
-    model: Any,
-    parts: dict[str, nn.Module],
-    blocks: Blocks | tuple[Blocks, Blocks] | None,
-    heads: Heads,
-    layers: Sequence[int] | None,
-    sites: str | None,
-    steps: Steps,
-) -> Iterator[ImageMaps]:
-    if layers is not None:
-        raise CaptureError(
-            "layers of a denoiser are not numbered alike; give sites='*.attn2' or another pattern"
-        )
+def _capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOptions) -> Iterator[ImageMaps]:
     whole = parts_in(model)
     prompts = Prompts(whole, tokenizers_of(model))
-    plan, kept = Plan.of(blocks), _checked_steps(steps)
+    plan = Plan.of(options.blocks)
     with contextlib.ExitStack() as undo:
-        sampling = Sampling(plan, kept, prompts.find if "" not in whole else None)
+        sampling = Sampling(plan, options.is_kept_apart, prompts.find if "" not in whole else None)
         if "" not in whole:
             undo.enter_context(prompts.watching())
             undo.enter_context(_runs(model, sampling, prompts))
@@ -242,12 +221,14 @@ def _capture_image(
         for name, part in parts.items():
             patch = _patch_for(part, undo)
             prefix = f"{name}." if name else ""
-            recorder = image_recorder_of(patch, part, sampling, prefix, heads, sites)
+            recorder = image_recorder_of(patch, part, sampling, options, prefix)
             undo.enter_context(_recording(patch, recorder))
             recorders.append(recorder)
         if not any(recorder.wanted for recorder in recorders):
-            raise CaptureError(f"no attention site matches {sites!r}; see attnpatch.report() for their names")
-        yield ImageMaps(sampling, heads, steps, type(model).__name__)
+            raise CaptureError(
+                f"no attention site matches {options.sites!r}; see attnpatch.report() for their names"
+            )
+        yield ImageMaps(sampling, options, type(model).__name__)
     _warn_of(sampling.left_out, deep=2)  # inside a context of its own
 
 
@@ -266,34 +247,15 @@ def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.Abs
 
 
 def image_recorder_of(
-    patch: Patch,
-    part: nn.Module,
-    sampling: Sampling,
-    prefix: str,
-    heads: Heads,
-    sites: str | None,
+    patch: Patch, part: nn.Module, sampling: Sampling, options: CaptureOptions, prefix: str
 ) -> ImageRecorder:
     """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
 
     def read_call(args: Any, kwargs: Any) -> DenoiserCall:
         return denoiser.read_denoiser_call(part, args, kwargs)
 
-    num_heads = denoiser.num_heads_of(part)
-    names = _innermost(patch)
-    return ImageRecorder(
-        sampling, names, prefix, heads, sites, read_call, num_heads, inputs_among, reordered.sides
-    )
-
-
-def _checked_steps(steps: Any) -> bool:
-    """Whether steps are kept apart."""
-    if isinstance(steps, str) and steps in ("mean", "all"):
-        return steps == "all"
-    if not isinstance(steps, (list, tuple)) or not steps or not all(type(step) is int for step in steps):
-        raise CaptureError(
-            f"steps={steps!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, -1]"
-        )
-    return True
+    reading = DenoiserReading(read_call, denoiser.num_heads_of(part), inputs_among, reordered.sides)
+    return ImageRecorder(sampling, options, _innermost(patch), prefix, reading)
 
 
 def _innermost(patch: Patch) -> list[str]:
@@ -314,21 +276,13 @@ def _owners(patch: Patch) -> list[str]:
     ]
 
 
-def recorder_of(
-    patch: Patch,
-    kind: type[nn.Module],
-    blocks: Blocks | tuple[Blocks, Blocks],
-    heads: Heads = "mean",
-    layers: Sequence[int] | None = None,
-    sites: str | None = None,
-    **more: Any,
-) -> Recorder:
+def recorder_of(patch: Patch, kind: type[nn.Module], options: CaptureOptions) -> Recorder:
     """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
 
     Args:
         patch: The patch of a model.
         kind: The model's class.
-        blocks, heads, layers, sites, **more: As ``capture`` takes them.
+        options: What is asked for.
 
     Raises:
         CaptureError: What was asked for does not fit the model.
@@ -351,13 +305,12 @@ def recorder_of(
             is_part=host.is_part(args, kwargs),
         )
 
-    more = {
-        "owners": _owners(patch),
-        "marks": caches.marks_of,
-        "tokens_in": caches.tokens_in,
-        "rows_have_moved": caches.rows_have_moved,
-        **more,
-    }
-    return Recorder(
-        blocks, heads, layers, sites, _innermost(patch), read_call, site_call, patch.model_kind, **more
+    reading = HostReading(
+        read_call,
+        site_call,
+        patch.model_kind,
+        marks=caches.marks_of,
+        tokens_in=caches.tokens_in,
+        rows_have_moved=caches.rows_have_moved,
     )
+    return Recorder(options, _innermost(patch), _owners(patch), reading)

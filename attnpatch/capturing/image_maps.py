@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from attnpatch.blocks.heads import Heads
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.plotting import map_figure, overlay
 from attnpatch.recording.diffusion.assemble import Reading, kind_of
 from attnpatch.recording.diffusion.denoising import Run, Sampling, TextRow
 from attnpatch.recording.diffusion.words import listed, places, plain, why_missing
+from attnpatch.recording.options import CaptureOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Steps = str | Sequence[int]
 
 
 class ImageMaps:
@@ -30,12 +28,13 @@ class ImageMaps:
 
     Args:
         sampling: What was collected.
-        heads, steps: As ``capture`` was given them.
+        options: What the capture asked for.
         model_name: For the metadata.
     """
 
-    def __init__(self, sampling: Sampling, heads: Heads, steps: Steps, model_name: str) -> None:
-        self._sampling, self._heads, self._steps, self._model_name = sampling, heads, steps, model_name
+    def __init__(self, sampling: Sampling, options: CaptureOptions, model_name: str) -> None:
+        self._sampling, self._model_name = sampling, model_name
+        self._heads, self._steps = options.heads, options.steps
 
     @property
     def left_out(self) -> dict[str, str]:

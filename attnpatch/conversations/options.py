@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnpatch.errors import AnalysisError
-from attnpatch.recording.statistics import MEASURES
+from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.recording.statistics import checked_measures
 
 # Tokens of a piece where nobody says how many.
 CHUNK = 2048
@@ -64,9 +64,10 @@ class Options:
             )
         if type(found.chunk_size) is not int or found.chunk_size < 1:
             raise AnalysisError(f"chunk_size={found.chunk_size!r} is not accepted; give 1 token or more")
-        unknown = [name for name in found.measures if name not in MEASURES]
-        if unknown:
-            raise AnalysisError(f"measures={unknown!r} is not accepted; there are {', '.join(MEASURES)}")
+        try:
+            checked_measures(found.measures)
+        except CaptureError as error:
+            raise AnalysisError(str(error)) from None
         return found
 
     def normalization(self, asked: str | None) -> str:

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from attnpatch.blocks.heads import Heads, checked_heads, chosen_heads
+from attnpatch.blocks.heads import chosen_heads
 from attnpatch.errors import AttnpatchError
 from attnpatch.recording.accumulator import SiteObserver
 from attnpatch.recording.diffusion.denoising import DenoiserCall, Sampling
 from attnpatch.recording.diffusion.observer import ImageObserver
 from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT, Origins
+from attnpatch.recording.options import CaptureOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserReading:
+    """How a denoiser's calls are read (``attnpatch.hosts``).
+
+    Attributes:
+        read_call: Makes a ``DenoiserCall`` of arguments.
+        num_heads: Of sites, where it is known.
+        inputs_among: The tensors that a site is called with, as ``Layout`` counts them.
+        sides_of: Rows and columns that the tokens of such a tensor were joined of; empty: not known.
+    """
+
+    read_call: Callable[[Any, Any], DenoiserCall]
+    num_heads: dict[str, int]
+    inputs_among: Callable[[Any, Any], list[torch.Tensor]]
+    sides_of: Callable[[torch.Tensor], list[int]] = lambda tensor: []
 
 
 class ImageRecorder:
@@ -22,17 +41,10 @@ class ImageRecorder:
 
     Args:
         sampling: Where to.
-        names: Its attention sites.
+        options: What the capture asked for.
+        names: The denoiser's attention sites.
         prefix: Before their names: the component's.
-        heads: As ``capture`` takes them.
-        sites: Pattern of site names, ``None``: all.
-        read_call: Makes a ``DenoiserCall`` of arguments.
-        num_heads: Of sites, where it is known.
-        inputs_among: The tensors that a site is called with, as ``Layout`` counts them.
-        sides_of: Rows and columns that the tokens of such a tensor were joined of; empty: not known.
-
-    Raises:
-        CaptureError: There is no such site, or these are no heads.
+        host: How its calls are read.
     """
 
     # Whether a capture that somebody asks for takes its place.
@@ -45,19 +57,16 @@ class ImageRecorder:
     def __init__(
         self,
         sampling: Sampling,
+        options: CaptureOptions,
         names: Sequence[str],
         prefix: str,
-        heads: Heads,
-        sites: str | None,
-        read_call: Callable[[Any, Any], DenoiserCall],
-        num_heads: dict[str, int],
-        inputs_among: Callable[[Any, Any], list[torch.Tensor]],
-        sides_of: Callable[[torch.Tensor], list[int]] = lambda tensor: [],
+        host: DenoiserReading,
     ) -> None:
-        self.sampling, self.prefix, self.heads = sampling, prefix, checked_heads(heads)
-        self.num_heads = {prefix + name: count for name, count in num_heads.items()}
-        self.read_call, self.inputs_among, self.sides_of = read_call, inputs_among, sides_of
-        self.wanted = {name for name in names if sites is None or fnmatch.fnmatchcase(prefix + name, sites)}
+        self.sampling, self.prefix, self.heads = sampling, prefix, options.heads
+        self.num_heads = {prefix + name: count for name, count in host.num_heads.items()}
+        self.read_call, self.inputs_among, self.sides_of = host.read_call, host.inputs_among, host.sides_of
+        wanted = options.sites
+        self.wanted = {name for name in names if wanted is None or fnmatch.fnmatchcase(prefix + name, wanted)}
         self.call: DenoiserCall | None = None
         self.called: set[str] = set()
         self.owner: Any = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 from collections import Counter
@@ -12,14 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from attnpatch.blocks.heads import Heads, checked_heads, chosen_heads
+from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.partition import Partition
-from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import CaptureError
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.call_facts import AttentionCallInfo, Unknown
 from attnpatch.recording.layers import chosen_sites, pattern_of
-from attnpatch.recording.statistics import checked_measures
+from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.cache_history import cut
 from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
 from attnpatch.recording.text.sequences import Calls, Marks, Sequence, reference
@@ -68,84 +68,59 @@ class _State(threading.local):
         self.is_part = False
 
 
+@dataclasses.dataclass(frozen=True)
+class HostReading:
+    """How a host's calls are read (``attnpatch.hosts``).
+
+    Attributes:
+        read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
+        site_call: Says what is known of a call of a site.
+        model_name: For the metadata.
+        marks, tokens_in, rows_have_moved: What a cache holds of some tokens, how many it has, and whether its rows
+            were put into another order where it cannot be read.
+    """
+
+    read_call: Callable[[Any, Any, type | None], HostCall]
+    site_call: Callable[[HostCall, str, Any, Any], AttentionCallInfo]
+    model_name: str
+    marks: Marks = lambda *_: None
+    tokens_in: Callable[[Any], int] = lambda _: 0
+    rows_have_moved: Callable[[Any], bool | None] = lambda _: None
+
+
 class Recorder:
     """Holds what a capture asked for and what it has seen.
 
     Args:
-        blocks: Blocks of queries and keys, or a pair of them.
-        heads: ``"mean"``, ``"all"`` or head numbers.
-        layers: Numbers of layers, as ``pattern_of`` gives them, negative from the last with attention; ``None``: all.
-        sites: Pattern (``fnmatch``) of site names to capture; ``None``: all.
+        options: What it asked for; layers by number are those that ``pattern_of`` gives.
         names: The attention sites, in order.
-        read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
-        site_call: Says what is known of a call of a site.
-        model_name: For the metadata.
-        measures: What else to measure, of ``MEASURES``.
-        sample_rows: Look at so many query rows of each block; ``None``: at all of them.
-        seed: Of the sample.
-        weighting: ``"gradient"``: each probability times its gradient, which the backward pass shows.
-        is_kept_apart: Whether the calls of a sequence are, as steps.
-        owners: Sites that hold some of ``names``; what is seen in their own forward is theirs.
-        marks, tokens_in, rows_have_moved: What a cache holds of some tokens, how many it has, and whether its rows
-            were put into another order where it cannot be read.
+        owners: Sites that hold some of them; what is seen in their own forward is theirs.
+        host: How calls of the model are read.
 
     Raises:
-        CaptureError: No such layer, head or site, or one of the others cannot be used.
+        CaptureError: There are no blocks, or no such layer or site.
     """
 
     # Whether a capture that somebody asks for takes its place.
     gives_way = False
 
     def __init__(
-        self,
-        blocks: Blocks | tuple[Blocks, Blocks],
-        heads: Heads,
-        layers: Several[int] | None,
-        sites: str | None,
-        names: Several[str],
-        read_call: Callable[[Any, Any, type | None], HostCall],
-        site_call: Callable[[HostCall, str, Any, Any], AttentionCallInfo],
-        model_name: str,
-        measures: Several[str] = (),
-        sample_rows: int | None = None,
-        seed: int = 0,
-        weighting: str = "probability",
-        is_kept_apart: bool = False,
-        owners: Several[str] = (),
-        marks: Marks = lambda *_: None,
-        tokens_in: Callable[[Any], int] = lambda _: 0,
-        rows_have_moved: Callable[[Any], bool | None] = lambda _: None,
+        self, options: CaptureOptions, names: Several[str], owners: Several[str], host: HostReading
     ) -> None:
-        pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
-        if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
-            raise CaptureError(
-                f"blocks={blocks!r} is not accepted; give Blocks.fixed(128), Blocks.spans(...), "
-                "Blocks.messages(...), or a pair of them for queries and keys"
-            )
-        self.query_blocks, self.key_blocks = pair
-        self.heads, self.measures = checked_heads(heads), checked_measures(measures)
-        if sample_rows is not None and (type(sample_rows) is not int or sample_rows < 1):
-            raise CaptureError(
-                f"sample_rows={sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"
-            )
-        if weighting not in ("probability", "gradient"):
-            raise CaptureError(f"weighting={weighting!r} is not accepted; give 'probability' or 'gradient'")
-        self.is_kept_apart = is_kept_apart
-        self.sample_rows, self.seed, self.is_of_gradient = sample_rows, seed, weighting == "gradient"
-        if self.is_of_gradient and (self.measures or sample_rows is not None):
-            raise CaptureError(
-                "measures and sample_rows are of probabilities; leave them out with weighting='gradient'"
-            )
+        self.query_blocks, self.key_blocks = options.pair
+        self.heads, self.measures, self.is_kept_apart = options.heads, options.measures, options.is_kept_apart
+        self.sample_rows, self.seed = options.sample_rows, options.seed
+        self.is_of_gradient = options.is_of_gradient
         self.places = pattern_of(names)
-        self.wanted = chosen_sites(self.places, names, layers, sites)
+        self.wanted = chosen_sites(self.places, names, options.layers, options.sites)
         self.owners: set[str] = set()
         if owners:
             around = pattern_of(owners)
             with contextlib.suppress(CaptureError):  # none of them was asked for
-                self.owners = chosen_sites(around, owners, layers, sites)
+                self.owners = chosen_sites(around, owners, options.layers, options.sites)
             self.places = {**around, **self.places}
-        self.read_call, self.site_call, self.model_name = read_call, site_call, model_name
-        self.marks, self.tokens_in, self.rows_have_moved = marks, tokens_in, rows_have_moved
+        self.read_call, self.site_call, self.model_name = host.read_call, host.site_call, host.model_name
+        self.marks, self.tokens_in, self.rows_have_moved = host.marks, host.tokens_in, host.rows_have_moved
         self.owner: Owner | None = None
         self.sequences: list[Sequence] = []
         # Why a site is in no map, by its name.

@@ -1,0 +1,106 @@
+"""What a capture asks for, checked where it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from attnpatch.blocks.heads import Heads, checked_heads
+from attnpatch.blocks.spec import Blocks
+from attnpatch.errors import CaptureError
+from attnpatch.recording.statistics import checked_measures
+
+Steps = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureOptions:
+    """What ``capture`` is given; its page says what each is.
+
+    Blocks and layers are looked at where it is known whether they are of text or of an image (``pair``, ``for_image``;
+    ``layers.chosen_sites``, ``diffusion/denoising.Plan``).
+
+    Raises:
+        CaptureError: One cannot be used, or they do not go together.
+    """
+
+    blocks: Any = None
+    heads: Heads = "mean"
+    layers: Sequence[int] | None = None
+    sites: str | None = None
+    steps: Steps = "mean"
+    measures: Sequence[str] = ()
+    sample_rows: int | None = None
+    seed: int = 0
+    weighting: str = "probability"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", checked_heads(self.heads))
+        object.__setattr__(self, "measures", checked_measures(self.measures))
+        is_name = isinstance(self.steps, str) and self.steps in ("mean", "all")
+        are_numbers = isinstance(self.steps, (list, tuple)) and all(type(step) is int for step in self.steps)
+        if not is_name and not (are_numbers and self.steps):
+            raise CaptureError(
+                f"steps={self.steps!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, -1]"
+            )
+        if self.sample_rows is not None and (type(self.sample_rows) is not int or self.sample_rows < 1):
+            raise CaptureError(
+                f"sample_rows={self.sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"
+            )
+        if self.weighting not in ("probability", "gradient"):
+            raise CaptureError(
+                f"weighting={self.weighting!r} is not accepted; give 'probability' or 'gradient'"
+            )
+        if self.is_of_gradient and (self.measures or self.sample_rows is not None):
+            raise CaptureError(
+                "measures and sample_rows are of probabilities; leave them out with weighting='gradient'"
+            )
+
+    @property
+    def is_of_gradient(self) -> bool:
+        """Whether each probability is multiplied by its gradient."""
+        return self.weighting == "gradient"
+
+    @property
+    def is_kept_apart(self) -> bool:
+        """Whether steps are."""
+        return self.steps != "mean"
+
+    @property
+    def chosen_steps(self) -> Sequence[int] | None:
+        """Numbers of the steps to show; ``None``: all that are kept apart."""
+        return None if isinstance(self.steps, str) else self.steps
+
+    @property
+    def pair(self) -> tuple[Blocks, Blocks]:
+        """Blocks of queries and of keys.
+
+        Raises:
+            CaptureError: There are none, or they are something else.
+        """
+        if self.blocks is None:
+            raise CaptureError(
+                "say what a block is, such as blocks=Blocks.fixed(128) or Blocks.messages(...)"
+            )
+        pair = self.blocks if isinstance(self.blocks, tuple) else (self.blocks, self.blocks)
+        if len(pair) != 2 or not all(isinstance(item, Blocks) for item in pair):
+            raise CaptureError(
+                f"blocks={self.blocks!r} is not accepted; give Blocks.fixed(128), Blocks.spans(...), "
+                "Blocks.messages(...), or a pair of them for queries and keys"
+            )
+        return pair
+
+    def for_image(self) -> CaptureOptions:
+        """The same, of an image.
+
+        Raises:
+            CaptureError: It asks for what there is of text only.
+        """
+        if self.measures or self.sample_rows is not None or self.is_of_gradient:
+            raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
+        if self.layers is not None:
+            raise CaptureError(
+                "layers of a denoiser are not numbered alike; give sites='*.attn2' or another pattern"
+            )
+        return self
