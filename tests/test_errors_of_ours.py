@@ -18,6 +18,7 @@ import attnpatch
 from attnpatch import failures
 from attnpatch.errors import AttnpatchWarning
 from attnpatch.hosts.diffusers.prompts import Prompts
+from attnpatch.patching import calls
 from attnpatch.patching import site as patching
 from attnpatch.patching.patch import Patch
 from attnpatch.patching.recognition import Watch
@@ -101,7 +102,7 @@ STEPS = [
     (patching, "most_rows", llama, short),
     (patching.attention_outputs, "put_in", lambda: llama("sdpa"), weights_asked),
     (patching, "AttentionCall", llama, by_rows),
-    (patching, "opened", lambda: small(lambda: nn.MultiheadAttention(16, 2)), by_rows),
+    (calls, "opened", lambda: small(lambda: nn.MultiheadAttention(16, 2)), by_rows),
     (RowsMode, "__init__", llama, by_rows),
     (RowsMode, "__enter__", llama, by_rows),
     (Recorder, "begin_call", llama, captured),

@@ -17,7 +17,8 @@ import zoo
 from torch import nn
 
 import attnpatch
-from attnpatch.patching.forward_swap import STATE, is_gate
+from attnpatch.patching.class_forward import is_gate
+from attnpatch.patching.forward_swap import STATE
 
 FLOATS = zoo.floats(2, 17, 16)
 

@@ -23,10 +23,11 @@ from attnpatch.compat import (
 )
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory import FreeMemoryCache
+from attnpatch.patching.calls import most_rows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
-from attnpatch.patching.site import Site, most_rows
+from attnpatch.patching.site import Site
 from attnpatch.policy import Policy
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.evaluate.evaluator import Evaluator
@@ -148,14 +149,14 @@ class _Site(Site):
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Always watched, so that the kernel is seen and the rule is asked."""
 
-    def _attend(
+    def attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         ledger, seen = self.patch.ledger, self.seen
         seen.calls += 1
         seen.most_rows = max(seen.most_rows, most_rows(args, kwargs))
         with ledger.span() as span:
-            result = super()._attend(forward, module, first, args, kwargs)
+            result = super().attend(forward, module, first, args, kwargs)
         # Attention weights that are handed out are no result anybody asked for.
         extra = sum(ledger.size_of(item) for item in tree_leaves(result)[1:])
         kept = max(0, span.exit - span.entry - extra)

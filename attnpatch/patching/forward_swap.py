@@ -29,11 +29,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import importlib
 import operator
-import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -42,175 +39,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import compat
-from attnpatch.hosts.class_methods import Replaced, changing, owner_of
+from attnpatch.hosts.class_methods import changing, owner_of
+from attnpatch.patching.calls import calls_here
+from attnpatch.patching.class_forward import (
+    ForwardOfClass,
+    behind_gate,
+    forward_of,
+    is_gate,
+    is_recorded,
+    of_gate,
+)
 
 STATE = "_attnpatch"
 _SLOTS = ("_old_forward", "forward")
-
-
-def _is_recorded() -> bool:
-    """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
-    return torch.compiler.is_compiling() or compat.is_traced()
-
-
-# ----------------------------------------------------------------------------------------------------- in the class
-
-
-class ForwardOfClass(Replaced):
-    """The forward of one class while instances of it, or of subclasses without a forward of their own, are patched.
-
-    Attributes:
-        entries: Those of the patched instances, by weak references.
-        alive: How many of them there were at the last look whether any only waits for the garbage collector.
-    """
-
-    def __init__(self, kind: type[Any]) -> None:
-        super().__init__(kind, "forward")
-        self.entries: set[weakref.ref[Entry]] = set()
-        self.alive = 0
-        self.put_in(_gate(_as_function(self.found), self))
-        _in_use.add(self)
-
-    def add(self, entry: Entry) -> None:
-        with changing:
-            self.entries.add(weakref.ref(entry, self.remove))
-
-    def remove(self, reference: weakref.ref[Entry]) -> None:
-        """An instance is patched no more, or gone."""
-        with changing:
-            self.entries.discard(reference)
-            if not self.entries:
-                self.take_out()
-
-    def take_out(self) -> None:
-        super().take_out()
-        _disarm(self.ours)
-
-    def settle(self) -> None:
-        """Take it out now if only models that are gone, and in cycles (accelerate's hooks), still count."""
-        if self.is_in_place and len(self.entries) > self.alive:
-            gc.collect()
-            self.alive = len(self.entries)
-
-
-# For renew(); nothing is kept alive by it.
-_in_use: weakref.WeakSet[ForwardOfClass] = weakref.WeakSet()
-
-
-class _Served(threading.local):
-    """Sites that a slot serves in this thread: their class's forward, if it is reached, has nothing to add."""
-
-    sites: tuple[Any, ...] = ()
-
-
-_served = _Served()
-
-
-# What stands in a class in the place of its own forward. All that it needs are defaults of its own, since it has the
-# globals and the closure of the original: TorchScript and FX read those, and it can be turned into a copy of that.
-_LINES_ABOVE = "\n" * sys._getframe().f_lineno  # so that tracebacks show the lines below
-_GATE = """
-def closure({free}):
-    def forward(
-        self, *args, _attnpatch_original, _attnpatch_class, _attnpatch_is_recorded, _attnpatch_served, **kwargs
-    ):
-        if 0:
-            ({free})
-        if "_attnpatch" in self.__dict__ and not _attnpatch_is_recorded():
-            # Another thread may take it out meanwhile.
-            entry = self.__dict__.get("_attnpatch")
-            if entry is not None and entry.forward is _attnpatch_class:
-                site = entry.site
-                if site is not None and site not in _attnpatch_served.sites:
-                    return site.serve(_attnpatch_original, self, args, kwargs)
-        return _attnpatch_original(self, *args, **kwargs)
-"""
-
-
-@functools.cache
-def _gate_code(free: tuple[str, ...]) -> types.CodeType:
-    """Its code, with the free variables of an original: torch's compiler counts on them."""
-    module = compile(_LINES_ABOVE + _GATE.format(free=", ".join(free)), __file__, "exec")
-    (outer,) = (each for each in module.co_consts if isinstance(each, types.CodeType))
-    return next(each for each in outer.co_consts if isinstance(each, types.CodeType))
-
-
-def _gate(original: types.FunctionType, forward_of_class: ForwardOfClass) -> types.FunctionType:
-    code = _gate_code(original.__code__.co_freevars)
-    gate = types.FunctionType(code, original.__globals__, "forward", None, original.__closure__)
-    functools.update_wrapper(gate, original)
-    gate.__kwdefaults__ = {
-        "_attnpatch_original": original,
-        "_attnpatch_class": forward_of_class,
-        "_attnpatch_is_recorded": _is_recorded,
-        "_attnpatch_served": _served,
-    }
-    return gate
-
-
-def _disarm(gate: types.FunctionType) -> None:
-    """Make a copy of the class's forward of what stood in its place: another tool may have bound it meanwhile."""
-    original, ours = behind_gate(gate), gate.__kwdefaults__
-    if original is gate:
-        return
-    # In an order in which calls of other threads find all that they need.
-    gate.__defaults__, gate.__kwdefaults__ = (
-        original.__defaults__,
-        {**(original.__kwdefaults__ or {}), **ours},
-    )
-    gate.__code__ = original.__code__
-    gate.__kwdefaults__ = original.__kwdefaults__
-    gate.__dict__.clear()
-    gate.__dict__.update(original.__dict__)
-
-
-def _of_gate(gate: types.FunctionType, name: str) -> Any:
-    return gate.__kwdefaults__[name]
-
-
-def is_gate(function: Any) -> bool:
-    """Whether a function stands in the place of a class's own forward."""
-    return isinstance(function, types.FunctionType) and "_attnpatch_class" in (function.__kwdefaults__ or ())
-
-
-def behind_gate(function: Any) -> Any:
-    """The class's own forward, given that or what stands in its place."""
-    return _of_gate(function, "_attnpatch_original") if is_gate(function) else function
-
-
-def _as_function(found: Any) -> types.FunctionType:
-    """What stands in a class's namespace, as a function of the instance and the arguments."""
-    if isinstance(found, types.FunctionType):
-        return found
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = found.__get__(self, type(self)) if hasattr(type(found), "__get__") else found
-        return bound(*args, **kwargs)
-
-    functools.update_wrapper(forward, found, updated=())
-    return forward
-
-
-def _forward_of(kind: type[Any]) -> ForwardOfClass | None:
-    """What serves instances of ``kind``; ``None``: they have no forward that could be called."""
-    owner = owner_of(kind, "forward")
-    if owner is None or owner is nn.Module:
-        return None
-    found = vars(owner)["forward"]
-    return _of_gate(found, "_attnpatch_class") if is_gate(found) else ForwardOfClass(owner)
-
-
-def renew() -> None:
-    """Go on serving where a tool has given a class another forward since it was patched: through that one."""
-    with changing:
-        for forward in list(_in_use):
-            for entry in [each() for each in list(forward.entries)]:
-                if entry is not None and not entry.is_reached:
-                    entry.serve()
-
-
-# -------------------------------------------------------------------------------------------------- in the instance
 
 
 class Entry:
@@ -239,7 +80,7 @@ class Entry:
         with changing:
             before, self.forward = self.forward, None
             if self.site is not None and self.kind is not None:
-                self.forward = _forward_of(self.kind)
+                self.forward = forward_of(self.kind)
             if self.forward is not None:
                 self.forward.add(self)
             if before is not None and before is not self.forward:
@@ -274,14 +115,14 @@ def _forward_of_slot(self: nn.Module, previous: Callable[..., Any], *args: Any, 
     """What stands in an instance's slot, with what stood there before."""
     entry = self.__dict__.get(STATE)
     site = None if entry is None else entry.site
-    if site is None or _is_recorded():
+    if site is None or is_recorded():
         return previous(*args, **kwargs)
-    outer = _served.sites
-    _served.sites = (*outer, site)
+    outer = calls_here.served
+    calls_here.served = (*outer, site)
     try:
         return site.serve(previous, self, args, kwargs, is_bound=True)
     finally:
-        _served.sites = outer
+        calls_here.served = outer
 
 
 def _is_of_slot(value: Any) -> bool:
@@ -352,7 +193,7 @@ def _given_back(value: Any, module: nn.Module) -> Any:
         return _given_back(value.args[1], module)
     if isinstance(value, types.MethodType) and value.__self__ is module and is_gate(value.__func__):
         # Bound while the class was swapped, or by its name where it was unpickled.
-        _of_gate(value.__func__, "_attnpatch_class").settle()
+        of_gate(value.__func__, "_attnpatch_class").settle()
         return types.MethodType(behind_gate(value.__func__), module)
     if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
         # accelerate's forward names the one below it, for its signature.

@@ -13,10 +13,11 @@ from attnpatch.errors import PatchError
 from attnpatch.hosts.class_methods import changing
 from attnpatch.hosts.transformers import masks
 from attnpatch.memory import FreeMemoryCache
+from attnpatch.patching.calls import calls_here
 from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.selection import CANDIDATE, RECOGNISED, Sites, choose
-from attnpatch.patching.site import Site, calls_here
+from attnpatch.patching.site import Site
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import checkpoints
 

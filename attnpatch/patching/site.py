@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import types
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from attnpatch import compat
@@ -18,13 +16,21 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import attention_outputs, masks
 from attnpatch.memory import FreeMemoryCache
-from attnpatch.observing import NullObserver
+from attnpatch.patching.calls import (
+    SEEN,
+    Around,
+    CountersOfMasks,
+    calls_here,
+    most_rows,
+    opened_up,
+    stays_native,
+)
+from attnpatch.patching.candidates import judge, paused
+from attnpatch.patching.class_forward import renew
 from attnpatch.patching.counters import SiteCounters
-from attnpatch.patching.forward_swap import renew
-from attnpatch.patching.recognition import Watch
 from attnpatch.patching.selection import CANDIDATE
 from attnpatch.rows import torch_graphs
-from attnpatch.rows.attention_call import AttentionCall, Counters
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.creation import positions
 from attnpatch.rows.deferred.handle import pending
@@ -34,63 +40,10 @@ from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.repeated import Repeats, sources_of
 from attnpatch.rows.provenance.sources import inputs_among
-from attnpatch.rows.sdpa.encoder_fast_paths import opened
 from attnpatch.rows.watching import without
 
 if TYPE_CHECKING:
     from attnpatch.patching.patch import Patch
-
-
-class _Calls(threading.local):
-    """What is going on in this thread.
-
-    Attributes:
-        mode: The rows mode that is active, if any.
-        patch: The patch whose model is being called.
-        room: What is known of free memory during that call.
-        is_calm: Whether nothing of that call is long, and nothing has gone by rows in it.
-        is_recorded: Whether a capture knows of the call.
-        watch: Who looks at the candidate that runs.
-    """
-
-    mode: RowsMode | None = None
-    patch: Patch | None = None
-    room: FreeMemoryCache | None = None
-    is_calm: bool = False
-    is_recorded: bool = True
-    watch: Watch | None = None
-
-
-calls_here = _Calls()
-SEEN = NullObserver()
-
-
-class _OfMasks:
-    """Counts what happens to the masks of a model's call: at the site that runs, or else at the model."""
-
-    def __init__(self, root: Site) -> None:
-        self.root = root
-
-    def count(self, what: str) -> None:
-        self._site().count(what)
-
-    def materialised(self, operation: str) -> None:
-        self._site().materialised(operation)
-
-    def not_fused(self, step: str) -> None:
-        self._site().not_fused(step)
-
-    def summed(self, by: str) -> None:
-        self._site().summed(by)
-
-    def left_native(self, reason: str, *numbers: int) -> None:
-        """Masks that are made whole say nothing of attention."""
-
-    def made(self, size: int) -> None:
-        self._site().made(size)
-
-    def _site(self) -> Counters:
-        return self.root if calls_here.mode is None else calls_here.mode.call.tally
 
 
 class Site(SiteCounters):
@@ -202,7 +155,9 @@ class Site(SiteCounters):
                 renew()
             # A compiled graph makes its masks itself, and a mode on the stack would have it compiled anew.
             if not is_short and not torch_graphs.is_compiled(forward):
-                call = AttentionCall(self.patch.policy, self.patch.room(), _OfMasks(self), is_of_masks=True)
+                call = AttentionCall(
+                    self.patch.policy, self.patch.room(), CountersOfMasks(self), is_of_masks=True
+                )
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
                 contexts = [masks.by_rows(call), watch]
@@ -247,7 +202,7 @@ class Site(SiteCounters):
     ) -> Any:
         if not self.is_attention:
             return forward(*first, **kwargs)
-        attend = self._judge if self.is_candidate else self._attend
+        attend = functools.partial(judge, self) if self.is_candidate else self.attend
         try:
             context = positions.unwatched() if positions.is_watching() else None
             order = reordered.watch()
@@ -267,51 +222,7 @@ class Site(SiteCounters):
             self._tell(calls_here.watch.mark, "the look at what a module returned", result)
         return result
 
-    def _judge(
-        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """The first call of a candidate: served as attention is, which changes nothing if it is none."""
-        if self.waits_for is not None:
-            return self._as_judged(forward, module, first, args, kwargs)
-        try:
-            watch = Watch((args, kwargs), self.failed)
-        except Exception as error:
-            self.failed("the look at a first call", error)
-            return self._attend(forward, module, first, args, kwargs)
-        outer, calls_here.watch = calls_here.watch, watch
-        # Or short calls of sites inside would not come by to say whose they are.
-        calls_here.is_calm = False
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with watch:
-                return forward(*args, **kwargs)
-
-        try:
-            result = self._attend(watched, module, first, args, kwargs)
-        finally:
-            calls_here.watch = outer
-        try:
-            if watch.found or not watch.has_failed:
-                self.patch.judged(self, module, watch.found)
-        except Exception as error:
-            self.failed("what a first call has shown", error)
-        return result
-
-    def _as_judged(
-        self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """A call of what is no attention, and was first called in a checkpoint: that runs again as it ran."""
-        try:
-            frame = self.waits_for()
-            if frame is None:
-                self.patch.leave(self, module)
-            is_again = frame is not None and checkpoints.current() is frame
-        except Exception as error:
-            self.failed("a checkpoint", error)
-            is_again = False
-        return (self._attend if is_again else called_with)(forward, module, first, args, kwargs)
-
-    def _attend(
+    def attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         running, outer = calls_here.mode, None
@@ -421,93 +332,5 @@ class Site(SiteCounters):
         return observer
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
-        """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched.
-
-        Decided before anything is watched, so that short calls cost nothing.
-        """
-        policy = self.patch.policy
-        if policy.mode == "never":
-            return "never"
-        if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
-            return "nested"
-        if compat.is_transformed():
-            # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
-            return "transform"
-        if policy.mode == "always":
-            return None
-        rows = most_rows(args, kwargs)
-        return None if rows > policy.min_tokens else rows
-
-
-def called_with(
-    forward: Callable[..., Any], _: nn.Module, first: Any, __: Any, kwargs: dict[str, Any]
-) -> Any:
-    return forward(*first, **kwargs)
-
-
-@contextlib.contextmanager
-def paused(watch: Watch) -> Iterator[None]:
-    """A candidate is around a site: what is computed there is none of its attention."""
-    paused, watch.is_paused = watch.is_paused, True
-    try:
-        yield
-    finally:
-        watch.is_paused = paused
-
-
-def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward of torch's own that runs under a mode as it would without; any other is itself."""
-    # What exec makes may name no module.
-    if not (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules."):
-        return forward
-    if isinstance(forward, types.MethodType):
-        return types.MethodType(opened(forward.__func__), forward.__self__)
-    return opened(forward) if isinstance(forward, types.FunctionType) else forward
-
-
-class Around:
-    """Contexts of ours around a forward of the host, which goes on if one of them fails to begin or to end.
-
-    Attributes:
-        entered: Those that have begun.
-    """
-
-    def __init__(self, site: Site, *contexts: contextlib.AbstractContextManager[Any]) -> None:
-        self.site, self.contexts = site, contexts
-        self.entered: list[contextlib.AbstractContextManager[Any]] = []
-
-    def __enter__(self) -> Around:
-        for context in self.contexts:
-            try:
-                context.__enter__()
-            except Exception as error:
-                self.site.failed("the beginning of a watch", error)
-            else:
-                self.entered.append(context)
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for context in reversed(self.entered):
-            try:
-                context.__exit__(*exc_info)
-            except Exception as error:
-                if error is not exc_info[1]:
-                    self.site.failed("the end of a watch", error)
-
-
-def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
-    """An upper bound on the query rows of a call: positions of its inputs, the batch included.
-
-    Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
-    width says nothing about the queries.
-    """
-    most, seen = 0, False
-    for value in (*args, *kwargs.values()):
-        if not isinstance(value, torch.Tensor) or value.dim() < 2:
-            continue
-        if value.dim() < 4:
-            most = max(most, value.numel() // max(1, value.shape[-1]))
-        elif not seen:
-            most = max(most, value.numel() // max(1, min(value.shape[-1], value.shape[1])))
-        seen = True
-    return most
+        """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched."""
+        return stays_native(self.patch.policy, args, kwargs)

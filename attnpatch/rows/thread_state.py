@@ -1,7 +1,7 @@
 """What each thread is in the middle of, for all of ``rows/``: what one thread defers, watches or hides is nothing to another.
 
 All of it is declared here, each field with the file whose functions read and write it. Two more stand elsewhere, because
-``rows/`` must not know what they hold: ``patching/site.py`` has the model's call that goes on and the sites that serve, and
+``rows/`` must not know what they hold: ``patching/calls.py`` has the model's call that goes on and the sites that serve, and
 each capture (``recording/``) has the calls that it sees, by thread, in an object of its own.
 """
 

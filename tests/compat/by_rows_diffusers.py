@@ -15,8 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import attnpatch
+from attnpatch.patching.calls import calls_here
 from attnpatch.patching.registry import is_attention
-from attnpatch.patching.site import calls_here
 
 from . import maps_page, models_diffusers, sweep
 from .recipes_diffusers import recipe_of
