@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as Several
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import CaptureError
-from attnpatch.recording.accumulator import SiteSums
-from attnpatch.recording.call_facts import AttentionCallInfo, Unknown
+from attnpatch.recording.call_facts import AttentionCallInfo
 from attnpatch.recording.layers import chosen_sites, pattern_of
 from attnpatch.recording.options import CaptureOptions
-from attnpatch.recording.text.cache_history import cut
+from attnpatch.recording.text.following import CacheFollower, HostCall, HostReading
 from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
-from attnpatch.recording.text.sequences import Calls, Marks, Sequence, reference
+from attnpatch.recording.text.sequences import Calls, Sequence, reference
 from attnpatch.recording.threads import Owner
-
-_OTHERS_PLACES = (
-    "rows of the batch took others' places between calls (beam search), and which of them is returned is not known; capture "
-    "one call with the sequences that are returned"
-)
-_NOT_READ = "its cache cannot be read, and whether rows of the batch changed places there is not known; capture one sequence at a time"
-
-
-class HostCall(Protocol):
-    """What is known of a call of the model (``attnpatch.hosts`` reads it).
-
-    Attributes:
-        cache: The cache that it was handed, or ``None``.
-        past: Tokens in it when the call began.
-        problem: Why nothing of it can be mapped, if something is known to be wrong.
-        is_single: Whether it is of one token of one sequence, and nothing else that has an order.
-    """
-
-    cache: Any
-    past: int
-    problem: str | None
-    is_single: bool
 
 
 class _State(threading.local):
@@ -68,27 +43,7 @@ class _State(threading.local):
         self.is_part = False
 
 
-@dataclasses.dataclass(frozen=True)
-class HostReading:
-    """How a host's calls are read (``attnpatch.hosts``).
-
-    Attributes:
-        read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
-        site_call: Says what is known of a call of a site.
-        model_name: For the metadata.
-        marks, tokens_in, rows_have_moved: What a cache holds of some tokens, how many it has, and whether its rows
-            were put into another order where it cannot be read.
-    """
-
-    read_call: Callable[[Any, Any, type | None], HostCall]
-    site_call: Callable[[HostCall, str, Any, Any], AttentionCallInfo]
-    model_name: str
-    marks: Marks = lambda *_: None
-    tokens_in: Callable[[Any], int] = lambda _: 0
-    rows_have_moved: Callable[[Any], bool | None] = lambda _: None
-
-
-class Recorder:
+class Recorder(CacheFollower):
     """Holds what a capture asked for and what it has seen.
 
     Args:
@@ -107,6 +62,7 @@ class Recorder:
     def __init__(
         self, options: CaptureOptions, names: Several[str], owners: Several[str], host: HostReading
     ) -> None:
+        super().__init__(host)
         self.query_blocks, self.key_blocks = options.pair
         self.heads, self.measures, self.is_kept_apart = options.heads, options.measures, options.is_kept_apart
         self.sample_rows, self.seed = options.sample_rows, options.seed
@@ -120,11 +76,7 @@ class Recorder:
                 self.owners = chosen_sites(around, owners, options.layers, options.sites)
             self.places = {**around, **self.places}
         self.read_call, self.site_call, self.model_name = host.read_call, host.site_call, host.model_name
-        self.marks, self.tokens_in, self.rows_have_moved = host.marks, host.tokens_in, host.rows_have_moved
         self.owner: Owner | None = None
-        self.sequences: list[Sequence] = []
-        # Why a site is in no map, by its name.
-        self.left_out: dict[str, str] = {}
         self._state = _State()
         self._partitions: tuple[Any, ...] | None = None
 
@@ -164,14 +116,14 @@ class Recorder:
         state.call, state.is_part = call, is_part
         state.times, state.tokens = Counter(), {}
         found = self.sequence_of(call)
-        if self._is_evicted(call, found):
+        if self.is_evicted(call, found):
             call.problem = (
                 f"its cache holds {call.past} tokens, and not those that were seen there: which tokens they are (evicted, "
                 "compressed, written over) is not known; capture without that"
             )
         if found is None:
             joins = state.last is not None and state.last.is_partial
-            found = state.last if joins else self._new()
+            found = state.last if joins else self.new_sequence()
             assert found is not None
             if call.cache is not None:
                 found.cache = reference(call.cache)
@@ -181,96 +133,11 @@ class Recorder:
             for calls in found.calls:
                 calls.apart.append({})
 
-    def _is_evicted(self, call: HostCall, found: Sequence | None) -> bool:
-        """Whether a cache that was seen holds another token in the last one's place than it did."""
-        if call.cache is None or call.past == 0 or found is not None:
-            return False
-        own = (s for s in self.sequences if s.cache is not None and s.cache() is call.cache)
-        return any(call.past - 1 in sequence.marks for sequence in own)
-
-    def _new(self) -> Sequence:
-        found = Sequence()
-        self.sequences.append(found)
-        return found
-
-    def goes_on(self, call: HostCall) -> bool:
-        """Whether a call of the model continues a sequence that was seen, with the same cache."""
-        if call.cache is None or call.past == 0:
-            return False
-        found, _ = self._known(call.cache, call.past)
-        return found is not None and found.cache is not None and found.cache() is call.cache
-
     def forget(self) -> None:
         """Forget all sequences."""
         self.sequences.clear()
         self.left_out.clear()
         self._state.last = self._state.sequence = None
-
-    def sequence_of(self, call: HostCall) -> Sequence | None:
-        """The sequence that a call goes on with, as its cache is now; ``None``: a new one."""
-        if call.cache is None or call.past == 0:
-            return None
-        found, order = self._known(call.cache, call.past)
-        if found is None:
-            return None
-        if found.cache is None or found.cache() is not call.cache:
-            # A copy of what was computed once: what is there stays as it is.
-            found = found.changed(lambda _, record: record)
-            self.sequences.append(found)
-            found.cache = reference(call.cache)
-        self._follow(found, call.past, order)
-        if order is None:
-            self._check_rows(found, call.cache)
-        return found
-
-    def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
-        """The sequence that a cache holds the beginning of, and which of its rows the cache's are."""
-        held = self.marks(cache, past - 1, past) if past else None
-        now = None if held is None else held[:, 0]
-        own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]
-        for sequence in reversed(own):
-            order = sequence.order_of(now, past - 1)
-            if order is not None or (now is None and 0 < past <= sequence.length):
-                return sequence, order
-        for sequence in reversed(self.sequences):
-            order = sequence.order_of(now, past - 1) if sequence not in own else None
-            if order is not None:
-                return sequence, order
-        return None, None
-
-    def _check_rows(self, sequence: Sequence, cache: Any) -> None:
-        """Of a cache that cannot be read."""
-        if not sequence.is_batch():
-            return
-        moved = self.rows_have_moved(cache)
-        if moved or moved is None:
-            reason = _OTHERS_PLACES if moved else _NOT_READ
-            self._leave_all_out(sequence, reason)
-
-    def _follow(self, sequence: Sequence, past: int, order: list[int] | None) -> None:
-        """Bring the records of a sequence to what its cache holds."""
-        rows = len(next(iter(sequence.marks.values()), ()))
-        moved = order is not None and order != list(range(rows))
-
-        def followed(name: str, record: SiteSums) -> SiteSums | None:
-            try:
-                if record.history.follows_cache and past < record.history.total:
-                    record = cut(record, past, self.partitions)
-                return record.of_rows(order) if moved and len(record.sums) == rows else record
-            except Unknown as reason:
-                self.left_out.setdefault(name, str(reason))
-                sequence.out.add(name)
-                return None
-
-        if moved and len(order or ()) == rows:
-            # Which of the beams is returned is chosen after the last call.
-            self._leave_all_out(sequence, _OTHERS_PLACES)
-        if past < sequence.length or moved:
-            sequence.calls = sequence.changed(followed).calls
-            sequence.marks = {at: mark for at, mark in sequence.marks.items() if at < past}
-            if moved:
-                sequence.marks = {at: mark[order] for at, mark in sequence.marks.items()}
-            sequence.length = past
 
     def end_call(self) -> None:
         """The call has ended."""
@@ -287,34 +154,6 @@ class Recorder:
         cache = call.cache if call.cache is not None else sequence.cache and sequence.cache()
         if cache is not None:
             sequence.remember(cache, call.past, self.tokens_in(cache), self.marks)
-
-    def _leave_all_out(self, sequence: Sequence, reason: str) -> None:
-        """All that follows the sequence's cache; an encoder's attention does not."""
-        records = (
-            pair for calls in sequence.calls for each in (calls, *calls.apart) for pair in each.items()
-        )
-        names = {name for name, record in records if record.history.follows_cache}
-        for name in sorted(names):
-            self.left_out.setdefault(name, reason)
-        sequence.out |= names
-        sequence.calls = sequence.changed(lambda name, record: None if name in names else record).calls
-
-    def finish(self) -> None:
-        """The capture ends: a cache may have been cut, or its rows put into another order, after the last call."""
-        for sequence in self.sequences:
-            cache, sequence.held = sequence.held, None
-            if cache is None:
-                continue
-            try:
-                past = self.tokens_in(cache)
-                held = self.marks(cache, past - 1, past) if past else None
-                order = None if held is None else sequence.order_of(held[:, 0], past - 1)
-                if order is not None:
-                    self._follow(sequence, past, order)
-                elif held is None and past:
-                    self._check_rows(sequence, cache)
-            except Exception as error:
-                self._leave_all_out(sequence, f"what its cache holds at the end cannot be read: {error}")
 
     # --------------------------------------------------------------------------------------------- calls of its sites
 
@@ -335,7 +174,7 @@ class Recorder:
             # A module below the models that are told of: nothing is known but what it is called with.
             again = state.last is not None and state.last.is_partial and name not in state.last.calls[0]
             call = self.read_call(args, kwargs, None)
-            state.sequence = state.last if again else self._new()
+            state.sequence = state.last if again else self.new_sequence()
             assert state.sequence is not None
             state.sequence.is_partial, state.last, state.is_part = True, state.sequence, True
             state.times, state.tokens = Counter(), {}
@@ -380,7 +219,7 @@ class Recorder:
             earlier = sequence.calls[0].before(name)
             if earlier is not None and state.call is not None and state.call.cache is None:
                 # The same part of the model once more, of something else.
-                sequence = state.sequence = state.last = self._new()
+                sequence = state.sequence = state.last = self.new_sequence()
                 sequence.is_partial = state.is_part
             elif earlier is not None:
                 for calls in sequence.calls:
