@@ -54,7 +54,7 @@ def probabilities(call):
     return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0), lse.float().to(DEVICE)
 
 
-def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL, **more):
+def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL):
     """The kernel's sums are those of float64."""
     given, lse = probabilities(call)
     query = (query_blocks[:, None] == torch.arange(counts[0])[:, None]).double()
@@ -62,7 +62,7 @@ def check(call, query_blocks, key_blocks, counts, heads=None, shape=SMALL, **mor
     expected = torch.einsum("bqn,bhnm,bkm->bhqk", query, given, key)
     expected = expected.sum(1, keepdim=True) if heads is None else expected[:, heads]
     assert fused_sums.why_not(call) is None
-    got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape=shape, **more)
+    got = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape=shape)
     assert got.dtype == torch.float64 and got.device.type == "cpu"
     rows = query.sum(-1)[:, None, :, None].clamp(min=1) * (1 if heads is not None else given.shape[1])
     torch.testing.assert_close(got / rows, expected / rows, atol=2e-6, rtol=0)
@@ -256,7 +256,8 @@ def test_the_tiles_that_are_chosen(is_causal):
 
 def test_scratch_is_taken_in_parts():
     blocks, count = in_blocks(50, 16, 2)
-    check(a_call(batch=2, is_causal=True), blocks, blocks, (count, count), [0, 1], scratch=100)
+    shape = dataclasses.replace(SMALL, scratch=100)
+    check(a_call(batch=2, is_causal=True), blocks, blocks, (count, count), [0, 1], shape)
 
 
 def test_sums_are_the_same_every_time():

@@ -318,7 +318,7 @@ def test_measures_of_mps_are_summed_on_the_cpu():
     with Mps():
         for measures, wrap in zip(found, (lambda t: t, OnMps), strict=True):
             measures.add(
-                MEASURES, 0, [0, 1], wrap(tile), wrap(factors), torch.ones(3, dtype=torch.float64), 0, 0
+                MEASURES, 0, [0, 1], wrap(tile), wrap(factors), torch.ones(3, dtype=torch.float64), (0, 0)
             )
     for name in MEASURES:
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from attnpatch.api import capture, patched, report
+from attnpatch.capturing.maps import Maps
 from attnpatch.conversations.answers import answer_of
 from attnpatch.conversations.gradient import attributed, target_positions
 from attnpatch.conversations.options import Options
@@ -270,13 +271,8 @@ class BlockAttentionAnalyzer:
             patch = patch_of(self.model)
             assert patch is not None
             stack.enter_context(counted_apart(patch.sites))
-            maps = stack.enter_context(
-                capture(
-                    self.model, blocks, options.heads, options.chosen_layers,
-                    measures=options.measures, sample_rows=options.sample_rows, seed=options.seed,
-                    weighting=options.weighting, steps="all" if steps else "mean",
-                )
-            )  # fmt: skip
+            asked = capture(self.model, blocks, steps="all" if steps else "mean", **options.of_capture)
+            maps = stack.enter_context(asked)
             meter = stack.enter_context(PeakMeter(device, curve=True))
             start = time.perf_counter()
             if method == "gradient":
@@ -293,25 +289,25 @@ class BlockAttentionAnalyzer:
                 feed(self.model, ids, pieces(method, rendered, options.chunk_size))
             seconds = time.perf_counter() - start
             counts = report(self.model).totals
-        try:
-            sites = main_sites(maps)
-        except CaptureError as error:
-            if method != "gradient":
-                raise
-            raise AnalysisError(
-                "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
-                "not; load it with attn_implementation='sdpa'"
-            ) from error
+        sites = _sites_of_text(maps, method)
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
         notes += left_out_note(maps.left_out)
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
         return Analysis(
-            block_map,
-            **measured,
-            seconds=seconds,
-            peak_bytes=meter.peak,
-            memory=meter.curve,
-            notes=tuple(notes),
-        )
+            block_map, **measured, seconds=seconds, peak_bytes=meter.peak, memory=meter.curve, notes=tuple(notes)
+        )  # fmt: skip
+
+
+def _sites_of_text(maps: Maps, method: str) -> str:
+    """The kind of site whose map is the text's."""
+    try:
+        return main_sites(maps)
+    except CaptureError as error:
+        if method != "gradient":
+            raise
+        raise AnalysisError(
+            "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
+            "not; load it with attn_implementation='sdpa'"
+        ) from error

@@ -171,10 +171,7 @@ def check(analyzer: BlockAttentionAnalyzer, method: str) -> None:
     options, model = analyzer.options, analyzer.model
     if options.weighting == "gradient" and method != "single pass":
         raise AnalysisError("weighting='gradient' needs a single pass; ask for that method")
-    with patched(model, **analyzer.policy), capture(
-        model, Blocks.fixed(1), options.heads, options.chosen_layers, measures=options.measures,
-        sample_rows=options.sample_rows, seed=options.seed, weighting=options.weighting,
-    ):  # fmt: skip
+    with patched(model, **analyzer.policy), capture(model, Blocks.fixed(1), **options.of_capture):
         pass
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

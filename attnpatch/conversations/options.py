@@ -77,8 +77,16 @@ class Options:
         return asked
 
     @property
-    def chosen_layers(self) -> list[int] | None:
-        """As ``capture`` takes them."""
-        if self.layers in (None, "all"):
-            return None
-        return [-1] if self.layers == "last" else list(self.layers)  # type: ignore[arg-type]
+    def of_capture(self) -> dict[str, Any]:
+        """Those that ``capture`` takes too, as it takes them."""
+        layers = (
+            None if self.layers in (None, "all") else [-1] if self.layers == "last" else list(self.layers)
+        )  # type: ignore[arg-type]
+        return {
+            "heads": self.heads,
+            "layers": layers,
+            "measures": self.measures,
+            "sample_rows": self.sample_rows,
+            "seed": self.seed,
+            "weighting": self.weighting,
+        }

@@ -62,8 +62,7 @@ class Measures:
         tile: torch.Tensor,
         factors: torch.Tensor,
         rows: torch.Tensor,
-        first: int,
-        start: int,
+        places: tuple[int, int],
     ) -> None:
         """Add rows of one sequence.
 
@@ -74,9 +73,9 @@ class Measures:
             tile: ``[heads, rows, keys]``, probabilities but for ``factors``.
             factors: ``[heads, rows]``.
             rows: float64 ``[rows]``, how many rows each stands for; 0: none (its values are never looked at).
-            first: Place of the first key in the sequence, which a sliding cache moves on.
-            start: Place of the sequence's first token.
+            places: Of the first key in the sequence, which a sliding cache moves on, and of the sequence's first token.
         """
+        first, start = places
         kept = (rows > 0).nonzero().flatten()
         if not len(kept):
             return

@@ -43,10 +43,10 @@ class ImageObserver(SiteObserver):
         name: The site's.
         call: Of the denoiser.
         records: Of this step, by site.
-        inputs: Whose tokens each tensor is that the site is called with; ``None``: not known.
+        inputs: Of each tensor that the site is called with, whose tokens it is (``None``: not known), and the rows and
+            columns that they were joined of (empty: not known).
         is_again: Whether it was called before in this call of the denoiser.
         is_candidate: Whether it may turn out to be no attention.
-        sides: Rows and columns that the tokens of each tensor were joined of; empty: not known.
     """
 
     def __init__(
@@ -55,15 +55,14 @@ class ImageObserver(SiteObserver):
         name: str,
         call: Any,
         records: dict[str, Any],
-        inputs: list[Origin | None],
+        inputs: list[tuple[Origin | None, list[int]]],
         is_again: bool = False,
         is_candidate: bool = False,
-        sides: Sequence[list[int]] = (),
     ) -> None:
         super().__init__(recorder, name)  # type: ignore[arg-type]
         self.recorder: Any = recorder
-        self.call, self.records, self.inputs = call, records, inputs
-        self.is_again, self.is_candidate, self.sides = is_again, is_candidate, sides
+        self.call, self.records, self.inputs, self.is_again = call, records, inputs, is_again
+        self.is_candidate = is_candidate
         self.before: Any = None
         self.layout: Layout | None = None
         self.is_shown = False
@@ -129,7 +128,7 @@ class ImageObserver(SiteObserver):
         """
         found: list[tuple[str, int | None]] = []
         for piece in pieces:
-            origin = self.inputs[piece.number] if piece.kind == INPUT else None
+            origin = self.inputs[piece.number][0] if piece.kind == INPUT else None
             if origin is not None and len(origin) > 1:
                 if sum(length or 0 for _, length in origin) != piece.length:
                     raise Unknown(
@@ -149,14 +148,14 @@ class ImageObserver(SiteObserver):
             Unknown: It is another.
         """
         for piece in pieces:
-            sides = self.sides[piece.number] if piece.kind == INPUT and piece.number < len(self.sides) else []
+            origin, sides = self.inputs[piece.number] if piece.kind == INPUT else (None, [])
             grid = self.grids.get(piece.length)
             if grid is not None and sides == [0]:
                 raise Unknown(
                     "attends with image tokens whose rows, columns or frames were cut, padded or joined to others: which part "
                     "of the image each of them shows is not known"
                 )
-            if grid is None or len(sides) < 2 or self.inputs[piece.number] != ((IMAGE, None),):
+            if grid is None or len(sides) < 2 or origin != ((IMAGE, None),):
                 continue
             edges = [*itertools.accumulate(sides, operator.mul)]
             if grid.frames * grid.height not in edges:
@@ -296,7 +295,10 @@ class ImageObserver(SiteObserver):
 
     def _check_before(self) -> None:
         """Sums that go on are of the same blocks."""
-        self.partitions = self._made()
+        plan = self.recorder.sampling.plan
+        query, self.query_side = self._side(self.segments[0], plan.queries, QUERY_TILES)
+        key, self.key_side = self._side(self.segments[1], plan.keys, KEY_TILES)
+        self.partitions = query, key
         self.before = before = self.records.get(self.name)
         if before is not None and (before.query_side, before.key_side) != (self.query_side, self.key_side):
             raise CaptureError(
@@ -310,12 +312,6 @@ class ImageObserver(SiteObserver):
 
     def _texts(self) -> list[TextRow]:
         return [self.recorder.sampling.run.texts[number] for number, _ in self.recorder.rows]
-
-    def _made(self) -> tuple[Partition, Partition]:
-        sampling = self.recorder.sampling
-        query, self.query_side = self._side(self.segments[0], sampling.plan.queries, QUERY_TILES)
-        key, self.key_side = self._side(self.segments[1], sampling.plan.keys, KEY_TILES)
-        return query, key
 
     def _side(self, segments: Origin, kinds: frozenset[str], most: int) -> tuple[Partition, Side]:
         sampling = self.recorder.sampling

@@ -113,18 +113,8 @@ class ImageRecorder:
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """Who looks at the call of a site that is about to be made."""
-        given = self.inputs_among(args, kwargs)
-        inputs = [self.origins.of(tensor) for tensor in given]
+        inputs = [(self.origins.of(each), self.sides_of(each)) for each in self.inputs_among(args, kwargs)]
         is_again = site.name in self.called
         self.called.add(site.name)
         name = self.prefix + site.name
-        return ImageObserver(
-            self,
-            name,
-            self.call,
-            self.records,
-            inputs,
-            is_again,
-            site.is_candidate,
-            [*map(self.sides_of, given)],
-        )
+        return ImageObserver(self, name, self.call, self.records, inputs, is_again, site.is_candidate)

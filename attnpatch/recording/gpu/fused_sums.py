@@ -21,7 +21,6 @@ from attnpatch.recording.gpu.tiles import Cut, cut
 from attnpatch.sdpa_call import SdpaCall
 
 LOG2_E = 1.0 / math.log(2.0)
-# Scratch on the device: one number per query tile, key tile and head that is kept apart.
 SCRATCH_BYTES = 16 * 2**20
 # Fewer query rows are no work for a GPU's matrix units.
 LEAST_ROWS = 16
@@ -47,6 +46,8 @@ class Shape:
         rows, keys: Most tokens of a query tile and of a key tile.
         warps, stages: As Triton has them.
         key_tiles: Most key tiles of a program.
+        scratch: Bytes on the device, if that is enough for one query tile: one number per query tile, key tile and head
+            that is kept apart.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Shape:
     warps: int
     stages: int
     key_tiles: int = 16
+    scratch: int = SCRATCH_BYTES
 
 
 def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
@@ -64,6 +66,10 @@ def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
     if width > 128:
         return Shape(128, 32, 8, 2)
     return Shape(128, 64, 8 if is_masked else 4, 3)
+
+
+def _shape_of(call: SdpaCall) -> Shape:
+    return shape_for(call.dtype, call.query.shape[-1], call.attn_mask is not None)
 
 
 def is_interpreted() -> bool:
@@ -123,7 +129,6 @@ def block_sums(
     key_blocks: torch.Tensor,
     counts: tuple[int, int],
     heads: list[int] | None = None,
-    scratch: int = SCRATCH_BYTES,
     shape: Shape | None = None,
 ) -> torch.Tensor:
     """Attention probability summed over the tokens of each pair of blocks.
@@ -135,19 +140,18 @@ def block_sums(
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
         counts: How many blocks there are on either side.
         heads: Query heads to keep apart; ``None``: all summed into one.
-        scratch: Bytes to hold on the device, if that is enough for one query tile.
-        shape: Of the kernel's tiles; ``None``: ``shape_for`` chooses.
+        shape: How much is taken at once; ``None``: ``shape_for`` chooses.
 
     Returns:
         float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. The kernel sums in float32 what lies in a
         tile.
     """
-    shape = shape or shape_for(call.dtype, call.query.shape[-1], call.attn_mask is not None)
+    shape = shape or _shape_of(call)
     queries, keys = cut(query_blocks, shape.rows), cut(key_blocks, shape.keys)
     batch, tiles = queries.blocks.shape
     places = 1 if heads is None else len(heads)
     result = torch.zeros(batch, places, *counts, dtype=torch.float64)
-    step = max(1, scratch // (4 * batch * places * keys.blocks.shape[1]))
+    step = max(1, shape.scratch // (4 * batch * places * keys.blocks.shape[1]))
     for low in range(0, tiles, step):
         some = dataclasses.replace(
             queries, table=queries.table[:, low : low + step], blocks=queries.blocks[:, low : low + step]
@@ -181,9 +185,11 @@ def checked_sums(
     """
     if _has_closed_rows(call, lse, query_blocks):
         return "closed rows"
-    scratch = SCRATCH_BYTES if workspace is None else min(workspace, SCRATCH_BYTES)
+    shape = _shape_of(call)
+    if workspace is not None:
+        shape = dataclasses.replace(shape, scratch=min(workspace, SCRATCH_BYTES))
     try:
-        sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, scratch)
+        sums = block_sums(call, lse, query_blocks, key_blocks, counts, heads, shape)
     except Exception as error:
         if is_out_of_memory(error):
             raise

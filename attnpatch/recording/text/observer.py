@@ -250,10 +250,8 @@ class TextObserver(SiteObserver):
         assert self.record is not None and self.record.measures is not None
         counted = self.sample.weights(b, rows) if self.sample is not None else self.real[0][b, rows].double()
         factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
-        start = int(self.real[1][b].int().argmax())
-        self.record.measures.add(
-            self.recorder.measures, b, numbers, tile, factors, counted, self.relation.first, start
-        )
+        places = self.relation.first, int(self.real[1][b].int().argmax())
+        self.record.measures.add(self.recorder.measures, b, numbers, tile, factors, counted, places)
 
     def restart(self) -> None:
         """Forget the tiles of this attention."""
