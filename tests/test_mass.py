@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import BlockError
 from attnpatch.recording import block_sums
-from attnpatch.recording.block_sums import accumulate_block_mass, block_mass
+from attnpatch.recording.block_sums import accumulate_block_mass
 
 
 def reference(probabilities, query_assignment, key_assignment, query_blocks, key_blocks, weights=None):
@@ -167,29 +167,6 @@ def test_scratch_is_at_most_one_head_of_the_tile(split, dtype, rows, size):
     assert largest.bytes <= max(rows * 6000 * 4, 4 * block_sums._MIN_SCRATCH)
 
 
-def test_dense_function_gives_means():
-    probabilities = make_tile(2, 3, 11, 11)
-    partition = Blocks.fixed(4).resolve(torch.arange(11).expand(2, -1) >= torch.tensor([[0], [5]]))
-    found = block_mass(probabilities, partition)
-    assert found.dtype == torch.float32
-    assert found.shape == (2, 3, 3, 3)
-    expected = reference(probabilities, partition.assignment, partition.assignment, 3, 3)
-    expected = expected / partition.sizes.clamp(min=1)[:, None, :, None]
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(found[0].sum(-1), torch.ones(3, 3))
-    assert (found[1, :, 2] == 0).all()  # the second sequence has two blocks only
-
-
-def test_dense_function_for_cross_attention_and_a_shared_partition():
-    probabilities = make_tile(2, 1, 4, 9)
-    queries = Blocks.fixed(2).resolve(torch.ones(1, 4, dtype=torch.bool))
-    keys = Blocks.spans([(0, 3), (5, 9)]).resolve(torch.ones(1, 9, dtype=torch.bool))
-    found = block_mass(probabilities, queries, keys)
-    assert found.shape == (2, 1, 2, 2)
-    gap = probabilities[:, :, :, 3:5].sum(-1).view(2, 1, 2, 2).mean(-1)
-    torch.testing.assert_close(found.sum(-1), 1 - gap)
-
-
 def test_shapes_must_fit():
     tile = make_tile(1, 2, 4, 6)
     sums = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
@@ -201,6 +178,3 @@ def test_shapes_must_fit():
     ]:
         with pytest.raises(BlockError, match="do not fit"):
             accumulate_block_mass(*bad)
-    partition = Blocks.fixed(2).resolve(torch.ones(1, 6, dtype=torch.bool))
-    with pytest.raises(BlockError, match="query blocks were resolved for 1 sequences of 6 positions"):
-        block_mass(tile, partition)

@@ -10,7 +10,7 @@ from test_blocks import make_tokenizer, real
 import attnpatch
 from attnpatch import Blocks
 from attnpatch.errors import BlockError
-from attnpatch.recording.block_sums import block_mass
+from attnpatch.recording.block_sums import accumulate_block_mass
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
 
@@ -53,9 +53,20 @@ def test_mass_of_tiles():
     """A tile is no run of tokens; its mass is still the sum over its tokens."""
     partition = Blocks.tiles(3, 5, 2).resolve(real(15, 15))
     probabilities = torch.softmax(torch.randn(2, 3, 15, 15, generator=torch.Generator().manual_seed(0)), -1)
-    member = torch.nn.functional.one_hot(partition.assignment[0]).double()
-    dense = member.T / member.sum(0)[:, None] @ probabilities.double() @ member
-    np.testing.assert_allclose(block_mass(probabilities, partition), dense, atol=1e-6)
+    count, assignment = partition.num_blocks, partition.assignment.expand(2, -1)
+    sums = accumulate_block_mass(
+        torch.zeros(2, 3, count, count, dtype=torch.float64), probabilities, assignment, assignment
+    )
+    np.testing.assert_allclose(
+        sums / partition.sizes[0][:, None], dense_of(probabilities, partition), atol=1e-6
+    )
+
+
+def dense_of(probabilities, partition):
+    """Block means by products with ones, in float64."""
+    blocks = partition.assignment[0]
+    member = (blocks[:, None] == torch.arange(partition.num_blocks)).double()
+    return member.T / member.sum(0)[:, None] @ probabilities.double() @ member
 
 
 def test_a_vision_model_is_captured_by_tiles():
@@ -71,7 +82,7 @@ def test_a_vision_model_is_captured_by_tiles():
         weights = model(pixels, output_attentions=True).attentions
     partition = Blocks.tiles(6, 6, 2, start=1).resolve(real(37))
     for layer, dense in enumerate(weights):
-        expected = block_mass(dense, partition).mean(1)[0]
+        expected = dense_of(dense, partition).mean(1)[0]
         np.testing.assert_allclose(maps.block_map.mass[layer], expected, atol=1e-6)
     assert maps.block_map.query_labels[:4] == ("r0c0", "r0c1", "r0c2", "r1c0")
 

@@ -6,15 +6,11 @@ into key blocks. What is left to scatter is a handful of rows instead of the who
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnpatch.errors import BlockError
-
-if TYPE_CHECKING:
-    from attnpatch.blocks.spec import Partition
 
 # A slice of rows grows no further than this: the rounding error of a float32 sum grows with its length,
 # and a slice that holds few blocks wastes little work on the zeros of the one-hot matrix. A run of rows at
@@ -26,45 +22,6 @@ _LONG_RUN = 16
 # Scratch space that is always allowed, in elements (1 MiB of float32). A decoding step has one row and many
 # heads; holding it to the size of one row would turn it into a loop over heads.
 _MIN_SCRATCH = 1 << 18
-
-
-def block_mass(
-    probabilities: Tensor, query_partition: "Partition", key_partition: "Partition | None" = None
-) -> Tensor:
-    """Attention mass that each query block puts on each key block, averaged over the query tokens.
-
-    The definition is that of the block maps of ``docs/``: the probability that a query token of block I puts
-    on all tokens of block J, averaged over the query tokens of I that are real.
-
-    Args:
-        probabilities: ``[B, H, q_len, kv_len]``, each row summing to 1, any float dtype.
-        query_partition: Blocks of the ``q_len`` query tokens, from ``Blocks.resolve``; of one sequence (then
-            used for the whole batch) or of ``B``.
-        key_partition: Blocks of the ``kv_len`` key tokens; the query's own when left out.
-
-    Returns:
-        ``[B, H, query_blocks, key_blocks]`` float32. A row sums to 1 where every key with mass is in a block;
-        the row of a query block without tokens is zero.
-
-    Raises:
-        BlockError: A partition is of another length or batch size than ``probabilities``.
-    """
-    key_partition = query_partition if key_partition is None else key_partition
-    batch, heads, q_len, kv_len = probabilities.shape
-    query_assignment = _assignment_for(query_partition, batch, q_len, "query")
-    key_assignment = _assignment_for(key_partition, batch, kv_len, "key")
-    sum_dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    sums = torch.zeros(
-        batch,
-        heads,
-        query_partition.num_blocks,
-        key_partition.num_blocks,
-        dtype=sum_dtype,
-        device=probabilities.device,
-    )
-    accumulate_block_mass(sums, probabilities, query_assignment, key_assignment)
-    sizes = query_partition.sizes.clamp(min=1).to(sums.device, sum_dtype)
-    return (sums / sizes[:, None, :, None]).float()
 
 
 def accumulate_block_mass(
@@ -178,14 +135,14 @@ def _tile_mass(
     tile: Tensor, member: Tensor, columns: Tensor, sums: Tensor, scratch: int, split_heads: bool
 ) -> Tensor:
     """``[B, heads or 1, blocks, key_blocks]``: the block sums of some rows of some heads."""
-    part = _gather_columns(_sum_rows(tile, member, scratch, split_heads), columns, sums)
+    part = _gather_columns(_sum_rows(tile, member, split_heads), columns, sums)
     if not torch.isfinite(part).all():
         # 0 x NaN is NaN: a padding row that softmax left NaN would spoil every block of the tile.
         part = _gather_columns(_sum_rows_apart(tile, member, split_heads), columns, sums)
     return part
 
 
-def _sum_rows(tile: Tensor, member: Tensor, scratch: int, split_heads: bool) -> Tensor:
+def _sum_rows(tile: Tensor, member: Tensor, split_heads: bool) -> Tensor:
     """``[B, heads or 1, blocks, kv_len]`` float32 or float64: rows of one block summed."""
     dtype = torch.promote_types(tile.dtype, torch.float32)
     member = member.to(tile.device, dtype)[:, None]
@@ -253,16 +210,6 @@ def _membership(assignment: Tensor, blocks: list[int]) -> Tensor:
     """``[B, blocks, rows]`` float32: 1 where the row belongs to the block."""
     index = torch.tensor(blocks, device=assignment.device)
     return (assignment[:, None, :] == index[None, :, None]).float()
-
-
-def _assignment_for(partition: "Partition", batch: int, length: int, side: str) -> Tensor:
-    given_batch, given_length = partition.assignment.shape
-    if given_length != length or given_batch not in (1, batch):
-        raise BlockError(
-            f"{side} blocks were resolved for {given_batch} sequences of {given_length} positions, the "
-            f"probabilities have {batch} of {length}; resolve them with the mask of this batch."
-        )
-    return partition.assignment.expand(batch, length)
 
 
 def _check_shapes(sums: Tensor, probabilities: Tensor, query: Tensor, key: Tensor) -> None:

@@ -106,9 +106,3 @@ def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counting |
             raise
         failed(name, error, tally)
         return None
-
-
-def without_handlers(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The host's own function on plain tensors, past everything that watches."""
-    with compat.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
