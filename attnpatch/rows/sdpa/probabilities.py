@@ -6,8 +6,9 @@ row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -105,29 +106,50 @@ def _show(
     count = q_len if rows is None else len(rows)
     if not count:
         return
-    for number, where in enumerate(
-        torch.cartesian_prod(*map(torch.arange, outer)).reshape(-1, len(outer)).tolist()
-    ):
-        at = tuple(where)
-        leads = torch.arange(number * group, (number + 1) * group)
-        head = _Head(query[at], key[at], None if lse is None else lse[at], call.scale, call.adds_mask)
+    # Where few rows are shown, as for each token that is generated, a tile has several key heads.
+    together = max(1, min(outer[-1], elements // (group * count * kv_len)))
+    for number, first_head in itertools.product(range(math.prod(outer[:-1])), range(0, outer[-1], together)):
+        at = _places(number, outer[:-1])
+        heads = slice(first_head, min(first_head + together, outer[-1]))
+        begin = number * outer[-1]
+        leads = torch.arange((begin + heads.start) * group, (begin + heads.stop) * group)
+        own = _Heads(
+            query[at][heads],
+            key[at][heads],
+            None if lse is None else lse[at][heads],
+            call.scale,
+            call.adds_mask,
+        )
         low = 0
         while low < count:
             # A causal tile sees the keys up to its last row only, so early tiles can be taller.
             first = low if rows is None else int(rows[low])
             seen = min(kv_len, max(first, 256)) if call.is_causal else kv_len
-            high = min(count, low + _tile_rows(elements // group, seen))
-            tile_mask = masks.rows(at, low, high) if rows is None else masks.picked(at, rows[low:high])
+            high = min(count, low + _tile_rows(elements // (group * together), seen))
+            tile_mask = (
+                masks.rows(at, heads, low, high) if rows is None else masks.picked(at, heads, rows[low:high])
+            )
             places = None if rows is None else rows[low:high]
             # The products here are nobody's but ours, and so are the sums of who looks.
-            with torch.autocast(query.device.type, enabled=False), in_full(head.query):
-                powers, weights = head.powers(low, high, tile_mask, call.is_causal, places)
+            with torch.autocast(query.device.type, enabled=False), in_full(own.query):
+                powers, weights = own.powers(low, high, tile_mask, call.is_causal, places)
                 if grad is not None:
-                    seen_values = value[at][: powers.shape[-1]].to(powers.dtype)
-                    powers.mul_(grad[at][:, low:high].to(powers.dtype) @ seen_values.T)
-                where_from = TileInfo(leads, (low, high), math.prod(lead), q_len, kv_len, weights, places)
-                observer.observe(powers, where_from)
+                    seen_values = value[at][heads, None, : powers.shape[-1]].to(powers.dtype)
+                    powers.mul_(grad[at][heads, :, low:high].to(powers.dtype) @ seen_values.mT)
+                where_from = TileInfo(
+                    leads, (low, high), math.prod(lead), q_len, kv_len, weights.flatten(0, 1), places
+                )
+                observer.observe(powers.flatten(0, 1), where_from)
             low = high
+
+
+def _places(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """A flat index as one in each dimension."""
+    at: list[int] = []
+    for size in reversed(sizes):
+        at.insert(0, number % size)
+        number //= size
+    return tuple(at)
 
 
 def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
@@ -137,13 +159,10 @@ def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
     masks = _Masks(call.attn_mask, tuple(lead), call.q_len, call.kv_len, group)
 
     def rows(number: int, low: int, high: int) -> torch.Tensor:
-        at, rest = [], number // group
-        for size in reversed(outer):
-            at.insert(0, rest % size)
-            rest //= size
-        found = masks.rows(tuple(at), low, high)
+        *at, head = _places(number // group, outer)
+        found = masks.rows(tuple(at), slice(head, head + 1), low, high)
         assert found is not None
-        return found[number % group]
+        return found[0, number % group]
 
     return rows
 
@@ -170,13 +189,13 @@ class _Masks:
         elif mask is not None:
             self.whole = mask.expand(*lead, q_len, kv_len).unflatten(-3, (lead[-1] // group, group))
 
-    def rows(self, at: tuple[int, ...], low: int, high: int) -> torch.Tensor | None:
-        """``[group, rows, kv_len]`` of one key head."""
+    def rows(self, at: tuple[int, ...], heads: slice, low: int, high: int) -> torch.Tensor | None:
+        """``[heads, group, rows, kv_len]`` of some key heads."""
         if self.graph is None:
-            return None if self.whole is None else self.whole[at][:, low:high]
+            return None if self.whole is None else self.whole[at][heads, :, low:high]
         wanted = [
-            *((i, i + 1) for i in at[:-1]),
-            (at[-1] * self.group, (at[-1] + 1) * self.group),
+            *((i, i + 1) for i in at),
+            (heads.start * self.group, heads.stop * self.group),
             (low, high),
         ]
         tile: Tile = {}
@@ -191,16 +210,18 @@ class _Masks:
             # What could not be cut came whole.
             if value.shape[position] not in (1, span[1] - span[0]):
                 value = value.narrow(position, span[0], span[1] - span[0])
-        return value.reshape(value.shape[-3:]).expand(self.group, -1, -1)
+        count = heads.stop - heads.start
+        value = value.reshape(value.shape[-3:]).expand(count * self.group, -1, -1)
+        return value.unflatten(0, (count, self.group))
 
-    def picked(self, at: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor | None:
+    def picked(self, at: tuple[int, ...], heads: slice, rows: torch.Tensor) -> torch.Tensor | None:
         """The same for some rows that are no neighbours."""
         if self.whole is not None:
-            return self.whole[at].index_select(-2, rows.to(self.whole.device))
+            return self.whole[at][heads].index_select(-2, rows.to(self.whole.device))
         if self.graph is None:
             return None
-        found = [self.rows(at, row, row + 1) for row in rows.tolist()]
-        return torch.cat([row.expand(-1, 1, -1) for row in found if row is not None], -2)
+        found = [self.rows(at, heads, row, row + 1) for row in rows.tolist()]
+        return torch.cat([row.expand(-1, -1, 1, -1) for row in found if row is not None], -2)
 
 
 def _tile_rows(elements: int, kv_len: int) -> int:
@@ -209,8 +230,8 @@ def _tile_rows(elements: int, kv_len: int) -> int:
     return rows // 16 * 16 if rows >= 16 else max(1, rows)
 
 
-class _Head:
-    """One key head and the query heads that share it.
+class _Heads:
+    """Some key heads and the query heads that share each of them.
 
     A mask that is added may close a row with one very low number for every key (``finfo.min``, -1e30). Scores beside it
     are lost in rounding, so softmax makes such a row uniform. Here it comes out so as well because numbers are added
@@ -218,9 +239,9 @@ class _Head:
     Without such a mask the logsumexp is subtracted by the product of query and key.
 
     Args:
-        query: ``[group, q_len, head_dim]``.
-        key: ``[kv_len, head_dim]``.
-        lse: ``[group, q_len]`` or ``None``.
+        query: ``[heads, group, q_len, head_dim]``.
+        key: ``[heads, kv_len, head_dim]``.
+        lse: ``[heads, group, q_len]`` or ``None``.
         scale: Of the scores.
         is_added: Whether there will be a mask that is added.
     """
@@ -240,7 +261,7 @@ class _Head:
         if lse is not None and not is_added:
             # One more column makes the product subtract the lse, without a pass over the scores.
             self.query = torch.cat([self.query, self.lse * -LOG2_E], -1)
-            self.key = torch.cat([self.key, self.key.new_ones(len(key), 1)], -1)
+            self.key = torch.cat([self.key, self.key.new_ones(*key.shape[:-1], 1)], -1)
 
     def powers(
         self,
@@ -250,13 +271,13 @@ class _Head:
         is_causal: bool,
         places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[group, rows, keys]``, and the ``[group, rows]`` factors that make probabilities of them.
+        """``[heads, group, rows, keys]``, and the ``[heads, group, rows]`` factors that make probabilities of them.
 
         A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
         """
         first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
-        query, key = self.query[:, low:high], self.key[:end] if is_causal else self.key
-        scores = (query.reshape(-1, query.shape[-1]) @ key.T).view(*query.shape[:2], -1)
+        query, key = self.query[:, :, low:high], self.key[:, :end] if is_causal else self.key
+        scores = (query.flatten(1, 2) @ key.mT).view(*query.shape[:3], -1)
         if mask is not None and self.is_added:
             scores.add_(mask[..., : scores.shape[-1]])
         elif mask is not None:
@@ -264,15 +285,15 @@ class _Head:
         if self.lse is None:
             if is_causal:
                 corner = scores[..., first:]
-                corner.masked_fill_(_later(corner[0], places), -math.inf)
+                corner.masked_fill_(_later(corner[0, 0], places), -math.inf)
             highest = scores.amax(-1, keepdim=True)
             scores.sub_(torch.where(highest == -math.inf, 0.0, highest))
         elif self.is_added:
-            scores.sub_(self.lse[:, low:high])
+            scores.sub_(self.lse[:, :, low:high])
         scores.exp_() if self.is_added else scores.exp2_()
         if self.lse is not None and is_causal:
             corner = scores[..., first:]
-            corner.tril_() if places is None else corner.masked_fill_(_later(corner[0], places), 0.0)
+            corner.tril_() if places is None else corner.masked_fill_(_later(corner[0, 0], places), 0.0)
         # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
         total = scores.sum(-1)
         return scores, torch.where(total > 0, total.reciprocal(), 0.0)
