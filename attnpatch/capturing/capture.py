@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 import weakref
@@ -101,7 +102,7 @@ def capture(
     if len(parts) > 1:
         raise PatchError(
             f"no component of this {type(model).__name__} is known as a denoiser (a forward with sample, hidden_states or x, "
-            "and an argument named timestep); capture one of them: "
+            "and an argument named timestep, timesteps or timestep_ratio); capture one of them: "
             f"{', '.join(parts)}"
         )
     (part,) = parts.values()
@@ -213,8 +214,11 @@ def _capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOpti
     prompts = Prompts(whole, tokenizers_of(model))
     plan = Plan.of(options.blocks)
     with contextlib.ExitStack() as undo:
-        sampling = Sampling(plan, options.is_kept_apart, prompts.find if "" not in whole else None)
-        if "" not in whole:
+        is_pipeline = "" not in whole
+        evaluations = functools.partial(denoiser.evaluations_in, model)
+        known = {"find_texts": prompts.find, "evaluations": evaluations} if is_pipeline else {}
+        sampling = Sampling(plan, options.is_kept_apart, **known)
+        if is_pipeline:
             undo.enter_context(prompts.watching())
             undo.enter_context(_runs(model, sampling, prompts))
         recorders = []

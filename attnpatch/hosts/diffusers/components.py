@@ -18,7 +18,7 @@ def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
     Of a compiled module the one inside: swapping is for that one.
     """
     parts: dict[str, nn.Module] = {}
-    for name, part in _components(pipeline).items():
+    for name, part in components_of(pipeline).items():
         part = getattr(part, "_orig_mod", part)
         if isinstance(part, nn.Module) and not any(part is other for other in parts.values()):
             parts[str(name)] = part
@@ -27,12 +27,12 @@ def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
 
 def tokenizers_of(pipeline: Any) -> dict[str, Any]:
     """The tokenizers of a pipeline by name."""
-    return {name: part for name, part in _components(pipeline).items() if name.startswith("tokenizer")}
+    return {name: part for name, part in components_of(pipeline).items() if name.startswith("tokenizer")}
 
 
 def compiled_in(model: Any) -> tuple[str, ...]:
     """What is compiled in a model or a pipeline: paths, without those inside others."""
-    parts = {"": model} if isinstance(model, nn.Module) else _components(model)
+    parts = {"": model} if isinstance(model, nn.Module) else components_of(model)
     found: list[str] = []
     for name, part in parts.items():
         for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
@@ -49,7 +49,8 @@ def compiled_in(model: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _components(pipeline: Any) -> dict[str, Any]:
+def components_of(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline consists of, by name; empty if it is none."""
     components = getattr(pipeline, "components", None)
     if isinstance(components, dict):
         return components

@@ -1,6 +1,6 @@
 """What the denoiser of an image or a video is called with, and where a pipeline's sampling begins and ends.
 
-These are names that diffusers' models have in common; nothing is imported.
+These are names that diffusers' models have in common, and those of the code that they were published in; nothing is imported.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,20 +19,27 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.class_methods import Replaced, changing, owner_of
 from attnpatch.hosts.diffusers import latent_grids
+from attnpatch.hosts.diffusers.components import components_of
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoising import DenoiserCall
 
-_IMAGES = ("sample", "hidden_states", "x")
-_TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
+_IMAGES = ("sample", "hidden_states", "x", "img")
+# The first that is given is the one that words are of.
+_TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5")
+_TIMESTEPS = ("timestep", "timesteps", "timestep_ratio")
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 
 
 def is_denoiser(module: Any) -> bool:
-    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else)."""
+    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else).
+
+    ControlNet-XS's denoiser takes what controls it too, and says whether it is to be controlled.
+    """
     if not isinstance(module, nn.Module):
         return False
-    names = parameter_names(type(module))
-    return "timestep" in names and "controlnet_cond" not in names and any(name in names for name in _IMAGES)
+    names = set(parameter_names(type(module)))
+    is_control = "controlnet_cond" in names and "apply_control" not in names
+    return bool(names.intersection(_TIMESTEPS) and names.intersection(_IMAGES)) and not is_control
 
 
 def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
@@ -52,16 +60,14 @@ def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     images = [tensor for name in _IMAGES for tensor in _tensors(given.get(name))]
     texts = [tensor for name in _TEXTS for tensor in _tensors(given.get(name)) if tensor.dim() == 3]
     mask = next((given[name] for name in _MASKS if isinstance(given.get(name), torch.Tensor)), None)
-    timestep = given.get("timestep")
-    if isinstance(timestep, torch.Tensor):
-        timestep = timestep.flatten()[0].item() if timestep.numel() else None
+    timestep = next((given[name] for name in _TIMESTEPS if given.get(name) is not None), [])
     return DenoiserCall(
         batch=images[0].shape[0] if images else 1,
         images=images,
         texts=texts,
         text_mask=(mask != 0).cpu() if mask is not None and mask.dim() == 2 else None,
-        timestep=None if timestep is None else float(timestep),
-        latents=latent_grids.latents_grid(part, images),
+        timesteps=frozenset(map(float, torch.as_tensor(timestep).flatten().unique().tolist())),
+        latents=latent_grids.axes_of(given) or latent_grids.latents_grid(part, images),
         pictures=latent_grids.pictures_of(given, images),
     )
 
@@ -70,6 +76,24 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     """A tensor, or those of a list; not a list of lists."""
     values = value if isinstance(value, (tuple, list)) else [value]
     return [one for one in values if isinstance(one, torch.Tensor)]
+
+
+def evaluations_in(pipeline: Any, timestep: float | None) -> int:
+    """How often the samplers of a pipeline ask for one image at a timestep: those of second order do so twice.
+
+    Args:
+        pipeline: Its schedulers have been told how many steps there are.
+        timestep: As the denoiser is given it, which may be in another unit than the schedulers'; then the most there are.
+    """
+    schedules = (getattr(each, "timesteps", None) for each in components_of(pipeline).values())
+    runs = [
+        (value, len(list(same)))
+        for schedule in schedules
+        if isinstance(schedule, torch.Tensor)
+        for value, same in itertools.groupby(map(float, schedule.flatten().tolist()))
+    ]
+    here = [count for value, count in runs if value == timestep]
+    return max(here or [count for _, count in runs], default=1)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,15 @@ def pictures_of(given: dict[str, Any], images: list[torch.Tensor]) -> tuple[Grid
     return (Grid(frames or 1, height, width),) if height and width else ()
 
 
+def axes_of(given: dict[str, Any]) -> Grid | None:
+    """The image's tokens by the positions of its frames, rows and columns, each apart, as Kandinsky is given them."""
+    axes = given.get("visual_rope_pos")
+    if not isinstance(axes, (tuple, list)) or len(axes) != 3:
+        return None
+    is_known = all(isinstance(axis, torch.Tensor) and axis.dim() == 1 and len(axis) for axis in axes)
+    return Grid(*map(len, axes)) if is_known else None
+
+
 def latents_grid(part: nn.Module, images: list[torch.Tensor]) -> Grid | None:
     """Frames, rows and columns of latents that come as an image or a video; ``None``: not known."""
     if not images:

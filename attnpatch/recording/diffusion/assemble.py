@@ -52,11 +52,16 @@ class Reading:
     def block_map(self, names: list[str], steps: list[int], metadata: dict[str, Any]) -> BlockMap:
         """Of sites of one kind; ``steps`` kept apart, none: all together."""
         order = {"prompt": 0, "": 1, "negative": 2}
-        rows = sorted(self.run.rows, key=lambda row: order[self.run.texts[row[0]].role])
+        rows = sorted(
+            (row for row in self.run.rows if row not in self.run.unclear),
+            key=lambda row: (row in self.run.twins, order[self.run.texts[row[0]].role]),
+        )
         values = {
             row: [[self._site(step, row, name) for name in names] for step in steps or [0]] for row in rows
         }
         whole = [row for row in rows if all(v is not None for each in values[row] for v in each)]
+        if not rows:
+            raise CaptureError(f"nothing was captured: {next(iter(self.run.unclear.values()))}")
         if not whole:
             raise CaptureError(
                 "no image was given to all of these sites at every step; choose fewer steps or sites"
@@ -160,6 +165,9 @@ class Reading:
     def _described(self, row: Row) -> dict[str, Any]:
         text = self.run.texts[row[0]]
         found = {"role": text.role, "text": text.text, "text_number": row[0], "image": row[1]}
+        if row in self.run.twins:
+            # Guidance by a changed denoiser gives it the same image and text once more.
+            found |= {"image": self.run.twins[row][1], "again": True}
         steps = sorted(self.run.rows[row])
         # Guidance may end before the sampler does, and a prompt may be exchanged on the way.
         return found if len(steps) == len(self.run.timesteps) else {**found, "steps": steps}

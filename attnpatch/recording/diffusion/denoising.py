@@ -59,7 +59,7 @@ class DenoiserCall:
         batch: Rows of its batch.
         images, texts: What it is given of either.
         text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
-        timestep: Of the sampler, ``None`` if it has none.
+        timesteps: Of the sampler, each once: an image that others are made from has one of its own; empty: it has none.
         latents: Shape of the image, where it comes as rows and columns.
         pictures: Shapes of the pictures, where they come as a sequence of tokens; the first is the one that is sampled.
             Neither: not known.
@@ -70,7 +70,7 @@ class DenoiserCall:
     images: list[torch.Tensor]
     texts: list[torch.Tensor]
     text_mask: torch.Tensor | None
-    timestep: float | None
+    timesteps: frozenset[float] = frozenset()
     latents: Grid | None = None
     pictures: tuple[Grid, ...] = ()
     past: int = 0
@@ -154,9 +154,11 @@ class Run:
     """One sampling: an image, or a batch of them.
 
     Attributes:
-        timesteps: In order; a sampler's step may call the denoiser several times.
+        timesteps: In order, of what is sampled; a sampler's step may call the denoiser several times.
         texts: Every text that rows were given.
         rows: Every row there was, and its steps.
+        twins: Rows that are given the text and the latents of another row of their batch at every step, and which.
+        unclear: Rows of which it is not known what they show, and why.
         image: The shape of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
         records: By step and rows of the batch, then by site.
@@ -166,15 +168,57 @@ class Run:
         self.timesteps: list[float | None] = []
         self.texts: list[TextRow] = []
         self.rows: dict[Row, set[int]] = {}
+        self.twins: dict[Row, Row] = {}
+        self.unclear: dict[Row, str] = {}
         self.image: Grid | None = None
         self.refused: set[str] = set()
         self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
+        self._given: frozenset[float] = frozenset()
+        self._latents: dict[Row, list[bytes]] = {}
+        self._distinct: set[Row] = set()
 
-    def step_of(self, timestep: float | None) -> int:
-        """Number of the step: a new one for each timestep that differs from the one before."""
-        if not self.timesteps or timestep is None or self.timesteps[-1] != timestep:
-            self.timesteps.append(timestep)
+    def step_of(self, timesteps: frozenset[float]) -> int:
+        """Number of the step: a new one for each timestep that differs from the one before.
+
+        What is sampled has the highest. Guidance may leave out the others, of what it is made from.
+        """
+        latest = max(timesteps, default=None)
+        goes_on = self.timesteps and latest is not None and self.timesteps[-1] == latest
+        if not goes_on or not timesteps <= self._given:
+            self.timesteps.append(latest)
+            self._given, self._latents = timesteps, {}
         return len(self.timesteps) - 1
+
+    def shown(self, rows: Sequence[Row], latents: Sequence[bytes], evaluations: int) -> tuple[Row, ...]:
+        """The rows of a batch, of which maps show the first call in a step that has the same text and latents.
+
+        Args:
+            rows: They.
+            latents: Of each, what tells them apart.
+            evaluations: How often the sampler asks for an image in this step.
+
+        Returns:
+            The rows; those that are shown already with a number below 0.
+        """
+        found, first = [], {}
+        for row, given in zip(rows, latents, strict=True):
+            twin = first.setdefault((row[0], given), row)
+            if twin == row or self.twins.get(row, twin) != twin:
+                self._distinct.add(row)
+            elif row not in self._distinct:
+                self.twins[row] = twin
+            before = self._latents.setdefault(row, [])
+            found.append((row[0], -1 - row[1]) if given in before else row)
+            if given not in before:
+                before.append(given)
+            if len(before) > evaluations:
+                self.unclear[row] = (
+                    f"the denoiser is called with it {len(before)} times in one step, each time with other latents, where the "
+                    f"sampler asks for {evaluations}: parts of an image, or another one for guidance; which is not known"
+                )
+        for row in self._distinct:
+            self.twins.pop(row, None)
+        return tuple(found)
 
 
 class Sampling:
@@ -184,6 +228,8 @@ class Sampling:
         plan: What to show.
         is_kept_apart: Whether steps are.
         find_texts: Says whose text each row of a text is; ``None``: nobody knows.
+        evaluations: From a timestep to how often the sampler asks for an image there; ``None``: nobody knows, and every call
+            is one of its.
     """
 
     def __init__(
@@ -191,8 +237,10 @@ class Sampling:
         plan: Plan,
         is_kept_apart: bool = False,
         find_texts: Callable[[torch.Tensor], list[TextRow | None]] | None = None,
+        evaluations: Callable[[float | None], int] | None = None,
     ) -> None:
         self.plan, self.is_kept_apart, self.find_texts = plan, is_kept_apart, find_texts
+        self.evaluations = evaluations
         self.runs: list[Run] = []
         self.left_out: dict[str, str] = {}
         self._known: dict[bytes, int] = {}
@@ -224,16 +272,34 @@ class Sampling:
             numbers = self._last[2]
         else:
             numbers = self._numbers(text, call.text_mask)
-            self._last = weakref.ref(text), text._version, numbers
+            # Whether a tensor of inference mode was written to is not counted.
+            self._last = None if text.is_inference() else (weakref.ref(text), text._version, numbers)
         rows = tuple((number, numbers[:place].count(number)) for place, number in enumerate(numbers))
         step = len(run.timesteps) - 1
         for row in rows:
             run.rows.setdefault(row, set()).add(step)
-        return rows
+        if self.evaluations is None or any(len(image) != call.batch for image in call.images):
+            return rows
+        latents = [_digest([image[place] for image in call.images]) for place in range(call.batch)]
+        shown = run.shown(rows, latents, self.evaluations(run.timesteps[-1]))
+        self._say_of(rows, shown)
+        return shown
+
+    def _say_of(self, rows: Sequence[Row], shown: Sequence[Row]) -> None:
+        """Note what of the rows of a batch is in no map."""
+        for (number, image), found in zip(rows, shown, strict=True):
+            name = f"image {image} of text {number}"
+            if (number, image) in self.run.unclear:
+                self.left_out[name] = self.run.unclear[number, image]
+            elif found[1] < 0:
+                self.left_out.setdefault(
+                    name,
+                    "the denoiser is called with it again in one step, with the same text and latents (guidance by a "
+                    "changed denoiser, as a rule): maps show the first call",
+                )
 
     def _numbers(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
-        given = text.detach().float().cpu().contiguous()
-        keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in given]
+        keys = [_digest([row]) for row in text]
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
         if new:
             # All rows of a batch, where blocks were given for each of them.
@@ -294,6 +360,14 @@ class Sampling:
                 "no text encoder of the pipeline returned its embeddings inside the with block, so its tokens have "
                 "numbers; encode the prompt there, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
             )
+
+
+def _digest(values: Sequence[torch.Tensor]) -> bytes:
+    """What tells tensors from others."""
+    found = hashlib.blake2b()
+    for each in values:
+        found.update(each.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.digest()
 
 
 def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow) -> None:

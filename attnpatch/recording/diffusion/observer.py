@@ -25,7 +25,7 @@ from attnpatch.recording.diffusion.denoising import (
     TextRow,
     tiles_of,
 )
-from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, TEXT, Origin
+from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, SECOND, TEXT, Origin
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.sdpa_call import SdpaCall
 
@@ -137,8 +137,10 @@ class ImageObserver(SiteObserver):
                 found += origin
             else:
                 found.append((OTHER if origin is None else origin[0][0], piece.length))
-        if all(kind == OTHER for kind, _ in found):
-            raise Unknown(f"attends with {count} {side} of which it is not known what they are")
+        kinds = {kind for kind, _ in found}
+        if kinds <= {OTHER, SECOND}:
+            what = "of a second text" if kinds == {SECOND} else "of which it is not known what they are"
+            raise Unknown(f"attends with {count} {side} {what}")
         return tuple(found)
 
     def _check_sides(self, pieces: Sequence[Any]) -> None:
@@ -234,7 +236,7 @@ class ImageObserver(SiteObserver):
         """
         found: list[tuple[str, int | None]] = []
         for kind, length in side:
-            if kind in (each for each, _ in found if each != OTHER):
+            if kind in (each for each, _ in found if each not in (OTHER, SECOND)):
                 raise CaptureError(f"attends with tokens of the {kind} in several places of one sequence")
             rest = 0
             if kind == IMAGE:
@@ -248,10 +250,9 @@ class ImageObserver(SiteObserver):
                     f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
                     f"{given[0]}"
                 )
-            elif kind == OTHER:
-                self._leave_out(
-                    "are not known to be the image's or the text's: in no block", f" ({length} tokens)"
-                )
+            elif kind in (OTHER, SECOND):
+                what = "a second text's" if kind == SECOND else "not known to be the image's or the text's"
+                self._leave_out(f"are {what}: in no block", f" ({length} tokens)")
             found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
         return tuple(found)
 

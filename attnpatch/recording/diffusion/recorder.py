@@ -15,7 +15,7 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.recording.accumulator import SiteObserver
 from attnpatch.recording.diffusion.denoising import DenoiserCall, Sampling
 from attnpatch.recording.diffusion.observer import ImageObserver
-from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT, Origins
+from attnpatch.recording.diffusion.token_provenance import IMAGE, SECOND, TEXT, Origins
 from attnpatch.recording.options import CaptureOptions
 
 
@@ -80,7 +80,7 @@ class ImageRecorder:
         """The denoiser is about to run."""
         sampling, self.call, self.called = self.sampling, None, set()
         call = self.read_call(args, kwargs)
-        step = sampling.run.step_of(call.timestep)
+        step = sampling.run.step_of(call.timesteps)
         try:
             self.rows = sampling.rows_of(call)
         except AttnpatchError as error:
@@ -91,7 +91,8 @@ class ImageRecorder:
         key = (step if sampling.is_kept_apart else 0, self.rows)
         self.records = sampling.run.records.setdefault(key, {})
         self.origins = self._stack.enter_context(Origins())
-        for kind, tensors in ((IMAGE, call.images), (TEXT, call.texts)):
+        kinds = (IMAGE, call.images), (TEXT, call.texts[:1]), (SECOND, call.texts[1:])
+        for kind, tensors in kinds:
             for tensor in tensors:
                 self.origins.mark(tensor, kind)
 

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.observing import MAKING
 
-IMAGE, TEXT, OTHER = "image", "text", "other"
+# Words are those of the first text that a denoiser is given.
+IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
 
 # Kinds of tokens and how many, in order; of one kind, however many there are, ``None``.
 Origin = tuple[tuple[str, int | None], ...]
