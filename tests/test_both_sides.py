@@ -85,6 +85,32 @@ def test_narrow(dtype):
     assert error <= 1.5 * own
 
 
+def sinkhorn(steps):
+    def formula(q, k, v):
+        p = scores(q, k).softmax(-1)
+        for _ in range(steps):
+            p = p / p.sum(1, keepdim=True)
+            p = p / p.sum(2, keepdim=True)
+        return p @ v
+
+    return formula
+
+
+def test_gradients_of_gradients_of_what_is_normalised_again():
+    x, y = tensor(1, 40, WIDTH), tensor(1, 36, WIDTH, seed=1)
+    model = Attention(sinkhorn(1))
+
+    def penalty():
+        q, k = x.clone().requires_grad_(), y.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(q, k, y).square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [q, k])
+
+    native = penalty()
+    with attnpatch.patched(model, mode="always", rows=8):
+        got = penalty()
+    torch.testing.assert_close(got, native)
+
+
 def test_what_needs_everything_is_counted():
     """A running sum along one side of what is normalised along the other holds all of it, and the report says so."""
     model = Attention(lambda x, y: scores(x, y).softmax(2).cumsum(1) @ y)

@@ -256,9 +256,10 @@ class TiledEvaluation:
         run = Evaluator(self.node, bound)
         asked = []
         for node in wanted:
-            asked.append(
-                bound[node] if isinstance(node, InputNode) else Evaluator(node, bound).value(node, {})
-            )
+            part = bound[node] if isinstance(node, InputNode) else Evaluator(node, bound).value(node, {})
+            # Another tensor: one that is made of the others (a sum over them that was computed before) hands its own
+            # gradient on to them.
+            asked.append(part.view_as(part))
             run.fix(node, asked[-1])
         value = run.value(self.node, {})
         return list(torch.autograd.grad(value, asked, grad, create_graph=True, allow_unused=True))
