@@ -31,17 +31,25 @@ class Evaluator:
         root: The node to compute.
         bound: Tensors of leaves that do not hold theirs (a graph kept for a backward pass).
         wanted: What to take gradients for: their parts are cut from the graph and noted.
+        lines: Steps whose lines run across tiles and whose gradients come by their slots (``graph.lines``).
     """
 
     def __init__(
-        self, root: Node, bound: dict[Node, torch.Tensor] | None = None, wanted: frozenset[Node] = frozenset()
+        self,
+        root: Node,
+        bound: dict[Node, torch.Tensor] | None = None,
+        wanted: frozenset[Node] = frozenset(),
+        lines: frozenset[Node] = frozenset(),
     ) -> None:
         self.nodes = list(walk(root))
+        self.lines = lines
         self._axes = {node: all_leaves(node.dims) for node in self.nodes}
         self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
         for axes in self._axes.values():
             # One axis in two dimensions (a matrix added to its own transpose): a tile would be its diagonal only.
             self.whole.update(axis for axis in axes if axes.count(axis) > 1)
+        if lines:
+            self._follow_lines()
         self.bound = bound or {}
         self.wanted = wanted
         self.parts: list[tuple[Node, Tile, torch.Tensor]] = []
@@ -68,6 +76,15 @@ class Evaluator:
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._moving: list[tuple[Any, ...]] = []
         self._of_rows: dict[Node, tuple[Any, ...]] = {}
+
+    def _follow_lines(self) -> None:
+        """What has a figure of each line, computed before, is made for each tile anew: its scores are those of the tile."""
+        added: dict[Node, set[Axis]] = {}
+        for node in self.nodes:
+            found = set(all_leaves(node.children[0].dims)) if node in self.lines else set()
+            found = found.union(*(added[child] for child in node.children)) - set(self._axes[node])
+            self._axes[node] += found
+            added[node] = found
 
     def _renamed(self) -> Iterator[Axis]:
         """Axes of rows that go by another name above a slice or a shift, where a step has a range of them all the same."""

@@ -15,6 +15,7 @@ from attnpatch.rows.autograd import edges
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
 from attnpatch.rows.evaluate.tile_plan import TilePlan, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.graph import lines
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
@@ -72,7 +73,8 @@ class TiledEvaluation:
         """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
         for leaf in tensors_of(self.node):
             leaf.check()
-        result = edges.record(self.node, self._kept, self._again) if torch.is_grad_enabled() else None
+        node = self.node.backward_graph or self.node
+        result = edges.record(node, self._kept, self._again) if torch.is_grad_enabled() else None
         return self.forward() if result is None else result
 
     def _again(self, twin: Node) -> TiledEvaluation:
@@ -90,14 +92,18 @@ class TiledEvaluation:
         # A view made under no_grad could not be written to in place.
         return result.detach()
 
-    def _steps(self, run: Evaluator) -> TilePlan:
-        axes = all_leaves(self.node.dims)
-        tileable = [axis for axis in axes if axis not in run.whole]
-        if any(axis.kind == ROW for axis in tileable):
-            tileable = [axis for axis in tileable if axis.kind != KEY]
+    def _tileable(self, run: Evaluator) -> list[Axis]:
+        """Axes that may be cut."""
         if not run.whole:
             # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
-            tileable = []
+            return []
+        tileable = [axis for axis in all_leaves(self.node.dims) if axis not in run.whole]
+        if any(axis.kind == ROW for axis in tileable):
+            tileable = [axis for axis in tileable if axis.kind != KEY]
+        return tileable
+
+    def _steps(self, run: Evaluator) -> TilePlan:
+        tileable = self._tileable(run)
         width, itemsize, narrow = 1, 1, False
         cut = set(tileable) | run.renamed
         row, _ = row_and_lead(tileable)
@@ -221,7 +227,7 @@ class TiledEvaluation:
 
     def gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
-    ) -> list[torch.Tensor]:
+    ) -> list[torch.Tensor | None]:
         """Gradients of leaves, and of steps whose own gradient is asked for; no tile's rows outlive it.
 
         Args:
@@ -233,13 +239,32 @@ class TiledEvaluation:
 
     def _gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
-    ) -> list[torch.Tensor]:
-        run = Evaluator(self.node, bound, frozenset(wanted))
+    ) -> list[torch.Tensor | None]:
+        steps = lines.found_in(self.node, set(self._tileable(Evaluator(self.node, bound, frozenset(wanted)))))
+        # What was computed before of the graph's own scores gets none: they do, by what their lines have in common.
+        past = {node for step in steps for node in step.past}
+        for slots in lines.levels(self.node, steps):
+            bound = {**bound, **self._sweep(grad, bound, slots, steps)}
+        found = self._sweep(grad, bound, [node for node in wanted if node not in past], steps)
+        return [found[node].to(node.dtype) if node in found else None for node in wanted]
+
+    def _sweep(
+        self,
+        grad: torch.Tensor,
+        bound: dict[Node, torch.Tensor],
+        wanted: list[Node],
+        steps: frozenset[lines.LineNode],
+    ) -> dict[Node, torch.Tensor]:
+        """Gradients of leaves and steps, summed over all tiles."""
+        set_random_state(self.random)
+        run = Evaluator(self.node, bound, frozenset(wanted), steps)
         sums = {node: _zeros(node, bound.get(node)) for node in wanted}
         for tile in self._tiles(run):
             run.parts.clear()
             with torch.enable_grad():
                 value = run.value(self.node, tile)
+            if not value.requires_grad:
+                continue  # what is between has no gradient
             parts = [part for _, _, part in run.parts]
             part_grads = torch.autograd.grad(
                 value, parts, take(grad, self.node.dims, tile).reshape(value.shape), allow_unused=True
@@ -247,7 +272,7 @@ class TiledEvaluation:
             for (node, where, _), part_grad in zip(run.parts, part_grads, strict=True):
                 if part_grad is not None:
                     add(sums[node], node.dims, where, part_grad)
-        return [sums[node].to(node.dtype) for node in wanted]
+        return sums
 
     def differentiable_gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]

@@ -32,7 +32,7 @@ class Plain:
         self.values: dict[Node, Any] = dict(bound or {})
         self.whole: Any = _Everything()
         self.wanted: frozenset[Node] = frozenset()
-        self.row = None
+        self.row, self.lines = None, frozenset()
 
     def tensor(self, leaf: InputNode) -> torch.Tensor:
         tensor = self.values.get(leaf, leaf.tensor)

@@ -63,6 +63,7 @@ class Node:
         lies_by_rows: Whether natively it lies in memory row by row, whatever it is made of.
         shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
         depth: What ``depth_of`` has found.
+        backward_graph: What gradients are computed by instead, if anything.
     """
 
     stands_for_memory = False
@@ -85,6 +86,7 @@ class Node:
     lies_by_rows = False
     shadow: Any = None
     depth: int | None = None
+    backward_graph: Node | None = None
     whole: tuple[Axis, ...] = ()
     children: tuple[Node, ...] = ()
     dims: Dims
@@ -114,7 +116,9 @@ class Node:
 
 
 # What a node has to do with autograd's graph; a copy of it is another tensor's.
-_OF_GRAPH = frozenset(["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved"])
+_OF_GRAPH = frozenset(
+    ["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved", "backward_graph"]
+)
 
 
 class InputNode(Node):

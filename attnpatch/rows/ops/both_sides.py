@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from attnpatch.rows.arguments import argument
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.graph.axes import LEAD, Axis, all_leaves, fresh, leaves
+from attnpatch.rows.graph.lines import FigureNode, NormalisedNode
 from attnpatch.rows.graph.nodes import InputNode, Node, OutputNode, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import PAIRS
@@ -41,13 +43,33 @@ def cut(root: Node, site: AttentionCall) -> Node:
         Stuck: There is none.
     """
     whole = {leaf for node in walk(root) for leaf in leaves(node.whole)}
-    sides = [axis for axis in all_leaves(root.dims) if axis.kind != LEAD]
-    if not sides or any(axis not in whole for axis in sides):
+    below = _other_names(root)
+    sides = [_names(axis, below) for axis in all_leaves(root.dims) if axis.kind != LEAD]
+    if not sides or any(not names & whole for names in sides):
         return root
-    found = _freed(root, max(sides, key=lambda axis: axis.size), site)
+    found = _freed(root, max(sides, key=lambda names: max(axis.size for axis in names)), site)
     if (name := _compared(found)) is not None:
         raise Stuck(name)
     return found
+
+
+def _other_names(root: Node) -> dict[Axis, Axis]:
+    """What an axis is called below a slice."""
+    found = {}
+    for node in walk(root):
+        if node.reads_a_run:
+            new, old = (leaves(each.dims[node.position]) for each in (node, node.children[0]))
+            if len(new) == len(old) == 1:
+                found[new[0]] = old[0]
+    return found
+
+
+def _names(axis: Axis, below: dict[Axis, Axis]) -> frozenset[Axis]:
+    found = {axis}
+    while axis in below and below[axis] not in found:
+        axis = below[axis]
+        found.add(axis)
+    return frozenset(found)
 
 
 class _Chosen(InputNode):
@@ -71,22 +93,56 @@ def _name(node: Node) -> str:
     return getattr(getattr(inner, "func", None), "__name__", "")
 
 
-def _freed(root: Node, row: Axis, site: AttentionCall) -> Node:
-    """``root`` without steps that need ``row`` complete."""
+def _freed(root: Node, row: frozenset[Axis], site: AttentionCall) -> Node:
+    """``root`` without steps that need an axis complete, by any of its names.
+
+    Tensors stand for what was computed before. In the graph of the backward pass they are steps on what they are made of.
+    """
     new: dict[Node, Node] = {}
+    backward: dict[Node, Node] = {}
     for node in walk(root):
-        changed = any(new[child] is not child for child in node.children)
-        own = node.rebuilt(lambda child: new[child]) if changed else node
-        new[node] = own if node is root else _without(own, row, site)
+        own = _on(node, new)
+        found = own if node is root else _without(own, row, site)
+        new[node] = found
+        if found is own:
+            backward[node] = own if _are_same(node, new, backward) else _on(node, backward)
+        elif isinstance(found, NormalisedNode):
+            scores = backward[node.children[0]]
+            is_same = scores is own.children[0]
+            backward[node] = found if is_same else found.on(scores)
+        else:
+            backward[node] = _as_figure(node, found, backward)
+    if backward[root] is not new[root]:
+        new[root].backward_graph = backward[root]
     return new[root]
 
 
-def _without(node: Node, row: Axis, site: AttentionCall) -> Node:
+def _on(node: Node, children: dict[Node, Node]) -> Node:
+    """A node on other children."""
+    changed = any(children[child] is not child for child in node.children)
+    return node.rebuilt(lambda child: children[child]) if changed else node
+
+
+def _are_same(node: Node, one: dict[Node, Node], other: dict[Node, Node]) -> bool:
+    return all(one[child] is other[child] for child in node.children)
+
+
+def _as_figure(node: Node, figure: Node, backward: dict[Node, Node]) -> Node:
+    """Figures of lines as a step on the scores that they were computed of, where its derivative is known."""
+    dims = argument(node.args, node.kwargs, 1, "dim") if isinstance(node, OpNode) else None
+    if dims is None or node.stops_gradient or not figure.tensor.requires_grad or not FigureNode.can_be(node):
+        return figure
+    scores = backward[node.children[0]]
+    positions = {dim % len(scores.dims) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    return FigureNode(scores, figure, node, positions)
+
+
+def _without(node: Node, row: frozenset[Axis], site: AttentionCall) -> Node:
     inner = node.children[0] if isinstance(node, OutputNode) else node
     name = _name(node)
-    if row not in leaves(inner.whole) or (name in PAIRS and inner is node):
+    if row.isdisjoint(leaves(inner.whole)) or (name in PAIRS and inner is node):
         return node
-    if row not in all_leaves(node.dims):
+    if row.isdisjoint(all_leaves(node.dims)):
         # A figure of each line of the other side.
         kind = _Chosen if name in _CHOSEN else InputNode
         return kind(site.replay(cut(node, site)), node.dims)
@@ -107,10 +163,7 @@ def _normalised(node: OpNode, is_log: bool, site: AttentionCall) -> Node:
     )
     lines.context = node.context
     highest, total = site.replay(cut(lines, site)).unbind(0)
-    parts = (scores, InputNode(highest, dims), InputNode(total, dims), is_log, node.dtype)
-    result = OpNode(normalised, parts, {}, node.dims, node.dtype, node.device)
-    result.context = node.context
-    return result
+    return NormalisedNode(scores, InputNode(highest, dims), InputNode(total, dims), is_log, node)
 
 
 def figures(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -118,11 +171,3 @@ def figures(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     scores = scores.to(dtype)
     highest = scores.detach().amax(dim, keepdim=True)
     return torch.stack([highest, (scores - highest).exp().sum(dim, keepdim=True)])
-
-
-def normalised(
-    scores: torch.Tensor, highest: torch.Tensor, total: torch.Tensor, is_log: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """Softmax of scores whose lines are not all there."""
-    below = scores.to(total.dtype) - highest.detach()
-    return (below - total.log() if is_log else below.exp() / total).to(dtype)
