@@ -240,7 +240,7 @@ class TiledEvaluation:
     def _gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
-        steps = lines.found_in(self.node, set(self._tileable(Evaluator(self.node, bound, frozenset(wanted)))))
+        steps = lines.found_in(self.node, lambda: set(self._tileable(Evaluator(self.node, bound))))
         # What was computed before of the graph's own scores gets none: they do, by what their lines have in common.
         past = {node for step in steps for node in step.past}
         for slots in lines.levels(self.node, steps):

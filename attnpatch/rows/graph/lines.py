@@ -208,19 +208,22 @@ def _laid(figure: torch.Tensor, positions: tuple[int, ...], dims: int) -> torch.
     return figure
 
 
-def found_in(root: Node, cut: set[Axis]) -> frozenset[Node]:
+def found_in(root: Node, axes: Callable[[], set[Axis]]) -> frozenset[Node]:
     """The steps of a graph whose gradients can come by their slots.
 
     Each element of their scores has to be in one tile, and in that once.
 
     Args:
         root: The graph.
-        cut: Axes of which a tile has parts.
+        axes: Gives the axes of which a tile has parts.
     """
-    found = set()
+    nodes = list(walk(root))
+    if not any(isinstance(node, LineNode) for node in nodes):
+        return frozenset()
+    cut, found = axes(), set()
     # What is read in another tile than its own above them.
     moved: set[Node] = set()
-    for node in reversed(list(walk(root))):
+    for node in reversed(nodes):
         if isinstance(node, LineNode) and node not in moved and cut <= set(all_leaves(node.scores.dims)):
             found.add(node)
         if node in moved or node.renames_axes:
