@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
-import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,25 +10,17 @@ from torch import nn
 
 from attnpatch.blocks.heads import Heads
 from attnpatch.blocks.spec import Blocks
-from attnpatch.capturing.image_maps import ImageMaps
+from attnpatch.capturing.capture_patch import innermost, owners, patch_for, recording, warn_of
 from attnpatch.capturing.maps import Maps
-from attnpatch.errors import AttnpatchWarning, CaptureError, PatchError
-from attnpatch.hosts.diffusers import denoiser
-from attnpatch.hosts.diffusers.components import tokenizers_of
-from attnpatch.hosts.diffusers.prompts import Prompts
+from attnpatch.errors import PatchError
+from attnpatch.hosts.diffusers.components import is_denoiser
 from attnpatch.hosts.transformers import caches, image_tokens
 from attnpatch.hosts.transformers import calls as host
-from attnpatch.patching.model_patches import parts_in, put_in_place
-from attnpatch.patching.patch import Patch, patch_of
-from attnpatch.policy import Policy
+from attnpatch.patching.model_patches import parts_in
+from attnpatch.patching.patch import Patch
 from attnpatch.recording.call_facts import AttentionCallInfo
-from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
-from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
 from attnpatch.recording.options import CaptureOptions, Steps
 from attnpatch.recording.text.recorder import HostReading, Recorder
-from attnpatch.recording.threads import Owner
-from attnpatch.rows.provenance import reordered
-from attnpatch.rows.provenance.sources import inputs_among
 
 
 @contextlib.contextmanager
@@ -94,9 +82,11 @@ def capture(
     """
     parts = parts_in(model)
     options = CaptureOptions(blocks, heads, layers, sites, steps, measures, sample_rows, seed, weighting)
-    images = {name: part for name, part in parts.items() if denoiser.is_denoiser(part)}
+    images = {name: part for name, part in parts.items() if is_denoiser(part)}
     if images and ("" not in parts or _of_image(blocks)):
-        with _capture_image(model, images, options.for_image()) as maps:
+        from attnpatch.capturing.capture_image import capture_image
+
+        with capture_image(model, images, options.for_image()) as maps:
             yield maps
         return
     if len(parts) > 1:
@@ -107,16 +97,16 @@ def capture(
         )
     (part,) = parts.values()
     with contextlib.ExitStack() as undo:
-        patch = _patch_for(part, undo)
+        patch = patch_for(part, undo)
         recorder = recorder_of(patch, type(part), options)
         _check_tokens(recorder, part)
         maps = Maps(recorder, options.chosen_steps)
-        with _recording(patch, recorder):
+        with recording(patch, recorder):
             try:
                 yield maps
             finally:
                 recorder.finish()
-        _warn_of(recorder.left_out)
+        warn_of(recorder.left_out)
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
@@ -137,147 +127,11 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
         recorder.read_call = checked
 
 
-_lock = threading.Lock()
-
-
-def _patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
-    """The patch of a model; one that captures have put in place goes with the last of them (each thread may have one)."""
-    with _lock:
-        known = patch_of(part)
-        if known is not None and not known.captures and not known.is_leaving:
-            return known  # the user's
-        # Taken out below, with the last capture.
-        (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
-        patch.captures += 1
-
-    def release() -> None:
-        with _lock:
-            patch.captures -= 1
-            if patch.captures == 0:
-                _leave(patch, part)
-
-    undo.callback(release)
-    return patch
-
-
-def _leave(patch: Patch, part: nn.Module) -> None:
-    """Take a patch out: at once, or with the last checkpoint that it looked at, which may run again in a backward pass."""
-    waiting = list(patch.watched)
-    if not waiting:
-        patch.take_out(part)
-        return
-    patch.is_leaving = True
-
-    def gone(one: int) -> None:
-        left.discard(one)
-        if not left and patch.is_leaving:
-            patch.take_out(part)
-
-    left = set(range(len(waiting)))
-    for number, frame in enumerate(waiting):
-        weakref.finalize(frame, gone, number).atexit = False
-
-
-@contextlib.contextmanager
-def _recording(patch: Patch, recorder: Any) -> Iterator[None]:
-    if any(not each.gives_way and each.is_mine() for each in patch.recorders):
-        raise PatchError("this model is being captured already; end the outer capture first")
-    with Owner() as owner:
-        recorder.owner = owner
-        with _lock:
-            patch.recorders = (*patch.recorders, recorder)
-        try:
-            yield
-        finally:
-            with _lock:
-                patch.recorders = tuple(each for each in patch.recorders if each is not recorder)
-
-
-def _warn_of(left_out: dict[str, str], deep: int = 0) -> None:
-    """Once: what is in no map."""
-    if left_out:
-        name, reason = next(iter(left_out.items()))
-        more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
-        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4 + deep)
-
-
 def _of_image(blocks: Any) -> bool:
     """Whether blocks are of an image wherever it lies in a sequence: none said, or tiles without a start."""
     sides = blocks if isinstance(blocks, tuple) else (blocks,)
     images = [side.image for side in sides if isinstance(side, Blocks) and side.image is not None]
     return blocks is None or (bool(images) and not any(image[3] for image in images))
-
-
-@contextlib.contextmanager
-def _capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOptions) -> Iterator[ImageMaps]:
-    whole = parts_in(model)
-    prompts = Prompts(whole, tokenizers_of(model))
-    plan = Plan.of(options.blocks)
-    with contextlib.ExitStack() as undo:
-        is_pipeline = "" not in whole
-        evaluations = functools.partial(denoiser.evaluations_in, model)
-        known = {"find_texts": prompts.find, "evaluations": evaluations} if is_pipeline else {}
-        sampling = Sampling(plan, options.is_kept_apart, **known)
-        if is_pipeline:
-            undo.enter_context(prompts.watching())
-            undo.enter_context(_runs(model, sampling, prompts))
-        recorders = []
-        for name, part in parts.items():
-            patch = _patch_for(part, undo)
-            prefix = f"{name}." if name else ""
-            recorder = image_recorder_of(patch, part, sampling, options, prefix)
-            undo.enter_context(_recording(patch, recorder))
-            recorders.append(recorder)
-        if not any(recorder.wanted for recorder in recorders):
-            raise CaptureError(
-                f"no attention site matches {options.sites!r}; see attnpatch.report() for their names"
-            )
-        yield ImageMaps(sampling, options, type(model).__name__)
-    _warn_of(sampling.left_out, deep=2)  # inside a context of its own
-
-
-def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:
-    """Every call of a pipeline is a run."""
-
-    def begin(given: dict[str, Any]) -> None:
-        prompts.begin(denoiser.texts_given(given))
-        sampling.begin_run()
-
-    def end() -> None:
-        sampling.end_run()
-        prompts.end()
-
-    return denoiser.watching(pipeline, begin, end)
-
-
-def image_recorder_of(
-    patch: Patch, part: nn.Module, sampling: Sampling, options: CaptureOptions, prefix: str
-) -> ImageRecorder:
-    """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
-
-    def read_call(args: Any, kwargs: Any) -> DenoiserCall:
-        return denoiser.read_denoiser_call(part, args, kwargs)
-
-    reading = DenoiserReading(read_call, denoiser.num_heads_of(part), inputs_among, reordered.sides)
-    return ImageRecorder(sampling, options, _innermost(patch), prefix, reading)
-
-
-def _innermost(patch: Patch) -> list[str]:
-    """Names of the attention sites that hold no other."""
-    names = [site.name for site in patch.sites if site.is_attention]
-    # A candidate may turn out to be none, so it hides nobody.
-    sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
-    return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
-
-
-def _owners(patch: Patch) -> list[str]:
-    """Names of the sites that hold others: what those are named for may be computed in the forward around them."""
-    inner = set(_innermost(patch))
-    return [
-        site.name
-        for site in patch.sites
-        if site.is_attention and not site.is_candidate and site.name not in inner
-    ]
 
 
 def recorder_of(patch: Patch, kind: type[nn.Module], options: CaptureOptions) -> Recorder:
@@ -317,4 +171,4 @@ def recorder_of(patch: Patch, kind: type[nn.Module], options: CaptureOptions) ->
         tokens_in=caches.tokens_in,
         rows_have_moved=caches.rows_have_moved,
     )
-    return Recorder(options, _innermost(patch), _owners(patch), reading)
+    return Recorder(options, innermost(patch), owners(patch), reading)

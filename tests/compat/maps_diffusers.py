@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import attnpatch
-from attnpatch.hosts.diffusers.denoiser import is_denoiser
+from attnpatch.hosts.diffusers.components import is_denoiser
 from attnpatch.patching.registry import is_attention
 
 from . import maps_page, models_diffusers, softmax_oracle, sweep

@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.rows.torch_graphs import is_compiled
+
+# What a denoiser is given, in diffusers and in the code that models were published in.
+IMAGES = ("sample", "hidden_states", "x", "img")
+TIMESTEPS = ("timestep", "timesteps", "timestep_ratio")
 
 
 def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
@@ -57,3 +62,15 @@ def components_of(pipeline: Any) -> dict[str, Any]:
     if not hasattr(pipeline, "task"):
         return {}
     return {name: getattr(pipeline, name, None) for name in ("model", "assistant_model")}
+
+
+def is_denoiser(module: Any) -> bool:
+    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else).
+
+    ControlNet-XS's denoiser takes what controls it too, and says whether it is to be controlled.
+    """
+    if not isinstance(module, nn.Module):
+        return False
+    names = set(parameter_names(type(module)))
+    is_control = "controlnet_cond" in names and "apply_control" not in names
+    return bool(names.intersection(TIMESTEPS) and names.intersection(IMAGES)) and not is_control

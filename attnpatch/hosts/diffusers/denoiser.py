@@ -19,27 +19,13 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.class_methods import Replaced, changing, owner_of
 from attnpatch.hosts.diffusers import latent_grids
-from attnpatch.hosts.diffusers.components import components_of
+from attnpatch.hosts.diffusers.components import IMAGES, TIMESTEPS, components_of
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoising import DenoiserCall
 
-_IMAGES = ("sample", "hidden_states", "x", "img")
 # The first that is given is the one that words are of.
 _TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5")
-_TIMESTEPS = ("timestep", "timesteps", "timestep_ratio")
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
-
-
-def is_denoiser(module: Any) -> bool:
-    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else).
-
-    ControlNet-XS's denoiser takes what controls it too, and says whether it is to be controlled.
-    """
-    if not isinstance(module, nn.Module):
-        return False
-    names = set(parameter_names(type(module)))
-    is_control = "controlnet_cond" in names and "apply_control" not in names
-    return bool(names.intersection(_TIMESTEPS) and names.intersection(_IMAGES)) and not is_control
 
 
 def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
@@ -57,10 +43,10 @@ def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         kwargs: Keyword arguments.
     """
     given = {**dict(zip(parameter_names(type(part)), args, strict=False)), **kwargs}
-    images = [tensor for name in _IMAGES for tensor in _tensors(given.get(name))]
+    images = [tensor for name in IMAGES for tensor in _tensors(given.get(name))]
     texts = [tensor for name in _TEXTS for tensor in _tensors(given.get(name)) if tensor.dim() == 3]
     mask = next((given[name] for name in _MASKS if isinstance(given.get(name), torch.Tensor)), None)
-    timestep = next((given[name] for name in _TIMESTEPS if given.get(name) is not None), [])
+    timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), [])
     return DenoiserCall(
         batch=images[0].shape[0] if images else 1,
         images=images,
