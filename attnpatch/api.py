@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from attnpatch.capturing.capture import capture
-from attnpatch.dry_run.explanation import Explanation, explanation_of
 from attnpatch.errors import PatchError
 from attnpatch.hosts.diffusers.components import compiled_in, parts_of
 from attnpatch.patching.model_patches import not_patched, parts_in, put_in_place
@@ -19,6 +18,9 @@ from attnpatch.patching.registry import register
 from attnpatch.patching.selection import Sites
 from attnpatch.policy import Policy
 from attnpatch.reporting import Report, joined, report_of
+
+if TYPE_CHECKING:
+    from attnpatch.dry_run.explanation import Explanation
 
 # A module, or a pipeline: an object with modules for components.
 Model = TypeVar("Model")
@@ -66,8 +68,7 @@ def remove(model: Model) -> Model:
         PatchError: Nothing in the model is patched.
     """
     parts = parts_in(model)
-    whole = {name: patch_of(part) for name, part in parts.items()}
-    found = [(part, [whole[name]] if whole[name] else patches_in(part)) for name, part in parts.items()]
+    found = [(part, [patch] if (patch := patch_of(part)) else patches_in(part)) for part in parts.values()]
     if not any(patches for _, patches in found):
         raise not_patched(model)
     for part, patches in found:
@@ -150,6 +151,8 @@ def explain(
     patch = patch_of(_one_model(model))
     Policy.of(policy)  # an unknown field is named before it is mixed with others
     rule = Policy(**{**(vars(patch.policy) if patch is not None else {}), **policy})
+    from attnpatch.dry_run.explanation import explanation_of  # with the first one that is asked for
+
     return explanation_of(model, rule, seq_len, batch, device, inputs)
 
 

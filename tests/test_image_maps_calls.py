@@ -15,7 +15,7 @@ from pipelines import NEGATIVE, PROMPT
 
 import attnpatch
 from attnpatch import errors
-from attnpatch.hosts.diffusers.denoiser import is_denoiser
+from attnpatch.hosts.diffusers.components import is_denoiser
 
 SITES = "*.attn1"
 

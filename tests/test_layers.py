@@ -125,7 +125,7 @@ def test_every_handler_is_registered():
     """A file that registers functions and is not in ``handlers.py`` would leave them unknown, silently."""
     from attnpatch.rows import handlers
 
-    marks = ("\n@op(", "\n@write(", "\n@fuses\n")
+    marks = ("\n@op(", "\n@write(")
     found = {path.stem for path in (ROOT / "rows").rglob("*.py") if any(m in path.read_text() for m in marks)}
     assert found == set(handlers.__all__)
 
@@ -291,3 +291,25 @@ def test_import_is_light_and_patches_nothing():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_what_few_calls_need_is_imported_by_the_first_of_them():
+    """The fused kernel, images and their pictures, ``explain``, chat templates, and the kernel of block mass."""
+    code = (
+        "import sys, attnpatch\n"
+        "attnpatch.apply, attnpatch.capture, attnpatch.report, attnpatch.explain, attnpatch.Blocks, attnpatch.BlockMap\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('attnpatch.')))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "attnpatch.rows.mode" in out and "attnpatch.recording.text.recorder" in out
+    rare = (
+        "rows.fusion.run", "recording.diffusion", "recording.gpu", "capturing.image_maps", "hosts.diffusers.denoiser",
+        "plotting.overlay", "dry_run", "blocks.chat.segmentation", "blocks.tiles", "recording.text.row_sampling", "maps.dataframe", "conversations", "viewing",
+    )  # fmt: skip
+    assert all(
+        (ROOT / name.replace(".", "/")).is_dir() or (ROOT / f"{name.replace('.', '/')}.py").exists()
+        for name in rare
+    )
+    assert [name for name in out if name.removeprefix("attnpatch.").startswith(rare)] == []

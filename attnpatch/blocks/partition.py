@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnpatch.blocks.tiles import Tiles
 from attnpatch.errors import BlockError
 
 
@@ -51,6 +50,8 @@ class Partition:
 def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
     """The partition of images of one size; ``image`` as in ``Blocks.image``, ``valid`` as for ``Blocks.resolve``."""
     height, width, _, start, frames = image
+    from attnpatch.blocks.tiles import Tiles
+
     tiles = Tiles.of_blocks(image)
     block = tiles.cells(tiles.image)
     tokens = start + torch.arange(len(block))

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
-from attnpatch.maps import dataframe, io, meaning
+from attnpatch.maps import io, meaning
 from attnpatch.maps.fields import Labels, checked_fields, is_signed, over_rows, position
 from attnpatch.plotting import map_figure
 
@@ -194,6 +194,8 @@ class BlockMap:
         Raises:
             MissingExtraError: pandas is not installed.
         """
+        from attnpatch.maps import dataframe
+
         return dataframe.long_form(self)
 
     def plot(
@@ -232,8 +234,8 @@ class BlockMap:
         errors = None if self.normalization != "none" else one.error if one.spread is None else one.spread
         figure = map_figure.draw(
             values,
-            query_labels=one.query_labels,
-            key_labels=one.key_labels,
+            query_labels=cast("Sequence[str]", one.query_labels),  # of one sequence
+            key_labels=cast("Sequence[str]", one.key_labels),
             title=title,
             colour_label=meaning.meaning(self),
             scale=scale,
@@ -246,7 +248,7 @@ class BlockMap:
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows; None (then it shows the text) without matplotlib."""
         try:
-            return map_figure.to_png(self.plot())
+            return map_figure.to_png(cast("Figure", self.plot()))
         except MissingExtraError:
             return None
 
@@ -299,8 +301,6 @@ class BlockMap:
             torch.equal(a, b) if both else a is b or (type(a) is type(b) and a == b)
             for (a, b), both in zip(pairs, are_tensors, strict=True)
         )
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         return meaning.described(self)

@@ -14,7 +14,6 @@ from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.spec import Blocks
 from attnpatch.observing import Observer, TileInfo
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
-from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
 from attnpatch.sdpa_call import SdpaCall
 
@@ -122,6 +121,8 @@ class SiteObserver(Observer):
         Returns:
             ``None`` if it did; otherwise why not, in a few words, and nothing is added.
         """
+        from attnpatch.recording.gpu import fused_sums
+
         record, q_len = self.record, call.q_len
         assert record is not None
         heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from attnpatch.blocks.chat.closing_patterns import Special
-from attnpatch.blocks.chat.segmentation import divide
 from attnpatch.errors import BlockError
 
 Span = tuple[int, int]
@@ -34,6 +32,9 @@ def message_spans(
         )
     if not getattr(tokenizer, "is_fast", False):
         raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
+    from attnpatch.blocks.chat.closing_patterns import Special  # with the first template that is read
+    from attnpatch.blocks.chat.segmentation import divide
+
     render = template_of(tokenizer, options)
     division = divide(render, messages, options, strict=True, prompt=prompt, special=Special.of(tokenizer))
     text, ends = division.text, [piece.end for piece in division.pieces]

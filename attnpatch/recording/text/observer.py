@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,11 +27,12 @@ from attnpatch.recording.call_facts import (
     real_tokens,
     relation_of,
 )
-from attnpatch.recording.gpu import fused_sums
 from attnpatch.recording.statistics import Measures
 from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
-from attnpatch.recording.text.row_sampling import RowSample, draw, generator_for
 from attnpatch.sdpa_call import SdpaCall
+
+if TYPE_CHECKING:
+    from attnpatch.recording.text.row_sampling import RowSample
 
 # Numbers of a call that are kept row by row.
 _MOST_NUMBERS = 1 << 16
@@ -152,6 +153,8 @@ class TextObserver(SiteObserver):
         self.rows_apart = torch.zeros(size, dtype=torch.float64) if keeps else None
 
     def _drawn(self, query: Partition, bins: int) -> RowSample:
+        from attnpatch.recording.text.row_sampling import RowSample, draw, generator_for
+
         numbers = generator_for(self.recorder.seed, self.site, self.past)
         parts = query.assignment[:, self.past : self.past + self.layout.q_len]
         most = self.recorder.sample_rows
@@ -180,6 +183,8 @@ class TextObserver(SiteObserver):
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
         """See ``Observer.take``: where the kernel of ``fused_sums`` can; otherwise nothing is added."""
+        from attnpatch.recording.gpu import fused_sums
+
         reason = fused_sums.why_not(call) or ("measures" if self.recorder.measures else None)
         if reason is not None:
             return reason

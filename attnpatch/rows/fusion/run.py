@@ -23,13 +23,11 @@ from attnpatch.rows.fusion.match import NoMatch, SdpaMatch, read
 from attnpatch.rows.graph.axes import Axis, Tile, all_leaves, extent, leaves, local_shape
 from attnpatch.rows.graph.nodes import Node, tensors_of
 from attnpatch.rows.graph.operations import OpNode
-from attnpatch.rows.matmul.products import fuses
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.sdpa import kernel_choice, serve
 from attnpatch.sdpa_call import SdpaCall
 
 
-@fuses
 def attend(result: OpNode, probabilities: Node, keys: list[Axis], site: AttentionCall) -> torch.Tensor | None:
     """The product of probabilities and values by the fused kernel; ``None``, and counted, where it cannot be had."""
     try:
