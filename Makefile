@@ -63,7 +63,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
-		pytest pytest-xdist pytest-timeout hypothesis ruff hatchling playwright peft hqq \
+		pytest pytest-xdist pytest-timeout hypothesis mypy ruff hatchling playwright peft hqq \
 		einops x-transformers perceiver-pytorch mkdocs-material "mkdocstrings[python]"
 	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only. Triton comes with
 	# those builds; beside one for the CPU it is for tests, which run kernels in its interpreter.
@@ -74,6 +74,7 @@ $(STAMP): pyproject.toml constraints.txt
 lint: venv
 	$(BIN)/ruff check attnpatch tests examples benchmarks
 	$(BIN)/ruff format --check attnpatch tests examples benchmarks
+	$(BIN)/mypy
 
 demo-figures: venv
 	$(BIN)/python examples/demo_model/measure.py
@@ -113,4 +114,4 @@ docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv site build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv site build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -160,10 +161,12 @@ class Policy:
         fields = {}
         for field, (shown, text) in texts.items():
             # Checked by itself: a message about the whole policy would not know what the user wrote.
-            fields[field] = TEXTS[field].of(
-                shown, text, check=lambda value, field=field: cls(**{field: value})
-            )
+            fields[field] = TEXTS[field].of(shown, text, functools.partial(cls._with, field))
         return cls(**fields)
+
+    @classmethod
+    def _with(cls, field: str, value: Any) -> Policy:
+        return cls(**{field: value})
 
     @property
     def min_free_bytes(self) -> int:

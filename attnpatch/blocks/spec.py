@@ -4,7 +4,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,8 @@ class Blocks:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
         per_sequence = not isinstance(messages[0], Mapping)
         spans, labels, ends = [], [], []
-        for conversation in messages if per_sequence else [messages]:
+        conversations = cast("Sequence[Sequence[Mapping]]", messages if per_sequence else [messages])
+        for conversation in conversations:
             found, end = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
             ends.append(end)
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
@@ -234,6 +235,7 @@ class Blocks:
     ) -> tuple[list[tuple[Span, ...]], tuple[tuple[str, ...], ...]]:
         if self.kind == "fixed":
             size = self.size
+            assert size is not None
             spans = [tuple((i, min(i + size, n)) for i in range(0, n, size)) for n in lengths]
             return spans, tuple(tuple(f"{start}:{end}" for start, end in s) for s in spans)
         given = len(self.spans_by_sequence)

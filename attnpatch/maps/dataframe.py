@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ def long_form(block_map: BlockMap) -> pandas.DataFrame:
     for sequence in range(block_map.num_sequences):
         one = block_map.select(sequence=sequence)
         queries, keys = one.mass.shape[-2:]
-        axes = {"sequence": [sequence]} if block_map.is_batch else {}
+        axes: dict[str, Sequence[int | str]] = {"sequence": [sequence]} if block_map.is_batch else {}
         if one.steps:
             axes["step"] = list(one.steps)
         axes["layer"] = list(one.layers)

@@ -145,7 +145,7 @@ class Ends:
     def _ends_in(self, run: _Run) -> list[int | None]:
         """Ends of a run's messages, counted from its base."""
         ends: list[int | None] = []
-        last: int | None = run.base
+        last = run.base
         for index in run.members:
             if run.located and index == run.members[0]:
                 end = self._closed(index, run)

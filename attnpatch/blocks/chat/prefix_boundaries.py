@@ -33,8 +33,8 @@ def ends_of_prefixes(
     for count in range(1, len(messages) + 1):
         end = stop if count == len(messages) else _prefix_end(render, messages, count, text, written)
         start = ends[-1] if ends else 0
-        first, last = _changed_region(whole, messages, count - 1, text) or (start, end)
-        if end is None or end <= start or first < start or last > end:
+        changed = _changed_region(whole, messages, count - 1, text)
+        if end is None or end <= start or (changed and (changed[0] < start or changed[1] > end)):
             role = messages[count - 1].get("role", "?")
             raise BlockError(
                 f"message {count - 1} ({role}) has no text of its own: the chat template drops, merges, "

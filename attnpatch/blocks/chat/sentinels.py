@@ -39,7 +39,9 @@ class Marked:
 
     def read(self, rendered: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
         """The text without the marks, and of each message the characters of it where its marks were."""
-        pieces, found, begin, length = [], {}, 0, 0
+        pieces: list[str] = []
+        found: dict[int, list[tuple[int, str]]] = {}
+        begin = length = 0
         for match in _PRIVATE.finditer(rendered):
             owner = self.owners.get(match.group())
             if owner is not None:
@@ -185,9 +187,10 @@ def _kinds(text: str, layout: Layout) -> dict[int, str]:
     if layout == "outside":
         return {0: "start", len(text): "end"}
     kinds = {first: "start", last: "end"}
-    opening, closing = next((tags for tags in _THINKING if tags[1] in text), (None, None))
-    if closing is None:
+    tags = next((tags for tags in _THINKING if tags[1] in text), None)
+    if tags is None:
         return kinds
+    opening, closing = tags
     close = text.rfind(closing)
     open_ = text.find(opening, 0, close)
     if open_ >= 0:
