@@ -10,7 +10,7 @@ import attnpatch
 from attnpatch import Blocks
 from attnpatch.hosts.transformers.image_tokens import why_no_picture
 
-PICTURE, PAD = 90, 0
+PICTURE, VIDEO, PAD = 90, 91, 0
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model():
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }  # fmt: skip
     config = transformers.Qwen2VLConfig(
-        text_config=text, vision_config=vision, image_token_id=PICTURE, video_token_id=91, vision_start_token_id=92,
+        text_config=text, vision_config=vision, image_token_id=PICTURE, video_token_id=VIDEO, vision_start_token_id=92,
         vision_end_token_id=93,
     )  # fmt: skip
     return transformers.Qwen2VLForConditionalGeneration._from_config(
@@ -126,3 +126,90 @@ def test_tiles_of_no_picture_are_in_no_map(model, rows):
     assert "no picture of 4 x 4 tokens" in repr(maps)
     with pytest.raises(attnpatch.errors.CaptureError):
         _ = maps.block_map
+
+
+# ---------------------------------------------------------------------------------------------------- videos, and generate
+
+
+def filmed(pictures, videos, apart=False):
+    """One sequence with pictures, then videos, as a call's arguments. ``apart``: something between frames (Qwen3-VL)."""
+    pieces = [(PICTURE, picture) for picture in pictures] + [(VIDEO, video) for video in videos]
+    ids = [5, 6]
+    for mark, (frames, height, width) in pieces:
+        times = frames if apart and mark == VIDEO else 1
+        ids += [*[92, *[mark] * (frames * height * width // 4 // times), 93, 7] * times]
+    ids = torch.tensor([ids])
+    numbers = torch.Generator().manual_seed(1)
+    found = {"input_ids": ids, "mm_token_type_ids": (ids == PICTURE).long() + 2 * (ids == VIDEO).long()}
+    for given, name, pixels in (
+        (pictures, "image", "pixel_values"),
+        (videos, "video", "pixel_values_videos"),
+    ):
+        if given:
+            grids = torch.tensor(given)
+            found[f"{name}_grid_thw"] = grids
+            found[pixels] = torch.randn(int(grids.prod(1).sum()), 48, generator=numbers)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "tiles", "said"),
+    [
+        (filmed([], [(2, 8, 8)]), (4, 4, 2, 3, 2), None),
+        (
+            filmed([], [(2, 8, 8)]),
+            (8, 4, 2, 3, 1),
+            r"has 4 x 4 from token 3 on \(2 frames\)",
+        ),  # as many tokens
+        (filmed([ONE], [(2, 8, 8)]), (4, 4, 2, 22, 2), None),
+        (filmed([ONE], [(2, 8, 8)]), (4, 4, 2, 3, 1), None),
+        (
+            filmed([ONE], [(2, 8, 8)]),
+            (4, 4, 2, 3, 2),
+            r"no picture of 4 x 4 tokens from token 3 on \(2 frames\)",
+        ),
+        (filmed([], [(2, 8, 8)], apart=True), (4, 4, 2, 22, 1), None),
+        (
+            filmed([], [(2, 8, 8)], apart=True),
+            (4, 4, 2, 3, 2),
+            "has 4 x 4 from token 3 on, 4 x 4 from token 22 on",
+        ),
+    ],
+)
+def test_tiles_of_a_video(model, given, tiles, said):
+    why = why_no_picture(model, given, tiles)
+    assert why is None if said is None else re.search(said, why)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_shapes_that_the_tower_was_given(model, copies):
+    """``generate`` encodes pictures before it calls the model, which is told no shapes then."""
+    given = filmed([ONE], [(2, 4, 4)])
+    before = [given.pop("image_grid_thw"), given.pop("video_grid_thw")]
+    given["input_ids"] = given["input_ids"].repeat_interleave(copies, 0)
+    assert why_no_picture(model, given, (4, 4, 2, 3, 1), before) is None
+    assert "has 4 x 4 from token 3 on, 2 x 2" in why_no_picture(model, given, (2, 8, 2, 3, 1), before)
+    # Of another call: they do not fit, and nothing is said.
+    for other in ([], before[:1], [torch.tensor([SMALL]), before[1]]):
+        assert why_no_picture(model, given, (2, 8, 2, 3, 1), other) is None
+
+
+@pytest.mark.parametrize(("size", "is_there"), [((4, 4), True), ((2, 8), False)])
+def test_tiles_while_tokens_are_generated(model, size, is_there):
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": PAD}
+    given = call([ONE], [ONE, SMALL])
+    sites = "*language_model*"
+    with torch.no_grad(), attnpatch.capture(model, Blocks.tiles(*size, 1, start=3), sites=sites) as maps:
+        model.generate(**given, **options)
+    if not is_there:
+        assert "no picture of 2 x 8 tokens" in next(iter(maps.left_out.values()))
+        with pytest.raises(attnpatch.errors.CaptureError):
+            _ = maps.block_map
+        return
+    with torch.no_grad():
+        native = model(**given, output_attentions=True).attentions
+    for layer, dense in zip(maps.block_map.mass.transpose(0, 1), native, strict=True):
+        for row, padded in enumerate((given["attention_mask"] == 0).sum(1).tolist()):
+            places = slice(padded + 3, padded + 3 + 16)
+            expected = dense[row].double().mean(0)[places, places]
+            assert float((layer[row] - expected).abs().max()) < 1e-6

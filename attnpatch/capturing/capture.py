@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -113,13 +114,17 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
     """The sequence of a model has the tokens that blocks speak of: no others of an adapter's, and a picture's where asked."""
     read_call = recorder.read_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
+    # Of the vision tower's latest calls: one for images, one for videos.
+    shapes: deque[Any] = deque(maxlen=2)
 
     def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
         call = read_call(args, kwargs, kind)
         call.problem = call.problem or host.why_other_tokens(part)
         if asked and call.problem is None:
             given = {**dict(zip(host.parameter_names(kind or type(part)), args, strict=False)), **kwargs}
-            reasons = (image_tokens.why_no_picture(part, given, tiles) for tiles in asked)
+            if kind is not None and given.get("grid_thw") is not None:
+                shapes.append(given["grid_thw"])
+            reasons = (image_tokens.why_no_picture(part, given, tiles, tuple(shapes)) for tiles in asked)
             call.problem = next(filter(None, reasons), None)
         return call
 

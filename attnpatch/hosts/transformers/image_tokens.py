@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,57 +11,101 @@ from torch import nn
 
 # Height, width, tile, start and frames, as ``Blocks.tiles`` has them.
 Tiles = tuple[int, int, int, int, int]
+# First token, frames, rows and columns of tokens.
+Picture = tuple[int, int, int, int]
+# Frames, rows and columns of tokens.
+Size = tuple[int, int, int]
+
+IMAGE, VIDEO = "image", "video"
 
 
-def why_no_picture(part: nn.Module, given: dict[str, Any], tiles: Tiles) -> str | None:
+def why_no_picture(
+    part: nn.Module, given: Mapping[str, Any], tiles: Tiles, before: Sequence[torch.Tensor] = ()
+) -> str | None:
     """Why tiles that were asked for are no picture of a call.
 
     Args:
         part: The model.
         given: What it is called with, by name.
         tiles: The picture, counted in tokens without padding.
+        before: Shapes that its vision tower was called with before it, call by call: ``generate`` encodes pictures first.
 
     Returns:
         A reason that names the pictures there are; ``None``: it is one, or the call says nothing of pictures.
     """
     height, width, _, start, frames = tiles
-    found = pictures_in(part, given)
+    found = pictures_in(part, given, before)
     if found is None or all((start, frames, height, width) in row for row in found):
         return None
     shown = [f"{h} x {w} from token {first} on" + f" ({f} frames)" * (f > 1) for first, f, h, w in found[0]]
     return (
-        f"there is no picture of {height} x {width} tokens from token {start} on; the first sequence has "
-        f"{', '.join(shown) or 'none'}: give Blocks.tiles(height, width, tile, start=...) of one"
+        f"there is no picture of {height} x {width} tokens from token {start} on"
+        + (f" ({frames} frames)" * (frames > 1))
+        + f"; the first sequence has {', '.join(shown) or 'none'}: give Blocks.tiles(height, width, tile, start=...) of one"
     )
 
 
-def pictures_in(part: nn.Module, given: dict[str, Any]) -> list[list[tuple[int, int, int, int]]] | None:
-    """The pictures of each sequence: first token, frames, rows and columns of tokens; ``None``: the call says nothing."""
-    config, ids, grids = getattr(part, "config", None), given.get("input_ids"), given.get("image_grid_thw")
-    number = getattr(config, "image_token_id", None)
+def pictures_in(
+    part: nn.Module, given: Mapping[str, Any], before: Sequence[torch.Tensor] = ()
+) -> list[list[Picture]] | None:
+    """The pictures of each sequence; ``None``: the call says nothing, or not enough. See ``why_no_picture``."""
+    config, ids = getattr(part, "config", None), given.get("input_ids")
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    tensors = isinstance(ids, torch.Tensor) and isinstance(grids, torch.Tensor)
-    if not tensors or ids.dim() != 2 or number is None or merge is None:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or merge is None:
+        return None
+    marks = {kind: getattr(config, f"{kind}_token_id", None) for kind in (IMAGE, VIDEO)}
+    counts = {kind: int((ids == mark).sum()) for kind, mark in marks.items() if mark is not None}
+    counts = {kind: count for kind, count in counts.items() if count}
+    shapes = {kind: given.get(f"{kind}_grid_thw") for kind in (IMAGE, VIDEO)}
+    shapes = {kind: shape for kind, shape in shapes.items() if isinstance(shape, torch.Tensor)}
+    if not shapes and counts:
+        # A call of the tower for each kind, images first.
+        shapes = dict(zip(counts, before[-len(counts) :], strict=False))
+    sizes = {kind: _merged(shape, merge) for kind, shape in shapes.items()}
+    totals = {kind: sum(f * h * w for f, h, w in each) for kind, each in sizes.items()}
+    if not sizes or {kind for kind in totals if totals[kind]} != set(counts):
+        return None  # of a kind in the places of the other one, or in none
+    # Sequences that are asked for several times each (``num_return_sequences``) have the same pictures.
+    copies = max((counts[kind] // totals[kind] for kind in counts), default=1)
+    if any(counts[kind] != copies * totals[kind] for kind in counts):
         return None
     mask = given.get("attention_mask")
     is_mask = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
-    sizes = iter([(f, h // merge, w // merge) for f, h, w in grids.reshape(-1, 3).tolist()])
-    found: list[list[tuple[int, int, int, int]]] = []
+    left = {kind: iter(each) for kind, each in sizes.items()}
+    found: list[list[Picture]] = []
     for row, tokens in enumerate(ids):
+        if row % copies:
+            found.append(found[-1])
+            continue
         real = tokens[mask[row] != 0] if is_mask else tokens
-        found.append(_of_sequence((real == number).nonzero().flatten().tolist(), sizes))
+        places = {kind: (real == marks[kind]).nonzero().flatten().tolist() for kind in counts}
+        found.append(sorted(itertools.chain(*(_of_sequence(places[kind], left[kind]) for kind in counts))))
     return found
 
 
-def _of_sequence(places: list[int], sizes: Any) -> list[tuple[int, int, int, int]]:
-    """Pictures one after another, each of tokens in one piece; one in several pieces is none that tiles could show."""
-    found = []
+def _merged(shapes: torch.Tensor, merge: int) -> list[Size]:
+    """Sizes in tokens of the language model, of ``[pictures, 3]`` patches."""
+    return [(f, h // merge, w // merge) for f, h, w in shapes.reshape(-1, 3).tolist()]
+
+
+def _of_sequence(places: list[int], sizes: Iterator[Size]) -> Iterator[Picture]:
+    """Pictures of one kind one after another, each of tokens in one piece; of a video that is in several, its frames."""
     while places:
         size = next(sizes, None)
         if size is None:
-            break
+            return
+        frames, height, width = size
+        mine, places = places[: frames * height * width], places[frames * height * width :]
+        yield from _pieces(mine, [size]) or _pieces(mine, [(1, height, width)] * frames)
+
+
+def _pieces(places: list[int], sizes: list[Size]) -> list[Picture]:
+    """Pictures of these sizes at some places; none: one of them is in several pieces."""
+    found: list[Picture] = []
+    for size in sizes:
         count = size[0] * size[1] * size[2]
         mine, places = places[:count], places[count:]
-        if mine and len(mine) == count and mine[-1] - mine[0] == count - 1:
-            found.append((mine[0], *size))
+        if len(mine) < count or not count or mine[-1] - mine[0] != count - 1:
+            return []
+        found.append((mine[0], *size))
     return found
