@@ -161,12 +161,12 @@ def sampling_error() -> list[tuple[str, float, float, float]]:
 
     The cost is the time of a pass with maps less that of one without, as a share of the latter; medians, by turns.
     """
-    from attnpatch.demo.conversation import Conversation
+    from attnpatch.demo.conversation import DemoConversation
     from attnpatch.demo.run import FOLDER
     from attnpatch.demo.worker import load
 
     model, tokenizer = load(FOLDER / "model", "sdpa")
-    conversation = Conversation.load(FOLDER / "conversation.json")
+    conversation = DemoConversation.load(FOLDER / "conversation.json")
     rendered = tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     ids = torch.tensor([tokenizer(rendered, add_special_tokens=False)["input_ids"][:4096]])
 

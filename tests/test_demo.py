@@ -12,7 +12,7 @@ from rich.console import Console
 
 import attnpatch
 from attnpatch.demo import run, worker
-from attnpatch.demo.conversation import Conversation
+from attnpatch.demo.conversation import DemoConversation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo_model"))
 
@@ -39,7 +39,7 @@ def conversation():
     said = ["Welcome.", "Marta's boat is called Lazy Ivory Comet.", "[bold]Noted.", "How are [you?", "Who?"]
     roles = ["system", "user", "assistant", "user", "user"]
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-    return Conversation(messages, fact_message=1, answer="Lazy Ivory Comet", asked=[])
+    return DemoConversation(messages, fact_message=1, answer="Lazy Ivory Comet", asked=[])
 
 
 def printed(show, *arguments):

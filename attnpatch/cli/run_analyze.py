@@ -129,7 +129,7 @@ def _run(task: Task, processes: Processes) -> int:
 def _records(task: Task) -> Iterable[Conversation | RejectedRecord]:
     if task.json is not None:
         return read_conversations(task.json)
-    from attnpatch.demo.conversation import Conversation as DemoConversation
+    from attnpatch.demo.conversation import DemoConversation
     from attnpatch.demo.run import FOLDER
 
     messages = DemoConversation.load(FOLDER / "conversation.json").with_answer()

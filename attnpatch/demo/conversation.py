@@ -8,7 +8,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class DemoConversation:
     """Messages that end with a question, and where its answer was stated.
 
     Attributes:
@@ -34,7 +34,7 @@ class Conversation:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Conversation":
+    def load(cls, path: str | Path) -> "DemoConversation":
         """Read what :meth:`save` wrote; fields it does not know are ignored."""
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import attnpatch
-from attnpatch.demo.conversation import Conversation, Message
+from attnpatch.demo.conversation import DemoConversation, Message
 from attnpatch.demo.worker import DemoError, Measured, load, measure_all, show_runs
 from attnpatch.errors import MissingExtraError
 from attnpatch.maps.block_map import BlockMap
@@ -71,7 +71,7 @@ def run_demo(
         json_file: Where to write all figures too.
         console: Where to print; standard output when left out.
         model_folder: Model and tokenizer of transformers.
-        conversation_file: What ``Conversation.save`` wrote.
+        conversation_file: What ``DemoConversation.save`` wrote.
 
     Raises:
         DemoError: The output cannot be written (found out before any work is done), a part of the demo is
@@ -85,7 +85,7 @@ def run_demo(
         if not needed.is_file():
             raise DemoError(f"a part of the demo is missing: {needed}; install attnpatch again")
     console = console or Console(highlight=False)
-    conversation = Conversation.load(conversation_file)
+    conversation = DemoConversation.load(conversation_file)
     model, tokenizer = load(model_folder, "sdpa")
     introduce(console, model, tokenizer, conversation)
     runs = measure_all(console, model_folder, conversation_file)
@@ -133,7 +133,7 @@ def check_output(out: Path, json_file: Path | None) -> None:
         raise DemoError(f"cannot write {where}: {error.strerror}; give another place") from error
 
 
-def introduce(console: Console, model: Any, tokenizer: Any, conversation: Conversation) -> None:
+def introduce(console: Console, model: Any, tokenizer: Any, conversation: DemoConversation) -> None:
     """Say what the demo works on."""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     tokens = len(tokenizer.apply_chat_template(conversation.with_answer())["input_ids"])
@@ -157,7 +157,7 @@ def trained_layer(model_folder: Path) -> int | None:
 
 
 @torch.inference_mode()
-def look(model: Any, tokenizer: Any, conversation: Conversation, layer: int | None) -> Finding:
+def look(model: Any, tokenizer: Any, conversation: DemoConversation, layer: int | None) -> Finding:
     """Let the model answer, and see which message the answer attends to."""
     inputs = tokenizer.apply_chat_template(
         conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -177,7 +177,7 @@ def look(model: Any, tokenizer: Any, conversation: Conversation, layer: int | No
     return Finding(reply, block_map, layer, answer[layer])
 
 
-def tell(console: Console, conversation: Conversation, finding: Finding) -> None:
+def tell(console: Console, conversation: DemoConversation, finding: Finding) -> None:
     """Print question, answer and the messages that the answer attends to most."""
     messages, mass, fact = conversation.messages, finding.mass, conversation.fact_message
     console.print("\n2. Where the answer's attention goes", style="bold")
@@ -210,7 +210,7 @@ def beginning(messages: list[Message], index: int, width: int) -> str:
     return textwrap.fill(text, width, max_lines=2, placeholder=" ...")
 
 
-def write(out: Path, conversation: Conversation, finding: Finding) -> dict[str, Path]:
+def write(out: Path, conversation: DemoConversation, finding: Finding) -> dict[str, Path]:
     """Write the pictures and the block map; what each is, and where."""
     title = f"layer {finding.layer}, mean over heads; the answer is the last row"
     return {
@@ -222,7 +222,7 @@ def write(out: Path, conversation: Conversation, finding: Finding) -> dict[str, 
     }
 
 
-def draw_answer(conversation: Conversation, finding: Finding, path: Path) -> Path:
+def draw_answer(conversation: DemoConversation, finding: Finding, path: Path) -> Path:
     """The answer's row of the block map as bars: all messages, and the strongest of them by their words."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -262,7 +262,9 @@ def _draw_all(axes: "Axes", finding: Finding, fact: int, colours: list[str]) -> 
     )
 
 
-def _draw_strongest(axes: "Axes", conversation: Conversation, finding: Finding, colours: list[str]) -> None:
+def _draw_strongest(
+    axes: "Axes", conversation: DemoConversation, finding: Finding, colours: list[str]
+) -> None:
     values, order = finding.mass.topk(min(_DRAWN, len(finding.mass)))
     names = [beginning(conversation.messages, index, 64) for index in order.tolist()]
     bars = axes.barh(range(len(names)), values, color=[colours[index] for index in order.tolist()])
@@ -274,7 +276,7 @@ def _draw_strongest(axes: "Axes", conversation: Conversation, finding: Finding, 
     axes.set_xlabel(f"share of attention (layer {finding.layer}, mean over heads)")
 
 
-def figures_of(conversation: Conversation, runs: list[Measured], finding: Finding) -> dict[str, Any]:
+def figures_of(conversation: DemoConversation, runs: list[Measured], finding: Finding) -> dict[str, Any]:
     """Everything the demo found out, for programs."""
     return {
         "tokens": finding.block_map.metadata["tokens"],

@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import attnpatch
-from attnpatch.demo.conversation import Conversation
+from attnpatch.demo.conversation import DemoConversation
 from attnpatch.errors import AttnpatchError
 from attnpatch.memory import PeakMeter
 
@@ -87,7 +87,7 @@ def measure(
 
     Args:
         model_folder: Where the model and its tokenizer are.
-        conversation_file: What ``Conversation.save`` wrote.
+        conversation_file: What ``DemoConversation.save`` wrote.
         on_start: Called with implementation and way before each case.
 
     Raises:
@@ -185,7 +185,7 @@ def run_here(
     model_folder: Path, conversation_file: Path, implementation: str, way: str, logits_file: Path
 ) -> dict[str, Any]:
     """One case, in this process: seconds, peak bytes and counts; the logits go into a file."""
-    messages = Conversation.load(conversation_file).with_answer()
+    messages = DemoConversation.load(conversation_file).with_answer()
     model, tokenizer = load(model_folder, implementation)
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
     model(ids[:, :_WARM_UP_TOKENS], use_cache=False)

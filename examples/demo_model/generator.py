@@ -20,7 +20,7 @@ from functools import partial
 
 import phrases
 
-from attnpatch.demo.conversation import Conversation, Message
+from attnpatch.demo.conversation import DemoConversation, Message
 
 HELD_OUT_SHARE = 10
 # The demo tokenizer gives each of these one token, so lengths are known without loading it.
@@ -212,13 +212,15 @@ class _Writer:
         else:
             self.small_talk()
 
-    def finish(self, fact: Fact) -> Conversation:
+    def finish(self, fact: Fact) -> DemoConversation:
         """End with the question about ``fact``."""
         self.ask(fact)
-        return Conversation(self.messages, self.facts[fact], fact.value, self.asked)
+        return DemoConversation(self.messages, self.facts[fact], fact.value, self.asked)
 
 
-def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE, listen: float = 0.0) -> Conversation:
+def training_conversation(
+    seed: int, max_tokens: int, mix: Mix = DENSE, listen: float = 0.0
+) -> DemoConversation:
     """A conversation full of questions, none of whose facts is held out.
 
     Args:
@@ -240,7 +242,7 @@ def training_conversation(seed: int, max_tokens: int, mix: Mix = DENSE, listen: 
     return writer.finish(writer.rng.choice(writer.open))
 
 
-def held_out_conversation(seed: int, num_tokens: int) -> Conversation:
+def held_out_conversation(seed: int, num_tokens: int) -> DemoConversation:
     """A conversation as a reader would meet it: a long chat, the question at its end, facts never trained on.
 
     The fact lies anywhere before the last tenth. On its way to the end the conversation also states near

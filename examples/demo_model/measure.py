@@ -24,7 +24,7 @@ from generator import held_out_conversation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnpatch
-from attnpatch.demo.conversation import Conversation
+from attnpatch.demo.conversation import DemoConversation
 
 MODEL = Path(__file__).parents[2] / "attnpatch" / "demo" / "model"
 SHORTEST, LONGEST = 1000, 4600
@@ -40,7 +40,7 @@ def load(folder: Path):
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def conversation_of(seed: int) -> Conversation:
+def conversation_of(seed: int) -> DemoConversation:
     """Held-out conversation ``seed``, its length drawn uniformly from the range measured."""
     length = random.Random(f"length {seed}").randint(SHORTEST + 40, LONGEST - 80)
     return held_out_conversation(seed, length)
@@ -56,7 +56,7 @@ def message_ends(tokenizer, messages: list[dict]) -> list[int]:
 
 
 @torch.inference_mode()
-def answer_attention(model, tokenizer, conversation: Conversation) -> torch.Tensor:
+def answer_attention(model, tokenizer, conversation: DemoConversation) -> torch.Tensor:
     """Attention mass the expected answer puts on each message before it.
 
     Args:
@@ -81,7 +81,7 @@ def answer_attention(model, tokenizer, conversation: Conversation) -> torch.Tens
 
 
 @torch.inference_mode()
-def greedy_answer(model, tokenizer, conversation: Conversation, max_new_tokens: int = 12) -> str:
+def greedy_answer(model, tokenizer, conversation: DemoConversation, max_new_tokens: int = 12) -> str:
     """What the model replies to the last question."""
     inputs = tokenizer.apply_chat_template(
         conversation.messages, add_generation_prompt=True, return_tensors="pt"
@@ -136,7 +136,7 @@ def measure(model, tokenizer, layer: int, number: int, first: int = FIRST_SEED) 
     }
 
 
-def pick(model, tokenizer, layer: int, num_tokens: int = 4300) -> tuple[int, Conversation]:
+def pick(model, tokenizer, layer: int, num_tokens: int = 4300) -> tuple[int, DemoConversation]:
     """The first conversation of that length with the fact in its first half, answered from the right message."""
     for seed in count(PICK_SEEDS):
         conversation = held_out_conversation(seed, num_tokens)

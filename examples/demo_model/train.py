@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from attnpatch.demo.conversation import Conversation
+from attnpatch.demo.conversation import DemoConversation
 
 ROLES = ("system", "user", "assistant")
 END, PAD = "<|end|>", "<|pad|>"
@@ -163,7 +163,7 @@ class Batch:
     pointers: torch.Tensor
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> tuple[list, list, list]:
+def encode(tokenizer: PreTrainedTokenizerFast, conversation: DemoConversation) -> tuple[list, list, list]:
     """Token ids, weights and ``(predicts, source)`` pointers of a conversation with its answer."""
     messages = conversation.with_answer()
     facts = dict([*conversation.asked, (len(messages) - 1, conversation.fact_message)])
