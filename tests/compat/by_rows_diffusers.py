@@ -159,19 +159,17 @@ def summary(outcomes: list[Outcome]) -> list[str]:
     ]
 
 
-def _row(outcome: Outcome) -> str:
-    totals = outcome.totals
-    cells = [
-        f"`{outcome.name}`",
+def row(outcome: Outcome) -> list[str]:
+    """Its cells in the table, without its name."""
+    return [
         str(outcome.sites),
         _status(outcome),
         "yes" if outcome.equal else "to rounding" if outcome.is_causal else "no",
-        str(totals.get("by_rows", 0)),
+        str(outcome.totals.get("by_rows", 0)),
         listed(outcome.native),
         listed(outcome.materialised),
         listed(outcome.outside),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def document(outcomes: list[Outcome], none: list[str]) -> str:
@@ -202,15 +200,13 @@ def document(outcomes: list[Outcome], none: list[str]) -> str:
         "",
         "`native` counts calls of a site in which neither SDPA nor a product was reached, or one row of queries, by class of the site.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *[_row(outcome) for outcome in outcomes if outcome.built],
+        *sweep.table(header, [[f"`{each.name}`", *row(each)] for each in outcomes if each.built]),
         "",
     ]
     failed = [outcome for outcome in outcomes if outcome.problem]
     if failed:
-        lines += ["## Not built or not called", "", "| class | why |", "|---|---|"]
-        lines += [f"| `{each.name}` | {each.problem.replace('|', '/')} |" for each in failed] + [""]
+        why = sweep.table(["class", "why"], [[f"`{each.name}`", each.problem] for each in failed])
+        lines += ["## Not built or not called", "", *why, ""]
     lines += ["## Without softmax attention", "", ", ".join(f"`{name}`" for name in none), ""]
     return "\n".join(lines)
 
@@ -222,7 +218,7 @@ def main(names: list[str]) -> int:
     for name in names or models_diffusers.classes():
         seen.append(sweep.apart(examine, name, Outcome))
         each = seen[-1]
-        print(f"{name:42} {each.problem or _row(each)[len(name) + 6 :]}", flush=True)
+        print(f"{name:42} {each.problem or ' | '.join(row(each))}", flush=True)
     outcomes = [each for each in seen if each.built or each.problem]
     print(*summary(outcomes), sep="\n")
     if not names:
