@@ -24,7 +24,7 @@ from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
 from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.rows.provenance import reordered
-from attnpatch.rows.provenance.sources import inputs_among
+from attnpatch.rows.provenance.tensors import inputs_among
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.repeated import Repeats, sources_of
-from attnpatch.rows.provenance.sources import inputs_among
+from attnpatch.rows.provenance.tensors import inputs_among
 from attnpatch.rows.watching import without
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import torch
 from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Piece
 from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance import reordered_views
-from attnpatch.rows.provenance.sources import Made, Sources
+from attnpatch.rows.provenance.origins import Made
+from attnpatch.rows.provenance.sources import Sources
 
 # Size, and where it comes from.
 Entry = tuple[int, Dim | None]

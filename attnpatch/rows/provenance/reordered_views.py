@@ -20,7 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch.observing import MAKING
 from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.sources import Made, Sources, tensors_in
+from attnpatch.rows.provenance.origins import Made
+from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.tensors import tensors_in
 from attnpatch.rows.provenance.token_order import Order
 
 # Functions that change the order of dimensions, and those that take a piece of a tensor.

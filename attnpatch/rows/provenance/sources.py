@@ -8,8 +8,7 @@ is known to be unknown.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,43 +16,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
-from attnpatch.rows.graph.strides import Part, single, viewed
+from attnpatch.rows.graph.strides import single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
 from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.filled_in_pieces import Pieces
+from attnpatch.rows.provenance.origins import Made, Origins
+from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """An axis that is no input's, or no longer: joined of others, part of one, or made by the module.
-
-    Attributes:
-        parts: What it was joined from, in order: axes, ``None`` where they are not known, and how many.
-        of: What it is a part of; ``None``: of nothing known.
-        part: Which part.
-        has: What was written into it, where it was there before (a cache of fixed size).
-        is_of_others: Whether it is of sequences of which the queries are one, and the keys another.
-    """
-
-    parts: tuple[tuple[Dim | None, int], ...] = ()
-    of: Axis | None = None
-    part: Part | None = None
-    has: Dim | None = None
-    is_of_others: bool = False
-
-
-class Sources:
+class Sources(Origins):
     """The dimensions of the tensors of one call of a module.
 
     Args:
         inputs: The tensors that it is called with, in order, each once.
         outer: Those of a call that this one is inside of.
         moved: Of inputs whose elements lie elsewhere than the model's: what did that, by dimension, by their number.
-
-    Attributes:
-        inputs: Their dimensions, every one an axis of its own.
-        made: What became of other axes.
     """
 
     def __init__(
@@ -62,20 +39,11 @@ class Sources:
         outer: Sources | None = None,
         moved: dict[int, dict[int, str]] | None = None,
     ) -> None:
+        super().__init__(inputs)
         self.outer, self.moved = outer, moved or {}
         self._known: Any = WeakIdKeyDictionary()
-        # Of tensors that nothing was written into yet.
-        self._blank: set[Axis] = set()
-        # Of those that are filled piece by piece.
-        self._pieces: dict[Axis, Pieces] = {}
         # Of views with one element of a dimension: which.
         self._singles: Any = WeakIdKeyDictionary()
-        self.inputs = [fresh(tensor.shape) for tensor in inputs]
-        self.made: dict[Axis, Made] = {}
-        # Of axes that hold an input's elements in places that are not known: the number of the input.
-        self._losses: dict[Axis, int] = {}
-        # The number of the input that an axis is of. Only of those that are one's: others may yet become one's.
-        self._ranks: dict[Axis, int] = {}
         # What was found of products of queries and keys (``shown``).
         self.scores: list[Any] = []
         # Whose probabilities were shown.
@@ -86,20 +54,6 @@ class Sources:
     def of(self, tensor: torch.Tensor) -> Dims | None:
         """The axes of each dimension; ``None`` where they are not known."""
         return self._known.get(tensor)
-
-    def origin(self, leaf: Axis) -> tuple[int, int, int] | None:
-        """Of which input an axis is, of which of its dimensions, and which part of that; ``None``: of none."""
-        for number, dims in enumerate(self.inputs):
-            for place, dim in enumerate(dims):
-                parts = leaves(dim)
-                if leaf in parts:
-                    return number, place, parts.index(leaf)
-        return None
-
-    def number(self, leaf: Axis) -> int | None:
-        """Of which input an axis is."""
-        found = self.origin(leaf)
-        return None if found is None else found[0]
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
         """What attention of these was found to be before; ``None``: it has to be found out."""
@@ -122,13 +76,13 @@ class Sources:
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
         name = called(func)
-        results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if _is_plain(t)]
+        results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if is_plain(t)]
         is_write = name in element_places.WRITES or name in element_places.SCATTERING
         if not results and not is_write:
             return  # a shape, a dtype
         # Memory that is handed over for the result says nothing of it.
         given = {key: value for key, value in kwargs.items() if key != "out"}
-        operands = [t for t in tensors_in((args, given)) if _is_plain(t)]
+        operands = [t for t in tensors_in((args, given)) if is_plain(t)]
         if operands and is_write:
             self._written(name, operands, args)
         own = {id(t) for t in operands}
@@ -166,7 +120,7 @@ class Sources:
             return (
                 self._elementwise([own for _, own in known], result.shape, name) if is_made_of_all else None
             )
-        if first.dtype == result.dtype and _shares(first, result):
+        if first.dtype == result.dtype and share_memory(first, result):
             return self._viewed(dims, first, result)
         return self._of_first(name, args, kwargs, known, result)
 
@@ -237,39 +191,6 @@ class Sources:
             dims.append(found[0] if found else fresh([size])[0])
         return tuple(dims)
 
-    def _earliest(self, own: Dims) -> tuple[int, bool]:
-        """The number of the earliest input that a tensor was made of, and whether it is lost where in it."""
-        none = len(self.inputs)
-        rank = min(map(self._rank, own), default=none)
-        lost = min((self._losses.get(leaf, none) for dim in own for leaf in leaves(dim)), default=none)
-        return min(rank, lost), lost < none
-
-    def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
-        """Dimensions of a result, of which new ones are places in a tensor that are not known any more."""
-        if found is not None and (rank := self._earliest(dims)[0]) < len(self.inputs):
-            for leaf in (leaf for dim in found for leaf in leaves(dim)):
-                if leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
-                    self._losses.setdefault(leaf, rank)
-        return found
-
-    def _rank(self, dim: Dim) -> int:
-        """The number of the input that it comes from; as many as there are: of none."""
-        return min(map(self._rank_of, leaves(dim)), default=len(self.inputs))
-
-    def _rank_of(self, leaf: Axis) -> int:
-        if leaf in self._ranks:
-            return self._ranks[leaf]
-        origin = self.origin(leaf)
-        made = self.made.get(leaf, Made())
-        inside = [part for part, _ in made.parts if part is not None]
-        inside += [(made.of,)] if made.of is not None else []
-        inside += [made.has] if made.has is not None else []
-        none = len(self.inputs)
-        found = min([origin[0] if origin is not None else none, *map(self._rank, inside)])
-        if found < none:
-            self._ranks[leaf] = found
-        return found
-
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
         product = parse(name, args, kwargs)
         if product is None and name == "addmm" and len(args) > 2:
@@ -338,40 +259,6 @@ class Sources:
         self.made[axis] = Made(of=part.of, part=part)
         return (axis,)
 
-    def _one(self, parts: list[tuple[Dim | None, int]]) -> Dim:
-        """The dimension of pieces that lie one after the other."""
-        if len(parts) == 1 and parts[0][0] is not None:
-            return parts[0][0]
-        whole = self._whole_again(parts)
-        if whole is not None:
-            return whole
-        axis = Axis(sum(size for _, size in parts))
-        if any(dim is None or self.is_known(dim) for dim, _ in parts):
-            self.made[axis] = Made(tuple(parts))
-        return (axis,) if axis.size > 1 else ()
-
-    def is_known(self, dim: Dim) -> bool:
-        """Whether something of it is an input's."""
-        return self._rank(dim) < len(self.inputs) or any(
-            (made.of is not None and self.is_known((made.of,)))
-            or (made.has is not None and (not leaves(made.has) or self.is_known(made.has)))
-            for leaf in leaves(dim)
-            if (made := self.made.get(leaf)) is not None
-        )
-
-    def _whole_again(self, parts: list[tuple[Dim | None, int]]) -> Dim | None:
-        """The axis that was cut into these pieces, if they are all of it in its order."""
-        place, whole = 0, None
-        for dim, size in parts:
-            own = (list(dim) if size == 1 else leaves(dim)) if dim is not None else []
-            made = self.made.get(own[0]) if len(own) == 1 else None
-            if made is None or made.of is None or made.part is None:
-                return None
-            if whole not in (None, made.of) or made.part.start != place or made.part.step != 1:
-                return None
-            whole, place = made.of, place + size
-        return (whole,) if whole is not None and place == whole.size else None
-
     def _reduced(
         self, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor, name: str
     ) -> Dims | None:
@@ -399,7 +286,7 @@ class Sources:
                 self._forget(target)
                 return
             view = target[place]
-            if not _shares(target, view):
+            if not share_memory(target, view):
                 self._forget(target)
                 return
             own = self._viewed(own, target, view)
@@ -413,67 +300,10 @@ class Sources:
         if not is_told:
             self._forget(target)
 
-    def _take_places(self, own: Dims, dims: Dims) -> bool:
-        """Whether what is written comes from where it goes to; what is blank takes over where it comes from."""
-        for mine, theirs in zip(reversed(own), reversed(dims), strict=False):
-            place, source = leaves(mine), leaves(theirs)
-            if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
-                place[0].become(source[0])
-            elif (blank := self._blank_part(place)) is not None:
-                if not self._fill(*blank, theirs):
-                    return False
-            elif (
-                source
-                and (self.is_known(theirs) or self.is_known(mine))
-                and self._signed(mine) != self._signed(theirs)
-            ):
-                return False
-        return True
-
-    def _blank_part(self, place: list[Axis]) -> tuple[Axis, Part] | None:
-        """The blank axis that a place is a piece of, and which; ``None``: of none."""
-        made = self.made.get(place[0], Made()) if len(place) == 1 else Made()
-        if made.of is None or made.part is None or made.part.step != 1 or made.of not in self._blank:
-            return None
-        return (made.of, made.part) if leaves((made.of,)) == [made.of] else None
-
-    def _fill(self, blank: Axis, part: Part, source: Dim) -> bool:
-        """Write into a piece of a blank axis, which so is joined of such pieces; whether it held nothing else there."""
-        pieces = self._pieces.setdefault(blank, Pieces())
-        there = pieces.at(part.start, part.count)
-        if there is not None:
-            return self._signed(there) == self._signed(source)
-        if not pieces.put(part.start, part.count, source):
-            return False
-        parts = pieces.all_of(blank.size)
-        whole = self._whole_again(parts)
-        if whole is not None:
-            blank.become(whole[0])
-        elif any(self.is_known(dim) for dim, _ in parts):
-            self.made[blank] = Made(tuple(parts))
-        return True
-
-    def _signed(self, dim: Dim) -> list[Any]:
-        """Where a dimension comes from, alike for the same part of one input, and for what was joined of the same."""
-        return [self.origin(leaf) or self._signed_made(leaf) for leaf in leaves(dim)]
-
-    def _signed_made(self, leaf: Axis) -> Any:
-        made = self.made.get(leaf, Made())
-        if made.of is not None:
-            return made.of, made.part
-        if made.has is not None:
-            return "slots", leaf.size, *self._signed(made.has)
-        if made.parts:
-            # Of what the module kept there is only the length: half of a key may lie in one cache, half in another.
-            known = [part if part is not None and self.is_known(part) else None for part, _ in made.parts]
-            sizes = [size for _, size in made.parts]
-            return "joined", *sizes, *(None if part is None else tuple(self._signed(part)) for part in known)
-        return leaf
-
     def _forget(self, target: torch.Tensor) -> None:
         """A tensor holds other elements than before, and so does all that lies in its memory."""
         for one, dims in list(self._known.items()):
-            if dims is not None and _shares(one, target):
+            if dims is not None and share_memory(one, target):
                 self._known[one] = fresh(one.shape)
 
     def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:
@@ -494,38 +324,3 @@ class Sources:
         found = fresh(result.shape)
         self._lost(found, dims)
         return found
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not hasattr(value, "handle")
-
-
-def _shares(source: torch.Tensor, result: torch.Tensor) -> bool:
-    if source is result or source.is_meta or result.is_meta:
-        return (
-            source is result
-            or result._base is source
-            or (result._base is not None and result._base is source._base)
-        )
-    try:
-        return source.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):
-        return False  # a tensor without a storage of its own
-
-
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """The tensors that arguments are, or that tuples, lists and dicts among them hold."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)) and depth < 4:
-        for item in value:
-            yield from tensors_in(item, depth + 1)
-    elif isinstance(value, dict) and depth < 4:
-        for item in value.values():
-            yield from tensors_in(item, depth + 1)
-
-
-def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors of numbers that a module is called with, each once: arguments, and what tuples and dicts hold."""
-    found = (t for t in tensors_in((list(args), kwargs)) if t.is_floating_point() and t.dim() > 1)
-    return list({id(tensor): tensor for tensor in found if _is_plain(tensor)}.values())
