@@ -39,6 +39,7 @@ from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.repeated import Repeats, sources_of
+from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import inputs_among
 from attnpatch.rows.watching import without
 
@@ -309,17 +310,23 @@ class Site(SiteCounters):
         call.sources = around = around if around is not None and running.is_active() else None
         if observer is not None and observer is not SEEN:
             try:
-                inputs, watch = inputs_among(args, kwargs), reordered.watch()
-                reasons = (
-                    {}
-                    if watch is None
-                    else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
-                )
                 repeats = None if observer.is_of_gradient else self.repeats
-                call.sources = sources_of(inputs, around, reasons, repeats)
+                # What is asked of tensors here is no function of the host's.
+                with compat.DisableTorchFunction():
+                    call.sources = self._sources(inputs_among(args, kwargs), around, repeats)
             except Exception as error:
                 self.failed("the look at a module's inputs", error)
         return call
+
+    @staticmethod
+    def _sources(inputs: list[Any], around: Sources | None, repeats: Repeats | None) -> Sources:
+        """Who follows the functions of a call."""
+        watch = reordered.watch()
+        if watch is None:
+            return sources_of(inputs, around, {}, repeats)
+        moved = {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
+        watch.inside = sources_of(inputs, around, moved, repeats)
+        return watch.inside
 
     def _in_checkpoint(self, observer: Any) -> Any:
         """Who looks on: a checkpoint that was looked at runs again in the same way, also after the capture has ended."""

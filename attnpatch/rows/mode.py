@@ -70,7 +70,9 @@ class RowsMode(Watching):
         sources = self.call.sources
         result = self._answer(func, types, args, kwargs)
         if sources is not None and sources is self.call.sources:
-            sources.follow(func, args, kwargs, result)
+            # What is asked of tensors there is no function of the host's, for whatever other mode watches.
+            with compat.DisableTorchFunction():
+                sources.follow(func, args, kwargs, result)
             if func in _SOFTMAX and type(result) is torch.Tensor and result.shape[-2:] == (1, 1):
                 observed.of_one(result, self.call)
         return result

@@ -16,6 +16,7 @@ from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance import reordered_views
 from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.unseen_writes import UNSEEN
 
 # Size, and where it comes from.
 Entry = tuple[int, Dim | None]
@@ -174,7 +175,13 @@ def layout_of(
 def _followed(entries: Sequence[Entry], side: str) -> list[Axis]:
     if any(dim is None for _, dim in entries):
         raise Unknown(f"its {side} come from where they cannot be followed")
-    return [leaf for _, dim in entries for leaf in leaves(dim or ())]
+    found = [leaf for _, dim in entries for leaf in leaves(dim or ())]
+    if any(leaf.made_by is not None for leaf in found):
+        raise Unknown(
+            f"its {side} were written to by {UNSEEN}: a scripted function, another thread, an operator, or through their "
+            "address"
+        )
+    return found
 
 
 def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys: Sequence[Entry]) -> Layout:

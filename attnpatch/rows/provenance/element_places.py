@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
 from attnpatch.rows.graph.axes import Dims, fresh, size_of
-from attnpatch.rows.op_table import CASTS, ELEMENTWISE
+from attnpatch.rows.op_table import CASTS, ELEMENTWISE, called
 
 # Functions of torch by what they do to the places of elements. Of anything else the result is not known.
 # The first operand's elements in their order, whatever the shape.
@@ -29,6 +30,8 @@ REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max 
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 # Each element is made of the operands' in its place.
 OF_ALL = ELEMENTWISE | {"lerp", "copy", "fill", "zero", "complex", "polar"}
+ADDING = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
+MULTIPLYING = frozenset("mul multiply __mul__ __rmul__".split())
 # Each element is one of the operands' in its place: of one that was moved it may be every element.
 CHOOSING = frozenset(["where", "lerp"])
 # Each element is made of the first operand's in its place, or of those in its row of channels.
@@ -51,6 +54,12 @@ BLANK = frozenset(["new_empty"])
 # The same where the operand is followed: what is made in the shape of a memory that is not may be one too.
 BLANK_LIKE = frozenset("empty_like zeros_like".split())
 WRITES = frozenset("copy_ data_ index_copy_ __setitem__ index_put_ scatter_".split())
+
+
+def name_of(func: Any) -> str:
+    """The name of a function of torch, alike for an operator's overloads."""
+    name = called(func)
+    return name if name.startswith("torch._ops.") else name.partition(".")[0]
 
 
 def is_of(name: str, names: frozenset[str]) -> bool:
@@ -119,3 +128,54 @@ def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
         return None
     rest = dims - sum(one is not None and one is not ... for one in index)
     return picks[0], sum(rest if one is ... else 1 for one in index[: picks[0]])
+
+
+def shows(tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
+    """Whether every token of a tensor is seen in its sum with another one, and not the same in all places.
+
+    A residual that was multiplied by 0, masked out or subtracted from itself has no tokens any more. Asked only where
+    tokens in order are added to others, since it reads all of both tensors.
+
+    Args:
+        tensor: Which has tokens in order along a dimension.
+        beside: What it is added to, of the same shape; ``None``: it is joined to that along channels.
+        place: The dimension.
+    """
+    if tensor.is_meta or tensor.shape[place] < 2:
+        return True
+    if compat.is_transformed():
+        return False
+    with compat.DisableTorchFunction(), torch.no_grad():
+        seen = tensor != 0
+        if beside is not None and tensor.is_floating_point():
+            # What is below the last bit of the other summand is rounded away.
+            seen = tensor.abs() > beside.abs() * (torch.finfo(tensor.dtype).eps / 2)
+        within = [at for at in range(1, tensor.dim()) if at != place]
+        is_all = seen.any(tuple(within)) if within else seen
+        # Sequences may be alike.
+        differs = place == 0 or bool((tensor != tensor.narrow(place, 0, 1)).any())
+        return differs and bool(is_all.all())
+
+
+def shows_all(tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:
+    """The same along all dimensions but the last, which are channels."""
+    return all(shows(tensor, beside, place) for place in range(tensor.dim() - 1))
+
+
+def summand(
+    tensor: torch.Tensor, name: str, value: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """A summand as it was before the sum.
+
+    Args:
+        tensor: The summand, as it is now.
+        name: Of the function.
+        value: The other one.
+        result: The sum, which may have taken the summand's place.
+        kwargs: The function's arguments by name.
+    """
+    if tensor is not result or tensor.is_meta or compat.is_transformed():
+        return tensor
+    with compat.DisableTorchFunction(), torch.no_grad():
+        added = value * kwargs.get("alpha", 1)
+        return result + added if "sub" in name else result - added

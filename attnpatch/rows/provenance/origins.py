@@ -73,7 +73,9 @@ class Origins:
         """The number of the earliest input that a tensor was made of, and whether it is lost where in it."""
         none = len(self.inputs)
         rank = min(map(self._rank, own), default=none)
-        lost = min((self._losses.get(leaf, none) for dim in own for leaf in leaves(dim)), default=none)
+        axes = [leaf for dim in own for leaf in leaves(dim)]
+        # What was written over unseen may be tokens of any input.
+        lost = min((0 if leaf.made_by else self._losses.get(leaf, none) for leaf in axes), default=none)
         return min(rank, lost), lost < none
 
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:

@@ -15,10 +15,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch import compat
 from attnpatch.rows import guard
-from attnpatch.rows.op_table import called
-from attnpatch.rows.provenance.element_places import CONVOLUTIONS
+from attnpatch.rows.provenance.element_places import CONVOLUTIONS, name_of
 from attnpatch.rows.provenance.reordered_views import Turned, is_setting
+from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
 
@@ -42,9 +43,12 @@ class Moved(TorchFunctionMode):
         super().__init__()
         # How many sites run, one inside the other.
         self.depth = 0
+        # Who follows the functions of the latest of them.
+        self.inside: Sources | None = None
         # Of each tensor which function moved it, and how.
         self._found: Any = WeakIdKeyDictionary()
-        self._turned = Turned(module, given)
+        with compat.DisableTorchFunction():
+            self._turned = Turned(module, given)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -53,11 +57,13 @@ class Moved(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.depth or torch.compiler.is_compiling():
             return result
-        guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
+        # What is asked of tensors here is no function of the host's, for whatever other mode watches.
+        with compat.DisableTorchFunction():
+            guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
         return result
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        name = called(func)
+        name = name_of(func)
         if (
             self._found
             or name == "embedding"
@@ -81,7 +87,14 @@ class Moved(TorchFunctionMode):
 
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Attention has run: what it gives for tokens lies as they do."""
-        self._turned.through(given, result)
+        with compat.DisableTorchFunction():
+            self._through(given, result)
+
+    def _through(self, given: Sequence[torch.Tensor], result: Any) -> None:
+        inside, self.inside = self.inside, None
+        while inside is not None and inside.outer is not None and not any(map(inside.knows, given)):
+            inside = inside.outer
+        self._turned.through(given, result, inside)
         if not given:
             return
         found = next((known for tensor in given if (known := self._found.get(tensor)) is not None), None)
@@ -123,7 +136,8 @@ class Moved(TorchFunctionMode):
         one = result[0] if isinstance(result, (tuple, list)) and result else result
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
             return
-        if any(self._turned.adds(name, tensor, one) for tensor in tensors if tensor not in self._found):
+        in_order = (tensor for tensor in tensors if tensor not in self._found)
+        if any(self._turned.adds(name, tensor, moved[0], one, kwargs) for tensor in in_order):
             return
         self._keep(self._found[moved[0]], moved[0], result)
 
@@ -140,6 +154,8 @@ class Moved(TorchFunctionMode):
         found = self._found.get(value)
         if found is not None:
             self._found[target] = found
+            for one in self._turned.sharing(target):
+                self._found[one] = found[0], None
         else:
             self._found.pop(target, None)
 

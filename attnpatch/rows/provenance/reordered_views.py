@@ -22,8 +22,9 @@ from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.sources import Sources
-from attnpatch.rows.provenance.tensors import tensors_in
+from attnpatch.rows.provenance.tensors import share_memory, tensors_in
 from attnpatch.rows.provenance.token_order import Order
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes
 
 # Functions that change the order of dimensions, and those that take a piece of a tensor.
 _TURNING = frozenset(
@@ -45,13 +46,11 @@ _MIXING = frozenset("cumsum cumprod cummax cummin logcumsumexp lstm gru rnn_tanh
 _LEAVING_TOKENS = frozenset("linear bilinear index_fill embedding __get__".split()) | _MIXING
 # A dimension of one element is made one of many.
 _EXPANDING = frozenset("expand expand_as broadcast_to".split())
-_ADDING = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
 # Writes into what is there: in place, or into a copy of it.
 _SETTING = frozenset(
     "__setitem__ copy scatter scatter_add scatter_reduce index_copy index_add index_put index_reduce put masked_scatter "
     "select_scatter slice_scatter diagonal_scatter".split()
 )
-UNSEEN = "code that cannot be followed"
 _NAMES = {"__getitem__": "a slice or an index", "__setitem__": "writing at places"}
 IN_ANOTHER_ORDER = _ORDERED | {"views", "an index"}
 # How deep in what a model is called with its tensors are looked for.
@@ -67,10 +66,11 @@ class Turned:
     """Follows the tokens of a model's call."""
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
-        self._sources, self._module = Sources([]), module
+        # Here writes are looked for once, by ``_is_bare``.
+        self._sources, self._module = Sources([], notes=Notes()), module
         self._look = Order(self._sources)
         # Of tensors whose making was seen: whether no token has gone into them (made here, or of learned numbers alone).
-        self._is_bare: Any = WeakIdKeyDictionary()
+        self._is_bare = Notes(self._strayed)
         # Of slices with steps: of which tensor, and begin and step by dimension.
         self._slices: Any = WeakIdKeyDictionary()
         self._constants: frozenset[int] | None = None
@@ -83,21 +83,57 @@ class Turned:
         """A function of torch's has run."""
         given = result if isinstance(result, (tuple, list)) else (result,)
         results = [one for one in given if type(one) is torch.Tensor]
-        if not results and name not in _OUT and not is_setting(name):
+        if not results and name in EXPOSING and args and self._is_plain(args[0]):
+            self._is_bare.expose(args[0])
+        is_set, is_foreign = is_setting(name), name.startswith("torch._ops.")
+        if not results and name not in _OUT and not is_set and not is_foreign:
             return  # a shape, a dtype
+        # Memory that is handed over for the result says nothing of it.
+        given_out = [*tensors_in(kwargs.get("out"))]
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if self._is_plain(tensor)]
+        written = [tensor for tensor in tensors if any(tensor is one for one in results)] + given_out
+        if is_set and (name == "__setitem__" or name.endswith("_")) and args and self._is_plain(args[0]):
+            written = [args[0]]
+        for one in written:
+            self._is_bare.wrote(one)
+        if is_foreign:
+            for one in written_by(func, args, kwargs):
+                self._lose(one, name)
+        before = [self.why(one) or self.why(_base(one)) for one in written]
         own = [tensor for tensor in tensors if self.has_tokens(tensor)]
         for one in results:
-            if one not in self._is_bare:
+            if one not in self._is_bare or any(one is other for other in given_out):
                 self._is_bare[one] = False
         if name in _OUT:
             self._has_left_torch |= any(tensor.is_floating_point() and _is_wide(tensor) for tensor in own)
-        elif not own or name.startswith(MAKING):
+        elif not own or name.startswith(MAKING) or _is_nothing(name, args):
             self._without_tokens(name, results)
-        elif is_setting(name):
+        elif is_set:
             self._set(name, args, kwargs, tensors, results)
         elif any(map(_is_wide, results)):
             self._follow(name, func, (args, kwargs), own, results, result)
+        for one, reasons in zip(written, before, strict=True):
+            self._spread(one, reasons)
+
+    def _spread(self, written: torch.Tensor, before: dict[int, str]) -> None:
+        """A tensor holds tokens in another order than before: so do all that lie in its memory."""
+        base = _base(written)
+        now = self.why(written) or self.why(base)
+        if not now or now == before:
+            return
+        for one in self.sharing(written):
+            if one is not base and not self.why(one):
+                self._lose(one, next(iter(now.values())))
+
+    def sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The other tensors that lie in the memory of one, as far as they were seen."""
+        return [one for one in self._is_bare if one is not tensor and share_memory(one, tensor)]
+
+    def _strayed(self, tensor: torch.Tensor) -> bool:
+        """Something that was not seen has written to a tensor: whether it still holds no token."""
+        self._lose(tensor, UNSEEN)
+        return False
 
     def _see(self, given: Any, depth: int = 0) -> None:
         """What the model is given, also in objects of any kind."""
@@ -137,21 +173,44 @@ class Turned:
                 self._lose(tensor, UNSEEN)
         return not is_bare
 
-    def adds(self, name: str, tensor: torch.Tensor, result: torch.Tensor) -> bool:
-        """Whether a function adds a tensor with all of the result's tokens, in their order (a residual)."""
+    def adds(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        moved: torch.Tensor,
+        result: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> bool:
+        """Whether a function adds a tensor with all of the result's tokens, in their order (a residual), to a moved one."""
         return (
-            element_places.is_of(name, _ADDING)
+            element_places.is_of(name, element_places.ADDING)
             and self.has_tokens(tensor)
             and has_tokens_of(tensor, result)
             # What lies last are channels, which layers make.
             and not any(place < tensor.dim() - 1 for place in self.why(tensor))
+            and all(
+                element_places.shows(
+                    element_places.summand(tensor, name, moved, result, kwargs), moved, place
+                )
+                for place in range(result.dim() - 1)
+            )
         )
 
-    def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
-        """Attention has run: what it gives for tokens lies as they do."""
+    def through(self, given: Sequence[torch.Tensor], result: Any, inside: Sources | None) -> None:
+        """Attention has run: what it gives for tokens lies as they do.
+
+        Args:
+            given: The tensors that it was called with.
+            result: What it gave.
+            inside: Who has followed its functions; ``None``: nobody.
+        """
+        for one in given:
+            if inside is None or inside.has_seen_writes(one):
+                self._is_bare.agree(one)
         for one in tensors_in(result):
             is_new = one not in self._is_bare
-            self._is_bare.setdefault(one, False)
+            if is_new:
+                self._is_bare[one] = False
             if type(one) is not torch.Tensor or not is_new or self._sources.of(one) is not None:
                 continue
             alike = next((each for each in given if each.shape[:-1] == one.shape[:-1]), None)
@@ -228,7 +287,7 @@ class Turned:
         self._mark(name, before, own, results)
         self._merge(name, given, first, results[0])
         if _is_elementwise(name):
-            self._settle(name, own, results[0])
+            self._settle(name, own, results[0], given[1])
         elif name in element_places.JOINING:
             self._beside(own, results[0])
 
@@ -327,20 +386,33 @@ class Turned:
                 kept = (dim if size == own else fresh([own])[0] for dim, size, own in pairs)
                 self._sources.give(one, tuple(kept))
 
-    def _settle(self, name: str, own: list[torch.Tensor], result: torch.Tensor) -> None:
+    def _settle(
+        self, name: str, own: list[torch.Tensor], result: torch.Tensor, kwargs: dict[str, Any]
+    ) -> None:
         """Of tensors that have all of the result's tokens: a sum has the order of one that is in order (a residual), all
         else that of the one that is not."""
         known = self._sources.of(result)
         whole = [tensor for tensor in own if has_tokens_of(tensor, result)]
         if not whole or known is None:
             return
-        is_sum = element_places.is_of(name, _ADDING)
-        choices = [(self._sources.of(tensor) or fresh(result.shape), self.why(tensor)) for tensor in whole]
+        is_sum = element_places.is_of(name, element_places.ADDING)
+        choices = [
+            (tensor, self._sources.of(tensor) or fresh(result.shape), self.why(tensor)) for tensor in whole
+        ]
         found = []
         for place in range(result.dim()):
-            clean = [dims[place] for dims, why in choices if place not in why]
-            other = [dims[place] for dims, why in choices if place in why]
-            found.append(next(iter(clean + other if is_sum else other + clean)))
+            clean = [(tensor, dims[place]) for tensor, dims, why in choices if place not in why]
+            other = [(tensor, dims[place]) for tensor, dims, why in choices if place in why]
+            if other and is_sum:
+                value = other[0][0]
+                clean = [
+                    one
+                    for one in clean
+                    if element_places.shows(
+                        element_places.summand(one[0], name, value, result, kwargs), value, place
+                    )
+                ]
+            found.append(next(iter(clean + other if is_sum else other + clean))[1])
         self._sources.give(result, tuple(found))
 
     def _beside(self, own: list[torch.Tensor], result: torch.Tensor) -> None:
@@ -349,11 +421,16 @@ class Turned:
         known = self._sources.of(result)
         if known is None or len(own) < 2 or any(one.shape[:-1] != result.shape[:-1] for one in own):
             return
-        choices = [(dims, self.why(one)) for one in own if (dims := self._sources.of(one)) is not None]
+        choices = [(one, dims, self.why(one)) for one in own if (dims := self._sources.of(one)) is not None]
         found = list(known)
         for place in range(result.dim() - 1):
-            clean = next((dims[place] for dims, why in choices if place not in why), None)
-            found[place] = found[place] if clean is None else clean
+            is_other = any(place in why for _, _, why in choices)
+            clean = (
+                dims[place]
+                for one, dims, why in choices
+                if place not in why and not (is_other and not element_places.shows(one, None, place))
+            )
+            found[place] = next(clean, found[place])
         self._sources.give(result, tuple(found))
 
     # ------------------------------------------------------------------------------------------------------- writes
@@ -422,9 +499,28 @@ class Turned:
         self._sources.give(tensor, dims)
 
 
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operator of another library says it writes to."""
+    schema = getattr(getattr(func, "default", func), "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    is_written = {
+        one.name: one.alias_info is not None and one.alias_info.is_write for one in schema.arguments
+    }
+    return [*tensors_in([value for name, value in named.items() if is_written.get(name)])]
+
+
 @functools.cache
 def _is_elementwise(name: str) -> bool:
     return element_places.is_of(name, element_places.OF_ALL)
+
+
+def _is_nothing(name: str, args: Any) -> bool:
+    """Whether tokens are multiplied by 0."""
+    return element_places.is_of(name, element_places.MULTIPLYING) and any(
+        isinstance(one, (int, float)) and one == 0 for one in args
+    )
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from attnpatch.rows.graph.axes import Dims
 from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.unseen_writes import EXPOSING
 
 # Inputs of at most so many tokens, over the batch: their tensors are kept until the SDPA call.
 MOST_TOKENS = 16
@@ -203,10 +204,16 @@ class RepeatedSources(Sources):
             self._stop()
             super().same(tensor, copy)
 
+    def has_seen_writes(self, tensor: torch.Tensor) -> bool:
+        return self._waiting is not None or self._is_answered or super().has_seen_writes(tensor)
+
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if self._is_answered:
             return
         if result is not None and not isinstance(result, (torch.Tensor, tuple, list)):
+            if _name(func) in EXPOSING:
+                self._stop()
+                super().follow(func, args, kwargs, result)
             return  # a shape, a dtype
         if self._is_written:
             name = _name(func)

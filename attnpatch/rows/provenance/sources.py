@@ -18,10 +18,10 @@ from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
 from attnpatch.rows.graph.strides import single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
-from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.origins import Made, Origins
 from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes
 
 
 class Sources(Origins):
@@ -31,6 +31,7 @@ class Sources(Origins):
         inputs: The tensors that it is called with, in order, each once.
         outer: Those of a call that this one is inside of.
         moved: Of inputs whose elements lie elsewhere than the model's: what did that, by dimension, by their number.
+        notes: Where dimensions are noted; ``None``: where writes that nobody has seen end what is noted.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Sources(Origins):
         inputs: Sequence[torch.Tensor],
         outer: Sources | None = None,
         moved: dict[int, dict[int, str]] | None = None,
+        notes: Notes | None = None,
     ) -> None:
         super().__init__(inputs)
         self.outer, self.moved = outer, moved or {}
-        self._known: Any = WeakIdKeyDictionary()
+        self._known = Notes(_strayed) if notes is None else notes
         # Of views with one element of a dimension: which.
         self._singles: Any = WeakIdKeyDictionary()
         # What was found of products of queries and keys (``shown``).
@@ -54,6 +56,14 @@ class Sources(Origins):
     def of(self, tensor: torch.Tensor) -> Dims | None:
         """The axes of each dimension; ``None`` where they are not known."""
         return self._known.get(tensor)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was seen."""
+        return tensor in self._known
+
+    def has_seen_writes(self, tensor: torch.Tensor) -> bool:
+        """Whether all that was written to a tensor was seen, or nothing of it was."""
+        return tensor not in self._known or self._known.knows_writes(tensor)
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
         """What attention of these was found to be before; ``None``: it has to be found out."""
@@ -75,17 +85,21 @@ class Sources(Origins):
         """A function of torch's has run."""
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
-        name = called(func)
+        name = element_places.name_of(func)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if is_plain(t)]
         is_write = name in element_places.WRITES or name in element_places.SCATTERING
         if not results and not is_write:
+            if name in EXPOSING and args and is_plain(args[0]):
+                self._known.expose(args[0])
             return  # a shape, a dtype
         # Memory that is handed over for the result says nothing of it.
         given = {key: value for key, value in kwargs.items() if key != "out"}
         operands = [t for t in tensors_in((args, given)) if is_plain(t)]
+        own = {id(t) for t in operands}
+        for one in operands[:1] if is_write else [t for t in results if id(t) in own]:
+            self._known.wrote(one)
         if operands and is_write:
             self._written(name, operands, args)
-        own = {id(t) for t in operands}
         for one in results:
             if id(one) not in own:
                 found = self._found(name, args, given, operands, one)
@@ -95,7 +109,7 @@ class Sources(Origins):
             elif (
                 self._known.get(one) is not None
                 and name not in element_places.WRITES
-                and not element_places.keeps(name)
+                and not (element_places.keeps(name) and self._shows_in_place(name, one, operands, given))
             ):
                 self._forget(one)  # in place
 
@@ -118,7 +132,9 @@ class Sources(Origins):
             # Learned numbers in the shape of an input are none of its tokens.
             is_made_of_all = element_places.is_of(name, element_places.OF_ALL)
             return (
-                self._elementwise([own for _, own in known], result.shape, name) if is_made_of_all else None
+                self._elementwise(self._summands(name, known, result.shape), result.shape, name)
+                if is_made_of_all
+                else None
             )
         if first.dtype == result.dtype and share_memory(first, result):
             return self._viewed(dims, first, result)
@@ -160,7 +176,7 @@ class Sources(Origins):
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
         if element_places.is_of(name, element_places.OF_ALL):
-            return self._elementwise([own for _, own in known], result.shape, name)
+            return self._elementwise(self._summands(name, known, result.shape), result.shape, name)
         if element_places.is_of(name, element_places.OF_FIRST):
             return self._elementwise([dims], result.shape)
         return self._unknown(result, dims)
@@ -190,6 +206,37 @@ class Sources(Origins):
                 found.sort(key=lambda dim: not self._losses.keys().isdisjoint(leaves(dim)), reverse=True)
             dims.append(found[0] if found else fresh([size])[0])
         return tuple(dims)
+
+    def _summands(
+        self, name: str, known: list[tuple[torch.Tensor, Dims]], shape: Sequence[int]
+    ) -> list[Dims]:
+        """The operands that say where a result's tokens are: of a sum with moved ones those that are seen in it (a residual);
+        of anything else the moved ones."""
+        lost = [tensor for tensor, own in known if tensor.shape == shape and self._earliest(own)[1]]
+        if not lost:
+            return [own for _, own in known]
+        is_sum = element_places.is_of(name, element_places.ADDING)
+        return [
+            own
+            for tensor, own in known
+            if tensor.shape != shape
+            or any(tensor is one for one in lost)
+            or (is_sum and element_places.shows_all(tensor, lost[0]))
+        ]
+
+    def _shows_in_place(
+        self, name: str, result: torch.Tensor, operands: list[torch.Tensor], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether tokens are still to be seen where others were added to them in place."""
+        if not element_places.is_of(name, element_places.OF_ALL):
+            return True
+        for one in operands:
+            own = self._known.get(one) if one is not result and one.shape == result.shape else None
+            if own is not None and self._earliest(own)[1]:
+                before = element_places.summand(result, name, one, result, kwargs)
+                is_sum = element_places.is_of(name, element_places.ADDING)
+                return is_sum and element_places.shows_all(before, one)
+        return True
 
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
         product = parse(name, args, kwargs)
@@ -243,12 +290,24 @@ class Sources(Origins):
             return None
         if name == "stack":
             return self._elementwise([(*own[:place], (), *own[place:]) for own in known], result.shape)
+        if place == result.dim() - 1:
+            known = self._seen_beside(pieces)
         shape = list(result.shape)
         shape[place] = 1
         dims = list(self._elementwise([(*own[:place], (), *own[place + 1 :]) for own in known], shape))
         parts = [(self._along(piece, place), piece.shape[place]) for piece in pieces]
         dims[place] = self._one(parts)
         return tuple(dims)
+
+    def _seen_beside(self, pieces: Sequence[torch.Tensor]) -> list[Dims]:
+        """Of pieces that are joined along channels those that say where tokens are, as in a sum."""
+        known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
+        is_lost = [self._earliest(own)[1] for _, own in known]
+        return [
+            own
+            for (piece, own), lost in zip(known, is_lost, strict=True)
+            if lost or not any(is_lost) or element_places.shows_all(piece, None)
+        ]
 
     def _along(self, piece: torch.Tensor, place: int) -> Dim | None:
         own = self._known.get(piece)
@@ -302,7 +361,7 @@ class Sources(Origins):
 
     def _forget(self, target: torch.Tensor) -> None:
         """A tensor holds other elements than before, and so does all that lies in its memory."""
-        for one, dims in list(self._known.items()):
+        for one, dims in self._known.items():
             if dims is not None and share_memory(one, target):
                 self._known[one] = fresh(one.shape)
 
@@ -324,3 +383,11 @@ class Sources(Origins):
         found = fresh(result.shape)
         self._lost(found, dims)
         return found
+
+
+def _strayed(tensor: torch.Tensor) -> Dims:
+    """Of a tensor that something unseen has written to."""
+    dims = fresh(tensor.shape)
+    for leaf in (leaf for dim in dims for leaf in leaves(dim)):
+        leaf.made_by = UNSEEN
+    return dims
