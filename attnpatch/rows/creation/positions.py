@@ -79,12 +79,7 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Att
     if not _goes_by_rows(shape, args[0].device, call):
         return NotImplemented
     dims = dims_of(shape)
-    nodes = [
-        InputNode(
-            t, tuple(d if n != 1 else () for d, n in zip(dims[len(dims) - t.dim() :], t.shape, strict=True))
-        )
-        for t in args
-    ]
+    nodes = [InputNode.aligned(t, dims) for t in args]
     # Of one element each: torch itself says the dtype, and raises what it would raise (truth values do not subtract).
     dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
     return wrap(OpNode(func, tuple(nodes), {}, dims, dtype, args[0].device), call)

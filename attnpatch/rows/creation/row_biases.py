@@ -17,7 +17,7 @@ from attnpatch.rows.arguments import argument
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
-from attnpatch.rows.graph.nodes import InputNode, Node
+from attnpatch.rows.graph.nodes import InputNode
 from attnpatch.rows.graph.operations import OpNode
 
 # Of fewer rows or keys it is something else: heads, channels, the words of a prompt.
@@ -61,13 +61,8 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
     if min(rows, keys) < FEWEST or not call.by_rows(rows, 3 * math.prod(shape) * dtype.itemsize, one.device):
         return NotImplemented
     dims = (*fresh(shape[: -len(ends)]), *ends)
-    return wrap(OpNode(func, tuple(_leaf(t, dims) for t in args), {}, dims, dtype, one.device), call)
-
-
-def _leaf(tensor: torch.Tensor, dims: Dims) -> Node:
-    aligned = dims[len(dims) - tensor.dim() :]
-    return InputNode(
-        tensor, tuple(dim if n != 1 else () for dim, n in zip(aligned, tensor.shape, strict=True))
+    return wrap(
+        OpNode(func, tuple(InputNode.aligned(t, dims) for t in args), {}, dims, dtype, one.device), call
     )
 
 

@@ -131,6 +131,12 @@ class InputNode(Node):
         self.version = None if tensor.is_inference() else tensor._version
         self.is_secured = False
 
+    @classmethod
+    def aligned(cls, tensor: torch.Tensor, dims: Dims) -> InputNode:
+        """A tensor that is broadcast: its dimensions are the last of ``dims``, but for those of size 1."""
+        own = dims[len(dims) - tensor.dim() :]
+        return cls(tensor, tuple(dim if n != 1 else () for dim, n in zip(own, tensor.shape, strict=True)))
+
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         return take(run.tensor(self), self.dims, tile)
 

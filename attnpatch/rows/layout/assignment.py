@@ -189,10 +189,7 @@ def _source(target: DeferredTensor, value: Any, dims: tuple[Dim, ...], shape: to
     if value is None:
         return None
     if not isinstance(value, DeferredTensor):
-        aligned = dims[len(dims) - value.dim() :]
-        return InputNode(
-            value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True))
-        )
+        return InputNode.aligned(value, dims)
     own = value.handle.node
     for mine, theirs in zip(reversed(own.dims), reversed(dims), strict=False):
         if size_of(mine) != 1 and not same(theirs, mine):
@@ -284,8 +281,5 @@ def _scattered(
             value = value.expand(*value.shape[:count], *shape, *value.shape[count + len(shape) :])
             middle = shape
         value = value.reshape(*value.shape[:count], middle.numel(), *value.shape[count + len(middle) :])
-    dims: list[Dim] = [*before, (), *after][len(before) + 1 + len(after) - value.dim() :]
-    source = InputNode(
-        value.to(node.dtype), tuple(d if n != 1 else () for d, n in zip(dims, value.shape, strict=True))
-    )
+    source = InputNode.aligned(value.to(node.dtype), (*before, (), *after))
     return wrap(Indexed(node, positions, tuple(flat), source, accumulate, spread), target.handle.call)

@@ -67,13 +67,7 @@ def deferred(func: Callable[..., Any], product: Product, call: AttentionCall) ->
         axes[label] = (Axis(sizes[label], kind),) if sizes[label] != 1 else ()
     dims = tuple(axes[label] for label in product.result)
     nodes = [
-        InputNode(
-            tensor,
-            tuple(
-                axes.get(label, ()) if size != 1 else ()
-                for label, size in zip(part, tensor.shape, strict=True)
-            ),
-        )
+        InputNode.aligned(tensor, tuple(axes.get(label, ()) for label in part))
         for tensor, part in zip(product.operands, product.labels, strict=True)
     ]
     if call.sources is not None:
@@ -174,11 +168,7 @@ def _call(
     if isinstance(product.added, DeferredTensor):
         added = product.added.handle.node
     elif product.added is not None:
-        aligned = dims[len(dims) - product.added.dim() :]
-        shape = product.added.shape
-        added = InputNode(
-            product.added, tuple(d if size != 1 else () for d, size in zip(aligned, shape, strict=True))
-        )
+        added = InputNode.aligned(product.added, dims)
     func = product.func or func
     args, kwargs = product.rebuild(operands, added)
     tiny = product.rebuild([_few(t) for t in product.operands], _few(product.added))
@@ -272,13 +262,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     operands = [
         tensor.handle.node
         if isinstance(tensor, DeferredTensor)
-        else InputNode(
-            tensor,
-            tuple(
-                axes.get(label, ()) if label in product.result and size != 1 else ()
-                for label, size in zip(labels, tensor.shape, strict=True)
-            ),
-        )
+        else InputNode.aligned(tensor, tuple(axes.get(n, ()) if n in product.result else () for n in labels))
         for tensor, labels in zip(product.operands, product.labels, strict=True)
     ]
     # A width of one is in no axis: values of one channel.

@@ -35,10 +35,7 @@ def node_for(value: torch.Tensor, dims: Dims) -> Node:
     """The graph node of an argument: its own, or a leaf whose dimensions line up with ``dims`` from the right."""
     if isinstance(value, DeferredTensor):
         return value.handle.node
-    aligned = dims[len(dims) - value.dim() :]
-    return InputNode(
-        value, tuple(dim if size != 1 else () for dim, size in zip(aligned, value.shape, strict=True))
-    )
+    return InputNode.aligned(value, dims)
 
 
 def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -29,14 +29,14 @@ def graph(call: SdpaCall) -> Node:
     width = fresh(value.shape[-1:])[0]
     dims = (*lead, row, width)
     leaves: list[Node] = [
-        _leaf(query, (*lead, row, ())),
-        _leaf(key, (*lead, (), ())),
-        _leaf(value, (*lead, (), width)),
+        InputNode.aligned(query, (*lead, row, ())),
+        InputNode.aligned(key, (*lead, (), ())),
+        InputNode.aligned(value, (*lead, (), width)),
     ]
     if call.enable_gqa:
         outer = lead[:-1]
-        leaves[1] = _leaf(key, (*outer, groups, (), ()))
-        leaves[2] = _leaf(value, (*outer, groups, (), width))
+        leaves[1] = InputNode.aligned(key, (*outer, groups, (), ()))
+        leaves[2] = InputNode.aligned(value, (*outer, groups, (), width))
     beside: tuple[Axis, ...] = ()
     if mask is not None:
         node = _mask_node(mask, (*lead, row, ()))
@@ -51,13 +51,6 @@ def graph(call: SdpaCall) -> Node:
     return Attend(leaves, dims, row, whole, call, fused)
 
 
-def _leaf(tensor: torch.Tensor, dims: Dims) -> InputNode:
-    aligned = dims[len(dims) - tensor.dim() :]
-    return InputNode(
-        tensor, tuple(dim if size != 1 else () for dim, size in zip(aligned, tensor.shape, strict=True))
-    )
-
-
 def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
     """What gives the rows of a mask: itself, or its graph, whose rows and heads are those of the call."""
     if isinstance(mask, DeferredTensor):
@@ -66,7 +59,7 @@ def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
         if all(same(own, other) for own, other in list(pairs)[1:] if own):
             return node
         mask = mask.handle.materialise("scaled_dot_product_attention")
-    return _leaf(mask, dims)
+    return InputNode.aligned(mask, dims)
 
 
 class Attend(Node):

@@ -99,21 +99,15 @@ def multihead(
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | None) -> torch.Tensor:
     """``torch._masked_softmax`` over keys: a row without any key is zero, not NaN."""
     mask = mask.to(torch.bool)
-    mask = (
-        {SRC_MASK: mask[None, None], KEY_PADDING: mask[:, None, None]}.get(mask_type, mask)
-        if mask.dim() == 2
-        else mask
-    )
+    if mask.dim() == 2:
+        mask = {SRC_MASK: mask[None, None], KEY_PADDING: mask[:, None, None]}.get(mask_type, mask)
     if not isinstance(scores, DeferredTensor) or scores.handle.is_computed:
         return _masked_softmax_rows(scores, mask)
     node = scores.handle.node
-    place = InputNode(
-        mask, tuple(dim if size != 1 else () for dim, size in zip(node.dims, mask.shape, strict=True))
-    )
+    place = InputNode.aligned(mask, node.dims)
     call = OpNode(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
-    call.lies_by_rows = (
-        True  # as the operator lays out its result, which it has no rule of for tensors without data
-    )
+    # As the operator lays out its result, which it has no rule of for tensors without data.
+    call.lies_by_rows = True
     return wrap(call, scores.handle.call)
 
 
@@ -135,20 +129,8 @@ def encoder_layer(
 
     x = norm(src, norm_weight_1, norm_bias_1) if norm_first else src
     x, _ = multihead(
-        x,
-        x,
-        x,
-        embed_dim,
-        num_heads,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
-        mask,
-        False,
-        False,
-        mask_type,
-    )
+        x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, False, mask_type
+    )  # fmt: skip
     # In place: under autocast ``x`` is narrower than what is added to it, and stays so.
     x = x.add_(src)
     if not norm_first:
