@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -113,23 +113,12 @@ def _show(
         heads = slice(first_head, min(first_head + together, outer[-1]))
         begin = number * outer[-1]
         leads = torch.arange((begin + heads.start) * group, (begin + heads.stop) * group)
-        own = _Heads(
-            query[at][heads],
-            key[at][heads],
-            None if lse is None else lse[at][heads],
-            call.scale,
-            call.adds_mask,
-        )
-        low = 0
-        while low < count:
-            # A causal tile sees the keys up to its last row only, so early tiles can be taller.
-            first = low if rows is None else int(rows[low])
-            seen = min(kv_len, max(first, 256)) if call.is_causal else kv_len
-            high = min(count, low + _tile_rows(elements // (group * together), seen))
+        known = None if lse is None else lse[at][heads]
+        own = _Heads(query[at][heads], key[at][heads], known, call.scale, call.adds_mask)
+        for low, high, places in _spans(call, rows, elements // (group * together)):
             tile_mask = (
-                masks.rows(at, heads, low, high) if rows is None else masks.picked(at, heads, rows[low:high])
+                masks.rows(at, heads, low, high) if places is None else masks.picked(at, heads, places)
             )
-            places = None if rows is None else rows[low:high]
             # The products here are nobody's but ours, and so are the sums of who looks.
             with torch.autocast(query.device.type, enabled=False), in_full(own.query):
                 powers, weights = own.powers(low, high, tile_mask, call.is_causal, places)
@@ -140,7 +129,20 @@ def _show(
                     leads, (low, high), math.prod(lead), q_len, kv_len, weights.flatten(0, 1), places
                 )
                 observer.observe(powers.flatten(0, 1), where_from)
-            low = high
+
+
+def _spans(
+    call: SdpaCall, rows: torch.Tensor | None, elements: int
+) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """Tiles of the rows that are shown, first and one past the last, and which rows these are if not all are shown."""
+    count, low = call.q_len if rows is None else len(rows), 0
+    while low < count:
+        # A causal tile sees the keys up to its last row only, so early tiles can be taller.
+        first = low if rows is None else int(rows[low])
+        seen = min(call.kv_len, max(first, 256)) if call.is_causal else call.kv_len
+        high = min(count, low + _tile_rows(elements, seen))
+        yield low, high, None if rows is None else rows[low:high]
+        low = high
 
 
 def _places(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
