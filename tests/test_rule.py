@@ -13,7 +13,7 @@ import attnpatch
 from attnpatch import Policy, errors, memory
 from attnpatch.policy import parse_size
 from attnpatch.rows.evaluate.row_granularity import RowGranularity
-from attnpatch.rows.evaluate.tile_plan import choose
+from attnpatch.rows.evaluate.tile_plan import StepWork, choose
 from attnpatch.rows.graph.axes import LEAD, LEAST, ROW, Axis
 
 
@@ -208,7 +208,8 @@ def test_no_remainder_is_left_alone(size, step, grain):
 @pytest.mark.parametrize("workspace", ["1MB", "64MB"])
 def test_workspace_bounds_the_step(workspace):
     heads, rows = Axis(16, LEAD), Axis(8192, ROW)
-    steps = choose([heads, rows], 8192, 4, Policy(workspace=workspace), torch.device("cpu"))
+    work = StepWork([heads, rows], 8192, 4)
+    steps = choose(work, Policy(workspace=workspace), torch.device("cpu"))
     taken = max(high - low for low, high in steps.rows) * (steps.lead[0][heads][1] - steps.lead[0][heads][0])
     least = LEAST[ROW] * LEAST[LEAD] * 8192 * 4 * 3
     assert taken * 8192 * 4 * 3 <= max(parse_size(workspace), least)
@@ -217,7 +218,8 @@ def test_workspace_bounds_the_step(workspace):
 def largest(heads, q_len, reads, **options):
     axes = [Axis(heads, LEAD), Axis(q_len, ROW)] if heads > 1 else [Axis(q_len, ROW)]
     policy = Policy(workspace=options.pop("workspace", None))
-    return choose(axes, q_len, 4, policy, torch.device("cpu"), reads=reads, **options).largest()
+    work = StepWork(axes, q_len, 4, reads=reads)
+    return choose(work, policy, torch.device("cpu"), **options).largest()
 
 
 def test_no_more_heads_than_there_are():

@@ -13,7 +13,7 @@ from attnpatch.oom import Attempts, is_out_of_memory
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
-from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
+from attnpatch.rows.evaluate.tiled import Listeners, Look, TiledEvaluation
 from attnpatch.rows.graph.nodes import Node
 from attnpatch.rows.provenance.sources import Sources
 
@@ -120,17 +120,19 @@ class AttentionCall:
         """Compute a graph by rows, under the policy of the site."""
         # On CPU a step is a few MiB, whatever is free.
         free = None if node.device.type == "cpu" else self.room.free(node.device)
-        restart = self.observer.restart if watched and self.observer is not None else _nothing
+        told = self._told
+        if watched and self.observer is not None:
+            told = dataclasses.replace(told, restarted=self.observer.restart)
         attempts, self.attempts = self.attempts, Attempts()
-        return TiledEvaluation(
-            node, self.policy, watched, self.retried, restart, free, attempts, self.tally.made, self.failed
-        )()
+        return TiledEvaluation(node, self.policy, watched, told, free, attempts)()
 
     def of_gradients(self, twin: Node) -> TiledEvaluation:
         """What computes the gradients of a deferred tensor."""
-        return TiledEvaluation(
-            twin, self.policy, on_retry=self.retried, on_size=self.tally.made, on_failure=self.failed
-        )
+        return TiledEvaluation(twin, self.policy, told=self._told)
+
+    @property
+    def _told(self) -> Listeners:
+        return Listeners(self.retried, made=self.tally.made, failed=self.failed)
 
     def failed(self, what: str, error: Exception) -> None:
         """Our own code failed, and the host's was used."""
@@ -138,7 +140,3 @@ class AttentionCall:
 
     def retried(self) -> None:
         self.tally.count("retried")
-
-
-def _nothing() -> None:
-    pass

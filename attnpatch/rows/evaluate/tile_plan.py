@@ -53,44 +53,50 @@ class TilePlan:
         return rows, heads
 
 
+@dataclasses.dataclass(frozen=True)
+class StepWork:
+    """What the steps of a graph work on.
+
+    Attributes:
+        tileable: The axes that may be cut, outermost first.
+        width: Elements that one row of one head has in the widest tensor of the graph.
+        itemsize: Bytes of an element.
+        grain: Where rows may be cut; so that results are the same to the last bit unless it is said.
+        reads: Elements that each step reads of one head however few its rows (its keys and values).
+        held: Bytes that a step holds at most for one row of one head, where that is known.
+    """
+
+    tileable: list[Axis]
+    width: int
+    itemsize: int
+    grain: RowGranularity = dataclasses.field(default_factory=RowGranularity)
+    reads: int = 0
+    held: int = 0
+
+
 def choose(
-    tileable: list[Axis],
-    width: int,
-    itemsize: int,
-    policy: Policy,
-    device: torch.device,
-    shrink: int = 1,
-    grain: RowGranularity | None = None,
-    free: int | None = None,
-    reads: int = 0,
-    held: int = 0,
+    work: StepWork, policy: Policy, device: torch.device, shrink: int = 1, free: int | None = None
 ) -> TilePlan:
     """Steps for a graph.
 
     Args:
-        tileable: The axes that may be cut, outermost first.
-        width: Elements that one row of one head has in the widest tensor of the graph.
-        itemsize: Bytes of an element.
+        work: What a step works on.
         policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
         device: Where it runs.
         shrink: Divides the step, also a fixed one; doubled after an out-of-memory error.
-        grain: Where rows may be cut; ``None``: so that results are the same to the last bit.
         free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
-        reads: Elements that each step reads of one head however few its rows (its keys and values).
-        held: Bytes that a step holds at most for one row of one head, where that is known.
 
     Returns:
         The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
     """
     on_cpu = device.type == "cpu"
-    row, lead = row_and_lead(tileable)
+    row, lead = row_and_lead(work.tileable)
     if row is None:
         return TilePlan([{}], None, [])
-    width = max(1, width)
+    width, itemsize, grain = max(1, work.width), work.itemsize, work.grain
     present = math.prod(axis.size for axis in lead)
-    ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-held // width)), policy, free)
+    ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-work.held // width)), policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
-    grain = grain or RowGranularity()
     heads, rows = _fixed(policy, shrink, grain.fewest)
     if heads is None:
         heads = LEAST[LEAD] if on_cpu else present
@@ -103,8 +109,8 @@ def choose(
         rows = max(1, elements // (width * heads))
         if on_cpu:
             share = row.size * present // (heads * MOST_SHARE)
-            least = MOST_CPU_ROWS if reads and width * itemsize >= LONG_ROW_BYTES else 0
-            worth = min(max(least, -(-reads // width)), share, ceiling // (width * heads)) // shrink
+            least = MOST_CPU_ROWS if work.reads and width * itemsize >= LONG_ROW_BYTES else 0
+            worth = min(max(least, -(-work.reads // width)), share, ceiling // (width * heads)) // shrink
             rows = max(min(rows, MOST_CPU_ROWS), worth)
     spans = grain.cut(row.size, rows)
     most = ceiling // (width * heads) // shrink
@@ -136,7 +142,7 @@ def products_grain(
 
     Args:
         works: Multiplications per head of each product of the graph.
-        tileable: As ``choose`` takes them.
+        tileable: The axes that may be cut.
         device: Where it runs.
         narrow: Whether some of it is in a narrow dtype.
     """

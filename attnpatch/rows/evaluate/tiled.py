@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +15,14 @@ from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
-from attnpatch.rows.evaluate.tile_plan import TilePlan, choose, one_row, products_grain, row_and_lead
+from attnpatch.rows.evaluate.tile_plan import (
+    StepWork,
+    TilePlan,
+    choose,
+    one_row,
+    products_grain,
+    row_and_lead,
+)
 from attnpatch.rows.graph import lines
 from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
@@ -33,6 +41,23 @@ class Exactness(enum.IntEnum):
     ONE_ROW = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Listeners:
+    """Who is told what happens while a graph is computed by tiles.
+
+    Attributes:
+        retried: A step ran out of memory and is tried again, smaller.
+        restarted: Then too, where somebody looks at what the first steps have shown already.
+        made: The bytes of the largest tensor of query x key elements in a step.
+        failed: A backward pass by rows failed by a fault of ours, and was done in one piece.
+    """
+
+    retried: Callable[[], None] = lambda: None
+    restarted: Callable[[], None] = lambda: None
+    made: Callable[[int], None] = lambda _: None
+    failed: Callable[[str, Exception], None] = lambda what, error: None
+
+
 class TiledEvaluation:
     """Everything needed to compute ``node`` by tiles.
 
@@ -40,12 +65,9 @@ class TiledEvaluation:
         node: What to compute.
         policy: Tile sizes and the workspace.
         watched: A node of the graph to show, and who looks; ``None``: nobody.
-        on_retry: Called when a step ran out of memory and is tried again, smaller.
-        on_restart: Called then too, where somebody looks at what the first steps have shown already.
+        told: Who is told what happens.
         free: Free bytes on the device; ``None``: plenty.
         attempts: What was tried before.
-        on_size: Called with the bytes of the largest tensor of query x key elements in a step.
-        on_failure: Told of a backward pass by rows that failed by a fault of ours, and was done in one piece.
     """
 
     def __init__(
@@ -53,16 +75,12 @@ class TiledEvaluation:
         node: Node,
         policy: Policy,
         watched: tuple[Node, Look] | None = None,
-        on_retry: Callable[[], None] = lambda: None,
-        on_restart: Callable[[], None] = lambda: None,
+        told: Listeners = Listeners(),
         free: int | None = None,
         attempts: Attempts | None = None,
-        on_size: Callable[[int], None] = lambda _: None,
-        on_failure: Callable[[str, Exception], None] = lambda what, error: None,
     ) -> None:
         self.node, self.policy, self.watched, self.free = node, policy, watched, free
-        self.on_retry, self.on_restart = on_retry, on_restart
-        self.on_size, self.on_failure = on_size, on_failure
+        self.told, self.on_size, self.on_failure = told, told.made, told.failed
         self.attempts = attempts or Attempts()
         # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
         self.shrink, self.limit = 1, Exactness.EXACT
@@ -78,10 +96,8 @@ class TiledEvaluation:
         return self.forward() if result is None else result
 
     def _again(self, twin: Node) -> TiledEvaluation:
-        self.again = TiledEvaluation(
-            twin, self.policy, on_retry=self.on_retry, free=self.free, on_size=self.on_size,
-            on_failure=self.on_failure,
-        )  # fmt: skip
+        told = dataclasses.replace(self.told, restarted=Listeners.restarted)
+        self.again = TiledEvaluation(twin, self.policy, told=told, free=self.free)
         return self.again
 
     def _kept(self) -> torch.Tensor:
@@ -122,10 +138,8 @@ class TiledEvaluation:
         asked = self.policy.rows is not None or self.policy.workspace is not None
         if self.limit is not Exactness.EXACT or (asked and not self.node.is_exact):
             grain = to_rounding()
-        return choose(
-            tileable, width, itemsize, self.policy, self.node.device, self.shrink, grain, self.free,
-            _reads(run, tileable), run.held_bytes(row, cut),
-        )  # fmt: skip
+        work = StepWork(tileable, width, itemsize, grain, _reads(run, tileable), run.held_bytes(row, cut))
+        return choose(work, self.policy, self.node.device, self.shrink, self.free)
 
     def _tiles(self, run: Evaluator) -> Iterator[Tile]:
         steps = self._steps(run)
@@ -173,8 +187,8 @@ class TiledEvaluation:
         """Begin again with a smaller step; ``False`` if it is as small as it gets."""
         if not self._halve():
             return False
-        self.on_retry()
-        self.on_restart()
+        self.told.retried()
+        self.told.restarted()
         set_random_state(self.random)
         return True
 
