@@ -20,7 +20,8 @@ from attnpatch.hosts.diffusers.components import tokenizers_of
 from attnpatch.hosts.diffusers.prompts import Prompts
 from attnpatch.patching.model_patches import parts_in
 from attnpatch.patching.patch import Patch
-from attnpatch.recording.diffusion.denoising import DenoiserCall, Plan, Sampling
+from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
+from attnpatch.recording.diffusion.denoising import Plan, Sampling
 from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.rows.provenance import reordered

@@ -15,7 +15,8 @@ from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.plotting import map_figure, overlay
 from attnpatch.recording.diffusion.assemble import Reading, kind_of
-from attnpatch.recording.diffusion.denoising import Run, Sampling, TextRow
+from attnpatch.recording.diffusion.denoiser_call import TextRow
+from attnpatch.recording.diffusion.denoising import Run, Sampling
 from attnpatch.recording.diffusion.words import listed, places, plain, why_missing
 from attnpatch.recording.options import CaptureOptions
 

@@ -21,7 +21,7 @@ from attnpatch.hosts.class_methods import Replaced, changing, owner_of
 from attnpatch.hosts.diffusers import latent_grids
 from attnpatch.hosts.diffusers.components import IMAGES, TIMESTEPS, components_of
 from attnpatch.hosts.transformers.calls import parameter_names
-from attnpatch.recording.diffusion.denoising import DenoiserCall
+from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 
 # The first that is given is the one that words are of.
 _TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5")

@@ -12,7 +12,7 @@ import torch
 from attnpatch.blocks.words import text_spans
 from attnpatch.errors import BlockError
 from attnpatch.hosts.diffusers.token_matching import Encoded, Piece
-from attnpatch.recording.diffusion.denoising import TextRow
+from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 # Special tokens that may follow a text that was cut off: an end, and one that is put after it.
 _MOST_ENDS = 2

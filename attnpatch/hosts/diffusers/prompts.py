@@ -17,7 +17,7 @@ from torch import nn
 from attnpatch.hosts.diffusers.prompt_rows import Placed, Word, placed, row_of
 from attnpatch.hosts.diffusers.token_matching import Encoded, pieces_of
 from attnpatch.hosts.transformers.calls import parameter_names
-from attnpatch.recording.diffusion.denoising import TextRow
+from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 # Encodings of one encoder that are kept, the last ones: a prompt may be made of several, and a text encoder that writes
 # (a prompt that is enhanced) returns one for every token.

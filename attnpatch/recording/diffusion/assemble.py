@@ -10,6 +10,7 @@ from attnpatch.blocks.heads import Heads, chosen_heads
 from attnpatch.blocks.tiles import labels_of
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.recording.diffusion.denoising import (
     KEY_TILES,
     QUERY_TILES,
@@ -18,7 +19,6 @@ from attnpatch.recording.diffusion.denoising import (
     Run,
     Sampling,
     Side,
-    TextRow,
     tiles_of,
 )
 

@@ -17,14 +17,8 @@ from attnpatch.errors import AttnpatchError, CaptureError
 from attnpatch.observing import INPUT, Layout, TileInfo
 from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
 from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
-from attnpatch.recording.diffusion.denoising import (
-    KEY_TILES,
-    QUERY_TILES,
-    ImageRecord,
-    Side,
-    TextRow,
-    tiles_of,
-)
+from attnpatch.recording.diffusion.denoiser_call import TextRow
+from attnpatch.recording.diffusion.denoising import KEY_TILES, QUERY_TILES, ImageRecord, Side, tiles_of
 from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, SECOND, TEXT, Origin
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.sdpa_call import SdpaCall

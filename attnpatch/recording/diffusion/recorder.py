@@ -13,7 +13,8 @@ import torch
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.errors import AttnpatchError
 from attnpatch.recording.accumulator import SiteObserver
-from attnpatch.recording.diffusion.denoising import DenoiserCall, Sampling
+from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
+from attnpatch.recording.diffusion.denoising import Sampling
 from attnpatch.recording.diffusion.observer import ImageObserver
 from attnpatch.recording.diffusion.token_provenance import IMAGE, SECOND, TEXT, Origins
 from attnpatch.recording.options import CaptureOptions

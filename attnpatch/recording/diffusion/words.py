@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnpatch.errors import CaptureError
-from attnpatch.recording.diffusion.denoising import TextRow
+from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 
 def listed(words: Any, labels: Sequence[str]) -> list[Any]:
