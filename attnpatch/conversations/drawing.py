@@ -20,15 +20,13 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def layers(block_map: BlockMap, most: int) -> Figure:
     """Small maps of up to ``most`` layers, evenly spread, on one colour scale."""
-    figure_class, canvas_class, colormaps, colors = map_figure.load_matplotlib()
     one = block_map.select(step="mean", head="mean", sequence=0)
     values = one.to_numpy().reshape(len(one.layers), *one.mass.shape[-2:])
     chosen = sorted({round(i) for i in np.linspace(0, len(values) - 1, min(most, len(values)))})
     columns = math.ceil(math.sqrt(len(chosen)))
     rows = math.ceil(len(chosen) / columns)
-    figure = figure_class(figsize=(2.3 * columns + 1.2, 2.4 * rows + 0.7), layout="constrained")
-    canvas_class(figure)
-    norm, cmap = map_figure.colours(values, "sqrt", colormaps, colors, one.is_signed)
+    figure = map_figure.new_figure(2.3 * columns + 1.2, 2.4 * rows + 0.7)
+    norm, cmap = map_figure.colours(values, "sqrt", one.is_signed)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(chosen) :]:
         axes.set_visible(False)
@@ -62,11 +60,9 @@ def row(block_map: BlockMap, number: int) -> Figure:
 
 def memory(curve: Sequence[tuple[float, int]]) -> Figure:
     """Bytes beyond what was held when the run began, over seconds."""
-    figure_class, canvas_class, _, _ = map_figure.load_matplotlib()
     seconds, held = np.array(curve, dtype=float).T
     size, unit = next(((s, u) for s, u in _UNITS if held.max() >= s), (1.0, "B"))
-    figure = figure_class(figsize=(7.5, 3.4), layout="constrained")
-    canvas_class(figure)
+    figure = map_figure.new_figure(7.5, 3.4)
     axes = figure.add_subplot()
     axes.plot(seconds, held / size, color="#0b6fa4", linewidth=1.4)
     axes.fill_between(seconds, held / size, color="#0b6fa4", alpha=0.15, linewidth=0)

@@ -18,6 +18,7 @@ from attnpatch.demo.conversation import DemoConversation, Message
 from attnpatch.demo.worker import DemoError, Measured, load, measure_all, show_runs
 from attnpatch.errors import MissingExtraError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.plotting import map_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,11 +225,7 @@ def write(out: Path, conversation: DemoConversation, finding: Finding) -> dict[s
 
 def draw_answer(conversation: DemoConversation, finding: Finding, path: Path) -> Path:
     """The answer's row of the block map as bars: all messages, and the strongest of them by their words."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = map_figure.new_figure(11, 7)
     question = textwrap.shorten(conversation.messages[-1]["content"], 70, placeholder=" ...")
     figure.suptitle(f'"{question}"  "{finding.reply}"', fontsize=12, parse_math=False)
     # Figures of their own: as neighbours the bars would begin where the longest words end.

@@ -62,13 +62,11 @@ def draw(
     """
     if scale not in SCALES:
         raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt' and 'linear'.")
-    figure_class, canvas_class, colormaps, colors = load_matplotlib()
     rows, columns = values.shape
-    figure = figure_class(figsize=_figure_size(rows, columns), layout="constrained")
+    figure = new_figure(*_figure_size(rows, columns))
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    canvas_class(figure)
     axes = figure.add_subplot()
-    norm, cmap = colours(values, scale, colormaps, colors, is_signed)
+    norm, cmap = colours(values, scale, is_signed)
     image = axes.imshow(
         np.ma.masked_where(values == 0, values),
         norm=norm,
@@ -97,10 +95,9 @@ def draw(
     return figure
 
 
-def colours(
-    values: np.ndarray, scale: str, colormaps: Any, colors: Any, is_signed: bool = False
-) -> tuple[Any, Any]:
+def colours(values: np.ndarray, scale: str, is_signed: bool = False) -> tuple[Any, Any]:
     """Norm and colour map for some values; for those with signs, 0 is in the middle."""
+    colormaps, colors = load_matplotlib().colormaps, load_matplotlib().colors
     low, top = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
     if is_signed or low < 0:
         most = max(-low, top) or 1.0
@@ -150,15 +147,30 @@ def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150
         figure.savefig(target, format=kind, dpi=dpi)
 
 
-def load_matplotlib() -> tuple:
-    """The parts of matplotlib used here; never pyplot, whose figures are global and need closing."""
+def load_matplotlib() -> Any:
+    """matplotlib; never its pyplot, whose figures are global and need closing.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     try:
-        from matplotlib import colormaps, colors
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
     except ImportError as error:
         raise MissingExtraError('a picture needs matplotlib; pip install "attnpatch[plot]".') from error
-    return Figure, FigureCanvasAgg, colormaps, colors
+    return matplotlib
+
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+    """An empty figure of so many inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = load_matplotlib().figure.Figure(figsize=(width, height), layout=layout)
+    load_matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
+    return figure
 
 
 def _figure_size(rows: int, columns: int) -> tuple[float, float]:

@@ -77,8 +77,7 @@ def colours() -> np.ndarray:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    _, _, colormaps, _ = map_figure.load_matplotlib()
-    return colormaps["inferno"](np.linspace(0.2, 1, 256))[:, :3]
+    return map_figure.load_matplotlib().colormaps["inferno"](np.linspace(0.2, 1, 256))[:, :3]
 
 
 def draw(
@@ -96,7 +95,6 @@ def draw(
         MissingExtraError: matplotlib is not installed.
     """
     palette = colours()
-    figure_class, canvas_class, _, _ = map_figure.load_matplotlib()
     height, width = panels[0].image.shape[:2]
     # On one scale, the panels follow each other in time.
     shape = _SHAPE if top is None else _STRIP_SHAPE
@@ -105,8 +103,7 @@ def draw(
     line = int(9 * across)
     title = textwrap.fill(map_figure.shorten(_visible(title), 2 * line), line) if title else ""
     head = _TITLE_LINE * (title.count("\n") + 1) if title else 0.0
-    figure = figure_class(figsize=(across, down + head))
-    canvas_class(figure)
+    figure = map_figure.new_figure(across, down + head, layout=None)
     if title:
         place = 1 - 0.1 / (down + head)
         figure.suptitle(title, y=place, va="top", fontsize=11, parse_math=False)
