@@ -10,21 +10,13 @@ from typing import Any
 import torch
 
 from attnpatch.rows.evaluate import row_alignment, toeplitz
-from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, all_leaves, leaves, take
-from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, SliceNode, ViewNode, walk
-from attnpatch.rows.graph.operations import INTO, OpNode
-from attnpatch.rows.op_table import CASTS
-
-# Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
-_IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
-# Rows of a product that begin at other places than every 64 bytes take longer, from about this many keys
-# on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
-_LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
-# Steps whose result may be their operand's memory.
-_ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
+from attnpatch.rows.evaluate.step_memory import StepMemory, is_alias
+from attnpatch.rows.graph.axes import ROW, Axis, Tile, all_leaves, leaves, take
+from attnpatch.rows.graph.nodes import InputNode, Node, walk
+from attnpatch.rows.graph.operations import OpNode
 
 
-class Evaluator:
+class Evaluator(StepMemory):
     """One evaluation of a graph: which axes are complete, what is kept between tiles, where gradients go.
 
     Args:
@@ -41,6 +33,7 @@ class Evaluator:
         wanted: frozenset[Node] = frozenset(),
         lines: frozenset[Node] = frozenset(),
     ) -> None:
+        super().__init__()
         self.nodes = list(walk(root))
         self.lines = lines
         self._axes = {node: all_leaves(node.dims) for node in self.nodes}
@@ -68,9 +61,6 @@ class Evaluator:
         # What is the same for all heads, where those are the inner loop: computed once for all of them.
         self.shared: frozenset[Node] = frozenset()
         self._fixed: dict[Node, torch.Tensor] = {}
-        self._overwrites: dict[Node, bool] = {}
-        self._buffers: dict[Node, torch.Tensor] = {}
-        self._padded: dict[Node, bool] = {}
         self._aligned: dict[Node, list[int]] = {}
         self._is_watched = False
         self._kept: dict[tuple[Any, ...], Any] = {}
@@ -149,9 +139,9 @@ class Evaluator:
             if not isinstance(node, InputNode) and self.has_rows(node, row)
         }
         # What steps share is there from the first to the last.
-        shared = {node for node in sizes if isinstance(node, OpNode) and self._is_buffered(node, row)}
+        shared = {node for node in sizes if isinstance(node, OpNode) and self.is_buffered(node, row)}
         live = most = sum(sizes[node] for node in shared)
-        own = {node: 0 if node in shared or _is_alias(node) else size for node, size in sizes.items()}
+        own = {node: 0 if node in shared or is_alias(node) else size for node, size in sizes.items()}
         # What is free again when a node's reader is done; children come before parents.
         ends: dict[Node, int] = {}
         for node, size in sizes.items():
@@ -159,7 +149,7 @@ class Evaluator:
             live += own[node]
             most = max(most, live + size // node.dtype.itemsize * node.held_bytes)
             is_kept = self._uses.get(node, 0) > 1
-            if _is_alias(node):
+            if is_alias(node):
                 ends[node] = 0 if is_kept else read
             else:
                 live -= read
@@ -227,74 +217,6 @@ class Evaluator:
         # for others, so that is computed with its graph.)
         return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
 
-    def buffer(self, node: OpNode, shape: list[int]) -> torch.Tensor | None:
-        """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
-
-        glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
-        """
-        if not self._is_buffered(node, self.row):
-            return None
-        width = _row_length(shape[-1]) if self._may_pad(node) else shape[-1]
-        count = math.prod(shape[:-1]) * width
-        if node not in self._buffers or self._buffers[node].numel() < count:
-            self._buffers.pop(node, None)
-            self._buffers[node] = torch.empty(count, dtype=node.dtype)
-        return self._buffers[node][:count].view(*shape[:-1], width)[..., : shape[-1]]
-
-    def padded(self, value: torch.Tensor) -> torch.Tensor:
-        """``value`` with what lies between its rows, where ``buffer`` has laid them apart; or as it is."""
-        if value.is_contiguous() or not self._buffers:
-            return value
-        # By identity: on shapes nothing has an address.
-        storage = value.untyped_storage()._cdata
-        if not any(
-            self._padded.get(node) and buffer.untyped_storage()._cdata == storage
-            for node, buffer in self._buffers.items()
-        ):
-            return value
-        return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
-
-    def _may_pad(self, node: OpNode) -> bool:
-        """Whether rows of a product may lie apart: what reads them up to softmax is done in place."""
-        if node not in self._padded:
-            self._padded[node] = self._ends_in_softmax(node)
-        return self._padded[node]
-
-    def _ends_in_softmax(self, product: OpNode) -> bool:
-        node: Node = product
-        if node.dtype != torch.float32 or not product.work:
-            return False
-        keys = leaves(node.dims[-1])
-        while self._uses.get(node, 0) == 1:
-            node = next(reader for reader in self.nodes if node in reader.children)
-            if leaves(node.dims[-1]) != keys or (isinstance(node, ViewNode) and node.expand):
-                return False
-            if _is_alias(node):
-                continue
-            if not isinstance(node, OpNode) or not self.may_overwrite(node):
-                return False
-            if getattr(node.func, "__name__", "") == "softmax":
-                return True
-        return False
-
-    def _is_buffered(self, node: OpNode, row: Axis | None) -> bool:
-        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
-        if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
-            return False
-        return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast
-
-    def _fills(self, node: OpNode) -> bool:
-        """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
-        if not any(axis.kind == KEY for axis in self._axes[node]):
-            return False
-        if node.work:
-            return node.func in INTO and not node.kwargs
-        if len(node.children) != 1 or node.children[0].dtype == node.dtype:
-            return False
-        if getattr(node.func, "__name__", "") == "softmax":
-            return _is_over_last(node)
-        return getattr(node.func, "__name__", "") in CASTS
-
     def operands(self, node: OpNode, tile: Tile) -> list[Any]:
         """What a step of ``node`` is computed from."""
         values = [self.value(child, tile) for child in node.children]
@@ -306,41 +228,6 @@ class Evaluator:
             for i in self._aligned[node]:
                 values[i] = row_alignment.laid(values[i], node.children[i], tile)
         return values
-
-    def may_overwrite(self, node: OpNode) -> bool:
-        """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
-        if node not in self._overwrites:
-            self._overwrites[node] = self._is_in_place(node)
-        return self._overwrites[node]
-
-    def _is_in_place(self, node: OpNode) -> bool:
-        name = getattr(node.func, "__name__", "")
-        first = node.args[0] if isinstance(node.args, tuple) and node.args else None
-        if self.wanted or torch.is_grad_enabled() or not isinstance(first, Child):
-            return False
-        operand = node.children[first.index]
-        if operand.dtype != node.dtype or len(operand.dims) != len(node.dims) or not self._owns(operand):
-            return False
-        if name == "softmax":
-            return _is_over_last(node) and node.device.type == "cpu"
-        return name in _IN_PLACE
-
-    def _owns(self, node: Node) -> bool:
-        """Whether a node's value is made anew for each tile and used once."""
-        moves = self.row is None or not self.hoist or self.row in self._axes[node]
-        if (
-            isinstance(node, InputNode)
-            or node in self._fixed
-            or node in self.shared
-            or self._uses.get(node, 0) != 1
-            or not moves
-        ):
-            return False
-        if isinstance(node, ViewNode):
-            return not node.expand and self._owns(node.children[0])
-        if not isinstance(node, OpNode):
-            return False
-        return getattr(node.func, "__name__", "") not in _ALIASES or self._owns(node.children[0])
 
     def next_tile(self) -> None:
         """Forget what belonged to the rows and heads just done."""
@@ -358,26 +245,3 @@ class Evaluator:
         """Forget everything: other heads follow."""
         self._kept.clear()
         self._moving.clear()
-
-
-def _row_length(count: int) -> int:
-    """Places from one row of a product to the next, for rows of ``count``."""
-    if count < _LONG_ROWS:
-        return count
-    length = -(-count // _ALIGNED) * _ALIGNED
-    return length + _ALIGNED if length % _APART == 0 and torch.get_num_threads() == 1 else length
-
-
-def _is_alias(node: Node) -> bool:
-    """Whether a step's result is its operand's memory."""
-    if isinstance(node, (ViewNode, SliceNode, OutputNode)) or hasattr(node, "heads"):
-        return True
-    if not isinstance(node, OpNode) or getattr(node.func, "__name__", "") not in _ALIASES:
-        return False
-    return node.children[0].dtype == node.dtype
-
-
-def _is_over_last(softmax: OpNode) -> bool:
-    # torch.softmax(x, dim, dtype), F.softmax(x, dim, _stacklevel, dtype)
-    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
-    return dim in (-1, len(softmax.dims) - 1)

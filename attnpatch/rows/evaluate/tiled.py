@@ -13,6 +13,7 @@ import torch
 from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
+from attnpatch.rows.evaluate import step_sizes
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
 from attnpatch.rows.evaluate.tile_plan import (
@@ -24,7 +25,7 @@ from attnpatch.rows.evaluate.tile_plan import (
     row_and_lead,
 )
 from attnpatch.rows.graph import lines
-from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, extent, leaves, put, take
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, put, take
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
 
@@ -138,13 +139,15 @@ class TiledEvaluation:
         asked = self.policy.rows is not None or self.policy.workspace is not None
         if self.limit is not Exactness.EXACT or (asked and not self.node.is_exact):
             grain = to_rounding()
-        work = StepWork(tileable, width, itemsize, grain, _reads(run, tileable), run.held_bytes(row, cut))
+        work = StepWork(
+            tileable, width, itemsize, grain, step_sizes.reads(run, tileable), run.held_bytes(row, cut)
+        )
         return choose(work, self.policy, self.node.device, self.shrink, self.free)
 
     def _tiles(self, run: Evaluator) -> Iterator[Tile]:
         steps = self._steps(run)
-        run.scores = _scores(run, steps.row)
-        self.on_size(_held_inside(run, steps, self.node))
+        run.scores = step_sizes.scores(run, steps.row)
+        self.on_size(step_sizes.held_inside(run, steps, self.node))
         for tile in self._cut(run, steps):
             yield tile
             self.on_size(run.largest)
@@ -310,43 +313,6 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
     if like is not None:
         return torch.zeros_like(like, dtype=dtype)
     return torch.zeros(node.shape, dtype=dtype, device=node.device)
-
-
-def _scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
-    """What has elements for each query and key."""
-    found = set()
-    for node in run.nodes:
-        kinds = {axis.kind for axis in all_leaves(node.dims)}
-        if (
-            not isinstance(node, InputNode)
-            and KEY in kinds
-            and (ROW in kinds or row in all_leaves(node.dims))
-        ):
-            found.add(node)
-    return frozenset(found)
-
-
-def _held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
-    """Bytes of the scores that a step makes and no node of the graph shows; of a result with keys, of all of it."""
-    tile: Tile = dict(steps.lead[0])
-    if steps.row is not None:
-        tile[steps.row] = (0, steps.largest()[0])
-    found = result.shape.numel() * result.dtype.itemsize if result in run.scores else 0
-    for node in run.tiled:
-        if node.scores_held and not isinstance(node, InputNode):
-            heads_and_rows = tuple(leaves(a for dim in node.dims[:-1] for a in dim))
-            found = max(found, node.scores_held * extent(heads_and_rows, tile) * node.dtype.itemsize)
-    return found
-
-
-def _reads(run: Evaluator, tileable: list[Axis]) -> int:
-    """Elements that a step of one head reads however few its rows: keys, values, a bias that is the same in every row."""
-    found = 0
-    for node in run.nodes:
-        axes = all_leaves(node.dims)
-        if isinstance(node, InputNode) and not any(axis.kind == ROW for axis in axes):
-            found += node.count // math.prod(axis.size for axis in axes if axis in tileable)
-    return found
 
 
 def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
