@@ -116,6 +116,56 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {frozenset("bc")}
 
 
+# Whose arguments others decide: options of a public function, of a command, an operator of torch, a kernel of Triton.
+WIDE = {
+    "capturing/capture.py: capture", "conversations/analyzer.py: __init__", "conversations/batch.py: analyze_all",
+    "plotting/map_figure.py: draw", "cli/analyze.py: analyze", "rows/sdpa/encoder_fast_paths.py: multihead",
+    "rows/sdpa/encoder_fast_paths.py: encoder_layer", "recording/gpu/kernel.py: _tile_sum",
+    "recording/gpu/kernel.py: sum_tiles",
+}  # fmt: skip
+# A command is its options, each with its help; a kernel of Triton is one function. ``_layout`` is to be cut.
+LONG = {
+    "cli/analyze.py: analyze", "recording/gpu/kernel.py: sum_tiles", "rows/provenance/dimensions.py: _layout",
+}  # fmt: skip
+# To be cut: each is longer than a reader can hold.
+LONG_FILES = {"rows/provenance/reordered_views.py", "rows/provenance/sources.py"}
+MOST_FILE, MOST_FUNCTION, MOST_ARGUMENTS = 350, 60, 7
+
+
+def lines_of(function):
+    """Of its code: without the docstring."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    return function.end_lineno - function.lineno + 1 - is_docstring * (first.end_lineno - first.lineno + 1)
+
+
+def arguments_of(function):
+    args = function.args
+    named = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    return len(named) - (named[:1] in (["self"], ["cls"]))
+
+
+def functions_above(source, count, most):
+    """Names of the functions of a file of which something is more than so much."""
+    nodes = ast.walk(ast.parse(source))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in nodes if isinstance(node, kinds) and count(node) > most}
+
+
+def test_files_and_functions_are_short():
+    """A file is one idea, a function does one thing; what is not so is named above."""
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.rglob("*.py")}
+    assert {name for name, text in sources.items() if len(text.splitlines()) > MOST_FILE} <= LONG_FILES
+    for count, most, known in ((lines_of, MOST_FUNCTION, LONG), (arguments_of, MOST_ARGUMENTS, WIDE)):
+        found = {
+            f"{name}: {own}" for name, text in sources.items() for own in functions_above(text, count, most)
+        }
+        assert found <= known
+    sample = 'class A:\n    def f(self, a, *, b):\n        "x"\n        a\n        b\n'
+    assert functions_above(sample, arguments_of, 1) == functions_above(sample, lines_of, 2) == {"f"}
+    assert functions_above(sample, arguments_of, 2) == functions_above(sample, lines_of, 3) == set()
+
+
 def test_folders_can_be_looked_over():
     for folder in {path.parent for path in MODULES.values()}:
         assert len(list(folder.glob("*.py"))) <= 14, folder
