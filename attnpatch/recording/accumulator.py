@@ -5,37 +5,25 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnpatch import compat
 from attnpatch.blocks.partition import Partition
-from attnpatch.blocks.spec import Blocks
 from attnpatch.observing import Observer, TileInfo
 from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
 from attnpatch.recording.statistics import Measures
 from attnpatch.sdpa_call import SdpaCall
 
+if TYPE_CHECKING:
+    from attnpatch.recording.diffusion.recorder import ImageRecorder
+    from attnpatch.recording.text.recorder import Recorder
+
 # Blocks of fewer rows than this in a tile are summed together by one product.
 _SHORT_RUN = 8
 # Of fewer than this there is so little to sum that columns are taken together first.
 _SINGLE_RUN = 4
-
-
-class Collecting(Protocol):
-    """Who holds the sums (``Recorder``)."""
-
-    heads: Any
-    query_blocks: Blocks
-    key_blocks: Blocks
-    sample_rows: int | None
-    seed: int
-    measures: tuple[str, ...]
-    is_of_gradient: bool
-
-    def head_numbers(self, num_heads: int) -> list[int]:
-        """The heads that are kept apart."""
 
 
 @dataclasses.dataclass
@@ -95,7 +83,7 @@ class SiteObserver(Observer):
         past: Tokens before the first query.
     """
 
-    def __init__(self, recorder: Collecting, name: str) -> None:
+    def __init__(self, recorder: Recorder | ImageRecorder, name: str) -> None:
         self.recorder, self.name, self.is_of_gradient = recorder, name, recorder.is_of_gradient
         self.record: SiteSums | None = None
         self.past = 0

@@ -11,7 +11,7 @@ error of the host's own is raised by the native call, as without attnpatch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from attnpatch import compat
 from attnpatch.errors import AttnpatchError
@@ -20,11 +20,10 @@ from attnpatch.oom import is_out_of_memory
 from attnpatch.rows.autograd import selective_checkpoints
 from attnpatch.rows.thread_state import here
 
+if TYPE_CHECKING:
+    from attnpatch.rows.attention_call import Counters
+
 _PASSING = (AttnpatchError, compat.StopRecomputation or AttnpatchError)
-
-
-class Counting(Protocol):
-    def count(self, what: str) -> None: ...
 
 
 def ran(result: Any) -> Any:
@@ -58,7 +57,7 @@ def guarded(
     args: tuple[Any, ...],
     natively: Callable[[], Any],
     name: str,
-    tally: Counting | None,
+    tally: Counters | None,
 ) -> Any:
     """``ours(*args)``; where that fails, what the host's own function has given already, or ``natively()``.
 
@@ -87,7 +86,7 @@ def guarded(
             here.raised = None
 
 
-def failed(name: str, error: Exception, tally: Counting | None) -> None:
+def failed(name: str, error: Exception, tally: Counters | None) -> None:
     """Warn of a failure of ours once, and count it."""
     warn_once(name, error)
     if tally is not None:
@@ -97,7 +96,7 @@ def failed(name: str, error: Exception, tally: Counting | None) -> None:
             warn_once("counting", other)
 
 
-def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counting | None = None) -> Any:
+def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counters | None = None) -> Any:
     """``step(*args)``, of which nothing but memory depends; ``None`` where it fails."""
     try:
         return step(*args)

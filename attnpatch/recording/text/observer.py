@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,7 @@ from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import AttnpatchError
 from attnpatch.observing import TileInfo
-from attnpatch.recording.accumulator import Collecting, SiteObserver, SiteSums, heads_as_leads
+from attnpatch.recording.accumulator import SiteObserver, SiteSums, heads_as_leads
 from attnpatch.recording.block_sums import key_sums
 from attnpatch.recording.call_facts import (
     NOT_SEEN,
@@ -32,23 +32,11 @@ from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
 from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
+    from attnpatch.recording.text.recorder import Recorder
     from attnpatch.recording.text.row_sampling import RowSample
 
 # Numbers of a call that are kept row by row.
 _MOST_NUMBERS = 1 << 16
-
-
-class Gathering(Collecting, Protocol):
-    """Who holds the records (``Recorder``)."""
-
-    def leave_out(self, name: str, reason: str, records: Any) -> None:
-        """A site cannot be mapped."""
-
-    def known_tokens(self, name: str, batch: int, total: int) -> torch.Tensor | None:
-        """Which query tokens are real, as the self-attention nearest to a site has found in this call."""
-
-    def tells_tokens(self, name: str, known: torch.Tensor) -> None:
-        """Which tokens the self-attention of a site has found to be real."""
 
 
 class TextObserver(SiteObserver):
@@ -66,7 +54,7 @@ class TextObserver(SiteObserver):
 
     def __init__(
         self,
-        recorder: Gathering,
+        recorder: Recorder,
         name: str,
         facts: AttentionCallInfo,
         records: dict[str, SiteSums],

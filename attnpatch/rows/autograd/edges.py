@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,23 +27,10 @@ from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.autograd.kept_values import Kept, Packed
 from attnpatch.rows.evaluate import untiled
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, twin, walk
-from attnpatch.rows.graph.random_state import RandomState, restored
+from attnpatch.rows.graph.random_state import restored
 
-
-class Again(Protocol):
-    """What computes the gradients of a graph that holds no tensors."""
-
-    node: Node
-    random: RandomState | None
-    on_failure: Callable[[str, Exception], None]
-
-    def gradients(
-        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
-    ) -> list[torch.Tensor]: ...
-
-    def differentiable_gradients(
-        self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
-    ) -> list[torch.Tensor | None]: ...
+if TYPE_CHECKING:
+    from attnpatch.rows.evaluate.tiled import TiledEvaluation
 
 
 @dataclasses.dataclass
@@ -61,7 +48,7 @@ class Plan:
     """
 
     result: Callable[[], torch.Tensor]
-    again: Again
+    again: TiledEvaluation
     parents: list[Node]
     leaves: list[InputNode]
     direct: list[InputNode]
@@ -247,7 +234,7 @@ def history(tensor: torch.Tensor) -> Any:
         return tensor.grad_fn
 
 
-def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], Again]) -> Any:
+def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvaluation]) -> Any:
     """Give a deferred tensor its edge, if it has gradients; the edge or ``None``.
 
     Args:
@@ -271,7 +258,7 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], Again]) ->
 
 
 def record(
-    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
+    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], TiledEvaluation]
 ) -> torch.Tensor | None:
     """``result()`` with an edge to what ``node`` is computed from; ``None`` where nothing of it has gradients."""
     found = _planned(node, result, again)
@@ -281,7 +268,7 @@ def record(
         return _TiledFunction.apply(*found)
 
 
-def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch.Tensor:
+def fork(node: Node, out: torch.Tensor, again: Callable[[Node], TiledEvaluation]) -> torch.Tensor:
     """``out``, the result of ``node`` that was computed in another way, with an edge to the scores of ``node`` too."""
     if not out.requires_grad or not any(parent.needs_grad for parent in _below(node)[0]):
         return out
@@ -290,7 +277,7 @@ def fork(node: Node, out: torch.Tensor, again: Callable[[Node], Again]) -> torch
 
 
 def _planned(
-    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], Again]
+    node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], TiledEvaluation]
 ) -> list[Any] | None:
     """An edge and what it leads to."""
     if node.stops_gradient:
