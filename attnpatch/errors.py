@@ -43,3 +43,13 @@ class PageError(AttnpatchError):
 
 class MissingExtraError(AttnpatchError, ImportError):
     """An optional package is needed for this and is not installed."""
+
+
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    """All that an error says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 
-from attnpatch.errors import AttnpatchWarning
+from attnpatch.errors import AttnpatchWarning, in_one_line
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Places and errors that were named already. Only text: an error's frames hold tensors.
@@ -39,7 +39,7 @@ def warn_once(where: str, error: BaseException) -> None:
 
 def _words(error: BaseException) -> str:
     try:
-        return " ".join(str(error).split())[:300]
+        return in_one_line(error, 300)
     except Exception:
         return "an error that cannot be printed"
 

@@ -6,7 +6,7 @@ import os
 import sys
 
 from attnpatch.activation.settings import Settings, is_asked_for
-from attnpatch.errors import PolicyError
+from attnpatch.errors import PolicyError, in_one_line
 
 
 def start() -> None:
@@ -21,7 +21,7 @@ def start() -> None:
         settings = Settings.of_environment(os.environ)
     except PolicyError as error:
         if sys.stderr is not None:
-            sys.stderr.write(f"attnpatch: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"attnpatch: {in_one_line(error)}\n")
             sys.stderr.flush()
         os._exit(2)
     from attnpatch.activation.session import begin

@@ -17,7 +17,7 @@ from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
 from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import RunFolder
-from attnpatch.errors import AnalysisError, AttnpatchError
+from attnpatch.errors import AnalysisError, AttnpatchError, in_one_line
 from attnpatch.maps import io
 
 METHODS = {
@@ -250,4 +250,4 @@ def _digest(conversation: Conversation) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or "no reason was given"
+    return in_one_line(error, 500) or "no reason was given"

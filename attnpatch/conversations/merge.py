@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnpatch.conversations.results_folder import SUFFIX
-from attnpatch.errors import AnalysisError, AttnpatchError
+from attnpatch.errors import AnalysisError, AttnpatchError, in_one_line
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
 
@@ -132,7 +132,7 @@ def _loaded(paths: Iterable[Path], damaged: list[str]) -> Iterable[BlockMap]:
         try:
             yield BlockMap.load(path)
         except AttnpatchError as error:
-            damaged.append(f"{path.name}: {' '.join(str(error).split())}")
+            damaged.append(f"{path.name}: {in_one_line(error)}")
 
 
 def _by_labels(paths: list[Path], damaged: list[str]) -> tuple[BlockMap, int]:

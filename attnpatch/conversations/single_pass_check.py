@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnpatch.api import capture, patched
 from attnpatch.blocks.spec import Blocks
 from attnpatch.conversations.passes import feed, input_device, main_sites, text_config
+from attnpatch.errors import in_one_line
 from attnpatch.hosts.transformers import caches
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
@@ -88,8 +89,7 @@ def why_single_pass(
         apart = _seen(model, ids, list(pairwise(edges)), size, policy)
     # Whatever a host raises, it does not go on.
     except Exception as error:
-        said = " ".join(str(error).split())[:120]
-        return f"{name} does not go on from its cache ({type(error).__name__}: {said})"
+        return f"{name} does not go on from its cache ({type(error).__name__}: {in_one_line(error, 120)})"
     # What is no probability (a linear attention) is no matter of a cache.
     kept = (whole.amin((1, 2)) > -_AHEAD) & (whole.sum(-1).amax(1) < 1 + _WIDEST[1])
     if apart.shape == whole.shape:

@@ -18,7 +18,7 @@ from attnpatch.compat import (
     UnsupportedOperatorException,
 )
 from attnpatch.dry_run.rehearsal import RehearsalPatch, fake_inputs, on_shapes
-from attnpatch.errors import ExplainError
+from attnpatch.errors import ExplainError, first_line
 from attnpatch.hosts.transformers import calls as host
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy, size_text
@@ -175,7 +175,7 @@ def _said(model: nn.Module, error: Exception) -> str:
     """Why a model cannot be run on shapes, in one line, with the way out."""
     name = type(model).__name__
     operation = getattr(error, "func", None)
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(error)
     if isinstance(error, UnsupportedOperatorException):
         return (
             f"{name} cannot be run on shapes: {operation} has no implementation for them; explain the model "
@@ -209,9 +209,8 @@ def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().partition("\n")[0]
         raise ExplainError(
-            f"device={str(device)!r} cannot be asked: {first}; give a device that is here"
+            f"device={str(device)!r} cannot be asked: {first_line(error)}; give a device that is here"
         ) from error
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.errors import ExplainError, MissingExtraError
+from attnpatch.errors import ExplainError, MissingExtraError, first_line
 from attnpatch.hosts.transformers import caches
 
 
@@ -249,9 +249,8 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
         what = "its config cannot be read" if folder.exists() else "no such folder, and not on the hub"
-        raise ExplainError(f"{name}: {what}: {first}") from error
+        raise ExplainError(f"{name}: {what}: {first_line(error)}") from error
     # A quantised checkpoint's config says how to load it; shapes are those of the model it was made of.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -265,5 +264,4 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
             build = kind._from_config if kind is not None else transformers.AutoModel.from_config
             return build(config, dtype=exact, **({"attn_implementation": attention} if attention else {}))
     except (ValueError, ImportError, AttributeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ExplainError(f"{name}: a model cannot be built of its config: {first}") from error
+        raise ExplainError(f"{name}: a model cannot be built of its config: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.errors import AnalysisError, MissingExtraError
+from attnpatch.errors import AnalysisError, MissingExtraError, first_line
 
 ENCODER_DECODER = (
     "{} has an encoder and a decoder, and here a conversation is one sequence; give a decoder-only model, or see both "
@@ -76,7 +76,7 @@ def load_model(
         raise
     # Damaged files and devices that are not there: whatever a host raises, the model is not to be had.
     except Exception as error:
-        raise AnalysisError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise AnalysisError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     _check_weights(name, model, about["missing_keys"])
     return model.eval()
 
@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise AnalysisError(f"model {name!r} has no tokenizer that loads: {_first_line(error)}") from error
+        raise AnalysisError(f"model {name!r} has no tokenizer that loads: {first_line(error)}") from error
 
 
 def _check_folder(name: str) -> None:
@@ -139,7 +139,3 @@ def _needs(name: str, extra: str) -> None:
         __import__(name)
     except ImportError as error:
         raise MissingExtraError(f'this needs {name}: pip install "attnpatch[{extra}]"') from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
