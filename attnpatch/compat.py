@@ -1,11 +1,15 @@
-"""Every private name of torch that attnpatch uses, in one place, each with what it is for.
+"""Every private name of torch and of its hosts that attnpatch uses, in one place, each with what it is for.
 
 torch may change these in any release. Most that are missing fail here, when attnpatch is imported, and not in the middle of
 somebody's forward; of the others a comment says what happens. ``tests/test_layers.py`` sees that no other file uses one.
+
+The names of transformers, accelerate and torch's compiler at the end are asked of objects that are there already: where a
+release has other names, what they would say is not known, and the comment says what is done then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,6 +162,34 @@ def has_tile_registers(dtype: torch.dtype) -> bool:
 def neg_view(tensor: torch.Tensor) -> torch.Tensor:
     """A view that is read with its sign turned."""
     return torch._neg_view(tensor)
+
+
+# accelerate: the hook of a module, and the forward that it has put its own in place of. Without them a module is taken for
+# one that accelerate did not change: inputs are not moved to its device, and its forward is the one that is there.
+ACCELERATE_HOOK, ACCELERATE_FORWARD = "_hf_hook", "_old_forward"
+# ``torch.compile`` of a module: the module inside. Without it the compiled module is taken as it is.
+COMPILED_MODULE = "_orig_mod"
+# The same of a function: what it was made of. Without it a compiled forward is called as it is.
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+# An operator of any library: what it says of its arguments. Without it the operator is taken for one that writes to none.
+OPERATOR_SCHEMA = "_schema"
+# transformers: the packed keys of a layer of a quantized cache, and beams that a cache is still to be reordered by. Without
+# them what a cache holds is not known, and a call that it was cut or reordered for is left out.
+QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
+# transformers: the forward hook that collects attention weights. Without it they are where the model's code puts them.
+OUTPUT_HOOK = "output_capturing_hook"
+
+
+def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function of a host has closed over, by the names in its code; empty where it says nothing."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    found = {}
+    for name, cell in zip(code.co_freevars if code is not None else (), cells, strict=False):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:
+            continue  # not set yet
+    return found
 
 
 __all__ = [

@@ -264,6 +264,17 @@ def private_names(path):
 
 
 HOSTS = ("torch", "transformers", "diffusers")
+# Private names that are asked for by a string: our own, and those that Python and torch document.
+OWN_STRINGS = (
+    "_attnpatch",
+    "_lengths_seen",
+    "_fields",
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_alias",
+    "_parts",
+)
 # What every subclass of a tensor begins with.
 ALLOWED = {"torch.Tensor._make_wrapper_subclass"}
 
@@ -278,6 +289,40 @@ def test_private_names_of_torch_are_in_one_place(tmp_path):
         "torch._b\ncheckpoint._c\ngetattr(checkpoint, '_d')\nx._e\n"
     )
     assert sorted(name[-1] for name in private_names(spelled)) == ["a", "b", "c", "d"]
+
+
+def private_strings(path):
+    """Private names that attributes are asked for by: of ``getattr`` and its like, of ``in``, and keys of tables."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        asked = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "hasattr",
+            "setattr",
+            "delattr",
+        ):
+            asked = node.args[1:2]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".pop", ".get")):
+            asked = node.args[:1]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            asked = [node.left]
+        elif isinstance(node, ast.Subscript):
+            asked = [node.slice]
+        elif isinstance(node, ast.Tuple):
+            asked = node.elts
+        values = [one.value for one in asked if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        found |= {v for v in values if v.isidentifier() and is_private(v) and not v.startswith(OWN_STRINGS)}
+    return found
+
+
+def test_private_names_of_hosts_are_in_one_place(tmp_path):
+    found = {str(path.relative_to(ROOT.parent)): private_strings(path) for path in MODULES.values()}
+    assert len(found.pop("attnpatch/compat.py")) > 4
+    assert {name: names for name, names in found.items() if names} == {}
+    spelled = tmp_path / "spelled.py"
+    spelled.write_text("getattr(cache, '_keys')\n'_beams' in vars(cache)\n'a _sentence'\n'_attnpatch_x'\n")
+    assert private_strings(spelled) == {"_keys", "_beams"}
 
 
 def test_hosts_are_named_nowhere_else():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.blocks.spec import Blocks
 from attnpatch.conversations.tokenized_chat import NEXT, TokenizedChat
 from attnpatch.errors import AnalysisError
@@ -133,7 +134,7 @@ def text_config(model: nn.Module) -> Any:
 def input_device(model: nn.Module) -> torch.device:
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     first = next((embeddings if embeddings is not None else model).parameters(), None)
-    hook = getattr(embeddings, "_hf_hook", None)
+    hook = getattr(embeddings, compat.ACCELERATE_HOOK, None)
     if hook is not None and getattr(hook, "execution_device", None) is not None:
         return torch.device(hook.execution_device)
     return first.device if first is not None else torch.device("cpu")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -258,8 +259,8 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
             for module in modules:
                 values = vars(module)
                 values["training"] = False
-                if "_old_forward" in values:
-                    values["forward"] = values.pop("_old_forward")
+                if compat.ACCELERATE_FORWARD in values:
+                    values["forward"] = values.pop(compat.ACCELERATE_FORWARD)
                 if not any(is_attention(part) or part in guesses for part in module.modules()):
                     values["forward"] = _assuming(module.forward, type(module).__name__, assumed)
                 for name in ("_parameters", "_buffers"):

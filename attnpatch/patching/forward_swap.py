@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.hosts.class_methods import changing, owner_of
 from attnpatch.patching.calls import calls_here
 from attnpatch.patching.class_forward import (
@@ -51,7 +52,7 @@ from attnpatch.patching.class_forward import (
 )
 
 STATE = "_attnpatch"
-_SLOTS = ("_old_forward", "forward")
+_SLOTS = (compat.ACCELERATE_FORWARD, "forward")
 
 
 class Entry:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
+
 
 def is_recorded() -> bool:
     """Whether this thread's stream is recorded."""
@@ -14,4 +16,4 @@ def is_recorded() -> bool:
 
 def is_compiled(forward: Any) -> bool:
     """Whether a forward is what ``torch.compile`` made of one."""
-    return hasattr(forward, "_torchdynamo_orig_callable")
+    return hasattr(forward, compat.COMPILED_FUNCTION)

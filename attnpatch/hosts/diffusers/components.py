@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.rows.torch_graphs import is_compiled
 
@@ -24,7 +25,7 @@ def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
     """
     parts: dict[str, nn.Module] = {}
     for name, part in components_of(pipeline).items():
-        part = getattr(part, "_orig_mod", part)
+        part = getattr(part, compat.COMPILED_MODULE, part)
         if isinstance(part, nn.Module) and not any(part is other for other in parts.values()):
             parts[str(name)] = part
     return parts or None
@@ -43,7 +44,7 @@ def compiled_in(model: Any) -> tuple[str, ...]:
         for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
             forward = vars(module).get("forward")
             is_one = (
-                "_orig_mod" in module._modules
+                compat.COMPILED_MODULE in module._modules
                 or module._compiled_call_impl is not None
                 or is_compiled(forward)
                 or is_compiled(getattr(forward, "__wrapped__", None))  # under ours

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.hosts.transformers.calls import called_with
 
 _MODULE = "transformers.utils.output_capturing"
@@ -61,8 +62,8 @@ def _places(module: nn.Module) -> list[int]:
     """The places of a module's result that transformers collects attention weights from."""
     found = []
     for hook in module._forward_hooks.values():
-        if getattr(hook, "__name__", "") == "output_capturing_hook" and hook.__closure__:
-            names = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
-            if {"key", "index"} <= names.keys() and _KIND in names["key"].cell_contents:
-                found.append(names["index"].cell_contents)
+        if getattr(hook, "__name__", "") == compat.OUTPUT_HOOK:
+            inside = compat.closed_over(hook)
+            if {"key", "index"} <= inside.keys() and _KIND in inside["key"]:
+                found.append(inside["index"])
     return found

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
+
 # Where a parameter has no annotation.
 _NAMES = ("cache", "past_key_values")
 
@@ -123,7 +125,7 @@ def _held_by(cache: Any) -> list[tuple[Any, Any]]:
     found = []
     for layer in layers:
         # Eight bits and one scale for all are numbers that stay as they are; groups are packed, and packed again.
-        narrow = getattr(layer, "_quantized_keys", None)
+        narrow = getattr(layer, compat.QUANTIZED_KEYS, None)
         narrow = narrow[0] if isinstance(narrow, tuple) and narrow else None
         found.append((layer, narrow if _is_readable(narrow) else getattr(layer, "keys", None)))
     return found
@@ -138,7 +140,7 @@ def _is_readable(keys: Any) -> bool:
 def rows_have_moved(cache: Any) -> bool | None:
     """Whether rows of a batch were put into another order in a cache that cannot be read; ``None``: that is not known."""
     cache = getattr(cache, "self_attention_cache", cache)
-    found = [getattr(layer, "_pending_beam_idx", ...) for layer in getattr(cache, "layers", None) or ()]
+    found = [getattr(layer, compat.PENDING_BEAMS, ...) for layer in getattr(cache, "layers", None) or ()]
     orders = [order for order in found if order is not ...]
     if not orders:
         return None

@@ -40,14 +40,12 @@ def _found() -> tuple[Any, Any]:
     if hooks is None:
         return None, None
     # Recorded for the first time, the hook knows the checkpoint; when it runs again, a reference to it.
-    hook = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
-    for cell in getattr(hook, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):
-            value = cell.cell_contents
-            if isinstance(value, compat.CheckpointFrame):
-                return value, None
-            if isinstance(value, weakref.ref) and isinstance(value(), compat.CheckpointFrame):
-                return value(), hook
+    hook = getattr(hooks[0], compat.COMPILED_FUNCTION, hooks[0])
+    for value in compat.closed_over(hook).values():
+        if isinstance(value, compat.CheckpointFrame):
+            return value, None
+        if isinstance(value, weakref.ref) and isinstance(value(), compat.CheckpointFrame):
+            return value(), hook
     return None, None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnpatch import compat
 from attnpatch.observing import MAKING
 from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
@@ -501,7 +502,7 @@ class Turned:
 
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that an operator of another library says it writes to."""
-    schema = getattr(getattr(func, "default", func), "_schema", None)
+    schema = getattr(getattr(func, "default", func), compat.OPERATOR_SCHEMA, None)
     if schema is None or not schema.is_mutable:
         return []
     named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
