@@ -1,1 +1,1 @@
-"""The tensor that stands for scores, and tensors that share its memory."""
+"""The deferred tensor, which stands for scores that are not computed, and deferred tensors that share memory."""

@@ -1,4 +1,4 @@
-"""Handle: what a deferred tensor stands for, a graph or the tensor computed from it, and which of them are alive."""
+"""Handle: the graph or the computed tensor behind a deferred tensor, and the lists of handles that are alive."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """What a DeferredTensor stands for: a graph, or the tensor it was turned into.
+    """The state of a DeferredTensor: a graph, or the tensor that was computed from it.
 
     Attributes:
         node: The graph.
-        call: The site call it came from.
-        edge: The history it was given; another one means that somebody below Python's reach has made something of it.
-        checkpoint: The one in which it was made, which saves its history.
-        values: All of it, without history, once somebody needed it.
-        written: The tensor that stands for it, history included, once it was written to in place.
-        memory: What it shares with views of it, or with what it is a view of.
-        path: Steps from the memory as a whole to this tensor.
-        pending: The deferred tensors of the thread it was made in.
+        call: The attention call in which it was made.
+        edge: The autograd history that attnpatch gave the tensor. If the tensor has another one now, code below Python
+            (C++ autograd) has changed it.
+        checkpoint: The checkpoint in which it was made, which saves its history.
+        values: The computed tensor, without autograd history; ``None`` until it is needed.
+        written: The real tensor, with autograd history, that replaces it once it was written to in place.
+        memory: The memory that it shares with its views, or with the tensor that it is a view of.
+        path: The views that lead from the whole memory to this tensor.
+        pending: The uncomputed deferred tensors of the thread in which it was made.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class Handle:
         self.checkpoint: weakref.ref[Any] | None = None
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
-        # The tensor with the deferred one's history, that history, and the one it began with itself.
+        # The computed tensor attached to the deferred one's history; that history; and the ``grad_fn`` it had at first.
         self._bridged: tuple[torch.Tensor, Any, Any] | None = None
-        self._adopted: Any = None  # the history of ``written`` that its own has gone on with
+        self._adopted: Any = None  # the ``grad_fn`` of ``written`` that the deferred tensor has taken over last
         self._has_adopted = False
         self._tensor: weakref.ref[DeferredTensor] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
@@ -62,16 +63,16 @@ class Handle:
         self.pending.add(self)
 
     def belongs_to(self, tensor: DeferredTensor) -> None:
-        """Say which Python object carries its history."""
+        """Set the Python object that carries its autograd history."""
         self._tensor = weakref.ref(tensor)
 
     @property
     def tensor(self) -> DeferredTensor | None:
-        """That object, while it is alive."""
+        """The Python object that carries its history; ``None`` once it is gone."""
         return None if self._tensor is None else self._tensor()
 
     def forget(self) -> None:
-        """What was computed is no longer what the graph says."""
+        """Drop the computed values: the graph has changed since."""
         self.values = self._bridged = None
         if self.written is None:
             self.pending.add(self)
@@ -88,16 +89,17 @@ class Handle:
         return self.has_values
 
     def materialise(self, operation: str) -> torch.Tensor:
-        """The whole tensor, computed by rows; ``operation`` is what asked for it.
+        """The whole tensor, computed by rows and counted; with its autograd history if gradients are being recorded.
 
-        With the history that the deferred tensor has, where gradients are recorded now.
+        Args:
+            operation: The function that needs all of it, for the report.
         """
         if not self.is_computed and (self.node.children or self.node.stands_for_memory):
             self.call.tally.materialised(operation)
         return self.reduced()
 
     def reduced(self) -> torch.Tensor:
-        """The tensor, where it has no keys any more: as small as an output, and not counted as a whole matrix."""
+        """The whole tensor, computed by rows but not counted as materialised: used for results without a key axis."""
         here.real.add(self)
         if self.written is not None:
             tensor = self.tensor
@@ -105,7 +107,8 @@ class Handle:
                 self.written if tensor is None or not is_foreign(tensor) else self._with_history(self.written)
             )
         if self.values is None:
-            # What is read in inference mode only now may be written to, or need gradients, later.
+            # Scores made outside inference mode must not become inference tensors: they may be written to later, or
+            # need gradients.
             is_read = torch.is_inference_mode_enabled() and not is_inference(self.tensor)
             mode = torch.inference_mode(False) if is_read else contextlib.nullcontext()
             with torch.no_grad(), mode, _untransformed():
@@ -134,13 +137,13 @@ class Handle:
             self.pending.discard(self)
 
     def stands_for(self, value: torch.Tensor) -> None:
-        """From now on the computed tensor alone stands for it; its history goes on to the one that there is."""
+        """Let the real tensor ``value`` replace the graph from now on; its history is the deferred tensor's."""
         self.written, self._adopted = value, value.grad_fn
         self.pending.discard(self)
         here.real.add(self)
 
     def is_written(self, value: torch.Tensor) -> None:
-        """The computed tensor was written to in place: it alone stands for the result, with its history."""
+        """The computed tensor was written to in place: let it replace the graph, and take over its history."""
         has_another = value.grad_fn is not self._begun_with(value)
         self.stands_for(value)
         tensor = self.tensor
@@ -153,13 +156,13 @@ class Handle:
                 value.retain_grad()
 
     def _begun_with(self, value: torch.Tensor) -> Any:
-        """The history that a tensor which stands for it had when it began to, or when this one's last went on with it."""
+        """The ``grad_fn`` of a computed tensor at the time when the deferred tensor last took it over."""
         if value is self.written:
             return self._adopted
         return self._bridged[2] if self._bridged is not None and value is self._bridged[0] else None
 
     def follow(self) -> None:
-        """Go on with the history of the tensor that stands for it, if that has another one since: a view was written to."""
+        """Take over the computed tensor's history if it has changed, because a view of that tensor was written to."""
         tensor, value = self.tensor, self.values
         if tensor is None:
             return
@@ -174,9 +177,9 @@ class Handle:
 
     @property
     def passes_by(self) -> torch.Tensor | None:
-        """What it was written to as, if gradients pass by that on their way to its history, and by no tensor of its own.
+        """The real tensor that an in-place write has made of this one, if the write has added to the autograd history.
 
-        One that was written to without gradients recorded leads to the history that there was.
+        Its gradient is the deferred tensor's own. ``None`` if there was no such write: one under no_grad adds nothing.
         """
         return self.written if self._has_adopted else None
 
@@ -184,49 +187,49 @@ class Handle:
         return bool(self.memory.others(self))
 
     def preserve(self, storage: int) -> None:
-        """Keep the present values of what the graph reads from a storage that is about to be written to."""
+        """Copy the inputs of the graph that lie in a storage which is about to be written to."""
         for leaf in tensors_of(self.node):
             if leaf.tensor is not None and kept_values.memory_of(leaf.tensor) == storage:
                 leaf.preserve()
 
 
 def _untransformed() -> contextlib.AbstractContextManager[Any]:
-    """Outside of ``torch.func``'s transforms: what is read in one was made before it."""
+    """Leave ``torch.func``'s transforms for a while: a deferred tensor that is read in one was made before it."""
     is_inside = compat.is_transformed()
     return temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext()
 
 
 def pending() -> bool:
-    """Whether some deferred tensor of this thread is alive and not yet computed."""
+    """True if any deferred tensor of this thread is alive and not yet computed."""
     return bool(here.pending)
 
 
 def after_write() -> None:
-    """Let deferred tensors whose memory may have been written to as another tensor's have the history it has now."""
+    """Update the history of deferred tensors whose computed memory may have been written to through another tensor."""
     for handle in list(here.real):
         handle.follow()
 
 
 def secure_escaped() -> None:
-    """Called when a site is left: what is still deferred now outlives it."""
+    """Secure the inputs of all deferred tensors that are left when a site returns, since they outlive it."""
     for handle in list(here.pending):
         for leaf in tensors_of(handle.node):
             leaf.secure()
 
 
 def left() -> None:
-    """Called when a watch ends: nothing notices later writes to what deferred tensors read."""
+    """Called when a mode ends: from then on nothing notices writes to tensors that deferred ones read."""
     if pending():
         secure_escaped()
 
 
 def running_site(otherwise: AttentionCall) -> AttentionCall:
-    """The site whose call goes on."""
+    """The attention call that is running now, or ``otherwise`` if there is none."""
     return otherwise if here.site is None else here.site
 
 
 def is_foreign(tensor: DeferredTensor) -> bool:
-    """Whether its history is not its graph's: it came out of a function of somebody's own, or is a leaf of a graph."""
+    """True if its autograd history does not come from its graph: a custom function made it, or it is a leaf."""
     if not torch.is_grad_enabled() or not has_history(tensor):
         return False
     return has_other_history(tensor) or _is_of_outer_checkpoint(tensor.handle)
@@ -239,7 +242,7 @@ def has_other_history(tensor: DeferredTensor) -> bool:
 
 
 def _is_of_outer_checkpoint(handle: Handle) -> bool:
-    """Whether it goes from one checkpoint into another: when they run again, what arrives has a history of torch's."""
+    """True if it was made in another checkpoint than the running one; recomputed, it has torch's history."""
     if handle.checkpoint is None:
         return False
     current = checkpoints.current()

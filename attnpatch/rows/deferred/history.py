@@ -1,4 +1,4 @@
-"""Whether gradients go to a deferred tensor, asked without asking what is in it."""
+"""Whether a deferred tensor has an autograd history, found without computing the tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def has_history(tensor: DeferredTensor) -> bool:
-    """Whether gradients go to a deferred tensor."""
+    """True if gradients flow to a deferred tensor."""
     with compat.DisableTorchFunctionSubclass():
         return tensor.requires_grad
 

@@ -1,8 +1,8 @@
-"""How the tensor that a graph stands for would lie in memory natively: its strides, without its memory.
+"""The strides that the result of a graph would have natively, found without allocating it.
 
-Whether ``reshape`` or ``contiguous`` returns a view or a copy depends on strides. torch itself is asked: the graph's own
-calls run on tensors of device ``meta``, which have sizes, strides and a storage of their own, and no data. Nothing is
-asked before a function wants to know, since most graphs are made and replayed without that.
+Whether ``reshape`` or ``contiguous`` returns a view or a copy depends on strides. torch itself computes them: the
+graph's own calls run on tensors of device ``meta``, which have sizes, strides and a storage of their own, and no data.
+This is done only when a function needs it, since most graphs are computed without.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, Slice
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.relative_shift import Strided
 
-# Their layout depends on the library that computes them, unless they are given what is contiguous.
+# The layout of their result depends on the library that computes it, unless the input is contiguous.
 _UNSURE = frozenset("conv1d conv2d conv3d roll".split())
 
 
 @contextlib.contextmanager
 def _unwatched() -> Iterator[None]:
-    """No mode of attnpatch, of a profiler or of somebody else sees what runs here, and nothing is recorded."""
+    """Inside the block no mode (attnpatch's, a profiler's, anyone's) sees torch functions, and autograd is off."""
     with compat.DisableTorchFunction(), without_dispatch_modes(), torch.no_grad():
         yield
 
 
 def shadow(node: Node) -> torch.Tensor | None:
-    """A tensor without data that lies as the native result would; ``None`` where that is not known."""
+    """A ``meta`` tensor with the native result's sizes and strides; ``None`` if they are not known."""
     if node.shadow is None:
         with _unwatched():
             found = _shadow(node)
@@ -40,7 +40,11 @@ def shadow(node: Node) -> torch.Tensor | None:
 
 
 def applied(node: Node, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a function gives for the shadow of a graph; it may raise as the native call would. ``None``: not known."""
+    """The result of a function on the shadow of a graph, or ``None`` if there is no shadow.
+
+    Raises:
+        Exception: Whatever the native call would raise.
+    """
     own = shadow(node)
     if own is None:
         return None
@@ -49,19 +53,19 @@ def applied(node: Node, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 
 def numbers(count: int) -> torch.Tensor:
-    """An index of so many places, for ``applied``."""
+    """A ``meta`` index tensor ``[count]``, for ``applied``."""
     with _unwatched():
         return torch.empty(count, dtype=torch.int64, device="meta")
 
 
 def is_view(result: torch.Tensor, node: Node) -> bool:
-    """Whether what ``applied`` gave shares memory with the graph's own shadow."""
+    """True if ``result``, which ``applied`` has returned, shares memory with the graph's shadow."""
     own = shadow(node)
     return own is not None and result.untyped_storage()._cdata == own.untyped_storage()._cdata
 
 
 def overlaps(node: Node) -> bool:
-    """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
+    """True if several elements share a place in memory (``expand``), so that torch refuses to write to the tensor."""
     own = shadow(node)
     return own is None or compat.overlaps_itself(own)
 
@@ -72,7 +76,7 @@ def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
     Args:
         value: The result.
         node: Its graph.
-        gaps: Whether to leave room between the elements of a slice, or to keep only their order.
+        gaps: True to keep the gaps that a slice of a larger memory has between elements; False to keep only the order.
     """
     own = shadow(node)
     if own is None or compat.overlaps_itself(own):
@@ -87,7 +91,7 @@ def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
 
 
 def has_gaps(node: Node) -> bool:
-    """Whether the native result is a slice of a larger memory."""
+    """True if the native result is a slice of a larger memory."""
     own = shadow(node)
     return own is not None and own.untyped_storage().nbytes() > own.numel() * own.element_size()
 
@@ -105,7 +109,7 @@ def _shadow(node: Node) -> Any:
     if node.shadow is None:
         try:
             found = _made(node)
-        except Exception:  # an operator that has nothing for tensors without data
+        except Exception:  # an operator that does not support meta tensors
             found = None
         node.shadow = False if found is None else found
     return node.shadow
@@ -137,7 +141,7 @@ def _made(node: Node) -> Any:
     if isinstance(node, OpNode):
         return _called(node, below)
     if not below or isinstance(node, Strided):
-        # What was padded or joined, and what nobody had before.
+        # Padded or joined tensors, and nodes without children: torch makes these contiguous.
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
     return below[0] * 1 if node.copies_layout else None
 
@@ -153,12 +157,12 @@ def _called(node: OpNode, below: list[Any]) -> Any:
     try:
         return node.func(*map_structure(node.args, fill), **map_structure(node.kwargs, fill))
     except RuntimeError:
-        # Under autocast a product is given tensors of several dtypes.
+        # Under autocast a product may get operands of different dtypes.
         below = [part.to(node.dtype) if part.is_floating_point() else part for part in below]
         return node.func(*map_structure(node.args, fill), **map_structure(node.kwargs, fill))
 
 
 def like(node: Node, dtype: torch.dtype) -> Any:
-    """``Node.shadow`` of a new tensor of a dtype that is laid out as ``empty_like`` would lay it out."""
+    """``Node.shadow`` for a new tensor with the layout that ``empty_like(dtype=...)`` would give it."""
     found = applied(node, torch.empty_like, (), {"dtype": dtype})
     return False if found is None else found

@@ -1,4 +1,4 @@
-"""What a site returns."""
+"""The result of a site: deferred tensors in it that are as small as an output are computed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ _MATRIX = {ROW, KEY}
 
 
 def with_no_matrix(result: Any, is_counted: bool) -> Any:
-    """A site's result, with deferred tensors computed that are rows x keys no more, and no views of what is.
+    """A site's result, in which deferred tensors that are no longer rows x keys are computed.
 
-    They are attention written as a product of elements and a sum (a soft argmax: ``(weights * places).sum(-1)``), or what
-    was multiplied with figures of rows (rounds of hashes, weighted by their logsumexp), as small as any output. Left
-    deferred, the rest of the model would be, too.
+    Such tensors are attention written as an elementwise product and a sum (a soft argmax: ``(weights *
+    places).sum(-1)``), or an output multiplied by a value per row (rounds of hashes, weighted by their logsumexp). They
+    are as small as any output. If they stayed deferred, the rest of the model would be deferred, too. Views of a score
+    matrix stay deferred.
 
     Args:
-        result: Tensors, in any structure: named tuples and dataclasses of the host's, too.
-        is_counted: Whether the call is counted already; a tensor computed here counts as by rows otherwise.
+        result: Tensors in any structure, the host's named tuples and dataclasses included.
+        is_counted: True if the call is counted already; otherwise each tensor computed here counts as one by rows.
     """
     return _changed(result, lambda value: _computed(value, is_counted), 8)
 
 
 def _changed(value: Any, change: Callable[[DeferredTensor], Any], depth: int) -> Any:
-    """``value`` with deferred tensors changed; what holds none that changes is the host's own object still."""
+    """``value`` with deferred tensors changed; a container in which nothing changes stays the host's own object."""
     if isinstance(value, DeferredTensor):
         return change(value)
     if depth == 0 or isinstance(value, torch.Tensor):
@@ -50,7 +51,7 @@ def _changed(value: Any, change: Callable[[DeferredTensor], Any], depth: int) ->
         if isinstance(value, dict):
             value[key] = item
         else:
-            object.__setattr__(value, key, item)  # of a frozen one, too
+            object.__setattr__(value, key, item)  # works on a frozen dataclass, too
     return value
 
 
@@ -73,9 +74,9 @@ def _computed(value: DeferredTensor, is_counted: bool) -> Any:
     node, memory = value.handle.node, value.handle.memory.graph
     steps = list(walk(node))
     is_normalised = any(KEY in _kinds((step.whole,)) for step in steps)
-    # A view of scores (their diagonal) shares memory with them, and lies as that does. Keys without rows are as small as
-    # an output (places that an index of the host's own puts figures of rows in), but what is summed over the rows of a
-    # matrix needs all of it, and nobody may ask for it.
+    # A view of scores (their diagonal) shares their memory, so it is not small. Keys without rows are as small as an
+    # output (values per row, scattered by the host's index). But a sum over the rows of a matrix needs the whole
+    # matrix, and possibly nothing reads it: it stays deferred.
     is_small = not _kinds((*memory.dims, *node.dims)) >= _MATRIX
     holds_all = any(
         ROW in _kinds((step.whole,)) and any(_kinds(child.dims) >= _MATRIX for child in step.children)

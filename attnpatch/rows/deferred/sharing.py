@@ -1,8 +1,9 @@
-"""Deferred tensors that share memory: views of each other, of which one may be written to.
+"""Deferred tensors that share memory: views of each other, any of which may be written to.
 
-A *memory* knows the graph of what it holds as a whole, and each tensor of it the steps from there to itself. A write to
-one of them becomes a node in the memory's graph, and the graphs of all others are built on that again. A write that no
-node can say is done to real tensors: the memory is computed, and its tensors are views of that.
+A *memory* has the graph of all that it holds, and each of its tensors has the views that lead from there to itself. A
+write to one of them becomes a node in the memory's graph, and the graphs of the others are rebuilt on top of it. If no
+node can express a write, it is done on real tensors: the memory is computed, and its tensors become views of the
+result.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ Native = tuple[Any, Any, dict[str, Any]]
 
 
 class Memory:
-    """What deferred tensors share.
+    """The memory that some deferred tensors share.
 
     Attributes:
-        graph: Of all of it.
-        whole: All of it, without history, once it was computed.
-        members: The handles of deferred tensors that are alive.
+        graph: The graph of the whole memory.
+        whole: The whole memory, computed, without autograd history; ``None`` until then.
+        members: The handles of its deferred tensors that are alive.
     """
 
     def __init__(self, graph: Node) -> None:
@@ -47,7 +48,7 @@ class Memory:
 
 
 class Solid(Node):
-    """A view that has no node on top of what it is a view of: a function of all of that."""
+    """A view for which there is no other node: torch's function is called on the whole source."""
 
     def __init__(self, child: Node, dims: Dims, native: Native) -> None:
         self.children = (child,)
@@ -68,7 +69,7 @@ def _by_function(step: Node, value: torch.Tensor) -> torch.Tensor:
 
 
 def steps_between(node: Node, own: Node) -> list[Node] | None:
-    """The views that lead from a graph to a graph on top of it, if they are known one by one."""
+    """The views that lead from the graph ``own`` up to ``node``; ``None`` if one of the steps is not a known view."""
     steps: list[Node] = []
     while node is not own:
         is_known = isinstance(node, (ViewNode, SliceNode)) or (
@@ -82,20 +83,20 @@ def steps_between(node: Node, own: Node) -> list[Node] | None:
 
 
 def of_function(node: Node, source: Node, native: Native) -> Node:
-    """``node`` as what a function of torch makes of ``source``: a node of its own, even where that changes nothing."""
+    """``node``, marked as the result of a torch function on ``source``; a new node even if that does nothing."""
     if node is source:
         node = ViewNode(node, node.dims)
     if node.children and node.children[0] is source:
         node.native = native
     else:
-        # torch lays out the result of the whole function, and not of its steps.
+        # The layout is that of the whole function, not of the single nodes it is made of.
         node.laid_as = ViewNode(source, source.dims)
         node.laid_as.native = native
     return node
 
 
 def followed(path: Sequence[Node], graph: Node) -> list[Node]:
-    """The graph of a memory, and of what every step of a path makes of it."""
+    """The graph of a memory, followed by the graph after each view of ``path``."""
     nodes = [graph]
     for step in path:
         nodes.append(renewed(step, nodes[-1]))
@@ -103,17 +104,17 @@ def followed(path: Sequence[Node], graph: Node) -> list[Node]:
 
 
 def renewed(step: Node, below: Node) -> Node:
-    """A step on something else, of which no deferred tensor stands for it yet."""
+    """A copy of a step on another child; no deferred tensor stands for it yet."""
     copy = step.rebuilt(lambda _: below)
     for name in ("needs_grad", "carrier", "marks", "twin", "reached", "saved"):
         copy.__dict__.pop(name, None)
-    # Under no_grad a view is made of what has no history; ``detach`` stops it for good.
+    # A view that was made under no_grad takes up the history of its new child; ``detach`` never does.
     copy.stops_gradient = getattr(step, "is_detached", False)
     return copy
 
 
 def is_repeated(handle: Handle) -> bool:
-    """Whether several elements share a place in memory (``expand``): torch refuses to write to those."""
+    """True if several elements share a place in memory (``expand``), so that torch refuses to write to the tensor."""
     steps = (handle.memory.graph, *handle.path)
     return any(isinstance(step, ViewNode) and step.expand for step in steps) and memory_layout.overlaps(
         handle.node
@@ -121,11 +122,11 @@ def is_repeated(handle: Handle) -> bool:
 
 
 def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
-    """Graphs of all tensors of a memory after one of them was written to; ``None`` where no node can say it.
+    """Graphs of all tensors of a memory after one of them was written to; ``None`` if no node can express the write.
 
     Args:
-        handle: What was written to.
-        node: What it holds now, made for this.
+        handle: The tensor that was written to.
+        node: The graph of its new contents, which no other tensor uses.
     """
     memory, old = handle.memory, handle.node
     if is_repeated(handle) or not all(map(same, old.dims, node.dims)):
@@ -148,12 +149,12 @@ def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
 
 
 def put_back(step: Node, parent: Node, value: Node) -> Node | None:
-    """What a tensor holds after a view of it was written to; ``None`` where no node can say it.
+    """The graph of a tensor after a view of it was written to; ``None`` if no node can express it.
 
     Args:
         step: The view of ``parent``.
-        parent: The tensor before.
-        value: What the view holds now.
+        parent: The tensor before the write.
+        value: The view after the write.
     """
     if getattr(step, "is_detached", False):
         return None
@@ -171,9 +172,9 @@ def put_back(step: Node, parent: Node, value: Node) -> Node | None:
 
 
 def compute(handle: Handle) -> None:
-    """Compute what a tensor holds: of a slice that alone, and otherwise the memory with all its tensors.
+    """Compute a tensor: a slice by itself, anything else with the whole memory and all its tensors.
 
-    What is no slice is as large as the memory, or repeats it without a copy (``expand``).
+    A tensor that is not a slice is as large as the memory, or repeats it without a copy (``expand``).
     """
     memory, path = handle.memory, handle.path
     cuts = [i for i, step in enumerate(path) if step.shape.numel() < step.children[0].shape.numel()]
@@ -191,7 +192,7 @@ def compute_all(handle: Handle) -> None:
         if not memory.others(handle):
             memory.graph, handle.path = handle.node, ()
         found = memory_layout.laid(handle.call.replay(memory.graph), memory.graph, gaps=True)
-        memory.whole = found.detach()  # no view: torch refuses some steps in place on those (``detach_``)
+        memory.whole = found.detach()  # not a view: torch refuses some in-place functions on views (``detach_``)
     for member in memory.members:
         member.values = part_of(member.path, memory.whole)
         member.pending.discard(member)
@@ -213,27 +214,27 @@ def part_of(path: Sequence[Node], whole: torch.Tensor) -> torch.Tensor:
 
 
 def has_history(handle: Handle) -> bool:
-    """Whether gradients go to some tensor of a memory."""
+    """True if gradients flow to any tensor of the memory."""
     tensors = (member.tensor for member in handle.memory.members)
     return any(tensor is not None and history.has_history(tensor) for tensor in tensors)
 
 
 def is_whole(handle: Handle) -> bool:
-    """Whether a computed tensor is native memory: a view of it is native, or has no history to lose."""
+    """True if a native view of the computed tensor is right: the memory is real, and no history would be lost."""
     if handle.written is not None:
         return True
     return handle.memory.whole is not None and not (handle.memory.others(handle) and has_history(handle))
 
 
 def is_part(handle: Handle) -> bool:
-    """Whether a tensor is not simply a memory of its own."""
+    """True if a tensor shares its memory with others, or is a slice of a larger one."""
     if handle.written is not None:
         return False
     return bool(handle.memory.others(handle) or handle.path) or memory_layout.has_gaps(handle.node)
 
 
 def is_view_of_part(result: Any, source: Any) -> bool:
-    """Whether a function has given memory of a slice that was computed alone: of how that lies nothing was known."""
+    """True if a function has returned a native view of a slice that was computed alone, apart from its memory."""
     handle = getattr(source, "handle", None)
     if handle is None or handle.values is None or handle.memory.whole is not None or not is_part(handle):
         return False
@@ -243,10 +244,10 @@ def is_view_of_part(result: Any, source: Any) -> bool:
 
 @contextlib.contextmanager
 def as_recipe(handle: Handle) -> Iterator[list[Any]]:
-    """Inside the block a slice that was computed alone is a graph: its views are laid out as if it were none.
+    """Inside the block a slice that was computed alone counts as uncomputed, so its views become deferred tensors.
 
     Yields:
-        A list for the views that are made; what was computed is theirs too.
+        A list to which the caller adds those views. Afterwards they get their part of the computed values.
     """
     kept, handle.values, views = handle.values, None, []
     try:
@@ -260,7 +261,7 @@ def as_recipe(handle: Handle) -> Iterator[list[Any]]:
 
 
 def geometry(handle: Handle, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Sizes and strides of the native result; ``None``: what the deferred tensor itself says."""
+    """The native answer of a function that asks for sizes or strides; ``None``: the deferred tensor's own is right."""
     if handle.written is not None:
         return func(handle.written, *args, **kwargs)
     if name not in ("stride", "is_contiguous", "storage_offset"):

@@ -1,4 +1,4 @@
-"""DeferredTensor: a score matrix that was asked for and not computed."""
+"""DeferredTensor: a score matrix that the host has asked for and that is not computed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from attnpatch.rows.thread_state import here
 
 
 def is_watching_writes() -> bool:
-    """Whether something of this thread still reads tensors that may be overwritten, or stands for one."""
+    """True if a deferred tensor or a backward pass of this thread depends on tensors that may be overwritten."""
     return bool(here.pending) or bool(here.real) or kept_values.are_kept()
 
 
 def before_write(tensor: torch.Tensor) -> None:
     """Let graphs keep the present values of a tensor that is about to be overwritten.
 
-    The copy is of a query, a key or a mask: small beside the scores that need not be computed for it.
+    What is copied is a query, a key or a mask: small beside the scores, which would have to be computed otherwise.
     """
     if is_watching_writes() and not isinstance(tensor, DeferredTensor):
         storage = kept_values.memory_of(tensor)
@@ -36,16 +36,16 @@ def before_write(tensor: torch.Tensor) -> None:
             handle.preserve(storage)
 
 
-# What torch says to code outside of it that asks a deferred tensor for its address.
+# torch's error messages for code that asks a tensor without storage for its address.
 _NO_MEMORY = ("Cannot access data pointer", "its data is not allocated")
 
 
 def note_no_memory(error: Exception) -> None:
-    """Say in the notes of an error that it may be of scores that were handed to code outside torch."""
+    """Add a note to an error that may come from handing deferred scores to code outside torch."""
     if any(words in str(error) for words in _NO_MEMORY):
         error.add_note(
-            "attnpatch: scores by rows have no memory. If code outside torch (an extension in C++, DLPack) was handed "
-            "them, leave this module out (sites=[...] of apply names the others), or use mode='never'."
+            "attnpatch: attention scores by rows have no memory. If code outside torch (a C++ extension, DLPack) reads "
+            "them, leave this module out (name the others in sites=[...] of apply), or use mode='never'."
         )
 
 
@@ -65,7 +65,7 @@ class DeferredTensor(torch.Tensor):
     def __new__(cls, handle: Handle) -> DeferredTensor:
         node = handle.node
         self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=node.device)
-        # Who takes its address (an extension in C++, a DLPack capsule) gets an error, and no memory that is not there.
+        # Code that takes its address (a C++ extension, DLPack) gets an error instead of an invalid pointer.
         compat.throw_on_data_ptr(self)
         self.handle = handle
         handle.belongs_to(self)
@@ -91,8 +91,8 @@ class DeferredTensor(torch.Tensor):
     ) -> Any:
         """The safety net below everything that Python can intercept."""
         kwargs = kwargs or {}
-        # No mode is switched off here as it is inside __torch_function__: a replay would be deferred again.
-        # Autograd has done its part above already: what comes of this gets its history from there.
+        # Unlike inside __torch_function__, modes are still active here, and would defer the computation again: switch
+        # them off. Autograd has recorded the operation above this level already.
         with compat.DisableTorchFunction(), torch.no_grad():
             return guard.guarded(
                 cls.answer_below,
@@ -115,7 +115,7 @@ class DeferredTensor(torch.Tensor):
 
 
 def tally_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
-    """Who counts what happens to the first deferred tensor among some arguments."""
+    """The counters of the site that the first deferred tensor among some arguments belongs to."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, DeferredTensor):
             return value.handle.call.tally
@@ -125,7 +125,7 @@ def tally_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
 
 
 def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The host's own call on computed tensors, where ours has failed: with as little of ours as there can be."""
+    """The host's own call on computed tensors, after ours has failed; as little of attnpatch as possible runs."""
     name = getattr(func, "__name__", str(func))
     target = args[0] if args and isinstance(args[0], DeferredTensor) else None
     # A write under no_grad leaves the history as it is.
@@ -153,9 +153,10 @@ def settle(value: Any, operation: str) -> Any:
 
 
 def site_of(tensors: Sequence[torch.Tensor]) -> AttentionCall:
-    """Whose a step of some deferred tensors is: the site's that runs if one of them is its own, else one's that has them.
+    """The attention call to which an operation on some deferred tensors belongs.
 
-    A mask is many sites'; a bias may be a layer's that has handed it on to the next (WavLM).
+    It is the running one if one of the tensors is its own. Otherwise it is the first one that made any of them, a
+    model's call for masks coming last: a mask serves many sites, and a layer may hand its bias on to the next (WavLM).
     """
     calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredTensor)]
     own = [call for call in calls if call is here.site] or [call for call in calls if not call.is_of_masks]
@@ -167,9 +168,10 @@ def is_pending(value: Any) -> bool:
 
 
 def computed(value: Any, operation: str = "a function with a backward pass of its own") -> Any:
-    """``value``, or the tensor behind it if it is a deferred one that was computed already.
+    """``value``, or the real tensor if it is a deferred tensor that is computed already.
 
-    So is one whose history is not its graph's: gradients of what is made of it go to that history.
+    A deferred tensor whose autograd history does not come from its graph is computed, so that gradients flow to that
+    history.
     """
     if isinstance(value, DeferredTensor):
         if value.handle.is_computed:
@@ -182,16 +184,16 @@ def computed(value: Any, operation: str = "a function with a backward pass of it
 def wrap(
     node: Node, call: AttentionCall, memory: sharing.Memory | None = None, path: tuple[Node, ...] = ()
 ) -> DeferredTensor:
-    """A deferred tensor for a graph, with the history that the tensor would have.
+    """A deferred tensor for a graph, with the autograd history that the real tensor would have.
 
     Args:
         node: The graph.
-        call: Where it belongs.
-        memory: What it shares memory with, if it is a view.
-        path: The steps from there to the graph.
+        call: The attention call that it belongs to.
+        memory: The memory it shares, if it is a view.
+        path: The views that lead from that memory to the graph.
     """
     if node.needs_grad is not None:
-        node = ViewNode(node, node.dims)  # another tensor's graph
+        node = ViewNode(node, node.dims)  # this node belongs to another deferred tensor already
     tensor = DeferredTensor(Handle(node, call, memory, path))
     tensor.handle.edge = edges.connect(tensor, node, call.of_gradients)
     frame = checkpoints.current()
@@ -200,14 +202,14 @@ def wrap(
 
 
 def detached(tensor: DeferredTensor) -> None:
-    """Take its history from a deferred tensor."""
+    """Remove the autograd history of a deferred tensor."""
     with compat.DisableTorchFunctionSubclass():
         tensor.detach_()
     tensor.handle.edge = None
 
 
 def goes_on_as(target: DeferredTensor, result: DeferredTensor) -> DeferredTensor:
-    """A step in place: the same Python object stands for the result."""
+    """An in-place function: let the Python object ``target`` stand for ``result``."""
     handle = target.handle
     if result.handle.node.stops_gradient and has_history(target):
         detached(target)

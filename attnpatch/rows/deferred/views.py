@@ -1,4 +1,4 @@
-"""Deferred tensors that are views of others, and memory that is computed for all of its views at once."""
+"""Deferred tensors that are views of others, and shared memory that is computed for all its views at once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def view(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
     """A deferred tensor that shares memory with ``source``.
 
     Args:
-        source: What it is a view of.
-        node: Its graph: the source's, or made of that by nodes of one child each.
-        native: torch's function and its arguments after the first.
+        source: The tensor that is viewed.
+        node: The view's graph: the source's own, or nodes of one child each on top of it.
+        native: The torch function and its arguments after the first.
     """
     own = source.handle.node
     node = of_function(node, own, native)
@@ -33,7 +33,7 @@ def view(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
 
 
 def settle(handle: Handle) -> None:
-    """Turn the tensors of a memory into views of one real tensor, with the history that they have."""
+    """Turn the tensors of a memory into views of one real tensor, with the autograd history that they have."""
     memory = handle.memory
     # A write under no_grad leaves the history as it is.
     with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(handle)):
@@ -43,7 +43,7 @@ def settle(handle: Handle) -> None:
             (member for member in memory.members if not member.path and member.tensor is not None), None
         )
         if root is not None:
-            # Its history stays: gradients of what was made of it before go there too.
+            # Its history stays, since gradients of earlier results flow there, too.
             real = root.reduced()
             root.stands_for(real)
         else:
@@ -64,10 +64,10 @@ def settle_family(handle: Handle, operation: str) -> None:
 
 
 def begins_anew(handle: Handle) -> None:
-    """Before a computed tensor is written to: let what shares its memory follow.
+    """Prepare a computed tensor for a write that all tensors of its memory must see.
 
-    A slice that was computed alone is forgotten, and is a graph again; of a memory that was computed as a whole all
-    tensors become views with a history.
+    A slice that was computed alone drops its values and is a graph again. If the whole memory was computed and
+    gradients flow to it, all its tensors become native views with a history.
     """
     if handle.values is None or handle.written is not None:
         return

@@ -1,1 +1,1 @@
-"""What was asked of scores, written down: nodes, axes, views."""
+"""The graph of the operations that were called on scores: nodes, axes, views."""

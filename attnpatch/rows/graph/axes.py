@@ -17,12 +17,13 @@ import torch
 from attnpatch.policy import LEAST_ROWS
 
 ROW, KEY, LEAD = "row", "key", "lead"
-# Fewer rows, or a single head, make matrix libraries take another kernel, which rounds differently; and rows are cut at
-# multiples of this, since libraries have further kernels for the rows left over, and for memory that begins elsewhere.
-# Measured over layouts, sizes, dtypes and heads by `python -m benchmarks rounding`, on processors of two makers: up to 15
-# rows differ, 16 never did. A slice of the keys is a narrower product: up to 15 of them differ, 16 never did.
+# A tile has at least this many elements of an axis, and is cut at multiples of it. With fewer rows, or a single head,
+# matrix libraries choose another kernel, which rounds differently. They have further kernels for the rows left over and
+# for memory that begins at another alignment. Measured over layouts, sizes, dtypes and heads by `python -m benchmarks
+# rounding`, on processors of two makers: products of up to 15 rows differed, products of 16 never did. The same numbers
+# hold for a slice of the keys, which is a narrower product.
 LEAST = {ROW: LEAST_ROWS, LEAD: 2, KEY: 16}
-# Where memory leaves no room for those, so few round differently in some layouts only.
+# The number of rows where memory has no room for LEAST_ROWS: so few round differently, in some layouts only.
 FEWEST_ROWS = 4
 
 
@@ -33,7 +34,8 @@ class Axis:
         size: Number of elements.
         kind: ``"row"`` (only the query has it), ``"key"`` (only the key has it, or softmax ran over it), ``"lead"``
             (both have it: batch, heads). It guides the choice of tiles and never what is computed.
-        made_by: The function after which it is not known which elements it has; ``None``: none, or nobody asks.
+        made_by: The torch function that made it unknown which input elements the axis has; ``None`` if there is none,
+            or if nothing keeps track.
     """
 
     __slots__ = ("_alias", "_parts", "kind", "made_by", "size")
@@ -112,7 +114,7 @@ def same(first: Dim, second: Dim) -> bool:
 
 
 def regroup(dims: Dims, shape: Iterable[int]) -> Dims | None:
-    """The axes of ``shape`` after a ``view``, in row-major order; ``None`` where it cuts across axes."""
+    """The axes of ``shape`` after a ``view``, in row-major order; ``None`` if the view cuts across axes."""
     pool = all_leaves(dims)
     result: list[Dim] = []
     for size in shape:
@@ -150,7 +152,7 @@ def local_shape(dims: Dims, tile: Tile) -> list[int]:
 
 
 def flat_range(parts: list[Axis], tile: Tile) -> tuple[int, int] | None:
-    """First and last index of a tile in a merged dimension, or ``None`` where it is not one run."""
+    """``(start, stop)`` of a tile in a merged dimension; ``None`` if the tile is not one contiguous range of it."""
     low, count, inner_is_full = 0, 1, True
     stride = 1
     for leaf in reversed(parts):
@@ -165,7 +167,7 @@ def flat_range(parts: list[Axis], tile: Tile) -> tuple[int, int] | None:
 
 
 def window(tensor: torch.Tensor, dims: Dims, tile: Tile) -> torch.Tensor:
-    """The view of ``tensor`` inside ``tile``; a merged dimension that is no single run stays unflattened."""
+    """The view of ``tensor`` inside ``tile``; a merged dimension stays unflattened if the tile is not one range."""
     for position in range(len(dims) - 1, -1, -1):
         parts = leaves(dims[position]) if dims[position] else []
         if not any(leaf in tile for leaf in parts):

@@ -1,4 +1,4 @@
-"""Dropout whose mask depends on the seed and the position only, so that a row looks the same whenever it is computed."""
+"""Dropout whose mask depends only on seed and position, so that a row gets the same mask each time it is computed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bits_of(node: Dropout | GumbelSoftmax, tile: Tile) -> torch.Tensor:
         where = take(torch.arange(size, dtype=torch.int32, device=node.device), (dim,), tile)
         where = _mix(where.add_(position * 40503 + 1).mul_(-1640531527))
         bits = bits ^ where.reshape([-1] + [1] * (len(node.dims) - position - 1))
-        # Between dimensions, or the mask of one row would be a shuffle of another's.
+        # Mixed after each dimension: otherwise the mask of one row would be a permutation of another row's.
         bits = _mix(bits)
     return bits
 
@@ -42,8 +42,8 @@ def bits_of(node: Dropout | GumbelSoftmax, tile: Tile) -> torch.Tensor:
 class Dropout(Node):
     """``F.dropout(child, p, training=True)``; the seed comes from torch's default generator when it is recorded.
 
-    The native mask is drawn in memory order for the whole matrix and cannot be drawn by rows; this one is another
-    sample of the same distribution, the same for a row however often and in whatever tile it is computed.
+    The native mask is drawn in memory order for the whole matrix and cannot be drawn by rows. This one is another
+    sample of the same distribution. A row gets the same mask however often, and in whatever tile, it is computed.
     """
 
     copies_layout = True

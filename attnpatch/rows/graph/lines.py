@@ -1,10 +1,10 @@
-"""Steps whose lines run across tiles, and what their gradients need of a whole line.
+"""Softmax and sums along the query rows, whose lines (columns of scores) run across tiles, and their gradients.
 
-A softmax along the rows of a step is computed from the maximum and the sum of each line, which are found before; a sum
-along them is found before, too. The gradient of an element then needs a sum over its line: of gradient times probability
-for a softmax, of the gradients of all that reads it for a sum. In the backward pass these are found by sweeps before the
-last one, and kept in float32 at least: what the two summands of a gradient have in common goes before they are rounded to
-a narrow dtype, as in torch's own kernels, and gradients to scores are summed where they natively are.
+A softmax along the rows is computed from the maximum and the sum of each line. Both are found by an earlier sweep over
+the tiles, and so is a plain sum. The gradient of an element then needs a sum over its line: for a softmax the sum of
+gradient times probability, for a sum the gradients of everything that reads the sum. The backward pass finds these by
+sweeps before the last one and keeps them in float32 at least: as in torch's own kernels, the two summands of a gradient
+cancel before they are rounded to a narrow dtype. Gradients of scores are summed where torch sums them natively.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Slot(InputNode):
-    """Where a backward pass keeps a sum over each line; zeros before."""
+    """Memory in which a backward pass keeps a sum over each line; zeros until then."""
 
     def __init__(self, dims: Dims, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         dtype = torch.promote_types(dtype, torch.float32)
@@ -32,10 +32,11 @@ class Slot(InputNode):
 
 
 class LineNode(OpNode):
-    """A step of which a tile has parts of lines.
+    """A step along lines of which a tile holds only parts.
 
     Attributes:
-        given: Its children that were computed before: gradients reach what these are made of by this node, and not by them.
+        given: Indices of the children that were computed by an earlier sweep. Gradients flow to the scores through this
+            node, not through them.
     """
 
     given: tuple[int, ...] = ()
@@ -62,9 +63,9 @@ class NormalisedNode(LineNode):
 
     Args:
         scores: The graph of the scores.
-        highest, total: Of each line, in float32 at least.
-        is_log: Whether it is the logarithm of that.
-        of: The softmax it stands for.
+        highest, total: Maximum and sum of exponentials of each line, in float32 at least.
+        is_log: True for log_softmax.
+        of: The softmax that this node replaces.
     """
 
     given = (1, 2)
@@ -92,13 +93,13 @@ def normalised(
     is_log: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Softmax of scores whose lines are not all there."""
+    """Softmax of a tile of scores, given the maximum and the sum of exponentials of each whole line."""
     below = scores.to(total.dtype) - highest.detach()
     return (below - total.log() if is_log else below.exp() / total).to(dtype)
 
 
 class _Normalised(torch.autograd.Function):
-    """``normalised``, whose gradient takes the line's sum from the slot; the slot's own is the tile's part of it."""
+    """``normalised``; backward reads each line's sum from the slot, and gives the slot this tile's part of that sum."""
 
     @staticmethod
     def forward(
@@ -125,9 +126,9 @@ class _Normalised(torch.autograd.Function):
         return to_scores, None, None, to_slot, None, None
 
 
-# From a tile's scores, the figures of their lines, and the gradients of these, both with the scores' dimensions, and the
-# number of elements of a line, to the gradients of the scores. Exponentials are rounded as torch rounds them: what a host
-# makes of the same scores has the same errors, which cancel each other.
+# Gradients of a tile's scores. Arguments: the scores; the reduced value of each line and the gradient of that value,
+# both with the scores' dimensions; the number of elements of a line. Exponentials are rounded as torch rounds them: a
+# host that computes them from the same scores makes the same rounding errors, and they cancel.
 _DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
     "sum": lambda scores, figures, grad, count: grad.expand_as(scores),
     "mean": lambda scores, figures, grad, count: (grad / count).expand_as(scores),
@@ -137,13 +138,13 @@ _DERIVATIVES["special_logsumexp"] = _DERIVATIVES["logsumexp"]
 
 
 class FigureNode(LineNode):
-    """A figure of each line that was computed before, and what it is a figure of.
+    """A reduction over each line (``sum``, ``mean``, ``logsumexp``) whose result an earlier sweep has computed.
 
     Args:
-        scores: The graph of what it is a figure of.
-        figure: The figures.
-        of: The function that makes them of all scores.
-        positions: The dimensions it sums over.
+        scores: The graph of the scores that are reduced.
+        figure: The result, one value for each line.
+        of: The node of the reduction over all scores.
+        positions: The dimensions that are reduced.
     """
 
     given = (1,)
@@ -168,12 +169,12 @@ class FigureNode(LineNode):
 
 
 def known(scores: torch.Tensor, figure: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """A figure of scores that was computed before."""
+    """The result of the reduction, which an earlier sweep has computed."""
     return figure
 
 
 class _Figure(torch.autograd.Function):
-    """The figures; the scores' gradient takes that of the whole line from the slot, whose own is the tile's part of it."""
+    """The reduced values; backward reads a line's gradient from the slot, and gives the slot this tile's part of it."""
 
     @staticmethod
     def forward(
@@ -201,7 +202,7 @@ class _Figure(torch.autograd.Function):
 
 
 def _laid(figure: torch.Tensor, positions: tuple[int, ...], dims: int) -> torch.Tensor:
-    """Figures with the dimensions that they are sums over."""
+    """Reduced values, with the dimensions that were reduced put back with size 1."""
     if figure.dim() < dims:
         for position in positions:
             figure = figure.unsqueeze(position)
@@ -209,19 +210,19 @@ def _laid(figure: torch.Tensor, positions: tuple[int, ...], dims: int) -> torch.
 
 
 def found_in(root: Node, axes: Callable[[], set[Axis]]) -> frozenset[Node]:
-    """The steps of a graph whose gradients can come by their slots.
+    """The line nodes of a graph whose gradients can be summed in their slots.
 
-    Each element of their scores has to be in one tile, and in that once.
+    Each element of their scores has to be in exactly one tile, once.
 
     Args:
         root: The graph.
-        axes: Gives the axes of which a tile has parts.
+        axes: Returns the axes that are cut into tiles.
     """
     nodes = list(walk(root))
     if not any(isinstance(node, LineNode) for node in nodes):
         return frozenset()
     cut, found = axes(), set()
-    # What is read in another tile than its own above them.
+    # Nodes that a parent reads under another tile than its own.
     moved: set[Node] = set()
     for node in reversed(nodes):
         if isinstance(node, LineNode) and node not in moved and cut <= set(all_leaves(node.scores.dims)):
@@ -232,7 +233,7 @@ def found_in(root: Node, axes: Callable[[], set[Axis]]) -> frozenset[Node]:
 
 
 def levels(root: Node, lines: frozenset[Node]) -> list[list[Node]]:
-    """Slots of some steps of a graph, those first whose sums need no other's."""
+    """Slots of the line nodes, in the order in which they can be summed: first those that need no other slot's sum."""
     level = {root: 0}
     for node in reversed(list(walk(root))):
         if node not in level or node.stops_gradient:

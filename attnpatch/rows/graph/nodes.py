@@ -1,4 +1,4 @@
-"""Graphs: what was asked of a score matrix, written down instead of computed, replayable for any tile of it."""
+"""Graphs: operations on a score matrix, recorded instead of computed; any tile of the result can be computed later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def map_structure(value: Any, change: Callable[[Any], Any]) -> Any:
         items = {key: map_structure(item, change) for key, item in value.items()}
         if type(value) is dict or all(items[key] is value[key] for key in items):
             return items if type(value) is dict else value
-        # A host's output: of its own class, with attributes of its own.
+        # A host's output class: a dict with attributes of its own, which a copy keeps.
         changed = copy.copy(value)
         for key, item in items.items():
             changed[key] = item
@@ -38,32 +38,35 @@ class Node:
 
     Attributes:
         dims: The axes of every dimension.
-        dtype, device: What the tensor would have.
+        dtype, device: Those of the tensor.
         whole: Axes that this step needs complete (softmax over keys, a mean over heads).
         children: The nodes it is computed from.
-        stands_for_memory: Whether it saves memory though it is computed from nothing (a mask's rows).
-        held_bytes: Bytes per element that computing it holds beside its result.
-        scores_held: Scores for each of its rows that computing it holds, if its own axes do not show them.
-        is_constant: Whether all its elements are one number.
-        is_exact: Whether its rows are the same to the last bit in steps of the right size.
-        renames_axes: Whether it computes a child in another tile than its own.
-        reads_a_run: Whether a run of its dimension ``position`` is a run of its child's, under another name.
-        stops_gradient: Whether its result has no history, whatever it was made from: detached, or under no_grad.
-        needs_grad: Whether the deferred tensor of it has a history; ``None``: it has no deferred tensor.
+        stands_for_memory: True if deferring it saves memory although it has no children (rows of a mask).
+        held_bytes: Bytes of temporaries per element while it is computed, beside its result.
+        scores_held: Scores per row that are held while it is computed, if its own axes do not show them.
+        is_constant: True if all elements are the same number.
+        is_exact: True if its rows are bit-identical to the native ones when steps have the right size.
+        renames_axes: True if it computes a child under another tile than its own.
+        reads_a_run: True if a contiguous range of its dimension ``position`` is a contiguous range of the child's,
+            under another axis.
+        stops_gradient: True if its result has no autograd history, whatever it was made from: detached, or under
+            no_grad.
+        needs_grad: Whether its deferred tensor has an autograd history; ``None`` if there is no deferred tensor.
         carrier: That deferred tensor.
-        anchor: What leads to its history when it is gone, if somebody has asked for its own gradient.
-        marks: What became of it; the twin has the same.
-        twin: The copy without tensors that backward passes keep.
-        reached: Tensors that its gradients go to.
-        saved: Tensors that edges up to its own have saved for the backward pass.
-        native: The function of torch that the step stands for, and its arguments after the first, where that is not
-            what computes it.
-        copies_layout: Whether its result lies in memory as a copy of its first child would.
-        laid_as: The node whose native strides it has, where those are not of its own making (a write in place).
-        lies_by_rows: Whether natively it lies in memory row by row, whatever it is made of.
-        shadow: What ``layouts.shadow`` has found; ``None``: not asked yet.
-        depth: What ``depth_of`` has found.
-        backward_graph: What gradients are computed by instead, if anything.
+        anchor: A tensor that leads to the deferred tensor's history after the deferred tensor is gone; made if its own
+            gradient was asked for.
+        marks: What happened to the node (hooked, overwritten); shared with the twin.
+        twin: A copy that holds no tensors, for backward passes to keep.
+        reached: Input tensors that receive its gradients.
+        saved: Tensors that autograd edges up to and including its own have saved for the backward pass.
+        native: The torch function that the host called and its arguments after the first, if the step computes the
+            result in another way.
+        copies_layout: True if the native result is laid out in memory as a copy of the first child would be.
+        laid_as: The node whose native strides it has, if they do not follow from its own operation (a write in place).
+        lies_by_rows: True if the native result is contiguous, whatever it is made from.
+        shadow: Cache of ``memory_layout.shadow``; ``None``: not computed yet.
+        depth: Cache of ``depth_of``.
+        backward_graph: Another graph from which gradients are computed, if there is one.
     """
 
     stands_for_memory = False
@@ -115,14 +118,14 @@ class Node:
         return found
 
 
-# What a node has to do with autograd's graph; a copy of it is another tensor's.
+# Attributes that belong to autograd's graph. A copied node does not take them: it stands for another tensor.
 _OF_GRAPH = frozenset(
     ["needs_grad", "carrier", "anchor", "marks", "twin", "reached", "saved", "backward_graph"]
 )
 
 
 class InputNode(Node):
-    """A tensor that exists: query, key, mask, bias. A graph reads it when it is replayed."""
+    """A tensor that exists: query, key, mask, bias. It is read when the graph is computed."""
 
     def __init__(self, tensor: torch.Tensor, dims: Dims) -> None:
         self.tensor: torch.Tensor | None = tensor
@@ -142,7 +145,7 @@ class InputNode(Node):
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the tensor was overwritten since it was recorded, where nothing noticed."""
+        """True if the tensor was overwritten after it was recorded and nothing kept its values."""
         return self.version is not None and self.tensor is not None and self.tensor._version != self.version
 
     def check(self) -> None:
@@ -157,13 +160,13 @@ class InputNode(Node):
     def preserve(self) -> None:
         """Keep the present values: somebody is about to overwrite the tensor."""
         if self.tensor is not None and not self.is_overwritten:
-            # The write may stand under no_grad; what reads the copy does not.
+            # The write may run under no_grad; the graph that reads the copy may need its gradients.
             with torch.set_grad_enabled(self.tensor.requires_grad):
                 self.tensor = copied(self.tensor)
             self.version = None if self.tensor.is_inference() else self.tensor._version
 
     def secure(self) -> None:
-        """Keep values safe from later writes that nothing would notice: inference tensors count no versions."""
+        """Copy an inference tensor: it has no version counter, so a later write to it would go unnoticed."""
         if self.tensor is not None and self.tensor.is_inference() and not self.is_secured:
             self.preserve()
             self.is_secured = True
@@ -209,9 +212,9 @@ class Child:
 
 
 class ViewNode(Node):
-    """The same elements in the same order, as a rule under another shape (view, squeeze, unsqueeze, expand, clone)."""
+    """The same elements in the same order, usually in another shape (view, squeeze, unsqueeze, expand, clone)."""
 
-    is_detached = False  # ``detach`` or ``data``: what is written to it is not its operand's history
+    is_detached = False  # ``detach`` or ``data``: a write to it does not become part of its operand's history
     forgets_versions = False  # ``data``: a write through it is not noticed by autograd
 
     def __init__(self, child: Node, dims: Dims, expand: bool = False) -> None:
@@ -226,13 +229,13 @@ class ViewNode(Node):
         """This view of a tensor, in a shape."""
         value = value.expand(shape) if self.expand else value.reshape(shape)
         if self.is_detached:
-            # Last: torch does not take what was detached for a view.
+            # Last, since torch does not treat a detached tensor as a view.
             value = value.data if self.forgets_versions else value.detach()
         return value
 
 
 class SliceNode(Node):
-    """``start:stop:step`` of one dimension; only those elements are computed where the dimension can be tiled."""
+    """``start:stop:step`` of one dimension; if that dimension can be tiled, only those elements are computed."""
 
     renames_axes = reads_a_run = True
 
@@ -270,7 +273,7 @@ class SliceNode(Node):
 def within(
     run: Evaluator, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
 ) -> torch.Tensor:
-    """A range of a leaf axis, which is the dimension ``position`` of ``node``, inside ``tile`` along the others."""
+    """The value of ``node`` inside ``tile``, with the range ``span`` of ``axis``, its dimension ``position``."""
     low, high = span
     first, last = widened(low, high, axis)
     value = run.value(node, {**tile, axis: (first, last)})
@@ -286,7 +289,7 @@ def _every(value: torch.Tensor, position: int, start: int, stop: int, step: int)
 
 
 def widened(low: int, high: int, axis: Axis) -> tuple[int, int]:
-    """A range that a matrix product rounds as it rounds the whole axis (see ``LEAST``), around ``low:high``."""
+    """``low:high``, widened until a matrix product rounds the range as it rounds the whole axis (see ``LEAST``)."""
     least = LEAST.get(axis.kind, 1)
     count = -(-(high - low) // least) * least
     if low + count <= axis.size:
@@ -325,7 +328,7 @@ def tensors_of(root: Node) -> list[InputNode]:
 
 
 def twin(root: Node) -> Node:
-    """A copy of a graph that holds no tensors, made once: a backward pass keeps it, and autograd keeps the tensors."""
+    """A copy of a graph without its tensors, made once: a backward pass keeps the copy, autograd keeps the tensors."""
     for node in walk(root):
         if node.twin is None:
             node.twin = node.rebuilt(lambda child: child.twin)  # type: ignore[arg-type, return-value]
@@ -337,13 +340,13 @@ def twin(root: Node) -> Node:
 
 
 def depth_of(node: Node) -> int:
-    """Steps from a graph down to what it is made from: each is a few frames of Python when it is computed."""
+    """The longest path from a node down to an input; computing each step of it takes a few frames of Python's stack."""
     if node.depth is None:
         node.depth = 1 + max((depth_of(child) for child in node.children), default=0)
     return node.depth
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy as small as what the tensor really holds."""
+    """A copy that keeps expanded dimensions expanded, so it is as small as the memory of ``tensor``."""
     expanded = [slice(None, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
     return tensor[tuple(expanded)].clone().expand(tensor.shape)

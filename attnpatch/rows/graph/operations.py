@@ -1,4 +1,4 @@
-"""OpNode: a torch function in a graph, computed anew or into memory that is there."""
+"""OpNode: a torch function in a graph; its result goes into new memory or into memory that can be reused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from attnpatch.rows.graph.nodes import Child, Context, Node, map_structure
 
 
 class OpNode(Node):
-    """The host's own call, on the tile's part of every tensor it was given.
+    """The host's own call, on the tile's part of every argument.
 
     Attributes:
-        work: Multiplications of one head, if it is a product.
-        is_guess: Whether it is a product that may be a layer's (of queries and a table).
-        score_width: Elements of one row of the widest tensor that is made on the way.
+        work: Number of multiplications per head, if it is a product.
+        is_guess: True if it is a product of queries and a table, which may be a linear layer's instead of scores.
+        score_width: Elements per row of the widest intermediate tensor.
     """
 
     work = 0
@@ -71,7 +71,7 @@ class OpNode(Node):
             return self.func(*args, **kwargs)
 
 
-# Products that can be told where to put their result.
+# Products, each with a function that computes it and takes ``out=``.
 INTO: dict[Any, Callable[..., torch.Tensor]] = {
     torch.matmul: torch.matmul,
     torch.Tensor.matmul: torch.matmul,
@@ -85,24 +85,24 @@ INTO: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 def _written_to(out: torch.Tensor, func: Callable[..., Any], args: Any) -> torch.Tensor:
-    """The result of a product, a cast or a softmax in another dtype, in given memory, the same to the last bit."""
+    """Write the result of a product, a cast or a softmax in another dtype to ``out``; the bits are the same."""
     if func in INTO:
         return INTO[func](*args, out=out)
     out.copy_(args[0])
-    # On CPU torch casts what it is given, and then computes the softmax of that.
+    # On CPU, softmax in another dtype is a cast followed by a softmax.
     return torch.softmax(out, -1, out=out) if func.__name__ == "softmax" else out
 
 
 def _overwriting(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], run: Evaluator) -> torch.Tensor:
-    """The call's result in the memory of its first argument, the same to the last bit."""
+    """Write the call's result over its first argument; the bits are the same."""
     value = args[0]
     if func.__name__ != "softmax":
         return getattr(value, func.__name__ + "_")(*args[1:], **kwargs)
-    # On CPU each row is read before it is written (aten vec_softmax_lastdim); another layout has another kernel.
+    # On CPU a contiguous row is read before it is written (aten vec_softmax_lastdim); other layouts use another kernel.
     rows = run.padded(value)
     if not rows.is_contiguous():
         return func(*args, **kwargs)
-    # Nothing beside the scores.
+    # The padding behind the scores gets no probability.
     rows[..., value.shape[-1] :] = -torch.inf
     torch.softmax(rows, -1, out=rows)
     return value

@@ -1,4 +1,4 @@
-"""The state of torch's random generators, kept so that what is done twice draws the same numbers."""
+"""Saves and restores the state of torch's random generators, so that a step that runs twice draws the same numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def set_random_state(state: RandomState | None) -> None:
 
 @contextlib.contextmanager
 def restored(state: RandomState | None) -> Iterator[None]:
-    """The generator as it was then, and afterwards as it is now."""
+    """Inside the block the generator has ``state``; afterwards it has its present state again."""
     if state is None:
         yield
         return

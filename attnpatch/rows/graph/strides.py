@@ -1,4 +1,4 @@
-"""Which elements of a tensor a view of it has, read from their strides: whatever function made the view."""
+"""Which elements of a tensor a view of it has: read from the strides, so it holds for any function that makes views."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Part:
 
 
 def viewed(dims: Dims, source: torch.Tensor, result: torch.Tensor) -> list[tuple[Axis | Part, ...]]:
-    """The axes of a view's dimensions, or the parts of them.
+    """For each dimension of a view: the axes of the source that it runs along, or parts of them.
 
     Args:
-        dims: Of ``source``.
-        source: Its tensor.
-        result: In the same storage, of the same dtype.
+        dims: The axes of ``source``.
+        source: The tensor that is viewed.
+        result: The view, in the same storage and of the same dtype.
     """
     sizes = list(zip(result.shape, result.stride(), strict=True))
     delta = result.storage_offset() - source.storage_offset()
@@ -40,7 +40,7 @@ def _strided(dims: Dims, source: torch.Tensor) -> list[tuple[Axis, int]]:
     found: list[tuple[Axis, int]] = []
     for dim, stride in zip(dims, source.stride(), strict=True):
         if stride == 0:
-            continue  # expanded: its elements are one
+            continue  # expanded: all its elements are the same one
         for leaf in reversed(leaves(dim)):
             found.append((leaf, stride))
             stride *= leaf.size
@@ -102,7 +102,7 @@ def _dim(
 
 
 def single(dims: Dims, source: torch.Tensor, result: torch.Tensor, place: int) -> Part | None:
-    """Which element of a dimension a view with one of it has; ``None`` where that is not known."""
+    """The one element of dimension ``place`` that a view of size 1 there has; ``None`` if it is not known."""
     if result.dim() != source.dim() or result.shape[place] != 1 or source.shape[place] == 1:
         return None
     parts = leaves(dims[place])
@@ -113,7 +113,7 @@ def single(dims: Dims, source: torch.Tensor, result: torch.Tensor, place: int) -
 
 
 def _digit(strided: list[tuple[Axis, int]], leaf: Axis, delta: int) -> int:
-    """Where along a leaf an offset of the storage lies."""
+    """The index along ``leaf`` of the element at ``delta`` in the storage."""
     for axis, stride in strided:
         if stride <= 0:
             continue
