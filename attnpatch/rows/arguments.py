@@ -1,4 +1,4 @@
-"""The arguments of a call as torch was given it."""
+"""Finds tensors, deferred tensors and named values among the arguments of a torch call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnpatch.rows.graph.nodes import map_structure
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredTensor:
-    """The first deferred tensor of the site whose a step of them is."""
+    """The first deferred tensor among the arguments that belongs to the attention call of the operation."""
     found = deferred_in(args, kwargs)
     site = site_of(found)
     return next(value for value in found if value.handle.call is site)

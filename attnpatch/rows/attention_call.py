@@ -1,4 +1,4 @@
-"""AttentionCall: what is known of one call of an attention site while it runs, and who counts what happens."""
+"""AttentionCall: the state of one running call of an attention site: policy, free memory, counters, decisions."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from attnpatch.rows.provenance.sources import Sources
 
 
 class Counters(Protocol):
-    """Who counts what happened at a site."""
+    """Counts what happens at a site."""
 
     def count(self, what: str) -> None: ...
 
     def materialised(self, operation: str) -> None: ...
 
     def not_fused(self, step: str) -> None:
-        """A graph was kept from the fused kernel by a step (``Policy.fuse``)."""
+        """A graph could not use the fused kernel (``Policy.fuse``) because of ``step``."""
 
     def summed(self, by: str) -> None:
-        """Probabilities of a fused call were summed for a capture, and by what."""
+        """The probabilities of a fused call were summed for a capture; ``by`` names the method."""
 
     def left_native(self, reason: str, *numbers: int) -> None:
-        """A rule left something native: its name (``patching.counters.REASONS``) and the numbers it went by."""
+        """A rule left a call native: the rule's name (``patching.counters.REASONS``) and the numbers it compared."""
 
     def made(self, size: int) -> None:
-        """A tensor of query x key elements was made, or a step's rows of one: its bytes."""
+        """A query x key tensor of ``size`` bytes was allocated, or the rows of one for a single step."""
 
 
 @dataclasses.dataclass
 class AttentionCall:
-    """What the SDPA path and the matmul path know of the call they serve.
+    """The attention call that the SDPA path and the matmul path serve.
 
     Attributes:
         policy: The rule.
-        room: What is known of free memory.
-        tally: Counts.
-        observer: Looks at probabilities, or ``None``.
-        decisions: What was decided for calls of a size. Kept by the site between calls.
-        again: Whether this is a checkpointed forward pass running again: it must take the way it took before, or
-            autograd finds other tensors saved.
-        attempts: What ran out of memory on the way to the result that is being computed.
-        is_of_masks: Whether it stands for the call of a model, whose masks it defers.
-        weights: Where the probabilities of its attention are left, deferred, if somebody asked for them.
-        sources: Where its tensors come from, if somebody looks.
+        room: Free memory, cached.
+        tally: Counters of the site.
+        observer: Is shown the probabilities, or ``None``.
+        decisions: Whether calls of a size go by rows. The site keeps this dict between calls.
+        again: True if a checkpointed forward pass is recomputed. It must take the same path as before, or autograd
+            finds other saved tensors than it expects.
+        attempts: The attempts at the present result that ran out of memory.
+        is_of_masks: True if it stands for a model's call, whose masks it defers, instead of a site's.
+        weights: A list to which the deferred probabilities are added, if the host asked for them.
+        sources: Records which input each tensor's dimensions come from, if an observer needs it.
     """
 
     policy: Policy
@@ -68,7 +68,7 @@ class AttentionCall:
     sources: Sources | None = None
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
-        """Whether a native call with so many query rows and so many bytes of temporaries goes by rows."""
+        """True if a call with ``q_len`` query rows and ``temporaries`` bytes natively is to be computed by rows."""
         if self.policy.mode != "auto":
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:
@@ -83,27 +83,27 @@ class AttentionCall:
         return known[size]
 
     def _known(self, q_len: int, temporaries: int) -> tuple[dict[Any, bool], Any]:
-        """Where decisions are kept, and under which name those for calls of this size."""
+        """The dict in which decisions are kept, and the key for calls of this size."""
         known = checkpoints.decisions(self.decisions)
         size = (q_len, temporaries)
         return known, size if known is self.decisions else (id(self.decisions), size)
 
     def went_by_rows(self, q_len: int, temporaries: int) -> bool:
-        """Whether this is a second run of a call that ran out of memory the first time."""
+        """True if this call is recomputed (checkpointing) and went by rows the first time."""
         known, size = self._known(q_len, temporaries)
         return self.again and known.get(size, False)
 
     @property
     def answers_shortage(self) -> bool:
-        """Whether a native call that runs out of memory is answered by rows."""
+        """True if a native call that runs out of memory is computed by rows instead."""
         return self.policy.retry_on_oom and self.policy.mode == "auto"
 
     def is_answered(self, error: RuntimeError) -> bool:
-        """Whether an error of a native call is answered by rows instead of being raised."""
+        """True if this error of a native call is not raised, but the call is computed by rows."""
         return self.answers_shortage and is_out_of_memory(error)
 
     def answers(self, error: RuntimeError, device: torch.device) -> bool:
-        """The same; what is answered is noted: the layers after it go by rows at once."""
+        """As ``is_answered``; if true, also notes the shortage, so that later layers go by rows at once."""
         if not self.is_answered(error):
             return False
         self.attempts.failed(error, "the native call")
@@ -112,13 +112,13 @@ class AttentionCall:
         return True
 
     def remember(self, q_len: int, temporaries: int, by_rows: bool = True) -> None:
-        """Keep how a call of this size went, for a checkpointed forward pass that runs again."""
+        """Keep whether a call of this size went by rows, in case a checkpointed forward pass is recomputed."""
         known, size = self._known(q_len, temporaries)
         known[size] = by_rows
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
         """Compute a graph by rows, under the policy of the site."""
-        # On CPU a step is a few MiB, whatever is free.
+        # On CPU the size of a step does not depend on free memory.
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         told = self._told
         if watched and self.observer is not None:
@@ -127,7 +127,7 @@ class AttentionCall:
         return TiledEvaluation(node, self.policy, watched, told, free, attempts)()
 
     def of_gradients(self, twin: Node) -> TiledEvaluation:
-        """What computes the gradients of a deferred tensor."""
+        """The evaluation that computes the gradients of a deferred tensor."""
         return TiledEvaluation(twin, self.policy, told=self._told)
 
     @property
@@ -135,7 +135,7 @@ class AttentionCall:
         return Listeners(self.retried, made=self.tally.made, failed=self.failed)
 
     def failed(self, what: str, error: Exception) -> None:
-        """Our own code failed, and the host's was used."""
+        """attnpatch's own code has failed, and the host's was used: warn once and count it."""
         guard.failed(what, error, self.tally)
 
     def retried(self) -> None:

@@ -1,4 +1,4 @@
-"""What autocast makes of the arguments of an operator that it runs in its narrow dtype."""
+"""Casts the arguments of an operator as autocast does for operators that it runs in its narrow dtype."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from attnpatch.rows.graph.nodes import map_structure
 
 
 def narrow_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes attention in on a device; ``None``: it is off."""
+    """The dtype in which autocast computes attention on a device; ``None`` if autocast is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """``value`` with the tensors in it as autocast hands them on: neither float64, whole numbers nor other devices'."""
+    """``value`` with its tensors cast as autocast does: all but float64, integers and tensors on other devices."""
 
     def change(item: Any) -> Any:
         if not isinstance(item, torch.Tensor) or item.device.type != device.type or item.dtype == dtype:

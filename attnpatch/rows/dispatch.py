@@ -1,6 +1,6 @@
-"""What becomes of a torch function that is handed something deferred: its handler, a write, or the native call.
+"""Decides how a torch function with a deferred argument is answered: by its handler, as a write, or natively.
 
-The op table knows the handlers. A function that it does not know is called on computed tensors.
+Handlers are in the op table. A function that is not in it is called on computed tensors.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from attnpatch.rows.guard import native
 from attnpatch.rows.op_table import ALIASES, TO_WHOLE, called, lookup
 from attnpatch.rows.ops import out_argument
 
-# Operators that write to their first operand and do not end in one ``_``, and what they do.
+# Operators that write to their first operand although their name does not end in a single ``_``, and the plain
+# operator.
 _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift floordiv mod".split()}
 
 
 def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Extend the graph if the function is in the table, otherwise compute what is deferred and call it."""
+    """Extend the graph if the function is in the op table; otherwise compute the deferred arguments and call it."""
     given, flag = args, _flag(name, args, kwargs)
     is_write = writes(name) or flag is not None
     if args and isinstance(args[0], DeferredTensor) and args[0].handle.values is not None:
@@ -72,16 +73,17 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         views.settle_family(args[0].handle, name)
     result = native(func, settle(args, name), settle(kwargs, name))
     if lookup(name).is_view and sharing.is_view_of_part(result, args[0]):
-        # What was computed alone is forgotten with the next write, and its native view would not see that.
+        # A slice that was computed alone drops its values at the next write; a native view of them would miss that
+        # write.
         views.settle_family(args[0].handle, name)
         return native(func, settle(args, name), settle(kwargs, name))
     return result
 
 
 def _counted(name: str, result: Any) -> Any:
-    """``result``, computed if it was made a whole number: who asks for counts or indices wants them, not scores.
+    """``result``, computed if a cast has made integers of scores: these are counts or indices, not scores.
 
-    They go to functions that cannot be handed what is pending (the block masks of a compiled FlexAttention).
+    They go to functions that cannot take deferred tensors (block masks for a compiled FlexAttention).
     """
     if name not in TO_WHOLE or not isinstance(result, DeferredTensor):
         return result
@@ -89,19 +91,19 @@ def _counted(name: str, result: Any) -> Any:
     if node.dtype is torch.bool or node.dtype.is_floating_point or node.dtype.is_complex:
         return result
     if not any(isinstance(step, OpNode) and step.work for step in walk(node)):
-        return result  # distances of positions are whole numbers before they are a bias
+        return result  # distances between positions are integers before they become a bias
     return settle(result, name)
 
 
 def writes(name: str) -> bool:
-    """Whether a function of this name changes its first argument."""
+    """True if a function of this name changes its first argument."""
     return (
         name in _PLAIN or lookup(name).write is not None or (name.endswith("_") and not name.endswith("__"))
     )
 
 
 def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """Before something is overwritten, let graphs keep what they still read from it; whether it is."""
+    """Let graphs copy tensors that a function is about to overwrite; True if the function itself writes to a tensor."""
     name = called(func)
     found = _written(name, func, args, kwargs)
     for tensor in tensors_in(found, {}):
@@ -109,12 +111,12 @@ def protect(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool
     return bool(found) and name not in _EXPOSING
 
 
-# What hands out memory that is written to past torch.
+# Functions that hand out memory, to which code outside torch may then write.
 _EXPOSING = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage storage _typed_storage".split())
 
 
 def _written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """Those arguments that a function may write to."""
+    """The arguments that a function may write to."""
     found = [] if kwargs.get("out") is None else [kwargs["out"]]
     if isinstance(func, (compat.OpOverload, compat.OpOverloadPacket)):
         return [*found, args, kwargs] if _is_mutable(func) else found
@@ -124,7 +126,7 @@ def _written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 
 def _is_mutable(func: compat.OpOverload | compat.OpOverloadPacket) -> bool:
-    """Whether an operator writes to one of its arguments, ``out=`` left out."""
+    """True if an operator writes to one of its arguments other than ``out``."""
     each = [func] if isinstance(func, compat.OpOverload) else [getattr(func, o) for o in func.overloads()]
     return any(
         value.alias_info is not None and value.alias_info.is_write and not value.is_out
@@ -134,7 +136,7 @@ def _is_mutable(func: compat.OpOverload | compat.OpOverloadPacket) -> bool:
 
 
 def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A write that no graph can express: to a real tensor, after whatever reads it has kept its values."""
+    """A write that no graph can express: done on the real tensor, after all graphs that read it have copied it."""
     target = args[0]
     if isinstance(target, DeferredTensor) and sharing.is_part(target.handle):
         views.settle_family(target.handle, name)
@@ -156,7 +158,7 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 
 def _state(tensor: Any) -> Any:
-    """What any write changes, so that one that has done nothing (dropout of nothing) is none; ``None``: not to be told."""
+    """A value that every write to a tensor changes, to recognise a call that wrote nothing; ``None``: not known."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_inference():
         return None
     where = kept_values.memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -164,7 +166,7 @@ def _state(tensor: Any) -> Any:
 
 
 def _viewed(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A view of something that was computed while what it is a part of was not."""
+    """A view of a slice that was computed alone, apart from its memory."""
     with sharing.as_recipe(args[0].handle) as views:
         result = apply(name, func, args, kwargs)
         views += deferred_in([result], {})
@@ -175,7 +177,7 @@ Plain = tuple[Any, dict[str, Any]]
 
 
 def _flag(name: str, args: Any, kwargs: dict[str, Any]) -> Plain | None:
-    """The arguments without ``inplace=True``, if a function has it."""
+    """The arguments without ``inplace=True``; ``None`` if the call does not have it."""
     place = lookup(name).inplace_at
     if place is None or not argument(args, kwargs, place, "inplace", False):
         return None
@@ -185,10 +187,10 @@ def _flag(name: str, args: Any, kwargs: dict[str, Any]) -> Plain | None:
 def _in_place(
     name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], flag: Plain | None = None
 ) -> Any:
-    """``scores += bias``: the graph goes on, and the same Python object stands for the result.
+    """An in-place call such as ``scores += bias``: the graph is extended, and the same Python object is the result.
 
     Args:
-        name: Of the function, with a ``_`` at its end if it has no flag.
+        name: The name of the function; it ends in ``_`` if there is no flag.
         func, args, kwargs: The call.
         flag: The arguments without ``inplace=True``.
     """
@@ -200,7 +202,7 @@ def _in_place(
         plain, handler, given = name, lookup(name).handler, flag
     elif handler is None:
         handler, base = lookup(plain).handler, getattr(torch.Tensor, plain, None) or getattr(F, plain, None)
-    # Under no_grad a step in place changes the values and leaves the history as it is.
+    # Under no_grad an in-place function changes the values and leaves the autograd history as it is.
     is_silent = not torch.is_grad_enabled() and sharing.has_history(target.handle)
     if base is None or handler is None or is_silent or lookup(plain).is_layout:
         return _write(name, func, args, kwargs)
@@ -220,11 +222,11 @@ def _in_place(
 
 
 def _carried(target: DeferredTensor, result: DeferredTensor) -> bool:
-    """Let a result stand for what was written to, and for its part of all that shares memory with it, if nodes can say it."""
+    """Let a result replace the tensor written to, and that part of tensors sharing its memory; False if it cannot."""
     if result is target:
         return True
     if has_history(target) and not has_history(result):
-        return False  # what is filled keeps its history natively, and hands no gradient on
+        return False  # e.g. ``fill_``: natively the tensor keeps its history, and no gradient passes
     node = result.handle.node
     found = sharing.written(target.handle, node)
     if found is None:

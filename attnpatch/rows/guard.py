@@ -1,11 +1,11 @@
-"""No error of ours leaves a user's forward: the operation that failed is answered natively, on computed tensors.
+"""Keeps attnpatch's own errors out of a user's forward: an operation that fails is run natively, on computed tensors.
 
-Modules are never run again: a cache would be appended to twice. An operation is run natively only if it was not before: a
-step in place would be done twice, and random numbers drawn twice. So whatever calls the host's own function for it says
-so (``ran``).
+A module is never run again, since a cache would be appended to twice. An operation is run natively only if the host's
+function has not run for it yet: otherwise an in-place function would write twice, and random numbers would be drawn
+twice. So all code that calls the host's function reports it (``ran``).
 
-What is raised on purpose passes: running out of memory, a checkpoint that has seen enough, a refusal in our own words. An
-error of the host's own is raised by the native call, as without attnpatch.
+Errors on purpose pass: out of memory, the end of a checkpoint's recomputation, a refusal (AttnpatchError). An error of
+the host's own is raised by the native call, as without attnpatch.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PASSING = (AttnpatchError, compat.StopRecomputation or AttnpatchError)
 
 
 def ran(result: Any) -> Any:
-    """Say that the host's own function has run for this operation, and given ``result``."""
+    """Report that the host's own function has run for this operation and returned ``result``."""
     if here.results is not None:
         here.results.append(result)
     return result
 
 
 def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The host's own call. What it raises is the host's, and not tried again."""
+    """The host's own call. An error that it raises is the host's, so the call is not tried again."""
     try:
         if selective_checkpoints.is_hidden():
             with selective_checkpoints.shown():
@@ -48,7 +48,7 @@ def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error is no failure of ours."""
+    """True if an error is not a failure of attnpatch's own code."""
     return isinstance(error, _PASSING) or is_out_of_memory(error)
 
 
@@ -59,13 +59,13 @@ def guarded(
     name: str,
     tally: Counters | None,
 ) -> Any:
-    """``ours(*args)``; where that fails, what the host's own function has given already, or ``natively()``.
+    """``ours(*args)``. If it fails: the result that the host's own function has returned already, or ``natively()``.
 
     Args:
-        ours: Our way to do an operation.
+        ours: attnpatch's implementation of an operation.
         args: Its arguments.
-        natively: The host's own, on computed tensors.
-        name: Of the operation, for the warning.
+        natively: The host's own implementation, on computed tensors.
+        name: The operation's name, for the warning.
         tally: Counts the failure.
     """
     outer, here.results = here.results, []
@@ -87,7 +87,7 @@ def guarded(
 
 
 def failed(name: str, error: Exception, tally: Counters | None) -> None:
-    """Warn of a failure of ours once, and count it."""
+    """Warn once about a failure of attnpatch's own code, and count it."""
     warn_once(name, error)
     if tally is not None:
         try:
@@ -97,7 +97,7 @@ def failed(name: str, error: Exception, tally: Counters | None) -> None:
 
 
 def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counters | None = None) -> Any:
-    """``step(*args)``, of which nothing but memory depends; ``None`` where it fails."""
+    """``step(*args)``, or ``None`` if it fails. For steps on which no result depends."""
     try:
         return step(*args)
     except Exception as error:

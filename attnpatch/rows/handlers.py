@@ -1,4 +1,4 @@
-"""Every file that registers functions in the op table; a new one is added here. The fused kernel's comes at its first use."""
+"""Imports every file that registers handlers in the op table: add new ones here. The fused kernel's is lazy."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A torch function with a deferred tensor among its arguments: attributes, hooks and autograd's functions, then the op table."""
+"""Answers torch functions that get a deferred tensor: attributes, hooks, autograd's functions, then the op table."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from attnpatch.rows.op_table import ELEMENTWISE, called
 from attnpatch.rows.ops.pointwise import elementwise
 from attnpatch.rows.thread_state import here
 
-# Answered from the wrapper itself, without computing anything.
+# Attributes that the wrapper tensor itself answers, without computing anything.
 _ATTRIBUTES = frozenset(
     "shape dtype device layout requires_grad ndim is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_quantized "
     "is_nested is_leaf names itemsize nbytes is_mkldnn is_vulkan is_ipu is_maia is_mtia is_xla is_sparse_csr "
     "_backward_hooks _post_accumulate_grad_hooks retains_grad name grad output_nr _version".split()
 )
-# What is of the tensor that stands for it since it was written to in place.
+# Attributes that, after an in-place write, belong to the real tensor that replaces the deferred one.
 _OF_HISTORY = frozenset(["grad", "retains_grad"])
-# Steps of a graph before it is computed: an iteration (Sinkhorn's) goes on and on, and Python's stack does not.
+# The depth at which a graph is computed: an iteration (Sinkhorn's) may be long, and Python's stack is limited.
 DEEPEST = 100
-# Who calls these asks for the gradient of the deferred tensor itself.
+# Methods that ask for the gradient of the deferred tensor itself.
 _OBSERVING = frozenset(["register_hook", "retain_grad", "register_post_accumulate_grad_hook"])
 _METHODS = frozenset(
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride "
@@ -42,7 +42,8 @@ _METHODS = frozenset(
 )
 
 
-# What a write may change (``unsqueeze_``), and what the wrapper does not know.
+# Attributes and methods about sizes and strides. In-place functions (``unsqueeze_``) change them; the wrapper does not
+# know.
 _GEOMETRY = frozenset(
     "shape size dim ndim ndimension numel nelement stride is_contiguous storage_offset __len__".split()
 )
@@ -83,7 +84,7 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     elif name == "__repr__" and isinstance(args[0], DeferredTensor):
         return DeferredTensor.__repr__(args[0])
     result = apply(name, func, args, kwargs)
-    # Not an error of the step: that is done, and must not be done again.
+    # Guarded on its own: the operation is done, so an error here must not run it again.
     guard.attempted(_bound, result, name, name="the depth of a graph", tally=tally_of((result,), {}))
     return result
 
@@ -94,7 +95,7 @@ def _bound(result: Any, operation: str) -> None:
 
 
 def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A hook on a deferred tensor, or ``retain_grad``: somebody asks for its own gradient."""
+    """A hook on a deferred tensor, or ``retain_grad``: its own gradient is asked for."""
     target = args[0]
     passed = _passed_by(target)
     if passed is not target:
@@ -105,7 +106,7 @@ def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> An
 
 
 def _edge_of(tensor: Any) -> Any:
-    """``grad_fn``: who reads it may hook it, or ask for its gradient."""
+    """``grad_fn``: its reader may hook it or ask for its gradient, so the node is marked as observed."""
     passed = _passed_by(tensor)
     if passed is tensor:
         _observe(tensor)
@@ -113,7 +114,7 @@ def _edge_of(tensor: Any) -> Any:
 
 
 def _passed_by(tensor: Any) -> Any:
-    """What gradients pass by on their way to a deferred tensor's history: itself, or what it was written to as."""
+    """The tensor that receives a deferred tensor's gradient: itself, or the real one that an in-place write made."""
     if not isinstance(tensor, DeferredTensor) or has_other_history(tensor):
         return tensor
     passed = tensor.handle.passes_by
@@ -131,18 +132,19 @@ def _observe(tensor: DeferredTensor) -> None:
 
 
 def _nothing_like(tensor: DeferredTensor) -> torch.Tensor:
-    """What has the shape of a deferred tensor, and one element."""
+    """A tensor with the shape of a deferred one and memory for one element."""
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-# Where each of autograd's functions takes what gradients are for.
+# For each of autograd's functions, the position of the argument that names the tensors to differentiate by.
 _INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.backward: 4}
 
 
 def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``backward`` and ``grad``: they need the history of a deferred tensor, and not what is in it.
+    """``backward`` and ``grad``, called without deferred arguments: they need histories, not values.
 
-    Nothing deferred is among the arguments then: the call runs checkpointed layers again, which have to defer as before.
+    Deferred tensors are replaced by stand-ins with the same history. So the call itself is a native one, and
+    checkpointed layers that it recomputes can defer as they did before.
     """
 
     def source(value: Any) -> Any:
@@ -174,16 +176,16 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     return guard.native(func, args, kwargs)
 
 
-# Another tensor of the same memory.
+# Operators that return another tensor on the same memory.
 _SAME = frozenset(["detach", "alias", "view_as", "lift_fresh"])
-# Autograd begins and sums gradients with these.
+# Operators with which autograd starts gradients.
 _MADE = {"ones_like": torch.ones, "zeros_like": torch.zeros}
 
 
 def _extended(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operator that reached a deferred tensor under everything Python can intercept: a scripted function's.
+    """An operator that reached ``__torch_dispatch__``, below Python's functions: it was called by a scripted function.
 
-    Its history was recorded above, so no gradients are enabled here.
+    Autograd has recorded it above this level already, so it runs without gradients here.
     """
     library, _, name = func._schema.name.partition("::")
     if (

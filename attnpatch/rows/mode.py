@@ -1,4 +1,4 @@
-"""The mode that is active inside a swapped forward, and nowhere else: it watches SDPA and matrix products."""
+"""RowsMode: the TorchFunctionMode that is active only inside a swapped forward. It watches SDPA and matrix products."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _BLANK_USERS = frozenset(
 )
 _SOFTMAX = frozenset([torch.softmax, torch.Tensor.softmax, F.softmax])
 _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
-# Python functions of torch that hand themselves to a mode as one piece: their inside must be watched too.
+# Python functions of torch that reach a mode as one call: their inside must be watched, too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
-# Operators of torch that compute attention inside, and what they consist of.
+# Fused torch operators that compute attention inside, and each written out as the steps it consists of.
 FAST_PATHS: dict[Any, Callable[..., Any]] = {
     compat.native_multi_head_attention: encoder_fast_paths.multihead,
     compat.transformer_encoder_layer: encoder_fast_paths.encoder_layer,
@@ -83,7 +83,7 @@ class RowsMode(Watching):
         if DeferredTensor in types:
             return self._deferred(func, args, kwargs)
         if getattr(func, "__name__", "") == "__set__":
-            args = settle(args, "data")  # which are told by what is set, and not by what it is set to
+            args = settle(args, "data")  # of ``tensor.data = scores``, ``types`` names the target only
         if func in _BEGINNINGS:
             self._follow()
         if func in FUNCTIONS:
@@ -110,7 +110,7 @@ class RowsMode(Watching):
         return result
 
     def _follow(self) -> None:
-        """Where a part of the module is checkpointed on its own: watch it again when it runs again."""
+        """If a part of the module is checkpointed on its own: watch that part again when it is recomputed."""
         frame = checkpoints.current()
         if frame is not None and frame is not self.checkpoint:
             again = dataclasses.replace(
@@ -124,7 +124,7 @@ class RowsMode(Watching):
         return guard.native(func, args, kwargs)
 
     def _transformed(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Inside ``vmap``, ``torch.func.grad`` or forward mode tensors are not what they seem: computed as the host asks."""
+        """The native call: inside ``vmap``, ``torch.func.grad`` and forward-mode AD, shapes and values are not real."""
         if DeferredTensor in types:
             name = getattr(func, "__name__", "")
             args, kwargs = settle(args, name), settle(kwargs, name)
@@ -143,7 +143,7 @@ class RowsMode(Watching):
             return FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        self._follow()  # scores that come from outside of a checkpoint: what they read may be overwritten in it
+        self._follow()  # for scores from outside a checkpoint: tensors that they read may be overwritten inside it
         if func in _BLANK_USERS:
             found = uninitialized.without(args, kwargs)
             if found is not None:

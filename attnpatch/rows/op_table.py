@@ -1,9 +1,9 @@
-"""The op table: what is known of each of torch's functions, under the function's name.
+"""The op table: one record per torch function, by the function's name.
 
-A handler registers itself with ``@op``; the dispatcher knows no handler, and handlers know no dispatcher. A handler gets
-the call as torch was given it and returns deferred tensors, or ``NotImplemented``: then everything deferred among the
-arguments is computed and the call runs as it is. So it must give the result that torch would, and leave alone whatever
-it does not understand to the letter (an unusual keyword).
+A handler registers itself with ``@op``, so the dispatcher imports no handler and handlers import no dispatcher. A
+handler gets the call as the host made it. It returns deferred tensors, or ``NotImplemented``: then the deferred
+arguments are computed and the call runs natively. A handler must give the result that torch would. It must return
+``NotImplemented`` for any argument that it does not fully understand (an unusual keyword).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-# From the name of a function, the function, its arguments and keyword arguments to its result.
+# ``handler(name, func, args, kwargs)`` returns the result.
 Handler = Callable[[str, Callable[..., Any], Any, dict[str, Any]], Any]
 _Handler = TypeVar("_Handler", bound=Handler)
 
@@ -22,11 +22,11 @@ class Op:
     """One function of torch.
 
     Attributes:
-        handler: Goes on with a graph; ``None``: what is deferred is computed first.
-        write: Goes on with the graph of the first argument, which the function writes to.
-        is_layout: Whether the function only moves or picks elements of its first argument, which must be deferred.
-        is_view: Whether its result is, or may be, memory of its first argument's.
-        inplace_at: The position of its argument ``inplace``, with which it writes to its first argument.
+        handler: Extends the graph; ``None``: deferred arguments are computed first.
+        write: Extends the graph of the first argument, if the function writes to that argument.
+        is_layout: True if the function only moves or selects elements of its first argument, which must be deferred.
+        is_view: True if its result shares, or may share, the memory of its first argument.
+        inplace_at: The position of its argument ``inplace``; with ``inplace=True`` it writes to its first argument.
     """
 
     handler: Handler | None = None
@@ -41,7 +41,7 @@ _OPS: dict[str, Op] = {}
 
 
 def lookup(name: str) -> Op:
-    """What is known of a function; of most there is nothing to know."""
+    """The record of a function; an empty one if the table does not have it."""
     return _OPS.get(name, _UNKNOWN)
 
 
@@ -97,7 +97,7 @@ _OPERATORS = (
     "radd rmul rsub rdiv rtruediv rpow pow eq ne lt le gt ge and or invert rand ror xor rxor mod rmod floordiv "
     "rfloordiv lshift rshift rlshift rrshift"
 )
-# torch.special has names of its own for some of them.
+# torch.special uses different names for some of them.
 _SPECIAL = (
     "erf erfc erfinv erfcx expit expm1 exp2 log1p log_ndtr ndtr ndtri logit xlogy xlog1py sinc round entr gammaln "
     "digamma psi polygamma i0 i0e i1 i1e zeta gammainc gammaincc"
@@ -109,20 +109,20 @@ POINTWISE = frozenset(
     + [f"__{name}__" for name in _OPERATORS.split()]
     + [f"special_{name}" for name in _SPECIAL.split()]
 )
-# These keep every element where it is, too.
+# Pointwise functions, copies and casts: every element stays at its index.
 ELEMENTWISE = POINTWISE | frozenset("clone detach positive float half bfloat16 double".split())
-# Complete along one dimension, which keeps its length.
+# Functions that need one dimension complete, which keeps its length.
 ALONG = frozenset("softmax log_softmax special_softmax special_log_softmax cumsum softmin".split())
-# Complete along some dimensions, which vanish or become 1.
+# Functions that need some dimensions complete, which are removed or become 1.
 REDUCING = frozenset(
     "sum mean amax amin prod logsumexp special_logsumexp argmax argmin any all nansum".split()
 )
 PAIRS = frozenset("max min sort topk".split())
 CASTS = frozenset("to type type_as float half bfloat16 double".split())
 SOFTMAX = frozenset("softmax special_softmax _safe_softmax masked_softmax _masked_softmax_rows".split())
-# Casts after which a result may be counts or indices.
+# Casts whose result may be counts or indices.
 TO_WHOLE = frozenset("to type int long short char byte".split())
-# Functions whose result is memory of their first argument's, and that may be computed.
+# Functions whose result is a view of their first argument, also if that is computed already.
 ALIASES = frozenset(
     "diagonal as_strided unfold broadcast_to imag conj resolve_conj resolve_neg adjoint H mH T t view view_as_real "
     "view_as_complex rename refine_names align_to align_as unsqueeze transpose swapaxes expand movedim unflatten narrow "
@@ -138,14 +138,15 @@ for _place, _names in {
 }.items():
     for _name in _names.split():
         _know(_name, inplace_at=_place)
-# Attributes that give a tensor other values when they are set.
+# Attributes that change a tensor's values when they are set.
 _VALUES = frozenset("data real imag".split())
 
 
 def called(func: Any) -> str:
-    """The name of a function of torch; values that are set by an attribute are a step in place (``data_``).
+    """The name under which the op table has a torch function.
 
-    Another library's operator may have the name of one of torch's and do something else: it has its module in its name.
+    Setting an attribute that changes values counts as an in-place function (``data_``). Another library's operator may
+    have a torch function's name and do something else, so its name includes its module.
     """
     name: str = getattr(func, "__name__", "")
     module: str = getattr(func, "__module__", None) or "torch"

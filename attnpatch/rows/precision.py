@@ -1,4 +1,4 @@
-"""Products of float32 in float32, whatever the host has allowed for its own."""
+"""Computes float32 products in full float32 (no TF32), whatever precision the host has allowed for its own."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-# The setting is the process's, not a thread's: the first who asks sets it, and the last one puts it back.
+# The setting is the process's, not a thread's: the first thread that needs it sets it, and the last one puts it back.
 _lock = threading.Lock()
 _depth: dict[str, int] = {}
 _before: dict[str, str] = {}
-# In words of torch before 2.9 and since; the last: nothing was said.
+# Names of full precision: before torch 2.9, since 2.9, and "not set".
 _FULL = ("highest", "ieee", "none")
 
 
 @contextlib.contextmanager
 def in_full(tensor: torch.Tensor) -> Iterator[None]:
-    """Inside, products of float32 on a tensor's device have 24 bits.
+    """Inside the block, float32 products on the tensor's device keep all 24 bits of the mantissa.
 
     A host may have allowed 10 for its own (TF32, on CUDA) or 8 (bfloat16, on processors with tile registers), by
-    ``torch.set_float32_matmul_precision`` or ``fp32_precision``. Sums of probabilities are products with ones, and a sum
-    of rounded ones does not come to 1.
+    ``torch.set_float32_matmul_precision`` or ``fp32_precision``. Sums of probabilities are computed as products with
+    ones; if the probabilities were rounded first, they would not sum to 1.
     """
     kind = tensor.device.type
     if kind not in ("cuda", "cpu") or tensor.dtype == torch.float64:
@@ -44,13 +44,13 @@ def in_full(tensor: torch.Tensor) -> Iterator[None]:
             if not _depth[kind] and before not in _FULL:
                 if _products(kind) is not None:
                     _set(kind, "none")
-                # What it takes from the setting of all devices it goes on taking from there.
+                # "none" means that the setting for all devices applies; use it if that gives the former value.
                 if _get(kind) != before:
                     _set(kind, before)
 
 
 def _products(kind: str) -> Any:
-    """Where torch keeps the precision of products on a kind of device; ``None``: before 2.9, one for all of them."""
+    """The torch object that holds the matmul precision of a device type; ``None`` before 2.9, which has one for all."""
     backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
     products = getattr(backend, "matmul", None)
     return products if hasattr(products, "fp32_precision") else None

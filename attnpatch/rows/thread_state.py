@@ -1,7 +1,7 @@
-"""What each thread is in the middle of, for all of ``rows/``: what one thread defers, watches or hides is nothing to another.
+"""The thread-local state of ``rows/``: what one thread defers, watches or hides does not affect another thread.
 
-All of it is declared here, each field with the file whose functions read and write it. Two more stand elsewhere, because
-``rows/`` must not know what they hold: ``patching/calls.py`` has the model's call that goes on and the sites that serve, and
+Every field is declared here, with the file that reads and writes it. Two thread states are kept elsewhere, because
+``rows/`` must not know what they hold: ``patching/calls.py`` has the running model call and the sites that are serving;
 each capture (``recording/``) has the calls that it sees, by thread, in an object of its own.
 """
 
@@ -23,16 +23,21 @@ class ThreadState(threading.local):
     """The state of one thread.
 
     Attributes:
-        site: The attention call in which functions of deferred tensors run (``interception.py``).
+        site: The attention call that is running (``interception.py``).
         pending: Deferred tensors that are not computed yet (``deferred/handle.py``).
-        real: Those for which a real tensor stands, which may be written to as another one's (``deferred/handle.py``).
-        kept: What backward passes still need, by the memory it lies in (``autograd/kept_values.py``).
-        hidden: Selective checkpoints that do not see our own operators (``autograd/selective_checkpoints.py``).
-        results: Of the host's own calls for the operation that goes on; ``None``: none does (``guard.py``).
-        raised: The error that the host's own function has raised: by identity, since its frames hold tensors (``guard.py``).
-        model_call: Whose masks are deferred, if anybody's (``creation/row_masks.py``).
-        positions: Defers what a model makes of positions before its attention (``creation/positions.py``).
-        order: Sees which tensors of a model's call hold its tokens in another order (``provenance/reordered.py``).
+        real: Deferred tensors with a computed tensor, which may be written to through another one's view
+            (``deferred/handle.py``).
+        kept: Values that backward passes still need, by the storage they lie in (``autograd/kept_values.py``).
+        hidden: Selective checkpoints from which attnpatch's own operators are hidden
+            (``autograd/selective_checkpoints.py``).
+        results: Results of the host's own function for the running operation; ``None`` if no operation is running
+            (``guard.py``).
+        raised: The ``id`` of the error that the host's own function has raised; an ``id``, since the error's frames
+            hold tensors (``guard.py``).
+        model_call: The model's call whose masks are deferred, if any (``creation/row_masks.py``).
+        positions: The mode that defers a model's computations on positions before attention
+            (``creation/positions.py``).
+        order: Tracks which tensors of a model's call hold its tokens in another order (``provenance/reordered.py``).
     """
 
     site: AttentionCall | None = None

@@ -1,4 +1,4 @@
-"""Whether what runs is a graph of torch's: recorded (nothing may be read back from the device then), or compiled."""
+"""Is a CUDA graph being captured (then nothing may be read back from the device)? Was a forward compiled?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from attnpatch import compat
 
 
 def is_recorded() -> bool:
-    """Whether this thread's stream is recorded."""
+    """True if the current CUDA stream is being captured into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_compiled(forward: Any) -> bool:
-    """Whether a forward is what ``torch.compile`` made of one."""
+    """True if a forward was made by ``torch.compile``."""
     return hasattr(forward, compat.COMPILED_FUNCTION)

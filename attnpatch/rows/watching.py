@@ -1,4 +1,4 @@
-"""What both watches are: modes that see torch's functions, answer some of them, and let no error of ours out."""
+"""The base of both modes: sees torch functions, answers some of them, and lets no error of attnpatch's own out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from attnpatch.rows.deferred.tensor import natively
 
 @contextlib.contextmanager
 def without(mode: TorchFunctionMode) -> Iterator[None]:
-    """Take a mode away for a while; below a mode of the host's it stays."""
+    """Switch a mode off inside the block, if it is the innermost one; below a mode of the host's it stays active."""
     is_last = compat.function_mode() is mode
     with compat.without_function_mode() if is_last else contextlib.nullcontext():
         yield
 
 
 class Watching(TorchFunctionMode):
-    """Sees the calls of torch's functions while it is active.
+    """A TorchFunctionMode that sees the torch functions of one call.
 
     Args:
-        call: Policy and counters of the call that is watched.
+        call: Policy and counters of that call.
     """
 
     def __init__(self, call: AttentionCall) -> None:
@@ -35,18 +35,18 @@ class Watching(TorchFunctionMode):
         self.call = call
 
     def is_active(self) -> bool:
-        """Whether calls come here: none does from inside an answer (a checkpoint runs again in ``autograd.grad``)."""
+        """True if the mode is on torch's stack; not so inside its own answers (``autograd.grad`` recomputes there)."""
         return any(mode is self for mode in compat.function_modes())
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What a call of torch's function gives."""
+        """The result of a torch function."""
         raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A part that is compiled on its own is traced through the mode.
+        # torch.compile traces a part of the module: the trace must contain the host's own calls only.
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         return guard.guarded(

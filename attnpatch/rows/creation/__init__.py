@@ -1,1 +1,1 @@
-"""What a graph begins with though nobody multiplied it: masks, positions, constants, noise."""
+"""Graphs that begin with something else than a product: masks, positions, constants, noise."""

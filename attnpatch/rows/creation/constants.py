@@ -1,4 +1,4 @@
-"""Tensors of one value that have the size of scores: what a mask begins with that a host makes inside its attention."""
+"""Tensors of the size of scores that hold one value: a host starts with them when it builds a mask inside attention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from attnpatch.rows.layout.diagonals import Triangle
 from attnpatch.rows.op_table import op
 from attnpatch.rows.ops.metadata import are_defaults, asked
 
-# Zeros that are narrower are no scores: a cache, or a result that is filled piece by piece.
+# A constant with fewer rows or keys is not a mask: it is a cache, or an output that is filled piece by piece.
 WIDEST_HEAD = 512
-# As many rows as keys: a mask, unless it is as small as the products of a head's channels.
+# A square constant is a mask, unless it is no larger than this: channels x channels of one head.
 WIDEST_SQUARE = 128
 _OPTIONS = {"size", "fill_value", "dtype", "device", "layout", "requires_grad", "pin_memory", "memory_format"}
 
@@ -41,7 +41,7 @@ def _may_be_scores(size: Any, is_zero: bool) -> bool:
     rows, keys = size[-2:]
     if rows == keys:
         return rows > WIDEST_SQUARE
-    # Zeros of less than four dimensions are a result as a rule.
+    # Zeros with fewer than four dimensions are usually an output.
     return min(rows, keys) > WIDEST_HEAD and (len(size) == 4 or not is_zero)
 
 
@@ -68,7 +68,7 @@ def filled(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     if like is not None:
         dtype, device = dtype or like.dtype, device or like.device
-    # Of one element: torch itself says the dtype, and where it is.
+    # A tensor of one element, from which torch's own choice of dtype and device is read.
     one = torch.full(
         (), value, dtype=dtype or (None if is_full else torch.get_default_dtype()), device=device
     )
@@ -86,7 +86,7 @@ def _deferred(
 
 
 def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """``torch.eye``: ones between two triangles."""
+    """``torch.eye``: ones with both triangles beside the diagonal set to zero."""
     rows = argument(args, kwargs, 0, "n")
     keys = argument(args, kwargs, 1, "m", rows)
     if set(kwargs) - _OPTIONS - {"n", "m"} or len(args) > 2 or not _may_be_scores((rows, keys), False):
@@ -101,7 +101,7 @@ def identity(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: 
     return _deferred(node, (rows, keys), one, options, call)
 
 
-# Functions of one value everywhere, and the value (``None``: an argument says it).
+# Functions that fill a tensor with one value, and the value; ``None``: an argument gives it, or there is none.
 _VALUES = {"zeros": 0, "ones": 1, "full": None, "empty": None}
 
 
@@ -124,7 +124,7 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         value = argument(args, kwargs, 1, "fill_value")
     is_known = kind == "empty" or isinstance(value, (bool, int, float))
     if not is_known or not are_defaults(kwargs, node.device):
-        # The result takes memory as the scores would.
+        # The result is allocated, and takes as much memory as the scores would.
         source.handle.call.tally.materialised(name)
         return asked(name, func, args, kwargs)
     dtype = kwargs.get("dtype") or node.dtype

@@ -1,4 +1,4 @@
-"""``F.gumbel_softmax`` with noise that depends on the seed and the position only, as the masks of dropout do."""
+"""``F.gumbel_softmax`` with noise that depends only on seed and position, like ``graph/dropout.py``'s masks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from attnpatch.rows.graph.dropout import bits_of
 from attnpatch.rows.graph.nodes import Context, Node
 from attnpatch.rows.op_table import op
 
-# Half a step away from 0 and 1, all of them float32 exactly.
+# Number of uniform levels: the midpoints (i + 0.5) / 2**23, exact in float32 and never 0 or 1.
 _LEVELS = 2**23
 
 
 class GumbelSoftmax(Node):
-    """``F.gumbel_softmax(child, tau, hard, dim=dim)``; the seed comes from torch's default generator when it is recorded.
+    """``F.gumbel_softmax(child, tau, hard, dim=dim)``; its seed is drawn from torch's default generator when recorded.
 
-    The native noise is drawn in memory order for the whole matrix and cannot be drawn by rows; this one is another
-    sample of the same distribution, the same for a row however often and in whatever tile it is computed.
+    The native noise is drawn in memory order for the whole matrix and cannot be drawn by rows. This one is another
+    sample of the same distribution. A row gets the same noise however often, and in whatever tile, it is computed.
     """
 
-    # The noise and its bits, in 4 bytes each.
+    # The noise and its random bits, 4 bytes each.
     held_bytes = 8
 
     def __init__(self, child: Node, tau: float, hard: bool, position: int) -> None:

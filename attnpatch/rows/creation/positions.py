@@ -1,6 +1,6 @@
-"""What begins a graph though nobody multiplied anything: positions against positions, and constants.
+"""Graphs that begin with query positions against key positions, or with constants.
 
-A host makes them for a bias (T5's and DeBERTa's distances) or a mask of its own, inside its attention or before it.
+A host makes them for a bias (distances in T5 and DeBERTa) or for a mask of its own, inside its attention or before it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from attnpatch.rows.watching import Watching, without
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], AttentionCall], Any]
 
-# Whole numbers of 8 bytes, and what a host makes of them before they are a bias.
+# Bytes per element: int64 positions, and what a host computes from them before they are a bias.
 _TEMPORARIES = 3 * 8
-# Before attention fewer rows are the sequences of a batch: a padding made of lengths.
+# With fewer rows, a tensor made before attention is a padding mask made from lengths: its rows are the batch.
 FEWEST = 32
 
 
 def _goes_by_rows(shape: torch.Size, device: torch.device, call: AttentionCall) -> bool:
     if call.is_of_masks and shape[-2] < FEWEST:
         return False
-    # To a fused kernel rows of a bias are handed as they are needed.
+    # A fused kernel is given the rows of a bias as it needs them, so the bias is always deferred.
     is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
     if is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device):
         return True
@@ -47,7 +47,7 @@ def _goes_by_rows(shape: torch.Size, device: torch.device, call: AttentionCall) 
 
 
 def _are_positions(*values: Any) -> bool:
-    """Whether these are tensors of whole numbers or truth values (a padding), and nobody's wrapper."""
+    """True if these are plain integer or bool tensors (bool: a padding mask), not a subclass of someone's."""
     return all(
         isinstance(t, torch.Tensor)
         and t.dim() > 0
@@ -62,7 +62,7 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Att
     """Query positions against key positions (``keys[None, :] - queries[:, None]``), deferred if its size goes by rows.
 
     Returns:
-        The deferred tensor of whole or truth values, or ``NotImplemented``.
+        The deferred integer or bool tensor, or ``NotImplemented``.
     """
     if len(args) != 2 or kwargs or not _are_positions(*args) or args[0].device != args[1].device:
         return NotImplemented
@@ -80,7 +80,7 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Att
         return NotImplemented
     dims = dims_of(shape)
     nodes = [InputNode.aligned(t, dims) for t in args]
-    # Of one element each: torch itself says the dtype, and raises what it would raise (truth values do not subtract).
+    # On one element each: torch gives the dtype, or raises what it would raise (bool tensors cannot be subtracted).
     dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
     return wrap(OpNode(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
 
@@ -132,11 +132,11 @@ def _first_of(*begins: Begin) -> Begin:
     return begin
 
 
-# A padding of queries against one of keys.
+# A padding mask of queries combined with one of keys.
 _BOTH = "mul __mul__ multiply __and__ bitwise_and logical_and"
-# Masks that are put together.
+# Functions that combine masks.
 _MASKS = "add __add__ __radd__ __or__ bitwise_or logical_or"
-# What is found before attention as well as inside it.
+# Functions that are deferred before attention as well as inside it.
 OF_POSITIONS: dict[Any, Begin] = {
     **dict.fromkeys(_functions(COMPARISONS), outer),
     **dict.fromkeys(_functions(f"{SUBTRACTIONS} {_BOTH}"), _first_of(outer, row_biases.of_two)),
@@ -153,7 +153,7 @@ BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, **constants.BEGINNINGS}
 
 
 class Before(Watching):
-    """Defers what a model makes of positions before its attention.
+    """The mode that defers a model's computations on positions before attention.
 
     Args:
         call: Policy and counters of the model's call.
@@ -163,7 +163,7 @@ class Before(Watching):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if here.positions is not self:
-            return func(*args, **(kwargs or {}))  # taken away, but below a mode of the host's
+            return func(*args, **(kwargs or {}))  # switched off, but still below a mode of the host's
         return super().__torch_function__(func, types, args, kwargs)
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -180,7 +180,7 @@ class Before(Watching):
 
 @contextlib.contextmanager
 def watched(call: AttentionCall) -> Iterator[None]:
-    """Watch the call of a model, its attention left out: that has a watch of its own (``mode.RowsMode``)."""
+    """Watch a model's call, except its attention, which has a mode of its own (``mode.RowsMode``)."""
     outer, here.positions = here.positions, Before(call)
     try:
         with here.positions:
@@ -191,14 +191,14 @@ def watched(call: AttentionCall) -> Iterator[None]:
 
 
 def is_watching() -> bool:
-    """Whether there is a watch to take away."""
+    """True if a ``Before`` mode is active in this thread."""
     return here.positions is not None
 
 
 def unwatched() -> contextlib.AbstractContextManager[Any]:
-    """Take the watch away for a while: attention runs as it would without, native operators of torch included.
+    """Switch the mode off inside the block, so that attention runs as it would without attnpatch.
 
-    Those of ``nn.TransformerEncoderLayer`` are not called while any mode is there.
+    ``nn.TransformerEncoderLayer``, for example, does not use its fused operators while any mode is active.
     """
     return _NOTHING if here.positions is None else _unwatched(here.positions)
 
@@ -210,7 +210,7 @@ _NOTHING = contextlib.nullcontext()
 def _unwatched(watch: Before) -> Iterator[None]:
     here.positions = None
     try:
-        with without(watch):  # Where it stays, it does nothing.
+        with without(watch):  # if it stays on torch's stack, it passes every call on
             yield
     finally:
         here.positions = watch

@@ -1,7 +1,7 @@
-"""What begins a graph beside products and positions: masks that are put together, tables looked up, and pairs by element.
+"""Graphs that begin with combined masks, with a table of biases, or with each query against each key by element.
 
-All of it has an element for each query and key (or several), and is made of less: a mask for all heads and a padding of
-keys, a table of biases and the numbers of its rows, queries and keys of a few channels.
+Each has one or more elements per query and key, and is made from smaller tensors: a mask for all heads and a padding
+mask of keys; a table of biases and indices into it; queries and keys of a few channels.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
 from attnpatch.rows.graph.nodes import InputNode
 from attnpatch.rows.graph.operations import OpNode
 
-# Of fewer rows or keys it is something else: heads, channels, the words of a prompt.
+# With fewer rows or keys it is something else: heads, channels, the words of a prompt.
 FEWEST = 32
-# Positions times frequencies (rotary embeddings) are no wider.
+# Positions x frequencies (rotary embeddings) have at most this many columns.
 WIDEST_HEAD = 512
-# What a result must have more elements than, as a multiple of what it is made of.
+# A looked-up result must have at least this many times the elements of its table.
 _GROWTH = 2
-# What hides a key, where zero shows it.
+# At or below this value an additive mask hides a key; 0 shows it.
 _HIDDEN = -1e3
-# Before attention wider rows of a table are tokens of a batch.
+# Before attention, a table with wider rows is an embedding of tokens, not a bias per head.
 _MOST_HEADS = 64
 _WHOLE = (torch.int64, torch.int32)
 
 
 def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """Two tensors, by element: masks that are put together, or each query against each key; deferred by size.
+    """An elementwise function of two tensors: masks combined, or each query against each key; deferred by size.
 
     Returns:
         The deferred tensor, or ``NotImplemented``.
@@ -67,14 +67,14 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
 
 
 def _are_opposite(one: torch.Tensor, other: torch.Tensor, row: int, key: int) -> bool:
-    """Whether one tensor has rows and no keys, and the other has keys and no rows."""
+    """True if one tensor has rows and no keys, and the other keys and no rows."""
     sizes = [tuple(t.shape[at] if t.dim() >= -at else 1 for at in (row, key)) for t in (one, other)]
     (a, b), (c, d) = sizes
     return (min(a, d) > 1 and max(b, c) == 1) or (min(b, c) > 1 and max(a, d) == 1)
 
 
 def _are_masks(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
-    """Whether one or both are a line of a mask: a padding of keys, or of queries."""
+    """True if one or both are a padding mask of keys or of queries (one value for each)."""
     lines = [t for t in (one, other) if t.dim() < 2 or 1 in t.shape[-2:]]
     if not lines or any(t.requires_grad for t in (one, other)):
         return False
@@ -84,23 +84,23 @@ def _are_masks(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> boo
 
 
 def _are_figures(one: torch.Tensor, other: torch.Tensor, shape: torch.Size) -> bool:
-    """Whether these are a figure of each query and of each key (graph attention), and not positions by frequencies."""
+    """True if these are one value per query and one per key (graph attention), and not positions x frequencies."""
     return min(shape[-2:]) > WIDEST_HEAD and _are_opposite(one, other, -2, -1)
 
 
 def _is_padding(line: torch.Tensor, narrowest: int) -> bool:
-    """Whether a tensor says of each key whether it is seen: by truth values, zeros and ones, or numbers that hide it."""
+    """True if a tensor is a padding mask: bool, zeros and ones, or 0 where visible and large and negative elsewhere."""
     if line.dtype == torch.bool:
         return True
     if not line.is_floating_point():
-        return False  # positions, which are looked for elsewhere
+        return False  # positions: ``positions.outer`` handles them
     if ledger_of(line) is not None:
-        return narrowest > WIDEST_HEAD  # no values to look at: positions by frequencies are narrower
+        return narrowest > WIDEST_HEAD  # no values in a dry run; positions x frequencies are narrower
     return bool(((line == 0) | (line == 1) | (line <= _HIDDEN)).all())
 
 
 def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """Rows of a table by numbers that are there, one or more for each query and key; deferred by size.
+    """A table looked up by an index tensor that has one or more elements per query and key; deferred by size.
 
     Returns:
         The deferred tensor, or ``NotImplemented``.
@@ -123,7 +123,7 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
     if min(rows, keys) < FEWEST or (numbers.dim() == 1 and rows * keys != numbers.numel()):
         return NotImplemented
     if call.is_of_masks and numbers.dim() == 1 and table.shape[at] < rows:
-        return NotImplemented  # fewer than there are distances: the experts of as many tokens as a square has places
+        return NotImplemented  # a table with fewer rows than distances: experts, looked up per token
     count = numbers.numel() * width
     if count < _GROWTH * table.numel() or table.device != numbers.device:
         return NotImplemented
@@ -150,7 +150,7 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
 
 
 def _flat(rows: int) -> Dims:
-    """One dimension of all queries and keys, that the host's ``view`` will take apart."""
+    """One dimension of queries x keys, which the host's ``view`` will split."""
     axis = Axis(rows * rows, ROW)
     axis.split(rows)
     axis.leaves()[1].kind = KEY
@@ -160,7 +160,7 @@ def _flat(rows: int) -> Dims:
 def _table_and_numbers(
     name: str, args: Any, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-    """The table, the numbers, and the dimension of the table that they number."""
+    """The table, the indices, and the dimension of the table that they index; ``None`` if the call is another one."""
     if name == "embedding":
         numbers, table, at = args[0] if args else None, argument(args, kwargs, 1, "weight"), 0
         if argument(args, kwargs, 3, "max_norm") is not None or argument(args, kwargs, 6, "sparse", False):

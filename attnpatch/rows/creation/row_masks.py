@@ -1,8 +1,9 @@
-"""Tensors over queries and keys that nobody multiplied: masks, position biases, zeros. Known by rows, held by nobody.
+"""Masks that are never held whole: their rows are made when they are needed.
 
-A host makes such a tensor whole before any attention runs: a boolean mask of 32k x 32k is 1 GB. Here it is a graph
-like a score matrix. What begins one is a function that gives any of its rows (``RowFunctionNode``: a host's own mask function
-called for fewer rows), a broadcast of positions against positions (``rows/creation/positions.py``), or a single value (``ConstantNode``).
+Natively a host makes a mask before any attention runs: a bool mask of 32k x 32k takes 1 GB. Here a mask is a graph,
+like a score matrix. It begins with a function that returns any range of its rows (``RowFunctionNode``: the host's own
+mask function, called for fewer rows), with positions against positions (``rows/creation/positions.py``), or with a
+single value (``ConstantNode``).
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from attnpatch.rows.graph.axes import KEY, ROW, Dims, Tile, flat_range, fresh, l
 from attnpatch.rows.graph.nodes import Node
 from attnpatch.rows.thread_state import here
 
-# Bytes per element that a function holds while it makes rows: positions are whole numbers of 8 bytes, and a distance
-# and its absolute value are alive together (measured by tests/test_workspace.py).
+# Bytes per element that a function holds while it makes rows: positions are int64, and a distance and its absolute
+# value are alive at the same time (measured by tests/test_workspace.py).
 GENERATED_BYTES = 16
 
 
 class RowFunctionNode(Node):
-    """A tensor ``[..., rows, keys]`` of which a function gives any rows.
+    """A tensor ``[..., rows, keys]`` whose rows come from a function.
 
     Args:
-        function: From the first row and one past the last to ``[..., high - low, keys]``.
-        shape: Of all of it.
-        dtype, device: Of its elements.
+        function: ``function(low, high)`` returns rows ``low:high``, as ``[..., high - low, keys]``.
+        shape: The shape of the whole tensor.
+        dtype, device: Those of its elements.
     """
 
     stands_for_memory = True
@@ -63,7 +64,7 @@ class RowFunctionNode(Node):
 
 
 class ConstantNode(Node):
-    """A tensor that holds one value everywhere."""
+    """A tensor whose elements are all the same value."""
 
     stands_for_memory = is_constant = True
 
@@ -79,7 +80,7 @@ class ConstantNode(Node):
 
 @contextlib.contextmanager
 def of_call(call: AttentionCall | None) -> Iterator[None]:
-    """Defer masks that are asked for inside the block, under the policy of ``call``; ``None``: do not."""
+    """Defer masks that the host asks for inside the block, under the policy of ``call``; ``None``: defer none."""
     outer, here.model_call = here.model_call, call
     try:
         yield
@@ -88,7 +89,7 @@ def of_call(call: AttentionCall | None) -> Iterator[None]:
 
 
 def may_defer(q_len: int) -> bool:
-    """Whether a mask of so many rows that is asked for now could be deferred."""
+    """True if a mask of ``q_len`` rows could be deferred now."""
     call = here.model_call
     if call is None or q_len < 2 or (call.policy.mode == "auto" and q_len <= call.policy.min_tokens):
         return False
@@ -98,16 +99,16 @@ def may_defer(q_len: int) -> bool:
 def deferred(
     function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
 ) -> DeferredTensor | None:
-    """A mask that ``may_defer``, not made yet; ``None`` where the rule says that it may be made.
+    """A deferred mask; ``None`` if the policy lets the host make it. Call it only if ``may_defer``.
 
     Args:
-        function: From the first row and one past the last to ``[..., high - low, kv_len]``.
-        q_len, kv_len: Rows and keys.
-        temporaries: From the number of the mask's elements to the bytes that the host holds if it is made.
+        function: ``function(low, high)`` returns rows ``low:high``, as ``[..., high - low, kv_len]``.
+        q_len, kv_len: Numbers of rows and keys.
+        temporaries: Maps the mask's number of elements to the bytes that the host holds while it makes the mask.
     """
     call = here.model_call
     assert call is not None
-    # Four rows tell what all of them are.
+    # Four rows show the dtype, device and leading dimensions.
     few = function(0, min(q_len, 4))
     if few.dim() < 2 or few.shape[-2:] != (min(q_len, 4), kv_len) or not is_plain(few):
         return None
@@ -122,19 +123,19 @@ def deferred(
 
 
 def answers(error: RuntimeError, device: torch.device) -> bool:
-    """Whether a mask that was to be whole and that memory does not hold goes by rows; it is counted."""
+    """True if a mask is deferred after all, because the host ran out of memory while making it; counted."""
     return here.model_call is not None and here.model_call.answers(error, device)
 
 
 def failed(where: str, error: Exception) -> None:
-    """An error of ours, where the host made its mask instead."""
+    """Count and warn about an error of attnpatch's own, after which the host made its mask."""
     if here.model_call is not None:
         here.model_call.tally.count("failed")
     warn_once(where, error)
 
 
 def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> None:
-    """Count a mask that cannot be deferred, where the rule would have it so."""
+    """Count a mask that the policy would defer and that cannot be deferred."""
     call = here.model_call
     if call is not None:
         call.tally.made(mask.numel() * mask.element_size())
@@ -143,7 +144,7 @@ def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> N
 
 
 class Unknown(Exception):
-    """A function reads something of which no copy can be kept."""
+    """A function refers to an object that cannot be copied."""
 
 
 _PLAIN = (
@@ -162,13 +163,13 @@ _PLAIN = (
 
 
 def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
-    """A function that reads the present values of the tensors it refers to, whatever becomes of them.
+    """A copy of a function together with the tensors that it refers to, so that later writes do not change its results.
 
-    A mask says what it says when it is made; one that is made later must say the same. What functions refer to are
-    paddings and positions, small beside the mask.
+    A mask that is made later must be the same as one made now. The tensors are padding masks and positions, small
+    beside the mask.
 
     Raises:
-        Unknown: It refers to something else than numbers, tensors and functions like itself.
+        Unknown: It refers to something other than numbers, tensors, containers of those and such functions.
     """
     seen = {} if seen is None else seen
     if id(value) in seen:

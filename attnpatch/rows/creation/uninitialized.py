@@ -1,4 +1,4 @@
-"""Memory that a host sets aside for scores (``torch.empty`` for ``baddbmm``) and that nobody needs by rows."""
+"""Uninitialized memory that a host allocates for scores (``torch.empty`` for ``baddbmm``): by rows it is not needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UninitializedNode(Node):
     """A tensor without values.
 
     Attributes:
-        stands_for_memory: Whether making it is counted as keeping a whole score matrix.
+        stands_for_memory: True if computing it is counted as a materialised score matrix.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class UninitializedNode(Node):
 
     @staticmethod
     def like(node: Node, dtype: torch.dtype) -> UninitializedNode:
-        """``empty_like`` of something deferred, cut as that is."""
+        """``empty_like`` of a deferred tensor, with the same axes."""
         blank = UninitializedNode((), dtype, node.device)
         blank.dims, blank.stands_for_memory = node.dims, True
         return blank
@@ -37,7 +37,7 @@ class UninitializedNode(Node):
 
 
 def _blank(args: Any, kwargs: dict[str, Any]) -> UninitializedNode | None:
-    """What ``torch.empty`` is asked for, if it could be scores."""
+    """The node for a call of ``torch.empty``; ``None`` if its shape cannot be that of scores."""
     size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
     if set(kwargs) - {"size", "dtype", "device", "requires_grad"} or kwargs.get("requires_grad"):
         return None
@@ -50,7 +50,7 @@ def _blank(args: Any, kwargs: dict[str, Any]) -> UninitializedNode | None:
 def empty(
     args: Any, kwargs: dict[str, Any], call: AttentionCall, native: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """``torch.empty``, without memory where its size goes by rows or memory runs out."""
+    """``torch.empty``; deferred if the policy says so for its size, or if memory runs out."""
     node = _blank(args, kwargs)
     if node is None or not node.dtype.is_floating_point:
         return native()
@@ -65,7 +65,7 @@ def empty(
 
 
 def without(args: Any, kwargs: dict[str, Any]) -> Any:
-    """The arguments of ``baddbmm`` with a tensor of one element in the place of an unneeded blank one, or ``None``."""
+    """The arguments of ``baddbmm(beta=0)`` with one expanded element as its uninitialized input, or ``None``."""
     added = args[0] if args else kwargs.get("input")
     if kwargs.get("beta", 1) != 0 or not isinstance(added, DeferredTensor) or added.handle.is_computed:
         return None

@@ -53,7 +53,9 @@ class Handle:
         self.written: torch.Tensor | None = None
         # The computed tensor attached to the deferred one's history; that history; and the ``grad_fn`` it had at first.
         self._bridged: tuple[torch.Tensor, Any, Any] | None = None
-        self._adopted: Any = None  # the ``grad_fn`` of ``written`` that the deferred tensor has taken over last
+        self._adopted: Any = (
+            None  # the ``grad_fn`` of ``written`` that the deferred tensor has taken over last
+        )
         self._has_adopted = False
         self._tensor: weakref.ref[DeferredTensor] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory

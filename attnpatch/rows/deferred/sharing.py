@@ -192,7 +192,7 @@ def compute_all(handle: Handle) -> None:
         if not memory.others(handle):
             memory.graph, handle.path = handle.node, ()
         found = memory_layout.laid(handle.call.replay(memory.graph), memory.graph, gaps=True)
-        memory.whole = found.detach()  # not a view: torch refuses some in-place functions on views (``detach_``)
+        memory.whole = found.detach()  # not a view: torch refuses ``detach_`` and the like on views
     for member in memory.members:
         member.values = part_of(member.path, memory.whole)
         member.pending.discard(member)

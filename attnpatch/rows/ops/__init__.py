@@ -1,1 +1,1 @@
-"""Torch functions of scores that need no more than a row, or a whole dimension."""
+"""Handlers of torch functions that need one element, one row or one whole dimension of the scores."""

@@ -1,9 +1,9 @@
-"""Scores that are normalised along both sides (a dual softmax, a division by the sums of columns, optimal transport).
+"""Scores that are normalised along rows and columns (a dual softmax, a division by column sums, optimal transport).
 
-A step has some rows of the result and all of what is summed over. Where a softmax runs along those rows as well, a step
-would have to hold everything. So what such a softmax needs, the maximum and the sum of each of its lines, is computed
-first, by steps of its own that are cut along the other side; then each element is computed alone. The scores are computed
-once more for that, and the result is the native one up to rounding.
+A step has some rows of the result and everything that is summed over. If a softmax also runs along those rows, a step
+would have to hold the whole matrix. So the maximum and the sum of each line (column) of that softmax are computed
+first, by steps that are cut along the other side. With them each element can be computed alone. The scores are computed
+once more for this, and the result equals the native one up to rounding.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from attnpatch.rows.graph.nodes import InputNode, Node, OutputNode, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import PAIRS
 
-# Several results, of which `Pick` takes one.
-# Figures of a line that are one of its own elements: it is asked for again by comparing (mutual nearest neighbours), and the
-# same element of a step that is cut along the other side differs in the last bit.
+# Reductions whose result is one of the line's own elements. A host compares elements with it (mutual nearest
+# neighbours); but the same element, computed by a step that is cut along the other side, differs in the last bit.
 _CHOSEN = frozenset(
     "max min amax amin aminmax sort topk kthvalue median nanmedian mode quantile nanquantile cummax cummin".split()
 )
-# Steps in which a bit more or less is another result.
+# Functions whose result depends on the last bit of their operands.
 _COMPARING = frozenset(
     "eq ne ge le gt lt greater greater_equal less less_equal not_equal isclose isin sign sgn heaviside floor ceil round trunc "
     "frac argmax argmin argsort searchsorted bucketize bool logical_not logical_and logical_or logical_xor nonzero fmod "
@@ -33,14 +32,14 @@ _COMPARING = frozenset(
 
 
 class Stuck(Exception):
-    """A step needs all rows at once; the message is its name."""
+    """A function needs all rows at once; the message is its name."""
 
 
 def cut(root: Node, site: AttentionCall) -> Node:
-    """An equivalent of a graph of which some rows can be computed alone; ``root`` itself, where it is one.
+    """An equivalent graph whose rows can be computed a few at a time; ``root`` itself if it is such a graph already.
 
     Raises:
-        Stuck: There is none.
+        Stuck: There is no such graph.
     """
     whole = {leaf for node in walk(root) for leaf in leaves(node.whole)}
     below = _other_names(root)
@@ -54,7 +53,7 @@ def cut(root: Node, site: AttentionCall) -> Node:
 
 
 def _other_names(root: Node) -> dict[Axis, Axis]:
-    """What an axis is called below a slice."""
+    """For each axis that a slice has made, the axis of its child."""
     found = {}
     for node in walk(root):
         if node.reads_a_run:
@@ -73,11 +72,11 @@ def _names(axis: Axis, below: dict[Axis, Axis]) -> frozenset[Axis]:
 
 
 class _Chosen(InputNode):
-    """A figure of a line that is one of its elements."""
+    """A reduced value of each line that is one of the line's elements."""
 
 
 def _compared(root: Node) -> str | None:
-    """The step that compares a line's own element with that line, if there is one."""
+    """The name of a function that compares a line with one of its own elements, or ``None``."""
     asking: set[Node] = set()
     for node in walk(root):
         if isinstance(node, _Chosen) or any(child in asking for child in node.children):
@@ -94,9 +93,10 @@ def _name(node: Node) -> str:
 
 
 def _freed(root: Node, row: frozenset[Axis], site: AttentionCall) -> Node:
-    """``root`` without steps that need an axis complete, by any of its names.
+    """``root`` without steps that need an axis complete, under any of its names.
 
-    Tensors stand for what was computed before. In the graph of the backward pass they are steps on what they are made of.
+    In the forward graph such a step becomes a tensor that is computed beforehand. In the graph of the backward pass it
+    stays a step on the scores it is computed from.
     """
     new: dict[Node, Node] = {}
     backward: dict[Node, Node] = {}
@@ -118,7 +118,7 @@ def _freed(root: Node, row: frozenset[Axis], site: AttentionCall) -> Node:
 
 
 def _on(node: Node, children: dict[Node, Node]) -> Node:
-    """A node on other children."""
+    """The node with other children; itself if they are the same."""
     changed = any(children[child] is not child for child in node.children)
     return node.rebuilt(lambda child: children[child]) if changed else node
 
@@ -128,7 +128,7 @@ def _are_same(node: Node, one: dict[Node, Node], other: dict[Node, Node]) -> boo
 
 
 def _as_figure(node: Node, figure: Node, backward: dict[Node, Node]) -> Node:
-    """Figures of lines as a step on the scores that they were computed of, where its derivative is known."""
+    """Reduced values as a step on the scores they were computed from, if its derivative is known; else unchanged."""
     dims = argument(node.args, node.kwargs, 1, "dim") if isinstance(node, OpNode) else None
     if dims is None or node.stops_gradient or not figure.tensor.requires_grad or not FigureNode.can_be(node):
         return figure
@@ -143,7 +143,7 @@ def _without(node: Node, row: frozenset[Axis], site: AttentionCall) -> Node:
     if row.isdisjoint(leaves(inner.whole)) or (name in PAIRS and inner is node):
         return node
     if row.isdisjoint(all_leaves(node.dims)):
-        # A figure of each line of the other side.
+        # A reduction: one value per line of the other side.
         kind = _Chosen if name in _CHOSEN else InputNode
         return kind(site.replay(cut(node, site)), node.dims)
     if name not in ("softmax", "log_softmax") or not isinstance(node, OpNode):
@@ -167,7 +167,7 @@ def _normalised(node: OpNode, is_log: bool, site: AttentionCall) -> Node:
 
 
 def figures(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """The maximum of each line, and the sum of the exponentials of what is below it, one after the other."""
+    """For each line the maximum, and the sum of exp(score - maximum); stacked in a first dimension of size 2."""
     scores = scores.to(dtype)
     highest = scores.detach().amax(dim, keepdim=True)
     return torch.stack([highest, (scores - highest).exp().sum(dim, keepdim=True)])

@@ -1,4 +1,4 @@
-"""Functions that join a graph's keys with others, look them up, or look up a table with them."""
+"""Handlers of ``gather``, ``scatter`` and of tables that are looked up by deferred indices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnpatch.rows.op_table import op
 
 @op("gather", "index_select")
 def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``gather`` and ``index_select`` along one dimension: its source whole, its result cut like the index."""
+    """``gather`` and ``index_select``: the source is complete along ``dim``, the result is cut as the index is."""
     source, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     if (
         not isinstance(source, torch.Tensor)
@@ -42,7 +42,8 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         ):
             return NotImplemented
         if isinstance(index, DeferredTensor):
-            # Looked up with axes of its own: distances are read along queries for one term and along keys for another.
+            # The index gets axes of its own: DeBERTa reads the same distances along queries for one term, along keys
+            # for the other.
             place = _renamed(index.handle.node)
             dims = place.dims
         else:
@@ -62,7 +63,7 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 @op("take_along_dim")
 def along_dim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``take_along_dim``: ``gather``, where nothing is broadcast."""
+    """``take_along_dim`` without broadcasting, which is ``gather``."""
     source, index, dim = args[0], argument(args, kwargs, 1, "indices"), argument(args, kwargs, 2, "dim")
     if dim is None or not isinstance(index, torch.Tensor) or source.dim() != index.dim():
         return NotImplemented
@@ -70,13 +71,13 @@ def along_dim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 
 
 def _renamed(root: Node) -> Node:
-    """A copy of a graph that is cut on its own: other axes, the same tensors."""
+    """A copy of a graph with new axes and the same tensors, so that it is cut independently."""
     return copy.deepcopy(root, {id(leaf.tensor): leaf.tensor for leaf in tensors_of(root)})
 
 
 @op("embedding")
 def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A row of a table for every whole number (T5's bias for each bucket of distances), cut along its width too."""
+    """A row of a table for every deferred index (T5's bias for each bucket of distances); its width can be cut, too."""
     source, weight = args[0], argument(args, kwargs, 1, "weight")
     if (
         not isinstance(source, DeferredTensor)
@@ -96,7 +97,7 @@ def embedding(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 
 @op("__getitem__", is_view=True)
 def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A part of something deferred; or a row of a table for every whole number, as ``embedding``."""
+    """A part of a deferred tensor; or, with a deferred index, rows of a table as in ``embedding``."""
     table, index = args
     if isinstance(table, DeferredTensor) or not isinstance(index, DeferredTensor):
         return indexing.getitem(name, func, args, kwargs)
@@ -112,7 +113,7 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 
 @op("scatter", "scatter_add")
 def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``scatter`` and its kind along one dimension: what it writes to whole, everything cut as the index is."""
+    """``scatter`` and ``scatter_add``: dimension ``dim`` complete, the other dimensions cut alike in all operands."""
     target, dim, index = args[0], argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
     value = argument(args, kwargs, 3, "src", kwargs.get("value"))
     tensors = [t for t in (target, index, value) if isinstance(t, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""Functions that ask a deferred tensor for its shape, dtype or device and never for its values."""
+"""Handlers of functions that read a deferred tensor's shape, dtype or device, and never its values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.graph.nodes import map_structure
 from attnpatch.rows.op_table import op
 
-# What they return is small, or of a size that the caller names.
+# Their result is small, or has a size that the caller gives.
 _ASKING = (
     "new_tensor new_empty_strided new result_type is_pinned is_shared is_conj is_neg is_coalesced is_distributed "
     "is_same_size has_names dim_order can_cast _is_zerotensor is_set_to"
 )
 _RANDOM = "rand_like randn_like randint_like"
-# Options that change nothing where they are given their defaults.
+# Default values of options: given these, an option changes nothing.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "layout": (None, torch.strided),
     "requires_grad": (False, None),
@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 
 def _stand_in(value: Any) -> Any:
-    """A tensor of one element in memory that has a deferred tensor's shape, dtype and device."""
+    """A tensor with a deferred tensor's shape, dtype and device, and memory for one element; other values unchanged."""
     if not isinstance(value, DeferredTensor):
         return value
     node = value.handle.node
@@ -44,12 +44,12 @@ def _stand_in(value: Any) -> Any:
 def asked(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The call on stand-ins: it reads no values."""
     if len(deferred_in(args[1:], kwargs)) and name in ("new_tensor", "new"):
-        return NotImplemented  # its data is deferred
+        return NotImplemented  # the data of the new tensor is deferred: its values are needed
     return func(*map_structure(args, _stand_in), **map_structure(kwargs, _stand_in))
 
 
 def are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Whether the options of a function that makes a tensor are those of a plain one on ``device``."""
+    """True if the options of a tensor factory ask for a plain tensor on ``device``."""
     for key, value in kwargs.items():
         if key in ("dtype", "size", "fill_value"):
             continue
@@ -63,9 +63,9 @@ def are_defaults(kwargs: dict[str, Any], device: torch.device) -> bool:
 
 @op(*_RANDOM.split())
 def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Random numbers of the shape of the scores: drawn whole, as they must be, without the scores.
+    """Random numbers with the shape of the scores: drawn for the whole matrix, without computing the scores.
 
-    Numbers are drawn in the order in which scores lie in memory, so only where that is known.
+    They are drawn in memory order, so this serves only calls that name a contiguous ``memory_format``.
     """
     source = args[0]
     if not isinstance(source, DeferredTensor) or kwargs.get("memory_format") not in (

@@ -1,4 +1,4 @@
-"""``out=``: the result of a call that has something deferred among its arguments, in a tensor that the host hands it."""
+"""``out=``: writes the result of a call with deferred arguments to a tensor that the host gives."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from attnpatch.rows.op_table import Handler, lookup
 
 
 def written(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], apply: Handler) -> Any:
-    """The call, written to its ``out``; ``NotImplemented`` where the native call on computed tensors is to do it.
+    """The call, written to its ``out``; ``NotImplemented`` if the native call on computed tensors must do it.
 
-    Memory for scores that was only asked for (``torch.empty`` by rows) becomes the deferred result. In memory that is
-    there a result with no keys, computed by rows, is copied: as much is held as natively.
+    If ``out`` is deferred (``torch.empty`` by rows), it becomes the deferred result. If ``out`` is real memory, a real
+    result (computed by rows, without keys) is copied to it.
 
     Args:
         name, func, args, kwargs: The call.
-        apply: What answers the call without its ``out``.
+        apply: Answers the call without its ``out``.
     """
     out = kwargs["out"]
     rest = {key: value for key, value in kwargs.items() if key != "out"}
     if not isinstance(out, torch.Tensor):
         return NotImplemented
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(args, kwargs)):
-        return NotImplemented  # torch has an error for it
+        return NotImplemented  # torch raises an error
     if is_pending(out) and (out.handle.is_shared() or has_history(out)):
-        return NotImplemented  # under no_grad its values change, and its history does not
+        return NotImplemented  # under no_grad the values of ``out`` change and its history must not
     result = _result(name, func, args, rest, out, apply)
     if not isinstance(result, torch.Tensor) or result.shape != out.shape or result.dtype != out.dtype:
         return NotImplemented
@@ -54,7 +54,7 @@ def _result(
 
 
 def _became(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """``out``, a deferred tensor that nobody else looks at, standing for the result from now on."""
+    """Let ``out``, a deferred tensor that shares memory with no other, stand for the result."""
     assert isinstance(out, DeferredTensor)
     if is_pending(result):
         assert isinstance(result, DeferredTensor)

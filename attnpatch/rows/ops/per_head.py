@@ -1,4 +1,4 @@
-"""Pointwise functions that read a table, or have a parameter for every head."""
+"""Handlers of pointwise functions that read a table, or have a parameter per head."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import op
 from attnpatch.rows.ops.pointwise import probe
 
-# Which argument is pointwise, where it is not the first; every other tensor is a table, read whole.
+# For each function the position of its pointwise argument; all its other tensors are tables, which are read whole.
 _TABLES = {"bucketize": 0, "isin": 0, "searchsorted": 1}
-# Every other tensor has an element for each place of dimension 1, or one for all.
+# Functions whose other tensors have one element per index of dimension 1, or a single element.
 _CHANNELS = ("prelu", "batch_norm")
 
 
@@ -53,7 +53,7 @@ def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
     if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs) or len(source.shape) < 2:
         return NotImplemented
     if name == "batch_norm" and (args[5] if len(args) > 5 else kwargs.get("training", False)):
-        return NotImplemented  # its statistics are of all rows
+        return NotImplemented  # its statistics need all rows
     node = source.handle.node
     count = node.shape[1]
     own = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -77,7 +77,7 @@ def of_channels(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
 
 @op("conv1d", "conv2d", "conv3d")
 def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A convolution of width 1, which mixes heads (channels) and nothing else: talking heads."""
+    """A convolution with kernel size 1, which mixes only heads (channels): talking heads."""
     source = args[0]
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     if (

@@ -1,4 +1,4 @@
-"""Pointwise functions and casts of scores: a graph goes on with them, whatever they are broadcast against."""
+"""Handlers of pointwise functions, casts and dropout, with any broadcasting."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from attnpatch.rows.ops import metadata
 
 
 def node_for(value: torch.Tensor, dims: Dims) -> Node:
-    """The graph node of an argument: its own, or a leaf whose dimensions line up with ``dims`` from the right."""
+    """The node of an argument: its own graph, or an input node whose dimensions align with ``dims`` from the right."""
     if isinstance(value, DeferredTensor):
         return value.handle.node
     return InputNode.aligned(value, dims)
 
 
 def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """What the call returns for tensors of one element: torch itself says the dtype, autocast included."""
+    """The call's result on tensors of one element: shows the dtype that torch chooses, autocast included."""
 
     def shrink(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or (not value.dim() and not isinstance(value, DeferredTensor)):
@@ -51,7 +51,7 @@ def probe(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
-    """The axes of the broadcast result; ``None`` where two graphs are cut in ways that do not fit."""
+    """The axes of the broadcast result; ``None`` if the axes of two graphs cannot be unified."""
     shape = torch.broadcast_shapes(*shapes)
     dims: list[Dim] = []
     for back in range(len(shape), 0, -1):
@@ -65,7 +65,7 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
             elif not same(found, own):
                 return None
         if not found and shape[-back] != 1:
-            # Figures of rows against a real row of figures: the columns of a matrix.
+            # Values per row, broadcast against a real row vector: a new axis for its columns.
             found = (Axis(shape[-back], KEY if back == 1 and has_no_keys(nodes) else LEAD),)
         dims.append(found)
     return tuple(dims)
@@ -88,7 +88,7 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
         return func(*map_structure(args, computed_by_rows), **map_structure(kwargs, computed_by_rows))
     tiny = probe(func, args, kwargs)
     if not isinstance(tiny, torch.Tensor):
-        return NotImplemented  # Python's answer to ``scores == None``
+        return NotImplemented  # Python's own result, as for ``scores == None``
 
     def place(value: Any) -> Any:
         return node_for(value, dims) if isinstance(value, torch.Tensor) else value
@@ -100,14 +100,14 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
 
 
 def has_no_keys(nodes: list[Node]) -> bool:
-    """Whether these are figures of one per row (a logsumexp): small, and sigmoid rounds them by where they lie."""
+    """True if these are one value per row (a logsumexp): small, and sigmoid rounds them by their memory layout."""
     return not any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims))
 
 
 def _beside_keys(tensors: list[torch.Tensor]) -> set[int] | None:
-    """Figures of one per row that meet the keys, or each other across: degrees of rows and of columns.
+    """The ids of values per row that are broadcast along the keys, or against each other (degrees of rows and columns).
 
-    Put off, rows and keys would be one axis, of which nothing can be cut.
+    If they stayed deferred, rows and keys would be the same axis, and neither could be cut.
     """
     given = {id(value): value.handle.node for value in tensors if isinstance(value, DeferredTensor)}
     if len(given) < 2:
@@ -134,16 +134,16 @@ def _beside_keys(tensors: list[torch.Tensor]) -> set[int] | None:
 
 
 def _is_beside_output(tensors: list[torch.Tensor], nodes: list[Node]) -> bool:
-    """Whether deferred tensors meet one that is larger: figures of one per row, and an output that they scale.
+    """True if deferred tensors are broadcast against a larger real one: values per row that scale an output.
 
-    Put off, they would turn the output into scores, which leave the site and are computed whole in the next one.
+    If they stayed deferred, so would the output: it would leave the site and be computed whole in the next one.
     """
     most = max(node.shape.numel() for node in nodes)
     return any(tensor.numel() > most for tensor in tensors if not isinstance(tensor, DeferredTensor))
 
 
 def computed_by_rows(value: Any) -> Any:
-    """What is deferred, computed by rows: nothing whole that a report would have to count."""
+    """A deferred tensor computed by rows, without counting it as materialised; other values unchanged."""
     return value.handle.reduced() if isinstance(value, DeferredTensor) else value
 
 
@@ -155,7 +155,7 @@ def cast(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
         return metadata.asked(name, func, args, kwargs)
     like = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not isinstance(source, DeferredTensor) and len(args) == 2 and len(like) == 1 and not kwargs:
-        # Only what the other is matters, not what it holds.
+        # Only the dtype and device of the deferred argument matter, not its values.
         return source.to(device=like[0].device, dtype=like[0].dtype)
     if not isinstance(source, DeferredTensor) or kwargs.get("memory_format") is not None:
         return NotImplemented

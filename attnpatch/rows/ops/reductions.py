@@ -1,7 +1,7 @@
-"""Functions that need some dimensions of the scores complete, and leave the others apart.
+"""Handlers of functions that need some dimensions of the scores complete, and treat each index of the others alone.
 
-A function is one entry of a table that says which dimensions those are. What becomes of them (they stay, vanish, become
-1 or get another length) torch itself says of a tensor that has these dimensions alone.
+A table has for each function which dimensions it needs. How their lengths change (kept, removed, 1 or another length)
+is found by calling torch on a tensor that has only these dimensions.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from attnpatch.rows.layout.joining import flip_rows, roll_rows
 from attnpatch.rows.op_table import ALONG, PAIRS, REDUCING, op
 from attnpatch.rows.ops.pointwise import computed_by_rows, elementwise, has_no_keys, probe
 
-# From the arguments and the number of dimensions to the dimensions that must be complete; ``None``: not understood.
+# ``which(args, kwargs, number of dimensions)``: the dimensions that must be complete; ``None``: not understood.
 Which = Callable[[Any, dict[str, Any], int], Any]
-# What torch is asked about has as many elements as a few heads' rows, not as a score matrix.
+# The largest tensor on which torch is called to find the result's shape: rows of a few heads, not a score matrix.
 _MOST_ASKED = 2**22
 
 
 def _named(position: int, default: Any = None, keyword: str = "dim") -> Which:
-    """An argument says them, one or several."""
+    """The dimensions that an argument names, one or several."""
     return lambda args, kwargs, count: argument(args, kwargs, position, keyword, default)
 
 
 def _last(position: int, keyword: str) -> Which:
-    """An argument has the sizes of the last ones."""
+    """The last dimensions, as many as an argument gives sizes."""
 
     def which(args: Any, kwargs: dict[str, Any], count: int) -> Any:
         sizes = argument(args, kwargs, position, keyword)
@@ -64,7 +64,7 @@ def _flipped(args: Any, kwargs: dict[str, Any], count: int) -> Any:
 
 # Tensors beside the scores (a norm's weight and bias) are read whole, so they must belong to complete dimensions.
 WITHIN: dict[str, Which] = {
-    # The length stays.
+    # Functions that keep the length of the dimensions.
     "cumprod": _named(1),
     "logcumsumexp": _named(1),
     "cummax": _named(1),
@@ -77,7 +77,7 @@ WITHIN: dict[str, Which] = {
     "rms_norm": _last(1, "normalized_shape"),
     "argsort": _named(1, -1),
     "msort": _always(0),
-    # They vanish, or become 1.
+    # Functions that remove the dimensions, or make them 1.
     "std": _named(1),
     "var": _named(1),
     "std_mean": _named(1),
@@ -94,7 +94,7 @@ WITHIN: dict[str, Which] = {
     "nanquantile": _named(2),
     "nanmean": _named(1),
     "count_nonzero": _named(1),
-    # They get another length.
+    # Functions that change their length.
     "diff": _named(2, -1),
     "glu": _named(1, -1),
     "avg_pool1d": _always(-1),
@@ -104,7 +104,7 @@ WITHIN: dict[str, Which] = {
 
 
 def _positions(dims: Any, count: int) -> list[int] | None:
-    """Dimensions as numbers from 0 on, or ``None`` where they are something else."""
+    """Dimensions as a list of numbers >= 0; ``None`` if they are not valid integers."""
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     if not isinstance(dims, (list, tuple)) or not dims:
@@ -131,7 +131,7 @@ def complete_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[
 
     Args:
         name, func, args, kwargs: The call.
-        dims: The dimensions: a number or several.
+        dims: Those dimensions, one or several integers.
     """
     source = args[0]
     if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs):
@@ -151,7 +151,7 @@ def complete_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[
 
 
 def _of_rows(name: str, source: DeferredTensor, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
-    """What can be said of rows without having all of them."""
+    """A function along the row axis that does not need all rows (``flip``, ``roll``); otherwise ``NotImplemented``."""
     if name == "flip":
         return flip_rows(source, dims)
     if name != "roll":
@@ -177,10 +177,10 @@ def becoming(
     """The deferred result or results of a function that needs some dimensions complete.
 
     Args:
-        source: What it is a function of.
+        source: The deferred argument.
         func, rest, kwargs: The function and its other arguments.
-        positions: The dimensions.
-        told: What the function returns for a tensor that has length 1 in all others.
+        positions: The dimensions that must be complete.
+        told: The function's result on a tensor whose other dimensions all have length 1.
     """
     node = source.handle.node
     results = told if isinstance(told, tuple) else (told,)
@@ -209,7 +209,7 @@ def _read_whole(value: Any) -> Any:
 
 
 def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[Dim, ...] | None:
-    """The axes of a result, by what became of the complete dimensions."""
+    """The axes of a result, read from the lengths of its complete dimensions; ``None`` if they are not understood."""
     if result.dim() == len(node.dims) - len(set(positions)):
         return tuple(dim for i, dim in enumerate(node.dims) if i not in positions)
     if result.dim() != len(node.dims):
@@ -224,9 +224,9 @@ def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[D
 
 
 def extreme(name: str, func: Callable[..., Any], source: DeferredTensor) -> Any:
-    """``max()``, ``any()`` and their kind of everything: of the keys, a figure for each row, and of these figures.
+    """``max()``, ``any()`` and the like over all elements: first over the keys, then over the resulting value per row.
 
-    Not under autograd, where equal elements share a gradient.
+    Not under autograd, where equal elements share the gradient.
     """
     node = source.handle.node
     keys = [i for i, dim in enumerate(node.dims) if any(axis.kind == KEY for axis in leaves(dim))]
@@ -247,7 +247,7 @@ def _dims_of(node: Node, dim: Any) -> list[int] | None:
 
 
 def _mark_keys(node: Node, axes: list[Axis]) -> None:
-    """Softmax says which axis holds the keys; what was taken for one before is a row axis."""
+    """Mark the axes along which a softmax runs as keys, and all others that were taken for keys as rows."""
     for dim in node.dims:
         for leaf in leaves(dim):
             if leaf in axes:
@@ -276,7 +276,7 @@ _EXTREMES = frozenset("max min amax amin any all".split())
 
 
 def mixes_figures(node: Node, positions: list[int]) -> bool:
-    """Whether a step needs all rows of what has one figure for each: small, so it is computed first."""
+    """True if a function needs all rows of a tensor with one value per row: small, so the tensor is computed first."""
     return has_no_keys([node]) and any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i]))
 
 
