@@ -47,20 +47,16 @@ class Node:
         is_constant: True if all elements are the same number.
         is_exact: True if its rows are bit-identical to the native ones when steps have the right size.
         renames_axes: True if it computes a child under another tile than its own.
-        reads_a_run: True if a contiguous range of its dimension ``position`` is a contiguous range of the child's,
-            under another axis.
-        stops_gradient: True if its result has no autograd history, whatever it was made from: detached, or under
-            no_grad.
+        reads_a_run: True if a range of its dimension ``position`` is a range of the child's, under another axis.
+        stops_gradient: True if its result never has an autograd history: detached, or made under no_grad.
         needs_grad: Whether its deferred tensor has an autograd history; ``None`` if there is no deferred tensor.
         carrier: That deferred tensor.
-        anchor: A tensor that leads to the deferred tensor's history after the deferred tensor is gone; made if its own
-            gradient was asked for.
+        anchor: A tensor that keeps the deferred tensor's history; made if its own gradient was asked for.
         marks: What happened to the node (hooked, overwritten); shared with the twin.
         twin: A copy that holds no tensors, for backward passes to keep.
         reached: Input tensors that receive its gradients.
         saved: Tensors that autograd edges up to and including its own have saved for the backward pass.
-        native: The torch function that the host called and its arguments after the first, if the step computes the
-            result in another way.
+        native: The torch function that the host called and its arguments after the first, if ``compute`` differs.
         copies_layout: True if the native result is laid out in memory as a copy of the first child would be.
         laid_as: The node whose native strides it has, if they do not follow from its own operation (a write in place).
         lies_by_rows: True if the native result is contiguous, whatever it is made from.
