@@ -33,14 +33,8 @@ class SdpaCall:
 
     @classmethod
     def of(cls, args: Any, kwargs: dict[str, Any]) -> SdpaCall:
-        """The call that a host makes with these arguments.
-
-        Raises:
-            TypeError: torch would refuse them: too many, too few, or of an unknown name.
-        """
+        """The call that a host makes with these arguments; torch has refused wrong ones before a mode is asked."""
         named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-        if len(args) > len(_POSITIONAL) or len(named) < len(args) + len(kwargs):
-            raise TypeError("scaled_dot_product_attention: arguments that torch refuses")
         if "scale" in named:
             named["given_scale"] = named.pop("scale")
         return cls(**named)

@@ -10,23 +10,12 @@ from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending,
 from attnpatch.sdpa_call import SdpaCall
 
 
-def of_host(args: Any, kwargs: dict[str, Any]) -> SdpaCall | None:
-    """The call that a host makes with these arguments; ``None``: torch refuses them, and says why in its own words."""
-    try:
-        return SdpaCall.of(args, kwargs)
-    except TypeError:
-        return None
-
-
-def settled(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
 
     Scores that were computed by hand and then used as a query or a key are not what the matmul path is for.
     """
-    call = of_host(args, kwargs)
-    if call is None:
-        return settle((args, kwargs), "scaled_dot_product_attention")
-    named = call.arguments()
+    named = SdpaCall.of(args, kwargs).arguments()
     mask = computed(named.pop("attn_mask"))
     named = settle(named, "scaled_dot_product_attention")
     if isinstance(mask, DeferredTensor) and not _has_rows_of(mask, SdpaCall.of((), named)):

@@ -21,7 +21,7 @@ from attnpatch.rows.provenance import observed
 from attnpatch.rows.provenance.open_keys import causal_keys, once_for, open_keys
 from attnpatch.rows.sdpa import deferred_weights, logsumexp
 from attnpatch.rows.sdpa.as_graph import graph
-from attnpatch.rows.sdpa.call import can_be_cut, of_host
+from attnpatch.rows.sdpa.call import can_be_cut
 from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice
 from attnpatch.rows.sdpa.probabilities import mask_rows, show
 from attnpatch.sdpa_call import SdpaCall
@@ -32,8 +32,8 @@ DENSE_COPIES = 3
 
 def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
-    call = of_host(args, kwargs)
-    if call is None or not can_be_cut(call):
+    call = SdpaCall.of(args, kwargs)
+    if not can_be_cut(call):
         kwargs = settle(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
         site.tally.left_native("kind")
