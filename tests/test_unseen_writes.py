@@ -83,6 +83,12 @@ LIBRARY.define("turn_into(Tensor x, Tensor(a!) out) -> ()")
 LIBRARY.impl("turn_into", lambda x, out: out.numpy().__setitem__(..., x.flip(1).numpy()), "CPU")
 
 
+def by_an_operator_in_place(x):
+    """Which torch does not count."""
+    torch.ops.attnpatch_tests_of_c.turn_into(x, x)
+    return x
+
+
 def by_an_operator_into_new_memory(x):
     """As kernels of other libraries return what they make."""
     y = torch.empty_like(x)
@@ -155,8 +161,8 @@ def in_a_row(x):
 
 WRITES = (
     by_numpy, by_an_earlier_array, by_asarray, by_dlpack, at_an_address, into_the_storage, by_set, scripted, by_a_thread,
-    by_an_operator, by_an_operator_into_new_memory, at_the_address_of_new_memory, through_data, through_a_detached,
-    under_a_view, over_a_base, by_an_overload, sorted_out, joined_out, selected_out, multiplied_out, in_a_row,
+    by_an_operator, by_an_operator_in_place, by_an_operator_into_new_memory, at_the_address_of_new_memory, through_data,
+    through_a_detached, under_a_view, over_a_base, by_an_overload, sorted_out, joined_out, selected_out, multiplied_out, in_a_row,
 )  # fmt: skip
 UNSEEN = {write.__name__: write for write in WRITES}
 UNSEEN |= {
@@ -300,3 +306,25 @@ RESIDUALS = {
 def test_residuals_are_mapped(name):
     model, ids = Model(RESIDUALS[name]).eval(), torch.cat([tokens(24), tokens(24, 2)])
     assert not captured(model, lambda: model(ids)).left_out
+
+
+class Padded(Model):
+    """Padding is zeros before anything else."""
+
+    def forward(self, ids, mask):
+        x = self.embed(ids) * mask[..., None]
+        x = x + self.before(x)
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        return x
+
+
+@torch.no_grad()
+def test_padding_that_is_zeros_is_no_token_that_is_lost():
+    model, ids = Padded(lambda x: SQUARE @ x), torch.cat([tokens(24), tokens(24, 2)])
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    assert not captured(model.eval(), lambda: model(ids, mask)).left_out
+    with pytest.warns(Warning, match="code that cannot be followed"):
+        maps = captured(model, lambda: model(ids, mask.float()))
+    assert sorted(maps.left_out) == ["layers.0", "layers.1"]

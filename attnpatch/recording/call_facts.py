@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
 
-NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, or no softmax over keys"
+NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, no softmax over keys, or one key beside a learned sink"
 
 # What the rows of a map may be off by, which should sum to 1; where a kernel of its own has summed them, which has a check
 # of its own.

@@ -15,8 +15,8 @@ from attnpatch.recording.text.cache_history import cut
 from attnpatch.recording.text.sequences import Marks, Sequence, reference
 
 _OTHERS_PLACES = (
-    "rows of the batch took others' places between calls (beam search), and which of them is returned is not known; capture "
-    "one call with the sequences that are returned"
+    "rows of the batch took others' places between calls (beam search, contrastive search), and which of them is returned is "
+    "not known; capture one call with the sequences that are returned"
 )
 _NOT_READ = "its cache cannot be read, and whether rows of the batch changed places there is not known; capture one sequence at a time"
 

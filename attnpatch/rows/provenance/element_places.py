@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
     return picks[0], sum(rest if one is ... else 1 for one in index[: picks[0]])
 
 
-def shows(tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
+def shows(
+    tensor: torch.Tensor, beside: torch.Tensor | None, place: int, masks: Sequence[torch.Tensor] = ()
+) -> bool:
     """Whether every token of a tensor is seen in its sum with another one, and not the same in all places.
 
     A residual that was multiplied by 0, masked out or subtracted from itself has no tokens any more. Asked only where
@@ -140,6 +143,8 @@ def shows(tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool
         tensor: Which has tokens in order along a dimension.
         beside: What it is added to, of the same shape; ``None``: it is joined to that along channels.
         place: The dimension.
+        masks: Whole numbers ``[batch, tokens]`` that the model is given: where one of only 0 and 1 is 0 there is padding,
+            which many models have as zeros.
     """
     if tensor.is_meta or tensor.shape[place] < 2:
         return True
@@ -151,10 +156,14 @@ def shows(tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool
             # What is below the last bit of the other summand is rounded away.
             seen = tensor.abs() > beside.abs() * (torch.finfo(tensor.dtype).eps / 2)
         within = [at for at in range(1, tensor.dim()) if at != place]
-        is_all = seen.any(tuple(within)) if within else seen
+        is_there = seen.any(tuple(within)) if within else seen
         # Sequences may be alike.
         differs = place == 0 or bool((tensor != tensor.narrow(place, 0, 1)).any())
-        return differs and bool(is_all.all())
+        if differs and not bool(is_there.all()):
+            for mask in masks:
+                if mask.shape == is_there.shape and int(mask.min()) >= 0 and int(mask.max()) <= 1:
+                    is_there = is_there | (mask == 0).to(is_there.device)
+        return differs and bool(is_there.all())
 
 
 def shows_all(tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:

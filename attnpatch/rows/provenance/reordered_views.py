@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnpatch import compat
 from attnpatch.observing import MAKING
 from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
@@ -25,7 +24,7 @@ from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory, tensors_in
 from attnpatch.rows.provenance.token_order import Order
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
 
 # Functions that change the order of dimensions, and those that take a piece of a tensor.
 _TURNING = frozenset(
@@ -72,6 +71,8 @@ class Turned:
         self._look = Order(self._sources)
         # Of tensors whose making was seen: whether no token has gone into them (made here, or of learned numbers alone).
         self._is_bare = Notes(self._strayed)
+        # Whole numbers that the model is given for each token: ids, masks of padding.
+        self._of_tokens: list[torch.Tensor] = []
         # Of slices with steps: of which tensor, and begin and step by dimension.
         self._slices: Any = WeakIdKeyDictionary()
         self._constants: frozenset[int] | None = None
@@ -100,7 +101,7 @@ class Turned:
             self._is_bare.wrote(one)
         if is_foreign:
             for one in written_by(func, args, kwargs):
-                self._lose(one, name)
+                self._is_bare.lose(one)
         before = [self.why(one) or self.why(_base(one)) for one in written]
         own = [tensor for tensor in tensors if self.has_tokens(tensor)]
         for one in results:
@@ -140,6 +141,8 @@ class Turned:
         """What the model is given, also in objects of any kind."""
         if isinstance(given, torch.Tensor):
             self._is_bare[given] = False
+            if type(given) is torch.Tensor and given.dim() == 2 and not given.is_floating_point():
+                self._of_tokens.append(given)
         elif depth < _DEPTH and not isinstance(given, (type, torch.nn.Module)):
             if isinstance(given, Mapping):
                 inside = given.values()
@@ -190,9 +193,7 @@ class Turned:
             # What lies last are channels, which layers make.
             and not any(place < tensor.dim() - 1 for place in self.why(tensor))
             and all(
-                element_places.shows(
-                    element_places.summand(tensor, name, moved, result, kwargs), moved, place
-                )
+                self._shows(element_places.summand(tensor, name, moved, result, kwargs), moved, place)
                 for place in range(result.dim() - 1)
             )
         )
@@ -409,12 +410,14 @@ class Turned:
                 clean = [
                     one
                     for one in clean
-                    if element_places.shows(
-                        element_places.summand(one[0], name, value, result, kwargs), value, place
-                    )
+                    if self._shows(element_places.summand(one[0], name, value, result, kwargs), value, place)
                 ]
             found.append(next(iter(clean + other if is_sum else other + clean))[1])
         self._sources.give(result, tuple(found))
+
+    def _shows(self, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
+        """Whether the tokens of a tensor are seen in a sum; see ``element_places.shows``."""
+        return element_places.shows(tensor, beside, place, self._of_tokens)
 
     def _beside(self, own: list[torch.Tensor], result: torch.Tensor) -> None:
         """Of tensors that are joined along channels one that is in order has the order of the result, as in a sum: tokens
@@ -429,7 +432,7 @@ class Turned:
             clean = (
                 dims[place]
                 for one, dims, why in choices
-                if place not in why and not (is_other and not element_places.shows(one, None, place))
+                if place not in why and not (is_other and not self._shows(one, None, place))
             )
             found[place] = next(clean, found[place])
         self._sources.give(result, tuple(found))
@@ -498,18 +501,6 @@ class Turned:
         for leaf in (leaf for dim in dims for leaf in leaves(dim)):
             leaf.made_by = _NAMES.get(name, name)
         self._sources.give(tensor, dims)
-
-
-def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an operator of another library says it writes to."""
-    schema = getattr(getattr(func, "default", func), compat.OPERATOR_SCHEMA, None)
-    if schema is None or not schema.is_mutable:
-        return []
-    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-    is_written = {
-        one.name: one.alias_info is not None and one.alias_info.is_write for one in schema.arguments
-    }
-    return [*tensors_in([value for name, value in named.items() if is_written.get(name)])]
 
 
 @functools.cache

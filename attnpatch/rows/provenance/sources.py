@@ -21,7 +21,7 @@ from attnpatch.rows.matmul.spellings import NAMES, parse
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.origins import Made, Origins
 from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
 
 
 class Sources(Origins):
@@ -87,6 +87,9 @@ class Sources(Origins):
             self.outer.follow(func, args, kwargs, result)
         name = element_places.name_of(func)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if is_plain(t)]
+        if name.startswith("torch._ops."):
+            for one in written_by(func, args, kwargs):
+                self._known.lose(one)
         is_write = name in element_places.WRITES or name in element_places.SCATTERING
         if not results and not is_write:
             if name in EXPOSING and args and is_plain(args[0]):

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from attnpatch import compat
+from attnpatch.rows.provenance.tensors import tensors_in
+
 # After these others may write to a tensor's memory.
 EXPOSING = frozenset(
     "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ to_dlpack __cuda_array_interface__".split()
@@ -108,6 +111,13 @@ class Notes:
         if self._exposed:
             self._look(tensor)
 
+    def lose(self, tensor: torch.Tensor) -> None:
+        """A function of which nothing is known has written to a tensor."""
+        place = _place(tensor)
+        found = [*self._at(place)] if place else [self._found(tensor)]
+        for memory in {id(each[2]): each[2] for each in found if each is not None}.values():
+            memory.strays += 1
+
     def knows_writes(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was noted, and all that was written to it since was seen."""
         found = self._found(tensor)
@@ -177,6 +187,18 @@ class Notes:
         place = _place(tensor)
         if place in self._exposed:
             self._exposed[place] = _sum(tensor)
+
+
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operator of another library says it writes to."""
+    schema = getattr(getattr(func, "default", func), compat.OPERATOR_SCHEMA, None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    is_written = {
+        one.name: one.alias_info is not None and one.alias_info.is_write for one in schema.arguments
+    }
+    return [*tensors_in([value for name, value in named.items() if is_written.get(name)])]
 
 
 def _place(tensor: torch.Tensor) -> int:
