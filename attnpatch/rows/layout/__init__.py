@@ -1,1 +1,1 @@
-"""Torch functions that move, cut, join or overwrite elements of scores."""
+"""Handlers of torch functions that move, slice, join or overwrite elements of scores."""

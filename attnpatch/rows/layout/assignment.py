@@ -1,6 +1,6 @@
-"""What ``target[index] = value`` leaves in a deferred tensor: by slices, by indices of some dimensions, under a mask.
+"""``target[index] = value`` on a deferred tensor: by slices, by index tensors, under a mask.
 
-What a write leaves behind is a step of the graph (``rows/layout/regions.py``); what is written is never computed whole.
+The write becomes a node of the graph (``rows/layout/regions.py``). The values are never computed whole for it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import indexing
 from attnpatch.rows.layout.regions import Indexed, Region, Written
 
-# A graph that is written to more often than this is the host's own loop over pieces of a result.
+# With more writes than this, the host itself loops over pieces of a result: the graph is not extended further.
 MOST = 32
 
 
 def written(target: DeferredTensor, index: Any, value: Any, accumulate: str | None = None) -> Any:
-    """What ``target[index] = value`` leaves in ``target``, deferred; ``NotImplemented`` where it is another kind."""
+    """``target`` after ``target[index] = value``, deferred; ``NotImplemented`` if no node can express the write."""
     if sum(isinstance(node, (Written, Indexed)) for node in walk(target.handle.node)) >= MOST:
         return NotImplemented
     items = _items(target, index)
@@ -38,7 +38,7 @@ def written(target: DeferredTensor, index: Any, value: Any, accumulate: str | No
         return _by_slices(target, basic, value) if not accumulate else NotImplemented
     if not is_part:
         return _by_indices(target, advanced, value, accumulate)
-    # A part is written to, and put back.
+    # Slices and index tensors mixed: write to the slice, then put it back.
     steps = [item for item in basic if isinstance(item, slice) and item.step not in (None, 1)]
     if steps:
         return NotImplemented
@@ -52,7 +52,7 @@ def written(target: DeferredTensor, index: Any, value: Any, accumulate: str | No
 
 
 def _items(target: DeferredTensor, index: Any) -> list[Any] | None:
-    """One item for every dimension: a slice, a number, a tensor of indices, or a mask (``...`` after its first)."""
+    """One item per dimension: a slice, an integer, an index tensor, or a mask (with ``...`` for its further ones)."""
     given = list(index) if isinstance(index, tuple) else [index]
     found: list[Any] = []
     taken = 0
@@ -89,7 +89,7 @@ def _items(target: DeferredTensor, index: Any) -> list[Any] | None:
 
 
 def _checked(target: DeferredTensor, found: list[Any]) -> list[Any] | None:
-    """The items where all are inside the tensor; each mask is followed by ``...`` for its further dimensions."""
+    """The items, if all of them lie inside the tensor; each mask is followed by ``...`` for its further dimensions."""
     items: list[Any] = []
     shape = target.handle.node.shape
     for item in found:
@@ -137,7 +137,7 @@ def _by_slices(target: DeferredTensor, items: list[Any], value: Any) -> Any:
         return NotImplemented
     if not any(regions) and source.shape == node.shape:
         return wrap(_cast(source, node.dtype), target.handle.call)
-    # The source gets a dimension of 1 for every number, so that it lies beside the tensor.
+    # The source gets a dimension of size 1 for every integer index, so that it aligns with the tensor.
     aligned = _with_ones(source, [isinstance(item, int) for item in items])
     return wrap(Written(node, regions, aligned), target.handle.call)
 
@@ -150,7 +150,7 @@ def _copy(target: DeferredTensor) -> DeferredTensor:
 
 
 def _with_ones(source: Node, missing: list[bool]) -> Node:
-    """``source``, aligned from the right with the dimensions that are not missing, with a 1 for those that are."""
+    """``source`` with a dimension of size 1 for each missing one; its own align with the others from the right."""
     if not any(missing):
         return source
     own = list(source.dims)
@@ -166,7 +166,7 @@ def _with_ones(source: Node, missing: list[bool]) -> Node:
 
 
 def _spread(value: Any, node: Node, shape: torch.Size) -> torch.Tensor | None:
-    """What is written as a tensor of no more dimensions than ``shape``, if it is one value or spreads over that."""
+    """The value of a write as a tensor that broadcasts to ``shape``; ``None`` if it does not."""
     if isinstance(value, (bool, int, float)):
         return torch.tensor(value, device=node.device).to(node.dtype)
     if not isinstance(value, torch.Tensor) or (value.dim() and value.device != node.device):
@@ -183,7 +183,7 @@ def _source(target: DeferredTensor, value: Any, dims: tuple[Dim, ...], shape: to
     """The values of a write as a node, aligned from the right with ``dims``."""
     node = target.handle.node
     if isinstance(value, (bool, int, float)):
-        # No tensor, which an edge would save: a checkpoint that natively saves nothing does not run again.
+        # Not a tensor, since autograd would save it: a checkpoint that natively saves nothing is not recomputed.
         return ConstantNode(value, (), node.dtype, node.device)
     value = _spread(value, node, shape)
     if value is None:
@@ -204,7 +204,7 @@ def _cast(node: Node, dtype: torch.dtype) -> Node:
 
 
 def _by_indices(target: DeferredTensor, items: list[Any], value: Any, accumulate: str | None) -> Any:
-    """A write at tensors of indices and masks; other dimensions are complete."""
+    """A write at index tensors and masks, over the full length of the other dimensions."""
     masks = [item for item in items if isinstance(item, torch.Tensor) and item.dtype is torch.bool]
     is_one = isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
     tensors = [item for item in items if isinstance(item, torch.Tensor)]
@@ -229,7 +229,7 @@ def _by_indices(target: DeferredTensor, items: list[Any], value: Any, accumulate
 
 
 def _where(target: DeferredTensor, items: list[Any], mask: torch.Tensor, value: Any) -> Any:
-    """One value where a mask says so."""
+    """One value written where a mask is true."""
     node = target.handle.node
     if mask.device != node.device:
         return NotImplemented
@@ -248,7 +248,7 @@ def _scattered(
     value: Any,
     accumulate: str | None,
 ) -> Any:
-    """A write at indices of dimensions side by side, in all of the others."""
+    """A write at indices of adjacent dimensions, over the full length of the others."""
     node = target.handle.node
     try:
         shape = torch.broadcast_shapes(*(index.shape for index in indices))
@@ -272,7 +272,7 @@ def _scattered(
         for size in value.shape[max(0, value.dim() - len(after) - len(shape)) : value.dim() - len(after)]
     )
     if spread or value.dim() > len(after):
-        # One dimension in the place of those of the index.
+        # Merge the dimensions of the index into one.
         lead = value.dim() - len(after) - len(shape)
         value = value.reshape([1] * max(0, -lead) + list(value.shape))
         count = value.dim() - len(after) - len(shape)

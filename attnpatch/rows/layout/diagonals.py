@@ -1,4 +1,4 @@
-"""Triangles and diagonals: what depends on where an element lies between rows and keys."""
+"""Triangles and diagonals: functions that depend on an element's row index minus its key index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnpatch.rows.op_table import op
 
 
 def _spans(node: Node, positions: tuple[int, ...], tile: Tile) -> tuple[Tile, list[tuple[int, int]]]:
-    """A tile in which these dimensions are single runs, and the runs."""
+    """The tile, widened until each of these dimensions is one contiguous range, and those ranges."""
     cut, spans = dict(tile), []
     for position in positions:
         parts = leaves(node.dims[position])
@@ -36,8 +36,8 @@ class Triangle(Node):
 
     Args:
         child: The tensor.
-        func: The function.
-        diagonal: The last diagonal that it keeps.
+        func: ``torch.tril`` or ``torch.triu``.
+        diagonal: The last diagonal that is kept.
     """
 
     def __init__(self, child: Node, func: Callable[..., torch.Tensor], diagonal: int) -> None:
@@ -57,7 +57,7 @@ class Diagonal(Node):
 
     Args:
         child: The tensor.
-        offset, first, second: As ``torch.diagonal`` takes them, counted from 0.
+        offset, first, second: Arguments of ``torch.diagonal``; both dimensions >= 0.
     """
 
     renames_axes = True
@@ -73,7 +73,7 @@ class Diagonal(Node):
         kept = tuple(dim for i, dim in enumerate(child.dims) if i not in self.places)
         self.axis = Axis(count, kind)
         self.dims = (*kept, (self.axis,) if count != 1 else ())
-        # A run of the diagonal is a run of the first dimension; the other one is read whole.
+        # A range of the diagonal is a range of the first dimension; the second is read whole.
         self.whole = child.dims[second]
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Diagonal(Node):
 
 
 class DiagonalMatrix(Node):
-    """``diag_embed``: the last dimension on the diagonal of two, the second of which is its own."""
+    """``diag_embed``: the last dimension becomes the diagonal of a matrix, whose columns get a new axis."""
 
     def __init__(self, child: Node) -> None:
         self.children = (child,)
@@ -125,7 +125,7 @@ def triangle(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     if not isinstance(args[0], DeferredTensor) or not isinstance(diagonal, int):
         return NotImplemented
     node = args[0].handle.node
-    # The dimensions may be one axis: a matrix added to its own transpose.
+    # Both dimensions may be the same axis (a matrix added to its own transpose).
     found = Triangle(node, getattr(torch, name), diagonal)
     found.native = (found.func, (diagonal,), {})
     return wrap(found, args[0].handle.call)

@@ -1,7 +1,7 @@
-"""Indexing what is deferred: a slice is a view, an index tensor, a list or a mask along one dimension picks elements.
+"""Indexing a deferred tensor: a slice is a view; an index tensor, a list or a mask along one dimension picks elements.
 
-Only the elements asked for will be computed. What has several index tensors, or a mask over several dimensions, is
-computed whole and indexed natively.
+Only the elements that are picked will be computed. With several index tensors, or a mask over several dimensions, the
+tensor is computed whole and indexed natively.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from attnpatch.rows.graph.axes import Axis, Dim, Tile, leaves, take
 from attnpatch.rows.graph.nodes import Node, SliceNode, ViewNode, within
 from attnpatch.rows.layout import relative_shift
 
-# An index that names more runs of neighbours than this is answered by everything between its ends.
+# If the indices form more ranges than this, everything between the lowest and the highest one is computed.
 _MOST_RUNS = 32
-# Runs with fewer elements between them are computed as one.
+# Ranges with a smaller gap between them are computed as one.
 _NEAR = 8
 
 
 class Taken(Node):
-    """Elements along one dimension at places given by numbers, as ``index_select``.
+    """``index_select``: the elements of one dimension at given indices.
 
     Args:
-        child: What they are taken from.
+        child: The tensor.
         position: The dimension.
-        places: From 0 up to the dimension's size.
+        places: The indices, each >= 0 and below the dimension's size.
     """
 
     renames_axes = True
@@ -72,7 +72,7 @@ class Taken(Node):
 
 
 def _runs(places: list[int]) -> list[tuple[int, int]]:
-    """Ranges that hold all places, few and far apart."""
+    """Ranges that cover all indices: at most ``_MOST_RUNS``, and at least ``_NEAR`` elements apart."""
     ordered = sorted(set(places))
     runs = [[ordered[0], ordered[0] + 1]]
     for place in ordered[1:]:
@@ -86,7 +86,7 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
 
 
 def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``source[index]``, by rows where at most one dimension is indexed by something else than integers and slices."""
+    """``source[index]``, deferred if at most one dimension is indexed by anything but integers and slices."""
     source, index = args
     if not isinstance(source, DeferredTensor):
         return NotImplemented
@@ -106,7 +106,7 @@ def getitem(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 
 
 def _plain(item: Any) -> Any:
-    """An item of an index as an integer, a slice of integers, a list of places, a list of booleans, ``None`` or ``...``."""
+    """An index item as an integer, a slice, a list of integers or bools, ``None`` or ``...``, or ``NotImplemented``."""
     if item is None or item is Ellipsis:
         return item
     if isinstance(item, slice):
@@ -145,7 +145,7 @@ def _plain(item: Any) -> Any:
 
 
 def _full(items: list[Any], count: int) -> list[Any] | None:
-    """The items with ``...`` written out, one for every dimension beside ``None``; ``None`` where they are too many."""
+    """The items with ``...`` written out: one per dimension, beside those that are ``None``. ``None`` if too many."""
     taken = sum(item is not None and item is not Ellipsis for item in items)
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
     if len(dots) > 1 or taken > count:
@@ -158,13 +158,13 @@ def _view(source: DeferredTensor, items: list[Any]) -> Any:
     index, node = tuple(items), _sliced(source.handle.node, items)
     if node is not None:
         return views.view(source, node, (torch.Tensor.__getitem__, (index,), {}))
-    # Nothing is asked for, or torch says what is wrong with the index, before anything is computed.
+    # The result is empty, or the index is wrong and torch raises here, before anything is computed.
     result = memory_layout.applied(source.handle.node, torch.Tensor.__getitem__, (index,), {})
     return NotImplemented if result is None else _nothing(source, result.shape, result.stride())
 
 
 def _nothing(source: DeferredTensor, shape: Sequence[int], strides: Sequence[int] | None = None) -> Any:
-    """A result without elements."""
+    """An empty result; ``NotImplemented`` if it is not empty or needs a gradient."""
     if math.prod(shape) or (source.requires_grad and torch.is_grad_enabled()):
         return NotImplemented
     if strides is None:
@@ -173,7 +173,7 @@ def _nothing(source: DeferredTensor, shape: Sequence[int], strides: Sequence[int
 
 
 def _sliced(node: Node, items: list[Any]) -> Node | None:
-    """The graph of a part: slices first, then the dimensions that go and those that are new."""
+    """The graph of an index without lists: slices first, then dimensions are removed and added; ``None`` if empty."""
     position, gone, order = 0, set(), []
     for item in items:
         if item is None:
@@ -204,7 +204,7 @@ def _sliced(node: Node, items: list[Any]) -> Node | None:
 
 
 def _picked(source: DeferredTensor, items: list[Any]) -> Any:
-    """A copy: slices and integers first, then the places along what is left of the indexed dimension."""
+    """An index with one list, which makes a copy: slices and integers first, then the list along its dimension."""
     at = next(i for i, item in enumerate(items) if isinstance(item, list))
     size = source.shape[sum(item is not None for item in items[:at])]
     places = items[at]

@@ -1,4 +1,4 @@
-"""Functions that put scores beside others, beside constants or beside themselves: ``cat``, ``pad``, ``repeat``, ``roll``."""
+"""Functions that join scores with other tensors, constants or themselves: ``cat``, ``pad``, ``repeat``, ``roll``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from attnpatch.rows.op_table import op
 
 
 class Joined(Node):
-    """Tensors one after the other along a dimension that can be cut: rows, heads.
+    """Tensors concatenated along a dimension that can be cut: rows, heads.
 
     Args:
-        pieces: The tensors; of each, the dimension has axes of its own.
+        pieces: The tensors; each has its own axes in that dimension.
         position: The dimension.
         dims: The axes of the result.
         dtype: Its dtype.
@@ -54,7 +54,7 @@ class Joined(Node):
 
 
 class Flipped(Node):
-    """A tensor with one dimension, which can be cut, in reverse order."""
+    """A tensor with one dimension in reverse order; that dimension can be cut."""
 
     renames_axes = reads_a_run = True
 
@@ -74,7 +74,7 @@ class Flipped(Node):
 
 
 def _along(node: Node, position: int, tile: Tile) -> tuple[Tile, tuple[int, int], Tile]:
-    """A tile in which a dimension is one run, the run, and the tile of the other dimensions."""
+    """The tile, widened until a dimension is one contiguous range; that range; the tile without that dimension."""
     own = leaves(node.dims[position])
     others = {axis: span for axis, span in tile.items() if axis not in own}
     span = flat_range(own, tile)
@@ -83,7 +83,7 @@ def _along(node: Node, position: int, tile: Tile) -> tuple[Tile, tuple[int, int]
 
 @op("cat", "concat", "concatenate")
 def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``cat``: keys are needed whole then (a sink's column beside the scores), rows and heads stay apart."""
+    """``cat``: along keys (a sink's column beside the scores) these must be complete; rows and heads can still be cut."""
     pieces = argument(args, kwargs, 0, "tensors")
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0))
     if not isinstance(pieces, (tuple, list)) or not isinstance(dim, int) or len(args) > 2:
@@ -92,14 +92,14 @@ def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
 
 
 def joined(pieces: list[torch.Tensor], dim: int) -> Any:
-    """Tensors, some of them deferred, one after the other."""
+    """The concatenation of tensors, some of them deferred."""
     first = first_deferred((pieces,), {})
     count = first.dim()
     if not -count <= dim < count or any(piece.dim() != count for piece in pieces):
         return NotImplemented
     position = dim % count
     if not all(piece.numel() for piece in pieces):
-        return NotImplemented  # nothing has no axis
+        return NotImplemented  # an empty tensor has no axis
     for piece in pieces:
         sizes = zip(piece.shape, first.shape, strict=True)
         if piece.device != first.device or any(a != b for i, (a, b) in enumerate(sizes) if i != position):
@@ -125,7 +125,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
         parts.append(part)
     dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])
     if has_rows and all(part.dtype == dtype for part in parts):
-        # What is put before or after rows is read beside them, also where it shifts them (a relative shift).
+        # Concatenation along rows may be the first step of a relative shift.
         return wrap(relative_shift.joined(parts, position), first.handle.call)
     if kind != KEY:
         return wrap(Joined(parts, position, tuple(dims), dtype), first.handle.call)
@@ -135,7 +135,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
 
 @op("stack", "hstack", "vstack", "dstack", "row_stack", "column_stack")
 def stack(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``stack``, and ``hstack`` and its kind for tensors that have the dimension already."""
+    """``stack``; ``hstack``, ``vstack`` and the like, for tensors that have the dimension already."""
     pieces = argument(args, kwargs, 0, "tensors")
     if not isinstance(pieces, (tuple, list)):
         return NotImplemented
@@ -152,7 +152,7 @@ def stack(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 @op("pad")
 def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A value before and after keys, rows or heads, or less of them."""
+    """``pad`` with a constant: keys, rows or heads are added at either end, or cut off by a negative amount."""
     source, amounts = args[0], argument(args, kwargs, 1, "pad")
     if not isinstance(source, DeferredTensor) or argument(args, kwargs, 2, "mode", "constant") != "constant":
         return NotImplemented
@@ -187,7 +187,7 @@ def pad(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
 
 @op("repeat", "tile")
 def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``repeat`` and ``tile``: all of the scores several times over."""
+    """``repeat`` and ``tile``: the whole tensor, several times."""
     source = args[0]
     given = args[1:] or (kwargs.get("repeats", kwargs.get("dims")),)
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
@@ -206,7 +206,7 @@ def repeat(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 @op("repeat_interleave")
 def repeat_interleave(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Every key, row or head several times in a row."""
+    """``repeat_interleave``: every key, row or head repeated next to itself."""
     source, count, dim = args[0], argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
     if not isinstance(source, DeferredTensor) or not isinstance(count, int) or count < 1:
         return NotImplemented
@@ -221,7 +221,7 @@ def repeat_interleave(name: str, func: Callable[..., Any], args: Any, kwargs: di
 
 
 def _several(node: Node, old: Dims, counts: Sequence[int], inside: bool) -> Node:
-    """``node``, seen with dimensions ``old``, repeated; ``inside``: each element beside its copies."""
+    """``node``, viewed with dimensions ``old``, repeated; with ``inside`` each element is next to its copies."""
     apart: list[Dim] = []
     spread: list[Dim] = []
     merged: list[Dim] = []
@@ -232,12 +232,12 @@ def _several(node: Node, old: Dims, counts: Sequence[int], inside: bool) -> Node
         spread += [own, new] if inside else [new, own]
         merged.append((*own, *new) if inside else (*new, *own))
     found = ViewNode(ViewNode(ViewNode(node, tuple(apart)), tuple(spread), expand=True), tuple(merged))
-    found.lies_by_rows = True  # a copy, whatever it is of
+    found.lies_by_rows = True  # torch makes a contiguous copy
     return found
 
 
 def roll_rows(source: DeferredTensor, shift: int, dim: int) -> Any:
-    """``roll`` as the two parts that it exchanges."""
+    """``roll``, as the concatenation of the two parts that it swaps."""
     node = source.handle.node
     position = dim % len(node.dims)
     size = node.shape[position]
@@ -249,7 +249,7 @@ def roll_rows(source: DeferredTensor, shift: int, dim: int) -> Any:
 
 
 def flip_rows(source: DeferredTensor, dims: Any) -> Any:
-    """``flip``, of each dimension."""
+    """``flip``, one dimension after the other."""
     node = source.handle.node
     for dim in [dims] if isinstance(dims, int) else dims:
         if node.shape[dim] > 1:

@@ -1,4 +1,4 @@
-"""Handlers of functions that cut a tensor in pieces: slices, splits, chunks."""
+"""Handlers of functions that cut a tensor into pieces: slices, splits, chunks."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 @op("tensor_split", "hsplit", "vsplit", "dsplit", is_layout=True, is_view=True)
 def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor_split``, ``hsplit``, ``vsplit`` and ``dsplit``: sections of nearly one length, or the places to cut at."""
+    """``tensor_split``, ``hsplit``, ``vsplit``, ``dsplit``: sections of nearly equal length, or cut at given indices."""
     source = args[0]
     given = argument(args, kwargs, 1, "indices_or_sections")
     given = kwargs.get("indices", kwargs.get("sections", kwargs.get("split_size_or_sections", given)))

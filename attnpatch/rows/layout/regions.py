@@ -1,6 +1,6 @@
-"""Steps that replace a part of a tensor: of a tile, the part of the region that lies in it.
+"""Nodes that replace a region of a tensor.
 
-A tile copies what stood there and writes the values that belong to it.
+To compute a tile, they copy the tile of the old tensor and write those new values that lie inside it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from attnpatch.rows.graph.nodes import Node, widened
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """What a slice says of one dimension: every ``step``-th place from ``start`` on, as many as ``axis`` has."""
+    """A slice of one dimension: every ``step``-th index from ``start`` on, ``axis.size`` of them."""
 
     start: int
     step: int
     axis: Axis
 
     def inside(self, low: int, high: int) -> tuple[int, int]:
-        """The first and one past the last of its places that lie in ``low:high``, counted within the region."""
+        """The range of the region's own indices (0 to ``axis.size``) whose elements lie in ``low:high``."""
         first = max(0, -(-(low - self.start) // self.step))
         last = min(self.axis.size, -(-(high - self.start) // self.step))
         return first, max(first, last)
 
 
 class Written(Node):
-    """A tensor with a part of it, given by slices, replaced.
+    """A tensor in which a part, given by slices, is replaced.
 
     Args:
         child: The tensor.
-        regions: What is replaced of each dimension; ``None``: all of it.
-        source: What it is replaced by, aligned from the right with ``child``; a region's dimension of it has the
-            region's axis.
+        regions: The slice of each dimension that is replaced; ``None``: all of the dimension.
+        source: The new values, aligned from the right with ``child``. Where ``regions`` has a slice, the source's
+            dimension has that slice's axis.
     """
 
     renames_axes = copies_layout = True
@@ -46,7 +46,7 @@ class Written(Node):
         self.children = (child, source)
         self.dims, self.dtype, self.device = child.dims, child.dtype, child.device
         self.regions = regions
-        # A region is followed in one axis; where several were folded into a dimension, it must be complete.
+        # A slice is followed along one axis only; a dimension of several merged axes must be complete.
         self.whole = tuple(
             axis
             for region, dim in zip(regions, child.dims, strict=True)
@@ -79,7 +79,7 @@ class Written(Node):
             narrowed.append((position - len(self.dims), *asked((region.axis,), first, last, wanted, run)))
         part = run.value(source, wanted)
         for back, offset, count in narrowed:
-            # What the source has once for all of the region stays as it is.
+            # A source of size 1 is broadcast over the region, so it is not narrowed.
             if -back <= part.dim() and (offset or part.shape[back] > count) and part.shape[back] > 1:
                 part = part.narrow(back, offset, count)
         value[tuple(place)] = part
@@ -87,9 +87,11 @@ class Written(Node):
 
 
 def asked(dim: Dim, first: int, last: int, wanted: Tile, run: Evaluator) -> tuple[int, int]:
-    """Ask for ``first:last`` of a dimension in the tile ``wanted``; where that begins in what comes, and its length.
+    """Add the range ``first:last`` of a dimension to the tile ``wanted``.
 
-    A dimension that cannot be cut there comes whole.
+    Returns:
+        Where the range begins in the computed part, and its length. The part may be larger than the range: widened for
+        equal rounding, or the whole dimension if it cannot be cut.
     """
     parts = leaves(dim)
     if len(parts) != 1 or parts[0] in run.whole:
@@ -100,7 +102,7 @@ def asked(dim: Dim, first: int, last: int, wanted: Tile, run: Evaluator) -> tupl
 
 
 def rest_of(value: torch.Tensor, dims: tuple[Dim, ...], tile: Tile, cut: Tile) -> torch.Tensor:
-    """The tile of what was computed for a larger one."""
+    """The part for ``tile`` of a value that was computed for the larger tile ``cut``."""
     if len(cut) == len(tile):
         return value
     left = {axis: span for axis, span in tile.items() if axis not in cut}
@@ -109,17 +111,17 @@ def rest_of(value: torch.Tensor, dims: tuple[Dim, ...], tile: Tile, cut: Tile) -
 
 
 class Indexed(Node):
-    """A tensor with the elements at some indices replaced or added to.
+    """A tensor in which the elements at some indices are replaced, or added to.
 
     Args:
         child: The tensor.
-        positions: The dimensions that are indexed, ascending and side by side.
-        indices: For each of them whole numbers ``[count]``, none negative.
-        source: What is put there: broadcast to the tensor's other dimensions, with ``count`` in the place of
-            the indexed ones.
-        accumulate: The function that adds instead of replacing, ``"index_put"`` or ``"index_add"``: they round
-            differently; ``None``: replace.
-        spread: Whether the source has ``count`` elements in that place, or one for all.
+        positions: The dimensions that are indexed, ascending and adjacent.
+        indices: For each of them an integer tensor ``[count]`` without negative numbers.
+        source: The values: broadcast to the tensor's other dimensions, with one dimension of ``count`` in place of the
+            indexed ones.
+        accumulate: ``"index_put"`` or ``"index_add"`` to add with that function (they round differently); ``None`` to
+            replace.
+        spread: True if that dimension of the source has ``count`` elements; False if it has one for all.
     """
 
     copies_layout = True
@@ -152,7 +154,7 @@ class Indexed(Node):
         value = run.value(child, cut).clone()
         found = [run.value(index, {}) for index in indices]
         if ledger_of(found[0]) is not None:
-            return rest_of(value, self.dims, tile, cut)  # shapes alone
+            return rest_of(value, self.dims, tile, cut)  # a dry run: only shapes matter
         part = run.value(source, cut)
         is_inside: torch.Tensor | None = None
         for position, span, index in zip(self.positions, spans, found, strict=True):

@@ -1,8 +1,8 @@
-"""Views that cut across rows of scores: the relative shift, in all its spellings.
+"""Views that cut across rows of scores: the relative shift, in every way it is written.
 
-Scores by distance become scores by key when their elements, in row-major order, are read in rows of another length
-(Transformer-XL, Music Transformer, VITS). The place of element ``[i, j]`` is an affine function of ``i`` and ``j``, so
-some rows of the result are a range of places, which lie in some rows of the source.
+Scores by distance become scores by key when their elements, in row-major order, are read with another row length
+(Transformer-XL, Music Transformer, VITS). The flat index of element ``[i, j]`` is an affine function of ``i`` and
+``j``. So a few rows of the result are a range of flat indices, and these lie in a few rows of the source.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from attnpatch.rows.graph.operations import OpNode
 
 
 class Strided(Node):
-    """Elements of some tensors, laid end to end in row-major order, read at regular places.
+    """A strided view of some tensors that are flattened and concatenated.
 
-    ``result[..., i, j, ...] = laid[..., offset + i * strides[0] + j * strides[1], ...]``, where ``laid`` has the middle
-    dimensions of each source flattened into one, and the sources one after the other.
+    ``result[..., i, j, ...] = laid[..., offset + i * strides[0] + j * strides[1], ...]``. In ``laid`` the middle
+    dimensions of each source are flattened into one, and the sources are concatenated along it.
 
     Args:
-        sources: Tensors that have their first and last dimensions in common with the result.
-        before, after: How many first and last dimensions those are.
-        middle: The dimensions of the result between them.
-        strides: Places from one element of each middle dimension to the next.
-        offset: The place of the first element.
+        sources: Tensors that share their first and last dimensions with the result.
+        before, after: The numbers of shared first and last dimensions.
+        middle: The axes of the result's dimensions between them.
+        strides: For each middle dimension, the step in ``laid`` from one element to the next.
+        offset: The index in ``laid`` of the first element.
     """
 
     renames_axes = True
@@ -56,18 +56,18 @@ class Strided(Node):
         return self.dims[self.before : len(self.dims) - self.after]
 
     def middle_of(self, source: Node) -> list[Axis]:
-        """The axes of a source that are laid end to end."""
+        """The axes of a source's middle dimensions, which are flattened."""
         return leaves(
             axis for dim in source.dims[self.before : len(source.dims) - self.after] for axis in dim
         )
 
     @property
     def whole(self) -> tuple[Axis, ...]:  # type: ignore[override]
-        # Of a range of places only the rows that they lie in are computed, but these to their ends.
+        # Only the source rows that a range touches are computed, but those rows are complete.
         return tuple(axis for source in self.children for axis in self.middle_of(source)[1:])
 
     def heads(self) -> list[Axis]:
-        """The outermost axis of each source: its rows, which the result has under another name."""
+        """The outermost flattened axis of each source: its rows. The result has other axes for them."""
         return [axes[0] for axes in map(self.middle_of, self.children) if axes]
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Strided(Node):
         return laid.as_strided(sizes, steps, laid.storage_offset()).reshape(local_shape(self.dims, tile))
 
     def _laid(self, first: int, last: int, tile: Tile, run: Evaluator) -> torch.Tensor:
-        """Places ``first:last`` of the sources laid end to end."""
+        """``laid[first:last]``: that range of the flattened, concatenated sources."""
         pieces, start = [], 0
         for source in self.children:
             length = math.prod(source.shape[self.before : len(source.dims) - self.after])
@@ -99,7 +99,7 @@ class Strided(Node):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.before)
 
     def _part(self, source: Node, low: int, high: int, tile: Tile, run: Evaluator) -> torch.Tensor:
-        """Places ``low:high`` of one source."""
+        """The range ``low:high`` of one flattened source."""
         axes, count = self.middle_of(source), len(source.dims)
         outside = leaves(
             axis for dim in (*source.dims[: self.before], *source.dims[count - self.after :]) for axis in dim
@@ -118,9 +118,9 @@ class Strided(Node):
 
 
 def cuts_across(dims: Dims, shape: Sequence[int]) -> bool:
-    """Whether a ``view`` joins all of a row with a part of what comes after it, or cuts across axes.
+    """True if a ``view`` cuts across axes, or merges a whole row axis with a part of a later axis.
 
-    ``regroup`` would do the first, but then no rows could be computed alone.
+    ``regroup`` could do the latter, but then no rows could be computed alone.
     """
     pool = [(axis, axis.size) for dim in dims for axis in leaves(dim)]
     for size in shape:
@@ -146,7 +146,7 @@ def cuts_across(dims: Dims, shape: Sequence[int]) -> bool:
 
 
 def bare(node: Node) -> Node:
-    """``node``, or what it is another name of: a graph that two tensors share has one."""
+    """``node`` without views that change nothing (they exist because two tensors share a graph)."""
     while (
         type(node) is ViewNode
         and not (node.expand or node.stops_gradient)
@@ -157,7 +157,7 @@ def bare(node: Node) -> Node:
 
 
 def viewed(node: Node, shape: Sequence[int]) -> Node | None:
-    """A ``view`` of ``node`` that ``cuts_across``; ``None`` where it is none of the kind."""
+    """The node for a ``view`` that ``cuts_across``; ``None`` if this view does not."""
     node = bare(node)
     if isinstance(node, Strided):
         restrided = _restrided(node, shape)
@@ -186,7 +186,7 @@ def viewed(node: Node, shape: Sequence[int]) -> Node | None:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
-    """Which dimensions of two shapes of as many elements hold the same ones: ``old[a:b]`` and ``new[c:d]``."""
+    """Ranges of dimensions, ``old[a:b]`` and ``new[c:d]``, that hold the same elements in two equally large shapes."""
     found, a, c = [], 0, 0
     while a < len(old) and c < len(new):
         b, d = a + 1, c + 1
@@ -203,13 +203,13 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int, int,
         found.append((a, b, c, d))
         a, c = b, d
     if found and (a < len(old) or c < len(new)):
-        # What is left over has one element.
+        # Only dimensions of size 1 are left over.
         found[-1] = (found[-1][0], len(old), found[-1][2], len(new))
     return found or None
 
 
 def _fresh_middle(sources: Sequence[Node], before: int, after: int, sizes: Sequence[int]) -> Dims:
-    """New axes for a shifted matrix: its rows come first, as those of its source do."""
+    """New axes for a shifted matrix: rows come first if they come first in the source, else keys."""
     middles = [leaves(axis for dim in s.dims[before : len(s.dims) - after] for axis in dim) for s in sources]
     first, others = (ROW, KEY) if any(axes and axes[0].kind != KEY for axes in middles) else (KEY, ROW)
     return tuple((Axis(size, others if i else first),) if size != 1 else () for i, size in enumerate(sizes))
@@ -220,7 +220,7 @@ def _contiguous(sizes: Sequence[int]) -> list[int]:
 
 
 def _restrided(node: Strided, shape: Sequence[int]) -> Strided | None:
-    """A ``view`` of what is read at regular places already, where its result is as well."""
+    """The node for a ``view`` of a ``Strided`` node, if the result is strided, too; otherwise ``None``."""
     sizes, end = list(node.shape), len(shape) - node.after
     if (
         list(shape[: node.before]) != sizes[: node.before]
@@ -254,7 +254,7 @@ def cut(node: Node, position: int, start: int, stop: int) -> Node:
         return Strided(node.children, node.before, node.after, middle, node.strides, offset)
     axes = leaves(node.dims[position])
     if len(axes) > 1 and axes[0].kind != LEAD:
-        # A matrix in one dimension, of which a part is no rows.
+        # A whole matrix flattened into one dimension: a part of it is not a range of rows.
         after = len(node.dims) - position - 1
         middle = _fresh_middle([node], position, after, [stop - start])
         return Strided([node], position, after, middle, [1], start)
@@ -262,19 +262,19 @@ def cut(node: Node, position: int, start: int, stop: int) -> Node:
 
 
 def has_rows(node: Node, position: int) -> bool:
-    """Whether a dimension has rows, so that what is put before or after it need not have all of them computed."""
+    """True if a dimension has a row axis, so that tensors can be joined along it without computing all rows."""
     return any(axis.kind == ROW for axis in leaves(node.dims[position]))
 
 
 def joined(pieces: Sequence[Node], position: int) -> Strided:
-    """Pieces end to end along a dimension with rows; they have the axes of their other dimensions in common."""
+    """Tensors concatenated along a dimension with rows; they share the axes of their other dimensions."""
     after = len(pieces[0].dims) - position - 1
     length = sum(piece.shape[position] for piece in pieces)
     return Strided(pieces, position, after, ((Axis(length, ROW),),), [1], 0)
 
 
 def as_strided(node: Node, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Strided | None:
-    """``as_strided`` of a tensor that lies in memory row by row; ``None`` where it does not, or is left."""
+    """``as_strided`` of a contiguous tensor; ``None`` if it is not contiguous or the view leaves its memory."""
     count = node.shape.numel()
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if not _is_contiguous(node) or min(sizes, default=0) < 1 or min(strides, default=0) < 0 or last >= count:
@@ -282,7 +282,7 @@ def as_strided(node: Node, sizes: Sequence[int], strides: Sequence[int], offset:
     own, before = list(node.shape), 0
     steps = _contiguous(own)
     inside = last
-    # Sequences and heads that are left as they are.
+    # Leading dimensions (batch, heads) that the view leaves as they are.
     while before < min(len(own), len(sizes)) - 1 and (own[before], steps[before]) == (
         sizes[before],
         strides[before],
@@ -297,7 +297,7 @@ def as_strided(node: Node, sizes: Sequence[int], strides: Sequence[int], offset:
 
 
 def _is_contiguous(node: Node) -> bool:
-    """Whether the native tensor would lie in memory row by row: of what is not known for sure, no."""
+    """True if the native tensor is known to be contiguous."""
     if isinstance(node, ViewNode):
         return not node.expand and _is_contiguous(node.children[0])
     if not isinstance(node, OpNode):

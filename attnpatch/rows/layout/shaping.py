@@ -17,7 +17,7 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import relative_shift
 from attnpatch.rows.op_table import op
 
-# What takes only the shape of its second argument, and what does the same when it is told the shape.
+# Functions that use only the shape of their second argument, each with the function that takes that shape.
 LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
 
 Native = tuple[Callable[..., Any], Any, dict[str, Any]]
@@ -27,15 +27,15 @@ def _result(source: DeferredTensor, node: Node, native: Native) -> DeferredTenso
     """A deferred tensor that shares memory with ``source``, as torch's own views do.
 
     Args:
-        source: What it is a view of.
-        node: Its graph, made of the source's by nodes of one child each.
-        native: torch's function and its arguments after the first.
+        source: The tensor that is viewed.
+        node: The view's graph: nodes of one child each on top of the source's.
+        native: The torch function and its arguments after the first.
     """
     return views.view(source, node, native)
 
 
 def _or_copy(source: DeferredTensor, node: Node | None, native: Native) -> Any:
-    """The result of a function that gives its operand itself, a view of it or a copy, as strides have it."""
+    """The result of a function that returns its operand, a view or a copy of it, depending on the strides."""
     func, args, kwargs = native
     own = source.handle.node
     result = memory_layout.applied(own, func, args, kwargs)
@@ -49,7 +49,7 @@ def _or_copy(source: DeferredTensor, node: Node | None, native: Native) -> Any:
 
 
 def _sizes(args: Any, kwargs: dict[str, Any], name: str) -> list[int] | None:
-    """Sizes given one by one or as one sequence."""
+    """Sizes that are given as separate arguments or as one sequence; ``None`` if they are not integers."""
     given = args[1:] or (kwargs.get(name),)
     if len(given) == 1 and isinstance(given[0], (list, tuple)):
         given = tuple(given[0])
@@ -80,7 +80,7 @@ def view(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
 
 
 def _like(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A real tensor in the shape of a deferred one."""
+    """``view_as`` and the like, of a real tensor with the shape of a deferred one."""
     return (
         getattr(torch.Tensor, LIKE[name])(args[0], args[1].shape)
         if len(args) == 2 and not kwargs
@@ -228,7 +228,7 @@ def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 @op("contiguous", "alias", "positive", "real", "data", "detach", is_layout=True, is_view=True)
 def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operand itself, or another view of all of it."""
+    """Functions that return the operand, or a view of all of it."""
     source = args[0]
     node = source.handle.node
     if name == "real" and node.dtype.is_complex:
@@ -246,7 +246,7 @@ def clone(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 @op("cpu", is_layout=True, is_view=True)
 def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Computed, since that is what is meant; and the operand itself where it is on CPU and others share its memory."""
+    """``cpu()``: computes the tensor. On CPU the operand itself is returned if other tensors share its memory."""
     source = args[0]
     if source.device.type != "cpu" or not source.handle.is_shared():
         return NotImplemented
@@ -256,7 +256,7 @@ def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
 
 @op("atleast_1d", "atleast_2d", "atleast_3d", is_layout=True, is_view=True)
 def at_least(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``atleast_2d`` and its kind, of one tensor that has as many dimensions."""
+    """``atleast_1d``, ``atleast_2d`` and ``atleast_3d``, for one tensor that has enough dimensions."""
     if len(args) != 1 or not isinstance(args[0], DeferredTensor) or args[0].dim() < int(name[-2]):
         return NotImplemented
     return same(name, func, args, kwargs)
@@ -269,7 +269,7 @@ def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if not all(isinstance(value, (list, tuple)) for value in given):
         return NotImplemented
     node = relative_shift.as_strided(args[0].handle.node, *given, offset)
-    # Places are counted in memory, and the graph's in row-major order.
+    # Strides refer to memory, the graph's indices to row-major order: they agree only in a contiguous tensor.
     own = memory_layout.shadow(args[0].handle.node)
     if node is None or own is None or not own.is_contiguous() or own.storage_offset():
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Functions that write to a part of the scores, in place or as functions that return a copy (``assignment.py``)."""
+"""Handlers of functions that write to a part of the scores, in place or to a copy (see ``assignment.py``)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _other(target: DeferredTensor, dim: int, count: int) -> list[int]:
 
 @op("select_scatter", "slice_scatter")
 def part_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``select_scatter`` and ``slice_scatter``: a copy with a number or a slice of one dimension replaced."""
+    """``select_scatter`` and ``slice_scatter``: a copy in which one index or a slice of a dimension is replaced."""
     target, value = args[0], argument(args, kwargs, 1, "src")
     if not isinstance(target, DeferredTensor) or not isinstance(value, torch.Tensor):
         return NotImplemented
@@ -77,7 +77,7 @@ def part_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[st
 def diagonal_places(
     shape: torch.Size, offset: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of a diagonal of the last two dimensions of a tensor of ``shape``."""
+    """The row indices and the column indices of a diagonal of the last two dimensions, each ``[count]`` int64."""
     count = max(0, min(shape[-2] + min(offset, 0), shape[-1] - max(offset, 0)))
     places = torch.arange(count, device=device)
     return places - min(offset, 0), places + max(offset, 0)
@@ -101,7 +101,7 @@ def diagonal_scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dic
 
 @write("fill_", "zero_", "copy_")
 def fill(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``fill_``, ``zero_`` and ``copy_``: all of the tensor."""
+    """``fill_``, ``zero_`` and ``copy_``, which replace the whole tensor."""
     value = 0 if name == "zero_" else argument(args, kwargs, 1, "src" if name == "copy_" else "value")
     if not isinstance(args[0], DeferredTensor) or (name == "copy_" and not isinstance(value, torch.Tensor)):
         return NotImplemented

@@ -1,1 +1,1 @@
-"""Matrix products, in every spelling."""
+"""Matrix products, with every torch function that computes one."""

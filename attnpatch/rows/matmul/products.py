@@ -1,4 +1,4 @@
-"""The matmul path: a product of query and key is deferred, one with a deferred operand over its keys is replayed."""
+"""The matmul path: a product of query and key is deferred; the product that sums over the keys is computed by rows."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from attnpatch.rows.op_table import op
 from attnpatch.rows.ops import both_sides
 from attnpatch.rows.provenance import observed
 
-# From a product with values, its probabilities, the axes of the keys and the site to the result of a fused kernel.
+# ``fuse(product with the values, probabilities, key axes, call)``: the result of a fused kernel, or ``None``.
 Fuse = Callable[[OpNode, Node, list[Axis], AttentionCall], torch.Tensor | None]
 _fused: list[Fuse] = []
 
 
 def fuses(function: Fuse) -> Fuse:
-    """Register what hands attention to a fused kernel (``Policy.fuse``); it is made of what is here."""
+    """Register the function that uses a fused kernel (``Policy.fuse``); its file imports this one, not the reverse."""
     _fused[:] = [function]
     return function
 
 
-# A table of positions has as many rows as there are keys, or twice as many: one for each distance.
+# A table of positions has a row per key, or one per distance: twice the number of keys, plus these differences.
 _DISTANCES = (-2, 1)
 
 
 def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """A product of real tensors: deferred if it looks like scores and the rule says by rows.
+    """A product of real tensors: deferred if it looks like scores and the policy says by rows.
 
     Returns:
         The deferred scores, or ``NotImplemented``.
@@ -54,12 +54,12 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 
 def deferred(func: Callable[..., Any], product: Product, call: AttentionCall) -> DeferredTensor:
-    """The scores that a product stands for, not computed."""
+    """The scores of a product, deferred."""
     sizes = product.sizes()
     query, key = product.pair()
     rows, keys = product.only(query, key), product.only(key, query)
     if _is_of_table(product):
-        # Batch and heads are in no table, and are no rows for that.
+        # A table has no batch and no heads. That alone must not make these dimensions rows.
         rows, keys = (labels[-1:] for labels in (rows, keys))
     axes: dict[str, Dim] = {}
     for label in product.result:
@@ -83,18 +83,18 @@ def _are_parameters(product: Product) -> list[bool]:
 
 
 def _is_of_table(product: Product) -> bool:
-    """Whether one operand is a parameter, or has neither batch nor heads: a layer's weights, or keys by position."""
+    """True if one operand is a parameter, or has neither batch nor heads: a layer's weight, or a table of positions."""
     ranks = [product.operands[i].dim() for i in product.pair()]
     return any(_are_parameters(product)) or (ranks[0] != ranks[1] and 2 in ranks)
 
 
 def _looks_like_scores(product: Product) -> bool:
-    # A subclass (a distributed or a quantised tensor) means more than its elements: it stays the native call.
+    # A subclass (a distributed or a quantised tensor) means more than its elements: such a call stays native.
     if not all(is_plain(t) and t.is_floating_point() for t in product.operands):
         return False
     device = product.operands[0].device
     if len({t.dtype for t in product.operands}) > 1 and not torch.is_autocast_enabled(device.type):
-        return False  # torch refuses, in its own words
+        return False  # torch raises an error
     sizes = product.sizes()
     keys = product.only(*reversed(product.pair()))
     summed = [size for label, size in sizes.items() if label not in product.result]
@@ -102,7 +102,7 @@ def _looks_like_scores(product: Product) -> bool:
         return False
     if not (_rows(product) and keys and summed and max(summed) >= 2 and 0 not in sizes.values()):
         return False
-    # A layer is written as a product too: ``hidden @ weight.T``. Keys by position are as many as there are queries.
+    # A linear layer is a product, too: ``hidden @ weight.T``. A table of positions has a row for each position.
     return not _is_of_table(product) or (_has_a_row_for_each_position(product) and _is_large(product))
 
 
@@ -125,19 +125,19 @@ def _keys(product: Product) -> list[int]:
 
 
 def _is_large(product: Product) -> bool:
-    """Whether the scores are what takes the memory; a product with the values is smaller than what it is made of."""
+    """True if the result is larger than its operands, as scores are; a product with the values is smaller."""
     return max(_rows(product)) > 1 and product.elements() > sum(t.numel() for t in product.operands)
 
 
 def native_size(product: Product) -> tuple[int, int]:
-    """Query rows, and bytes that the native call would hold: scores, what softmax makes of them, a step between."""
+    """Query rows, and the bytes that the native call would hold: three tensors of the size of the scores, or more."""
     elements = max(3 * product.elements(), product.widest_step())
     return max(_rows(product)), elements * product.operands[0].element_size()
 
 
 def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
     if call.observer is not None:
-        # One token that looks at itself: softmax shows it (``shown.of_one``).
+        # A single token that attends to itself is handled at its softmax (``observed.of_one``).
         return max(_rows(product) + _keys(product)) > 1
     if max(_rows(product)) < 2:
         return False
@@ -150,7 +150,7 @@ def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
 
 
 def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
-    """The product of a native call, if what it makes are large scores."""
+    """The product of a native call, if its result looks like scores and is large; otherwise ``None``."""
     product = parse(name, args, kwargs)
     if product is None or not _looks_like_scores(product) or not _is_large(product):
         return None
@@ -186,7 +186,7 @@ def _call(
 
 
 def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Two elements of each dimension that has more: sums over one element take another way, which autocast leaves alone."""
+    """Ones of at most two elements per dimension; with one, torch may not call the operator that autocast casts for."""
     if tensor is None:
         return None
     return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
@@ -194,7 +194,7 @@ def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 @op(*NAMES, "linear")
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A product with a deferred operand: replayed if it sums over keys, otherwise one more step of the graph."""
+    """A product with a deferred operand: computed by rows if it sums over keys, otherwise another node of the graph."""
     product = parse(name, args, kwargs)
     if product is None:
         return NotImplemented
@@ -214,7 +214,7 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 
 def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:
-    """Scores that are added to something deferred (``baddbmm`` onto a mask)."""
+    """Scores that are added to a deferred tensor (``baddbmm`` with a mask as its input)."""
     if not isinstance(product.added, DeferredTensor):
         return NotImplemented
     site = running_site(product.added.handle.call)
@@ -227,7 +227,7 @@ def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any
 
 
 def _share_rows(product: Product, main: int, other: int) -> bool:
-    """Whether two deferred operands have the same rows (probabilities, and a table read by distance)."""
+    """True if two deferred operands have the same row axis (probabilities, and a table looked up by distance)."""
     one, two = (
         dict(zip(product.labels[i], product.operands[i].handle.node.dims, strict=True)) for i in (main, other)
     )  # type: ignore[attr-defined]
@@ -252,7 +252,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         axes |= {label: dim for label, dim in zip(product.labels[i], dims, strict=True) if size_of(dim) != 1}
     summed = [axis for label, dim in axes.items() if label not in product.result for axis in dim]
     known = product.labels[next(i for i in deferred_at if product.operands[i] is main)]
-    # What only the values have is never cut: matrix libraries would round otherwise.
+    # Dimensions that only the values have are never cut: matrix libraries would round differently.
     added: list[Axis] = []
     for label in product.result:
         if label not in axes and sizes[label] != 1:
@@ -265,16 +265,16 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         else InputNode.aligned(tensor, tuple(axes.get(n, ()) if n in product.result else () for n in labels))
         for tensor, labels in zip(product.operands, product.labels, strict=True)
     ]
-    # A width of one is in no axis: values of one channel.
+    # Values with a single channel have no axis for it.
     dims = tuple(axes.get(label, ()) for label in product.result)
     call = _call(func, product, operands, dims, (*summed, *added))
     node = main.handle.node
     keys = leaves(summed)
     if not any(axis.kind == KEY for axis in keys):
         if not any(axis.kind == ROW for axis in keys):
-            # Heads are mixed: one more step.
+            # The product mixes heads: one more node.
             return wrap(call, site)
-        # With the keys in front only what normalises them tells keys from rows. Nothing did: no attention.
+        # If keys come first, only a normalisation along them tells keys from rows. Without one it is not attention.
         if not any(step.whole for step in walk(node)):
             return NotImplemented
     if _is_wrong_guess(node):
@@ -298,7 +298,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
 
 
 def _is_wrong_guess(node: Node) -> bool:
-    """Whether what was taken for queries by a table of positions is summed before anything normalised it: a layer."""
+    """True if supposed scores (queries times a table) are summed without being normalised: it was a linear layer."""
     steps = list(walk(node))
     products = [step for step in steps if isinstance(step, OpNode) and step.work]
     return (
@@ -307,5 +307,5 @@ def _is_wrong_guess(node: Node) -> bool:
 
 
 def _has_scores(node: Node) -> bool:
-    """Whether a graph goes back to a product: a mask that is multiplied outside attention (a mean over the past) does not."""
+    """True if a graph begins with a product; a mask multiplied outside attention (a mean over the past) does not."""
     return any(isinstance(step, OpNode) and step.work for step in walk(node))

@@ -1,4 +1,4 @@
-"""How a product can be written: which dimensions of which operands a torch function multiplies and sums over."""
+"""Reads a call of any torch product as a ``Product``: its operands, and a letter per dimension as in ``einsum``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from attnpatch import compat
 
-# What rebuilds the arguments of a call from its operands and what is added to their product.
+# ``rebuild(operands, added)``: the arguments of the call, with other operands and another added tensor.
 Rebuild = Callable[[Sequence[Any], Any], tuple[Any, dict[str, Any]]]
 
 
@@ -25,10 +25,10 @@ class Product:
         operands: The tensors, in the order of the call.
         labels: A letter for every dimension of each operand.
         result: A letter for every dimension of the result; a letter that the result lacks is summed over.
-        rebuild: Arguments of the call from replacements of the operands and of ``added``.
+        rebuild: Returns the call's arguments, given replacements of the operands and of ``added``.
         added: A tensor added to the result (``baddbmm``), or ``None``.
-        func: What computes a part of it as the call computes the whole; ``None``: the function that was called.
-        is_elementwise: Whether all that is multiplied is held before it is summed.
+        func: A function that computes parts with the bits of the whole; ``None``: the function that was called.
+        is_elementwise: True if torch holds all elementwise products before it sums them.
     """
 
     operands: tuple[torch.Tensor, ...]
@@ -48,12 +48,12 @@ class Product:
         return found
 
     def elements(self) -> int:
-        """Of the result."""
+        """The number of elements of the result."""
         sizes = self.sizes()
         return math.prod(sizes[label] for label in self.result)
 
     def pair(self) -> tuple[int, int]:
-        """The two operands that are the query and the key, if these are scores: each has what the other lacks."""
+        """Indices of query and key, if these are scores: each has a dimension of the result that the other lacks."""
         for i, j in itertools.combinations(range(len(self.operands)), 2):
             if self.only(i, j) and self.only(j, i):
                 return i, j
@@ -66,7 +66,7 @@ class Product:
         ]
 
     def widest_step(self) -> int:
-        """Elements of the largest tensor that is made on the way: more than two operands are contracted one by one."""
+        """Elements of the largest intermediate tensor: more than two operands are contracted one after the other."""
         sizes, own = self.sizes(), set(self.labels[0])
         widest = math.prod(sizes.values()) if self.is_elementwise else 0
         for at in range(1, len(self.operands) - 1):
@@ -78,7 +78,7 @@ class Product:
 
 
 def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
-    """The product a call asks for; ``None`` where it is not of a kind that can be deferred."""
+    """The product that a call computes; ``None`` if it cannot be deferred."""
     if kwargs.get("out") is not None or kwargs.get("out_dtype") is not None:
         return None
     found = _PARSERS.get(name, _matmul)(args, kwargs)
@@ -88,7 +88,7 @@ def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
 
 
 def _two(args: Any, kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:
-    """Arguments given by position or by one of several names: ``mat2`` of one function is ``other`` of another."""
+    """Arguments given by position or by any of several names: some functions say ``mat2`` where others say ``other``."""
     rest = [kwargs[name] for name in names if name in kwargs]
     return (*args, *rest)
 
@@ -112,7 +112,7 @@ def _matmul(args: Any, kwargs: dict[str, Any], reverse: bool = False) -> Product
 
 
 def _added(args: Any, kwargs: dict[str, Any], labels: tuple[str, str, str], *names: str) -> Product | None:
-    """``baddbmm`` and its kind: a product, and what is added to it."""
+    """``baddbmm`` and the like: a product, and a tensor that is added to it."""
     given = (*args, *(kwargs.get(name) for name in names[len(args) :]))[:3]
     if not all(isinstance(tensor, torch.Tensor) for tensor in given):
         return None
@@ -189,7 +189,7 @@ def _vecdot(args: Any, kwargs: dict[str, Any]) -> Product | None:
     labels = []
     for tensor in operands:
         own = result[depth - tensor.dim() :]
-        # The last two of the result: what one operand repeats, only the other one has.
+        # In the result's last two dimensions, an operand with size 1 (broadcast) does not have that letter.
         ends = [
             label if size != 1 else next(free)
             for label, size in zip(own[-2:], tensor.shape[-3:-1], strict=True)
@@ -199,7 +199,7 @@ def _vecdot(args: Any, kwargs: dict[str, Any]) -> Product | None:
 
 
 def _cdist(args: Any, kwargs: dict[str, Any]) -> Product | None:
-    """Distances between rows of two tensors, whose negatives are scores."""
+    """``cdist``: distances between rows of two tensors; hosts use their negatives as scores."""
     left, right = _two(args, kwargs, "x1", "x2")[:2]
     rest = {"p": args[2] if len(args) > 2 else kwargs.get("p", 2.0)}
     mode = args[3] if len(args) > 3 else kwargs.get("compute_mode", "use_mm_for_euclid_dist_if_necessary")
@@ -207,7 +207,7 @@ def _cdist(args: Any, kwargs: dict[str, Any]) -> Product | None:
     if found is None:
         return None
     if mode == "use_mm_for_euclid_dist_if_necessary":
-        # torch decides by the number of rows, of which a part has fewer.
+        # torch decides by the number of rows: fix the decision for the whole, since a part has fewer.
         is_long = max(left.shape[-2], right.shape[-2]) > 25
         mode = "use_mm_for_euclid_dist" if is_long else "donot_use_mm_for_euclid_dist"
     rest["compute_mode"] = mode
@@ -227,7 +227,7 @@ def _einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
     if not all(isinstance(tensor, torch.Tensor) for tensor in operands):
         return None
     if not arrow:
-        # As torch has it: dimensions that are named once, capital letters first.
+        # torch's rule for the result: the dimensions that are named once, capital letters first.
         letters = inputs.replace(",", "").replace(".", "")
         result = "..." * ("..." in inputs) + "".join(sorted(x for x in letters if letters.count(x) == 1))
     free = [letter for letter in string.ascii_letters if letter not in equation]
@@ -250,7 +250,7 @@ def _einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
 
 
 def _einsum_in_order(equation: str, operands: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
-    """Contracts parts of operands in the order in which the whole ones are: opt_einsum chooses it by their sizes."""
+    """An einsum that contracts parts in the order chosen for the whole operands (opt_einsum chooses by size)."""
     from torch.backends import opt_einsum
 
     if not (opt_einsum.is_available() and opt_einsum.enabled):
