@@ -1,1 +1,1 @@
-"""``capture``, and what it hands out."""
+"""``capture``, and the maps that it yields."""

@@ -1,4 +1,4 @@
-"""``capture``: who looks at which model, and what a host says about its calls."""
+"""``capture``: puts a recorder into a model, and tells it how to read the host's calls."""
 
 from __future__ import annotations
 
@@ -39,46 +39,46 @@ def capture(
 ) -> Iterator[Any]:
     """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
 
-    No N x N matrix is held: hand-written attention goes by rows and its probabilities are summed as they pass; beside
-    fused attention they are recomputed some rows at a time.
+    No N x N matrix is held. Hand-written attention goes by rows, and its probabilities are summed as they pass. Beside
+    fused attention they are recomputed a few rows at a time.
 
-    Of a pipeline of diffusers its denoiser is captured, ``unet`` or ``transformer``: every call is one image, or one
-    batch of them, with the steps of its sampler; rows that are given another text (guidance) are kept apart. A denoiser
-    on its own is captured in the same way, where all calls inside the block are steps of one image.
+    In a diffusers pipeline the denoiser is captured (``unet`` or ``transformer``). Every call of the pipeline is one
+    image, or one batch of images, with the steps of its sampler. Batch rows with another text (guidance) are kept
+    apart. A denoiser without a pipeline is captured in the same way; all its calls inside the block are steps of one
+    image.
 
     Args:
-        model: A model or a pipeline; patched or not, it is afterwards as it was before, once activation checkpoints of
-            calls inside the block are gone (they run again in a backward pass).
-        blocks: What a block is; a pair for queries and keys where they differ (cross-attention). For an image
-            ``Blocks.tiles(height, width, tile)``, of any unit: tiles attending to tiles, or in a pair with words. ``None``
-            for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
+        model: A model or a pipeline, patched or not. Afterwards it is as it was before, as soon as the activation
+            checkpoints of calls inside the block are gone (a backward pass recomputes those).
+        blocks: What a block is; a pair for queries and keys if they differ (cross-attention). For an image
+            ``Blocks.tiles(height, width, tile)``, in any unit: tiles attending to tiles, or in a pair with words.
+            ``None`` for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
         heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
-        layers: Numbers of layers, as the map's ``layers`` has them: the model's own. Negative ones count the layers with
-            attention from the last. ``None``: all. Not of images: give ``sites``.
-        sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin with
-            the component's name, as in ``report``.
-        steps: Of a sampler: ``"mean"`` over steps, ``"all"`` apart, or a list of their numbers. Of text each call of the
-            model that continues a cache is a step: ``"all"`` gives a map of every generated token.
-        measures: What else to measure while the rows pass: ``"received"``, ``"entropy"``, ``"sink"``
-            (``maps.measured()``). Not of images.
-        sample_rows: Look at so many query rows of each block only, exactly over all keys: the map is an unbiased
-            estimate, ``block_map.error`` its standard error. ``None``: all rows. Not of images.
-        seed: Of the sample.
-        weighting: ``"gradient"``: each probability times the gradient of whatever ``backward()`` is called on, inside the
-            ``with`` block, after one call of the model (attention times gradient; Barkan et al. 2021, Chefer et al.
-            2021). Of attention through ``F.scaled_dot_product_attention``; the rows of the gradient are computed some at
-            a time. Signed.
+        layers: The model's own layer numbers, as in the map's ``layers``. Negative numbers count layers with attention
+            from the last one. ``None``: all. Not for images: use ``sites``.
+        sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin
+            with the component's name, as in ``report``.
+        steps: For a sampler: ``"mean"`` over steps, ``"all"`` to keep them apart, or a list of step numbers. For text
+            each call that continues a cache is a step: ``"all"`` gives a map for every generated token.
+        measures: Further statistics: ``"received"``, ``"entropy"``, ``"sink"`` (see ``maps.measured()``). Not for
+            images.
+        sample_rows: Number of query rows per block to sample, each exactly over all keys. The map is then an unbiased
+            estimate, and ``block_map.error`` its standard error. ``None``: all rows. Not for images.
+        seed: Seed of that sample.
+        weighting: ``"gradient"``: each probability times its gradient (Barkan et al. 2021, Chefer et al. 2021), a
+            signed value. Call the model once and then ``backward()``, both inside the ``with`` block. Only for
+            attention through ``F.scaled_dot_product_attention``. The gradient is computed a few rows at a time.
 
     Yields:
-        ``Maps``: read ``maps.block_map`` after the model ran. Calls that continue a cache add to the map of their
-        sequence, every other call begins a new one. Of an image ``ImageMaps``: ``maps.heat_map("cat")``,
-        ``maps["cross"]``. Attention of which something is not known is in ``maps.left_out`` with the reason, which one
-        ``AttnpatchWarning`` says at the end of the block. The running thread's calls are seen, and those of threads that it
-        starts between its own calls.
+        ``Maps``: read ``maps.block_map`` after the model ran. A call that continues a cache adds to the map of its
+        sequence; every other call begins a new sequence. For images ``ImageMaps``: ``maps.heat_map("cat")``,
+        ``maps["cross"]``. Attention for which a needed fact is not known is in ``maps.left_out`` with the reason, and
+        one ``AttnpatchWarning`` says so at the end of the block. Calls of the running thread are captured, and those of
+        threads that it starts between its own calls.
 
     Raises:
-        CaptureError: What was asked for does not fit the model. What does not fit a sequence (blocks, heads) is in
-            ``maps.left_out``, and reading a map that is not there raises; the model's call never does.
+        CaptureError: An option does not fit the model. If something does not fit a sequence (blocks, heads), it is in
+            ``maps.left_out``, and reading the missing map raises; the model's call never does.
         PatchError: As ``apply``.
     """
     parts = parts_in(model)
@@ -111,10 +111,10 @@ def capture(
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
-    """The sequence of a model has the tokens that blocks speak of: no others of an adapter's, and a picture's where asked."""
+    """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter; a picture where tiles are."""
     read_call = recorder.read_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
-    # Of the vision tower's latest calls: one for images, one for videos.
+    # Shapes from the vision tower's latest calls: one for images, one for videos.
     shapes: deque[Any] = deque(maxlen=2)
 
     def checked(args: Any, kwargs: Any, kind: type | None) -> Any:
@@ -133,22 +133,22 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
 
 
 def _of_image(blocks: Any) -> bool:
-    """Whether blocks are of an image wherever it lies in a sequence: none said, or tiles without a start."""
+    """True if blocks ask for an image of a denoiser: ``None``, or tiles without a start token."""
     sides = blocks if isinstance(blocks, tuple) else (blocks,)
     images = [side.image for side in sides if isinstance(side, Blocks) and side.image is not None]
     return blocks is None or (bool(images) and not any(image[3] for image in images))
 
 
 def recorder_of(patch: Patch, kind: type[nn.Module], options: CaptureOptions) -> Recorder:
-    """What captures the innermost attention sites of a patch, once it is the patch's ``recorder``.
+    """A recorder that captures the innermost attention sites of a patch, once it is added to the patch's ``recorders``.
 
     Args:
         patch: The patch of a model.
         kind: The model's class.
-        options: What is asked for.
+        options: The options of the capture.
 
     Raises:
-        CaptureError: What was asked for does not fit the model.
+        CaptureError: An option does not fit the model.
     """
 
     def read_call(args: Any, kwargs: Any, part: type | None) -> host.ModelCall:

@@ -1,6 +1,6 @@
-"""``capture`` of a pipeline of diffusers, or of a denoiser: images, with the steps of their sampler.
+"""``capture`` for a diffusers pipeline or a denoiser: images, with the steps of their sampler.
 
-Imported with the first one that is captured.
+Imported at the first such capture.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOptio
 
 
 def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.AbstractContextManager[None]:
-    """Every call of a pipeline is a run."""
+    """A context in which every call of the pipeline is a run of the sampler."""
 
     def begin(given: dict[str, Any]) -> None:
         prompts.begin(denoiser.texts_given(given))
@@ -73,7 +73,7 @@ def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.Abs
 def image_recorder_of(
     patch: Patch, part: nn.Module, sampling: Sampling, options: CaptureOptions, prefix: str
 ) -> ImageRecorder:
-    """What captures the innermost attention sites of a denoiser, once it is its patch's ``recorder``."""
+    """A recorder for the innermost attention sites of a denoiser; it works once it is in the patch's ``recorders``."""
 
     def read_call(args: Any, kwargs: Any) -> DenoiserCall:
         return denoiser.read_denoiser_call(part, args, kwargs)

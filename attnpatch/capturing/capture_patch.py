@@ -1,4 +1,4 @@
-"""The patch that a capture records through: put in place for it, or the user's; which of its sites, and who records."""
+"""The patch through which a capture records (the user's, or one made for it), and the sites that it records."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _lock = threading.Lock()
 
 
 def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
-    """The patch of a model; one that captures have put in place goes with the last of them (each thread may have one)."""
+    """The patch of a model. If captures have made it, the last of them takes it out (each thread may have one)."""
     with _lock:
         known = patch_of(part)
         if known is not None and not known.captures and not known.is_leaving:
             return known  # the user's
-        # Taken out below, with the last capture.
+        # Taken out by ``release``, not by this stack.
         (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
         patch.captures += 1
 
@@ -41,7 +41,7 @@ def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
 
 
 def _leave(patch: Patch, part: nn.Module) -> None:
-    """Take a patch out: at once, or with the last checkpoint that it looked at, which may run again in a backward pass."""
+    """Take a patch out: at once, or, if observed checkpoints may still be recomputed, when the last of them is gone."""
     waiting = list(patch.watched)
     if not waiting:
         patch.take_out(part)
@@ -74,7 +74,7 @@ def recording(patch: Patch, recorder: Any) -> Iterator[None]:
 
 
 def warn_of(left_out: dict[str, str], deep: int = 0) -> None:
-    """Once: what is in no map."""
+    """Warn once of sites that are in no map."""
     if left_out:
         name, reason = next(iter(left_out.items()))
         more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
@@ -82,15 +82,15 @@ def warn_of(left_out: dict[str, str], deep: int = 0) -> None:
 
 
 def innermost(patch: Patch) -> list[str]:
-    """Names of the attention sites that hold no other."""
+    """Names of the attention sites that contain no other site."""
     names = [site.name for site in patch.sites if site.is_attention]
-    # A candidate may turn out to be none, so it hides nobody.
+    # A candidate may turn out to be no attention, so it does not exclude the site around it.
     sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
     return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
 
 
 def owners(patch: Patch) -> list[str]:
-    """Names of the sites that hold others: what those are named for may be computed in the forward around them."""
+    """Names of the sites that contain others: their own forward may compute the attention of the sites inside."""
     inner = set(innermost(patch))
     return [
         site.name

@@ -1,4 +1,4 @@
-"""What a capture of an image hands out: block maps by kind of attention, and heat maps of words."""
+"""ImageMaps, the result of capturing a sampler: block maps by kind of attention, and heat maps of words."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class ImageMaps:
-    """Block maps of the images that were sampled inside a ``with`` block, of the last one unless said otherwise.
+    """Block maps of the images that were sampled inside a ``with`` block; by default methods use the last image.
 
     Args:
-        sampling: What was collected.
-        options: What the capture asked for.
-        model_name: For the metadata.
+        sampling: The collected sums.
+        options: The options of the capture.
+        model_name: The model's name for the metadata.
     """
 
     def __init__(self, sampling: Sampling, options: CaptureOptions, model_name: str) -> None:
@@ -39,17 +39,17 @@ class ImageMaps:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Attention that is in no map: why, by site."""
+        """For each site that is in no map, the reason."""
         return dict(self._sampling.left_out)
 
     @property
     def num_runs(self) -> int:
-        """How many times something was sampled."""
+        """Number of runs of the sampler that were captured."""
         return sum(any(run.records.values()) for run in self._sampling.runs)
 
     @property
     def sites(self) -> dict[str, str]:
-        """Kind of attention of every captured site."""
+        """For each captured site its kind of attention."""
         return {name: kind for kind, names in self._kinds(self._run(-1)).items() for name in names}
 
     def keys(self) -> list[str]:
@@ -58,7 +58,7 @@ class ImageMaps:
 
     @property
     def block_map(self) -> BlockMap:
-        """The map, where there is one kind of attention.
+        """The block map, if only one kind of attention was captured.
 
         Raises:
             CaptureError: Nothing was captured, or there are several kinds (``maps["cross"]`` names one).
@@ -78,14 +78,15 @@ class ImageMaps:
         """The block map of some sites; layers have the sites' names.
 
         Args:
-            sites: A kind as ``keys()`` gives it, or a pattern of site names such as ``"*.mid_block.*"``, all of one kind.
-            own_grid: Leave the image in the cells of the site, single tokens where these are larger than tiles, instead
-                of bringing sites of different resolution to one grid of tiles by area. Then sites must be of one.
-            run: Which sampling, where there were several.
+            sites: A kind as ``keys()`` gives it, or a pattern of site names such as ``"*.mid_block.*"``, all of one
+                kind.
+            own_grid: False brings sites of different resolution to one grid of tiles, by area. True keeps each site's
+                own cells (single tokens if these are larger than tiles); then all sites must have the same resolution.
+            run: Which run of the sampler, if there were several.
 
         Returns:
             ``BlockMap``: words first, then tiles (``"r0c0"``, ...). Sequences are the prompts' images in order, then
-            what was sampled with another text (``metadata["sequences"]`` says which is which).
+            those with another text (guidance); ``metadata["sequences"]`` says which is which.
 
         Raises:
             CaptureError: There is no such site, or they do not fit one map.
@@ -117,25 +118,25 @@ class ImageMaps:
         size: tuple[int, int] | None = None,
         run: int = -1,
     ) -> np.ndarray:
-        """Where an image attends to a word: the probability that a token of each tile puts on the word's tokens.
+        """Where an image attends to a word: for each tile, the probability that its tokens put on the word's tokens.
 
-        The mean over layers, of cross-attention or of the image's rows and the text's columns of joint attention.
+        It is the mean over layers of cross-attention, or of joint attention from the image to the text.
 
         Args:
-            word: As it stands in the prompt, without regard to case and punctuation (all places where it stands), or
-                its number among the words; of several, the mean of their heat maps.
+            word: A word of the prompt, ignoring case and punctuation (all its occurrences), or its number among the
+                words. For several words, the mean of their heat maps.
             sequence: Which of the map's sequences; the first image of the prompt when left out.
             step: A step of the sampler if steps were kept apart, or ``"mean"``.
             head: A head's number, if heads were kept apart.
             sites: Pattern of the sites to average; all when left out.
-            size: Height and width to enlarge it to, between tiles linearly.
-            run: Which sampling, where there were several.
+            size: Height and width to which the map is enlarged by linear interpolation.
+            run: Which run of the sampler, if there were several.
 
         Returns:
-            float32 ``[rows, columns]`` of tiles; of a video ``[frames, rows, columns]``.
+            float32 ``[rows, columns]`` of tiles; for a video ``[frames, rows, columns]``.
 
         Raises:
-            CaptureError: The word is not in the prompt, or nothing captured has an image's rows and text's columns.
+            CaptureError: The word is not in the prompt, or no attention from an image to text was captured.
         """
         return self._heat(self._showing(sites, run), self._run(run), word, sequence, step, head, size)
 
@@ -160,7 +161,7 @@ class ImageMaps:
         return heat[0] if len(heat) == 1 else heat
 
     def _heats(self, wanted: Sequence[tuple[Any, Any]], options: dict[str, Any]) -> list[np.ndarray]:
-        """Heat maps of words at steps, with the options of ``heat_map``; the maps are made once."""
+        """Heat maps for pairs of word and step, with the options of ``heat_map``; the block maps are made only once."""
         options = {"sequence": None, "step": "mean", "head": "mean", "size": None, **options}
         which = options.pop("run", -1)
         maps, run = self._showing(options.pop("sites", None), which), self._run(which)
@@ -172,7 +173,7 @@ class ImageMaps:
         return [self._heat(maps, run, word, **{**options, "step": step}) for word, step in wanted]
 
     def words(self, *, sequence: int | None = None, run: int = -1) -> list[str]:
-        """The words of the prompt that heat maps can be had of, each once, in order."""
+        """The words of the prompt for which there is a heat map, each once, in order."""
         one = self._showing(None, run)[0]
         text = _text_of(one, self._sequence(one, sequence), self._run(run))
         labels = (label for label, _ in text.words if plain(label) and not why_missing(label, text))
@@ -188,10 +189,10 @@ class ImageMaps:
         """Draw the heat maps of words over the image.
 
         Args:
-            image: What was sampled: PIL, numpy or torch; of a video a list of frames.
+            image: The sampled image: PIL, numpy or torch; for a video a list of frames.
             words: The words; all of the prompt when left out.
             path: ``.png``, ``.svg`` or ``.pdf``: a grid with all words is written there. A folder: one PNG per word.
-            **heat_map: As ``heat_map`` takes them.
+            **heat_map: Options of ``heat_map``.
 
         Returns:
             The path, the paths in the folder, or a matplotlib ``Figure`` without a path.
@@ -225,12 +226,12 @@ class ImageMaps:
         """Draw how the heat map of a word forms over the steps of the sampler.
 
         Args:
-            image: What was sampled.
-            word, **heat_map: As ``heat_map`` takes them.
+            image: The sampled image.
+            word, **heat_map: As for ``heat_map``.
             path: ``.png``, ``.svg`` or ``.pdf`` to write; when left out the figure is returned.
 
         Raises:
-            CaptureError: Steps were not kept apart, or as ``heat_map``.
+            CaptureError: Steps were not kept apart; otherwise as ``heat_map``.
             MissingExtraError: matplotlib is not installed.
         """
         run = self._run(heat_map.get("run", -1))
@@ -285,7 +286,7 @@ class ImageMaps:
         return [step % count for step in self._steps]
 
     def _showing(self, sites: str | None, run: int) -> list[BlockMap]:
-        """Maps with the image's rows and the text's columns."""
+        """Block maps of attention from the image to the text."""
         names = [
             name
             for kind, n in self._kinds(self._run(run)).items()
@@ -323,7 +324,7 @@ def _text_of(one: BlockMap, place: int, run: Run) -> TextRow:
 
 
 def _reasons(left_out: dict[str, str]) -> list[str]:
-    """A line for each reason, with the first of what it left out."""
+    """One line for each reason, with the first sites that it left out."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)

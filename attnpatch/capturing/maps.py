@@ -1,4 +1,4 @@
-"""What a capture hands out: block maps, by kind of attention site and by sequence."""
+"""Maps, the result of a capture: block maps by kind of attention site and by sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Maps:
     """Block maps of a capture: filled while the model runs, read afterwards.
 
     Args:
-        recorder: Who collects them.
+        recorder: Collects the sums.
         steps: Numbers of the steps to show; ``None``: all that were kept apart.
     """
 
@@ -26,7 +26,7 @@ class Maps:
 
     @property
     def block_map(self) -> BlockMap:
-        """The block map of the last sequence, where all captured sites are of one kind.
+        """The block map of the last sequence, if all captured sites are of one kind.
 
         Raises:
             CaptureError: Nothing was captured, or there are several kinds (``maps["decoder.*"]`` names one).
@@ -39,7 +39,7 @@ class Maps:
         return next(iter(found.values()))
 
     def __getitem__(self, sites: str) -> BlockMap:
-        """The block map of one kind of site, by its pattern as ``maps.keys()`` gives it, of the last sequence that has it."""
+        """The block map of one kind of site (a pattern of ``maps.keys()``), from the last sequence that has it."""
         captured = self._captured()
         for calls in reversed(captured):
             found = self._of(calls)
@@ -60,7 +60,7 @@ class Maps:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Sites that are in no map, or not in the maps of every sequence, and why: what a map rests on is not known there."""
+        """Sites that are missing from the maps of some or all sequences, each with the fact that is not known there."""
         self._problems: dict[str, str] = {}
         for calls in self._recorder.captured():
             self._of(calls)
@@ -88,15 +88,15 @@ class Maps:
         return {sites: one.select(step=steps) if one.steps else one for sites, one in found.items()}
 
     def measured(self, sites: str | None = None) -> dict[str, torch.Tensor]:
-        """What else was asked for with ``measures``, of the last sequence.
+        """The statistics that were asked for with ``measures``, of the last sequence.
 
         Args:
-            sites: The kind of sites, where there are several.
+            sites: The kind of sites, if there are several.
 
         Returns:
-            By name, float32, the batch first where there are several sequences:
-            ``"received"`` ``[layers, tokens]``: attention each token receives, summed over the query tokens and averaged
-            over heads (the score that H2O evicts by; Zhang et al. 2023); ``[layers, heads, tokens]`` of the heads that
+            float32 tensors by name, with the batch as first dimension if there are several sequences:
+            ``"received"`` ``[layers, tokens]``: the attention that each token receives, summed over query tokens and
+            averaged over heads (the score by which H2O evicts; Zhang et al. 2023); ``[layers, heads, tokens]`` if heads
             are kept apart;
             ``"entropy"`` ``[layers, heads]``: mean over query tokens of ``-sum p log p``, in nats;
             ``"sink"`` ``[layers, heads]``: mean mass on the first token (attention sinks; Xiao et al. 2023).
@@ -113,7 +113,7 @@ class Maps:
                 ", ".join(map(repr, found))
                 or "nothing; capture with measures=('received', 'entropy', 'sink')"
             )
-            raise CaptureError(f"measured at {sites!r} was nothing; there is: {known}")
+            raise CaptureError(f"nothing was measured at {sites!r}; there is: {known}")
         return found[sites]
 
     def keys(self) -> list[str]:
@@ -122,7 +122,7 @@ class Maps:
 
     @property
     def sequences(self) -> list[dict[str, BlockMap]]:
-        """Block maps of every sequence that was run, by pattern, in order."""
+        """The block maps of every sequence that was run, in order; each a dict by pattern of sites."""
         self._problems = {}
         return [self._of(calls) for calls in self._recorder.captured()]
 

@@ -1,1 +1,1 @@
-"""Which modules are attention, and what stands in the place of their forward."""
+"""Which modules are attention, and the function that replaces their forward."""

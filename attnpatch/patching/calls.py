@@ -1,4 +1,4 @@
-"""What is going on in a thread while a patched model is called, and what stands around a forward of the host."""
+"""The state of a thread while a patched model is called, and the contexts that are put around the host's forward."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 class _Calls(threading.local):
-    """What is going on in this thread.
+    """The state of this thread.
 
     Attributes:
-        mode: The rows mode that is active, if any.
+        mode: The RowsMode that is active, if any.
         patch: The patch whose model is being called.
-        room: What is known of free memory during that call.
-        is_calm: Whether nothing of that call is long, and nothing has gone by rows in it.
-        is_recorded: Whether a capture knows of the call.
-        watch: Who looks at the candidate that runs.
-        served: Sites that a slot serves: their class's forward, if it is reached, has nothing to add.
+        room: Free memory, cached for that call.
+        is_calm: True if the call has only short inputs and nothing in it has gone by rows.
+        is_recorded: True if a capture has been told of the call.
+        watch: The mode that watches the running candidate.
+        served: Sites that are being served through an instance's slot: if their class's forward is reached, it must not
+            serve them again.
     """
 
     mode: RowsMode | None = None
@@ -51,7 +52,7 @@ SEEN = NullObserver()
 
 
 class CountersOfMasks:
-    """Counts what happens to the masks of a model's call: at the site that runs, or else at the model."""
+    """Counts what happens to the masks of a model's call: at the running site, or at the model if none is running."""
 
     def __init__(self, root: Site) -> None:
         self.root = root
@@ -69,7 +70,7 @@ class CountersOfMasks:
         self._site().summed(by)
 
     def left_native(self, reason: str, *numbers: int) -> None:
-        """Masks that are made whole say nothing of attention."""
+        """Does nothing: a mask that the host makes does not mean that attention stayed native."""
 
     def made(self, size: int) -> None:
         self._site().made(size)
@@ -79,8 +80,8 @@ class CountersOfMasks:
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward of torch's own that runs under a mode as it would without; any other is itself."""
-    # What exec makes may name no module.
+    """A forward of torch's own, changed to run under a mode as it would without; any other forward unchanged."""
+    # A function made by exec may have no ``__module__``.
     if not (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules."):
         return forward
     if isinstance(forward, types.MethodType):
@@ -89,10 +90,10 @@ def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Around:
-    """Contexts of ours around a forward of the host, which goes on if one of them fails to begin or to end.
+    """Contexts of attnpatch's own around a forward of the host, which runs on even if one of them fails.
 
     Attributes:
-        entered: Those that have begun.
+        entered: The contexts whose ``__enter__`` has succeeded.
     """
 
     def __init__(self, site: Site, *contexts: contextlib.AbstractContextManager[Any]) -> None:
@@ -119,10 +120,10 @@ class Around:
 
 
 def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
-    """An upper bound on the query rows of a call: positions of its inputs, the batch included.
+    """An upper bound on the query rows of a call: the number of positions in its inputs, batch included.
 
-    Only the first tensor counts with four dimensions (images, split heads): a later one is as a rule a mask, whose
-    width says nothing about the queries.
+    A tensor of four dimensions (images, split heads) counts only if it comes first: a later one is usually a mask, and
+    a mask's width says nothing about the queries.
     """
     most, seen = 0, False
     for value in (*args, *kwargs.values()):
@@ -137,16 +138,16 @@ def most_rows(args: Any, kwargs: dict[str, Any]) -> int:
 
 
 def stays_native(policy: Policy, args: Any, kwargs: dict[str, Any]) -> str | int | None:
-    """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched.
+    """Why a call is not watched: a key of ``REASONS``, or its rows if they are too few; ``None``: it is watched.
 
-    Decided before anything is watched, so that short calls cost nothing.
+    Decided before any mode is entered, so that short calls cost nothing.
     """
     if policy.mode == "never":
         return "never"
     if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
         return "nested"
     if compat.is_transformed():
-        # Inside vmap or torch.func.grad tensors are not what they seem; the native call is left alone.
+        # Inside vmap or torch.func.grad a tensor's shape and values are not the real ones.
         return "transform"
     if policy.mode == "always":
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def judge(
     site: Site, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """The first call of a candidate: served as attention is, which changes nothing if it is none."""
+    """The first call of a candidate: served as attention, which changes nothing if it turns out to be none."""
     if site.waits_for is not None:
         return _as_judged(site, forward, module, first, args, kwargs)
     try:
@@ -28,7 +28,7 @@ def judge(
         site.failed("the look at a first call", error)
         return site.attend(forward, module, first, args, kwargs)
     outer, calls_here.watch = calls_here.watch, watch
-    # Or short calls of sites inside would not come by to say whose they are.
+    # Otherwise short calls of sites inside the candidate would skip ``_serve``, which pauses the watch for them.
     calls_here.is_calm = False
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def judge(
 def _as_judged(
     site: Site, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """A call of what is no attention, and was first called in a checkpoint: that runs again as it ran."""
+    """A call of a module that is no attention and whose first call was in a checkpoint: recomputed the same way."""
     try:
         frame = site.waits_for()
         if frame is None:
@@ -70,7 +70,7 @@ def _called_with(
 
 @contextlib.contextmanager
 def paused(watch: Watch) -> Iterator[None]:
-    """A candidate is around a site: what is computed there is none of its attention."""
+    """Pause a candidate's watch inside the block, in which a site runs: that site's attention is its own."""
     paused, watch.is_paused = watch.is_paused, True
     try:
         yield

@@ -1,6 +1,6 @@
-"""The forward of a class while some of its instances are patched: what stands in its place, and its way back.
+"""Replaces the forward of a class while some of its instances are patched, and puts it back.
 
-``forward_swap.py`` says why it is swapped there.
+``forward_swap.py`` says why the class's forward is replaced and not the instance's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def is_recorded() -> bool:
-    """Whether the call makes a graph (compile, export, ``jit.trace``, ``make_fx``): it is to be the host's own."""
+    """True if the call is being traced (compile, export, ``jit.trace``, ``make_fx``): the host's own code must run."""
     return torch.compiler.is_compiling() or compat.is_traced()
 
 
@@ -32,8 +32,8 @@ class ForwardOfClass(Replaced):
     """The forward of one class while instances of it, or of subclasses without a forward of their own, are patched.
 
     Attributes:
-        entries: Those of the patched instances, by weak references.
-        alive: How many of them there were at the last look whether any only waits for the garbage collector.
+        entries: Weak references to the entries of the patched instances.
+        alive: Number of entries after the last garbage collection.
     """
 
     def __init__(self, kind: type[Any]) -> None:
@@ -48,7 +48,7 @@ class ForwardOfClass(Replaced):
             self.entries.add(weakref.ref(entry, self.remove))
 
     def remove(self, reference: weakref.ref[Entry]) -> None:
-        """An instance is patched no more, or gone."""
+        """Called when an instance is no longer patched, or is gone."""
         with changing:
             self.entries.discard(reference)
             if not self.entries:
@@ -59,18 +59,19 @@ class ForwardOfClass(Replaced):
         _disarm(self.ours)
 
     def settle(self) -> None:
-        """Take it out now if only models that are gone, and in cycles (accelerate's hooks), still count."""
+        """Take the swap out now if its only instances are unreachable models in cycles (accelerate's hooks)."""
         if self.is_in_place and len(self.entries) > self.alive:
             gc.collect()
             self.alive = len(self.entries)
 
 
-# For renew(); nothing is kept alive by it.
+# Every ForwardOfClass that is alive, for renew().
 _in_use: weakref.WeakSet[ForwardOfClass] = weakref.WeakSet()
 
 
-# What stands in a class in the place of its own forward. All that it needs are defaults of its own, since it has the
-# globals and the closure of the original: TorchScript and FX read those, and it can be turned into a copy of that.
+# The function that replaces a class's forward ("gate"). It has the globals and the closure of the original, because
+# TorchScript and FX read those, and because it can then be turned into a copy of the original. So everything it needs
+# itself is in its keyword defaults.
 _LINES_ABOVE = "\n" * sys._getframe().f_lineno  # so that tracebacks show the lines below
 _GATE = """
 def closure({free}):
@@ -80,7 +81,7 @@ def closure({free}):
         if 0:
             ({free})
         if "_attnpatch" in self.__dict__ and not _attnpatch_is_recorded():
-            # Another thread may take it out meanwhile.
+            # Another thread may remove the entry meanwhile.
             entry = self.__dict__.get("_attnpatch")
             if entry is not None and entry.forward is _attnpatch_class:
                 site = entry.site
@@ -92,7 +93,7 @@ def closure({free}):
 
 @functools.cache
 def _gate_code(free: tuple[str, ...]) -> types.CodeType:
-    """Its code, with the free variables of an original: torch's compiler counts on them."""
+    """The gate's code, with the free variables of the original, which torch's compiler relies on."""
     module = compile(_LINES_ABOVE + _GATE.format(free=", ".join(free)), __file__, "exec")
     (outer,) = (each for each in module.co_consts if isinstance(each, types.CodeType))
     return next(each for each in outer.co_consts if isinstance(each, types.CodeType))
@@ -112,11 +113,11 @@ def _gate(original: types.FunctionType, forward_of_class: ForwardOfClass) -> typ
 
 
 def _disarm(gate: types.FunctionType) -> None:
-    """Make a copy of the class's forward of what stood in its place: another tool may have bound it meanwhile."""
+    """Turn a gate that was taken out into a copy of the original forward: another tool may have bound the gate."""
     original, ours = behind_gate(gate), gate.__kwdefaults__
     if original is gate:
         return
-    # In an order in which calls of other threads find all that they need.
+    # In this order calls from other threads find all that they need at every moment.
     gate.__defaults__, gate.__kwdefaults__ = (
         original.__defaults__,
         {**(original.__kwdefaults__ or {}), **ours},
@@ -132,17 +133,17 @@ def of_gate(gate: types.FunctionType, name: str) -> Any:
 
 
 def is_gate(function: Any) -> bool:
-    """Whether a function stands in the place of a class's own forward."""
+    """True if a function is a gate, which replaces a class's own forward."""
     return isinstance(function, types.FunctionType) and "_attnpatch_class" in (function.__kwdefaults__ or ())
 
 
 def behind_gate(function: Any) -> Any:
-    """The class's own forward, given that or what stands in its place."""
+    """The class's own forward, given it or its gate."""
     return of_gate(function, "_attnpatch_original") if is_gate(function) else function
 
 
 def _as_function(found: Any) -> types.FunctionType:
-    """What stands in a class's namespace, as a function of the instance and the arguments."""
+    """The entry of a class's namespace as a plain function of the instance and the arguments."""
     if isinstance(found, types.FunctionType):
         return found
 
@@ -155,7 +156,7 @@ def _as_function(found: Any) -> types.FunctionType:
 
 
 def forward_of(kind: type[Any]) -> ForwardOfClass | None:
-    """What serves instances of ``kind``; ``None``: they have no forward that could be called."""
+    """The swap that serves instances of ``kind``, made if needed; ``None`` if they have no forward."""
     owner = owner_of(kind, "forward")
     if owner is None or owner is nn.Module:
         return None
@@ -164,7 +165,7 @@ def forward_of(kind: type[Any]) -> ForwardOfClass | None:
 
 
 def renew() -> None:
-    """Go on serving where a tool has given a class another forward since it was patched: through that one."""
+    """Swap again, on top, where a tool has given a class another forward since it was patched."""
     with changing:
         for forward in list(_in_use):
             for entry in [each() for each in list(forward.entries)]:

@@ -1,7 +1,8 @@
-"""Which names a module's code uses: in its forward, in what that calls, and in the parts that it calls.
+"""The names that a module's code uses: in its forward, in functions that it calls, and in submodules that it calls.
 
-Byte code is there where source is not (notebooks, ``exec``). Names say little, so what is found by them is only a guess;
-that makes it cheap to look wherever a softmax may be kept (a list, a partial, a processor object, another project).
+Byte code is read, because it exists where source does not (notebooks, ``exec``). Names prove little: a module found by
+them is only a candidate. So it is safe to look wherever a softmax may be kept (a list, a partial, a processor object,
+another project).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Calls that are followed; items of a list or a dictionary that are looked at, and how deep they may lie.
+# Depth of calls that are followed; number of items of a list or dict that are read; depth of nested containers.
 _DEPTH, _ITEMS, _NESTED = 3, 32, 3
 _OPERATION = dis.opmap["BINARY_OP"]
 _MATMULS = frozenset(
@@ -37,7 +38,7 @@ _WRAPPERS = (
     property,
 )
 
-# Where no attention is: following it takes time.
+# Projects without attention, which are not followed, to save time.
 _SKIPPED = frozenset(
     "attnpatch builtins collections contextlib copy dataclasses enum functools inspect itertools logging math operator "
     "os random re types typing warnings".split()
@@ -49,7 +50,7 @@ _methods: weakref.WeakKeyDictionary[type[nn.Module], dict[str, frozenset[str]]] 
 
 
 def names_of_class(kind: type[nn.Module], depth: int = _DEPTH) -> frozenset[str]:
-    """Names that the forward of a class uses, and what it calls by these names; read once per class."""
+    """Names used by the forward of a class and by the functions that it calls; read once per class."""
     found = _classes.setdefault(kind, {})
     if depth not in found:
         found[depth] = frozenset([*_torch_bases(kind), *_Reader(kind).names(kind.forward, depth)])
@@ -57,7 +58,7 @@ def names_of_class(kind: type[nn.Module], depth: int = _DEPTH) -> frozenset[str]
 
 
 def names_of_instance(module: nn.Module) -> set[str]:
-    """Names in the code of functions, processors and collections of them that a module holds beside its submodules."""
+    """Names in the code of functions, processors and containers of those that a module holds beside its submodules."""
     if isinstance(module, torch.jit.ScriptModule):
         return set(_operators(module, "inlined_graph"))
     reader = _Reader(type(module), names_of_class(type(module)))
@@ -83,12 +84,12 @@ def names_of_methods(module: nn.Module, owner: type[nn.Module]) -> set[str]:
 
 
 def _torch_bases(kind: type[Any]) -> Iterator[str]:
-    """Names of torch's classes that a class is, or is made from: ``Softmax``."""
+    """Names of torch's classes among a class and its bases, such as ``Softmax``."""
     return (base.__name__ for base in kind.__mro__ if is_torch(base))
 
 
 def is_torch(value: Any) -> bool:
-    """Whether a function or a class is torch's own."""
+    """True if a function or a class is torch's own."""
     return _project(getattr(value, "__module__", None)) == "torch"
 
 
@@ -100,9 +101,9 @@ class _Reader:
     """Follows code from one class on.
 
     Args:
-        kind: Where methods are looked up.
-        called: Names by which objects that are found are called.
-        seen: Code that was read, and how many calls further it was followed.
+        kind: The class in which methods are looked up.
+        called: Method names by which objects that are found may be called.
+        seen: Code that was read, with the depth of calls to which it was followed.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class _Reader:
         self.seen: dict[Any, int] = {} if seen is None else seen
 
     def names(self, value: Any, depth: int) -> Iterator[str]:
-        """Names in whatever can be called, or holds what can be."""
+        """Names in the code of a callable, or of the callables that an object holds."""
         if depth < 0:
             return
         if isinstance(value, _WRAPPERS):
@@ -120,7 +121,7 @@ class _Reader:
                 yield from self.names(item, depth)
         elif isinstance(value, (list, tuple, dict)):
             for item in _items(value, _NESTED):
-                # Classes in a table are not made here: transformers lists those whose results it collects.
+                # A class in a container is not called here: transformers lists classes whose outputs it collects.
                 if not isinstance(item, type):
                     yield from self.names(item, depth)
         elif isinstance(value, types.MethodType):
@@ -145,7 +146,7 @@ class _Reader:
             yield from self._held_by(value, depth)
 
     def _held_by(self, value: Any, depth: int) -> Iterator[str]:
-        """What a processor holds: functions, tables of them, a softmax module; not the module that it serves."""
+        """Names in what a processor holds: functions, tables of them, a softmax module; not the module it serves."""
         held = getattr(value, "__dict__", None)
         if not isinstance(held, dict) or not callable(value) or self._is_read(id(value), depth):
             return
@@ -158,14 +159,14 @@ class _Reader:
                 yield from self.names(item, depth - 1)
 
     def _is_read(self, what: Any, depth: int) -> bool:
-        """Whether something was followed as far before; if not, it is now."""
+        """True if something was followed to this depth already; otherwise it is noted as followed."""
         if self.seen.get(what, -1) >= depth:
             return True
         self.seen[what] = depth
         return False
 
     def _in_class(self, kind: type[Any], depth: int) -> Iterator[str]:
-        """What is called of a class or of an object: a processor's ``__call__``, the forward of an ``autograd.Function``."""
+        """Names in methods that a call runs: a processor's ``__call__``, the forward of an ``autograd.Function``."""
         yield from _torch_bases(kind)
         if (
             is_torch(kind)
@@ -180,7 +181,7 @@ class _Reader:
                 yield from reader.names(value, depth)
 
     def _in_function(self, func: types.FunctionType, depth: int) -> Iterator[str]:
-        # What is decorated, and the decorator's own code.
+        # First the decorated function, then the decorator's own code.
         yield from self.names(getattr(func, "__wrapped__", None), depth)
         if is_torch(func) or _project(func.__module__) in _SKIPPED or self._is_read(func.__code__, depth):
             return
@@ -201,13 +202,13 @@ class _Reader:
             yield from (space[name] for space in spaces if name in space)
 
     def methods(self, name: str, everywhere: bool = False) -> list[Any]:
-        """What a class has under a name; ``everywhere``: in its bases too, which ``super`` reaches."""
+        """A class's methods of one name; with ``everywhere`` those of its bases, too, which ``super`` reaches."""
         found = [vars(base)[name] for base in self.kind.__mro__ if name in vars(base) and not is_torch(base)]
         return found if everywhere else found[:1]
 
 
 def _items(value: Any, nested: int) -> Iterator[Any]:
-    """What lists and dictionaries in one another hold."""
+    """The items of nested lists and dicts."""
     if not isinstance(value, (list, tuple, dict)):
         yield value
     elif nested:
@@ -235,9 +236,9 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _modules(func: types.FunctionType, names: Iterable[str]) -> list[types.ModuleType]:
-    """Python modules that a function's code names, of its own project or another, but not torch's.
+    """Python modules that a function's code names, of any project but torch.
 
-    A function that is imported where it is called is found too, once somebody has imported it.
+    A module that is imported inside the function is found, too, once it has been imported somewhere.
     """
     package = func.__globals__.get("__package__") or ""
     named = [func.__globals__.get(name) for name in names]
@@ -260,7 +261,7 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _operators(scripted: Any, graph: str) -> Iterator[str]:
-    """Operators of a scripted function or module, and the name of the former."""
+    """The operators of a scripted function or module, and the function's name."""
     yield getattr(scripted, "name", "")
     try:
         yield from _OPERATOR.findall(str(getattr(scripted, graph)))
@@ -272,4 +273,4 @@ def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:
-        return None  # a name that is bound later
+        return None  # an empty cell: the name is not bound yet

@@ -1,4 +1,4 @@
-"""What happened at one attention site: calls, why they stayed native, what was made whole and by whose line."""
+"""Counts what happened at one attention site: calls, why they stayed native, what was materialised by which line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from attnpatch.policy import size_text
 
 TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed", "largest")
-# Rules that leave a call native, in words for people; ``left_native`` gets the numbers.
+# Reasons why a call stayed native, in words; ``left_native`` gets the numbers for the placeholders.
 REASONS = {
     "memory": "enough memory: {0} free, {1} asked",
     "short": "short: {1} row{2}, min_tokens {0}",
@@ -29,7 +29,7 @@ REASONS = {
     "passed": "code of attnpatch failed",
     "unseen": "a kernel outside torch, or a product that attnpatch does not follow",
 }
-# Rules by which a call is not watched at all.
+# Reasons why a call was not watched at all.
 _OF_CALLS = ("never", "nested", "transform", "passed")
 _NAMES = ("counts", "operations", "obstacles", "sums", "short", "reasons")
 
@@ -38,21 +38,21 @@ class SiteCounters:
     """Counts of one site.
 
     Attributes:
-        counts: What happened, by the names of ``TOTALS`` that are counted one by one.
-        operations: What was materialised, by operation and the line of code that asked for it.
-        obstacles: Which step of a graph kept it from the fused kernel (``Policy.fuse``).
-        sums: Fused calls that a capture saw, by what summed their probabilities.
+        counts: Number of events by name, see ``TOTALS``.
+        operations: Materialisations, by operation and by the line of code that caused them.
+        obstacles: Calls that could not use the fused kernel (``Policy.fuse``), by the function that prevented it.
+        sums: Fused calls that a capture saw, by the method that summed their probabilities.
         short: Calls that were too short to be watched, by an upper bound on their rows.
-        reasons: Rules that left a call native, by the names of ``REASONS``.
-        numbers: Of each of them, the numbers of its largest call.
-        largest: Bytes of the largest tensor of query x key elements that was made.
+        reasons: Calls that stayed native, by reason (keys of ``REASONS``).
+        numbers: For each reason, the numbers of the largest such call.
+        largest: Bytes of the largest query x key tensor that was allocated.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin to count."""
+        """Set all counts to zero."""
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.obstacles: Counter[str] = Counter()
@@ -72,7 +72,7 @@ class SiteCounters:
         try:
             place = users_line()
         except Exception:
-            place = ""  # a folder on sys.path that is no path: the operation alone will do
+            place = ""  # sys.path may hold an entry that is no path; then only the operation is reported
         self.operations[f"{operation} ({place})" if place else operation] += 1
 
     def not_fused(self, step: str) -> None:
@@ -94,16 +94,16 @@ class SiteCounters:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything was counted."""
+        """True if anything was counted."""
         return bool(self.counts or self.short or self.reasons)
 
     @property
     def passed(self) -> int:
-        """Native calls in which no attention was counted: too short to be watched, or made of products only."""
+        """Number of native calls in which no attention was counted: too short to be watched, or only products seen."""
         return self.counts["passed"] + self.short.total() + sum(self.reasons[rule] for rule in _OF_CALLS)
 
     def add(self, other: SiteCounters) -> None:
-        """Count what another one counted too."""
+        """Add the counts of ``other`` to these."""
         for name in _NAMES:
             getattr(self, name).update(getattr(other, name))
         for reason, numbers in other.numbers.items():
@@ -112,7 +112,7 @@ class SiteCounters:
         self.made(other.largest)
 
     def why_native(self, min_tokens: int) -> dict[str, int]:
-        """Rules that left calls native, in words, and how often, the most frequent first."""
+        """Why calls stayed native, in words, with the number of calls; the most frequent first."""
         found = Counter(self.reasons)
         numbers = dict(self.numbers)
         if self.short:
@@ -133,7 +133,7 @@ def _said(reason: str, numbers: tuple[int, ...]) -> str:
 
 @contextlib.contextmanager
 def counted_apart(all_of: Iterable[SiteCounters]) -> Iterator[None]:
-    """What is counted inside the block is seen by itself there, and belongs to the rest afterwards."""
+    """Inside the block counts start at zero; afterwards they are added to the former ones."""
     kept = []
     for counters in all_of:
         earlier = SiteCounters()
@@ -153,12 +153,12 @@ _TORCH, _OWN = (
     str(pathlib.Path(path).parent) + os.sep
     for path in (torch.__file__, __file__.rpartition("patching")[0] + "x")
 )
-# Between a user's line and torch: packages and files that only hand tensors on.
+# Packages and files between a user's line and torch that only pass tensors on.
 _PACKAGES, _FILES = frozenset(["einops", "opt_einsum", "numpy"]), frozenset(["contextlib.py", "functools.py"])
 
 
 def users_line() -> str:
-    """``file.py:12``, the innermost line of the running code that is neither attnpatch's nor torch's; or nothing."""
+    """``"file.py:12"``: the innermost running line that is neither attnpatch's nor torch's; ``""`` if there is none."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = _place(frame.f_code.co_filename)
@@ -170,7 +170,7 @@ def users_line() -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _place(filename: str) -> str:
-    """A file as it would be imported from its folder on ``sys.path``; nothing for those that are nobody's own code."""
+    """A file's path relative to its ``sys.path`` folder; ``""`` for attnpatch, torch and ``_PACKAGES``."""
     if filename.startswith((_OWN, _TORCH, "<frozen")):
         return ""
     path = pathlib.Path(filename)

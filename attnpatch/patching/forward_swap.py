@@ -1,28 +1,30 @@
-"""One forward: put in, take out exactly.
+"""Swaps the forward of one module, and undoes that exactly.
 
-The forward is swapped in the namespace of the class that defines it, by a function that looks into the instance's
-``__dict__``: an instance with an entry of ours is served, any other one goes on to the class's own forward for one
-look-up. The function is put in with the first patched instance of a class and taken out with the last, also when that
-one is only dropped. So ``type(module)`` stays the host's, ``vars(module)`` gains one entry, and after undo neither the
-instance nor its class holds anything of ours. What another tool has bound meanwhile, of an unpatched instance too
-(accelerate), is turned into a plain copy of the class's forward then. Measured against the alternatives:
+The forward is replaced in the namespace of the class that defines it. The replacement looks into the instance's
+``__dict__``: a patched instance has an entry there and is served; any other one runs the class's own forward, at the
+cost of one look-up. The replacement is put in with the first patched instance of a class and taken out with the last,
+even if that one is only garbage-collected. So ``type(module)`` stays the host's, ``vars(module)`` gains one entry, and
+after undo neither the instance nor its class holds anything of attnpatch. If another tool (accelerate) has bound the
+replacement meanwhile, that bound function is turned into a plain copy of the class's forward. Alternatives, and why
+not:
 
 * A subclass given to the instance breaks every host that compares classes exactly (``type(m) is C``, a table of
   classes): diffusers' ``from_pipe`` and its fusers.
 * A bound method or a ``partial`` in the instance's ``forward`` stays bound to the old module in
-  ``_replicate_for_data_parallel``, and makes a cycle, so that a model's memory waits for the garbage collector.
-* A descriptor in the class (wrapt's, too) is nothing that full-graph compilation can follow, not even for an unpatched
-  instance of a subclass. The function has the globals of the forward it stands for, so that TorchScript and FX see that.
+  ``_replicate_for_data_parallel``. It also makes a reference cycle, so a model's memory waits for the garbage
+  collector.
+* A descriptor in the class (wrapt's, too) breaks full-graph compilation, even of an unpatched instance of a subclass.
+  The replacement is a plain function with the globals of the original, which TorchScript and FX read.
 
-The entry knows which class's function serves it, so that ``super().forward()`` is not served a second time. A copy of
-the instance has a copy of the entry, which registers itself with the class; a pickle names the class, and the entry
-does so where it arrives.
+The entry knows which class's replacement serves it, so that ``super().forward()`` is not served a second time. A copied
+instance has a copied entry, which registers itself with the class. A pickle names the class, and the entry registers
+itself when it is loaded.
 
-Where a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that
-slot is swapped too, because nothing says that its forward ever reaches the class's. A ``partial`` stands in it, as
-accelerate puts one there itself: it is copied and pickled with its module. Whichever of the two is called first serves.
+If a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that slot
+is swapped, too, because its forward may never call the class's. The slot gets a ``partial``, as accelerate itself uses
+one: it is copied and pickled with its module. Whichever of the two is called first serves.
 
-A module is swapped once. Further patches lay their site on top of the one that is there, and the top one serves.
+A module is swapped once. Further patches put their site on top of the present one, and the top one serves.
 """
 
 from __future__ import annotations
@@ -56,12 +58,13 @@ _SLOTS = (compat.ACCELERATE_FORWARD, "forward")
 
 
 class Entry:
-    """What a patched module holds, until the patch is taken out or the module is gone.
+    """The attribute that a patched module holds until the patch is taken out.
 
     Attributes:
-        site: The one that serves; ``None``: the patch was taken out of this module or of one that it is a shallow copy of.
+        site: The site that serves; ``None`` if the patch was taken out of this module, or of the one that this module
+            is a shallow copy of.
         kind: The module's class when it was patched.
-        forward: What stands in the class; ``None``: the class has no forward.
+        forward: The swap of the class's forward; ``None`` if the class has no forward.
     """
 
     def __init__(self, site: Any, kind: type[Any] | None) -> None:
@@ -71,13 +74,13 @@ class Entry:
 
     @property
     def is_reached(self) -> bool:
-        """Whether a call of the class's forward comes here."""
+        """True if a call of the class's forward reaches this entry."""
         if self.site is None or self.kind is None or self.forward is None:
-            return True  # there is nothing to reach
+            return True  # nothing has to reach it
         return self.forward.is_in_place and owner_of(self.kind, "forward") is self.forward.kind
 
     def serve(self) -> None:
-        """See that calls of the class's forward come here."""
+        """Make calls of the class's forward reach this entry."""
         with changing:
             before, self.forward = self.forward, None
             if self.site is not None and self.kind is not None:
@@ -95,16 +98,17 @@ class Entry:
         return Entry(copy.deepcopy(self.site, memo), self.kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class that has the forward: that of the instance may have been made by a tool (FSDP2, parametrizations).
+        # The class that defines the forward: the instance's own class may be made by a tool (FSDP2, parametrizations).
         kind = self.kind if self.forward is None else self.forward.kind
         if kind is None or kind.__reduce__ is object.__reduce__:
             return Entry, (self.site, kind)
-        # It may have no name (a GraphModule's), and pickle itself otherwise.
+        # Pickle the class by name. It may not be importable (a GraphModule's), in which case ``_arrived`` does not
+        # serve.
         return _arrived, (self.site, getattr(kind, "__module__", None), kind.__qualname__)
 
 
 def _arrived(site: Any, module: Any, name: str) -> Entry:
-    """An entry of a class that is where it says, or not served."""
+    """An unpickled entry; it does not serve if its class cannot be imported under that name."""
     try:
         found = operator.attrgetter(name)(importlib.import_module(module))
     except (AttributeError, ImportError, TypeError):
@@ -113,7 +117,7 @@ def _arrived(site: Any, module: Any, name: str) -> Entry:
 
 
 def _forward_of_slot(self: nn.Module, previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What stands in an instance's slot, with what stood there before."""
+    """The function in an instance's slot; ``previous`` is the slot's former content."""
     entry = self.__dict__.get(STATE)
     site = None if entry is None else entry.site
     if site is None or is_recorded():
@@ -135,7 +139,7 @@ def can_swap(module: nn.Module) -> bool:
 
 
 def sites_of(module: nn.Module) -> Iterator[Any]:
-    """The sites laid on a module, the one that serves first."""
+    """The sites of a module from top to bottom; the first one serves."""
     entry = vars(module).get(STATE)
     site = None if entry is None else entry.site
     while site is not None:
@@ -160,13 +164,13 @@ def put_in(module: nn.Module, site: Any) -> None:
                 previous = previous.args[
                     1
                 ]  # a shallow copy of a module whose patch was taken out has it still
-            # Hosts read the signature of a forward (generate does), which a partial has from what it wraps.
+            # Hosts (generate) read the signature of a forward; a partial takes it from ``__wrapped__``.
             ours = functools.partial(_forward_of_slot, module, previous)
             values[slot] = functools.update_wrapper(ours, previous, updated=())
 
 
 def take_out(module: nn.Module, site: Any) -> None:
-    """Undo ``put_in``, also where another tool has stored or moved the swapped forward since, and if it is undone."""
+    """Undo ``put_in``, even if another tool has stored or moved the swapped forward; does nothing if it is undone."""
     values = vars(module)
     with changing:
         sites = list(sites_of(module))
@@ -180,7 +184,7 @@ def take_out(module: nn.Module, site: Any) -> None:
         if site.below is not None:
             entry.site = site.below
             return
-        # A slot that finds no entry goes on to its own forward.
+        # Without an entry, a slot calls its former content.
         del values[STATE]
         entry.leave()
         for slot in _SLOTS:
@@ -189,14 +193,14 @@ def take_out(module: nn.Module, site: Any) -> None:
 
 
 def _given_back(value: Any, module: nn.Module) -> Any:
-    """A callable as it would be had the module not been patched, and what it says it wraps likewise."""
+    """The callable that would be there if the module had not been patched; also applied to its ``__wrapped__``."""
     if _is_of_slot(value):
         return _given_back(value.args[1], module)
     if isinstance(value, types.MethodType) and value.__self__ is module and is_gate(value.__func__):
-        # Bound while the class was swapped, or by its name where it was unpickled.
+        # The gate was bound while the class was swapped, or when a bound method was unpickled.
         of_gate(value.__func__, "_attnpatch_class").settle()
         return types.MethodType(behind_gate(value.__func__), module)
     if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
-        # accelerate's forward names the one below it, for its signature.
+        # accelerate's forward has the one below it as ``__wrapped__``, for its signature.
         value.__wrapped__ = _given_back(value.__wrapped__, module)
     return value

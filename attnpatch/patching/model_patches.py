@@ -18,9 +18,9 @@ from attnpatch.policy import Policy
 def put_in_place(
     model: Any, rule: Policy, undo: contextlib.ExitStack, sites: Sites | None = None, replaces: bool = False
 ) -> list[Patch]:
-    """The patches of a model or of a pipeline's components; ``undo`` takes out those that were not there before.
+    """The patches of a model or of a pipeline's components, made where there are none; ``undo`` takes out the new ones.
 
-    Where other sites are asked for than a patch has, it is replaced, or that is refused.
+    If a patch has other sites than are asked for, it is replaced (``replaces``) or a PatchError is raised.
     """
     parts = parts_in(model)
     chosen = None if sites is None else checked(sites)
@@ -65,7 +65,7 @@ def put_in_place(
 
 
 def parts_in(model: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline by name; a model itself, without one."""
+    """The components of a pipeline by name; for a model, itself under the name ``""``."""
     if isinstance(model, nn.Module):
         return {"": model}
     parts = parts_of(model)

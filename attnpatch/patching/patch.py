@@ -1,4 +1,4 @@
-"""All the swaps of one model: its policy, its counters, and what is asked once per call of the model."""
+"""Patch: all swapped forwards of one model, with its policy, its sites and the captures that record it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class Patch:
     """The swapped forwards of one model.
 
     Args:
-        model: What to patch.
+        model: The model to patch.
         policy: The rule.
-        automatic: Put in by the environment variable: nobody asked for this model, so it gives way to what somebody
-            asks for, which is laid on top of it, and goes into a larger model with the automatic patch of that one.
-        on_top: Lie on any patch that is there, for a while.
+        automatic: True if the environment variable has caused it. Such a patch gives way: a patch that a user asks for
+            is put on top of it, and the automatic patch of a larger model absorbs it.
+        on_top: True to put this patch on top of any other, for a while.
         first_call: Called with the patch and the model before the model's first call, and again for a copy of it.
-        chosen: Which modules are its sites, as ``apply`` takes it.
+        chosen: Which modules are its sites, as in ``apply``.
 
     Attributes:
-        left_alone: Paths of candidates whose first call was none of attention.
-        is_watched: Whether what the model makes of positions before its attention goes by rows too.
+        left_alone: Paths of candidates whose first call was not attention.
+        is_watched: True if the model's computations on positions before attention are deferred, too.
         policy: The rule in force.
         sites: Every swapped module, in order; the model itself first.
-        recorders: Who captures block maps, each of its own threads' calls; the latest has the word.
-        captures: How many captures have put it in place, and take it out together.
-        watched: Checkpoints in which a capture has looked on: they run again in the backward pass, the way they went.
-        is_leaving: Whether the last capture has ended, and only such checkpoints keep the patch.
-        was_called: Whether the model has been called.
+        recorders: The captures that record; each sees the calls of its own threads, the latest one first.
+        captures: Number of captures for which this patch was put in place; the last one to end takes it out.
+        watched: Checkpoints whose attention a capture has observed: recomputed in the backward pass by the same path.
+        is_leaving: True if the last capture has ended and only such checkpoints keep the patch in place.
+        was_called: True if the model has been called.
 
     Raises:
         PatchError: There is nothing to patch, or another patch is in the way.
@@ -73,7 +73,7 @@ class Patch:
             _asks_for_modes(module, name in reasons) for name, module in model.named_modules()
         )
         if automatic:
-            # Nobody asked: nothing is tried out on a model of theirs.
+            # No user has asked for this patch, so it does not try candidates.
             reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
         taken = [name for name, module in model.named_modules() if not all(_gives_way(module))]
         if automatic and "" not in taken:
@@ -106,7 +106,7 @@ class Patch:
             put_in(module, site)
 
     def _absorb(self, model: nn.Module) -> None:
-        """Take the automatic patches of a model's parts out: this one serves them all."""
+        """Take out the automatic patches of a model's parts: this patch serves those, too."""
         for module in model.modules():
             for site in list(sites_of(module)):
                 if site.patch.automatic:
@@ -114,16 +114,16 @@ class Patch:
 
     @property
     def was_used(self) -> bool:
-        """Whether attention ran in the model or a part of it."""
+        """True if anything was counted at any of its sites."""
         return any(site.is_used for site in self.sites)
 
     @property
     def recorder(self) -> Any:
-        """Who captures the running thread's calls, or ``None``."""
+        """The recorder of the capture that sees the running thread's calls, or ``None``."""
         return next((each for each in reversed(self.recorders) if each.is_mine()), None)
 
     def complete(self, model: nn.Module) -> None:
-        """Patch what was added to the model since."""
+        """Patch attention modules that were added to the model since."""
         new = {
             name: (module, why(module))
             for name, module in model.named_modules()
@@ -132,7 +132,7 @@ class Patch:
         self._put_in(model, new)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not captured: nobody would look at it, and what a capture holds cannot be pickled."""
+        """A copy is not captured: the capture does not know it, and a capture's state cannot be pickled."""
         return {
             **vars(self),
             "recorders": (),
@@ -151,13 +151,13 @@ class Patch:
         return f"Patch({self.model_kind}, {count} attention modules, {self.policy})"
 
     def room(self) -> FreeMemoryCache:
-        """What is known of free memory; a part of a model that is called on its own asks anew."""
+        """Free memory, cached for the running call of the model; a new cache if a part is called on its own."""
         if calls_here.patch is self and calls_here.room is not None:
             return calls_here.room
         return FreeMemoryCache()
 
     def judged(self, site: Site, module: nn.Module, is_attention: bool) -> None:
-        """The first call of a candidate has ended; where threads make it at once, the first that ends decides."""
+        """Called when the first call of a candidate has ended; if several threads make it, the first to end decides."""
         with changing:
             if not site.is_candidate:
                 return
@@ -172,7 +172,7 @@ class Patch:
                 self.leave(site, module)
 
     def leave(self, site: Site, module: nn.Module) -> None:
-        """Leave what is no attention as if it had not been looked at."""
+        """Undo the swap of a candidate that is no attention; only its failures stay counted."""
         with changing:
             site.waits_for = None
             site.is_attention, site.why = False, None
@@ -184,7 +184,7 @@ class Patch:
                 take_out(module, site)
 
     def take_out(self, model: nn.Module) -> None:
-        """Take every site of this patch out."""
+        """Take out every site of this patch."""
         for module in model.modules():
             for site in list(sites_of(module)):
                 if site.patch is self:
@@ -192,7 +192,10 @@ class Patch:
 
 
 def _asks_for_modes(module: nn.Module, is_site: bool) -> bool:
-    """Whether a module of torch's own takes another way while a mode is there, and is no site, where none is."""
+    """True if this torch module gives up its C++ fast path while any TorchFunctionMode is active, and is not a site.
+
+    At a site ``positions.unwatched`` takes the mode away first.
+    """
     if isinstance(module, nn.TransformerEncoder):
         return True
     return not is_site and isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))

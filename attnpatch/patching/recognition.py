@@ -1,8 +1,8 @@
-"""Finds attention that nobody named or registered: a module that computes softmax of a product of its inputs.
+"""Finds attention by what it computes (softmax of a product of its inputs), if neither its name nor ``register`` tells.
 
-Two steps, because neither will do alone. Code that names a softmax and a product can be anything (a router of experts
-and the product that gathers what they say), so it only makes a candidate. What a candidate computes is seen in its
-first call, which cannot be waited for when ``apply`` is to say at once that a model has nothing to patch.
+This takes two steps. First, the code of a module names a softmax and a product; that makes it a candidate only, since
+it could be something else (a router of experts with the product that combines them). ``apply`` needs this step to say
+at once if a model has nothing to patch. Second, the candidate's first call shows what it computes.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _DIVISIONS = frozenset("div true_divide divide __truediv__ div_".split())
 _POWERS = frozenset("exp exp_ exp2 exp2_".split())
 _SUMS = frozenset("sum nansum logsumexp special_logsumexp normalize".split())
 _WEIGHINGS = frozenset("mul mul_ multiply __mul__ __rmul__".split())
-# Sums over what they are given, so that what comes out are scores no more unless only heads were mixed.
+# These sum over their input, so their result is no longer scores, unless only heads were mixed.
 _LAYERS = frozenset("linear conv1d conv2d conv3d addmm mv dot addbmm tensordot inner bilinear".split())
 
-# Names as people spell them: ``FusedSoftmax``, ``matmul1``, ``xsoftmax``; ``contract`` is opt_einsum's.
+# Names as they occur in code: ``FusedSoftmax``, ``matmul1``, ``xsoftmax``; ``contract`` is opt_einsum's.
 _SOFTMAX_NAMES = re.compile(r"soft_?(max|min)|sparsemax|entmax", re.IGNORECASE)
 _PRODUCT_NAMES = re.compile(r"mat_?mul|(^|_|add|b)mm_?$|einsum|tensordot|^contract$", re.IGNORECASE)
 
-# What a tensor is to the module that is watched; powers are scores under ``exp`` that nothing has divided yet, and what
-# is weighed is probabilities times values that nothing has summed yet.
+# Stages of a tensor on its way through attention. POWERS: ``exp`` of scores, not divided by its sum yet. WEIGHED:
+# probabilities multiplied with values by element, not summed yet.
 INPUT, SCORES, POWERS, PROBABILITIES, WEIGHED = 1, 2, 3, 4, 5
 
 
 def candidates(model: nn.Module) -> set[nn.Module]:
-    """Modules of a model whose code names what attention takes: a softmax and a product, or torch's own function.
+    """Modules of a model whose code names a softmax and a product, or torch's own attention function.
 
-    Their code is that of their forward, of what it calls, and of their parts that are no attention themselves. One of
-    the two names must be the module's own, or of a part without parameters, so that a model is no candidate because one
-    of its layers multiplies matrices and another is a classifier.
+    The code read is a module's forward, the functions that it calls, and the submodules that are not attention
+    themselves. At least one of the two names must be the module's own, or that of a part without parameters: otherwise
+    a model would be a candidate because one of its layers multiplies matrices and another has a softmax.
     """
     found: set[nn.Module] = set()
     _look(model, found, {})
@@ -53,10 +53,10 @@ def candidates(model: nn.Module) -> set[nn.Module]:
 def _look(
     module: nn.Module, found: set[nn.Module], seen: dict[nn.Module, tuple[frozenset[str], frozenset[str]]]
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Names in a module that count as its owner's own, and all names in it that its owner may need."""
+    """The names in a module that count as its owner's own code, and all names in it."""
     if module in seen:
         return seen[module]
-    seen[module] = _NOTHING  # for a module that holds itself
+    seen[module] = _NOTHING  # ends the recursion of a module that holds itself
     kind = type(module)
     own = {*names_of_class(kind), *names_of_instance(module)}
     every: set[str] = set()
@@ -70,7 +70,7 @@ def _look(
         if not isinstance(module, torch.jit.ScriptModule):
             found.add(module)
     elif not is_attention(module):
-        # A helper (a product that is a module, a softmax with a mask) or a container.
+        # A helper without parameters (a product or a masked softmax as a module), or a container.
         is_part = not is_own or next(module.parameters(), None) is None
         seen[module] = frozenset(own if is_part else ()), frozenset(every)
     return seen[module]
@@ -93,21 +93,21 @@ def _multiplies(names: set[str]) -> bool:
     return any(map(_PRODUCT_NAMES.search, names))
 
 
-# A product that is added to their first argument.
+# Functions that add a product to their first argument.
 _SUMMED_PRODUCTS = frozenset("baddbmm addbmm addmm baddbmm_ addbmm_ addmm_".split())
 
 
 class Watch(TorchFunctionMode):
-    """Follows the inputs of one call of a candidate: to a product of two of them, its softmax, a product with that.
+    """Follows the inputs of one call of a candidate to a product of two of them, its softmax, and a product with that.
 
     Args:
-        inputs: What the candidate is called with.
-        failed: Called with an error of ours, which does not end the call.
+        inputs: The arguments of the candidate's call.
+        failed: Called with an error of attnpatch's own, which does not end the call.
 
     Attributes:
-        found: Whether all three were seen.
-        has_failed: Whether something may have been missed.
-        is_paused: While an attention module inside the candidate runs: what it computes is its own.
+        found: True if all three were seen.
+        has_failed: True if something may have been missed.
+        is_paused: True while an attention module inside the candidate runs, whose operations do not count.
     """
 
     def __init__(self, inputs: Any, failed: Callable[[str, Exception], None]) -> None:
@@ -134,7 +134,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         try:
-            # Before the call: one in place changes what a tensor is.
+            # Read the marks before the call: an in-place function changes them.
             given = [(tensor, self._what_is(tensor, name)) for tensor in _tensors((args, kwargs))]
         except Exception as error:
             self._failed(error)
@@ -162,7 +162,7 @@ class Watch(TorchFunctionMode):
         mark = self.marks.get(tensor, 0)
         if mark or name not in _PRODUCTS or tensor.shape not in self._shapes or _is_weight(tensor):
             return mark
-        # What cannot be watched (a scripted function, an extension in C++) made it of scores of this shape.
+        # An unmarked tensor of the scores' shape: made from scores by code that cannot be watched (TorchScript, C++).
         return PROBABILITIES
 
     def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
@@ -173,7 +173,7 @@ class Watch(TorchFunctionMode):
         if name in _LAYERS and len(known) == 1:
             return most if _is_mixed(given, result, most) else INPUT
         if name in _SUMMED_PRODUCTS:
-            # What is added (a bias made of scores) is no factor.
+            # The added tensor (a bias made from scores) is not a factor of the product.
             (_, added), *factors = given
             known_of_factors = max((mark for _, mark in factors), default=0)
             product = self._multiplied(factors, result, known_of_factors) if known_of_factors else 0
@@ -196,17 +196,17 @@ class Watch(TorchFunctionMode):
     def _multiplied(self, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]
         if most == INPUT:
-            # The query of one that pools may be learned; a weight on the right is a layer's.
+            # The left factor may be a learned query (pooling); an unmarked right factor is a linear layer's weight.
             return SCORES if len(known) > 1 or not given[0][1] else INPUT
         if len(known) == 1 and _is_mixed(given, result, most):
             return most
-        # Values need not come from the inputs: a grid of coordinates.
+        # The values need not come from the inputs (a grid of coordinates).
         self._is_weighing = self._is_weighing or most == POWERS
         self.found = self.found or most >= PROBABILITIES or (self._is_weighing and self._is_summed)
         return INPUT
 
     def _weighs(self, given: list[tuple[torch.Tensor, int]]) -> bool:
-        """Whether whole probabilities are multiplied with something else, element by element."""
+        """True if all probabilities are multiplied by another tensor, element by element."""
         (weights, _), *others = sorted(given, key=lambda pair: -pair[1])
         is_whole = weights.numel() in {shape.numel() for shape in self._shapes}
         return is_whole and any(mark < SCORES and tensor.numel() > 1 for tensor, mark in others)
@@ -217,7 +217,7 @@ def _is_weight(tensor: torch.Tensor) -> bool:
 
 
 def _is_mixed(given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> bool:
-    """Whether a sum left as many elements as there were: heads were mixed, and keys are as they were."""
+    """True if the result has as many elements as its input: only heads were mixed, and keys are still there."""
     source = next(tensor for tensor, mark in given if mark == most)
     return isinstance(result, torch.Tensor) and result.numel() == source.numel()
 
@@ -233,7 +233,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _tensors_within(value: Any, depth: int) -> list[torch.Tensor]:
-    """Tensors in the arguments of a module: in collections, mappings and the attributes of objects (a graph, a cache)."""
+    """Tensors in a module's arguments, also inside containers and attributes of objects (a graph, a cache)."""
     if isinstance(value, torch.Tensor):
         return [value]
     if depth == 0 or isinstance(value, (nn.Module, type)):
@@ -245,5 +245,5 @@ def _tensors_within(value: Any, depth: int) -> list[torch.Tensor]:
     return [tensor for item in list(value) for tensor in _tensors_within(item, depth - 1)]
 
 
-# How deep in the arguments of a module its inputs are looked for.
+# How deep in a module's arguments tensors are looked for.
 _NESTED = 5

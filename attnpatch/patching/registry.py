@@ -1,4 +1,4 @@
-"""What counts as an attention module."""
+"""Which modules count as attention without being looked at: by their class's name, or by ``register``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from attnpatch.errors import PatchError
 
-# Hosts name them so without exception; a wrapper around an attention module also matches, which costs one check.
+# Hosts name every attention class like this. A wrapper around an attention module matches, too; that costs one check.
 _NAMES = re.compile(r"Attention|Attn")
 # torch's encoder layer calls its attention through one C++ function unless something watches the layer itself.
 _CARRIERS = (nn.TransformerEncoderLayer,)
@@ -22,7 +22,7 @@ def register(kind: Any) -> Any:
     """Count a module class, or every module a predicate accepts, as attention; usable as a decorator.
 
     Args:
-        kind: A subclass of ``nn.Module``, or a function from a module to a truth value.
+        kind: A subclass of ``nn.Module``, or a predicate that takes a module.
 
     Returns:
         ``kind``, unchanged.
@@ -40,13 +40,13 @@ def register(kind: Any) -> Any:
 
 
 def is_registered(module: nn.Module) -> bool:
-    """Whether ``register`` was told of the module."""
+    """True if a module is accepted by anything that was registered."""
     return any(isinstance(module, kind) if isinstance(kind, type) else kind(module) for kind in _registered)
 
 
 def why(module: nn.Module) -> str | None:
-    """Why ``module`` is swapped without having been looked at; ``None``: nothing says so."""
-    # The processors of diffusers' image prompts are modules that are called without a forward: their owner's runs.
+    """``"name"`` or ``"registered"`` if ``module`` counts as attention without being looked at; otherwise ``None``."""
+    # diffusers' processors for image prompts are modules without a forward: their owner's forward runs.
     if type(module).forward is nn.Module.forward:
         return None
     if _NAMES.search(type(module).__name__) or isinstance(module, _CARRIERS):
@@ -55,5 +55,5 @@ def why(module: nn.Module) -> str | None:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether ``module`` is swapped without having been looked at."""
+    """True if ``module`` counts as attention by its name or by ``register``."""
     return why(module) is not None

@@ -1,4 +1,4 @@
-"""Which modules of a model are its attention sites, and why each of them is."""
+"""Chooses which modules of a model are its attention sites, each with the reason."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RECOGNISED = "recognised: softmax of a product"
 
 
 def checked(sites: Any) -> Sites:
-    """What ``sites=`` may be.
+    """The value of ``sites=``, checked.
 
     Raises:
-        PatchError: It is something else.
+        PatchError: It is neither ``"auto"``, ``"registered"`` nor a list of paths.
     """
     if isinstance(sites, str) and sites in ("auto", "registered"):
         return sites
@@ -34,10 +34,10 @@ def checked(sites: Any) -> Sites:
 
 
 def choose(model: nn.Module, sites: Sites) -> dict[str, str]:
-    """Paths of attention modules, and why each is one; ``CANDIDATE`` where its first call has to tell.
+    """Paths of attention modules, each with its reason; ``CANDIDATE`` if its first call has to tell.
 
     Raises:
-        PatchError: A path names no module, or there is nothing.
+        PatchError: A path names no module, or nothing was found.
     """
     modules = dict(model.named_modules())
     if sites == "registered":
@@ -56,7 +56,7 @@ def choose(model: nn.Module, sites: Sites) -> dict[str, str]:
 
 
 def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """What a name or ``register`` says, and candidates that are not inside such a module: that one serves them."""
+    """Modules known by name or ``register``, and candidates that are not inside one of those (it would serve them)."""
     found = {name: reason for name, module in modules.items() if (reason := why(module))}
     known = frozenset(found)
     guesses = candidates(model)
@@ -71,10 +71,10 @@ def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str
 
 
 def _held_as(name: str, modules: dict[str, nn.Module]) -> str:
-    """The attribute that a module is held by, itself or in a container.
+    """The name of the attribute that holds a module, directly or in a container.
 
-    Whoever names it in its forward may take its weights and compute the attention itself: then its own forward is never
-    called, and it must not hide who does.
+    A parent whose forward uses that name may read the module's weights and compute the attention itself. The module's
+    own forward is then never called, so it must not keep the parent from being a candidate.
     """
     parent, _, last = name.rpartition(".")
     while parent and isinstance(modules.get(parent), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
@@ -83,7 +83,7 @@ def _held_as(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _around(name: str) -> Iterator[str]:
-    """A module's path, and those of the modules it is in."""
+    """A module's path, and the paths of the modules that contain it."""
     yield name
     while name:
         name = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Site: one patched attention module, what its calls go through, and who is told of them."""
+"""Site: one patched attention module; it decides how each call is served, counts it, and tells captures."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Site(SiteCounters):
     Attributes:
         name: Dotted path in the model, empty for the model itself.
         kind: Name of the module's class.
-        is_root: Whether it is the model that was patched.
-        is_entry: Whether it is a model: the one that was patched, or one inside that may be called on its own (the
-            encoder, by ``generate``).
-        is_attention: Whether attention is watched inside it.
+        is_root: True for the model that was patched.
+        is_entry: True for a model: the patched one, or one inside it that may be called on its own (the encoder, by
+            ``generate``).
+        is_attention: True if attention is watched inside it.
         why: Why it is an attention site, in words.
-        below: The site of another patch that this one lies on.
-        waits_for: The checkpoint that a candidate, found to be no attention, was first called in.
+        below: The site of another patch, on top of which this one lies.
+        waits_for: For a candidate that turned out to be no attention: the checkpoint of its first call.
     """
 
-    # What a rehearsal does otherwise.
+    # A dry run replaces these two.
     call_class: type[AttentionCall] = AttentionCall
     mode_class: type[RowsMode] = RowsMode
 
@@ -77,7 +77,7 @@ class Site(SiteCounters):
         self.waits_for: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy counts for itself."""
+        """A copy starts with counts of its own."""
         return {
             **vars(self),
             **vars(SiteCounters()),
@@ -91,14 +91,14 @@ class Site(SiteCounters):
 
     @property
     def is_candidate(self) -> bool:
-        """Whether its first call will tell if it is an attention module."""
+        """True if its first call has yet to tell whether it is attention."""
         return self.why == CANDIDATE
 
     def failed(self, where: str, error: Exception) -> None:
-        """Note an error of ours, which must not end a forward of the host.
+        """Count and warn about an error of attnpatch's own, which must not end a forward of the host.
 
         Raises:
-            AttnpatchError: It is a refusal, meant for the user.
+            AttnpatchError: The error is a refusal, meant for the user.
         """
         if isinstance(error, AttnpatchError):
             raise error
@@ -113,13 +113,13 @@ class Site(SiteCounters):
         kwargs: dict[str, Any],
         is_bound: bool = False,
     ) -> Any:
-        """Call ``forward`` as the policy says; ``is_bound``: it knows its module."""
+        """Call ``forward`` as the policy says; ``is_bound``: it is bound to its module."""
         first = args if is_bound else (module, *args)
         if calls_here.patch is not self.patch:
             if self.is_entry:
                 return self._enter(forward, module, first, args, kwargs)
             return self._serve(forward, module, first, args, kwargs)
-        # A step of a generation pays for what stands here, and each function that it calls is a few microseconds.
+        # Every step of a generation runs this path, and each function call in it costs microseconds.
         if not self.is_attention:
             return forward(*first, **kwargs)
         rows = 0
@@ -154,7 +154,7 @@ class Site(SiteCounters):
             calls_here.patch, calls_here.room, calls_here.is_calm = self.patch, FreeMemoryCache(), is_calm
             if not is_short:
                 renew()
-            # A compiled graph makes its masks itself, and a mode on the stack would have it compiled anew.
+            # A compiled graph makes its masks itself, and an active mode would make torch compile it again.
             if not is_short and not torch_graphs.is_compiled(forward):
                 call = AttentionCall(
                     self.patch.policy, self.patch.room(), CountersOfMasks(self), is_of_masks=True
@@ -166,7 +166,7 @@ class Site(SiteCounters):
             calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
             self.failed("the beginning of a model's call", error)
             return forward(*first, **kwargs)
-        # A part that is called on its own is none of the calls that a capture tells apart.
+        # A capture tells calls of the whole model apart (``begin_call``); a part called on its own is ``begin_part``.
         recorder = self.patch.recorder
         begin = None
         if recorder is not None:
@@ -190,7 +190,7 @@ class Site(SiteCounters):
                 self._tell(recorder.end_call, "the end of a captured call")
 
     def _tell(self, listener: Callable[..., Any], where: str, *args: Any) -> bool:
-        """Call something of ours; whether it did not fail."""
+        """Call a function of attnpatch's own; False if it failed."""
         try:
             listener(*args)
         except Exception as error:
@@ -211,7 +211,7 @@ class Site(SiteCounters):
         except Exception as error:
             self.failed("the look at a watch", error)
             context = order = pause = None
-        # The latest that was begun is taken away first: a mode below another one stays.
+        # The innermost mode is switched off first, since a mode below another one cannot be.
         contexts = [each for each in (pause, context, calls_here.watch and paused(calls_here.watch)) if each]
         if not contexts:
             return attend(forward, module, first, args, kwargs)
@@ -243,7 +243,7 @@ class Site(SiteCounters):
         calls_here.is_calm = False
         before = self.counts.total(), self.reasons.total()
         if outer is not None:
-            # A site inside a site: the same mode goes on, on the inner one's account.
+            # A site inside a site: the same mode stays active, with the inner site's call.
             of_outer, outer.call = outer.call, call
             try:
                 result = forward(*first, **kwargs)
@@ -265,14 +265,14 @@ class Site(SiteCounters):
         except Exception as error:
             self.failed("a result that is no matrix", error)
         if self.counts.total() == before[0]:
-            # Scores that stay native are not counted where they are made: a product may be anything.
+            # Native scores are not counted when they are made, since any product may be one; so count the call here.
             self.counts["passed"] += 1
             if self.reasons.total() == before[1]:
                 self.reasons["unseen"] += 1
         if call.observer is not None:
             self._tell(call.observer.finish, "the end of a captured attention call")
         if call.weights:
-            # They name the call: it names them no longer, or keys would live until the garbage collector comes.
+            # The weights refer to the call. Break the cycle, or keys would live until the garbage collector runs.
             made, call.weights = call.weights, None
             try:
                 return attention_outputs.put_in(module, args, kwargs, result, made)
@@ -281,10 +281,10 @@ class Site(SiteCounters):
         return result
 
     def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> AttentionCall | str | int:
-        """What is to be known of a call by whoever serves it; or the rule that leaves it alone, or its rows if they are too few."""
+        """The AttentionCall for a call that is watched; otherwise why it is not: see ``stays_native``."""
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
-        # A checkpointed layer runs again in the backward pass: the same way, but what it attends to was seen before.
+        # A checkpointed layer is recomputed in the backward pass by the same path; its attention was observed already.
         again = compat.is_in_backward()
         observer = None
         if recorder is not None:
@@ -311,7 +311,7 @@ class Site(SiteCounters):
         if observer is not None and observer is not SEEN:
             try:
                 repeats = None if observer.is_of_gradient else self.repeats
-                # What is asked of tensors here is no function of the host's.
+                # These functions are attnpatch's own: the mode must not see them.
                 with compat.DisableTorchFunction():
                     call.sources = self._sources(inputs_among(args, kwargs), around, repeats)
             except Exception as error:
@@ -320,7 +320,7 @@ class Site(SiteCounters):
 
     @staticmethod
     def _sources(inputs: list[Any], around: Sources | None, repeats: Repeats | None) -> Sources:
-        """Who follows the functions of a call."""
+        """The ``Sources`` that follow the functions of a call."""
         watch = reordered.watch()
         if watch is None:
             return sources_of(inputs, around, {}, repeats)
@@ -329,7 +329,7 @@ class Site(SiteCounters):
         return watch.inside
 
     def _in_checkpoint(self, observer: Any) -> Any:
-        """Who looks on: a checkpoint that was looked at runs again in the same way, also after the capture has ended."""
+        """The observer inside a checkpoint; an observed one is recomputed the same way, even after the capture."""
         frame = checkpoints.current()
         if frame is None:
             return observer
@@ -339,5 +339,5 @@ class Site(SiteCounters):
         return observer
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
-        """The rule that keeps a call from being watched, or its rows if they are too few; ``None``: it is watched."""
+        """See ``calls.stays_native``; a dry run replaces it."""
         return stays_native(self.patch.policy, args, kwargs)

@@ -87,7 +87,7 @@ def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 @op("tensor_split", "hsplit", "vsplit", "dsplit", is_layout=True, is_view=True)
 def tensor_split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor_split``, ``hsplit``, ``vsplit``, ``dsplit``: sections of nearly equal length, or cut at given indices."""
+    """``tensor_split``, ``hsplit``, ``vsplit``, ``dsplit``: sections of nearly equal length, or cut at some indices."""
     source = args[0]
     given = argument(args, kwargs, 1, "indices_or_sections")
     given = kwargs.get("indices", kwargs.get("sections", kwargs.get("split_size_or_sections", given)))

@@ -88,7 +88,7 @@ def parse(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
 
 
 def _two(args: Any, kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:
-    """Arguments given by position or by any of several names: some functions say ``mat2`` where others say ``other``."""
+    """Arguments given by position or by any of several names (``mat2`` of one function is ``other`` of another)."""
     rest = [kwargs[name] for name in names if name in kwargs]
     return (*args, *rest)
 
