@@ -111,7 +111,7 @@ def capture(
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
-    """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter; a picture where tiles are."""
+    """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter; pictures where tiles are."""
     read_call = recorder.read_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
     # Shapes from the vision tower's latest calls: one for images, one for videos.

@@ -1,1 +1,1 @@
-"""What transformers and diffusers say and call: the only folder that names them."""
+"""Everything specific to transformers and diffusers: no other folder names them."""

@@ -1,4 +1,4 @@
-"""Where transformers and diffusers build their models, watched from before they are imported."""
+"""Calls back for every model that transformers and diffusers build, even if they are imported later."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ DIFFUSERS = "diffusers.models.modeling_utils"
 
 
 def is_imported() -> bool:
-    """Whether this process can have built a model."""
+    """True if transformers' or diffusers' models were imported, so that this process may have built one."""
     return TRANSFORMERS in sys.modules or DIFFUSERS in sys.modules
 
 
 def when_built(callback: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:
-    """Call ``callback`` with every model that the hosts build from now on, by whatever route.
+    """Call ``callback`` with every model that the hosts build from now on, in whatever way.
 
-    An inner model's call comes before the outer one's. Nothing is imported here; the hooks wait for the hosts.
+    The callback for an inner model comes before the outer model's. Nothing is imported here; import hooks wait for the
+    hosts.
 
     Args:
         callback: Must not raise.
@@ -41,7 +42,7 @@ def _hook(
 
 
 def _watch_transformers(module: Any, callback: Callable[[Any], None]) -> None:
-    """Every model's ``__init__`` ends with ``post_init``."""
+    """Wrap ``post_init``, with which every model's ``__init__`` ends."""
     import wrapt
 
     def after(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -53,9 +54,9 @@ def _watch_transformers(module: Any, callback: Callable[[Any], None]) -> None:
 
 
 def _watch_diffusers(module: Any, callback: Callable[[Any], None]) -> None:
-    """Nothing is called at the end of every ``__init__`` there, so each class's own is wrapped as the class is made.
+    """Wrap each class's own ``__init__`` when the class is created; diffusers calls nothing at the end of all of them.
 
-    The hosts' classes are made after this module, which they import.
+    All model classes are created after this hook runs, since they import the module that it watches.
     """
 
     def __init_subclass__(cls: type[Any], **kwargs: Any) -> None:
@@ -69,7 +70,7 @@ def _watch_diffusers(module: Any, callback: Callable[[Any], None]) -> None:
 def _told(init: Callable[..., None], callback: Callable[[Any], None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Called by the __init__ of a subclass: the model is not complete then.
+        # Called by a subclass's __init__: the model is not complete yet.
         if id(self) in _under_way:
             init(self, *args, **kwargs)
             return

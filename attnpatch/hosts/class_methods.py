@@ -1,6 +1,6 @@
-"""A method of somebody else's class, replaced for a while and put back exactly.
+"""Replaces a method of another library's class for a while, and puts it back exactly.
 
-Assigning to ``instance.__class__`` would do for one object, but hosts compare classes exactly (``type(m) is C``).
+Assigning to ``instance.__class__`` would work for one object, but hosts compare classes exactly (``type(m) is C``).
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-# Reentrant: the garbage collector may let the last user of a method go in the middle of a change.
+# Reentrant: during a change the garbage collector may free the last user of a method, which makes another change.
 changing = threading.RLock()
 
 
 def owner_of(kind: type[Any], name: str) -> type[Any] | None:
-    """The class in whose own namespace an instance of ``kind`` finds a method."""
+    """The class, among ``kind`` and its bases, that defines the method ``name``; ``None`` if none does."""
     return next((base for base in kind.__mro__ if name in vars(base)), None)
 
 
@@ -22,11 +22,11 @@ class Replaced:
 
     Args:
         kind: A class that has ``name`` in its own namespace.
-        name: What the method is called.
+        name: The method's name.
 
     Attributes:
-        found: What stood there, as it stood there (it may be a ``staticmethod``).
-        ours: What stands there instead, once it was put in.
+        found: The original entry of the namespace (it may be a ``staticmethod``).
+        ours: The replacement, once it was put in.
     """
 
     def __init__(self, kind: type[Any], name: str) -> None:
@@ -43,10 +43,10 @@ class Replaced:
         self._set(ours)
 
     def take_out(self) -> None:
-        """Put back what was found; where somebody has replaced the method since, theirs stays."""
+        """Put the original back; if someone else has replaced the method since, theirs stays."""
         if self.is_in_place:
             self._set(self.found)
 
     def _set(self, value: Any) -> None:
-        # A metaclass may have a __setattr__ that does more than this.
+        # Bypasses the metaclass's __setattr__, which may have side effects.
         type.__setattr__(self.kind, self.name, value)

@@ -1,6 +1,6 @@
-"""What a pipeline is made of: diffusers' by its components, transformers' by its model.
+"""The modules of a pipeline: diffusers' components, or the model of a transformers pipeline.
 
-Told by their attributes, so that nothing is imported and pipelines of other makers do.
+Pipelines are recognised by their attributes, so nothing is imported and other libraries' pipelines work, too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from attnpatch import compat
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.rows.torch_graphs import is_compiled
 
-# What a denoiser is given, in diffusers and in the code that models were published in.
+# Names of a denoiser's arguments, in diffusers and in the original code of published models.
 IMAGES = ("sample", "hidden_states", "x", "img")
 TIMESTEPS = ("timestep", "timesteps", "timestep_ratio")
 
 
 def parts_of(pipeline: Any) -> dict[str, nn.Module] | None:
-    """The modules a pipeline runs, by name, each once; ``None`` if it is no pipeline.
+    """The modules that a pipeline runs, by name, each once; ``None`` if it is no pipeline.
 
-    Of a compiled module the one inside: swapping is for that one.
+    A compiled module is replaced by the module inside it, whose forwards are to be swapped.
     """
     parts: dict[str, nn.Module] = {}
     for name, part in components_of(pipeline).items():
@@ -37,7 +37,7 @@ def tokenizers_of(pipeline: Any) -> dict[str, Any]:
 
 
 def compiled_in(model: Any) -> tuple[str, ...]:
-    """What is compiled in a model or a pipeline: paths, without those inside others."""
+    """Paths of the compiled modules in a model or a pipeline, without those that lie inside another compiled one."""
     parts = {"": model} if isinstance(model, nn.Module) else components_of(model)
     found: list[str] = []
     for name, part in parts.items():
@@ -56,7 +56,7 @@ def compiled_in(model: Any) -> tuple[str, ...]:
 
 
 def components_of(pipeline: Any) -> dict[str, Any]:
-    """What a pipeline consists of, by name; empty if it is none."""
+    """The components of a pipeline, by name; empty if it is no pipeline."""
     components = getattr(pipeline, "components", None)
     if isinstance(components, dict):
         return components
@@ -66,9 +66,9 @@ def components_of(pipeline: Any) -> dict[str, Any]:
 
 
 def is_denoiser(module: Any) -> bool:
-    """Whether a module takes an image and a timestep, and returns an image (a ControlNet returns something else).
+    """True if a module takes an image and a timestep and returns an image (a ControlNet returns something else).
 
-    ControlNet-XS's denoiser takes what controls it too, and says whether it is to be controlled.
+    ControlNet-XS's denoiser takes ``controlnet_cond``, too, but has ``apply_control``, which a ControlNet lacks.
     """
     if not isinstance(module, nn.Module):
         return False

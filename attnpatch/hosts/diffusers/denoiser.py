@@ -1,6 +1,7 @@
-"""What the denoiser of an image or a video is called with, and where a pipeline's sampling begins and ends.
+"""Reads the arguments of a denoiser's call, and tells when a pipeline's sampling begins and ends.
 
-These are names that diffusers' models have in common, and those of the code that they were published in; nothing is imported.
+Arguments are found by the names that diffusers' models share and by those of the models' original code, so nothing is
+imported.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from attnpatch.hosts.diffusers.components import IMAGES, TIMESTEPS, components_o
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 
-# The first that is given is the one that words are of.
+# Arguments that hold text; the prompt's words are found in the first one that is given.
 _TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5")
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 
 
 def num_heads_of(denoiser: nn.Module) -> dict[str, int]:
-    """How many heads an attention module has, by its name, where it says so."""
+    """The number of heads of each attention module that has an attribute ``heads``, by the module's name."""
     found = {name: getattr(module, "heads", None) for name, module in denoiser.named_modules()}
     return {name: heads for name, heads in found.items() if type(heads) is int}
 
 
 def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DenoiserCall:
-    """What a denoiser is called with.
+    """The facts that a denoiser's arguments tell about its call.
 
     Args:
         part: The denoiser.
@@ -59,17 +60,18 @@ def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """A tensor, or those of a list; not a list of lists."""
+    """A tensor as a list, or the tensors of a list; nested lists are ignored."""
     values = value if isinstance(value, (tuple, list)) else [value]
     return [one for one in values if isinstance(one, torch.Tensor)]
 
 
 def evaluations_in(pipeline: Any, timestep: float | None) -> int:
-    """How often the samplers of a pipeline ask for one image at a timestep: those of second order do so twice.
+    """How often a pipeline's samplers call the denoiser at one timestep; second-order samplers do so twice.
 
     Args:
-        pipeline: Its schedulers have been told how many steps there are.
-        timestep: As the denoiser is given it, which may be in another unit than the schedulers'; then the most there are.
+        pipeline: A pipeline whose schedulers know the number of steps already.
+        timestep: The denoiser's timestep. If the schedulers use another unit, the largest count of any timestep is
+            returned.
     """
     schedules = (getattr(each, "timesteps", None) for each in components_of(pipeline).values())
     runs = [
@@ -86,18 +88,18 @@ def evaluations_in(pipeline: Any, timestep: float | None) -> int:
 def watching(
     pipeline: Any, begin: Callable[[dict[str, Any]], None], end: Callable[[], None]
 ) -> Iterator[None]:
-    """Say when a pipeline is called, and with what.
+    """Call ``begin`` and ``end`` around every call of a pipeline.
 
-    Calling looks at the class and not at the object, so that is where it is watched, for this object alone.
+    Python looks ``__call__`` up in the class, so it is replaced there; only calls of this object are reported.
 
     Args:
-        pipeline: It and its class are afterwards as they were.
+        pipeline: The pipeline. Afterwards it and its class are as they were.
         begin: Called with the arguments by name.
         end: Called when the call returns or fails.
     """
     owner = owner_of(type(pipeline), "__call__")
     if owner is None:
-        yield  # it is called in some way of its own
+        yield  # the pipeline has no ``__call__``; its calls cannot be seen
         return
     with changing:
         calls = _watched.get(owner) or _CallOfClass(owner)
@@ -115,7 +117,7 @@ class _CallOfClass(Replaced):
     """``__call__`` in the class that defines it, while some pipelines are watched.
 
     Attributes:
-        watchers: What to call before and after, by the id of a pipeline that is held by whoever watches it.
+        watchers: Functions to call before and after, by the id of the pipeline (its watcher keeps the pipeline alive).
     """
 
     def __init__(self, owner: type[Any]) -> None:
@@ -132,7 +134,7 @@ class _CallOfClass(Replaced):
             try:
                 given = inspect.signature(call).bind(*args, **kwargs).arguments
             except TypeError:
-                return call(*args, **kwargs)  # which says what is wrong
+                return call(*args, **kwargs)  # raises the pipeline's own error
             for begin, _ in told:
                 _attempted(
                     begin, {**given, **given.get("kwargs", {})}, where="the beginning of a pipeline's call"
@@ -158,7 +160,7 @@ _watched: dict[type[Any], _CallOfClass] = {}
 
 
 def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
-    """A step of a watcher, whose failure is none of the pipeline's call."""
+    """Call a watcher's function; if it fails, warn, and let the pipeline's call go on."""
     try:
         step(*args)
     except AttnpatchError:
@@ -168,7 +170,7 @@ def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
 
 
 def texts_given(given: dict[str, Any]) -> list[tuple[str, str]]:
-    """Prompts that a pipeline is called with: ``"prompt"`` or ``"negative"``, and the text."""
+    """The prompts among a pipeline's arguments, as pairs of role (``"prompt"`` or ``"negative"``) and text."""
     found: list[tuple[str, str]] = []
     for name, value in given.items():
         if "prompt" in name:

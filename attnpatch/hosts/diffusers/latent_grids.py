@@ -1,6 +1,7 @@
-"""How the image tokens of a denoiser's call lie: as its latents do, or as the positions and shapes it is given say.
+"""The grid (frames, rows, columns) of a denoiser's image tokens: from its latents, or from given positions or shapes.
 
-Never by how many they are: a picture and three references are as many as a picture of twice the size.
+It is never guessed from the number of tokens: a picture with three reference pictures has as many as one picture of
+twice the height and width.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import nn
 
 from attnpatch.blocks.tiles import Grid
 
-# More than so many pictures in a sequence are tokens in another order than that of rows.
+# If positions seem to show more pictures than this, the tokens are not in row order.
 _MOST = 32
 
 
 def pictures_of(given: dict[str, Any], images: list[torch.Tensor]) -> tuple[Grid, ...]:
-    """The pictures in a sequence of image tokens, in order; none: not known.
+    """The pictures in a sequence of image tokens, in order; empty if they are not known.
 
     Args:
-        given: What the denoiser is called with, by name.
+        given: The denoiser's arguments, by name.
         images: Its image inputs.
     """
     if not images or images[0].dim() != 3:
@@ -38,7 +39,7 @@ def pictures_of(given: dict[str, Any], images: list[torch.Tensor]) -> tuple[Grid
 
 
 def axes_of(given: dict[str, Any]) -> Grid | None:
-    """The image's tokens by the positions of its frames, rows and columns, each apart, as Kandinsky is given them."""
+    """The grid given as separate positions of frames, rows and columns (Kandinsky); ``None`` if there are none."""
     axes = given.get("visual_rope_pos")
     if not isinstance(axes, (tuple, list)) or len(axes) != 3:
         return None
@@ -47,7 +48,7 @@ def axes_of(given: dict[str, Any]) -> Grid | None:
 
 
 def latents_grid(part: nn.Module, images: list[torch.Tensor]) -> Grid | None:
-    """Frames, rows and columns of latents that come as an image or a video; ``None``: not known."""
+    """The grid of latents that have the shape of an image or a video; ``None`` if it is not known."""
     if not images:
         return None
     shape = images[0].shape
@@ -55,11 +56,11 @@ def latents_grid(part: nn.Module, images: list[torch.Tensor]) -> Grid | None:
         return Grid(1, shape[2], shape[3])
     if len(shape) != 5:
         return None
-    # Channels before frames, after them, or last.
+    # The channel dimension comes before the frames, after them, or last.
     channels = getattr(getattr(part, "config", None), "in_channels", None)
     is_first, is_second, is_last = (shape[axis] == channels for axis in (1, 2, 4))
     if is_first + is_second + is_last != 1:
-        # A convolution over frames takes them after the channels.
+        # A model with 3d convolutions takes the channels before the frames.
         convolutions = (module for module in part.modules() if isinstance(module, nn.Conv3d))
         is_first = any(module.in_channels == shape[1] for module in convolutions)
         is_second = is_last = False
@@ -69,12 +70,14 @@ def latents_grid(part: nn.Module, images: list[torch.Tensor]) -> Grid | None:
 
 
 def _by_positions(ids: torch.Tensor) -> tuple[Grid, ...]:
-    """Pictures by ``[tokens, 3 or more]`` positions (also ``[batch, ...]``), of which the second is the row and the
-    third the column, or the last two are; the others are the same all over a picture."""
+    """Pictures found from positions ``[tokens, 3 or more]`` (or ``[batch, ...]``).
+
+    Row and column are the second and third number, or the last two. The other numbers are constant within a picture.
+    """
     ids = ids.detach().cpu()
     if ids.dim() == 3:
         if not bool((ids == ids[:1]).all()):
-            return ()  # images of a batch that differ
+            return ()  # the images of the batch have different positions
         ids = ids[0]
     if ids.dim() != 2 or ids.shape[1] < 3 or not len(ids):
         return ()
@@ -83,7 +86,7 @@ def _by_positions(ids: torch.Tensor) -> tuple[Grid, ...]:
 
 
 def _by_columns(ids: torch.Tensor, row: int, column: int) -> tuple[Grid, ...]:
-    """The same, of the row and the column in two of the numbers."""
+    """Pictures found from positions, given which number is the row and which the column."""
     others = ids[:, [place for place in range(ids.shape[1]) if place not in (row, column)]]
     changes = (others[1:] != others[:-1]).any(1).nonzero().flatten() + 1
     bounds = [0, *changes.tolist(), len(ids)]
@@ -95,26 +98,26 @@ def _by_columns(ids: torch.Tensor, row: int, column: int) -> tuple[Grid, ...]:
         if not pictures or len(found) + len(pictures) > _MOST:
             return ()
         found += pictures
-    # Several pictures of a token are one of which rows or columns were taken for its number.
+    # Pictures of one token each: these numbers are not row and column.
     return () if len(found) > 1 and any(each.tokens == 1 for each in found) else tuple(found)
 
 
 def _in_rows(places: torch.Tensor) -> list[Grid]:
-    """Pictures by rows and columns that follow one another; none: they are in another order."""
+    """Pictures found from the rows and columns of successive tokens; empty if the tokens are not in row order."""
     found: list[Grid] = []
     while len(places) and len(found) <= _MOST:
         height, width = _first_picture(places)
         found.append(Grid(1, height, width))
         last, places = places[(height - 1) * width, 0], places[height * width :]
-        # Rows that go on where those before ended are of the same picture, which is then no rectangle.
+        # Rows that continue the numbering belong to the same picture, which is then not a rectangle.
         if len(places) and bool(places[0, 0] > last):
             return []
-    # One beside the other, or single rows and columns of one in another order.
+    # Several pictures with a single row or column: pictures side by side, or tokens in another order.
     return [] if len(found) > 1 and any(1 in (each.height, each.width) for each in found) else found
 
 
 def _first_picture(places: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the picture that positions begin with."""
+    """Height and width of the first picture."""
     rows, columns = places.T
     width = _regular(columns, rows == rows[0])
     whole = places[: len(places) // width * width].reshape(-1, width, 2)
@@ -123,7 +126,7 @@ def _first_picture(places: torch.Tensor) -> tuple[int, int]:
 
 
 def _regular(values: torch.Tensor, valid: torch.Tensor) -> int:
-    """How many values from the first on grow by one and the same step."""
+    """The number of values, from the first on, that grow by a constant step."""
     steps = values.diff()
     if not len(steps) or not bool(steps[0] > 0):
         return 1
@@ -132,7 +135,7 @@ def _regular(values: torch.Tensor, valid: torch.Tensor) -> int:
 
 
 def _by_shapes(shapes: Any) -> tuple[Grid, ...]:
-    """Pictures by ``(frames, height, width)``: of one sample, of each, or a list of them for each sample."""
+    """Pictures given as ``(frames, height, width)``: one for all samples, one per sample, or a list per sample."""
     if isinstance(shapes, torch.Tensor):
         shapes = shapes.tolist()
     if _is_shape(shapes):

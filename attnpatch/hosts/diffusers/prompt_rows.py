@@ -1,4 +1,4 @@
-"""Which rows the words of a prompt are, once it is known which token of which encoding each row is."""
+"""Finds the rows of each word of a prompt, given which token of which encoding each row is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnpatch.errors import BlockError
 from attnpatch.hosts.diffusers.token_matching import Encoded, Piece
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 
-# Special tokens that may follow a text that was cut off: an end, and one that is put after it.
+# Special tokens that may follow a truncated text: the end of the text, and one after it.
 _MOST_ENDS = 2
 _CUT = "the prompt was cut off before it: the text encoder takes no more tokens"
 
@@ -27,9 +27,9 @@ class Word:
     """One word of a text.
 
     Attributes:
-        label: As it stands there.
-        rows: Those of its tokens, of all encoders.
-        doubt: Why it has none, or not these.
+        label: The word as it stands in the text.
+        rows: The rows of its tokens, from all encoders.
+        doubt: Why its rows are missing or uncertain.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Word:
 
 @dataclasses.dataclass
 class Placed:
-    """The text of one encoder's rows: what it is, as it was given, and whose."""
+    """The text of one encoder's rows, as the pipeline was given it, and its role."""
 
     text: str
     role: str
@@ -56,9 +56,9 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
     """Find the text of one encoder's rows among those that the pipeline was given.
 
     Args:
-        pieces: What the rows are.
-        texts: Role and text.
-        words: By text and number; the text's are added, or their rows are, if another encoder has the same text.
+        pieces: Which tokens the rows are.
+        texts: Pairs of role and text.
+        words: Words by text and number. The found text's words are added; if another encoder has added them, only rows.
     """
     tokenizer = pieces[0].encoded.tokenizer
     tokens = _tokens(pieces)
@@ -77,9 +77,9 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
     if found:
         best, role, given, start, length, spelled = max(found, key=lambda each: each[0])
         if any(each[1] != role and each[0][:2] == best[:2] for each in found):
-            role = ""  # a prompt that is a negative prompt too
+            role = ""  # the same text is prompt and negative prompt
     else:
-        # Not what the pipeline was called with: a template, or nobody called it. What the tokens say.
+        # None of the pipeline's texts (a template, or the pipeline was not called): decode the tokens.
         role, start, length, spelled = "", 0, len(numbers), _read(tokenizer, numbers, pieces[0].encoded)
         given = _decoded(tokenizer, numbers)
     _add_words(words, given, spelled, tokens[start : start + length])
@@ -87,7 +87,7 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
 
 
 def _tokens(pieces: list[Piece]) -> list[_Token]:
-    """Tokens of text in the order of their rows."""
+    """The tokens that are text, in the order of their rows."""
     found = []
     for piece in pieces:
         special = piece.encoded.special()
@@ -99,7 +99,7 @@ def _tokens(pieces: list[Piece]) -> list[_Token]:
 
 
 def _spelled(tokenizer: Any, text: str, special: frozenset[int]) -> _Words | None:
-    """The words of a text and its ids, as they stand in a prompt: without special tokens, a concept's vectors spelled out."""
+    """The words and ids of a text as in a prompt: no special tokens, and all vectors of a textual inversion."""
     try:
         spans, labels = text_spans(tokenizer, text, {"add_special_tokens": False}, True)
     except BlockError:
@@ -114,7 +114,7 @@ def _spelled(tokenizer: Any, text: str, special: frozenset[int]) -> _Words | Non
 
 
 def _more_vectors(tokenizer: Any, number: int) -> list[int]:
-    """Textual inversion of several vectors: ``<cat>`` stands for ``<cat>``, ``<cat>_1``, ``<cat>_2``, ..."""
+    """The further ids of a textual inversion with several vectors: ``<cat>`` means ``<cat>``, ``<cat>_1``, ..."""
     added = getattr(tokenizer, "added_tokens_encoder", {})
     token, found = tokenizer.convert_ids_to_tokens(number), []
     while token in added and f"{token}_{len(found) + 1}" in added:
@@ -123,13 +123,13 @@ def _more_vectors(tokenizer: Any, number: int) -> list[int]:
 
 
 def _located(ids: list[int], numbers: list[int], last: Encoded, is_own: bool) -> tuple[int, int] | None:
-    """Where a text's ids begin among the rows' tokens, and how many of them are there; ``None``: it is another text.
+    """Where a text's ids begin among the rows' tokens, and how many of them are there; ``None`` if it is another text.
 
     Args:
-        ids: Of the text; one that was cut off counts as far as it goes.
-        numbers: Of the rows' tokens.
+        ids: The ids of the text. A truncated text matches as far as it goes.
+        numbers: The ids of the rows' tokens.
         last: The last encoding.
-        is_own: Whether the rows' texts are the pipeline's own, which may stand in templates.
+        is_own: True if the pipeline encoded the rows itself, possibly inside a template.
     """
     if not ids:
         return None if numbers else (0, 0)
@@ -146,7 +146,7 @@ def _located(ids: list[int], numbers: list[int], last: Encoded, is_own: bool) ->
 
 
 def _is_full(encoded: Encoded) -> bool:
-    """Whether a text fills all the tokens that the encoder takes."""
+    """True if a text fills all tokens that the encoder takes."""
     special = encoded.special()
     words = [place for place, number in enumerate(encoded.ids) if number not in special]
     ends = len(encoded.ids) - 1 - max(words, default=-1)
@@ -154,7 +154,7 @@ def _is_full(encoded: Encoded) -> bool:
 
 
 def _read(tokenizer: Any, numbers: list[int], encoded: Encoded) -> _Words:
-    """Words of the tokens themselves, or the tokens, where their text would not give them again."""
+    """The words of the decoded tokens; single tokens if encoding that text again gives other ids."""
     text = _decoded(tokenizer, numbers)
     spelled = None if tokenizer is None else _spelled(tokenizer, text, encoded.special())
     if spelled is not None and spelled[2] == numbers:
@@ -168,7 +168,7 @@ def _decoded(tokenizer: Any, numbers: list[int]) -> str:
 
 
 def _without_weights(text: str) -> str:
-    """A prompt without the signs of weights: ``(red:1.3)``, ``((red))``, ``[red]``, ``red++``, ``(red cube)1.3``."""
+    """A prompt without weight syntax: ``(red:1.3)``, ``((red))``, ``[red]``, ``red++``, ``(red cube)1.3``."""
     text = re.sub(r":\s*-?\d*\.?\d+\s*(?=[)\]])", "", text)
     text = re.sub(r"(?<=[)\]])(-?\d*\.?\d+|[+-]+)", "", text)
     return re.sub(r"(?<=\w)[+-]+(?=\s|$|[,.;)])|[()\[\]]", "", text).strip()
@@ -184,9 +184,10 @@ def _add_words(words: dict[tuple[str, int], Word], text: str, spelled: _Words, t
 
 
 def row_of(found: list[Placed], words: dict[tuple[str, int], Word], rows: int) -> TextRow:
-    """Put the words of all encoders together.
+    """Combine the words of all encoders into blocks.
 
-    Where two texts share rows, as SDXL's two prompts do, these are cut so that every word of either is whole blocks.
+    If two texts share rows, as SDXL's two prompts do, rows are grouped so that every word of either consists of whole
+    blocks.
     """
     known = {key: word for key, word in words.items() if word.rows and not word.doubt}
     owners: dict[int, tuple[tuple[str, int], ...]] = {}

@@ -1,7 +1,8 @@
-"""Whose words the text tokens of a denoiser are: what text encoders return is found again in what the denoiser is given.
+"""Finds the prompt's words among a denoiser's text tokens, by finding the text encoders' outputs in its inputs.
 
-Pipelines cut templates off, drop padding and put several encoders' tokens one after another or side by side; the values
-stay (``hosts.matching``), and with them the ids, in which the words of the prompt are found (``hosts.placing``).
+Pipelines cut templates off, drop padding, and put several encoders' tokens one after another or side by side. The
+values stay the same, so they tell which token each row is (``token_matching.py``), and the token ids tell the words
+(``prompt_rows.py``).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from attnpatch.hosts.diffusers.token_matching import Encoded, pieces_of
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 
-# Encodings of one encoder that are kept, the last ones: a prompt may be made of several, and a text encoder that writes
-# (a prompt that is enhanced) returns one for every token.
+# Number of latest encodings that are kept per encoder: a prompt may consist of several, and a text encoder that
+# generates (prompt enhancement) returns one for every token.
 _MOST = 16
 
 
@@ -45,7 +46,7 @@ class Prompts:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at what the encoders return, inside a ``with`` block."""
+        """Record the encoders' outputs inside the block."""
         handles = []
         for part in self.encoders:
             handles.append(part.register_forward_pre_hook(lambda part, _: self._running.add(part)))
@@ -62,16 +63,16 @@ class Prompts:
             self.encoded = {part: [] for part in self.encoders}
 
     def begin(self, texts: list[tuple[str, str]]) -> None:
-        """A pipeline is called with these texts and their roles; what was encoded before it may be given to it."""
+        """A pipeline is called with these texts and roles; earlier encodings are kept: they may be passed to it."""
         self.texts, self._is_called = texts, True
 
     def end(self) -> None:
-        """What encoders returned in the call is let go; what was encoded before it may be given to the next one."""
+        """The call has ended: drop encodings made in it; earlier ones are kept for the next call."""
         self._is_called = False
         self.encoded = {part: [e for e in kept if not e.is_own] for part, kept in self.encoded.items()}
 
     def _normed(self, part: nn.Module, norm: nn.Module, args: Any, output: Any) -> None:
-        """A pipeline that skips the last layers (``clip_skip``) brings the states of another to the last one's norm."""
+        """Record the final norm of an earlier layer's states, which a pipeline with ``clip_skip`` computes itself."""
         if part in self._running or not args or not isinstance(output, torch.Tensor):
             return
         for row, state in zip(args[0].detach(), output.detach(), strict=True):
@@ -90,13 +91,13 @@ class Prompts:
         for row, each in enumerate(ids.tolist()):
             is_masked = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
             real = int((mask[row] != 0).sum()) if is_masked else len(each)
-            # Copies: a caller may change in place what it was returned.
+            # Copies, since a caller may change the returned tensors in place.
             rows = [state[row].detach().clone() for state in states]
             kept.append(Encoded(self.encoders[part], each, real, rows, self._is_called))
         del kept[: -max(_MOST, len(ids))]
 
     def find(self, text: torch.Tensor) -> list[TextRow | None]:
-        """The text of each row of what a denoiser is given, ``[batch, tokens, width]``; ``None``: not found."""
+        """The text of each batch row of a denoiser's text input ``[batch, tokens, width]``; ``None``: not found."""
         return [self._row(row) for row in text.detach()]
 
     def _row(self, given: torch.Tensor) -> TextRow | None:
@@ -105,7 +106,7 @@ class Prompts:
         before = 0
         for encodings in self.encoded.values():
             width = max((state.shape[1] for encoded in encodings for state in encoded.states), default=0)
-            # The features of several encoders may stand side by side, in their order.
+            # The features of several encoders may be concatenated, in the order of the encoders.
             pieces = pieces_of(given, encodings, tuple(dict.fromkeys([0, before])))
             before += width
             if pieces:

@@ -1,8 +1,7 @@
-"""Which tokens of a text encoder the rows of a tensor are: by value where they are as it returned them, otherwise by
-their place among those that are.
+"""Finds which token of a text encoder each row of a tensor is: by value, or, if its values were changed, by position.
 
-People change embeddings: they scale those of a word, mix them with those of no text, put one encoding after another.
-Most rows keep their values or their direction; a row between them is the token whose place it has.
+Users change embeddings: they scale those of a word, mix them with those of an empty text, or concatenate encodings.
+Most rows keep their values or their direction. A changed row between them is taken for the token at that position.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 
-# Values of a token that are compared to find it, before all are.
+# Number of features that are compared first, before all of them.
 _FIRST = 16
-# Encodings that may be mixed into one, and the share of a row below which one is no part of it.
+# The most encodings that one mixture may consist of, and the share of a row below which an encoding is not part of it.
 _MOST_MIXED, _SHARE = 6, 0.02
 CHANGED = "its embedding was changed, and with it most of the prompt's: to what no text encoder returned"
 OTHER = "its place holds the embedding of another token"
@@ -26,11 +25,11 @@ class Encoded:
     """One row that a text encoder was called with.
 
     Attributes:
-        tokenizer: Of that encoder.
+        tokenizer: The encoder's tokenizer.
         ids: Token ids.
-        real: How many are no padding.
-        states: Tensors ``[tokens, width]`` it returned, one of which the denoiser may be given.
-        is_own: Whether a pipeline called it while it was called itself, for the texts that it was given.
+        real: Number of tokens that are not padding.
+        states: Tensors ``[tokens, width]`` that it returned; the denoiser may be given one of them.
+        is_own: True if the encoder ran inside a call of the pipeline, for the texts of that call.
     """
 
     tokenizer: Any
@@ -40,7 +39,7 @@ class Encoded:
     is_own: bool = True
 
     def special(self) -> frozenset[int]:
-        """Ids that are no text. A word that the tokenizer does not know is text."""
+        """Ids of special tokens. The token for an unknown word counts as text."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
         marks = {getattr(self.tokenizer, name, None) for name in names}
         unknown = {getattr(self.tokenizer, "unk_token_id", None)} - marks
@@ -52,12 +51,12 @@ class Piece:
     """Rows that hold tokens of one encoding.
 
     Attributes:
-        encoded: Which.
-        state: Which of its states.
-        offset: The first feature where that stands in a row.
-        places: int64 ``[rows]``, the token of each, -1: none.
-        shift: Tokens before the first row, of most of them.
-        doubts: Why a row of a place does not hold that token all the same, by row.
+        encoded: That encoding.
+        state: The index of the state, among the encoding's states.
+        offset: The first feature of a row at which that state begins.
+        places: int64 ``[rows]``: the token of each row; -1 for none.
+        shift: Token index minus row index, for most of the rows.
+        doubts: By row, why it may not hold its token after all.
     """
 
     encoded: Encoded
@@ -72,9 +71,9 @@ def pieces_of(given: torch.Tensor, encodings: Sequence[Encoded], offsets: Sequen
     """The pieces of one encoder's text.
 
     Args:
-        given: ``[rows, width]`` that a denoiser is given.
-        encodings: What the encoder returned.
-        offsets: Features where its states may begin.
+        given: ``[rows, width]``: the denoiser's text input.
+        encodings: The encoder's recorded calls.
+        offsets: Features at which its states may begin.
     """
     found: list[Piece] = []
     free = torch.ones(len(given), dtype=torch.bool)
@@ -108,13 +107,16 @@ def _states(
 
 
 def _least(encoded: Encoded, rows: int) -> int:
-    """Tokens that must be found: an encoder that looks back only gives the start of any text the same values, and T5
-    has one token for no text."""
+    """The number of tokens that must be found.
+
+    More than one: a causal encoder gives every text the same values for its first token, and T5's empty text is one
+    token.
+    """
     return max(min(2, encoded.real), min(encoded.real, rows) // 2)
 
 
 def _equal(given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Bool ``[rows, tokens]``."""
+    """Bool ``[rows, tokens]``: True where a row equals a token's values."""
     same = (given[:, None, :_FIRST] == values[None, :, :_FIRST]).all(-1) & values.bool().any(-1)
     rows, tokens = same.nonzero().T
     same[rows, tokens] = (given[rows] == values[tokens]).all(-1)
@@ -122,20 +124,23 @@ def _equal(given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _parallel(given: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The same where a row is a multiple of a token."""
+    """Bool ``[rows, tokens]``: True where a row is a positive multiple of a token's values."""
     if values.shape[1] < _FIRST:
         return torch.zeros(len(given), len(values), dtype=torch.bool)
     one, other = (torch.nn.functional.normalize(each.float(), dim=1) for each in (given, values))
-    # A cosine is off by half the square of the angle, and rounding turns a row by less than a number's precision.
+    # 1 - cosine is half the squared angle, and rounding turns a row by an angle below the dtype's precision.
     return (one @ other.T > 1 - max((torch.finfo(given.dtype).eps / 2) ** 2, 4e-6)).cpu()
 
 
 def _placed(same: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """int64 ``[rows]``: the token of each, in pieces that have the encoder's order, the longest first; and its shift.
+    """Match rows to tokens in runs that have the encoder's order, the longest run first.
 
     Args:
-        same: Bool ``[rows, tokens]``.
-        free: Bool ``[rows]`` that may be placed.
+        same: Bool ``[rows, tokens]``: which may match.
+        free: Bool ``[rows]``: rows without a token so far.
+
+    Returns:
+        int64 ``[rows]``: the token of each row, -1 for none; and the longest run's token index minus row index.
     """
     place, shift = torch.full((len(free),), -1), None
     same = same & free[:, None]
@@ -152,7 +157,7 @@ def _placed(same: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _mixed(given: torch.Tensor, encodings: Sequence[Encoded], offsets: Sequence[int]) -> list[Piece]:
-    """Pieces of which no row is as it was returned: sums of encodings, token by token."""
+    """A piece whose rows are all sums of encodings, token by token; used if no row has a token's own values."""
     best: tuple[tuple[int, int], Piece] | None = None
     for encoded, number, offset, values in _states(given, encodings, offsets):
         tokens, words = len(values), sum(each not in encoded.special() for each in encoded.ids)
@@ -162,14 +167,14 @@ def _mixed(given: torch.Tensor, encodings: Sequence[Encoded], offsets: Sequence[
             rows = torch.arange(start, min(start + tokens, len(given)))
             shares = _shares(given, piece, encodings, rows)
             known = 0 if shares is None else int(shares[1].sum())
-            # Of the encodings of a mixture, the one with most words says what the words are.
+            # The words of a mixture are taken from the encoding that has most of them.
             if known >= max(2, 3 * len(rows) // 4) and (best is None or (known, words) > best[0]):
                 best = (known, words), piece
     return [] if best is None else [best[1]]
 
 
 def _fill(given: torch.Tensor, piece: Piece, encodings: Sequence[Encoded], free: torch.Tensor) -> None:
-    """Rows that are no token's values: the token whose place they have, if most of the others are where they should."""
+    """Give rows without a token's values the token at their position; note doubts if most of them match nothing."""
     ids, taken = piece.encoded.ids, set(piece.places[piece.places >= 0].tolist())
     inside = torch.arange(len(given)) + piece.shift
     rows = [
@@ -200,7 +205,7 @@ def _fill(given: torch.Tensor, piece: Piece, encodings: Sequence[Encoded], free:
 
 
 def _ids_with_values_of(row: torch.Tensor, piece: Piece, encodings: Sequence[Encoded]) -> set[int]:
-    """Ids of the tokens, in any place, that have the values of a row."""
+    """Ids of the tokens, at any position, that have the values of a row."""
     found = set()
     for encoded, number, offset, values in _states(row[None], encodings, [piece.offset]):
         if number == piece.state:
@@ -212,11 +217,11 @@ def _ids_with_values_of(row: torch.Tensor, piece: Piece, encodings: Sequence[Enc
 def _shares(
     given: torch.Tensor, piece: Piece, encodings: Sequence[Encoded], rows: torch.Tensor
 ) -> tuple[list[Encoded], torch.Tensor, torch.Tensor] | None:
-    """Which encodings rows are sums of, token by token.
+    """Express rows as weighted sums of encodings, token by token.
 
     Returns:
-        The encodings; bool ``[rows]``, whether a row is such a sum; and bool ``[rows, encodings]``, which have a part in
-        it. ``None``: not known.
+        The encodings; bool ``[rows]``: which rows are such a sum; bool ``[rows, encodings]``: which encodings
+        contribute. ``None`` if it cannot be told.
     """
     offset, length = piece.offset, len(piece.encoded.ids)
     alike = [e for e in encodings if len(e.ids) == length and len(e.states) > piece.state][-_MOST_MIXED:]
@@ -226,7 +231,7 @@ def _shares(
         return None
     target, tokens = given[rows, offset : offset + width].double().cpu(), rows + piece.shift
     parts = torch.stack([state[:, :width].double().cpu()[tokens] for state in states], -1)
-    # The pseudo-inverse takes encodings that say the same here for one.
+    # The pseudo-inverse handles encodings that are equal at a token.
     weights = (torch.linalg.pinv(parts, rtol=1e-4) @ target.unsqueeze(-1)).squeeze(-1)
     off = (parts @ weights.unsqueeze(-1)).squeeze(-1) - target
     size = target.norm(dim=1)

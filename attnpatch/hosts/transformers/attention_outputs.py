@@ -1,4 +1,4 @@
-"""Where transformers wants attention weights: who asks for them, and at which place of an attention module's result."""
+"""transformers' attention weights: whether a call asks for them, and where they go in an attention module's result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KIND = "attentions"
 
 
 def are_asked_for(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a module of transformers is called by a model that was asked for attention weights."""
+    """True if a transformers module is called by a model that was asked for attention weights."""
     host = sys.modules.get(_MODULE)
     if host is None:
         return False
@@ -31,16 +31,16 @@ def are_asked_for(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def put_in(
     module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any, weights: list[torch.Tensor]
 ) -> Any:
-    """An attention module's result with its weights in the place of ``None``, as its eager attention would return them.
+    """An attention module's result with weights in place of a ``None``, as its eager attention would return them.
 
     Args:
-        module: It.
-        args, kwargs: What it was called with, without itself.
-        result: What it returned.
+        module: The attention module.
+        args, kwargs: The arguments of its call, without itself.
+        result: The result of its call.
         weights: ``[batch, heads, q_len, kv_len]`` for every call of torch's attention in it.
 
     Returns:
-        ``result``, unchanged where it has weights already or it cannot be told where they belong.
+        The new result; ``result`` itself if it has weights already or if their place is not known.
     """
     if len(weights) != 1 or not isinstance(result, tuple):
         return result
@@ -53,13 +53,13 @@ def put_in(
         return result
     _, tokens = called_with(args, kwargs)
     if tokens == 1 and found.dim() == 4 and found.shape[-2] != 1:
-        # The heads of one token that share a key are handed to torch as its rows.
+        # For one token, query heads that share a key head were given to torch as query rows.
         found = found.reshape(found.shape[0], -1, 1, found.shape[-1])
     return (*result[: wanted[0]], found, *result[wanted[0] + 1 :])
 
 
 def _places(module: nn.Module) -> list[int]:
-    """The places of a module's result that transformers collects attention weights from."""
+    """The indices in a module's result from which transformers collects attention weights."""
     found = []
     for hook in module._forward_hooks.values():
         if getattr(hook, "__name__", "") == compat.OUTPUT_HOOK:

@@ -1,7 +1,7 @@
-"""KV caches of transformers: which of a call's arguments is one, how long it is, and where a model takes one.
+"""transformers' KV caches: which argument of a call is one, how many tokens it holds, which parameter takes one.
 
-Its models have called that argument ``past_key_values``, ``layer_past``, ``cache_params`` and ``cache``, so a cache is
-known by what it can do, and the parameter for one by its annotation.
+Models have named that argument ``past_key_values``, ``layer_past``, ``cache_params`` and ``cache``. So a cache is
+recognised by its methods, and the parameter by its annotation.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 
 from attnpatch import compat
 
-# Where a parameter has no annotation.
+# Names of a cache parameter, for models without annotations.
 _NAMES = ("cache", "past_key_values")
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a value keeps keys and values of tokens and knows of how many."""
+    """True if a value has the methods of a KV cache."""
     return _is_kind_of_cache(type(value))
 
 
@@ -33,13 +33,13 @@ def among(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The caches among the arguments of a call, each once, in the order of its parameters.
 
     Args:
-        names: The parameters, as far as they are known.
-        args, kwargs: What it was called with.
+        names: The names of the parameters, as far as they are known.
+        args, kwargs: The arguments.
     """
     order = {name: place for place, name in enumerate(names)}
     named = sorted(kwargs, key=lambda name: order.get(name, len(order)))
     values = [*args, *(kwargs[name] for name in named)]
-    # Those that are arguments themselves come before what a container holds (a batch, a structure of inputs).
+    # Caches that are arguments themselves come before caches in containers (a batch, a structure of inputs).
     found = [value for value in values if is_cache(value)]
     for value in values:
         if isinstance(value, (dict, list, tuple)) and not is_cache(value):
@@ -52,7 +52,7 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def why_pages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why tokens of a call are of no one sequence: its cache is made of pages, and a row holds tokens of several requests."""
+    """The reason to leave a call out if its cache is paged: one row then holds tokens of several requests."""
     kinds = {type(value) for value in (*args, *kwargs.values())}
     if not any(hasattr(kind, "free_blocks") and hasattr(kind, "update") for kind in kinds):
         return None
@@ -63,68 +63,68 @@ def why_pages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 
 
 def parts_of(cache: Any) -> list[Any]:
-    """A cache, and the one of a decoder's own tokens inside it."""
+    """A cache, and the self-attention cache inside it if it is an encoder-decoder's."""
     own = getattr(cache, "self_attention_cache", None)
     return [cache] if own is None else [cache, own]
 
 
 def tokens_in(cache: Any) -> int:
-    """Tokens whose keys and values it keeps, or kept before its window moved on."""
+    """Number of tokens that a cache has seen; those that left a sliding window are included."""
     try:
         return int(cache.get_seq_length())
     except (ValueError, NotImplementedError):
-        # One of linear attention only keeps states and counts nothing; no site has keys in it.
+        # A cache of linear attention layers only holds states and does not count; no site has keys in it.
         return 0
 
 
 def windows_of(cache: Any) -> frozenset[int]:
-    """How many of the latest tokens its sliding layers may keep, as they say themselves."""
+    """The window lengths of a cache's sliding layers, in tokens, read from the keys that they hold."""
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ()
     found: set[int] = set()
     for layer in layers:
         keys = getattr(layer, "keys", None)
         if getattr(layer, "is_sliding", False) and isinstance(keys, torch.Tensor) and keys.dim() == 4:
-            # A memory of fixed size gives its oldest token away before it takes several new ones.
+            # A cache of fixed size drops its oldest token before it takes several new ones.
             found.update((keys.shape[2], keys.shape[2] - 1))
     return frozenset(found)
 
 
-# Numbers of a key that are kept for each token.
+# Features of a key that are kept for each token.
 _NUMBERS = 16
 
 
 def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
-    """A few numbers of the keys that a cache holds of tokens ``start:stop``: those of its last layer, which depend on all
-    tokens before.
+    """A fingerprint of tokens ``start:stop``: a few features of their keys in the last layer, which depend on all
+    earlier tokens.
 
     Returns:
-        float32 ``[batch, tokens, numbers]`` on the CPU, NaN for tokens that its window has left behind; ``None`` where the
+        float32 ``[batch, tokens, features]`` on the CPU, NaN for tokens that left the sliding window; ``None`` if the
         keys cannot be read.
     """
     keys, total = _keys_of(getattr(cache, "self_attention_cache", cache)), tokens_in(cache)
     if keys is None or stop > total:
         return None
-    # A window has the latest tokens only; a memory of fixed size has its first places filled.
+    # A sliding window holds the latest tokens only; a static cache is filled from its first position on.
     first = max(0, total - keys.shape[2])
     found = keys[:, 0, max(start - first, 0) : max(stop - first, 0), :_NUMBERS].detach().float().cpu()
     return torch.nn.functional.pad(found, (0, 0, stop - start - found.shape[1], 0), value=torch.nan)
 
 
 def _keys_of(cache: Any) -> torch.Tensor | None:
-    """``[batch, heads, tokens, width]``: the keys of the last layer that keeps all of them, or else of the last one."""
+    """The keys ``[batch, heads, tokens, width]`` of the last layer that keeps all tokens, or else of the last layer."""
     plain = [(layer, keys) for layer, keys in _held_by(cache) if _is_readable(keys)]
     whole = [pair for pair in plain if not getattr(pair[0], "is_sliding", False)]
     return (whole or plain or [(None, None)])[-1][1]
 
 
 def _held_by(cache: Any) -> list[tuple[Any, Any]]:
-    """What each layer keeps as keys."""
+    """Pairs of a layer and the keys that it holds."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return [(None, keys) for keys in getattr(cache, "key_cache", ())]
     found = []
     for layer in layers:
-        # Eight bits and one scale for all are numbers that stay as they are; groups are packed, and packed again.
+        # Keys quantised to 8 bits with one scale never change; keys packed in groups are packed again later.
         narrow = getattr(layer, compat.QUANTIZED_KEYS, None)
         narrow = narrow[0] if isinstance(narrow, tuple) and narrow else None
         found.append((layer, narrow if _is_readable(narrow) else getattr(layer, "keys", None)))
@@ -138,24 +138,24 @@ def _is_readable(keys: Any) -> bool:
 
 
 def rows_have_moved(cache: Any) -> bool | None:
-    """Whether rows of a batch were put into another order in a cache that cannot be read; ``None``: that is not known."""
+    """True if beam search has reordered the batch rows of a cache whose keys cannot be read; ``None``: not known."""
     cache = getattr(cache, "self_attention_cache", cache)
     found = [getattr(layer, compat.PENDING_BEAMS, ...) for layer in getattr(cache, "layers", None) or ()]
     orders = [order for order in found if order is not ...]
     if not orders:
         return None
-    # Kept beside what is packed until it is packed again, in the call that comes next.
+    # The pending order is kept beside the packed keys until they are packed again, in the next call.
     return any(order is not None and order.tolist() != list(range(len(order))) for order in orders)
 
 
 def parameter_of(model: nn.Module) -> str | None:
-    """What a model calls the argument of its forward that takes a cache; ``None`` if it has none."""
+    """The name of the parameter of a model's forward that takes a cache; ``None`` if there is none."""
     for owner in _owners(model):
         forward = inspect.unwrap(owner.forward)
         try:
             hints = typing.get_type_hints(forward)
         except Exception:
-            # Annotations are text that anything can be written in, of names that may not be there.
+            # Annotations may be strings that cannot be evaluated, or name things that do not exist.
             hints = dict(getattr(forward, "__annotations__", {}))
         names = [name for name in inspect.signature(owner.forward).parameters if name != "self"]
         found = [name for name in names if _takes_cache(hints.get(name))]
@@ -166,7 +166,7 @@ def parameter_of(model: nn.Module) -> str | None:
 
 
 def _owners(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what an adapter hands its keyword arguments on to."""
+    """The model, and the base model to which an adapter passes its keyword arguments."""
     yield model
     inner = getattr(model, "get_base_model", None)
     if inner is not None and any(
@@ -184,7 +184,7 @@ def _takes_cache(hint: Any) -> bool:
 
 
 def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
-    """An empty KV cache for a model of transformers; ``offloaded``: layers that do not run wait in the host's memory."""
+    """An empty KV cache for a transformers model; with ``offloaded``, layers not running wait in CPU memory."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config, offloading=offloaded)

@@ -1,7 +1,7 @@
-"""What transformers models say, in the arguments of a call, about padding, caches and cross-attention.
+"""Reads padding, caches and cross-attention from the arguments of a transformers model's call; builds models on meta.
 
-Reading a call imports nothing: these are the names its models have used for years (a cache's name was changed, so
-``hosts.caches`` knows it by its type). Building a model does.
+Reading a call imports nothing: it uses argument names that the models have had for years. (A cache's name has changed;
+``caches.py`` recognises caches by their methods.) Building a model imports transformers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ class ModelCall:
     """One call of a model.
 
     Attributes:
-        mask: Bool ``[batch, tokens]``, real tokens of the (encoder's) input, the cached ones included; or ``None``.
-        decoder_mask: The same for a decoder that has an encoder.
+        mask: Bool ``[batch, tokens]``: True for real tokens of the (encoder's) input, cached ones included; or
+            ``None``.
+        decoder_mask: The same for the decoder of an encoder-decoder model.
         past: Tokens in the cache when the call began.
-        cache: The cache that it was handed, or ``None``.
-        batches: How many sequences, pictures or sounds it may be called with; ``None``: that is not known.
-        lengths: Tokens of the sequences that it is called with; ``None``: there may be others (pictures, sound).
-        pasts: Tokens in that cache, and in any other that it was handed for another part of the model, by the cache's id,
-            which is good for as long as the call goes on.
-        problem: Why the blocks that were asked for are none of it.
-        is_single: Whether it is called with one token of one sequence, and with nothing else that has an order.
+        cache: The cache that was passed, or ``None``.
+        batches: Batch sizes that may occur in it (sequences, pictures, sounds); ``None``: not known.
+        lengths: Numbers of tokens of its sequences; ``None``: there may be others (pictures, sound).
+        pasts: For every cache that was passed, by its id: the tokens in it when the call began. Ids are valid during
+            the call.
+        problem: Why the blocks of the capture do not fit this call, or ``None``.
+        is_single: True if the call has one token of one sequence, and no other input that has an order.
     """
 
     mask: torch.Tensor | None = None
@@ -51,7 +52,7 @@ class ModelCall:
     is_single: bool = False
 
     def past_of(self, handed: list[Any]) -> int | None:
-        """Tokens that were in the first of some caches that the model was handed; ``None``: it was handed none of them."""
+        """Tokens that were in the first of ``handed`` that was passed to the model; ``None`` if none of them was."""
         return next((self.pasts[id(cache)] for cache in handed if id(cache) in self.pasts), None)
 
 
@@ -61,7 +62,7 @@ def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def read_call(kind: type[nn.Module] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-    """What a model is called with.
+    """The facts that the arguments of a model's call tell.
 
     Args:
         kind: The model's class; ``None`` if it is not known.
@@ -94,7 +95,7 @@ def _batches(value: Any) -> frozenset[int] | None:
 
     def look(item: Any, depth: int) -> None:
         if isinstance(item, torch.Tensor) and item.dim():
-            # Several pictures of a sequence: ``[batch, pictures, ...]``. Tokens may come first.
+            # A sequence may have several pictures: ``[batch, pictures, ...]``. The token dimension may come first.
             found.update(itertools.accumulate(item.shape[: max(1, item.dim() - 2)], operator.mul))
             is_first = item.dim() == 3 and item.is_floating_point() and item.shape[0] > 1
             found.update(item.shape[1:2] if is_first else ())
@@ -107,7 +108,7 @@ def _batches(value: Any) -> frozenset[int] | None:
 
 
 def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | None:
-    """Tokens of the sequences that a model is called with, where all of its inputs are tokens."""
+    """Numbers of tokens of a call's sequences; ``None`` if an input is not made of tokens."""
     found: set[int] = set()
     named = {id(value) for value in given.values()}
     for name, value in [*given.items(), *(("", value) for value in args if id(value) not in named)]:
@@ -124,12 +125,12 @@ def _lengths(given: dict[str, Any], args: tuple[Any, ...]) -> frozenset[int] | N
 
 
 def _is_single(given: dict[str, Any], args: tuple[Any, ...]) -> bool:
-    """A step of a generation: of masks and caches alone there may be more than one token."""
+    """True if a call is one step of a generation: one token of one sequence (masks and caches may be longer)."""
 
     def is_one(name: str, value: Any) -> bool:
         if not isinstance(value, torch.Tensor):
             return not isinstance(value, (Mapping, tuple, list))
-        # Numbers that are no embeddings may be a picture or a sound.
+        # A floating-point input that is not embeddings may be a picture or a sound.
         is_embedded = name.endswith("inputs_embeds") and value.dim() == 3
         return (
             value.shape[:2] == (1, 1) if is_embedded else not value.is_floating_point() and value.numel() == 1
@@ -148,8 +149,8 @@ def _as_mask(value: Any, past: int) -> torch.Tensor | None:
 
     Args:
         value: The padding mask; or, as ``generate`` prepares it for some caches, ``[batch, 1, q_len, kv_len]``, boolean
-            or additive, alone or in a dict by kind of layer. From such a mask a token is real if it looks at itself.
-        past: Tokens before the first query. A prepared mask says nothing of them; they count as real here.
+            or additive, alone or in a dict by kind of layer. In such a mask a token counts as real if it sees itself.
+        past: Tokens before the first query. A prepared mask does not tell which of them are real; all count as real.
     """
     if isinstance(value, dict) and value:
         value = value.get("full_attention", next(iter(value.values())))
@@ -166,7 +167,7 @@ def _as_mask(value: Any, past: int) -> torch.Tensor | None:
 
 
 def why_other_tokens(model: nn.Module) -> str | None:
-    """Why the sequence of a model is not its text's: PEFT's soft prompts put virtual tokens before it."""
+    """Why a model's sequence is not that of its text (PEFT's soft prompts prepend virtual tokens), or ``None``."""
     config = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return None
@@ -180,16 +181,16 @@ def why_other_tokens(model: nn.Module) -> str | None:
 
 
 def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Sequences, and tokens of each, that an attention module is called with; ``None`` if that cannot be told."""
+    """Batch size and tokens per sequence of an attention module's call; ``None`` if they cannot be told."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() in (3, 4):
-            # Four dimensions: an image whose channels come last.
+            # Four dimensions: an image with channels last.
             return value.shape[0], math.prod(value.shape[1:-1])
     return None, None
 
 
 def is_part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention module is called with some tokens of a longer tensor ``[batch, tokens, channels]``."""
+    """True if an attention module is called with some tokens of a longer tensor ``[batch, tokens, channels]``."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() == 3:
             batch, tokens, channels = value.stride()
@@ -198,12 +199,12 @@ def is_part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def is_cross(kwargs: dict[str, Any]) -> bool:
-    """Whether an attention module was handed another sequence to look at."""
+    """True if an attention module was given another sequence to attend to (cross-attention)."""
     return any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
 
 
 def masks_of(call: ModelCall, site_name: str, cross: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Padding masks of the queries and of the keys of a site."""
+    """The padding masks of a site's queries and of its keys."""
     if cross:
         return call.decoder_mask, call.mask
     if "decoder" in site_name and (call.decoder_mask is not None or call.mask is None):
@@ -212,9 +213,9 @@ def masks_of(call: ModelCall, site_name: str, cross: bool) -> tuple[torch.Tensor
 
 
 def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torch.Tensor] | None:
-    """Token ids of a length, as a transformers model takes them, with shapes only; ``None`` where that is not enough.
+    """Inputs of token ids on device meta for a transformers model; ``None`` if the model needs other inputs.
 
-    An encoder-decoder model gets as many tokens on either side.
+    An encoder-decoder model gets ``seq_len`` tokens on both sides.
     """
     names = parameter_names(type(model))
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in names:
@@ -226,15 +227,15 @@ def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torc
 
 
 def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Module:
-    """The model of a config, without weights.
+    """The model of a config, on device meta and so without weights.
 
     Args:
         name: A folder with a ``config.json``, or a model's name on the hub.
-        dtype: Such as ``"bfloat16"``; ``None``: as the config says, else float32.
+        dtype: A name such as ``"bfloat16"``; ``None``: as the config says, else float32.
         attention: transformers' attention implementation; ``None``: its own choice.
 
     Raises:
-        ExplainError: There is no such config, or no model can be built of it.
+        ExplainError: There is no such config, or no model can be built from it.
         MissingExtraError: transformers is not installed.
     """
     try:
@@ -251,7 +252,7 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     except (OSError, ValueError, KeyError) as error:
         what = "its config cannot be read" if folder.exists() else "no such folder, and not on the hub"
         raise ExplainError(f"{name}: {what}: {first_line(error)}") from error
-    # A quantised checkpoint's config says how to load it; shapes are those of the model it was made of.
+    # A quantised checkpoint's config says how to load it. The shapes are those of the model before quantisation.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind = next((getattr(transformers, each, None) for each in config.architectures or []), None)

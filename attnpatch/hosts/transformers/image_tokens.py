@@ -1,4 +1,4 @@
-"""Where the pictures of a language model's call stand among its tokens, as Qwen2-VL and its kind are told it."""
+"""Finds the pictures among the tokens of a language model's call, from the arguments that Qwen2-VL and similar take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Height, width, tile, start and frames, as ``Blocks.tiles`` has them.
+# Height, width, tile, start and frames, as in ``Blocks.tiles``.
 Tiles = tuple[int, int, int, int, int]
 # First token, frames, rows and columns of tokens.
 Picture = tuple[int, int, int, int]
@@ -22,16 +22,16 @@ IMAGE, VIDEO = "image", "video"
 def why_no_picture(
     part: nn.Module, given: Mapping[str, Any], tiles: Tiles, before: Sequence[torch.Tensor] = ()
 ) -> str | None:
-    """Why tiles that were asked for are no picture of a call.
+    """Why the tiles of a capture do not match any picture of a call.
 
     Args:
         part: The model.
-        given: What it is called with, by name.
-        tiles: The picture, counted in tokens without padding.
-        before: Shapes that its vision tower was called with before it, call by call: ``generate`` encodes pictures first.
+        given: The arguments of its call, by name.
+        tiles: The tiles of the capture; positions count tokens without padding.
+        before: Shapes with which the vision tower was called before, call by call: ``generate`` encodes pictures first.
 
     Returns:
-        A reason that names the pictures there are; ``None``: it is one, or the call says nothing of pictures.
+        A reason that names the pictures of the call; ``None`` if one matches, or if the call tells nothing of pictures.
     """
     height, width, _, start, frames = tiles
     found = pictures_in(part, given, before)
@@ -48,7 +48,7 @@ def why_no_picture(
 def pictures_in(
     part: nn.Module, given: Mapping[str, Any], before: Sequence[torch.Tensor] = ()
 ) -> list[list[Picture]] | None:
-    """The pictures of each sequence; ``None``: the call says nothing, or not enough. See ``why_no_picture``."""
+    """The pictures of each sequence; ``None`` if the call does not tell them. Arguments as for ``why_no_picture``."""
     config, ids = getattr(part, "config", None), given.get("input_ids")
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or merge is None:
@@ -59,13 +59,13 @@ def pictures_in(
     shapes = {kind: given.get(f"{kind}_grid_thw") for kind in (IMAGE, VIDEO)}
     shapes = {kind: shape for kind, shape in shapes.items() if isinstance(shape, torch.Tensor)}
     if not shapes and counts:
-        # A call of the tower for each kind, images first.
+        # The tower was called once per kind, images first.
         shapes = dict(zip(counts, before[-len(counts) :], strict=False))
     sizes = {kind: _merged(shape, merge) for kind, shape in shapes.items()}
     totals = {kind: sum(f * h * w for f, h, w in each) for kind, each in sizes.items()}
     if not sizes or {kind for kind in totals if totals[kind]} != set(counts):
-        return None  # of a kind in the places of the other one, or in none
-    # Sequences that are asked for several times each (``num_return_sequences``) have the same pictures.
+        return None  # the kinds of shapes and of placeholder tokens differ
+    # With ``num_return_sequences`` each sequence occurs several times, with the same pictures.
     copies = max((counts[kind] // totals[kind] for kind in counts), default=1)
     if any(counts[kind] != copies * totals[kind] for kind in counts):
         return None
@@ -84,12 +84,12 @@ def pictures_in(
 
 
 def _merged(shapes: torch.Tensor, merge: int) -> list[Size]:
-    """Sizes in tokens of the language model, of ``[pictures, 3]`` patches."""
+    """Sizes in tokens of the language model, from sizes ``[pictures, 3]`` in patches of the vision tower."""
     return [(f, h // merge, w // merge) for f, h, w in shapes.reshape(-1, 3).tolist()]
 
 
 def _of_sequence(places: list[int], sizes: Iterator[Size]) -> Iterator[Picture]:
-    """Pictures of one kind one after another, each of tokens in one piece; of a video that is in several, its frames."""
+    """The pictures of one kind, each contiguous in the tokens; a video that is not contiguous is split into frames."""
     while places:
         size = next(sizes, None)
         if size is None:
@@ -100,7 +100,7 @@ def _of_sequence(places: list[int], sizes: Iterator[Size]) -> Iterator[Picture]:
 
 
 def _pieces(places: list[int], sizes: list[Size]) -> list[Picture]:
-    """Pictures of these sizes at some places; none: one of them is in several pieces."""
+    """Pictures of these sizes at some token positions; empty if one of them is not contiguous."""
     found: list[Picture] = []
     for size in sizes:
         count = size[0] * size[1] * size[2]

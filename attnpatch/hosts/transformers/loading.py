@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders or the hub, as their user can afford them."""
+"""Loads models and tokenizers from folders or the hub."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def load_model(
 
     Args:
         name: A folder, or a name on the hub.
-        device_map: As transformers takes it, such as ``"auto"``.
-        dtype: ``torch.dtype`` or its name; ``None``: as the checkpoint has it.
-        load_in_4bit, load_in_8bit: Quantised by bitsandbytes.
-        max_memory: Bytes per device, as accelerate takes them.
-        attention: transformers' attention implementation; a model that has it not gets eager attention.
+        device_map: As in transformers, such as ``"auto"``.
+        dtype: ``torch.dtype`` or its name; ``None``: as in the checkpoint.
+        load_in_4bit, load_in_8bit: Quantise with bitsandbytes.
+        max_memory: Bytes per device, as in accelerate.
+        attention: transformers' attention implementation; a model that lacks it gets eager attention.
 
     Raises:
         AnalysisError: There is no such model, it cannot be loaded this way, or it has an encoder and a decoder.
@@ -59,7 +59,7 @@ def load_model(
         _needs("accelerate", "all")
     _check_folder(name)
     try:
-        # Of the decoder alone the checkpoint has too little: what it lacks would be drawn at random.
+        # Loaded as a decoder only, such a checkpoint would lack weights, which would be drawn at random.
         if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
             raise AnalysisError(f"model {name!r}: {ENCODER_DECODER.format('it')}")
         try:
@@ -74,7 +74,7 @@ def load_model(
             )
     except AnalysisError:
         raise
-    # Damaged files and devices that are not there: whatever a host raises, the model is not to be had.
+    # Damaged files, missing devices, ...: whatever the host raises, the model cannot be loaded.
     except Exception as error:
         raise AnalysisError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     _check_weights(name, model, about["missing_keys"])
@@ -82,7 +82,7 @@ def load_model(
 
 
 def _check_weights(name: str, model: nn.Module, missing: Any) -> None:
-    """See that what attention depends on was in the checkpoint; only a head may be drawn at random."""
+    """Check that the checkpoint has all weights that attention depends on; only a head may be drawn at random."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     parameters = {key for key, _ in model.named_parameters()}
     drawn = sorted(key for key in missing if key.startswith(prefix) and key in parameters)

@@ -1,8 +1,8 @@
-"""Masks of transformers, asked for by rows while a patched model is called.
+"""Defers transformers' attention masks while a patched model is called, so that they are made by rows.
 
-Every model that uses ``transformers.masking_utils`` gets its masks from one of two functions, which stand in a table by
-attention implementation: ``sdpa_mask`` makes a boolean one, ``eager_mask`` an additive one. Both take how many rows are
-wanted and where they begin, so they can be asked for some rows as well as for all.
+Every model that uses ``transformers.masking_utils`` gets its masks from one of two functions in a table by attention
+implementation: ``sdpa_mask`` makes a bool mask, ``eager_mask`` an additive one. Both take the number of rows and the
+first row, so they can make a few rows as well as all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from attnpatch.rows.deferred.tensor import DeferredTensor
 
 _MODULE = "transformers.masking_utils"
 _NAMES = ("sdpa_mask", "eager_mask")
-# Arguments that ask whether a mask is needed at all. Rows of one that is needed are.
+# Arguments that let the function skip a mask that is not needed. Off for single rows: their mask is known to be needed.
 _SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
 class _Table:
-    """transformers' table of mask functions, with ours in their place while some thread calls a patched model."""
+    """Replaces the functions in transformers' table of masks while any thread calls a patched model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,7 +57,7 @@ class _Table:
             if self._users:
                 return
             for mapping, key, function, ours in self._replaced:
-                # Somebody may have registered another one meanwhile.
+                # Another function may have been registered meanwhile; it stays.
                 if mapping.get(key) is ours:
                     mapping[key] = function
             self._replaced.clear()
@@ -68,10 +68,10 @@ _table = _Table()
 
 @contextlib.contextmanager
 def by_rows(call: AttentionCall) -> Iterator[None]:
-    """Defer the masks that transformers makes inside the block, where the policy of ``call`` says so."""
+    """Inside the block, defer transformers' masks if the policy of ``call`` says so."""
     module = sys.modules.get(_MODULE)
     if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
-        # Not those of a patched model around this one either.
+        # Also switch off the deferring for a patched model around this one.
         with row_masks.of_call(None):
             yield
         return
@@ -84,7 +84,7 @@ def by_rows(call: AttentionCall) -> Iterator[None]:
 
 
 def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call has no sequence so long that a mask may go by rows: a step of a generation pays for one look."""
+    """True if no sequence of a call is long enough for a deferred mask; cheap, since each generation step runs it."""
     if policy.mode != "auto":
         return False
     given = [(None, value) for value in args] + [
@@ -97,18 +97,18 @@ def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _tokens(name: str | None, value: torch.Tensor) -> int:
-    """As many tokens as an input may be; those of a step of a generation may come embedded."""
+    """An upper bound on the tokens of an input; a generation step may pass embeddings."""
     return value.numel() // max(1, value.shape[-1]) if name == "inputs_embeds" else value.numel()
 
 
 def makes_masks(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, which makes the masks of what it holds when it is called."""
+    """True for a transformers model, which makes the masks of its layers in its own forward."""
     host = sys.modules.get("transformers.modeling_utils")
     return host is not None and isinstance(module, host.PreTrainedModel)
 
 
 class _Asked(Exception):
-    """The host needs a mask, and has asked what it is."""
+    """The host has called its mask function, so it needs a mask."""
 
 
 def _ask(*_: Any) -> Any:
@@ -116,11 +116,11 @@ def _ask(*_: Any) -> Any:
 
 
 def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A mask function of transformers that defers its mask where a patched model's call in this thread wants it so."""
+    """A transformers mask function that defers its mask if this thread is in a patched model's call that wants it."""
 
     @functools.wraps(original)
     def mask(*args: Any, **kwargs: Any) -> Any:
-        # A static cache says where it is in a tensor: its masks are prepared once for many calls.
+        # A static cache gives its position as a tensor: its masks are prepared once for many calls.
         places = [kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("q_offset", 0)]
         if torch.compiler.is_compiling() or args or any(type(number) is not int for number in places):
             return original(*args, **kwargs)
@@ -132,7 +132,7 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             if guard.passes(error):
                 raise
             failure = error
-        found = original(**kwargs)  # whose own error comes again, and is the one that is raised
+        found = original(**kwargs)  # if the error was the host's own, it is raised again here
         if failure is not None:
             row_masks.failed("a mask by rows", failure)
         return found
@@ -141,7 +141,7 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """The mask, deferred or whole, as the rule says."""
+    """The mask: deferred, or the host's own, as the policy says."""
     try:
         with positions.unwatched():
             found = _deferred(original, kwargs)
@@ -155,7 +155,7 @@ def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The host's own mask; deferred after all if memory does not hold it."""
+    """The host's own mask; deferred after all if it does not fit into memory."""
     try:
         return original(**given)
     except RuntimeError as error:
@@ -168,14 +168,14 @@ def _whole(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """The mask, deferred; ``None`` if the host needs none; ``NotImplemented`` where the rule says that it may be whole.
+    """The deferred mask; ``None`` if the host needs none; ``NotImplemented`` if the policy lets the host make it.
 
     Raises:
-        masks.Unknown: It reads something of which no copy can be kept.
+        row_masks.Unknown: The mask function refers to an object that cannot be copied.
     """
     q_len, kv_len, offset = given["q_length"], given["kv_length"], given.get("q_offset", 0)
     try:
-        # Whether the host needs one is its own decision: it makes none, or it asks its function.
+        # The host decides if it needs a mask: it returns ``None``, or calls its mask function, which raises ``_Asked``.
         if original(**{**given, "mask_function": _ask}) is None:
             return None
     except _Asked:
@@ -191,10 +191,10 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
-    """Bytes that the host holds for a mask of so many elements, and with it in its attention.
+    """A function from a mask's number of elements to the bytes that the host holds for it, in its attention, too.
 
-    A boolean mask is made additive, by eager before any attention, by torch's fused kernels inside it. Eager attention
-    then holds three tensors of scores for every head.
+    A bool mask is converted to an additive one: by eager attention beforehand, by torch's fused kernels inside. Eager
+    attention then holds three tensors of scores for every head.
     """
     itemsize = getattr(given.get("dtype"), "itemsize", 4)
     scores = 3 * _heads(given.get("config")) if original.__name__ == "eager_mask" else 0
@@ -202,7 +202,7 @@ def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callabl
 
 
 def _heads(config: Any) -> int:
-    """Attention heads of a layer; 1 where a config does not say so for all of its layers (it raises what it likes)."""
+    """Attention heads per layer; 1 if the config does not have one number for all layers (it may raise anything)."""
     try:
         heads = config.num_attention_heads
     except Exception:

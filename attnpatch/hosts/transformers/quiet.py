@@ -1,8 +1,8 @@
-"""transformers without its progress bars and advice, for a command line that has its own."""
+"""Switches off transformers' progress bars and warnings, for a command line that has its own output."""
 
 
 def quieten() -> None:
-    """Errors only, for the rest of this process; nothing where transformers is not installed."""
+    """Let transformers log only errors for the rest of this process; does nothing if it is not installed."""
     try:
         from transformers.utils import logging
     except ImportError:

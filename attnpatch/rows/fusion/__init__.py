@@ -1,1 +1,1 @@
-"""Attention written by hand that torch's fused kernel can compute."""
+"""Hand-written attention that is scaled dot-product attention, computed by torch's fused kernel."""

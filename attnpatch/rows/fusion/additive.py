@@ -1,4 +1,4 @@
-"""What a formula adds to its product before softmax, a tile at a time: the mask of a fused kernel."""
+"""The additive mask for a fused kernel, made tile by tile: all that a graph adds to its product before softmax."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from attnpatch.rows.fusion.match import HIDDEN, LOWEST, SdpaMatch
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, all_leaves, extent, leaves
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
 
-# A row in which nothing weighs more than this sees nothing: its keys are kept, and it is uniform or not a number.
+# If no mask value of a row is above this, the row sees no key. Its keys are kept: the result is uniform, or NaN.
 BLIND = HIDDEN / 2
-# A window begins at a multiple of so many keys: kernels read masks from aligned addresses.
+# The first key of a window is a multiple of this, since kernels read masks from aligned addresses.
 ALIGNED = 16
-# Rows that look for a pattern in a mask at a time.
+# Rows of a mask that are examined at a time.
 _SCAN_ROWS = 256
 
 
 class Added:
-    """The steps of a formula without its product.
+    """The steps between product and softmax, without the product itself.
 
-    It holds no tensors: whoever keeps it for a backward pass gives it the nodes of the masks, in the order of the
-    formula. A mask is ``[batch or 1, heads or 1, rows or 1, keys or 1]``.
+    It holds no tensors, so a backward pass can keep it. The caller gives it the nodes of the masks, in the order of the
+    steps. The mask it makes is ``[batch or 1, heads or 1, rows or 1, keys or 1]``.
 
     Attributes:
-        leads: Axes of batch and heads that a mask has.
-        is_interleaved: Whether the heads of a mask lie side by side in memory, and its keys apart.
+        leads: The axes of batch and heads that any mask has.
+        is_interleaved: True if a mask's heads are adjacent in memory and its keys are not.
     """
 
     def __init__(self, formula: SdpaMatch) -> None:
@@ -42,7 +42,7 @@ class Added:
         masks = [step.mask for step in formula.steps if step.mask is not None]
         own = [{axis for axis in all_leaves(mask.dims) if axis in formula.leads} for mask in masks]
         self._leads: set[Axis] = set().union(*own)
-        # Masks that are the same for all heads say what is seen before those of every head are computed.
+        # Masks that are the same for all heads tell which keys are visible, before those per head are computed.
         self._is_narrow = [len(axes) < len(self._leads) for axes in own]
         self._is_mild = all(
             is_narrow or _is_mild(mask) for mask, is_narrow in zip(masks, self._is_narrow, strict=True)
@@ -50,7 +50,7 @@ class Added:
         self._can_slice = all(_can_slice(mask, self.row, self.keys) for mask in masks)
         self.is_interleaved = any(_is_interleaved(mask, self.keys) for mask in masks)
 
-    # A mask that layers share makes their axes one, so an axis may have another name than when this was made.
+    # If layers share a mask, their axes are unified, so look each axis up again when it is used.
 
     @property
     def row(self) -> Axis:
@@ -67,7 +67,7 @@ class Added:
     def __call__(
         self, masks: Sequence[Node], tile: Tile, run: Evaluator, only_narrow: bool = False
     ) -> torch.Tensor | None:
-        """The mask in a tile; ``only_narrow``: what of it is the same for all heads."""
+        """The mask in a tile; with ``only_narrow`` just the part that is the same for all heads."""
         mask: torch.Tensor | None = None
         numbered = iter(zip(masks, self._is_narrow, strict=True))
         for kind, number, has_mask, inverted in self.steps:
@@ -93,14 +93,14 @@ class Added:
         return mask
 
     def seen(self, masks: Sequence[Node], tile: Tile, run: Evaluator) -> tuple[torch.Tensor, int, int]:
-        """The mask in a tile as far as anything is seen of it: its columns ``low:high`` of the keys."""
+        """The mask in a tile, cut to the keys ``low:high`` that any row sees; and ``low`` and ``high``."""
         everything = 0, self.keys.size
         is_split = any(self._is_narrow) and not all(self._is_narrow)
         part = self(masks, tile, run, is_split)
         assert part is not None
         if ledger_of(part) is not None:
             return (self(masks, tile, run) if is_split else part), *everything
-        # What other masks add to one of these is nothing beside LOWEST.
+        # Other masks may add to this one, but nothing that matters beside LOWEST.
         low, high = self._window(part, LOWEST if is_split else HIDDEN)
         if not is_split:
             return (part if part.shape[-1] == 1 else part[..., low:high]), low, high
@@ -112,7 +112,7 @@ class Added:
         return self(masks, tile, run), *everything
 
     def _window(self, mask: torch.Tensor, hidden: float) -> tuple[int, int]:
-        """The keys that some row of a mask sees; all of them where a row sees nothing."""
+        """The range of keys that any row of a mask sees; all keys if some row sees none."""
         everything = 0, self.keys.size
         if mask.shape[-1] == 1 or not mask.amax(-1).amin() > BLIND:
             return everything
@@ -120,12 +120,12 @@ class Added:
         return int(places[0]) // ALIGNED * ALIGNED, int(places[-1]) + 1
 
     def pattern(self, masks: Sequence[Node], node: Node, tileable: Sequence[Axis]) -> str | None:
-        """``"none"`` or ``"causal"`` where that is what the masks come to, looked at row by row.
+        """``"none"`` or ``"causal"`` if all masks together amount to that, examined row by row; otherwise ``None``.
 
         Args:
-            masks: Their nodes.
-            node: What they belong to.
-            tileable: Axes of batch and heads that they have.
+            masks: The nodes of the masks.
+            node: The node that they belong to.
+            tileable: The axes of batch and heads that they have.
         """
         if not masks:
             return "none"
@@ -151,7 +151,7 @@ def _is_nothing(mask: torch.Tensor, low: int, high: int) -> bool:
 
 
 def _is_causal(mask: torch.Tensor, low: int, high: int) -> bool:
-    """Whether rows ``low:high`` of a mask see the keys up to their own, and those alone."""
+    """True if each of the rows ``low:high`` of a mask sees exactly the keys up to its own."""
     if mask.shape[-1] < high or mask.shape[-2] != high - low:
         return False
     after, among = mask[..., high:], mask[..., low:high]
@@ -167,7 +167,7 @@ _PATTERNS = {"none": _is_nothing, "causal": _is_causal}
 
 
 def _is_mild(mask: Node) -> bool:
-    """Whether a mask is small enough to look at, and hides nothing (ALiBi: a number for each key of a head)."""
+    """True if a mask is small enough to examine and hides no key (ALiBi: one number per head and key)."""
     if not isinstance(mask, InputNode) or mask.tensor is None or len(all_leaves(mask.dims)) > 2:
         return False
     return (
@@ -176,7 +176,7 @@ def _is_mild(mask: Node) -> bool:
 
 
 def _can_slice(mask: Node, row: Axis, keys: Axis) -> bool:
-    """Whether some keys of a mask can be computed: not where it is kept for all rows, of which each sees others."""
+    """True if a mask can be computed for some keys only; not if a part without rows is kept for all rows."""
     for node in walk(mask):
         axes = all_leaves(node.dims)
         if keys in leaves(node.whole) or (
@@ -194,7 +194,7 @@ def _is_interleaved(mask: Node, keys: Axis) -> bool:
 
 
 def _wide(mask: torch.Tensor) -> torch.Tensor:
-    """A mask in float32 or wider, in which what hides a key swallows any product (that of float16 does not)."""
+    """A mask in float32 or wider, where a hiding value outweighs any product (float16's lowest value does not)."""
     if mask.dtype != torch.float16:
         return mask.to(torch.promote_types(mask.dtype, torch.float32))
     mask = mask.float()
@@ -202,7 +202,7 @@ def _wide(mask: torch.Tensor) -> torch.Tensor:
 
 
 def fitting(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """A mask in a dtype that the kernel takes: the query's, on CPU also float32 beside a narrower one."""
+    """A mask in a dtype that the kernel takes: the query's; on CPU float32 is possible with a narrower query, too."""
     if query.device.type == "cpu" and mask.dtype == torch.float32 and query.dtype.itemsize < 4:
         return mask
     if torch.promote_types(mask.dtype, query.dtype) == query.dtype:
@@ -212,9 +212,9 @@ def fitting(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def arranged(value: torch.Tensor, dims: Dims, tile: Tile, groups: Sequence[Sequence[Axis]]) -> torch.Tensor:
-    """A tile of a tensor with one dimension for each group of axes, of size 1 where it has none of them.
+    """A tile of a tensor, reshaped to one dimension per group of axes (of size 1 if it has none of them).
 
-    What is in no group comes last, as one dimension.
+    All axes that are in no group are merged into a last dimension.
     """
     names: list[Axis | None] = []
     sizes: list[int] = []

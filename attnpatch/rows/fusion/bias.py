@@ -1,4 +1,4 @@
-"""The mask and the bias of hand-written attention: what its own steps make of scores that are all zero."""
+"""Finds the open keys of hand-written attention: its mask is what its own steps make of scores that are all zero."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnpatch.rows.provenance.open_keys import open_keys, open_of
 
 
 def above(steps: list[Node], roots: set[int]) -> set[int]:
-    """What is computed from some steps; ``steps``: children before those that read them."""
+    """Ids of the steps that are computed from ``roots``; ``steps`` has children before parents."""
     found: set[int] = set()
     for step in steps:
         if any(id(child) in roots or id(child) in found for child in step.children):
@@ -25,15 +25,15 @@ def above(steps: list[Node], roots: set[int]) -> set[int]:
 
 
 def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
-    """The keys that attention is open to.
+    """A function that finds the keys that attention may see.
 
-    What is added before softmax says it, and what the weights are multiplied with after it. Where softmax is written by
-    hand, weights of 0 say it.
+    They follow from what is added before softmax, and from what the weights are multiplied with after it. If softmax is
+    written by hand, keys whose weight is 0 are hidden.
 
     Args:
-        node: Its probabilities.
+        node: The probabilities.
         keys, leads, rows: Their axes, in order.
-        layout: What they are.
+        layout: Which dimension each axis belongs to.
     """
 
     def opened(own: int | None) -> torch.Tensor | None:
@@ -62,7 +62,7 @@ def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis],
             return parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
         found = open_keys(rows_of, layout.batch, layout.q_len, layout.kv_len, own)
-        # Weights that are all 0 at scores of 0 are no softmax's.
+        # If all weights are 0 for scores of 0, this is not a softmax.
         return unknown if softmax is None and not bool(found.any()) else found
 
     return opened
@@ -73,18 +73,18 @@ def _products(node: Node) -> list[Node]:
 
 
 def _depends_on_scores(before: Node, read: set[int]) -> bool:
-    """Whether which keys are open is chosen by the scores themselves (the largest of them)."""
+    """True if the scores themselves decide which keys are open (the largest ones)."""
     return any(id(step) in read and not step.dtype.is_floating_point for step in walk(before))
 
 
 def _has_mask(node: Node, roots: list[Node]) -> bool:
-    """Whether anything is read beside what some steps are made of: queries and keys, or scores."""
+    """True if a graph reads any tensor that ``roots`` are not computed from: a mask or a bias."""
     inside = {id(step) for root in roots for step in walk(root)}
     return any(isinstance(s, InputNode) or s.stands_for_memory for s in walk(node) if id(s) not in inside)
 
 
 def _is_masked_after(node: Node, softmax: Node) -> bool:
-    """Whether the weights of a softmax, and of no other, are multiplied with something that is read."""
+    """True if the weights of this softmax are combined with a mask afterwards, by elementwise steps only."""
     steps = list(walk(node))
     read = above(steps, {id(softmax)})
     later = [step for step in steps if id(step) in read]
@@ -93,7 +93,7 @@ def _is_masked_after(node: Node, softmax: Node) -> bool:
 
 
 class _Steps:
-    """What the steps of attention make of one value for all scores, or all weights, by rows of one head."""
+    """The result of attention's own steps if all scores, or all weights, are one value; by rows of one head."""
 
     def __init__(
         self,
@@ -110,14 +110,14 @@ class _Steps:
             value = torch.full((), number, dtype=step.dtype, device=step.device)
             self.run.fix(step, value.expand(step.shape))
         self.axes = [leaf for dim in before.dims for leaf in leaves(dim)]
-        # Beside a sink's column softmax has these keys under another name; they come first.
+        # With a sink's column, softmax has other axes for these keys, which come first.
         self.keys = keys if all(key in self.axes for key in keys) else leaves(before.dims[-1])
         self.numbers = layout.numbers
         if self.numbers is None:
             self.numbers = torch.arange(math.prod(axis.size for axis in leads))
 
     def rows_of(self, sequence: int, low: int, high: int) -> torch.Tensor:
-        """``[rows, kv_len]``: rows of the first head of a sequence."""
+        """Rows ``low:high`` of a sequence's first head: ``[rows, kv_len]``."""
         tile = self._head(sequence)
         if len(self.rows) == 1:
             tile[self.rows[0]] = (low, high)
@@ -129,7 +129,7 @@ class _Steps:
         return value[low:high] if len(self.rows) != 1 and count > 1 else value
 
     def _head(self, sequence: int) -> Tile:
-        """The first head of a sequence, among the leading axes."""
+        """The tile of a sequence's first head."""
         at = int((self.numbers == sequence * self.layout.heads).nonzero()[0])
         tile: Tile = {}
         for axis in reversed(self.leads):
@@ -138,7 +138,7 @@ class _Steps:
         return tile
 
     def _value(self, tile: Tile) -> torch.Tensor:
-        """The bias inside a tile, a dimension for each axis."""
+        """The bias inside a tile, with one dimension per axis."""
         whole = self.run.whole
         with torch.no_grad():
             value = self.run.value(
@@ -159,7 +159,7 @@ class _Steps:
 
 
 def _softmax_over(node: Node, keys: list[Axis]) -> Node | None:
-    """The softmax over the keys: the only one there is, or the one over them."""
+    """The softmax over the keys; or the only softmax there is; or ``None``."""
     softmaxes = [
         step
         for step in walk(node)

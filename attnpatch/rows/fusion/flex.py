@@ -1,4 +1,4 @@
-"""Soft-capped scores, which ``scaled_dot_product_attention`` lacks, by compiled FlexAttention."""
+"""Attention with soft-capped scores, which SDPA does not support, by compiled FlexAttention."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-# Where FlexAttention is compiled to one kernel. On CPU rows are as fast, and need no compiler (docs/numbers.md).
+# Devices on which FlexAttention compiles to one kernel. On CPU, by rows is as fast and needs no compiler
+# (docs/numbers.md).
 DEVICES = frozenset(["cuda"])
 
 
 @functools.cache
 def compiled() -> Any:
-    """FlexAttention holds all scores unless it is compiled."""
+    """FlexAttention, compiled: uncompiled it would hold all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

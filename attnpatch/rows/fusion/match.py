@@ -1,4 +1,4 @@
-"""Reads a graph as ``softmax(factor * query @ key.T + masks) @ value``, or says which step is something else."""
+"""Reads a graph as ``softmax(factor * query @ key.T + masks) @ value``, or names the step that does not fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from attnpatch.rows.graph.nodes import Child, InputNode, Node, SliceNode, ViewNo
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import CASTS
 
-# A mask value from here down outweighs any product: beside a key that is seen, such a key has no mass at all.
+# A mask value at or below this outweighs any product: beside a visible key, such a key gets no probability at all.
 HIDDEN = -6e4
-# What a masked key's score is set to where the host sets it to something finite: it swallows any product, so that a
-# row in which nothing is seen stays uniform, as it is where scores are overwritten.
+# Mask value for a key whose score the host overwrites with a finite number. It outweighs any product, so a row that
+# sees no key stays uniform, as when its scores are overwritten.
 LOWEST = -1e30
 _LAYOUT = frozenset(["permute", "contiguous", "clone", "positive"])
 _TIMES = frozenset("mul multiply __rmul__".split())
@@ -31,19 +31,19 @@ _KNOWN_AS = {"tanh": "tanh (softcap)", "cat": "cat (sinks)"}
 
 
 class NoMatch(Exception):
-    """The graph is no scaled dot-product attention; the message is the step that stands in the way."""
+    """The graph is not scaled dot-product attention; the message names the step that does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is done to the scores, in the order of the graph.
+    """One operation on the scores.
 
     Attributes:
-        kind: ``"times"`` a number, ``"plus"`` a mask (times a number), ``"fill"`` with a number where a mask says so, or
+        kind: ``"times"`` a number; ``"plus"`` a mask, times a number; ``"fill"`` with a number where a mask is true;
             ``"tanh"``.
         number: The number.
         mask: A node that does not depend on the product, for ``"plus"`` and ``"fill"``.
-        inverted: Fill where the mask is false.
+        inverted: True to fill where the mask is false.
     """
 
     kind: str
@@ -59,11 +59,11 @@ class SdpaMatch:
     Attributes:
         query, key, value: The operands.
         row, keys: The axes of query rows and of keys.
-        leads: The other axes of the scores, batch and heads, in the order of the product.
+        leads: The other axes of the scores (batch and heads), in the order of the product.
         width: The axes of the result that only the values have.
-        steps: What is done to the product before softmax.
-        sink: A learned score beside those of the keys, whose share is left out; ``None``: there is none.
-        dtype: What the wider one of the two products is computed in.
+        steps: The operations on the product before softmax, in order.
+        sink: The learned sink: a score beside those of the keys that has no value; ``None`` if there is none.
+        dtype: The wider dtype of the two products.
     """
 
     query: InputNode
@@ -79,7 +79,7 @@ class SdpaMatch:
 
     @property
     def factors(self) -> tuple[float, float | None]:
-        """What the product is multiplied by, and then, if there is a ``tanh``, what that is multiplied by."""
+        """The factor of the product, and the factor of its ``tanh``; the latter is ``None`` if there is no ``tanh``."""
         kinds = [step.kind for step in self.steps]
         place = kinds.index("tanh") if "tanh" in kinds else len(kinds)
         before, after = (
@@ -90,15 +90,15 @@ class SdpaMatch:
 
 
 def read(result: OpNode, probabilities: Node, keys: list[Axis]) -> SdpaMatch:
-    """The formula of a graph.
+    """Read a graph as scaled dot-product attention.
 
     Args:
         result: The product of probabilities and values.
-        probabilities: Its operand that is a graph.
-        keys: What it sums over.
+        probabilities: Its deferred operand.
+        keys: The axes that it sums over.
 
     Raises:
-        NoMatch: It is another one.
+        NoMatch: The graph is something else.
     """
     if _name(result) not in _PRODUCTS or len(result.children) != 2:
         raise NoMatch(f"{_name(result)} (of the values)")
@@ -143,7 +143,7 @@ def _other(node: Node) -> NoReturn:
 
 
 def _is_layout(node: Node) -> bool:
-    """Whether a step leaves the values as they are, up to rounding; axes have names, so their order does not matter."""
+    """True if a step keeps the values, up to rounding; dimensions may be reordered, since axes have names."""
     if isinstance(node, ViewNode):
         return not node.expand
     return len(node.children) == 1 and (
@@ -152,7 +152,7 @@ def _is_layout(node: Node) -> bool:
 
 
 def _softmax_of(node: Node) -> tuple[OpNode, SliceNode | None]:
-    """The softmax that a graph ends with, and what was cut off its result."""
+    """The softmax at the end of a graph, and the slice of its result, if there is one."""
     cut = None
     while _name(node) != "softmax":
         if isinstance(node, SliceNode) and cut is None:
@@ -165,7 +165,7 @@ def _softmax_of(node: Node) -> tuple[OpNode, SliceNode | None]:
 
 
 def _beside_sink(node: Node, joined: list[Axis], cut: SliceNode) -> tuple[Node, Node]:
-    """The scores and the sink that were put side by side along ``joined``, and of which ``cut`` leaves the sink out."""
+    """The scores and the sink that were concatenated along ``joined``; the slice ``cut`` drops the sink again."""
     while _name(node) != "cat":
         if not (_is_layout(node) or _is_shift(node, joined)):
             _other(cut)
@@ -183,14 +183,14 @@ def _beside_sink(node: Node, joined: list[Axis], cut: SliceNode) -> tuple[Node, 
 
 
 def _is_shift(node: Node, keys: list[Axis]) -> bool:
-    """Whether a step takes something off a whole row, its largest score as a rule: softmax does not see that."""
+    """True if a step subtracts one value from each row (usually its maximum), which does not change the softmax."""
     if _name(node) not in _MINUS or len(node.children) != 2:
         return False
     return not any(axis in keys for axis in all_leaves(node.children[1].dims))
 
 
 def _product_of(scores: Node, keys: Axis) -> OpNode:
-    """The product that has both the keys and rows of queries; what else is added to it is a mask."""
+    """The product that has both the key axis and a row axis; all else that is added to it counts as a mask."""
     for node in walk(scores):
         if (
             isinstance(node, OpNode)
@@ -218,13 +218,13 @@ def _operands(product: OpNode, keys: Axis) -> tuple[InputNode, InputNode, Axis]:
 
 
 def _inner_count(leaf: InputNode) -> int:
-    """Dimensions that are summed over: they are of no axis, and longer than one."""
+    """Number of dimensions that are summed over: those without an axis and longer than one."""
     assert leaf.tensor is not None
     return sum(not dim and size > 1 for dim, size in zip(leaf.dims, leaf.tensor.shape, strict=True))
 
 
 def _steps(scores: Node, product: OpNode, keys: Axis) -> list[Step]:
-    """What is done to the product, first things first."""
+    """The operations on the product, in order."""
     above = {product}
     for node in walk(scores):
         if any(child in above for child in node.children):
@@ -245,14 +245,14 @@ def _steps(scores: Node, product: OpNode, keys: Axis) -> list[Step]:
     found.reverse()
     found = [*_own_steps(product), *found]
     kinds = [step.kind for step in found]
-    # A cap is on the product alone, and there is one.
+    # A soft cap applies to the product only, and once.
     if "tanh" in kinds and (kinds.count("tanh") > 1 or {*kinds[: kinds.index("tanh")]} - {"times"}):
         raise NoMatch(_KNOWN_AS["tanh"])
     return found
 
 
 def _own_steps(product: OpNode) -> list[Step]:
-    """What ``baddbmm`` does to its product."""
+    """The operations that ``baddbmm`` itself applies to its product."""
     if _name(product) not in _ONTO:
         if len(product.children) != 2 or _name(product) not in _PRODUCTS:
             _other(product)
@@ -263,7 +263,7 @@ def _own_steps(product: OpNode) -> list[Step]:
 
 
 def _step(node: OpNode, scores: Node, above: set[Node]) -> list[Step]:
-    """One step, of which ``scores`` is what the product has become so far; last things first."""
+    """The operations of one node on ``scores``, its operand that comes from the product; the last one first."""
     name = _name(node)
     place = node.children.index(scores)
     first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
@@ -279,7 +279,7 @@ def _step(node: OpNode, scores: Node, above: set[Node]) -> list[Step]:
             _other(node)
         if isinstance(other, Child):
             mask = node.children[other.index]
-            # What depends on the product and has no keys is the same for a whole row: softmax does not see it.
+            # A term that depends on the product and has no keys is constant per row: it does not change the softmax.
             return [] if mask in above else [Step("plus", sign, mask)]
         return [] if math.isfinite(_number(other, node)) else _other(node)
     if name == "tanh":
@@ -309,21 +309,25 @@ def _argument(node: OpNode, position: int, name: str, default: Any = None) -> An
 
 
 def _number(value: Any, node: OpNode) -> float:
-    """A number, or the one element of a tensor that needs no gradient."""
+    """A number, or the value of a one-element tensor that needs no gradient."""
     if isinstance(value, (int, float)):
         return float(value)
     leaf = node.children[value.index] if isinstance(value, Child) else None
     if not isinstance(leaf, InputNode) or leaf.count != 1 or leaf.tensor is None:
         _other(node)
     if ledger_of(leaf.tensor) is not None:
-        return 1.0  # on shapes alone nobody knows
+        return 1.0  # a dry run has no values
     if torch.is_grad_enabled() and leaf.tensor.requires_grad:
         raise NoMatch(f"{_name(node)} (needs a gradient)")
     return float(leaf.tensor)
 
 
 def _check_gradients(result: OpNode, masks: list[Node]) -> None:
-    """No gradient may be asked for that the fused kernel does not give, nor be cut inside the graph."""
+    """Check that the fused kernel gives all gradients that are needed, and that none is stopped inside the graph.
+
+    Raises:
+        NoMatch: A step runs under no_grad, or a mask needs a gradient.
+    """
     if not torch.is_grad_enabled():
         return
     for node in walk(result):

@@ -1,8 +1,8 @@
-"""Graphs that are scaled dot-product attention, handed to torch's fused kernel instead of being replayed.
+"""Computes a graph that is scaled dot-product attention by torch's fused kernel.
 
-``formula.py`` reads the graph. What is added to the product before softmax is a mask to the kernel (``added.py``): none,
-a causal one, or rows of it at a time, computed by the same graph without its product. So a call holds some rows of its
-masks, and no scores.
+``match.py`` reads the graph. What it adds to the product before softmax becomes the kernel's mask (``additive.py``): no
+mask, a causal one, or a few rows of it at a time, computed by the same graph without its product. So a call holds some
+rows of its masks and no scores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnpatch.sdpa_call import SdpaCall
 
 
 def attend(result: OpNode, probabilities: Node, keys: list[Axis], site: AttentionCall) -> torch.Tensor | None:
-    """The product of probabilities and values by the fused kernel; ``None``, and counted, where it cannot be had."""
+    """The product of probabilities and values by the fused kernel; if that is not possible, ``None``, and counted."""
     try:
         return _attend(result, probabilities, keys, site)
     except NoMatch as other:
@@ -41,7 +41,7 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
     node = Fused(read(result, probabilities, keys), result)
     for leaf in tensors_of(node):
         leaf.check()
-    # The tensors are of the dtype that the products would be computed in.
+    # Autocast is off: the tensors already have the dtype in which the products would be computed.
     with torch.autocast(node.device.type, enabled=False):
         whole = node.call()
         if kernel_choice.fused_choice(whole) == kernel_choice.MATH_KERNEL:
@@ -54,7 +54,7 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
         if pattern is not None:
             whole = dataclasses.replace(whole, attn_mask=None, is_causal=pattern == "causal")
             if not node.has_sink:
-                # Nothing is as wide as the scores, so there is nothing to cut.
+                # No tensor is as wide as the scores, so the call need not be cut.
                 if site.sources is not None:
                     lead = (node.leads[:-1], node.leads[-1:])
                     observed.name_operands(whole, lead, node.row, node.keys, site.sources)
@@ -86,7 +86,7 @@ def _needs_grad(node: Node) -> bool:
 
 
 class Fused(Node):
-    """Attention of some query rows by the fused kernel, with the rows of the masks that belong to them."""
+    """Attention of some query rows by the fused kernel, with their rows of the masks."""
 
     is_exact = False
 
@@ -95,13 +95,13 @@ class Fused(Node):
         self.has_sink, self.mask_count = formula.sink is not None, len(masks)
         sinks = [] if formula.sink is None else [formula.sink]
         self.children = (formula.query, formula.key, formula.value, *masks, *sinks)
-        # Nothing but the children may hold a tensor: a backward pass keeps this node (``twin``).
+        # Only children may hold tensors, since a backward pass keeps this node (``twin``).
         self.row, self.keys, self.leads, self.width = formula.row, formula.keys, formula.leads, formula.width
         self.added = Added(formula)
         (self.factor, self.cap), self.kernel_dtype = formula.factors, formula.dtype
         self.dims, self.dtype, self.device = result.dims, result.dtype, result.device
-        # A kernel is parallel over heads: it is given all that have the same mask, and all of a mask in which they lie
-        # side by side.
+        # The kernel is parallel over heads, so a step has all heads that share a mask, or all heads of a mask whose
+        # heads are adjacent in memory.
         own, self.score_width = self.added.leads, formula.keys.size
         self.grain = RowGranularity(32, 32) if {*formula.leads[-1:]} & own else RowGranularity(768, 256)
         if self.added.is_interleaved:
@@ -121,7 +121,7 @@ class Fused(Node):
         return [axis for axis in leaves(self.leads) if axis in self.added.leads]
 
     def call(self) -> SdpaCall:
-        """The whole call, with a mask that has no values."""
+        """The whole call, with an expanded placeholder as its mask."""
         query, key, value = self._operands({}, Evaluator(self))
         mask = None
         if self.mask_count:
@@ -146,15 +146,15 @@ class Fused(Node):
             return self.laid_out(out if mask is None or self.has_sink else _without_nothing(out, mask), tile)
 
     def beside_sink(self, out: torch.Tensor, lse: torch.Tensor, tile: Tile, run: Evaluator) -> torch.Tensor:
-        """The result with the share of a sink left out: it takes part in softmax and has no value."""
+        """The result, reduced by the sink's share of the softmax, which has no value."""
         child = self.children[-1]
         sink = arranged(run.value(child, tile), child.dims, tile, [*self._lead(), (self.row,)])
         share = torch.sigmoid(lse.unsqueeze(-1) - sink.to(lse.dtype))
-        # Where nothing but the sink is seen, it takes everything.
+        # If a row sees only the sink, its result is zero.
         return torch.where(share > 0, out * share, 0.0).to(out.dtype)
 
     def _operands(self, tile: Tile, run: Evaluator) -> list[torch.Tensor]:
-        """Query, key and value, ``[batch, heads, length, width]``, of one dtype and one width."""
+        """Query, key and value ``[batch, heads, length, width]``, all of the same dtype and width."""
         lead = self._lead()
         sizes = [extent(group, tile) for group in lead]
         found = []
@@ -164,18 +164,18 @@ class Fused(Node):
                 part = part.transpose(-2, -1)  # values are summed over the keys, the others over their width
             found.append(part.to(self.kernel_dtype).expand(*sizes, *part.shape[-2:]))
         width = max(part.shape[-1] for part in found)
-        # Kernels take one width only; columns of zeros change no product.
+        # Kernels need the same width for all three; columns of zeros do not change the products.
         found = [
             F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part for part in found
         ]
         return [part if part.stride(-1) == 1 else part.contiguous() for part in found]
 
     def _lead(self) -> list[tuple[Axis, ...]]:
-        """Batch and heads: however many axes there are, the last one is called heads."""
+        """The axes of batch and heads: the last leading axis is heads, all others are batch."""
         return [self.leads[:-1], self.leads[-1:]]
 
     def laid_out(self, out: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """``[batch, heads, rows, width]`` as the host's own product would give it."""
+        """``[batch, heads, rows, width]`` rearranged to the dimensions of the host's own product."""
         axes = leaves([*self.leads, self.row, *self.width])
         width = math.prod(extent((axis,), tile) for axis in self.width)
         out = out[..., :width].reshape([extent((axis,), tile) for axis in axes])
@@ -184,7 +184,7 @@ class Fused(Node):
 
 
 def _without_nothing(out: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``out`` with the rows in which nothing is seen: softmax of nothing is not a number, and a kernel says zero."""
+    """``out`` with NaN in rows that see no key: the host's softmax gives NaN there, and the kernel gives zero."""
     if ledger_of(out) is not None or not (nothing := (out == 0).all(-1, keepdim=True)).any():
         return out
     return out.masked_fill(nothing & (mask.amax(-1, keepdim=True) == -math.inf), math.nan)

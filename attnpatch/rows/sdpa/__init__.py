@@ -1,1 +1,1 @@
-"""``scaled_dot_product_attention``: which kernel, by rows, its logsumexp and its probabilities."""
+"""``scaled_dot_product_attention``: the kernel choice, computation by rows, logsumexp, probabilities."""

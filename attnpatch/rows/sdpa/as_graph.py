@@ -22,7 +22,7 @@ def graph(call: SdpaCall) -> Node:
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     lead, count = fresh(call.lead), call.group
     if call.enable_gqa:
-        # Query heads are key heads x group: cut between groups, never through one.
+        # Query heads are key heads x group: cut between groups, never inside one.
         groups = fresh(key.shape[-3:-2])[0]
         lead = (*lead[:-1], (*groups, *((Axis(count),) if count > 1 else ())))
     row: Dim = (Axis(call.q_len, ROW),) if call.q_len > 1 else ()
@@ -44,7 +44,7 @@ def graph(call: SdpaCall) -> Node:
         leaves.append(node)
     inner = lead[-1][-1:] if count > 1 else ()
     fused = fused_choice(call) != MATH_KERNEL
-    # A fused kernel is parallel over heads and holds no scores: give it all of them.
+    # A fused kernel is parallel over heads and holds no scores, so a step has all heads.
     whole = (*width, *inner, *beside, *([axis for dim in lead for axis in dim] if fused else []))
     if not fused and is_simple(call):
         return Dense(leaves, dims, row, whole, call)
@@ -52,7 +52,7 @@ def graph(call: SdpaCall) -> Node:
 
 
 def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
-    """What gives the rows of a mask: itself, or its graph, whose rows and heads are those of the call."""
+    """The node of a mask: an input, or a deferred mask's graph with its rows and heads unified with the call's."""
     if isinstance(mask, DeferredTensor):
         node = mask.handle.node
         pairs = zip(node.dims[::-1], dims[::-1], strict=False)
@@ -63,7 +63,7 @@ def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
 
 
 class Attend(Node):
-    """SDPA on some query rows, with the mask rows, or for a causal call the keys, that belong to them."""
+    """SDPA on some query rows, with their rows of the mask, or, for a causal call, the keys that they see."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Attend(Node):
         self.rest = {"dropout_p": call.dropout_p, "scale": call.given_scale, "enable_gqa": call.enable_gqa}
         self.is_causal = call.is_causal
         self.is_learned = call.attn_mask is not None and call.attn_mask.requires_grad
-        # On CPU a mask costs a third more than two parts that are merged; elsewhere neither is measured.
+        # On CPU a mask costs a third more than merging two parts; on other devices this was not measured.
         self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
         self.random = call.dropout_p > 0
         self.kv_len = call.kv_len
@@ -93,7 +93,7 @@ class Attend(Node):
 
     @property
     def score_width(self) -> int:
-        """Scores of one row of the heads that are not cut apart, which no node of the graph shows."""
+        """Scores per row, for all heads that are always computed together; no node of the graph has them."""
         return self.kv_len * self.group
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
@@ -103,14 +103,14 @@ class Attend(Node):
             if not self.is_causal or (low == 0 and high == self.row_count()):
                 attn_mask = mask[0] if mask else None
                 if self.is_learned and not attn_mask.requires_grad:
-                    # No fused kernel takes a mask that gradients go to: the same choice for rows that were computed.
+                    # No fused kernel takes a mask that needs a gradient: make torch choose the same for computed rows.
                     attn_mask = attn_mask.detach().requires_grad_()
                 return F.scaled_dot_product_attention(
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest
                 )
             stop = min(high, self.kv_len)
             if self.device.type == "cuda":
-                # Every step has another number of keys, for each of which cuDNN would build a plan.
+                # Every step has another number of keys, and cuDNN would build a plan for each.
                 stack.enter_context(without_cudnn())
             if low == 0:
                 key, value = key[..., :stop, :], value[..., :stop, :]
@@ -125,9 +125,10 @@ class Attend(Node):
     def _merged(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, low: int, stop: int
     ) -> torch.Tensor:
-        """Rows of a causal call without a mask: keys before the rows, and keys among them, weighted by their mass.
+        """Rows of a causal call without a mask: the results for earlier keys and for the rows' own keys are merged.
 
-        As the blocks of FlashAttention are merged (Dao et al. 2022). A mask in their place costs a third more.
+        They are weighted by their probability mass, as FlashAttention merges blocks (Dao et al. 2022). With a mask
+        instead the call takes a third longer.
         """
         before, lse_before = self._with_lse(query, key[..., :low, :], value[..., :low, :], False)
         among, lse_among = self._with_lse(query, key[..., low:stop, :], value[..., low:stop, :], True)

@@ -1,4 +1,4 @@
-"""Whether an SDPA call can be cut in rows, and what of its arguments has to be computed before."""
+"""Tells whether an SDPA call can be cut into rows, and computes those of its arguments that must not be deferred."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from attnpatch.sdpa_call import SdpaCall
 
 
 def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    """A call with deferred tensors among its arguments, computed but for the mask, of which rows will do.
+    """The arguments of a call with deferred tensors computed, except a mask that can be made by rows.
 
-    Scores that were computed by hand and then used as a query or a key are not what the matmul path is for.
+    A deferred query, key or value is computed whole: the matmul path does not support scores in that role.
     """
     named = SdpaCall.of(args, kwargs).arguments()
     mask = computed(named.pop("attn_mask"))
@@ -24,7 +24,7 @@ def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any
 
 
 def _has_rows_of(mask: DeferredTensor, call: SdpaCall) -> bool:
-    """Whether a deferred mask can be cut as the call is."""
+    """True if a deferred mask can be cut as the call is."""
     scores = (*call.query.shape[:-1], call.kv_len)
     fits = mask.dim() <= len(scores) and all(
         size in (1, wanted) for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
@@ -35,10 +35,10 @@ def _has_rows_of(mask: DeferredTensor, call: SdpaCall) -> bool:
 def can_be_cut(call: SdpaCall) -> bool:
     operands, mask = [call.query, call.key, call.value], call.attn_mask
     if mask is not None and call.is_causal:
-        return False  # torch refuses both together, in its own words
+        return False  # torch raises an error for both together
     # A subclass (a causal bias object, a nested or distributed tensor) means more than its elements.
     tensors = [*operands, *([mask] if mask is not None and not is_pending(mask) else [])]
     plain = all(map(is_plain, tensors))
     if len({t.dtype for t in operands}) > 1 and autocast.narrow_dtype(call.device) is None:
-        return False  # the same
+        return False  # torch raises an error for different dtypes
     return plain and not any(t.is_nested or t.numel() == 0 for t in tensors) and call.query.dim() >= 2

@@ -1,4 +1,4 @@
-"""The probabilities of an SDPA call, which its kernel keeps to itself, as a tensor that computes rows on demand."""
+"""The probabilities of an SDPA call, which its kernel does not return, as a deferred tensor."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from attnpatch.sdpa_call import SdpaCall
 def of_call(call: SdpaCall, site: AttentionCall) -> torch.Tensor:
     """Softmax of the scores of an SDPA call, before dropout, in the dtype of its query.
 
-    A row that may look at nothing is zero, as in torch's attention. Without gradients: those of the call are its own.
+    A row that sees no key is zero, as in torch's attention. The result has no gradients.
 
     Args:
         call: The call; its mask may be deferred.
-        site: Whose policy says how rows are computed.
+        site: The attention call whose policy applies.
 
     Returns:
-        ``[..., heads, q_len, kv_len]``: deferred, with the query and the key kept for it; computed at once where it is
-        smaller than these (a step of a generation).
+        ``[..., heads, q_len, kv_len]``: deferred, which keeps the query and the key alive; or computed at once if it is
+        no larger than these (a step of a generation).
     """
     query, key, mask = call.query.detach(), call.key.detach(), call.attn_mask
     grouped = call.group > 1

@@ -1,4 +1,4 @@
-"""torch's dense attention on some query rows, without doing anew for every step what is the same in all of them.
+"""torch's dense attention on some query rows, with the work that all steps share done only once.
 
 ``F.scaled_dot_product_attention`` in its dense math (aten transformers/attention.cpp,
 ``_scaled_dot_product_attention_math``) scales all keys, and holds scores, a mask of their infinities and two results.
@@ -22,14 +22,14 @@ _DTYPES = (torch.float32, torch.float64)  # torch computes narrower ones in floa
 
 
 def is_simple(call: SdpaCall) -> bool:
-    """Whether ``Dense`` computes this call that torch would compute in its dense math."""
+    """True if ``Dense`` can compute a call for which torch would use its dense math."""
     query, mask = call.query, call.attn_mask
     tensors = [query, call.key, call.value]
-    # On CPU a step of a causal call leaves out the keys after it, and a fused kernel serves heads that share keys.
+    # Not on CPU for causal calls (each step has fewer keys) or grouped heads (a fused kernel serves those).
     is_other = call.is_causal or call.enable_gqa
     return (
         (query.device.type == "cuda" or (query.device.type == "cpu" and not is_other))
-        # In-place steps cannot be differentiated, in either direction.
+        # The in-place functions below cannot be differentiated.
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(query.device.type)
         and not call.dropout_p > 0
@@ -41,7 +41,7 @@ def is_simple(call: SdpaCall) -> bool:
 
 
 class ScaledKey(Node):
-    """The transposed keys times the root of the scale: without rows, so one tensor for all steps of a head."""
+    """The transposed keys times the square root of the scale; it has no rows, so all row steps share one tensor."""
 
     def __init__(self, key: Node, factor: float) -> None:
         self.children, self.factor = (key,), factor
@@ -59,7 +59,7 @@ class Dense(Node):
     ) -> None:
         query, key, *rest = leaves
         self.row, self.is_causal = row, call.is_causal
-        # Query heads that share a key head are further rows of it: nobody's keys and values are repeated.
+        # Query heads that share a key head are treated as further rows, so keys and values are not repeated.
         self.group = call.group
         root = math.sqrt(abs(call.scale))
         self.factor = -root if call.scale < 0 else root
@@ -87,17 +87,17 @@ class Dense(Node):
             if self.is_causal:
                 seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(low)
                 scores.masked_fill_(seen.logical_not_(), -math.inf)
-            # Rows in which nothing is seen are zeros (aten _safe_softmax).
+            # Rows that see no key become zeros (aten _safe_softmax).
             blind = scores.amax(-1, keepdim=True) == -math.inf
             torch.softmax(scores, -1, out=scores)
-            # On shapes alone nobody knows, and elsewhere asking waits for the device. Nothing is lost.
+            # ``blind.any()`` is read on CPU only: elsewhere it would wait for the device, and a dry run has no values.
             if ledger_of(scores) is not None or scores.device.type != "cpu" or blind.any():
                 scores.masked_fill_(blind, 0.0)
             out = torch.matmul(folded, value)
             return out if self.group == 1 else out.unflatten(-2, (self.group, rows)).flatten(-4, -3)
 
     def _scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The product, in memory that the steps share: new pages for every step cost a tenth of its time."""
+        """The product, in memory that all steps share: allocating it in every step takes a tenth of the step's time."""
         lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         shape = (*lead, query.shape[-2], key.shape[-1])
         count = math.prod(shape)

@@ -1,8 +1,8 @@
-"""torch's C++ fast paths of attention, as the steps they consist of, so that their products are seen.
+"""torch's C++ fast paths of attention, written out as their single steps, so that their products can be deferred.
 
-``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call one operator each in evaluation. The steps below are
-those of aten/src/ATen/native/transformers (attention.cpp, transformer.cpp), by torch's own operators; on CPU they give
-the operators' results to the last bit.
+In evaluation ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` each call one fused operator. The functions
+below do what aten/src/ATen/native/transformers (attention.cpp, transformer.cpp) does, with torch's own operators; on
+CPU the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SRC_MASK, KEY_PADDING, FULL_MASK = 0, 1, 2
 
 
 class _Torch:
-    """torch, but for the question whether somebody watches."""
+    """The module torch, except that ``has_torch_function`` always says no."""
 
     overrides = types.SimpleNamespace(has_torch_function=lambda _: False)
 
@@ -36,9 +36,9 @@ class _Torch:
 
 @functools.cache
 def opened(function: types.FunctionType) -> Callable[..., Any]:
-    """A Python function of torch that runs under a mode as it would run without one.
+    """A copy of one of torch's Python functions that runs under a mode as it would run without one.
 
-    Such functions look whether a mode is active, and then hand themselves to it whole or avoid their fast path.
+    The original checks if a mode is active; if so, it passes itself to the mode as one call, or avoids its fast path.
     """
     changes = {"has_torch_function": lambda _: False, "torch": _Torch()}
     scope = {**function.__globals__, **{k: v for k, v in changes.items() if k in function.__globals__}}
@@ -50,7 +50,7 @@ def opened(function: types.FunctionType) -> Callable[..., Any]:
 
 
 def goes_by_rows(query: torch.Tensor, num_heads: int, call: AttentionCall) -> bool:
-    """Whether the attention of a fast path is to be taken apart."""
+    """True if a fast path is to be run as its single steps, so that its attention goes by rows."""
     if query.is_nested:
         return False
     if call.observer is not None:
@@ -72,7 +72,7 @@ def multihead(
     """``torch._native_multi_head_attention`` for self-attention; arguments and results are the operator's."""
     dtype = autocast.narrow_dtype(query.device)
     if dtype is not None:
-        # The operator is one that autocast casts for, and what it consists of is none of autocast's business.
+        # Autocast casts the arguments of the fused operator, but does not see the operators inside it.
         tensors = (query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask)
         query, qkv_weight, qkv_bias, proj_weight, proj_bias, mask = autocast.cast(
             tensors, query.device, dtype
@@ -106,7 +106,7 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, mask_type: int | No
     node = scores.handle.node
     place = InputNode.aligned(mask, node.dims)
     call = OpNode(_masked_softmax_rows, (node, place), {}, node.dims, node.dtype, node.device, node.dims[-1])
-    # As the operator lays out its result, which it has no rule of for tensors without data.
+    # The operator's result is contiguous; it does not support meta tensors, so its layout is stated here.
     call.lies_by_rows = True
     return wrap(call, scores.handle.call)
 
@@ -131,7 +131,7 @@ def encoder_layer(
     x, _ = multihead(
         x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, False, mask_type
     )  # fmt: skip
-    # In place: under autocast ``x`` is narrower than what is added to it, and stays so.
+    # In place, since under autocast ``x`` has a narrower dtype than ``src`` and must keep it.
     x = x.add_(src)
     if not norm_first:
         x = norm(x, norm_weight_1, norm_bias_1)

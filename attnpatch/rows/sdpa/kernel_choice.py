@@ -1,4 +1,4 @@
-"""Which of torch's kernels serves an SDPA call, and whether that kernel hands out its logsumexp."""
+"""Tells which of torch's kernels serves an SDPA call, and whether that kernel returns its logsumexp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnpatch.rows.sdpa import logsumexp
 from attnpatch.sdpa_call import SdpaCall
 
 MATH_KERNEL = 0
-# Devices whose torch can be asked for the kernel it would choose. MPS cannot, and holds the scores.
+# Devices for which torch can be asked which kernel it would choose. Not MPS, whose attention holds the scores.
 _CHOOSERS = frozenset(["cpu", "cuda", "xpu"])
 
 
@@ -23,7 +23,7 @@ def fused_choice(call: SdpaCall) -> int:
     """The kernel torch would choose (0: dense math)."""
     mask = call.attn_mask
     if is_pending(mask):
-        # Nobody looks at its values: as many rows as it has, in the memory of one.
+        # The choice does not depend on the mask's values: stand in with one row, expanded.
         row = torch.empty(
             mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
         )
@@ -40,17 +40,17 @@ def fused_choice(call: SdpaCall) -> int:
 
 
 def keeps_lse(call: SdpaCall) -> bool:
-    """Whether the call goes to a fused kernel whose operator returns the logsumexp."""
+    """True if the call goes to a fused kernel whose operator returns the logsumexp."""
     return logsumexp.why_not(call, fused_choice(call)) is None
 
 
 def with_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """A call that ``keeps_lse``: its result, and float32 ``[batch, heads, q_len]``, the logsumexp of each row."""
+    """The result of a call that ``keeps_lse``, and the logsumexp of each row, float32 ``[batch, heads, q_len]``."""
     return logsumexp.with_lse(call, fused_choice(call))
 
 
 def checked_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The same; ``None`` where the logsumexp is wrong, which the first use of a kind of call finds out."""
+    """As ``with_lse``; ``None`` if the logsumexp is wrong, which is checked at the first use of each kind of call."""
     choice = fused_choice(call)
     result, lse = logsumexp.with_lse(call, choice)
     return (result, lse) if logsumexp.is_right(call, choice, lse) else None
@@ -58,7 +58,7 @@ def checked_lse(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """On CUDA the other fused kernels serve, if cuDNN's was not the only one allowed."""
+    """Inside the block SDPA does not use cuDNN's kernel, unless that is the only fused kernel allowed."""
     backends = torch.backends.cuda
     others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled()
     if not (others and backends.cudnn_sdp_enabled()):

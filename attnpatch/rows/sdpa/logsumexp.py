@@ -1,4 +1,4 @@
-"""Fused attention that returns its logsumexp: the same kernels as SDPA's own, called one level below."""
+"""Fused attention that returns its logsumexp: SDPA's own kernels, called through the operators below it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from attnpatch.ledger import ledger_of
 from attnpatch.rows.precision import in_full
 from attnpatch.sdpa_call import SdpaCall, additive
 
-# Of how many query rows the logsumexp is computed again, and how far it may be off: kernels sum in float32, and one
-# that returned it in another base was off by a third of it (pytorch#181645).
+# Number of query rows for which the logsumexp is checked, and the tolerance. Kernels sum in float32; a kernel that
+# returned it in another base was off by a third (pytorch#181645).
 _ROWS, _OFF, _OFF_RELATIVE = 4, 1e-2, 1e-3
-# What SDPA adds for cuDNN where a boolean mask hides a key, since that kernel makes NaN of rows of infinities.
+# The value that SDPA adds for cuDNN where a bool mask hides a key: that kernel returns NaN for rows of -inf.
 CUDNN_HIDDEN = -65504.0
-# Whether the logsumexp was right at the first use of each device, operator and kind of call.
+# Result of the check at the first use of each device, operator and kind of call.
 _is_right: dict[tuple[Any, ...], bool] = {}
 
 
@@ -34,7 +34,7 @@ def _flash_cpu(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _shares_heads() -> bool:
-    """Whether the CPU's kernel takes shared key heads as they are, as SDPA then hands them to it (and saves them)."""
+    """True if the CPU kernel takes grouped key heads as they are; then SDPA passes (and saves) them unrepeated."""
     query, key = torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 8)
     try:
         compat.flash_attention_on_cpu(query, key, key, 0.0, False)
@@ -44,14 +44,14 @@ def _shares_heads() -> bool:
 
 
 def _flash_cuda(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel takes widths that are multiples of 8, as SDPA pads them for it, and shared key heads as they are."""
+    """The kernel needs widths that are multiples of 8, to which SDPA pads; it takes grouped key heads as they are."""
     padded = map(_of_eights, (call.query, call.key, call.value))
     result, lse, *_ = compat.flash_attention(*padded, call.dropout_p, call.is_causal, False, scale=call.scale)
     return result[..., : call.value.shape[-1]], lse
 
 
 def _efficient_cuda(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel reads a mask 8 elements at a time; its logsumexp has room for whole warps."""
+    """The kernel reads a mask 8 elements at a time, so its rows are aligned; its logsumexp may be padded."""
     mask = call.additive_mask()
     if mask is not None:
         mask = aligned(mask).expand(*call.query.shape[:-1], call.kv_len)
@@ -70,20 +70,20 @@ def _cudnn(call: SdpaCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _of_eights(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whose width is a multiple of 8; itself if it is, since padding by nothing copies."""
+    """A tensor padded to a width that is a multiple of 8; itself if it is one (``pad`` by 0 would copy)."""
     missing = -tensor.shape[-1] % 8
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def aligned(mask: torch.Tensor) -> torch.Tensor:
-    """A mask whose rows begin at multiples of 8 elements, as SDPA makes one (aten ``preprocess_mask``)."""
+    """A mask whose rows begin at multiples of 8 elements, as in SDPA (aten ``preprocess_mask``)."""
     if mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1]):
         return mask
     kv_len = mask.shape[-1]
     return torch.nn.functional.pad(mask, (0, 8 - kv_len % 8))[..., :kv_len]
 
 
-# By the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
+# By device type and by the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
 OPERATORS: dict[tuple[str, int], Callable[[SdpaCall], tuple[torch.Tensor, torch.Tensor]]] = {
     ("cpu", 1): _flash_cpu,
     ("cuda", 1): _flash_cuda,
@@ -93,7 +93,7 @@ OPERATORS: dict[tuple[str, int], Callable[[SdpaCall], tuple[torch.Tensor, torch.
 
 
 def why_not(call: SdpaCall, choice: int) -> str | None:
-    """Why an SDPA call gives no logsumexp, in a few words; ``None``: it does.
+    """Why an SDPA call does not return a logsumexp, in a few words; ``None`` if it does.
 
     Args:
         call: The call.
@@ -101,7 +101,7 @@ def why_not(call: SdpaCall, choice: int) -> str | None:
     """
     query, mask = call.query, call.attn_mask
     if torch.is_autocast_enabled(query.device.type):
-        return "autocast"  # it knows the call and not the operator
+        return "autocast"  # it casts for SDPA, but not for the operators below
     if query.dim() != 4:
         return "another layout"
     if (query.device.type, choice) not in OPERATORS:
@@ -114,7 +114,7 @@ def why_not(call: SdpaCall, choice: int) -> str | None:
 
 
 def with_lse(call: SdpaCall, choice: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An SDPA call that ``why_not`` has nothing against: the same result, and the logsumexp of each row.
+    """The result of an SDPA call for which ``why_not`` is ``None``, and the logsumexp of each row.
 
     Args:
         call: The call.
@@ -125,13 +125,13 @@ def with_lse(call: SdpaCall, choice: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     query = call.query
     result, lse = OPERATORS[query.device.type, choice](call)
-    # Kernels leave room at its end, or a dimension of one.
+    # Some kernels return padding at its end, or an extra dimension of 1.
     return result, lse.reshape(*query.shape[:2], -1)[..., : query.shape[-2]]
 
 
 @torch.no_grad()
 def is_right(call: SdpaCall, choice: int, lse: torch.Tensor) -> bool:
-    """Whether the logsumexp is what it says; computed again for some rows at the first use of a kind of call."""
+    """True if the logsumexp is right; checked for some rows at the first use of each kind of call."""
     kind = _kind(call, choice)
     if kind not in _is_right and ledger_of(call.query) is None:
         _is_right[kind] = all(_agrees(call, lse, head) for head in {0, call.key.shape[1] - 1})
@@ -143,7 +143,7 @@ def _kind(call: SdpaCall, choice: int) -> tuple[Any, ...]:
 
 
 def _agrees(call: SdpaCall, lse: torch.Tensor, key_head: int) -> bool:
-    """Of some rows of the query heads that share a key head, in the first sequence."""
+    """True if the logsumexp is right for some rows of the query heads that share a key head, in the first sequence."""
     query, key, mask, q_len, kv_len = call.query, call.key, call.attn_mask, call.q_len, call.kv_len
     group = query.shape[1] // key.shape[1]
     heads = slice(key_head * group, (key_head + 1) * group)

@@ -1,7 +1,7 @@
-"""Probabilities beside a fused call: the kernel keeps them to itself, so they are computed again, some rows at a time.
+"""Recomputes the probabilities of a fused SDPA call, which its kernel does not return, a few rows at a time.
 
-A fused kernel can return each row's logsumexp. With it a probability is one product and one exponential away, and no
-row has to be looked at twice: ``exp(q k - lse)``, as FlashAttention's backward pass does (Dao et al. 2022).
+A fused kernel can return each row's logsumexp. With it a probability is ``exp(q k - lse)``, one product and one
+exponential, and each row is read once. FlashAttention's backward pass does the same (Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from attnpatch.rows.graph.axes import Tile, leaves
 from attnpatch.rows.precision import in_full
 from attnpatch.sdpa_call import SdpaCall
 
-# Scores held at once on CPU: what the cache holds beside a head's keys.
+# Bytes of scores held at once: on CPU as much as fits into the cache beside a head's keys.
 CPU_SHOW_BYTES = 2 * 2**20  # per thread
 DEVICE_SHOW_BYTES = 64 * 2**20
-# Powers of two are three times as fast as powers of e (measured, float32 on CPU).
+# exp2 is three times as fast as exp (measured, float32 on CPU).
 LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -44,11 +44,11 @@ def show(
         call: The call.
         observer: Called once per tile.
         lse: ``[batch, heads, q_len]``, the logsumexp of each row if it is known.
-        on_retry: Called when there is no memory for a tile, and all begins again with half of it; ``None``: the error
-            is raised, as it is when a single row does not fit.
-        grad: ``[..., heads, q_len, value_dim]``, the gradient of the call's result: each probability is multiplied by
-            its own gradient, which is the product of a row of this and a value (Q K' = S, P = softmax S, O = P V).
-        workspace: Most bytes that a tile may take; ``None``: what is fast.
+        on_retry: Called when a tile does not fit into memory; then all tiles are shown again, at half the size.
+            ``None``: the error is raised. It is also raised if a single row does not fit.
+        grad: ``[..., heads, q_len, value_dim]``, the gradient of the call's result. Each probability is multiplied by
+            its own gradient, which is the product of a row of ``grad`` and a value (Q K' = S, P = softmax S, O = P V).
+        workspace: The most bytes that a tile may take; ``None``: the fastest size.
     """
     kv_len, on_cpu = call.kv_len, call.device.type == "cpu"
     elements = (CPU_SHOW_BYTES * min(16, torch.get_num_threads()) if on_cpu else DEVICE_SHOW_BYTES) // 4
@@ -57,7 +57,7 @@ def show(
         elements = min(elements, workspace // (LIVE_COPIES * 4))
 
     def shown() -> None:
-        # Plain tensors, and nobody's business: modes that watch the host would follow every tile.
+        # Hidden from modes that watch the host's functions: they would follow every tile.
         with compat.DisableTorchFunction():
             _show(call, observer, lse, elements, grad)
 
@@ -83,7 +83,7 @@ def _show(
     elements: int,
     grad: torch.Tensor | None,
 ) -> None:
-    """Tiles of about so many scores."""
+    """Show tiles of about ``elements`` scores each."""
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     lead = call.lead
     if query.dim() == 2:
@@ -106,7 +106,7 @@ def _show(
     count = q_len if rows is None else len(rows)
     if not count:
         return
-    # Where few rows are shown, as for each token that is generated, a tile has several key heads.
+    # With few rows (one per generated token), a tile has several key heads.
     together = max(1, min(outer[-1], elements // (group * count * kv_len)))
     for number, first_head in itertools.product(range(math.prod(outer[:-1])), range(0, outer[-1], together)):
         at = _places(number, outer[:-1])
@@ -119,7 +119,7 @@ def _show(
             tile_mask = (
                 masks.rows(at, heads, low, high) if places is None else masks.picked(at, heads, places)
             )
-            # The products here are nobody's but ours, and so are the sums of who looks.
+            # These products, and the observer's sums, are attnpatch's own: full precision, no autocast.
             with torch.autocast(query.device.type, enabled=False), in_full(own.query):
                 powers, weights = own.powers(low, high, tile_mask, call.is_causal, places)
                 if grad is not None:
@@ -134,10 +134,10 @@ def _show(
 def _spans(
     call: SdpaCall, rows: torch.Tensor | None, elements: int
 ) -> Iterator[tuple[int, int, torch.Tensor | None]]:
-    """Tiles of the rows that are shown, first and one past the last, and which rows these are if not all are shown."""
+    """Ranges ``low:high`` of the rows that are shown, each with the row numbers if only some rows are shown."""
     count, low = call.q_len if rows is None else len(rows), 0
     while low < count:
-        # A causal tile sees the keys up to its last row only, so early tiles can be taller.
+        # A causal tile sees only the keys up to its last row, so early tiles can have more rows.
         first = low if rows is None else int(rows[low])
         seen = min(call.kv_len, max(first, 256)) if call.is_causal else call.kv_len
         high = min(count, low + _tile_rows(elements, seen))
@@ -146,7 +146,7 @@ def _spans(
 
 
 def _places(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    """A flat index as one in each dimension."""
+    """A flat index as one index per dimension."""
     at: list[int] = []
     for size in reversed(sizes):
         at.insert(0, number % size)
@@ -155,7 +155,7 @@ def _places(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
-    """Rows of the mask of an SDPA call: from a flattened leading index, a first row and one past the last."""
+    """``rows(number, low, high)``, which returns rows of a call's mask; ``number`` is a flat index of batch and head."""
     lead, group = call.query.shape[:-2] or (1,), call.group
     outer = (*lead[:-1], lead[-1] // group)
     masks = _Masks(call.attn_mask, tuple(lead), call.q_len, call.kv_len, group)
@@ -170,13 +170,13 @@ def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
 
 
 class _Masks:
-    """The mask of a call by rows, whether it is there or deferred.
+    """The rows of a call's mask, which may be real or deferred.
 
     Args:
-        mask: Broadcast to ``[*lead, q_len, kv_len]``; ``None``: there is none.
-        lead: Batch and heads.
-        q_len, kv_len: Query rows and keys.
-        group: Heads that share a key head.
+        mask: The mask, which broadcasts to ``[*lead, q_len, kv_len]``, or ``None``.
+        lead: Sizes of batch and heads.
+        q_len, kv_len: Numbers of query rows and keys.
+        group: Number of query heads per key head.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class _Masks:
             self.whole = mask.expand(*lead, q_len, kv_len).unflatten(-3, (lead[-1] // group, group))
 
     def rows(self, at: tuple[int, ...], heads: slice, low: int, high: int) -> torch.Tensor | None:
-        """``[heads, group, rows, kv_len]`` of some key heads."""
+        """Rows ``low:high`` for some key heads: ``[heads, group, rows, kv_len]``."""
         if self.graph is None:
             return None if self.whole is None else self.whole[at][heads, :, low:high]
         wanted = [
@@ -209,7 +209,7 @@ class _Masks:
         self.run.next_lead()
         value = value.reshape((1,) * (len(self.dims) - value.dim()) + value.shape)
         for position, span in enumerate(wanted):
-            # What could not be cut came whole.
+            # A dimension that could not be cut was computed whole.
             if value.shape[position] not in (1, span[1] - span[0]):
                 value = value.narrow(position, span[0], span[1] - span[0])
         count = heads.stop - heads.start
@@ -217,7 +217,7 @@ class _Masks:
         return value.unflatten(0, (count, self.group))
 
     def picked(self, at: tuple[int, ...], heads: slice, rows: torch.Tensor) -> torch.Tensor | None:
-        """The same for some rows that are no neighbours."""
+        """As ``rows``, for row numbers that need not be adjacent."""
         if self.whole is not None:
             return self.whole[at][heads].index_select(-2, rows.to(self.whole.device))
         if self.graph is None:
@@ -227,7 +227,7 @@ class _Masks:
 
 
 def _tile_rows(elements: int, kv_len: int) -> int:
-    """Rows of a tile: a multiple of 16 where there is room."""
+    """Number of rows of a tile: a multiple of 16 if at least 16 fit."""
     rows = elements // kv_len
     return rows // 16 * 16 if rows >= 16 else max(1, rows)
 
@@ -235,17 +235,17 @@ def _tile_rows(elements: int, kv_len: int) -> int:
 class _Heads:
     """Some key heads and the query heads that share each of them.
 
-    A mask that is added may close a row with one very low number for every key (``finfo.min``, -1e30). Scores beside it
-    are lost in rounding, so softmax makes such a row uniform. Here it comes out so as well because numbers are added
-    in the order in which a kernel adds them, and in its units: first the mask, then what is subtracted from the row.
-    Without such a mask the logsumexp is subtracted by the product of query and key.
+    An additive mask may hide all keys of a row with one very low number (``finfo.min``, -1e30). The scores are then
+    lost in rounding, so softmax makes the row uniform. The same happens here, because terms are added in the kernel's
+    order and units: first the mask, then the logsumexp or maximum is subtracted. Without an additive mask the product
+    of query and key itself subtracts the logsumexp.
 
     Args:
         query: ``[heads, group, q_len, head_dim]``.
         key: ``[heads, kv_len, head_dim]``.
         lse: ``[heads, group, q_len]`` or ``None``.
-        scale: Of the scores.
-        is_added: Whether there will be a mask that is added.
+        scale: The scale of the scores.
+        is_added: True if there will be an additive mask.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class _Heads:
         self.key = key.to(dtype)
         self.lse = None
         if lse is not None:
-            # A row that may look at nothing has no finite lse; it puts no mass anywhere.
+            # A row that sees no key has no finite lse; it gets no probabilities.
             self.lse = torch.where(lse.isfinite(), lse, math.inf).to(dtype).unsqueeze(-1)
         if lse is not None and not is_added:
             # One more column makes the product subtract the lse, without a pass over the scores.
@@ -273,9 +273,9 @@ class _Heads:
         is_causal: bool,
         places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[heads, group, rows, keys]``, and the ``[heads, group, rows]`` factors that make probabilities of them.
+        """Unnormalised probabilities ``[heads, group, rows, keys]`` and their normalisers ``[heads, group, rows]``.
 
-        A causal call leaves out the keys after its last row. ``places``: of the rows, where they are no neighbours.
+        A causal call leaves out the keys after its last row. ``places`` are the row numbers, if rows are not adjacent.
         """
         first, end = (low, high) if places is None else (int(places[0]), int(places[-1]) + 1)
         query, key = self.query[:, :, low:high], self.key[:, :end] if is_causal else self.key
@@ -296,13 +296,13 @@ class _Heads:
         if self.lse is not None and is_causal:
             corner = scores[..., first:]
             corner.tril_() if places is None else corner.masked_fill_(_later(corner[0, 0], places), 0.0)
-        # Close to 1 where the lse is known, and then what makes each row sum to 1 to the last digit.
+        # If the lse is known, the total is close to 1, and the factor makes each row sum to 1 up to the last digit.
         total = scores.sum(-1)
         return scores, torch.where(total > 0, total.reciprocal(), 0.0)
 
 
 def _later(corner: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    """Bool ``[rows, keys]`` like ``corner``, whose first key is its first row's own: keys that come after a row."""
+    """Bool ``[rows, keys]``: True where a key comes after the row; ``corner`` begins at its first row's own key."""
     if places is None:
         return torch.ones_like(corner, dtype=torch.bool).triu_(1)
     keys = torch.arange(int(places[0]), int(places[0]) + corner.shape[-1])

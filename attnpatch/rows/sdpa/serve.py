@@ -1,4 +1,4 @@
-"""The SDPA path: ``F.scaled_dot_product_attention``. Native where a fused kernel serves it, by rows where it would be dense."""
+"""The SDPA path: ``F.scaled_dot_product_attention`` stays native with a fused kernel, else goes by rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice
 from attnpatch.rows.sdpa.probabilities import mask_rows, show
 from attnpatch.sdpa_call import SdpaCall
 
-# Score tensors that the dense kernel holds at once: scores, mask as floats, softmax, result (measured 2 to 9).
+# Number of score-sized tensors that the dense kernel holds at once: scores, float mask, softmax, ... (measured 2 to 9).
 DENSE_COPIES = 3
 
 
 def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
-    """One SDPA call under the policy of its site, and its probabilities for who looks at them."""
+    """One SDPA call under the policy of its site; the observer, if any, is shown its probabilities."""
     call = SdpaCall.of(args, kwargs)
     if not can_be_cut(call):
         kwargs = settle(kwargs, "scaled_dot_product_attention")
@@ -44,7 +44,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tens
     dtype = autocast.narrow_dtype(device)
     if dtype is None:
         return _watched(call, args, kwargs, site)
-    # Kernels are chosen by what they are given, and their operators know nothing of autocast.
+    # Cast here as autocast would: torch chooses the kernel by the cast tensors, and autocast ignores its operator.
     given, named = call, autocast.cast(call.arguments(), device, dtype)
     call = SdpaCall.of((), named)
     if site.sources is not None:
@@ -55,7 +55,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tens
 
 
 def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
-    """A call, and its probabilities for who looks at them."""
+    """A call whose arguments are cast; the observer, if any, is shown its probabilities."""
     if site.observer is None:
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
@@ -75,7 +75,7 @@ def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionC
 
 
 def _fused(call: SdpaCall, site: AttentionCall) -> tuple[torch.Tensor | None, torch.Tensor | str]:
-    """The result of a fused call and its logsumexp; or neither, and the reason."""
+    """The result of a fused call and its logsumexp (or why that is missing); ``None`` and the reason if not fused."""
     if site.policy.mode == "always":
         return None, "by rows"
     if is_pending(call.attn_mask):
@@ -97,7 +97,7 @@ def _fused(call: SdpaCall, site: AttentionCall) -> tuple[torch.Tensor | None, to
 
 
 def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
-    """Let an observer see the probabilities of a call: as a whole if it can take it so, otherwise tile by tile."""
+    """Let the observer sum a call's probabilities at once, in a kernel, if it can; otherwise show them tile by tile."""
     observer, retries = site.observer, site.policy.retry_on_oom
     assert observer is not None
     reason = lse if isinstance(lse, str) else None
@@ -116,7 +116,7 @@ def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
 
 
 def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
-    """Whether an observer wants to be shown a call, once it knows what its dimensions are."""
+    """True if the observer, told what the call's dimensions are, wants to see its probabilities."""
     assert site.observer is not None
     layout = observed.of_call(call, site.sources)
 
@@ -126,7 +126,7 @@ def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
             return causal_keys(layout.batch, q_len, kv_len) if call.is_causal else None
         rows = mask_rows(call)
 
-        # Where a host gives the heads of one token as rows, its first row is as good as any.
+        # If a host passes the heads of one token as rows, any of these rows will do.
         heads = layout.heads // (call.q_len if layout.head_rows else 1)
 
         def some(sequence: int, low: int, high: int) -> torch.Tensor:
@@ -139,7 +139,7 @@ def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
 
 
 def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
-    """In the backward pass: an observer sees each probability times its gradient."""
+    """Called in the backward pass: show the observer each probability times its gradient."""
     if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
         return
     site.tally.count("captured")
@@ -162,14 +162,14 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
     # Bytes of one tensor of scores.
     size = math.prod(call.query.shape[:-1]) * call.kv_len * call.query.element_size()
     if site.policy.mode == "always" or is_pending(call.attn_mask):
-        # Where the rule had a mask deferred, the native call would hold all of it, and what its kernel makes of it.
+        # A deferred mask: the native call would hold all of it, and the kernel's conversion of it.
         native, fused = q_len < 2, False
         if native:
             site.tally.left_native("one row")
     else:
         fused = fused_choice(call) != MATH_KERNEL
         temporaries = DENSE_COPIES * size
-        # A fused kernel holds no scores, so nothing is gained unless it has failed.
+        # A fused kernel holds no scores, so by rows is worse unless the kernel ran out of memory the first time.
         decide = site.went_by_rows if fused else functools.partial(site.by_rows, device=call.device)
         native = not decide(q_len, temporaries)
     if native:
