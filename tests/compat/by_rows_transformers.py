@@ -19,7 +19,7 @@ from .sweep import ROWS
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "coverage.md"
 IMPLEMENTATIONS = ("eager", "sdpa")
-# What is asked for.
+# The least that a whole sweep passes with.
 # Bits: heads of 256 and wider round otherwise in steps of fewer than 17 rows on processors with AMX (the sweep takes 7).
 BUILT, SHARE_BY_ROWS, SHARE_BITS = 450, 0.98, 0.985
 
@@ -197,7 +197,7 @@ def summary(outcomes: list[Outcome]) -> list[str]:
 
 
 def reached(outcomes: list[Outcome]) -> bool:
-    """Whether what is asked for is reached."""
+    """Whether a sweep passes."""
     runs = [run for each in outcomes for run in each.runs.values()]
     attended = [run for run in runs if run.by_rows]
     return (
