@@ -1,6 +1,7 @@
 """A cache is known by its type, whatever the argument is called and wherever it stands."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -152,12 +153,14 @@ def test_another_image_while_the_text_goes_on():
         torch.testing.assert_close(pieces[site].mass, whole[site].mass, atol=1e-6, rtol=0)
 
 
-def test_a_cache_that_counts_nothing_is_no_past():
-    """One of linear attention only raises when it is asked how long it is."""
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_cache_that_counts_nothing_is_no_past(raises):
+    """One of linear attention only raises when it is asked how long it is; one of hashed buckets says nothing."""
 
     class States:
         def get_seq_length(self):
-            raise ValueError("only linear attention here")
+            if raises:
+                raise ValueError("only linear attention here")
 
         def update(self, state):
             return state
@@ -171,7 +174,8 @@ def test_a_cache_that_counts_nothing_is_no_past():
             return self.attention(x)
 
     model = Model()
-    with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+    with warnings.catch_warnings(), attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps:
+        warnings.simplefilter("error")
         model(zoo.floats(1, 16, 8), states=States())
     assert maps.block_map.mass.shape[1:] == (2, 2)
 

@@ -71,10 +71,12 @@ def parts_of(cache: Any) -> list[Any]:
 def tokens_in(cache: Any) -> int:
     """Number of tokens that a cache has seen; those that left a sliding window are included."""
     try:
-        return int(cache.get_seq_length())
+        count = cache.get_seq_length()
     except (ValueError, NotImplementedError):
         # A cache of linear attention layers only holds states and does not count; no site has keys in it.
         return 0
+    # Reformer's, of hashed buckets, says nothing.
+    return 0 if count is None else int(count)
 
 
 def windows_of(cache: Any) -> frozenset[int]:
