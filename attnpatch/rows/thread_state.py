@@ -28,6 +28,7 @@ class ThreadState(threading.local):
         real: Deferred tensors with a computed tensor, which may be written to through another one's view
             (``deferred/handle.py``).
         kept: Values that backward passes still need, by the storage they lie in (``autograd/kept_values.py``).
+        most_kept: The size of ``kept`` above which storages without values are removed (``autograd/kept_values.py``).
         hidden: Selective checkpoints from which attnpatch's own operators are hidden
             (``autograd/selective_checkpoints.py``).
         results: Results of the host's own function for the running operation; ``None`` if no operation is running
@@ -47,6 +48,7 @@ class ThreadState(threading.local):
     model_call: AttentionCall | None = None
     positions: Before | None = None
     order: Moved | None = None
+    most_kept: int = 256
 
     def __init__(self) -> None:
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()

@@ -26,8 +26,11 @@ class Kept:
         self.tensors: list[Any] = self.held(tensors)
         self.is_replaced = False
         self.versions = [tensor._version for tensor in tensors]
-        for tensor in tensors:
-            here.kept.setdefault(memory_of(tensor), weakref.WeakSet()).add(self)
+        self._storages = [memory_of(tensor) for tensor in tensors]
+        self._registry = here.kept
+        for storage in self._storages:
+            self._registry.setdefault(storage, weakref.WeakSet()).add(self)
+        _drop_empty()
 
     def held(self, tensors: list[torch.Tensor]) -> list[Any]:
         return [tensor.detach() for tensor in tensors]
@@ -50,6 +53,18 @@ class Kept:
         """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
         if not self.is_replaced:
             self.tensors = []
+        self.leave()
+
+    def leave(self) -> None:
+        """Nothing that is overwritten from now on matters."""
+        if self._registry is not here.kept:
+            return  # another thread's, which looks through it; what is empty there goes when that grows
+        for storage in self._storages:
+            known = self._registry.get(storage)
+            if known is not None:
+                known.discard(self)
+                if not known:
+                    del self._registry[storage]
 
 
 class Packed(Kept):
@@ -78,7 +93,7 @@ class Packed(Kept):
             self.is_replaced = True
 
     def forget(self) -> None:
-        pass  # nothing is held but copies
+        self.leave()  # nothing is held but copies
 
     def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
         if self.is_replaced and torch.is_grad_enabled():
@@ -112,5 +127,11 @@ def before_write(storage: int) -> None:
     """Let edges copy what they saved of a storage that is about to be written to."""
     for kept in list(here.kept.get(storage, ())):
         kept.preserve(storage)
-    if len(here.kept) > 256:
-        here.kept = {key: found for key, found in here.kept.items() if found}
+
+
+def _drop_empty() -> None:
+    """Forget memory of which nothing is kept: of graphs that were dropped without a backward pass."""
+    if len(here.kept) > here.most_kept:
+        for storage in [storage for storage, found in here.kept.items() if not found]:
+            del here.kept[storage]
+        here.most_kept = max(256, 2 * len(here.kept))
