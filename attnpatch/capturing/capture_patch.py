@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
 from attnpatch.recording.threads import Owner
 
-_lock = threading.Lock()
+# Reentrant: the garbage collector may end an abandoned capture while another capture begins or ends in the same thread.
+_lock = threading.RLock()
 
 
 def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
@@ -27,8 +28,10 @@ def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
         if known is not None and not known.captures and not known.is_leaving:
             return known  # the user's
         # Taken out by ``release``, not by this stack.
-        (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
-        patch.captures += 1
+        patch = None
+        while patch is None or patch_of(part) is not patch:
+            (patch,) = put_in_place(part, Policy(mode="never"), contextlib.ExitStack())
+            patch.captures += 1
 
     def release() -> None:
         with _lock:
@@ -58,19 +61,28 @@ def _leave(patch: Patch, part: nn.Module) -> None:
         weakref.finalize(frame, gone, number).atexit = False
 
 
+def _change(patch: Patch, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Replace a patch's recorders, also where the garbage collector ends a capture meanwhile."""
+    with _lock:
+        while True:
+            before = patch.recorders
+            after = change(before)
+            if patch.recorders is before:
+                patch.recorders = after
+                return
+
+
 @contextlib.contextmanager
 def recording(patch: Patch, recorder: Any) -> Iterator[None]:
     if any(not each.gives_way and each.is_mine() for each in patch.recorders):
         raise PatchError("this model is being captured already; end the outer capture first")
     with Owner() as owner:
         recorder.owner = owner
-        with _lock:
-            patch.recorders = (*patch.recorders, recorder)
+        _change(patch, lambda recorders: (*recorders, recorder))
         try:
             yield
         finally:
-            with _lock:
-                patch.recorders = tuple(each for each in patch.recorders if each is not recorder)
+            _change(patch, lambda recorders: tuple(each for each in recorders if each is not recorder))
 
 
 def warn_of(left_out: dict[str, str], deep: int = 0) -> None:

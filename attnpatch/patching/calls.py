@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -106,6 +107,9 @@ class Around:
                 context.__enter__()
             except Exception as error:
                 self.site.failed("the beginning of a watch", error)
+            except BaseException:  # somebody has interrupted: what has begun ends
+                self.__exit__(*sys.exc_info())
+                raise
             else:
                 self.entered.append(context)
         return self

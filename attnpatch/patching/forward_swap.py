@@ -84,11 +84,19 @@ class Entry:
         with changing:
             before, self.forward = self.forward, None
             if self.site is not None and self.kind is not None:
-                self.forward = forward_of(self.kind)
-            if self.forward is not None:
-                self.forward.add(self)
+                self.forward = self._joined(self.kind)
             if before is not None and before is not self.forward:
                 before.remove(weakref.ref(self))
+
+    def _joined(self, kind: type[Any]) -> ForwardOfClass | None:
+        forward = forward_of(kind)
+        if forward is not None:
+            forward.add(self)
+            if not forward.is_in_place:
+                # The garbage collector came between, let the last one go that it was there for, and took it out.
+                forward = forward_of(kind)
+                forward.add(self)
+        return forward
 
     def leave(self) -> None:
         self.site = None

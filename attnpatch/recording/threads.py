@@ -11,7 +11,8 @@ import threading
 import weakref
 from typing import Any
 
-_lock = threading.Lock()
+# Reentrant: the garbage collector may end a capture that somebody has dropped while another one begins or ends.
+_lock = threading.RLock()
 _owners: list[Owner] = []
 _original: list[Any] = []
 
@@ -47,7 +48,7 @@ class Owner:
     def __enter__(self) -> Owner:
         with _lock:
             _owners.append(self)
-            if len(_owners) == 1:
+            if not _original:
                 _original.append(threading.Thread.start)
                 threading.Thread.start = _watched(threading.Thread.start)  # type: ignore[method-assign]
         return self
@@ -55,7 +56,7 @@ class Owner:
     def __exit__(self, *exc_info: Any) -> None:
         with _lock:
             _owners.remove(self)
-            if not _owners:
+            if not _owners and _original:
                 ours, before = threading.Thread.start, _original.pop()
                 # Somebody may have put another one in its place meanwhile.
                 if getattr(ours, "attnpatch_original", None) is before:
