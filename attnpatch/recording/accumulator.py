@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from attnpatch.recording.diffusion.recorder import ImageRecorder
     from attnpatch.recording.text.recorder import Recorder
 
-# Blocks of fewer rows than this in a tile are summed together by one product.
+# If a tile's runs of rows in one block are shorter than this on average, all are summed by one product.
 _SHORT_RUN = 8
-# Of fewer than this there is so little to sum that columns are taken together first.
+# If they are shorter than this, there is little to sum over rows: keys are summed into blocks first.
 _SINGLE_RUN = 4
 
 
@@ -31,14 +31,14 @@ class SiteSums:
     """Sums of one site over one sequence and its continuations.
 
     Attributes:
-        query, key: Blocks on either side.
-        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is of keys in no block.
-        counts: float64 ``[batch, query_blocks]``, query tokens summed.
-        num_heads: Heads that were summed into one, or kept apart.
-        variance: Of ``sums``, where only a sample of the rows was looked at.
-        measures: What else was asked for.
-        notes: What is to be said of the map, such as that weights are mixed after softmax.
-        history: What of it can be taken back, should the sequence be cut.
+        query, key: The blocks of queries and of keys.
+        sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is for keys in no block.
+        counts: float64 ``[batch, query_blocks]``: number of query tokens that were summed.
+        num_heads: Number of heads, summed into one or kept apart.
+        variance: The variance of ``sums``, if only a sample of the rows was summed.
+        measures: Further statistics that were asked for.
+        notes: Remarks for the map's metadata, such as that weights are mixed after softmax.
+        history: The latest rows, which can be taken back if the sequence's cache is cut.
     """
 
     query: Partition
@@ -52,7 +52,7 @@ class SiteSums:
     history: Any = None
 
     def of_rows(self, order: list[int]) -> SiteSums:
-        """That of other sequences of the batch: beams that went on, or some of them."""
+        """The sums with the batch rows ``order``: beams that went on, or some of them."""
         changes: dict[str, Any] = {
             name: value[order]
             for name in ("sums", "counts", "variance")
@@ -75,12 +75,12 @@ class SiteObserver(Observer):
     """Adds tiles of probabilities to sums.
 
     Args:
-        recorder: What was asked for.
-        name: The site's.
+        recorder: The options of the capture.
+        name: The site's name.
 
     Attributes:
-        record: Where to; ``None``: nowhere yet.
-        past: Tokens before the first query.
+        record: The sums; ``None`` if there are none yet.
+        past: Number of tokens before the first query.
     """
 
     def __init__(self, recorder: Recorder | ImageRecorder, name: str) -> None:
@@ -90,7 +90,7 @@ class SiteObserver(Observer):
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
-        # Sums are products with ones, which autocast would take in half precision; and they are nobody's functions.
+        # Sums are products with ones, which autocast would compute in half precision; modes must not see them.
         with torch.autocast(probabilities.device.type, enabled=False), compat.DisableTorchFunction():
             self._observe(probabilities, passing)
 
@@ -98,16 +98,16 @@ class SiteObserver(Observer):
         raise NotImplementedError
 
     def sums_of(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None, num_heads: int) -> str | None:
-        """Add a whole attention call to the record at once, where the kernel of ``fused_mass`` can.
+        """Add a whole attention call to the record at once, if the kernel of ``gpu/`` supports it.
 
         Args:
             call: The call.
             lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
-            workspace: Bytes that may be held on the device; ``None``: as ``fused_mass`` likes.
-            num_heads: Heads of a sequence.
+            workspace: Bytes that may be held on the device; ``None``: the default.
+            num_heads: Number of heads.
 
         Returns:
-            ``None`` if it did; otherwise why not, in a few words, and nothing is added.
+            ``None`` if it was added; otherwise the reason in a few words, and nothing is added.
         """
         from attnpatch.recording.gpu import fused_sums
 
@@ -124,34 +124,34 @@ class SiteObserver(Observer):
         return None
 
     def place(self, query: Partition, key: Partition, kv_len: int, first_key: int) -> None:
-        """Remember which bins queries and keys go into.
+        """Set the bins that queries and keys are summed into.
 
         Args:
-            query, key: Blocks of either side.
-            kv_len: Keys of a call; those that the partition lacks are in no block.
-            first_key: Place of the first of them in the partition.
+            query, key: The blocks of queries and of keys.
+            kv_len: Number of keys of the call; keys beyond the partition are in no block.
+            first_key: Index in the partition of the first key.
         """
         assignment = key.assignment[:, first_key : first_key + kv_len]
-        # The last bin takes the keys of no block, so that none has to be left out of a sum.
+        # The last bin takes the keys in no block, so that no key has to be left out of a sum.
         columns = torch.nn.functional.pad(assignment, (0, kv_len - assignment.shape[1]), value=-1)
         self._columns = torch.where(columns < 0, key.num_blocks, columns)
         self._runs = [_runs_of(row) for row in query.assignment]
 
     def empty(self, query: Partition, key: Partition, num_heads: int) -> SiteSums:
-        """A record of nothing."""
+        """Sums of zero."""
         batch, width = len(query.assignment), self.width(num_heads)
         sums = torch.zeros(batch, width, query.num_blocks, key.num_blocks + 1, dtype=torch.float64)
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
         return SiteSums(query, key, sums, counts, num_heads)
 
     def width(self, num_heads: int) -> int:
-        """Heads that are summed apart."""
+        """Number of heads that are kept apart; 1 if all are summed together."""
         return 1 if self.recorder.heads == "mean" else len(self.recorder.head_numbers(num_heads))
 
     def of_sequences(
         self, probabilities: torch.Tensor, passing: TileInfo, num_heads: int
     ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor | None]]:
-        """The sequences of a tile: their number, their heads, the tile of them and its weights."""
+        """For each sequence in a tile: its number, its heads (ascending), its part of the tile and of the weights."""
         sequences, heads = passing.leads // num_heads, passing.leads % num_heads
         for b in sequences.unique().tolist():
             mine = sequences == b
@@ -165,7 +165,7 @@ class SiteObserver(Observer):
             yield b, numbers, tile, weights
 
     def places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
-        """Where which heads of a tile are summed: all into one, each into its own, or only those asked for."""
+        """Pairs of slices: heads of the sums, and the heads of the tile that are added to them."""
         if self.recorder.heads == "mean":
             yield slice(0, 1), slice(None)
         elif self.recorder.heads == "all" and numbers[-1] - numbers[0] == len(numbers) - 1:
@@ -199,14 +199,14 @@ class SiteObserver(Observer):
         accumulate_block_mass(sums[None], tile[None], query, columns[None])
 
     def count(self, b: int, low: int, high: int) -> None:
-        """The query tokens ``low:high`` of a sequence were summed."""
+        """Count the query tokens ``low:high`` of a sequence as summed."""
         assert self.record is not None
         block = self.record.query.assignment[b, low:high]
         self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
 
 
 def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
-    """First token, one past the last, and block of every run of neighbours in one block."""
+    """``(start, stop, block)`` of every run of adjacent tokens in one block."""
     changes = (assignment[1:] != assignment[:-1]).nonzero().flatten() + 1
     bounds = [0, *changes.tolist(), len(assignment)]
     blocks = assignment[bounds[:-1]].tolist() if len(assignment) else []
@@ -215,7 +215,7 @@ def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def heads_as_leads(probabilities: torch.Tensor, passing: TileInfo) -> tuple[torch.Tensor, TileInfo]:
-    """Undo a host's trick for decoding: with one query token it gives the query heads of a group as its rows."""
+    """Undo a host's trick for decoding: for one query token it passes the query heads of a group as query rows."""
     low, high = passing.rows
     leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
     count = passing.lead_count * passing.q_len

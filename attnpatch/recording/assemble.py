@@ -1,4 +1,4 @@
-"""Block maps of what was collected of a sequence."""
+"""Makes block maps from the sums of a sequence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnpatch.recording.accumulator import SiteSums
 
 
 def together(calls: list[dict[str, SiteSums]]) -> dict[str, SiteSums]:
-    """The records of a sequence by site, from those of its calls, each of which has the blocks there were by then."""
+    """The sums of a sequence by site, from those of its calls; later calls may have more blocks than earlier ones."""
     found: dict[str, SiteSums] = {}
     for call in calls:
         for name, record in call.items():
@@ -36,7 +36,7 @@ def _added(before: SiteSums, record: SiteSums) -> SiteSums:
 
 
 def grown(sums: torch.Tensor, like: SiteSums) -> torch.Tensor:
-    """Sums over fewer blocks, with zeros for those that a later record has; what lay in no block is dropped."""
+    """Earlier sums, padded with zeros to the blocks of a later record; the column of keys in no block is dropped."""
     whole = torch.zeros_like(like.sums)
     whole[:, :, : sums.shape[2], : sums.shape[3] - 1] = sums[..., :-1]
     return whole
@@ -49,14 +49,14 @@ def block_map(
     heads: Any,
     metadata: dict[str, Any],
 ) -> BlockMap:
-    """The map of like sites.
+    """The block map of sites of one kind.
 
     Args:
-        records: One per layer.
-        apart: The same for every call of the sequence, as steps; empty: they are not kept apart.
-        layers: Their numbers.
-        heads: As ``capture`` takes them.
-        metadata: More of it.
+        records: The sums, one per layer.
+        apart: The same for every call of the sequence, which are the steps; empty if steps are not kept apart.
+        layers: The layers' numbers.
+        heads: As in ``capture``.
+        metadata: Further metadata.
 
     Raises:
         CaptureError: The layers differ in heads or blocks.
@@ -92,7 +92,7 @@ def block_map(
 
 
 def measured(records: Sequence[SiteSums], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """What else was measured, of one record per layer; see ``Maps.measured``."""
+    """The statistics from one record per layer; see ``Maps.measured``."""
     each = [record.measures for record in records]
     if any(one.entropy.shape != each[0].entropy.shape for one in each):
         raise CaptureError(
@@ -110,7 +110,7 @@ def measured(records: Sequence[SiteSums], names: Sequence[str]) -> dict[str, tor
 
 
 def _mean(record: SiteSums | None, like: SiteSums, heads: Any) -> torch.Tensor:
-    """float64 ``[batch, heads or 1, query_blocks, key_blocks]``, means over query tokens; zeros without a record."""
+    """Means over query tokens, float64 ``[batch, heads or 1, query_blocks, key_blocks]``; zeros without a record."""
     if record is None:
         return torch.zeros_like(like.sums[..., :-1])
     sums = record.sums if record is like else grown(record.sums, like)

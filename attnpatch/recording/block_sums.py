@@ -1,8 +1,8 @@
-"""Rows of attention probabilities in, block sums out.
+"""Sums rows of attention probabilities by query block and key block.
 
-The order of work makes it cheap: the rows of one query block are summed first (one small matrix product per
-head, with a one-hot matrix of the few blocks a tile touches), then heads, and only then are columns gathered
-into key blocks. What is left to scatter is a handful of rows instead of the whole tile.
+The order of work makes it cheap. First the rows of each query block are summed (one small matrix product per head, with
+a one-hot matrix of the few blocks that a tile touches), then the heads. Only then are columns summed into key blocks,
+so that a few rows have to be scattered instead of the whole tile.
 """
 
 from collections.abc import Iterator
@@ -98,7 +98,7 @@ def add_run(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None 
 def add_rows(
     sums: Tensor, rows: Tensor, blocks: Tensor, columns: Tensor, weights: Tensor | None = None
 ) -> None:
-    """Add rows that hardly share blocks, as an image's tokens do: columns first, where there is little to sum in rows.
+    """Add rows that are nearly all in different blocks (an image's tokens): their keys are summed into blocks first.
 
     Args:
         sums: float64 ``[1 or H, query_blocks, key_blocks + 1]``; the last bin is "no block".
@@ -115,11 +115,11 @@ def add_rows(
 
 
 def key_sums(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Rows with their keys summed into blocks, ``[1 or H, rows, key_blocks + 1]`` like ``sums``; as ``add_rows``."""
+    """Rows with their keys summed into blocks: ``[1 or H, rows, key_blocks + 1]``. Arguments as for ``add_rows``."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     bins, lengths = columns.unique_consecutive(return_counts=True)
     if len(bins) * _LONG_RUN <= len(columns):
-        # Blocks of neighbours: a run of keys is a sum over memory that lies together, six times as fast as scattering.
+        # Adjacent keys in one block are summed over contiguous memory, six times as fast as scattering.
         pieces = rows.split(lengths.tolist(), -1)
         rows, columns = torch.stack([piece.sum(-1) for piece in pieces], -1), bins
     if weights is not None:
@@ -137,7 +137,7 @@ def _tile_mass(
     """``[B, heads or 1, blocks, key_blocks]``: the block sums of some rows of some heads."""
     part = _gather_columns(_sum_rows(tile, member, split_heads), columns, sums)
     if not torch.isfinite(part).all():
-        # 0 x NaN is NaN: a padding row that softmax left NaN would spoil every block of the tile.
+        # 0 x NaN is NaN: a padding row that is NaN after softmax would spoil every block of the tile.
         part = _gather_columns(_sum_rows_apart(tile, member, split_heads), columns, sums)
     return part
 
@@ -161,7 +161,7 @@ def _sum_rows(tile: Tensor, member: Tensor, split_heads: bool) -> Tensor:
 
 
 def _sum_rows_apart(tile: Tensor, member: Tensor, split_heads: bool) -> Tensor:
-    """What ``_sum_rows`` computes, block by block and without touching a row outside the block."""
+    """As ``_sum_rows``, but block by block, so that NaN in a row outside a block does not reach it."""
     batch, heads, _, kv_len = tile.shape
     dtype = torch.promote_types(tile.dtype, torch.float32)
     member = member.to(tile.device, dtype)
@@ -175,7 +175,7 @@ def _sum_rows_apart(tile: Tensor, member: Tensor, split_heads: bool) -> Tensor:
 
 
 def like(sums: Tensor, values: Tensor) -> Tensor:
-    """``values`` where ``sums`` are and in their dtype: first the one, as a device may have no float64 (MPS)."""
+    """``values`` with the device and dtype of ``sums``; moved first, since some devices have no float64 (MPS)."""
     return values.to(sums.device).to(sums.dtype)
 
 

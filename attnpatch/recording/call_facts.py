@@ -1,4 +1,4 @@
-"""What is known of one attention before it is summed: whose tokens its queries and keys are, and which are padding."""
+"""Determines, before an attention is summed, which tokens its queries and keys are, and which of them are padding."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
 
 NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, no softmax over keys, or one key beside a learned sink"
 
-# What the rows of a map may be off by, which should sum to 1; where a kernel of its own has summed them, which has a check
-# of its own.
+# Tolerance for the sum of a map's rows, which should be 1; the second if the GPU kernel has summed them (it has a check
+# of its own).
 OFF, OFF_FUSED = 1e-4, 1e-2
 
 
 class Unknown(Exception):
-    """A fact that a map rests on is not known."""
+    """A fact that a map depends on is not known; the message says which."""
 
 
 @dataclasses.dataclass
 class AttentionCallInfo:
-    """What is known of a call of one site.
+    """What the arguments of the model and of a site tell about the site's call.
 
     Attributes:
-        query_mask, key_mask: Bool ``[batch, tokens]``, real tokens on either side as the model's arguments name them;
-            ``None``: they name none. A second opinion.
-        past: Tokens that were in the cache it is handed; ``None``: it is handed none that was there before.
-        has_cache: Whether it is handed one.
-        cache: The one.
-        batches: How many sequences the model may have been called with; ``None``: that is not known.
-        lengths: Tokens of the sequences that the model was called with; ``None``: there may be others.
-        windows: How many of the latest tokens the sliding layers of its cache keep.
-        is_part: Whether it is called with some of the tokens of a longer tensor.
+        query_mask, key_mask: Bool ``[batch, tokens]``: real tokens of queries and keys according to the model's
+            arguments; ``None`` if they do not tell. Used to check what attention itself shows.
+        past: Tokens in the cache when the model was called; ``None`` if the model was not given this cache.
+        has_cache: True if the site is given a cache.
+        cache: That cache.
+        batches: Batch sizes that the model may have been called with; ``None``: not known.
+        lengths: Numbers of tokens of the sequences that the model was called with; ``None``: there may be others.
+        windows: Window lengths of the cache's sliding layers, in tokens.
+        is_part: True if the site is called with some of the tokens of a longer tensor.
     """
 
     query_mask: torch.Tensor | None = None
@@ -49,14 +49,14 @@ class AttentionCallInfo:
 
 @dataclasses.dataclass
 class Relation:
-    """Whose tokens the keys of an attention are.
+    """Which tokens the keys of an attention are.
 
     Attributes:
-        is_cross: Whether they are another sequence's.
-        past: Tokens of the sequence before the first query.
-        first: Place of the first key in its sequence, which a sliding cache moves on.
-        own: Place of the first query among the keys; ``None``: there is none.
-        tokens: Keys that are tokens; those after them are the module's own or empty places.
+        is_cross: True if they belong to another sequence (cross-attention).
+        past: Number of tokens of the sequence before the first query.
+        first: Position of the first key in its sequence; above 0 if a sliding cache has dropped earlier ones.
+        own: Index among the keys of the first query's own key; ``None`` if there is none.
+        tokens: Number of keys that are tokens; later keys are the module's own, or empty slots of a cache.
     """
 
     is_cross: bool
@@ -67,23 +67,23 @@ class Relation:
 
 
 def relation_of(layout: Layout, facts: AttentionCallInfo, before: int | None) -> Relation:
-    """Whose tokens the keys are.
+    """Determine which tokens the keys are.
 
     Args:
-        layout: Of the attention.
-        facts: Of the call.
-        before: Keys that the site had in the call before, if those were another sequence's; ``None``: it had none.
+        layout: The layout of the attention.
+        facts: The facts of the call.
+        before: Number of keys in the site's previous call, if those belonged to another sequence; otherwise ``None``.
 
     Raises:
-        Unknown: It cannot be told.
+        Unknown: It cannot be determined.
     """
     queries, keys = list(layout.queries), list(layout.keys)
-    # What a module adds of its own after the tokens (a learned key, zeros).
+    # Drop keys that the module itself appends after the tokens (a learned key, zeros).
     while len(keys) > 1 and keys[-1].kind == KEPT:
         keys.pop()
     tokens = sum(piece.length for piece in keys)
     if keys == queries:
-        # Also where a layer of a model with a cache looks at the new tokens alone.
+        # This includes a layer that attends only to the new tokens although the model has a cache.
         past = facts.past or 0
         return Relation(False, past, past, 0, tokens)
     if all(piece.kind == KEPT for piece in keys):
@@ -126,7 +126,7 @@ def _of_one(
         if facts.has_cache and past + layout.q_len > key.length >= layout.q_len:
             if key.length not in facts.windows:
                 raise Unknown(evicted(key.length, past + layout.q_len))
-            # Its window has moved on: it holds the latest tokens.
+            # The sliding window has moved: the cache holds the latest tokens.
             return Relation(
                 False, past, past + layout.q_len - key.length, key.length - layout.q_len, key.length
             )
@@ -143,7 +143,7 @@ def _of_one(
         and facts.past is not None
         and key.length == facts.past + layout.q_len
     ):
-        # As many as the cache counts, made by a kernel that cannot be followed.
+        # As many keys as the cache counts, although a kernel that cannot be followed has made them.
         return Relation(False, facts.past, 0, facts.past, key.length)
     if facts.has_cache and before == key.length:
         return Relation(True, facts.past or 0, 0, None, key.length)
@@ -151,7 +151,7 @@ def _of_one(
 
 
 def evicted(kept: int, total: int) -> str:
-    """Why the tokens of a cache are not known."""
+    """The reason to leave a site out if it is not known which tokens its cache keeps."""
     return (
         f"its cache keeps {kept} of {total} tokens and is no sliding window: which tokens it keeps (evicted, compressed, "
         "written over) is not known; capture without that"
@@ -159,13 +159,13 @@ def evicted(kept: int, total: int) -> str:
 
 
 def check_sums(sums: torch.Tensor, expected: torch.Tensor, off: float, may_lack: bool) -> None:
-    """Every row of a map sums to 1.
+    """Check that every row of a map sums to 1.
 
     Args:
-        sums: ``[..., rows, keys]``, of all query tokens of a row.
-        expected: ``[..., rows]``, what they should sum to; 0: nothing was asked for.
-        off: What a row may be off by.
-        may_lack: Whether some of it may be missing: tokens that look at nothing, keys that are dropped.
+        sums: ``[..., rows, keys]``, summed over the query tokens of a row.
+        expected: ``[..., rows]``: the expected total of each row; 0 if the row is empty.
+        off: The tolerance.
+        may_lack: True if a row may sum to less: some tokens see no key, or keys are dropped.
 
     Raises:
         Unknown: Some row does not.
@@ -187,16 +187,17 @@ def real_tokens(
     opened: Opened,
     known: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are real: bool ``[batch, tokens]`` of the queries' sequence and of the keys'.
+    """Which tokens are real: bool ``[batch, tokens]`` for the queries' sequence and for the keys'.
 
-    Padding is what attention itself is closed to. What the model's arguments say is compared with it.
+    A token is padding if attention itself never sees it. The padding mask among the model's arguments is compared with
+    that.
 
     Args:
-        relation: Whose tokens the keys are.
-        layout: Of the attention.
-        facts: Of the call.
-        opened: The keys that attention is open to.
-        known: What is known of the tokens before these; ``None``: nothing.
+        relation: Which tokens the keys are.
+        layout: The layout of the attention.
+        facts: The facts of the call.
+        opened: Returns the keys that attention sees.
+        known: Which of the earlier tokens are real; ``None``: not known.
 
     Raises:
         Unknown: The model's arguments and its attention contradict each other.
@@ -210,7 +211,7 @@ def real_tokens(
     _check_length(layout.q_len, total, facts.lengths)
     seen = opened(relation.own)
     if seen is not None and not seen.numel():
-        # A softmax of the host's own: what the arguments say is all there is.
+        # The softmax is hand-written: only the model's arguments tell which tokens are real.
         seen = None
         said = facts.key_mask if relation.is_cross else _said(facts.query_mask, batch, total)
         if said is not None and said.shape == (batch, relation.tokens if relation.is_cross else total):
@@ -240,13 +241,17 @@ def real_tokens(
             torch.ones(batch, relation.past, dtype=torch.bool) if said is None else said[:, : relation.past]
         )
     found = torch.cat([earlier, own], 1)
-    # What a prepared mask says of earlier tokens is nothing.
+    # Earlier tokens are not compared: a prepared mask does not tell which of them are real.
     _compare(own, None if said is None else said[:, relation.past :], "tokens")
     return found, found
 
 
 def _check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> None:
-    """Whether queries are the model's own tokens, or those of two of its inputs together."""
+    """Check that the queries are as many as the model's tokens, or as those of two of its inputs joined.
+
+    Raises:
+        Unknown: They are not.
+    """
     if lengths is None or q_len in lengths or total in lengths:
         return
     if any(a + b in (q_len, total) for a in lengths for b in lengths if a != b):

@@ -1,4 +1,4 @@
-"""Which layer a site of attention is, and which sites a capture asks for."""
+"""Finds the layer number of each attention site, and the sites that a capture asks for."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _NUMBER = re.compile(r"\d+")
 
 
 def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """The group of each site and the number of its layer.
+    """The group and the layer number of each site.
 
-    Sites of one kind differ in numbers only: ``model.layers.3.self_attn`` is layer 3 of ``model.layers.*.self_attn``, also
-    where layers 0 to 2 hold something else than attention. Two attentions of one layer (``attn1``, ``attn2``) are two
-    kinds. The first number of a path is starred; others only where they vary.
+    Sites of one group differ only in numbers: ``model.layers.3.self_attn`` is layer 3 of ``model.layers.*.self_attn``,
+        even
+    if layers 0 to 2 have no attention. Two attentions of one layer (``attn1``, ``attn2``) are two groups. In a group's
+    name the first number of the path is a star; other numbers are only if they vary.
 
-    The layer's number is the first one of the path that differs from site to site (that of ``block`` in
-    ``encoder.block.3.layer.0.SelfAttention``). Where it takes more than one number to tell sites apart, as in
-    ``down_blocks.1.attentions.0``, no number is the layer's, and sites are counted from 0. So they are where the number is a
-    part of a word (``attn1``).
+    The layer number is the first number of the path that differs from site to site (that of ``block`` in
+    ``encoder.block.3.layer.0.SelfAttention``). If more than one number is needed to tell sites apart, as in
+    ``down_blocks.1.attentions.0``, or if the number is part of a word (``attn1``), sites are counted from 0.
 
     Args:
         names: Paths of modules, in the order of the model.
 
     Returns:
-        By name, group by group.
+        ``(group, layer number)`` by name, group after group.
     """
     loose: dict[str, list[str]] = {}
     for name in names:
@@ -48,8 +48,8 @@ def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
 
 
 def _kinds(names: list[str]) -> list[list[str]]:
-    """Sites that differ in numbers only, apart where one layer has several of them."""
-    # Up to the last number that stands alone, and what comes after it inside the layer.
+    """Divide sites that differ only in numbers into groups, so that no layer has several sites of a group."""
+    # Each path up to its last free-standing number, and the rest inside that layer.
     cut = [re.fullmatch(r"((?:.*\.)?\d+)(|\..*)", name) for name in names]
     if None in cut or len({match[1] for match in cut}) == len(names):
         return [names]
@@ -60,7 +60,7 @@ def _kinds(names: list[str]) -> list[list[str]]:
 
 
 def _layer_numbers(names: list[str]) -> list[int]:
-    """One per site, no two the same."""
+    """A layer number per site, all different."""
     paths = [name.split(".") for name in names]
     for column in zip(*paths, strict=True):
         if column[0].isdigit() and len(set(column)) == len(names):
@@ -77,10 +77,10 @@ def chosen_sites(
     """The sites that a capture asks for.
 
     Args:
-        places: Of each site, as ``pattern_of`` gives them.
+        places: Group and layer number of each site, from ``pattern_of``.
         names: The attention sites, in order.
-        layers: Numbers of layers as ``pattern_of`` gives them; negative ones count the sites of each kind from the last, so
-            that -1 is the last layer with attention of that kind. ``None``: all.
+        layers: Layer numbers from ``pattern_of``. Negative numbers count the sites of each group from the last, so -1
+            is the last layer with attention of that group. ``None``: all.
         sites: Pattern (``fnmatch``) of site names; ``None``: all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a capture asks for, checked where it is said."""
+"""CaptureOptions: the arguments of ``capture``, checked."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Steps = str | Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class CaptureOptions:
-    """What ``capture`` is given; its page says what each is.
+    """The arguments of ``capture``, which documents them.
 
-    Blocks and layers are looked at where it is known whether they are of text or of an image (``pair``, ``for_image``;
+    Blocks and layers are checked later, when it is known if they are for text or for an image (``pair``, ``for_image``;
     ``layers.chosen_sites``, ``diffusion/denoising.Plan``).
 
     Raises:
-        CaptureError: One cannot be used, or they do not go together.
+        CaptureError: A value is not accepted, or options do not go together.
     """
 
     blocks: Any = None
@@ -59,12 +59,12 @@ class CaptureOptions:
 
     @property
     def is_of_gradient(self) -> bool:
-        """Whether each probability is multiplied by its gradient."""
+        """True if each probability is multiplied by its gradient."""
         return self.weighting == "gradient"
 
     @property
     def is_kept_apart(self) -> bool:
-        """Whether steps are."""
+        """True if steps are kept apart."""
         return self.steps != "mean"
 
     @property
@@ -74,10 +74,10 @@ class CaptureOptions:
 
     @property
     def pair(self) -> tuple[Blocks, Blocks]:
-        """Blocks of queries and of keys.
+        """The blocks of queries and of keys.
 
         Raises:
-            CaptureError: There are none, or they are something else.
+            CaptureError: No blocks are given, or the value is something else.
         """
         if self.blocks is None:
             raise CaptureError(
@@ -92,10 +92,10 @@ class CaptureOptions:
         return pair
 
     def for_image(self) -> CaptureOptions:
-        """The same, of an image.
+        """The same options, checked for an image.
 
         Raises:
-            CaptureError: It asks for what there is of text only.
+            CaptureError: An option works for text only.
         """
         if self.measures or self.sample_rows is not None or self.is_of_gradient:
             raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")

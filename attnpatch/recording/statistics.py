@@ -1,4 +1,4 @@
-"""What else the rows of attention show while they pass: attention received per token, entropy, sink mass."""
+"""Further statistics of attention rows: attention received per token, entropy, mass on the first token (sink)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Measures:
     """Sums over the query rows of one site; all float64.
 
     Attributes:
-        received: ``[batch, 1 or kept heads, tokens]``, attention that each token receives, over rows, and over heads where
-            none is kept apart.
-        entropy: ``[batch, heads]``, of the rows, in nats.
-        sink: ``[batch, heads]``, mass on the first token of the sequence.
-        rows: ``[batch]``, how many.
-        apart: Numbers of the heads that are kept apart; ``None``: none.
+        received: ``[batch, 1 or kept heads, tokens]``: attention that each token receives, summed over rows, and over
+            heads if none is kept apart.
+        entropy: ``[batch, heads]``: entropy of the rows, in nats.
+        sink: ``[batch, heads]``: mass on the first token of the sequence.
+        rows: ``[batch]``: number of rows.
+        apart: Numbers of the heads that are kept apart; ``None`` if none is.
     """
 
     received: torch.Tensor
@@ -41,13 +41,13 @@ class Measures:
         return cls(*zeros, apart=None if apart is None else tuple(apart))
 
     def grown(self, tokens: int) -> Measures:
-        """A copy for a sequence that has so many tokens by now."""
+        """A copy for a sequence that has grown to ``tokens`` tokens."""
         more = max(0, tokens - self.received.shape[-1])
         received = torch.nn.functional.pad(self.received, (0, more))
         return Measures(received, self.entropy.clone(), self.sink.clone(), self.rows.clone(), self.apart)
 
     def plus(self, more: Measures) -> Measures:
-        """The sums of both, of sequences that began alike and of which the second has at least as many tokens."""
+        """The sum of both; ``more`` belongs to the same sequence and has at least as many tokens."""
         old = self.grown(more.received.shape[-1])
         pairs = [
             (getattr(old, name), getattr(more, name)) for name in ("received", "entropy", "sink", "rows")
@@ -68,12 +68,12 @@ class Measures:
 
         Args:
             names: Which of ``MEASURES``.
-            b: The sequence.
-            heads: Their numbers.
-            tile: ``[heads, rows, keys]``, probabilities but for ``factors``.
-            factors: ``[heads, rows]``.
-            rows: float64 ``[rows]``, how many rows each stands for; 0: none (its values are never looked at).
-            places: Of the first key in the sequence, which a sliding cache moves on, and of the sequence's first token.
+            b: The number of the sequence.
+            heads: The numbers of the heads.
+            tile: ``[heads, rows, keys]``: unnormalised probabilities.
+            factors: ``[heads, rows]``: factors that normalise them.
+            rows: float64 ``[rows]``: how many rows each row stands for; 0 to ignore it (its values are never read).
+            places: Position of the first key (above 0 with a sliding cache), and of the sequence's first real token.
         """
         first, start = places
         kept = (rows > 0).nonzero().flatten()
@@ -100,7 +100,7 @@ class Measures:
     def _receive(
         self, b: int, heads: list[int], tile: torch.Tensor, factors: torch.Tensor, first: int
     ) -> None:
-        """Add what keys get from rows, each ``factors`` times its own."""
+        """Add the attention that keys receive from rows; ``factors`` are per head and row."""
         keys = slice(first, first + tile.shape[-1])
         if self.apart is None:
             summed = factors.reshape(1, -1) @ tile.reshape(-1, tile.shape[-1])

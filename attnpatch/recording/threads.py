@@ -1,4 +1,4 @@
-"""Whose calls a capture sees: those of the thread that began it, and of threads that it starts between its own calls.
+"""The threads whose calls a capture sees: the one that began it, and threads that it starts between its own calls.
 
 ``Thread(target=model.generate, ...)`` with a streamer is one request in two threads. A thread that is started while the
 captured thread is inside a call of the model serves another request, and so does every thread that was there before.
@@ -18,30 +18,26 @@ _original: list[Any] = []
 
 
 class Owner:
-    """Threads whose calls are seen.
-
-    Attributes:
-        depth: Calls of the model that the thread is inside of, by thread.
-    """
+    """The threads whose calls a capture sees."""
 
     def __init__(self) -> None:
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet([threading.current_thread()])
         self._inside = threading.local()
 
     def is_mine(self) -> bool:
-        """Whether the running thread's calls are seen."""
+        """True if the running thread's calls are captured."""
         return threading.current_thread() in self._threads
 
     def begin(self) -> None:
-        """The running thread is about to call the model."""
+        """Called when the running thread is about to call the model."""
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
 
     def end(self) -> None:
-        """The call has ended."""
+        """Called when that call has ended."""
         self._inside.depth = max(0, getattr(self._inside, "depth", 0) - 1)
 
     def started(self, thread: threading.Thread) -> None:
-        """The running thread starts another one."""
+        """Called when the running thread starts another one."""
         if self.is_mine() and not getattr(self._inside, "depth", 0):
             self._threads.add(thread)
 
@@ -58,7 +54,7 @@ class Owner:
             _owners.remove(self)
             if not _owners and _original:
                 ours, before = threading.Thread.start, _original.pop()
-                # Somebody may have put another one in its place meanwhile.
+                # If someone else has replaced it meanwhile, theirs stays.
                 if getattr(ours, "attnpatch_original", None) is before:
                     threading.Thread.start = before  # type: ignore[method-assign]
 

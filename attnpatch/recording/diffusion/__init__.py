@@ -1,1 +1,1 @@
-"""Sums of attention while a sampler runs: steps, guidance, words."""
+"""Captures attention while a sampler runs: steps, guidance, words."""

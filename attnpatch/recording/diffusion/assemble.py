@@ -1,4 +1,4 @@
-"""Block maps of what was collected while an image was sampled."""
+"""Makes block maps from the sums of a run of the sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from attnpatch.recording.diffusion.denoising import (
     tiles_of,
 )
 
-# Names of attention by what its queries and its keys are: of text, of an image.
+# Kinds of attention, by whether queries have text, queries have image tokens, keys have text, keys have image tokens.
 NAMES = {
     (False, True, True, False): "cross",
     (False, True, False, True): "self",
@@ -41,7 +41,7 @@ def kind_of(record: ImageRecord) -> str:
 
 
 class Reading:
-    """Block maps of what one run collected."""
+    """Makes block maps from one run of the sampler."""
 
     def __init__(self, sampling: Sampling, run: Run, heads: Heads, own_grid: bool) -> None:
         self.run, self.heads, self.own_grid = run, heads, own_grid
@@ -50,7 +50,7 @@ class Reading:
             self.tiles = tiles_of(sampling, run, QUERY_TILES), tiles_of(sampling, run, KEY_TILES)
 
     def block_map(self, names: list[str], steps: list[int], metadata: dict[str, Any]) -> BlockMap:
-        """Of sites of one kind; ``steps`` kept apart, none: all together."""
+        """The block map of sites of one kind; ``steps`` are kept apart, and if there are none, all are averaged."""
         order = {"prompt": 0, "": 1, "negative": 2}
         rows = sorted(
             (row for row in self.run.rows if row not in self.run.unclear),
@@ -111,7 +111,7 @@ class Reading:
         )
 
     def _site(self, step: int, row: Row, name: str) -> torch.Tensor | None:
-        """float64 ``[heads, query blocks, key blocks]`` of one site, row and step."""
+        """Means of one site, batch row and step, float64 ``[heads, query blocks, key blocks]``, or ``None``."""
         sums, counts, last = 0, 0, None
         words = len(self.run.texts[row[0]].labels)
         for (at, rows), records in self.run.records.items():
@@ -128,7 +128,7 @@ class Reading:
         return self._brought(means, last.key_side, words, "key")
 
     def _brought(self, values: torch.Tensor, side: Side, words: int, name: str) -> torch.Tensor:
-        """Cells to tiles, along the last axis."""
+        """``values`` with the image's cells converted to tiles, along the last axis."""
         if side.grid is None or self.own_grid:
             return values
         words = words if side.has_text else 0
@@ -137,7 +137,7 @@ class Reading:
         return torch.cat([values[..., :words], change(values[..., words:], side.grid)], -1)
 
     def _blocks(self, name: str, side: Side, row: Row) -> tuple[tuple[str, ...], torch.Tensor]:
-        """Labels and sizes of the blocks of one row."""
+        """Labels and sizes of the blocks of one batch row."""
         text = self.run.texts[row[0]] if side.has_text else TextRow((), torch.zeros(0, dtype=torch.int64))
         labels = text.labels
         sizes = torch.bincount(text.assignment[text.assignment >= 0], minlength=len(labels))
@@ -166,8 +166,8 @@ class Reading:
         text = self.run.texts[row[0]]
         found = {"role": text.role, "text": text.text, "text_number": row[0], "image": row[1]}
         if row in self.run.twins:
-            # Guidance by a changed denoiser gives it the same image and text once more.
+            # Some guidance methods run a changed denoiser on the same image and text again.
             found |= {"image": self.run.twins[row][1], "again": True}
         steps = sorted(self.run.rows[row])
-        # Guidance may end before the sampler does, and a prompt may be exchanged on the way.
+        # Guidance may end before the sampler does, and a prompt may be replaced in between.
         return found if len(steps) == len(self.run.timesteps) else {**found, "steps": steps}

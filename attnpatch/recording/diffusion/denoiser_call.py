@@ -1,4 +1,4 @@
-"""What is known of a call of a denoiser, and of the texts that its rows are given (``attnpatch.hosts`` reads them)."""
+"""The facts of a denoiser's call, and the texts of its batch rows (``attnpatch.hosts`` reads them)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class TextRow:
 
     Attributes:
         labels: One per block.
-        assignment: int64 ``[tokens]``, the block of each text token the denoiser is given, -1 for none.
-        text: As it was given; ``None``: not known.
+        assignment: int64 ``[tokens]``: the block of each text token that the denoiser is given, -1 for none.
+        text: The text as the pipeline was given it; ``None``: not known.
         role: ``"prompt"``, ``"negative"``, or ``""``: not known.
-        listed: Words and their blocks, where these are not one word each.
-        missing: Words without a block of their own: why.
+        listed: Words and their blocks, if blocks are not one word each.
+        missing: For each word without a block of its own, the reason.
     """
 
     labels: tuple[str, ...]
@@ -31,11 +31,11 @@ class TextRow:
 
     @property
     def words(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """Words in order, and the blocks of each."""
+        """The words in order, each with its blocks."""
         return self.listed or tuple((label, (number,)) for number, label in enumerate(self.labels))
 
     def is_like(self, other: TextRow) -> bool:
-        """Whether the same words of the same text are the same tokens, whatever their embeddings are."""
+        """True if both are the same text with the same words at the same tokens, whatever the embeddings are."""
         mine, its = ((e.text, e.role, e.labels, e.listed, sorted(e.missing)) for e in (self, other))
         return self.text is not None and mine == its and torch.equal(self.assignment, other.assignment)
 
@@ -45,14 +45,14 @@ class DenoiserCall:
     """One call of a denoiser (``attnpatch.hosts`` reads it).
 
     Attributes:
-        batch: Rows of its batch.
-        images, texts: What it is given of either.
+        batch: Number of batch rows.
+        images, texts: Its image inputs and its text inputs.
         text_mask: Bool ``[batch, tokens]`` of the text, or ``None``.
-        timesteps: Of the sampler, each once: an image that others are made from has one of its own; empty: it has none.
-        latents: Shape of the image, where it comes as rows and columns.
-        pictures: Shapes of the pictures, where they come as a sequence of tokens; the first is the one that is sampled.
-            Neither: not known.
-        past: Tokens in a cache, which a denoiser has not.
+        timesteps: The timesteps in the call, each once (a reference image may have one of its own); may be empty.
+        latents: The grid of the image, if it comes as rows and columns.
+        pictures: The grids of the pictures, if they come as a sequence of tokens; the first is the sampled one. If
+            neither is given, the grid is not known.
+        past: Tokens in a cache; always 0, since a denoiser has none.
     """
 
     batch: int

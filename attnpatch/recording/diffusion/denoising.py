@@ -1,4 +1,4 @@
-"""Collects block sums while an image is sampled: over steps, told apart by whose text a row of the batch is given."""
+"""Collects block sums while a sampler runs, by step and by the text that each batch row is given."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall, TextRow
 from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
 
-# Tiles along either edge of an image where nobody says how many, as queries and as keys.
+# Default for the most tiles along either edge of an image, as queries and as keys.
 QUERY_TILES, KEY_TILES = 32, 16
-# A row of a batch: which text it was given, and its row index among those with that text.
+# A batch row: the number of its text, and its index among the batch rows with that text.
 Row = tuple[int, int]
 
 
 @dataclasses.dataclass
 class Plan:
-    """What of an image to show.
+    """Which blocks a capture of an image has.
 
     Attributes:
-        query_tiles, key_tiles: How the image is cut; ``None``: as its size suggests.
+        query_tiles, key_tiles: How the image is cut into tiles; ``None``: chosen by its size.
         text: Blocks of the text; ``None``: its words.
-        queries, keys: Kinds of tokens on either side.
+        queries, keys: Kinds of tokens that are captured as queries and as keys.
     """
 
     query_tiles: Tiles | None = None
@@ -41,10 +41,10 @@ class Plan:
 
     @classmethod
     def of(cls, blocks: Blocks | tuple[Blocks, Blocks] | None) -> Plan:
-        """As ``capture`` is given it.
+        """The plan for the argument ``blocks`` of ``capture``.
 
         Raises:
-            CaptureError: These are no blocks of an image.
+            CaptureError: These blocks are not for an image.
         """
         if blocks is None:
             return cls()
@@ -70,9 +70,9 @@ class Side:
     """The blocks on one side of a site: words first, then the image's cells.
 
     Attributes:
-        has_text: Whether there are words.
-        words: Blocks of words, as many as the row with most of them has.
-        grid: The image's tokens at this site, if it has any.
+        has_text: True if there are words.
+        words: Number of blocks for words: that of the batch row with most of them.
+        grid: The grid of image tokens at this site, if it has any.
     """
 
     has_text: bool = False
@@ -80,31 +80,31 @@ class Side:
     grid: Grid | None = None
 
     def of_row(self, words: int, count: int) -> torch.Tensor:
-        """Which of ``count`` blocks a row with so many words has."""
+        """Indices, among ``count`` blocks, of those that a batch row with ``words`` words has."""
         own = words if self.has_text else 0
         return torch.cat([torch.arange(own), torch.arange(self.words, count)])
 
 
 @dataclasses.dataclass
 class ImageRecord(SiteSums):
-    """Sums of one site, and what its blocks are."""
+    """Sums of one site, with a description of its blocks."""
 
     query_side: Side = dataclasses.field(default_factory=Side)
     key_side: Side = dataclasses.field(default_factory=Side)
 
 
 class Run:
-    """One sampling: an image, or a batch of them.
+    """One run of the sampler: an image, or a batch of them.
 
     Attributes:
-        timesteps: In order, of what is sampled; a sampler's step may call the denoiser several times.
-        texts: Every text that rows were given.
-        rows: Every row there was, and its steps.
-        twins: Rows that are given the text and the latents of another row of their batch at every step, and which.
-        unclear: Rows of which it is not known what they show, and why.
-        image: The shape of the image; known when the first site has run.
+        timesteps: The sampled image's timesteps, in order; one step may call the denoiser several times.
+        texts: Every text that batch rows were given.
+        rows: Every batch row, with its steps.
+        twins: Rows with the same text and latents as another row of their batch at every step, and that other row.
+        unclear: Rows for which it is not known what they show, with the reason.
+        image: The grid of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
-        records: By step and rows of the batch, then by site.
+        records: Sums by step and batch rows, then by site.
     """
 
     def __init__(self) -> None:
@@ -121,9 +121,10 @@ class Run:
         self._distinct: set[Row] = set()
 
     def step_of(self, timesteps: frozenset[float]) -> int:
-        """Number of the step: a new one for each timestep that differs from the one before.
+        """The number of the step; a timestep that differs from the previous one begins a new step.
 
-        What is sampled has the highest. Guidance may leave out the others, of what it is made from.
+        The sampled image has the highest timestep in a call. Calls for guidance may lack the reference images'
+        timesteps.
         """
         latest = max(timesteps, default=None)
         goes_on = self.timesteps and latest is not None and self.timesteps[-1] == latest
@@ -133,15 +134,15 @@ class Run:
         return len(self.timesteps) - 1
 
     def shown(self, rows: Sequence[Row], latents: Sequence[bytes], evaluations: int) -> tuple[Row, ...]:
-        """The rows of a batch, of which maps show the first call in a step that has the same text and latents.
+        """Mark batch rows whose text and latents were seen in this step before: maps show only the first such call.
 
         Args:
-            rows: They.
-            latents: Of each, what tells them apart.
-            evaluations: How often the sampler asks for an image in this step.
+            rows: The rows of the batch.
+            latents: For each row a digest of its latents.
+            evaluations: How often the sampler calls the denoiser per image in this step.
 
         Returns:
-            The rows; those that are shown already with a number below 0.
+            The rows; rows that were seen before get an image number below 0.
         """
         found, first = [], {}
         for row, given in zip(rows, latents, strict=True):
@@ -168,11 +169,11 @@ class Sampling:
     """All runs of a capture, which several denoisers of one pipeline may share.
 
     Args:
-        plan: What to show.
-        is_kept_apart: Whether steps are.
-        find_texts: Says whose text each row of a text is; ``None``: nobody knows.
-        evaluations: From a timestep to how often the sampler asks for an image there; ``None``: nobody knows, and every call
-            is one of its.
+        plan: Which blocks the capture has.
+        is_kept_apart: True if steps are kept apart.
+        find_texts: Finds the text of each batch row; ``None``: not known.
+        evaluations: Maps a timestep to the number of times that the sampler calls the denoiser there; ``None``: not
+            known, and every call counts as the sampler's.
     """
 
     def __init__(
@@ -190,24 +191,24 @@ class Sampling:
         self._last: tuple[Any, int, list[int]] | None = None
 
     def begin_run(self) -> None:
-        """A pipeline is called."""
+        """Called when a pipeline's call begins."""
         self.runs.append(Run())
         self._known, self._last = {}, None
 
     def end_run(self) -> None:
-        """The call has ended; one that never came to its denoiser is no run."""
+        """Called when a pipeline's call has ended; if it never called its denoiser, it is not a run."""
         if self.runs and not self.runs[-1].records:
             self.runs.pop()
 
     @property
     def run(self) -> Run:
-        """The run that goes on; without a pipeline that says where it begins, all calls are one."""
+        """The present run; without a pipeline, which tells where runs begin, all calls are one run."""
         if not self.runs:
             self.begin_run()
         return self.runs[-1]
 
     def rows_of(self, call: DenoiserCall) -> tuple[Row, ...]:
-        """Which rows a batch holds: those with one and the same text are one image after the other."""
+        """The rows of a batch; rows with the same text are numbered as successive images."""
         run, text = self.run, call.texts[0] if call.texts else None
         if text is None or text.shape[0] != call.batch:
             numbers = [self._number(b"", None)] * call.batch
@@ -215,7 +216,7 @@ class Sampling:
             numbers = self._last[2]
         else:
             numbers = self._numbers(text, call.text_mask)
-            # Whether a tensor of inference mode was written to is not counted.
+            # An inference tensor has no version counter, so a write to it would go unnoticed.
             self._last = None if text.is_inference() else (weakref.ref(text), text._version, numbers)
         rows = tuple((number, numbers[:place].count(number)) for place, number in enumerate(numbers))
         step = len(run.timesteps) - 1
@@ -229,7 +230,7 @@ class Sampling:
         return shown
 
     def _say_of(self, rows: Sequence[Row], shown: Sequence[Row]) -> None:
-        """Note what of the rows of a batch is in no map."""
+        """Note in ``left_out`` which rows of a batch are in no map."""
         for (number, image), found in zip(rows, shown, strict=True):
             name = f"image {image} of text {number}"
             if (number, image) in self.run.unclear:
@@ -245,7 +246,7 @@ class Sampling:
         keys = [_digest([row]) for row in text]
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
         if new:
-            # All rows of a batch, where blocks were given for each of them.
+            # Blocks may be given per sequence, so with given blocks all batch rows are needed.
             places = list(range(len(keys))) if self.plan.text is not None else list(new.values())
             found = self._texts(text[places], None if mask is None else mask[places])
             texts = dict(zip(places, found, strict=True))
@@ -255,7 +256,7 @@ class Sampling:
         return [self._known[key] for key in keys]
 
     def _texts(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[TextRow]:
-        """The text of each row, in the blocks asked for, else in its words, else in its tokens by number."""
+        """The text of each batch row, in the blocks asked for, else in words, else with a number for each token."""
         tokens = text.shape[1]
         found = [TextRow(tuple(map(str, range(tokens))), torch.arange(tokens)) for _ in text]
         if self.find_texts is not None:
@@ -265,7 +266,7 @@ class Sampling:
         return found
 
     def _name(self, found: list[TextRow], valid: torch.Tensor) -> None:
-        """Take the blocks asked for. Those of a prompt are not guidance's, which keeps its own words."""
+        """Replace blocks by those asked for. Words of a prompt do not fit a negative prompt, which keeps its own."""
         blocks, chosen = self.plan.text, list(range(len(found)))
         prompts = [place for place in chosen if found[place].role != "negative"]
         for_all = blocks.per_sequence and len(blocks.spans_by_sequence) == len(found) and prompts
@@ -281,7 +282,7 @@ class Sampling:
                 found[place] = TextRow(labels, assignment, before.text, before.role, missing=missing)
 
     def _number(self, key: bytes, row: TextRow | None, used: set[int] = frozenset()) -> int:
-        """The number of a text: that of one with other embeddings of the same tokens, which went before it."""
+        """The number of a text; the same as that of an earlier step's text with other embeddings of the same tokens."""
         if key not in self._known:
             texts, row = self.run.texts, row or TextRow((), torch.zeros(0, dtype=torch.int64))
             step = len(self.run.timesteps) - 1
@@ -294,7 +295,7 @@ class Sampling:
         return self._known[key]
 
     def _say(self, number: int, row: TextRow) -> None:
-        """Note what of a text is in no map."""
+        """Note in ``left_out`` which words of a text are in no map."""
         for word, reason in row.missing.items():
             self.left_out.setdefault(f"word {word!r}", reason)
         if row.labels and row.text is None and self.find_texts is not None and self.plan.text is None:
@@ -306,7 +307,7 @@ class Sampling:
 
 
 def _digest(values: Sequence[torch.Tensor]) -> bytes:
-    """What tells tensors from others."""
+    """A hash of the values of some tensors."""
     found = hashlib.blake2b()
     for each in values:
         found.update(each.detach().float().cpu().contiguous().numpy().tobytes())
@@ -314,10 +315,10 @@ def _digest(values: Sequence[torch.Tensor]) -> bytes:
 
 
 def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow) -> None:
-    """Words that somebody gave are where the text has them: tokens of another tokenizer, or of chunks, lie elsewhere.
+    """Check that given words lie at the tokens where they were found: another tokenizer, or chunks, would move them.
 
     Raises:
-        BlockError: They are not.
+        BlockError: They do not.
     """
     words: dict[int, list[str]] = {}
     for label, numbers in known.words:
@@ -332,6 +333,6 @@ def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow
 
 
 def tiles_of(sampling: Sampling, run: Run, most: int) -> Tiles:
-    """How the image of a run is cut, as queries or as keys."""
+    """The tiles of a run's image, as queries or as keys."""
     asked = sampling.plan.query_tiles if most == QUERY_TILES else sampling.plan.key_tiles
     return asked if asked is not None else Tiles.of(run.image, most)

@@ -1,4 +1,4 @@
-"""Watches the calls of a denoiser: where each tile of its attention belongs, and what is in no map and why."""
+"""Adds the attention of one call of a denoiser's site to its sums, or says why it is in no map."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ UNSAID = (
 
 
 class ImageObserver(SiteObserver):
-    """Adds the tiles of one call of one site of a denoiser to its record, once all that its map rests on is known.
+    """Adds the tiles of one call of one site to its record, if all facts that the map depends on are known.
 
     Args:
-        recorder: What was asked for.
-        name: The site's.
-        call: Of the denoiser.
-        records: Of this step, by site.
-        inputs: Of each tensor that the site is called with, whose tokens it is (``None``: not known), and the rows and
-            columns that they were joined of (empty: not known).
-        is_again: Whether it was called before in this call of the denoiser.
-        is_candidate: Whether it may turn out to be no attention.
+        recorder: The recorder of the denoiser.
+        name: The site's name.
+        call: The denoiser's call.
+        records: The sums of this step, by site.
+        inputs: For each tensor that the site is called with: the kinds of its tokens (``None``: not known), and the
+            lengths of the dimensions that were merged into its tokens (empty: not known).
+        is_again: True if the site was called before in this call of the denoiser.
+        is_candidate: True if it may turn out to be no attention.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class ImageObserver(SiteObserver):
         self.before: Any = None
         self.layout: Layout | None = None
         self.is_shown = False
-        # What rows may be off by; whether some look at nothing.
+        # Tolerance for the sums of rows; whether some rows see no key.
         self.off, self.has_closed = OFF, False
         self.grids: dict[int | None, Grid] = {}
 
     def begin(self, layout: Layout, opened: Any) -> bool:
-        """An attention of the site: whether it is to be shown."""
+        """True if an attention of the site is to be shown."""
         if self.layout is not None:
-            # A second one inside the module, as an image prompt's: shown it would be mixed with the first.
+            # A second attention inside the module (an image prompt's) would be mixed with the first.
             if self.is_shown:
                 keys = f"{layout.kv_len} keys"
                 self._leave_out(f"attends a second time, to {keys}", f" ({keys})")
@@ -87,11 +87,11 @@ class ImageObserver(SiteObserver):
         return self.is_shown
 
     def _begin(self, layout: Layout) -> bool:
-        """Find out whose tokens the queries and the keys are; whether they were asked for."""
+        """Determine which tokens queries and keys are; True if the capture asks for them."""
         count, batch = layout.batch * layout.heads, self.call.batch
         whole = batch * self.recorder.num_heads.get(self.name, 0)
         if (whole and count != whole) or count % batch:
-            # Some rows of the batch only (perturbed attention guidance), some heads, or other rows than images.
+            # Only some batch rows (perturbed attention guidance), only some heads, or rows that are not images.
             heads = f"{whole} of its batch and heads" if whole else f"{batch} of its batch"
             raise Unknown(f"attends in {count} pieces, not in the {heads}")
         if layout.why_not:
@@ -115,7 +115,7 @@ class ImageObserver(SiteObserver):
         return True
 
     def _kinds_of(self, pieces: Sequence[Any], side: str, count: int) -> Origin:
-        """Kinds of tokens on one side and how many, in order.
+        """The kinds of tokens of the queries or of the keys, in order, each with its length.
 
         Raises:
             Unknown: Some are not known.
@@ -138,10 +138,10 @@ class ImageObserver(SiteObserver):
         return tuple(found)
 
     def _check_sides(self, pieces: Sequence[Any]) -> None:
-        """Whether the grid of an image is what its tokens were joined of, where that is known.
+        """Check the image's grid against the dimensions that were merged into its tokens, if these are known.
 
         Raises:
-            Unknown: It is another.
+            Unknown: They do not agree.
         """
         for piece in pieces:
             origin, sides = self.inputs[piece.number] if piece.kind == INPUT else (None, [])
@@ -197,7 +197,7 @@ class ImageObserver(SiteObserver):
             self._open()
 
     def end(self) -> None:
-        """All tiles of the attention were shown: every row has to sum to 1, but those that look at nothing."""
+        """All tiles were shown: check that every row sums to 1, except rows that see no key."""
         record, layout = self.record, self.layout
         if record is None or layout is None or layout.is_mixed:
             return
@@ -209,24 +209,24 @@ class ImageObserver(SiteObserver):
             self._refuse(str(reason))
 
     def finish(self) -> None:
-        """The call of the site has ended."""
+        """Called when the site's call has ended."""
         if self.layout is None and not self.is_candidate:
             self._refuse(NOT_SEEN)
 
     def _refuse(self, reason: str) -> None:
         self._leave_out(reason)
         self.recorder.sampling.run.refused.add(self.name)
-        # What earlier calls added to the same mean is no map of all of them.
+        # A mean over only the earlier calls would be incomplete.
         self.records.pop(self.name, None)
 
     def _leave_out(self, reason: str, part: str = "") -> None:
         self.recorder.sampling.left_out.setdefault(self.name + part, reason)
 
     def _segments(self, side: Origin) -> Origin:
-        """Kinds of tokens on one side and how many; of several pictures the image is the first.
+        """The kinds of tokens with their lengths; of several pictures only the first counts as the image.
 
         Raises:
-            CaptureError: They cannot be shown.
+            CaptureError: The tokens cannot be mapped.
         """
         found: list[tuple[str, int | None]] = []
         for kind, length in side:
@@ -251,7 +251,7 @@ class ImageObserver(SiteObserver):
         return tuple(found)
 
     def _image(self, tokens: int) -> Grid:
-        """Rows and columns of the image in so many tokens, which may be followed by those of other pictures."""
+        """The grid of the image within ``tokens`` image tokens, which may include further pictures behind it."""
         sampling, call = self.recorder.sampling, self.call
         tiles = [
             each.image for each in (sampling.plan.query_tiles, sampling.plan.key_tiles) if each is not None
@@ -289,7 +289,7 @@ class ImageObserver(SiteObserver):
         return grid
 
     def _check_before(self) -> None:
-        """Sums that go on are of the same blocks."""
+        """Check that sums of earlier calls, which this call adds to, have the same blocks."""
         plan = self.recorder.sampling.plan
         query, self.query_side = self._side(self.segments[0], plan.queries, QUERY_TILES)
         key, self.key_side = self._side(self.segments[1], plan.keys, KEY_TILES)
@@ -330,7 +330,7 @@ class ImageObserver(SiteObserver):
         return Partition(assignment, sizes, sizes, sizes, ((),) * self.call.batch), side
 
     def _open(self) -> None:
-        """Sums that this call is added to."""
+        """Make the sums that this call is added to."""
         query, key = self.partitions
         assert self.layout is not None
         self.place(query, key, self.layout.kv_len, 0)

@@ -1,4 +1,4 @@
-"""Watches the calls of a denoiser: which rows of a batch they are for, and who looks at each of its attention sites."""
+"""ImageRecorder: follows the calls of a denoiser, and makes an observer for each call of its sites."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from attnpatch.recording.options import CaptureOptions
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserReading:
-    """How a denoiser's calls are read (``attnpatch.hosts``).
+    """Functions that read a denoiser's calls (from ``attnpatch.hosts``).
 
     Attributes:
-        read_call: Makes a ``DenoiserCall`` of arguments.
-        num_heads: Of sites, where it is known.
-        inputs_among: The tensors that a site is called with, as ``Layout`` counts them.
-        sides_of: Rows and columns that the tokens of such a tensor were joined of; empty: not known.
+        read_call: Makes a ``DenoiserCall`` from arguments.
+        num_heads: Number of heads by site, if known.
+        inputs_among: The tensors that a site is called with, in the order in which ``Layout`` numbers them.
+        sides_of: The lengths of the dimensions that were merged into such a tensor's tokens; empty: not known.
     """
 
     read_call: Callable[[Any, Any], DenoiserCall]
@@ -38,21 +38,21 @@ class DenoiserReading:
 
 
 class ImageRecorder:
-    """Collects for one denoiser.
+    """Records the attention of one denoiser.
 
     Args:
-        sampling: Where to.
-        options: What the capture asked for.
+        sampling: The runs to which it adds.
+        options: The options of the capture.
         names: The denoiser's attention sites.
-        prefix: Before their names: the component's.
-        host: How its calls are read.
+        prefix: The component's name, put before the sites' names.
+        host: Reads its calls.
     """
 
-    # Whether a capture that somebody asks for takes its place.
+    # True if another capture may replace it.
     gives_way = False
-    # Whether its maps say which of the model's tokens is which.
+    # True if its maps depend on the order of the model's tokens.
     follows_order = True
-    # Every row is looked at, and nothing else is measured.
+    # All rows are summed, without further statistics.
     sample_rows, seed, measures, is_of_gradient = None, 0, (), False
 
     def __init__(
@@ -74,18 +74,18 @@ class ImageRecorder:
         self._stack = contextlib.ExitStack()
 
     def is_mine(self) -> bool:
-        """Whether the running thread's calls are seen."""
+        """True if the running thread's calls are captured."""
         return self.owner is None or bool(self.owner.is_mine())
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
-        """The denoiser is about to run."""
+        """Called when a call of the denoiser begins."""
         sampling, self.call, self.called = self.sampling, None, set()
         call = self.read_call(args, kwargs)
         step = sampling.run.step_of(call.timesteps)
         try:
             self.rows = sampling.rows_of(call)
         except AttnpatchError as error:
-            # Blocks that do not fit the text, say: the images are made all the same.
+            # For example, blocks do not fit the text. The sampler must go on.
             sampling.left_out.setdefault(f"step {step}", str(error))
             return
         self.call = call
@@ -102,19 +102,19 @@ class ImageRecorder:
         self.call = None
 
     def wants(self, name: str) -> bool:
-        """Whether a site was asked for; not outside a call of the denoiser."""
+        """True if a site was asked for and the denoiser is being called."""
         return self.call is not None and name in self.wanted
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart.
 
         Raises:
-            CaptureError: One was asked for that there is not.
+            CaptureError: A head that was asked for does not exist.
         """
         return chosen_heads(self.heads, num_heads)
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
-        """Who looks at the call of a site that is about to be made."""
+        """The observer for a site's call that is about to begin."""
         inputs = [(self.origins.of(each), self.sides_of(each)) for each in self.inputs_among(args, kwargs)]
         is_again = site.name in self.called
         self.called.add(site.name)

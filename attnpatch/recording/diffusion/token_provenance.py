@@ -1,7 +1,6 @@
-"""Whose tokens a tensor holds, text's or the image's: followed from a model's inputs through its functions.
+"""Tracks which tokens of a tensor are text and which are the image, from a model's inputs through its functions.
 
-Joint attention puts both into one sequence, text first in one model and last in the next. Which it is shows where
-they are put together.
+Joint attention concatenates both, text first in one model and last in another. The concatenation shows which.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.observing import MAKING
 
-# Words are those of the first text that a denoiser is given.
+# Words are found in the first text that a denoiser is given (``TEXT``).
 IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
 
-# Kinds of tokens and how many, in order; of one kind, however many there are, ``None``.
+# The kinds of tokens in order, each with its length; for a tensor of a single kind the length is ``None``.
 Origin = tuple[tuple[str, int | None], ...]
 
 _JOINING = frozenset([torch.cat, torch.concat, torch.concatenate])
-# Products, and which argument's rows are the rows of the result.
+# Products, with the index of the argument whose rows are the result's rows.
 _ROWS_OF = {"addmm": 1, "baddbmm": 1, "addbmm": 1, "einsum": 1}
 _PRODUCTS = frozenset(
     ["matmul", "__matmul__", "bmm", "mm", "linear", "scaled_dot_product_attention", *_ROWS_OF]
 )
-# What puts tokens into another order, or takes some of them; what takes several together along one axis.
+# Functions that reorder tokens or pick some; that slice; that combine several along one axis.
 _PICKING = frozenset(
     [
         "gather",
@@ -46,17 +45,17 @@ _ALONG_ONE_AXIS = frozenset(
     ["conv1d", "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "interpolate"]
 )
 _REDUCING = frozenset(["mean", "sum", "amax", "amin", "max", "min", "median", "logsumexp", "prod"])
-# What takes a size or a type of another tensor, and none of its tokens.
+# Functions that take only the size or dtype of another tensor.
 _LIKE = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
-# What puts other tokens into a tensor that is there.
+# Functions that write tokens into an existing tensor.
 _WRITING = frozenset(["__setitem__", "copy_", "index_put_", "index_copy_", "scatter_", "masked_scatter_"])
 
 
 class Origins(TorchFunctionMode):
-    """Follows tokens while it is active.
+    """A mode that tracks tokens while it is active.
 
     Attributes:
-        joined: What the latest sequence of each length was put together from, where it is of several kinds.
+        joined: By length, the kinds in the latest sequence of that length that was concatenated from several kinds.
     """
 
     def __init__(self) -> None:
@@ -65,11 +64,11 @@ class Origins(TorchFunctionMode):
         self._known: Any = WeakIdKeyDictionary()
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
-        """All tokens of a tensor are of one kind."""
+        """Note that all tokens of a tensor are of one kind."""
         self._known[tensor] = ((kind, None),)
 
     def of(self, tensor: torch.Tensor) -> Origin | None:
-        """What is known of a tensor."""
+        """The kinds of a tensor's tokens; ``None`` if they are not known."""
         return self._known.get(tensor)
 
     def __torch_function__(
@@ -96,7 +95,7 @@ class Origins(TorchFunctionMode):
         return result
 
     def _source(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The first argument whose origin is known; of a product, the one whose rows the result has."""
+        """The first argument whose kinds are known; for a product, the argument whose rows the result has."""
         name = getattr(func, "__name__", "")
         if name.startswith(MAKING):
             return None
@@ -108,7 +107,7 @@ class Origins(TorchFunctionMode):
         return next((t for t in _tensors((*args, *kwargs.values())) if t in self._known), None)
 
     def _write(self, args: Any) -> None:
-        """Tokens of another kind are written into a tensor: it is not of one kind any more."""
+        """After a write of tokens of another kind, the kinds of the target are no longer known."""
         target, values = args[0], [each for each in args[1:] if isinstance(each, torch.Tensor)]
         if values and target in self._known and self._known.get(values[-1]) != self._known[target]:
             del self._known[target]
@@ -122,7 +121,7 @@ class Origins(TorchFunctionMode):
             found = self._known.get(piece, ((OTHER, None),))
             found = ((found[0][0], size),) if len(found) == 1 else found
             if sum(length for _, length in found) != size:
-                return  # joined along another axis than that of tokens
+                return  # concatenated along another axis than the tokens'
             for kind, length in found:
                 if segments and segments[-1][0] == kind:
                     length += segments.pop()[1]
@@ -133,7 +132,7 @@ class Origins(TorchFunctionMode):
             self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
 
     def _hand_on(self, origin: Origin, source: torch.Tensor, result: torch.Tensor) -> None:
-        """A result is of its source's kind; or of the part of a joined sequence that its length says."""
+        """Note the kinds of a result: its source's, or, of a concatenated source, those of the part with its length."""
         if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
             self._known[result] = origin
             return
@@ -143,7 +142,7 @@ class Origins(TorchFunctionMode):
             return
         parts = [kind for kind, length in origin if length in result.shape]
         if len(set(parts)) > 1:
-            # As many tokens of either kind: a view of the first of them begins where its source does.
+            # Several kinds have this length: a view of the first kind begins where its source does.
             shares = result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
             is_first = shares and result.storage_offset() == source.storage_offset()
             parts = parts[:1] if is_first else parts[-1:] if shares else []
@@ -152,7 +151,7 @@ class Origins(TorchFunctionMode):
 
 
 def _cut(origin: Origin, source: torch.Tensor, result: torch.Tensor) -> Origin:
-    """Whole kinds of a joined sequence, of which a result is a piece; none: it is none, or cuts one of them."""
+    """The kinds in a slice of a concatenated sequence; empty if it is not a slice, or cuts through a kind."""
     count, dims = sum(length or 0 for _, length in origin), range(source.dim())
     differ = [dim for dim in dims if result.dim() == source.dim() and source.shape[dim] != result.shape[dim]]
     shares = source.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
@@ -173,9 +172,9 @@ def _cut(origin: Origin, source: torch.Tensor, result: torch.Tensor) -> Origin:
 
 
 def _loses_order(func: Callable[..., Any], args: Any, source: torch.Tensor, result: Any) -> bool:
-    """Whether a result's tokens are not all of its source's, in their order: where they lie cannot be told any more.
+    """True if a result does not have all of its source's tokens in their order, so their positions are lost.
 
-    Feature maps keep it: a convolution or a mean over rows and columns shows the same image.
+    Feature maps keep their positions: a convolution or a mean over rows and columns shows the same image.
     """
     name = getattr(func, "__name__", "")
     name = name if name.startswith("__") else name.rstrip("_")
@@ -195,7 +194,7 @@ def _loses_order(func: Callable[..., Any], args: Any, source: torch.Tensor, resu
 
 
 def _picks(index: Any) -> bool:
-    """Whether an index takes single elements, or every other."""
+    """True if an index picks single elements, or has a step."""
     if isinstance(index, slice):
         return index.step not in (None, 1)
     return isinstance(index, list) or (isinstance(index, torch.Tensor) and index.dim() > 0)

@@ -1,4 +1,4 @@
-"""Words that heat maps are asked for, among those of a text."""
+"""Finds the words that a heat map is asked for among the words of a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 
 def listed(words: Any, labels: Sequence[str]) -> list[Any]:
-    """Words one by one; what is a label as a whole stays whole."""
+    """The words as a list; a string is split, unless it is a label as a whole."""
     if isinstance(words, str):
         is_label = any(plain(label) == plain(words) for label in labels)
         return [words] if is_label else words.split() or [words]
@@ -19,20 +19,20 @@ def listed(words: Any, labels: Sequence[str]) -> list[Any]:
 
 
 def plain(word: str) -> str:
-    """A word without regard to case and to the punctuation around it."""
+    """A word in lower case, without the punctuation around it."""
     return word.casefold().strip(string.punctuation + " ")
 
 
 def why_missing(word: str, text: TextRow) -> str | None:
-    """Why a word has no map, if it stands somewhere without one."""
+    """Why an occurrence of the word has no map; ``None`` if all have one."""
     return next((why for label, why in text.missing.items() if plain(label) == plain(word)), None)
 
 
 def places(word: str | int, text: TextRow) -> list[int]:
-    """Where a word stands: its numbers among the words.
+    """The indices of a word among the text's words.
 
     Raises:
-        CaptureError: Nowhere, or it has no map.
+        CaptureError: The word is not there, or has no map.
     """
     labels = [label for label, _ in text.words]
     if isinstance(word, int) and not isinstance(word, bool):

@@ -1,1 +1,1 @@
-"""Sums of a whole attention call on the GPU, by a Triton kernel."""
+"""Sums the probabilities of a whole attention call on the GPU, by a Triton kernel."""

@@ -1,8 +1,9 @@
-"""Block mass of a whole attention call at once, on the GPU: what it takes, how tokens are cut into tiles, and the sums.
+"""Block sums of a whole attention call at once, on the GPU: which calls are supported, and the sums.
 
-The kernel is in ``mass_kernel``, which is imported when the first such call comes. A tile is up to so many tokens of one
-block, so blocks may have any width: what is left of a query tile and a key tile is one number, and blocks add up theirs.
-Tokens of blocks that lie in many short runs (the tiles of an image) are taken in the order of their blocks.
+The kernel is in ``kernel.py``, which is imported at the first such call. Tokens are cut into tiles of one block each
+(``tiles.py``), so blocks may have any size. A pair of query tile and key tile gives one number; these numbers are added
+up by block. If a block's tokens lie in many short runs (the tiles of an image), tokens are taken in the order of
+blocks.
 """
 
 from __future__ import annotations
@@ -22,32 +23,31 @@ from attnpatch.sdpa_call import SdpaCall
 
 LOG2_E = 1.0 / math.log(2.0)
 SCRATCH_BYTES = 16 * 2**20
-# Fewer query rows are no work for a GPU's matrix units.
+# With fewer query rows a GPU's matrix units have too little to do.
 LEAST_ROWS = 16
 MOST_WIDTH = 256
-# Programs for each multiprocessor, two of which run at once: fewer would leave some without work at the end.
+# Programs per multiprocessor, which runs two at a time: with fewer, some would be idle at the end.
 _PROGRAMS = 8
-# What probabilities may be off by, on average over the rows of a block.
+# Tolerance for the sum of probabilities, on average over the rows of a block.
 _OFF = 1e-2
-# A logsumexp below this is that of a row which an added mask closes with a very low number (finfo.min, -1e9). Beside such a
-# number the scores of the row, and the logarithm of how many keys share it, are lost in rounding.
+# A row with a logsumexp below this sees no key: an additive mask hides all with a very low number (finfo.min, -1e9).
+# Beside such a number the scores of the row, and the logarithm of the number of keys, are lost in rounding.
 _CLOSED = -256.0
 
-# What Triton itself failed with in this process, by kind of call: compiling again for every layer would take its time and
-# fail again.
+# Triton's failures in this process, by kind of call: compiling again for every layer would take time and fail again.
 _broken: dict[tuple[Any, ...], str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """How much a program of the kernel takes at once.
+    """The launch parameters of the kernel.
 
     Attributes:
-        rows, keys: Most tokens of a query tile and of a key tile.
-        warps, stages: As Triton has them.
-        key_tiles: Most key tiles of a program.
-        scratch: Bytes on the device, if that is enough for one query tile: one number per query tile, key tile and head
-            that is kept apart.
+        rows, keys: The most tokens of a query tile and of a key tile.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        key_tiles: The most key tiles of a program.
+        scratch: Bytes for results on the device, one number per query tile, key tile and head that is kept apart; more
+            if that is too little for one query tile.
     """
 
     rows: int
@@ -59,7 +59,7 @@ class Shape:
 
 
 def shape_for(dtype: torch.dtype, width: int, is_masked: bool = False) -> Shape:
-    """What fits a multiprocessor of compute capability 9.0 twice and spills nothing or little (compiled, not timed)."""
+    """Parameters with which two programs fit a multiprocessor of capability 9.0, with little spilling (not timed)."""
     if dtype == torch.float32:
         # Cards of capability 8.6 and 8.9 have 99 KB of shared memory.
         return Shape(64, 32, 4, 2) if width <= 128 else Shape(32, 16, 4, 2)
@@ -73,12 +73,12 @@ def _shape_of(call: SdpaCall) -> Shape:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which needs no GPU (tests)."""
+    """True if Triton runs kernels in its interpreter, which needs no GPU (tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(call: SdpaCall) -> str | None:
-    """Why the kernel cannot serve an attention call, in a few words; ``None``: it can."""
+    """Why the kernel does not support an attention call, in a few words; ``None`` if it does."""
     query, key, mask = call.query, call.key, call.attn_mask
     if query.device.type != "cuda" and not is_interpreted():
         return "no GPU"
@@ -100,19 +100,19 @@ def why_not(call: SdpaCall) -> str | None:
         return "few rows"
     if mask is not None and (type(mask) is not torch.Tensor or mask.is_complex()):
         return "another mask"
-    # Offsets within a head are counted in 32 bits.
+    # Offsets within a head have 32 bits.
     if any(t.shape[-2] * abs(t.stride(-2)) + t.shape[-1] * abs(t.stride(-1)) >= 2**31 for t in (query, key)):
         return "a long sequence"
     return None
 
 
 def _kind(query: torch.Tensor) -> tuple[Any, ...]:
-    """What another kernel is compiled for: a card may have room for one width and dtype and not for another."""
+    """The key by which kernels are compiled: a card may have room for one width and dtype and not for another."""
     return query.device, query.dtype, query.shape[-1]
 
 
 def give_up(error: Exception, query: torch.Tensor) -> str:
-    """Go on without a kernel that failed for no fault of the call: no compiler, no room on the device."""
+    """Stop using a kernel that failed through no fault of the call (no compiler, no room on the device), and warn."""
     _broken[_kind(query)] = f"Triton: {type(error).__name__}"
     dtype = f"{query.dtype}".removeprefix("torch.")
     warnings.warn(
@@ -134,17 +134,15 @@ def block_sums(
     """Attention probability summed over the tokens of each pair of blocks.
 
     Args:
-        call: One that ``why_not`` has nothing against; ``is_causal`` lets row i see the
-            keys up to i.
-        lse: float32 ``[batch, heads, q_len]``, natural logarithm; what is not finite is a row that sees nothing.
+        call: A call for which ``why_not`` is ``None``; with ``is_causal`` row i sees the keys up to i.
+        lse: float32 ``[batch, heads, q_len]``, natural logarithm; not finite for rows that see no key.
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
-        counts: How many blocks there are on either side.
-        heads: Query heads to keep apart; ``None``: all summed into one.
-        shape: How much is taken at once; ``None``: ``shape_for`` chooses.
+        counts: Numbers of query blocks and of key blocks.
+        heads: Query heads to keep apart; ``None``: all are summed.
+        shape: Launch parameters; ``None``: ``shape_for`` chooses.
 
     Returns:
-        float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. The kernel sums in float32 what lies in a
-        tile.
+        float64 ``[batch, 1 or heads, query_blocks, key_blocks]`` on the CPU. Within a tile the kernel sums in float32.
     """
     shape = shape or _shape_of(call)
     queries, keys = cut(query_blocks, shape.rows), cut(key_blocks, shape.keys)
@@ -173,15 +171,15 @@ def checked_sums(
     heads: list[int] | None,
     workspace: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """``block_sums``, and how many rows were summed; or why not, in a few words.
+    """``block_sums`` with a check, and the number of rows; or, in a few words, why the sums cannot be used.
 
     Args:
-        call, lse, query_blocks, counts, heads: As ``block_sums`` takes them.
-        key_blocks: The same, with every key in a block.
-        workspace: Bytes that may be held on the device; ``None``: as many as ``SCRATCH_BYTES``.
+        call, lse, query_blocks, counts, heads: As in ``block_sums``.
+        key_blocks: As in ``block_sums``, but every key is in a block.
+        workspace: Bytes that may be held on the device; ``None``: ``SCRATCH_BYTES``.
 
     Returns:
-        The sums, and float64 ``[batch, query_blocks]``.
+        The sums, and the number of summed rows, float64 ``[batch, query_blocks]``; or the reason.
     """
     if _has_closed_rows(call, lse, query_blocks):
         return "closed rows"
@@ -203,7 +201,7 @@ def checked_sums(
 
 
 def _has_closed_rows(call: SdpaCall, lse: torch.Tensor, query_blocks: torch.Tensor) -> bool:
-    """Whether a row of a block has to be summed and divided by its sum, since its logsumexp says too little."""
+    """True if some row's logsumexp is too inexact (see ``_CLOSED``), so that the row must be normalised by its sum."""
     if not call.adds_mask:
         return False
     is_counted = (query_blocks >= 0).to(lse.device)[:, None]
@@ -211,12 +209,12 @@ def _has_closed_rows(call: SdpaCall, lse: torch.Tensor, query_blocks: torch.Tens
 
 
 def is_plausible(sums: torch.Tensor, rows: torch.Tensor, is_masked: bool) -> bool:
-    """Whether the probabilities of rows sum to 1, or under a mask to 1 at most; otherwise their logsumexp was wrong.
+    """True if the probabilities of rows sum to 1 (under a mask to at most 1); otherwise the logsumexp was wrong.
 
     Args:
-        sums: As ``block_sums`` returns them, where every key is in a block.
-        rows: float64 ``[batch, 1, query_blocks]``, how many rows were summed.
-        is_masked: Whether there may be rows that see nothing.
+        sums: The result of ``block_sums`` with every key in a block.
+        rows: float64 ``[batch, 1, query_blocks]``, number of summed rows.
+        is_masked: True if some rows may see no key.
     """
     found = sums.sum(-1)
     return bool((found <= (1 + _OFF) * rows).all() and (is_masked or (found >= (1 - _OFF) * rows).all()))
@@ -261,7 +259,7 @@ def _launch(
             KEY_TILES=per_program, QUERY_ORDERED=queries.order is not None, KEY_ORDERED=keys.order is not None,
             FULL_FIRST=keys.is_full_first, EVEN=keys.is_even, IS_CAUSAL=bool(call.is_causal), MASK=kind,
             MASK_OF_HEADS=mask_strides[1] != 0,
-            # Three products of halves are as good as one in float32, and run on the matrix units.
+            # Three TF32 products are as accurate as one in float32, and run on the matrix units.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The Triton kernel behind ``fused_mass``: block mass from query, key and logsumexp. Imported where Triton is used only.
+"""The Triton kernel behind ``fused_sums.py``: block sums from query, key and logsumexp. Only imported with Triton.
 
-With a row's logsumexp its probabilities are ``exp(q k - lse)``, as FlashAttention's backward pass has it (Dao et al.
-2022): no second look at a row, nothing as wide as the keys. A tile lies in one query block and one key block, so all that
-is left of it is one number.
+With a row's logsumexp its probabilities are ``exp(q k - lse)``, as in FlashAttention's backward pass (Dao et al. 2022).
+So each row is read once, and nothing is as wide as the keys. A tile lies in one query block and one key block, so it is
+reduced to one number.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ NO_MASK, BOOLEAN, ADDITIVE = (tl.constexpr(kind) for kind in range(3))
 
 @triton.jit
 def _load_mask(mask_at, stride_row, stride_key, rows, keys):
-    """``[ROWS, KEYS]``. An N x N mask has more elements than 32 bits count."""
+    """The mask of a tile, ``[ROWS, KEYS]``; 64-bit offsets, since an N x N mask may exceed 32 bits."""
     at = rows.to(tl.int64)[:, None] * stride_row + keys.to(tl.int64)[None, :] * stride_key
     return tl.load(mask_at + at)
 
 
 @triton.jit
 def _is_open(mask, MASK: tl.constexpr):
-    """Where a mask lets a row look at a key."""
+    """True where a mask lets a row see a key."""
     if MASK == BOOLEAN:
         return mask != 0
     return mask != float("-inf")
@@ -31,7 +31,7 @@ def _is_open(mask, MASK: tl.constexpr):
 
 @triton.jit
 def _keys_of(key_order, start, count, KEYS: tl.constexpr, ORDERED: tl.constexpr):
-    """Tokens of a key tile, the first one again where there are no more, and which are there."""
+    """The tokens of a tile, padded with its first one, and which of them are real."""
     columns = tl.arange(0, KEYS)
     is_key = columns < count
     keys = start + tl.where(is_key, columns, 0)
@@ -46,7 +46,7 @@ def _tile_sum(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of a tile in one number. ``WHOLE``: all its rows may look at all its keys."""
+    """The sum of a tile's probabilities. ``WHOLE``: all its rows see all its keys."""
     dims = tl.arange(0, WIDTH)
     at = key_at + keys[None, :] * stride_key + dims[:, None] * stride_dim
     if HEAD_DIM == WIDTH:
@@ -57,7 +57,7 @@ def _tile_sum(
     if WHOLE:
         return tl.sum(tl.exp2(powers))
     if IS_CAUSAL:
-        # One comparison for both: what is no key lies behind every row.
+        # One comparison for both conditions: padding keys get a position behind every row.
         keep = tl.where(is_key, keys, 2147483647)[None, :] <= rows[:, None]
     else:
         keep = is_key[None, :]
@@ -80,10 +80,10 @@ def sum_tiles(
     EVEN: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_OF_HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query tile and ``KEY_TILES`` key tiles, all heads one after the other: no atomics, the same sums every time.
+    """One query tile and ``KEY_TILES`` key tiles, all heads in sequence: no atomics, so the sums are deterministic.
 
-    ``FULL_FIRST``: key tiles that are full come before the others, and ``EVEN``: each where the one before ends.
-    Otherwise, and among the full ones, they come in the order of their keys.
+    ``FULL_FIRST``: full key tiles come before the others. ``EVEN``: also, each begins where the previous one ends.
+    Otherwise, and among the full ones, tiles come in the order of their keys.
     """
     query_tile, place = tl.program_id(0), tl.program_id(2)
     first_tile = tl.program_id(1) * KEY_TILES
@@ -100,8 +100,8 @@ def sum_tiles(
     key_order_at = key_order + b * kv_len
     IN_ORDER: tl.constexpr = not QUERY_ORDERED and not KEY_ORDERED
 
-    # Whole tiles are the first ones, and tiles that are not there the last; those between are looked at closely, or
-    # passed over if nobody looks at them.
+    # Whole tiles come first and missing tiles last. Tiles between are computed with masking, or skipped if no row sees
+    # them.
     is_seen = (counts > 0) & (row_count > 0)
     is_whole = is_seen & (counts == KEYS)
     PASSED_OVER: tl.constexpr = (IS_CAUSAL and IN_ORDER and FULL_FIRST and not EVEN) or (
@@ -118,7 +118,7 @@ def sum_tiles(
         whole = there * 0
     is_looked_at = is_seen.to(tl.int32)
     if MASK != NO_MASK and not MASK_OF_HEADS:
-        # Heads share the mask: it says once for all of them.
+        # Heads share the mask, so it is read once for all of them.
         is_looked_at = tl.zeros([KEY_TILES], tl.int32)
         for tile in range(there):
             start, count = tl.load(key_tile_at + tile * 2), tl.load(key_tile_at + tile * 2 + 1)
@@ -135,7 +135,7 @@ def sum_tiles(
         query_at = query + b * q_batch + head * q_head + rows[:, None] * q_row + dims[None, :] * q_dim
         queries = tl.load(query_at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         of_rows = tl.load(lse + b * l_batch + head * l_head + rows * l_row)
-        # A row that may look at nothing has no finite logsumexp; it puts no mass anywhere, as what is no row.
+        # A row that sees no key has no finite logsumexp; it gets no probabilities, like padding.
         of_rows = tl.where((of_rows > float("-inf")) & is_row, of_rows * LOG2_E, float("inf"))
         key_at = key + b * k_batch + (head // group) * k_head
         mask_at = mask + b * m_batch + head * m_head

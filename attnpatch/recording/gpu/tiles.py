@@ -1,4 +1,4 @@
-"""How the tokens of a call are cut into the tiles of the kernel, none of which holds two blocks."""
+"""Cuts the tokens of a call into tiles for the kernel, each within one block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 _TILE_SIZES = (16, 32, 64, 128)
-# More work than this for the empty places of tiles, and tokens are taken block by block.
+# If padding makes the work more than this many times the tokens, tokens are sorted by block first.
 _WASTE = 1.5
 
 
@@ -16,12 +16,12 @@ class Cut:
     """Tokens of a batch cut into tiles.
 
     Attributes:
-        table: int32 ``[batch, tiles, 2]``, first place and number of tokens; 0 tokens: no more tiles.
-        blocks: int64 ``[batch, tiles]``, the block of each tile; 0 where there is none.
-        order: int32 ``[batch, tokens]``, the token at each place; ``None``: the token of that number.
-        size: Most tokens of a tile.
-        is_full_first: Whether tiles that are full come before the others.
-        is_even: Whether, beside that, each of them begins where the one before ends.
+        table: int32 ``[batch, tiles, 2]``: start and number of tokens of each tile; 0 tokens: no more tiles.
+        blocks: int64 ``[batch, tiles]``: the block of each tile; 0 if there is no tile.
+        order: int32 ``[batch, tokens]``: the token at each position after sorting by block; ``None``: not sorted.
+        size: The most tokens of a tile.
+        is_full_first: True if full tiles come before the others.
+        is_even: True if, in addition, each full tile begins where the previous one ends.
     """
 
     table: torch.Tensor
@@ -37,7 +37,7 @@ def cut(assignment: torch.Tensor, most: int) -> Cut:
 
     Args:
         assignment: int64 ``[batch, tokens]``, block of each token, -1 for none.
-        most: Tokens of a tile.
+        most: The most tokens of a tile.
     """
     runs = [_runs(row) for row in assignment]
     size, work = _size(runs, most)
@@ -70,7 +70,7 @@ def cut(assignment: torch.Tensor, most: int) -> Cut:
 
 
 def _runs(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """First token, number of tokens, and block of every run of neighbours in one block."""
+    """Start, number of tokens and block of every run of adjacent tokens in one block."""
     blocks, counts = torch.unique_consecutive(row, return_counts=True)
     starts = counts.cumsum(0) - counts
     inside = blocks >= 0
@@ -78,7 +78,7 @@ def _runs(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _size(runs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], most: int) -> tuple[int, float]:
-    """The size of tiles that costs least, and its cost: all tokens of all tiles, and more for small ones."""
+    """The cheapest tile size, and its cost: tokens of all tiles with padding, plus an overhead for small tiles."""
     counts = torch.cat([counts for _, counts, _ in runs])
     costs = {}
     for size in _TILE_SIZES:

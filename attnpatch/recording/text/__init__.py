@@ -1,1 +1,1 @@
-"""Attention of text models: calls of the model, the sequences they belong to, and who looks at each of their sites."""
+"""Captures attention of text models: the model's calls, the sequences they belong to, and an observer for each site."""

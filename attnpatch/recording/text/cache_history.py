@@ -1,4 +1,4 @@
-"""What of a record can be taken back: a cache is cut when drafts are rejected or a turn is asked for again."""
+"""Takes query tokens out of a record again: a cache is cut when drafts are rejected or a turn is repeated."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.call_facts import Unknown
 
-# Rows of a call, and numbers of a site, that are kept apart from their blocks.
+# The most rows of a call, and the most numbers of a site, that are kept row by row.
 MOST_ROWS = 256
 _MOST_NUMBERS = 1 << 18
 
 
 @dataclasses.dataclass
 class Rows:
-    """Query tokens that were summed in one call, each apart.
+    """The sums of one call, for each query token apart.
 
     Attributes:
-        start: Place of the first.
+        start: Position of the first token.
         sums: float64 ``[batch, heads or 1, rows, key_blocks + 1]``.
         blocks: int64 ``[batch, rows]``, the block of each, -1 for none.
     """
@@ -35,11 +35,11 @@ class History:
     """The latest rows of a record.
 
     Attributes:
-        total: Tokens of the sequence.
-        known: Of the queries' tokens which are real, bool ``[batch, total]``.
-        keys: Keys of another sequence, if it has those; ``None``: its keys are its own tokens.
-        follows_cache: Whether its queries are the tokens that a cache holds.
-        pieces: The latest calls, in order; all rows from the first of them on.
+        total: Number of tokens of the sequence.
+        known: Bool ``[batch, total]``: which tokens are real.
+        keys: Number of keys, if they belong to another sequence; ``None`` if the keys are its own tokens.
+        follows_cache: True if its queries are the tokens that a cache holds.
+        pieces: The latest calls, in order, without gaps.
     """
 
     total: int
@@ -51,7 +51,7 @@ class History:
     def with_call(
         self, rows: Rows | None, total: int, known: torch.Tensor, keys: int | None, follows_cache: bool
     ) -> History:
-        """The history after one more call; ``rows`` is ``None`` where they were not kept apart."""
+        """The history after one more call; ``rows`` is ``None`` if its rows were not kept apart."""
         pieces = (*self.pieces, rows) if rows is not None else ()
         if len({piece.sums.shape[:2] for piece in pieces}) > 1:
             pieces = pieces[-1:]
@@ -62,7 +62,7 @@ class History:
         return History(total, known, keys, follows_cache, pieces)
 
     def of_rows(self, order: list[int]) -> History:
-        """That of other sequences: beams that went on."""
+        """The history with the batch rows ``order``: beams that went on."""
         pieces = tuple(
             dataclasses.replace(piece, sums=piece.sums[order], blocks=piece.blocks[order])
             for piece in self.pieces
@@ -71,15 +71,15 @@ class History:
 
 
 def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
-    """A record without the query tokens from ``total`` on.
+    """A copy of a record without the query tokens from ``total`` on.
 
     Args:
-        record: It is left as it is.
-        total: Tokens that are left.
-        partitions: From which tokens are real to the blocks of queries and of keys (``Recorder.partitions``).
+        record: The record; it is not changed.
+        total: Number of tokens that are left.
+        partitions: Returns the blocks of queries and keys, given which tokens are real (``Recorder.partitions``).
 
     Raises:
-        Unknown: They were summed together with others.
+        Unknown: The tokens were summed together with others.
     """
     history: History = record.history
     if total >= history.total:
@@ -90,7 +90,7 @@ def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
     start = min((piece.start for piece in history.pieces), default=history.total)
     assignment = record.query.assignment
     for b in range(len(sums)):
-        # Rows that were not kept apart can go with the whole of their block.
+        # Rows that were not kept apart can be removed only with their whole block.
         gone = assignment[b, total : max(total, start)]
         gone = gone[gone >= 0].unique()
         for block in gone.tolist():

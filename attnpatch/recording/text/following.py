@@ -1,4 +1,4 @@
-"""Which sequence a call of the model goes on with: found out by what its cache holds."""
+"""Finds the sequence that a call of the model continues, from what its cache holds."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _NOT_READ = "its cache cannot be read, and whether rows of the batch changed pla
 
 
 class HostCall(Protocol):
-    """What is known of a call of the model (``attnpatch.hosts`` reads it).
+    """The facts of a model's call (``attnpatch.hosts`` reads them).
 
     Attributes:
-        cache: The cache that it was handed, or ``None``.
+        cache: The cache that was passed, or ``None``.
         past: Tokens in it when the call began.
-        problem: Why nothing of it can be mapped, if something is known to be wrong.
-        is_single: Whether it is of one token of one sequence, and nothing else that has an order.
+        problem: Why the call cannot be mapped, or ``None``.
+        is_single: True if it has one token of one sequence, and no other input that has an order.
     """
 
     cache: Any
@@ -39,14 +39,15 @@ class HostCall(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class HostReading:
-    """How a host's calls are read (``attnpatch.hosts``).
+    """Functions that read a host's calls (from ``attnpatch.hosts``).
 
     Attributes:
-        read_call: Makes a ``HostCall`` of arguments, of the whole model or of a part of it.
-        site_call: Says what is known of a call of a site.
-        model_name: For the metadata.
-        marks, tokens_in, rows_have_moved: What a cache holds of some tokens, how many it has, and whether its rows
-            were put into another order where it cannot be read.
+        read_call: Makes a ``HostCall`` from the arguments of the whole model or of a part of it.
+        site_call: Returns the facts of a site's call.
+        model_name: The model's name for the metadata.
+        marks: Returns fingerprints of some tokens of a cache.
+        tokens_in: Returns the number of tokens in a cache.
+        rows_have_moved: Tells if the batch rows of an unreadable cache were reordered.
     """
 
     read_call: Callable[[Any, Any, type | None], HostCall]
@@ -58,13 +59,13 @@ class HostReading:
 
 
 class CacheFollower:
-    """The sequences that were seen, and which of them a cache holds.
+    """Keeps the captured sequences, and finds the one that a cache holds.
 
     Args:
-        host: How calls of the model, and caches, are read.
+        host: Reads the model's calls and caches.
 
     Attributes:
-        left_out: Why a site is in no map, by its name.
+        left_out: By site, why it is in no map.
     """
 
     def __init__(self, host: HostReading) -> None:
@@ -73,11 +74,11 @@ class CacheFollower:
         self.left_out: dict[str, str] = {}
 
     def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
-        """Blocks of a sequence's tokens, and of the keys': bool ``[batch, tokens]``, which are real."""
+        """The blocks of queries and keys, given which tokens are real: bool ``[batch, tokens]`` each."""
         raise NotImplementedError
 
     def is_evicted(self, call: HostCall, found: Sequence | None) -> bool:
-        """Whether a cache that was seen holds another token in the last one's place than it did."""
+        """True if a known cache now holds another token at its last position than before."""
         if call.cache is None or call.past == 0 or found is not None:
             return False
         own = (s for s in self.sequences if s.cache is not None and s.cache() is call.cache)
@@ -89,21 +90,21 @@ class CacheFollower:
         return found
 
     def goes_on(self, call: HostCall) -> bool:
-        """Whether a call of the model continues a sequence that was seen, with the same cache."""
+        """True if a call of the model continues a captured sequence with the same cache."""
         if call.cache is None or call.past == 0:
             return False
         found, _ = self._known(call.cache, call.past)
         return found is not None and found.cache is not None and found.cache() is call.cache
 
     def sequence_of(self, call: HostCall) -> Sequence | None:
-        """The sequence that a call goes on with, as its cache is now; ``None``: a new one."""
+        """The sequence that a call continues, cut to what its cache holds now; ``None``: the call begins a new one."""
         if call.cache is None or call.past == 0:
             return None
         found, order = self._known(call.cache, call.past)
         if found is None:
             return None
         if found.cache is None or found.cache() is not call.cache:
-            # A copy of what was computed once: what is there stays as it is.
+            # The cache is a copy (a shared prefix): continue a copy of the sequence, and leave the original as it is.
             found = found.changed(lambda _, record: record)
             self.sequences.append(found)
             found.cache = reference(call.cache)
@@ -113,7 +114,7 @@ class CacheFollower:
         return found
 
     def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
-        """The sequence that a cache holds the beginning of, and which of its rows the cache's are."""
+        """The sequence whose beginning a cache holds, and which of its batch rows the cache's rows are."""
         held = self.marks(cache, past - 1, past) if past else None
         now = None if held is None else held[:, 0]
         own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]
@@ -128,7 +129,7 @@ class CacheFollower:
         return None, None
 
     def _check_rows(self, sequence: Sequence, cache: Any) -> None:
-        """Of a cache that cannot be read."""
+        """For a cache that cannot be read: leave its batch out if rows were, or may have been, reordered."""
         if not sequence.is_batch():
             return
         moved = self.rows_have_moved(cache)
@@ -152,7 +153,7 @@ class CacheFollower:
                 return None
 
         if moved and len(order or ()) == rows:
-            # Which of the beams is returned is chosen after the last call.
+            # The beam that is returned is chosen only after the last call.
             self._leave_all_out(sequence, _OTHERS_PLACES)
         if past < sequence.length or moved:
             sequence.calls = sequence.changed(followed).calls
@@ -162,7 +163,7 @@ class CacheFollower:
             sequence.length = past
 
     def _leave_all_out(self, sequence: Sequence, reason: str) -> None:
-        """All that follows the sequence's cache; an encoder's attention does not."""
+        """Leave out all sites whose queries are the cache's tokens; an encoder's are not."""
         records = (
             pair for calls in sequence.calls for each in (calls, *calls.apart) for pair in each.items()
         )
@@ -173,7 +174,7 @@ class CacheFollower:
         sequence.calls = sequence.changed(lambda name, record: None if name in names else record).calls
 
     def finish(self) -> None:
-        """The capture ends: a cache may have been cut, or its rows put into another order, after the last call."""
+        """Called when the capture ends: a cache may have been cut, or its rows reordered, after the last call."""
         for sequence in self.sequences:
             cache, sequence.held = sequence.held, None
             if cache is None:

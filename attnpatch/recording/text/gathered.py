@@ -1,4 +1,4 @@
-"""Block maps of what a recorder has gathered."""
+"""Makes block maps from what a recorder has gathered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOTHING = (
     "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile shows nothing), "
     "and see attnpatch.report(model) for what its attention sites did"
 )
-# Where the model has been called.
+# The message if the model has been called.
 _NONE = (
     "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, "
     "or what does is compiled (a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
@@ -25,7 +25,7 @@ _NONE = (
 
 
 def nothing(recorder: Recorder) -> CaptureError:
-    """Why there is no map."""
+    """The error that says why there is no map."""
     if not recorder.left_out:
         return CaptureError(_NONE.format(recorder.model_name) if recorder.sequences else _NOTHING)
     reasons = list(recorder.left_out.items())
@@ -35,10 +35,10 @@ def nothing(recorder: Recorder) -> CaptureError:
 
 
 def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict[str, str]]:
-    """Block maps of one sequence by kind of site, and why a kind has none.
+    """The block maps of one sequence by kind of site, and for each kind without one the reason.
 
     Args:
-        recorder: Who gathered it.
+        recorder: The recorder.
         calls: The records of the sequence.
     """
     records, apart = _records(calls)
@@ -50,7 +50,7 @@ def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict
     maps: dict[str, BlockMap] = {}
     problems: dict[str, str] = {}
     for kind, names in _kinds(recorder, records).items():
-        # Asked for and not seen: attention that no path serves, or of which too little is known.
+        # Sites that were asked for and not captured: no path serves them, or too little is known.
         missing = sorted(n for n in recorder.wanted if recorder.places[n][0] == kind and n not in names)
         more: dict[str, Any] = {"not_captured": missing} if missing else {}
         notes = list(dict.fromkeys(note for name in names for note in records[name].notes))
@@ -71,7 +71,7 @@ def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict
 
 
 def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.Tensor]]:
-    """What else was measured of one sequence, by kind of site and by name; see ``Maps.measured``."""
+    """The statistics of one sequence, by kind of site and by name; see ``Maps.measured``."""
     if not recorder.measures:
         return {}
     records, _ = _records(calls)
@@ -82,14 +82,14 @@ def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.T
 
 
 def _records(calls: Calls) -> tuple[dict[str, SiteSums], list[dict[str, SiteSums]]]:
-    """The records of a sequence, and those of each of its calls where they were kept apart."""
+    """The records of a sequence, and those of each of its calls if calls are kept apart."""
     apart = [call for call in calls.apart if call]
     return {**calls, **together(apart)}, apart
 
 
 def _kinds(recorder: Recorder, records: dict[str, SiteSums]) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
-    # In the model's order: a backward pass shows the last layer first.
+    # Sort in the model's order: in a backward pass the last layer comes first.
     order = {name: place for place, name in enumerate(recorder.places)}
     for name in sorted(records, key=lambda name: (order[name.partition(":")[0]], name)):
         kinds.setdefault(recorder.place_of(name)[0], []).append(name)

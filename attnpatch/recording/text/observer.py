@@ -1,4 +1,4 @@
-"""Adds the probabilities of one call of one site to its record, once all that its map rests on is known."""
+"""Adds the probabilities of one call of one site to its record, if all facts that the map depends on are known."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from attnpatch.recording.text.recorder import Recorder
     from attnpatch.recording.text.row_sampling import RowSample
 
-# Numbers of a call that are kept row by row.
+# The most numbers of a call that are kept row by row.
 _MOST_NUMBERS = 1 << 16
 
 
 class TextObserver(SiteObserver):
-    """Looks at one call of one site, in which there may be several attentions.
+    """Observes one call of one site, in which there may be several attentions.
 
     Args:
-        recorder: What was asked for.
-        name: The site's.
-        facts: What is known of the call.
-        records: Of the sequence, by site.
-        before: Of a site, its record of the calls before this one.
-        is_out: Whether a site is left out of this sequence.
-        is_candidate: Whether it may turn out to be no attention.
+        recorder: The recorder of the capture.
+        name: The site's name.
+        facts: The facts of the call.
+        records: The records of the sequence, by site.
+        before: Returns a site's record of earlier calls.
+        is_out: Tells if a site is left out of this sequence.
+        is_candidate: True if it may turn out to be no attention.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TextObserver(SiteObserver):
     # ------------------------------------------------------------------------------------------ what is known
 
     def begin(self, layout: Layout, opened: Opened) -> bool:
-        """An attention of the site: whether it is to be shown."""
+        """True if an attention of the site is to be shown."""
         self.name = self.site if not self.seen else f"{self.site}:{self.seen}"
         self.seen += 1
         self.is_shown, self.record, self.sample, self.rows_apart = False, None, None, None
@@ -124,10 +124,10 @@ class TextObserver(SiteObserver):
         return said if found is None else found
 
     def _renew(self, query: Partition, key: Partition) -> None:
-        """Sums of this attention alone, which join the record when it has ended."""
+        """Make sums for this attention alone, which are added to the record when it has ended."""
         layout, recorder = self.layout, self.recorder
         self.record = self.empty(query, key, layout.heads)
-        # Rows that look at nothing, of the heads that are summed.
+        # Number of rows that see no key, for the heads that are summed.
         self.closed = torch.zeros_like(self.record.sums[..., 0])
         self.off = OFF
         if recorder.sample_rows is not None:
@@ -164,13 +164,13 @@ class TextObserver(SiteObserver):
     # ------------------------------------------------------------------------------------------ what is shown
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
-        """Which query rows of a call need to be shown, ascending; ``None``: all."""
+        """The query rows that need to be shown, ascending; ``None``: all."""
         if self.sample is None or self.layout.q_len != q_len:
             return None
         return self.sample.positions() - self.past
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
-        """See ``Observer.take``: where the kernel of ``fused_sums`` can; otherwise nothing is added."""
+        """See ``Observer.take``: sums by the GPU kernel if it supports the call; otherwise nothing is added."""
         from attnpatch.recording.gpu import fused_sums
 
         reason = fused_sums.why_not(call) or ("measures" if self.recorder.measures else None)
@@ -187,7 +187,7 @@ class TextObserver(SiteObserver):
         if reason is not None:
             return reason
         self.rows_apart = None
-        # The kernel has its own check, which is of bfloat16's accuracy.
+        # The kernel has its own check, with bfloat16's accuracy.
         self.off = max(self.off, OFF_FUSED)
         return None
 
@@ -229,7 +229,7 @@ class TextObserver(SiteObserver):
                     self.rows_apart[b, place, low - self.past : high - self.past] += bins
 
     def _count_closed(self, b: int, place: slice, weights: torch.Tensor, low: int, high: int) -> None:
-        """Rows that may look at nothing: they put no mass anywhere, as they add nothing to what attention returns."""
+        """Count rows that see no key: they have no probabilities, as they add nothing to the result of attention."""
         assert self.record is not None
         block = self.record.query.assignment[b, low:high]
         closed = (weights == 0).double().cpu()
@@ -239,7 +239,7 @@ class TextObserver(SiteObserver):
     def _measure(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, rows: torch.Tensor
     ) -> None:
-        """Whatever else was asked for, of the real tokens among some rows."""
+        """Add the further statistics, for those of the rows that are real tokens."""
         assert self.record is not None and self.record.measures is not None
         counted = self.sample.weights(b, rows) if self.sample is not None else self.real[0][b, rows].double()
         factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
@@ -252,7 +252,7 @@ class TextObserver(SiteObserver):
             self._renew(self.record.query, self.record.key)
 
     def finish(self) -> None:
-        """The call of the site has ended."""
+        """Called when the site's call has ended."""
         if not (self.seen or self.is_candidate or self.is_of_gradient):
             self.name = self.site
             self._leave_out(NOT_SEEN)
@@ -262,7 +262,7 @@ class TextObserver(SiteObserver):
     # ------------------------------------------------------------------------------------------ what is kept
 
     def end(self) -> None:
-        """All tiles of the attention were shown: its sums join the record if they are what they should be."""
+        """All tiles of the attention were shown: add its sums to the record if they pass the checks."""
         if not self.is_shown or self.record is None:
             return
         self.is_shown, record = False, self.record
@@ -304,7 +304,7 @@ class TextObserver(SiteObserver):
         return Rows(self.past, self.rows_apart, blocks)
 
     def _check(self, record: SiteSums) -> None:
-        """Every row of a map sums to 1, and attention puts nothing on what is taken for padding."""
+        """Check that every row of the map sums to 1 and that no attention goes to tokens that count as padding."""
         if self.layout.is_mixed:
             return
         covers = (
@@ -319,7 +319,7 @@ class TextObserver(SiteObserver):
 
 
 def _joined(old: SiteSums | None, new: SiteSums) -> SiteSums:
-    """Two records of one sequence, the second of which has all its tokens."""
+    """The sum of two records of one sequence; ``new`` has all its tokens."""
     if old is None:
         return new
     blocks = min(old.sums.shape[2], new.sums.shape[2]), min(old.sums.shape[3], new.sums.shape[3]) - 1

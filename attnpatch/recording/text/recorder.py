@@ -1,4 +1,4 @@
-"""Collects block sums while a model runs, and makes block maps of them."""
+"""Recorder: assigns the model's calls to sequences, and makes an observer for each call of a site."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from attnpatch.recording.threads import Owner
 
 
 class _State(threading.local):
-    """What a thread is doing.
+    """The state of one thread.
 
     Attributes:
-        call: The call of the model, or of a part of it, that is going on.
-        sequence: What it adds to.
-        last: What the call before added to.
-        times: How often each site was called in it.
-        tokens: Which tokens each self-attention has found to be real.
+        call: The running call of the model, or of a part of it.
+        sequence: The sequence to which it adds.
+        last: The sequence to which the previous call added.
+        times: How often each site was called in the running call.
+        tokens: By self-attention site, which tokens it has found to be real.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,19 @@ class _State(threading.local):
 
 
 class Recorder(CacheFollower):
-    """Holds what a capture asked for and what it has seen.
+    """Holds the options of a capture and what it has captured.
 
     Args:
-        options: What it asked for; layers by number are those that ``pattern_of`` gives.
+        options: The options; layer numbers are those of ``pattern_of``.
         names: The attention sites, in order.
-        owners: Sites that hold some of them; what is seen in their own forward is theirs.
-        host: How calls of the model are read.
+        owners: Sites that contain some of them; attention in their own forward is captured as theirs.
+        host: Reads the model's calls.
 
     Raises:
         CaptureError: There are no blocks, or no such layer or site.
     """
 
-    # Whether a capture that somebody asks for takes its place.
+    # True if another capture may replace it.
     gives_way = False
 
     def __init__(
@@ -83,30 +83,30 @@ class Recorder(CacheFollower):
     # -------------------------------------------------------------------------------------------- calls of the model
 
     def is_mine(self) -> bool:
-        """Whether the running thread's calls are seen."""
+        """True if the running thread's calls are captured."""
         return self.owner is None or self.owner.is_mine()
 
     @property
     def follows_order(self) -> bool:
-        """Whether it matters which of the model's tokens is which: a step of a generation has one."""
+        """True if the order of the model's tokens matters; a generation step has only one token."""
         return self.call is None or not self.call.is_single
 
     @property
     def call(self) -> HostCall | None:
-        """The call of the model that is going on in this thread."""
+        """The running call of the model in this thread."""
         return self._state.call
 
     @property
     def is_partial(self) -> bool:
-        """Whether the latest sequence has only been seen by a part of the model."""
+        """True if only a part of the model has run on the latest sequence."""
         return self._state.last is not None and self._state.last.is_partial
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
-        """The model is about to run: what follows belongs to a new sequence unless it continues a cache."""
+        """Called when the model is about to run; the call begins a new sequence unless it continues a cache."""
         self._begin(self.read_call(args, kwargs, None), is_part=False)
 
     def begin_part(self, kind: type, args: Any, kwargs: Any) -> None:
-        """A part of the model is about to run on its own, as ``generate`` runs an encoder."""
+        """Called when a part of the model is about to run on its own, as ``generate`` runs an encoder."""
         self._begin(self.read_call(args, kwargs, kind), is_part=True)
 
     def _begin(self, call: HostCall, is_part: bool) -> None:
@@ -140,7 +140,7 @@ class Recorder(CacheFollower):
         self._state.last = self._state.sequence = None
 
     def end_call(self) -> None:
-        """The call has ended."""
+        """Called when the model's call has ended."""
         state = self._state
         call, sequence = state.call, state.sequence
         if self.owner is not None:
@@ -158,20 +158,20 @@ class Recorder(CacheFollower):
     # --------------------------------------------------------------------------------------------- calls of its sites
 
     def wants(self, name: str) -> bool:
-        """Whether a site was asked for."""
+        """True if a site was asked for."""
         return name in self.wanted or name in self.owners
 
     def saw(self, name: str) -> None:
-        """Attention was seen in the forward of a site: what it holds need not show any."""
+        """Attention was seen in a site's own forward: sites inside it are no longer left out as not seen."""
         for inner in [inner for inner in self.left_out if inner.startswith(name + ".")]:
             if self.left_out[inner] == NOT_SEEN:
                 del self.left_out[inner]
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> TextObserver:
-        """Who looks at the call of a site that is about to be made."""
+        """The observer for a site's call that is about to begin."""
         state, name = self._state, site.name
         if state.call is None:
-            # A module below the models that are told of: nothing is known but what it is called with.
+            # The user calls a submodule directly: only its own arguments are known.
             again = state.last is not None and state.last.is_partial and name not in state.last.calls[0]
             call = self.read_call(args, kwargs, None)
             state.sequence = state.last if again else self.new_sequence()
@@ -197,19 +197,19 @@ class Recorder(CacheFollower):
         )
 
     def _adopt(self, call: HostCall, facts: AttentionCallInfo) -> None:
-        """A cache that the model makes inside its call is its sequence's."""
+        """Take a cache that the model has made inside its call as the sequence's cache."""
         sequence = self._state.sequence
         assert sequence is not None
         if call.cache is None and facts.cache is not None and sequence.cache is None:
             sequence.cache = reference(facts.cache)
 
     def _calls(self, state: _State, name: str, facts: AttentionCallInfo) -> Calls:
-        """Where a call of a site belongs: the second one inside a call of the model is another sequence's."""
+        """The records to which a site's call adds: its second call within one call of the model is another sequence."""
         number, sequence = state.times[name], state.sequence
         state.times[name] += 1
         assert sequence is not None
         if number and facts.is_part:
-            # Found out with the second piece: the first one is no sequence either.
+            # Known only at the second part: the first one was not a sequence, either.
             self.leave_out(
                 name,
                 f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",
@@ -218,7 +218,7 @@ class Recorder(CacheFollower):
         if not facts.has_cache and number == 0:
             earlier = sequence.calls[0].before(name)
             if earlier is not None and state.call is not None and state.call.cache is None:
-                # The same part of the model once more, of something else.
+                # The same part of the model runs again, on another input.
                 sequence = state.sequence = state.last = self.new_sequence()
                 sequence.is_partial = state.is_part
             elif earlier is not None:
@@ -241,7 +241,7 @@ class Recorder(CacheFollower):
                 del records[known]
 
     def leave_out(self, name: str, reason: str, records: Any) -> None:
-        """A site cannot be mapped: what was seen of it in this sequence goes too."""
+        """Leave a site out; its records in this sequence are dropped, too."""
         self.left_out.setdefault(name, reason)
         sequence = self._state.sequence or self._state.last
         if sequence is not None:
@@ -252,11 +252,11 @@ class Recorder(CacheFollower):
         records.pop(name, None)
 
     def tells_tokens(self, name: str, known: torch.Tensor) -> None:
-        """Which tokens the self-attention of a site has found to be real."""
+        """Note which tokens a site's self-attention has found to be real."""
         self._state.tokens[name] = known
 
     def known_tokens(self, name: str, batch: int, total: int) -> torch.Tensor | None:
-        """Which query tokens are real, as the self-attention nearest to a site has found in this call."""
+        """Which query tokens are real, according to the self-attention nearest to a site in this call; or ``None``."""
         near = [
             (_shared(name, other), known)
             for other, known in self._state.tokens.items()
@@ -265,7 +265,7 @@ class Recorder(CacheFollower):
         return max(near, key=lambda pair: pair[0])[1] if near else None
 
     def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
-        """Blocks of a sequence's tokens, and of the keys': bool ``[batch, tokens]``, which are real."""
+        """The blocks of queries and keys, given which tokens are real: bool ``[batch, tokens]`` each."""
         if self.call is not None and self.call.problem is not None:
             raise CaptureError(self.call.problem)
         known = self._partitions
@@ -282,20 +282,20 @@ class Recorder(CacheFollower):
     # ------------------------------------------------------------------------------------------------------- its maps
 
     def place_of(self, name: str) -> tuple[str, int]:
-        """The kind of a site and its layer; of a second attention inside a module the kind has a number."""
+        """The kind of a site and its layer; for a second attention inside a module the kind ends in a number."""
         site, _, number = name.partition(":")
         kind, layer = self.places[site]
         return (f"{kind}:{number}" if number else kind), layer
 
     def captured(self) -> list[Calls]:
-        """The records of every sequence, in order; those of modules that were called again each apart."""
+        """The records of every sequence, in order; repeated calls of a module within one model call are kept apart."""
         return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
 
     def head_numbers(self, num_heads: int) -> list[int]:
         """The heads that are kept apart.
 
         Raises:
-            CaptureError: One was asked for that there is not.
+            CaptureError: A head that was asked for does not exist.
         """
         return chosen_heads(self.heads, num_heads)
 
@@ -305,6 +305,6 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many parts of two paths are the same from the front."""
+    """The number of leading path components that two names share."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,10 +1,10 @@
-"""A sample of the query rows of each block, exact over all keys: cheaper, unbiased, and with a standard error.
+"""Samples the query rows of each block, each exactly over all keys: cheaper, unbiased, with a standard error.
 
-Of the ``n`` rows that a block has in a call, ``m`` are drawn: the block is cut into ``m`` equal parts and one row is
-drawn from each, uniformly, so that every row is as likely as any other and no stretch of the block is missed
-(stratified sampling; Cochran, Sampling Techniques, chapter 5). The mean over the rows that were drawn is an unbiased
-estimate of the block's. Its standard error is the one of a simple random sample, which a stratified one is at most as
-wide as where rows of one part are like each other.
+Of the ``n`` rows of a block in a call, ``m`` are drawn. The block is cut into ``m`` equal parts, and one row is drawn
+uniformly from each. So all rows are equally likely, and every part of the block is covered (stratified sampling;
+Cochran, Sampling Techniques, chapter 5). The mean over the drawn rows is an unbiased estimate of the block's mean. The
+standard error that is reported is that of a simple random sample; if rows within a part are alike, the real one is
+smaller.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Rows of one sequence that were drawn in one call.
+    """The rows of one sequence that were drawn in one call.
 
     Attributes:
-        positions: int64 ``[rows]``, places in the sequence, ascending.
-        times: float64 ``[rows]``, how often each was drawn.
-        blocks: int64 ``[rows]``, the block each lies in.
-        taken: float64 ``[blocks]``, how many were drawn from a block, a row that was drawn twice counted twice.
-        sizes: float64 ``[blocks]``, how many rows a block has in this call.
+        positions: int64 ``[rows]``: positions in the sequence, ascending.
+        times: float64 ``[rows]``: how often each row was drawn.
+        blocks: int64 ``[rows]``: the block of each row.
+        taken: float64 ``[blocks]``: number of rows drawn from each block; a row drawn twice counts twice.
+        sizes: float64 ``[blocks]``: number of rows of each block in this call.
     """
 
     positions: torch.Tensor
@@ -36,7 +36,7 @@ class Drawn:
 
     @property
     def weights(self) -> torch.Tensor:
-        """float64 ``[rows]``: how many rows of the sequence each stands for."""
+        """float64 ``[rows]``: how many rows of the sequence each drawn row stands for."""
         return self.times * (self.sizes / self.taken.clamp(min=1))[self.blocks]
 
 
@@ -45,16 +45,16 @@ def draw(assignment: torch.Tensor, low: int, most: int, num_blocks: int, generat
 
     Args:
         assignment: int64 ``[rows]``, the block of each row of a call, -1 for none.
-        low: Place of the first of them in the sequence.
-        most: Rows per block; a block that has no more is taken whole.
-        num_blocks: Blocks there are.
-        generator: Of random numbers.
+        low: Position of the first row in the sequence.
+        most: Rows to draw per block; a block that has no more is taken whole.
+        num_blocks: Number of blocks.
+        generator: The random number generator.
     """
     inside = (assignment >= 0).nonzero().flatten()
     order = inside[assignment[inside].argsort(stable=True)]
     sizes = torch.bincount(assignment[inside], minlength=num_blocks)
     starts = sizes.cumsum(0) - sizes
-    # No block has more: numbers are not drawn for rows that are not there.
+    # No block has more rows than this, so no more random numbers are drawn.
     most = min(most, max(1, int(sizes.max())))
     parts = (
         torch.arange(most) + torch.rand(num_blocks, most, generator=generator, dtype=torch.float64)
@@ -72,17 +72,17 @@ def draw(assignment: torch.Tensor, low: int, most: int, num_blocks: int, generat
 
 
 def generator_for(seed: int, *what: Any) -> torch.Generator:
-    """Random numbers of their own for each site and call, the same whenever it is run again."""
+    """A generator seeded by ``seed`` and ``what``, so that each site and call has its own reproducible numbers."""
     return torch.Generator().manual_seed(zlib.crc32(repr((seed, *what)).encode()))
 
 
 class RowSample:
-    """What was drawn in one call of one site, until the call ends.
+    """The sums of the rows that were drawn in one call of one site.
 
     Args:
-        drawn: Per sequence.
-        heads: Heads that are summed apart; 1: all together.
-        bins: Key blocks, and one for no block.
+        drawn: The drawn rows of each sequence.
+        heads: Number of heads that are kept apart; 1 if all are summed together.
+        bins: Number of key blocks, plus one for keys in no block.
     """
 
     def __init__(self, drawn: list[Drawn], heads: int, bins: int) -> None:
@@ -90,26 +90,27 @@ class RowSample:
         self.rows = [torch.zeros(heads, len(one.positions), bins, dtype=torch.float64) for one in drawn]
 
     def positions(self) -> torch.Tensor:
-        """int64: places that were drawn in any sequence, ascending."""
+        """int64: positions that were drawn in any sequence, ascending."""
         return torch.cat([one.positions for one in self.drawn]).unique()
 
     def weights(self, b: int, positions: torch.Tensor) -> torch.Tensor:
-        """float64: how many rows of sequence ``b`` the row at each place stands for, 0 where none was drawn."""
+        """float64: how many rows of sequence ``b`` each position stands for; 0 if it was not drawn."""
         found, is_there = self._find(b, positions)
         return torch.where(is_there, self.drawn[b].weights[found], 0.0) if len(found) else found.double()
 
     def add(self, b: int, place: slice, bins: torch.Tensor, positions: torch.Tensor) -> None:
-        """Add rows whose keys are summed already, ``[heads, rows, bins]``, where they were drawn."""
+        """Add those of some rows that were drawn; their keys are summed into bins already: ``[heads, rows, bins]``."""
         found, is_there = self._find(b, positions)
         if bool(is_there.any()):
             kept = is_there.nonzero().flatten()
             self.rows[b][place].index_add_(1, found[kept], bins[:, kept])
 
     def estimate(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of sequence ``b``: sums over all rows of each block, their variances, and how many rows blocks have.
+        """Estimates for sequence ``b``: the sum over all rows of each block, its variance, and the block's size.
 
         Returns:
-            float64 ``[heads, blocks, bins]`` twice, and ``[blocks]``. A single row of several has no variance: NaN.
+            float64 ``[heads, blocks, bins]`` twice, and ``[blocks]``. The variance is NaN if one of several rows was
+            drawn.
         """
         one, rows = self.drawn[b], self.rows[b]
         taken, sizes = one.taken[:, None], one.sizes[:, None]

@@ -1,8 +1,8 @@
-"""Which sequence a call of a model goes on with: told by its cache, and by what the cache holds.
+"""Sequences of tokens, their records, and fingerprints of their caches, by which later calls are recognised.
 
-A cache is the same object from call to call; what it holds may be cut (``crop``), put into another order (beams), or copied
-into another object meanwhile. So a few numbers of its last layer's keys are kept for every token: they depend on all the
-tokens before, and tell rows of a batch apart as well as prefixes.
+A cache is the same object from call to call, but its contents may be cut (``crop``), reordered (beams) or copied to
+another object. So a few features of its last layer's keys are kept for every token. They depend on all earlier tokens,
+so they tell apart both batch rows and prefixes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 from attnpatch.recording.accumulator import SiteSums
 
-# From a cache, a first and one past a last token to float ``[batch, tokens, numbers]`` on the CPU; ``None``: not known.
+# ``marks(cache, start, stop)``: float ``[batch, tokens, numbers]`` on the CPU; ``None``: not known.
 Marks = Callable[[Any, int, int], torch.Tensor | None]
 
 
 def reference(cache: Any) -> Callable[[], Any]:
-    """A weak reference to a cache; a strong one where its type has no room for a weak one."""
+    """A weak reference to a cache; a strong one if its type does not support weak references."""
     try:
         return weakref.ref(cache)
     except TypeError:
@@ -29,7 +29,7 @@ def reference(cache: Any) -> Callable[[], Any]:
 
 
 class Calls(dict[str, SiteSums]):
-    """The records of one sequence by site; where calls are kept apart, those of each call beside them."""
+    """The records of one sequence by site; if calls are kept apart, ``apart`` has those of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Calls(dict[str, SiteSums]):
         return found if found is not None else self.get(name)
 
     def changed(self, change: Callable[[str, SiteSums], SiteSums | None]) -> Calls:
-        """A copy whose records went through ``change``, which drops those that it gives ``None`` for."""
+        """A copy with ``change`` applied to its records; those for which it returns ``None`` are dropped."""
         found = Calls()
 
         def all_of(records: dict[str, SiteSums]) -> Iterator[tuple[str, SiteSums]]:
@@ -57,18 +57,18 @@ class Calls(dict[str, SiteSums]):
 
 @dataclasses.dataclass
 class Sequence:
-    """What was captured of one sequence of tokens, or of one batch of them.
+    """What was captured of one sequence of tokens, or of one batch of sequences.
 
     Attributes:
-        calls: Records: the first of them, and where a module is called again inside a call of the model (a second text, the
-            next picture, one layer many times) one more for each time.
+        calls: The records. If a module is called several times within one call of the model (a second text, the next
+            picture, one layer many times), there is one entry for each time.
         out: Sites that are left out of it.
-        cache: Reference to its cache, or ``None``.
-        held: The cache, where it may be changed after the last call: rows of a batch are put into another order, drafts
-            that are rejected are cut off. Until the next call or the end of the capture.
+        cache: A reference to its cache, or ``None``.
+        held: The cache itself, kept until the next call or the end of the capture, if it may still change after the
+            last call: batch rows are reordered, or rejected drafts are cut off.
         length: Tokens in its cache after the last call.
-        marks: Of each token what its cache held, by row; ``None``: not known.
-        is_partial: Whether it has only been seen by a part of the model, as ``generate`` runs an encoder first.
+        marks: By position, the fingerprint of the token in each batch row.
+        is_partial: True if only a part of the model has run on it, as ``generate`` runs an encoder first.
     """
 
     calls: list[Calls] = dataclasses.field(default_factory=lambda: [Calls()])
@@ -80,20 +80,20 @@ class Sequence:
     is_partial: bool = False
 
     def has_records(self) -> bool:
-        """Whether anything was captured of it."""
+        """True if anything was captured of it."""
         return any(calls or any(calls.apart) for calls in self.calls)
 
     def is_batch(self) -> bool:
-        """Whether it is several sequences side by side."""
+        """True if it is a batch of several sequences."""
         held = (each for calls in self.calls for each in (calls, *calls.apart))
         return any(len(record.sums) > 1 for each in held for record in each.values())
 
     def order_of(self, found: torch.Tensor | None, position: int) -> list[int] | None:
-        """Which of its rows those of a cache are; ``None``: they are not all its own.
+        """For each batch row of a cache, the row of this sequence that it is; ``None`` if some row is not its own.
 
         Args:
-            found: ``[batch, numbers]``, what the cache holds of the token; ``None``: not known.
-            position: Of the token.
+            found: ``[batch, numbers]``: the cache's fingerprints of one token; ``None``: not known.
+            position: The token's position.
         """
         known = self.marks.get(position)
         if found is None or known is None or found.shape[1:] != known.shape[1:]:
@@ -103,13 +103,13 @@ class Sequence:
             same = (known == own).all(-1)
             if not bool(same.any()):
                 return None
-            # Rows that hold the same went the same way; each keeps its own place where it can.
+            # Equal rows have equal histories; each keeps its own index if possible.
             is_there = row < len(same) and bool(same[row])
             order.append(row if is_there else int(same.int().argmax()))
         return order
 
     def remember(self, cache: Any, start: int, stop: int, marks: Marks) -> None:
-        """Keep what a cache holds of some tokens."""
+        """Keep a cache's fingerprints of tokens ``start:stop``."""
         self.length = stop
         found = marks(cache, start, stop) if stop > start else None
         if found is None:
@@ -121,7 +121,7 @@ class Sequence:
             self.held = cache
 
     def changed(self, change: Callable[[str, SiteSums], SiteSums | None]) -> Sequence:
-        """A copy whose records went through ``change``."""
+        """A copy with ``change`` applied to its records."""
         return dataclasses.replace(
             self,
             calls=[calls.changed(change) for calls in self.calls],
