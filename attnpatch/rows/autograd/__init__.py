@@ -1,1 +1,1 @@
-"""Gradients of what is computed by rows: edges in autograd's graph, checkpoints, saved tensors."""
+"""Gradients of tensors computed by rows: edges in autograd's graph, checkpoints, saved tensors."""

@@ -1,9 +1,9 @@
-"""Activation checkpointing (``torch.utils.checkpoint``, not reentrant): what runs again must go the way it went before.
+"""Activation checkpointing (``torch.utils.checkpoint``, non-reentrant): a recomputation must take the same path as before.
 
-Such a checkpoint counts the tensors that are saved in a forward pass, and expects as many when it runs again. Whether a
-call goes by rows is therefore remembered with the checkpoint: two passes of one size may have found different memory.
-A checkpoint inside a module runs a part of it again from the backward pass, past the module's forward, so the watch on
-attention has to be there too.
+Such a checkpoint counts the tensors that are saved in a forward pass, and expects as many when it recomputes. So
+whether a call goes by rows is remembered with the checkpoint: free memory may differ between the two passes. A
+checkpoint inside a module recomputes a part of it from the backward pass, without the module's forward, so the mode has
+to be entered there, too.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from attnpatch import compat
 from attnpatch.rows.graph.axes import all_leaves
 
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-# Of deferred tensors that came from outside and were pending when first used: what their axes were taken for.
+# By checkpoint and deferred tensor from outside it: the kinds of its axes at first use; ``None`` if it was computed
+# then.
 _used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
-# Runs of checkpoints in which something from outside was written to.
+# Runs of checkpoints in which a tensor from outside was written to.
 _overwriting: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def current() -> Any:
-    """The checkpoint whose saved tensors are recorded now; ``None`` outside of any, or where torch hides it."""
+    """The innermost active checkpoint; ``None`` if there is none, or if torch hides it."""
     return _found()[0]
 
 
 def _found() -> tuple[Any, Any]:
-    """That checkpoint, and what stands for its running again: ``None`` the first time."""
+    """The active checkpoint, and an object that identifies its recomputation: ``None`` in the first run."""
     if compat.CheckpointFrame is None or not torch.is_grad_enabled():
         return None, None
     hooks = compat.saved_tensor_hooks()
     if hooks is None:
         return None, None
-    # Recorded for the first time, the hook knows the checkpoint; when it runs again, a reference to it.
+    # In the first run the hook's closure holds the checkpoint; in a recomputation, a weak reference to it.
     hook = getattr(hooks[0], compat.COMPILED_FUNCTION, hooks[0])
     for value in compat.closed_over(hook).values():
         if isinstance(value, compat.CheckpointFrame):
@@ -50,10 +51,10 @@ def _found() -> tuple[Any, Any]:
 
 
 def is_to_be_pending(handle: Any) -> bool:
-    """Whether a deferred tensor from outside was not computed when this checkpoint first used it, and is to be so again.
+    """True if a deferred tensor from outside was uncomputed when this checkpoint first used it, and has to be so again.
 
-    It may have been computed since, and a tensor is saved where a graph is not. Its rows may be keys since (a softmax along
-    them has followed), and figures of rows are computed where figures of keys are put off: they are rows again.
+    It may have been computed since; then it would be saved, which its graph was not. Its row axes may count as keys
+    since (a softmax along them has followed), which changes what is deferred: the kinds of its axes are restored.
     """
     frame, again = _found()
     if frame is None:
@@ -78,17 +79,17 @@ def is_to_be_pending(handle: Any) -> bool:
 
 
 def overwrites(handle: Any) -> None:
-    """A deferred tensor is about to be written to, maybe one from outside of the present checkpoint."""
+    """Note that a deferred tensor is about to be written to, if it comes from outside the active checkpoint."""
     frame, again = _found()
     if frame is not None and (handle.checkpoint is None or handle.checkpoint() is not frame):
         _overwriting.add(again or frame)
 
 
 def saving() -> contextlib.AbstractContextManager[Any]:
-    """While an edge saves what it reads.
+    """A context in which an edge saves the tensors that it reads.
 
-    A checkpoint whose argument was overwritten cannot run again, so what natively saves nothing (a bias that is added) must
-    not ask for that: it is held.
+    A checkpoint whose argument was overwritten cannot be recomputed. A step that natively saves nothing (adding a bias)
+    must not cause a recomputation, so in such a checkpoint its tensors are held directly.
     """
     if not _overwriting:
         return contextlib.nullcontext()
@@ -108,13 +109,13 @@ def _unchanged(held: tuple[torch.Tensor, int]) -> torch.Tensor:
 
 
 def decisions(otherwise: dict[Any, bool]) -> dict[Any, bool]:
-    """What was decided in this checkpoint, by site and size; outside of any, ``otherwise``."""
+    """The decisions of the active checkpoint, by site and size; ``otherwise`` if there is none."""
     frame = current()
     return otherwise if frame is None else _decisions.setdefault(frame, {})
 
 
 def follow(frame: Any, watch: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-    """Run a checkpoint again under ``watch``."""
+    """Make a checkpoint recompute inside the context ``watch()``."""
     if frame in _followed or not callable(getattr(frame, "recompute_fn", None)):
         return
     _followed.add(frame)

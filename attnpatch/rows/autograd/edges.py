@@ -1,14 +1,13 @@
-"""Deferred tensors in autograd's graph: each has an edge of its own, so whoever reads it gets native gradients.
+"""Deferred tensors in autograd's graph: each has an edge (``grad_fn``) of its own, so gradients flow as natively.
 
-A deferred tensor carries the history that the computed tensor would carry: its ``grad_fn`` is a ``_TiledFunction`` whose inputs
-are the deferred tensors and the tensors that its step was made from. In the backward pass a product with the values
-computes the gradients of query, key and value at once, a tile at a time, and hands nothing to the edges between. Only
-where somebody asks for the gradient of scores or probabilities themselves (a hook, ``retain_grad``,
-``torch.autograd.grad``) is it made, whole, as natively.
+The ``grad_fn`` of a deferred tensor is a ``_TiledFunction``; its inputs are the deferred and real tensors from which
+the step was made. In the backward pass the product with the values computes the gradients of query, key and value at
+once, tile by tile, and passes nothing to the edges in between. The gradient of scores or probabilities themselves is
+computed, whole as natively, only if it is asked for (a hook, ``retain_grad``, ``torch.autograd.grad``).
 
-What a graph reads is saved once, by the first edge that reads it, through autograd: checkpointing and offloading of
-saved tensors work as for any operation. An edge finds what those below it have saved by its ``next_functions``, which
-are alive as long as it is.
+The tensors that a graph reads are saved once, by the first edge that reads them, through autograd. So checkpointing and
+offloading of saved tensors work as for any operation. An edge finds tensors that earlier edges have saved through its
+``next_functions``, which live as long as the edge itself.
 """
 
 from __future__ import annotations
@@ -35,15 +34,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Plan:
-    """One edge.
+    """The data of one edge.
 
     Attributes:
-        result: Gives the tensor that gets the edge.
+        result: Returns the tensor that gets the edge.
         again: Computes its gradients.
-        parents: Deferred tensors that its step reads directly, without tensors; their edges come first.
-        leaves: What gradients go to, in one go.
-        direct: Those of them that are not below a parent.
-        own: What this edge saves.
+        parents: Nodes of the deferred tensors that its step reads directly (twins, without tensors); they come first
+            among the edge's inputs.
+        leaves: Input nodes that receive gradients, all in one pass.
+        direct: Those input nodes that are not below a parent.
+        own: Input nodes whose tensors this edge saves.
         saved: The tensors of ``own``.
     """
 
@@ -57,7 +57,7 @@ class Plan:
 
 
 class _TiledFunction(torch.autograd.Function):
-    """Forward: a replay, or nothing. Backward: the replay again, a tile at a time, each with its own little graph."""
+    """Forward: computes the tensor by tiles, or nothing. Backward: recomputes tile by tile, with a small graph for each."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
@@ -74,21 +74,21 @@ class _TiledFunction(torch.autograd.Function):
 
 
 def _keep(ctx: Any, plan: Plan) -> None:
-    """What an edge knows for its backward pass; the graphs it keeps hold no tensors."""
+    """Store in ``ctx`` what the backward pass needs; the stored graphs hold no tensors."""
     ctx.set_materialize_grads(False)
     ctx.again, ctx.parents, ctx.leaves, ctx.direct, ctx.own = (
         plan.again, plan.parents, plan.leaves, plan.direct, plan.own,
     )  # fmt: skip
     ctx.save_for_backward(*plan.saved)
-    # Where the parents begin among the inputs.
+    # Index of the first parent among ``next_functions``.
     ctx.first, ctx.unpacked = 0, None
-    # With hooks the saved tensors are whatever these made of them.
+    # With hooks, saved tensors are whatever the hooks return for them.
     ctx.has_hooks = compat.saved_tensor_hooks() is not None
     ctx.kept = (Packed if ctx.has_hooks else Kept)(plan.saved)
 
 
 def _forget(ctx: Any) -> None:
-    """The backward pass has come by: autograd frees what was saved, unless there will be another one."""
+    """Called after the backward pass: drop what was kept, unless autograd keeps the graph for another one."""
     ctx.unpacked = None
     if not compat.keeps_graph():
         ctx.kept.forget()
@@ -97,7 +97,7 @@ def _forget(ctx: Any) -> None:
 def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[Node, torch.Tensor | None]:
     count = len(ctx.parents)
     wanted: list[Any] = [leaf for leaf, want in zip(ctx.leaves, needed[count:], strict=True) if want]
-    # ``backward(inputs=[probabilities])`` needs an edge, and nothing that is below it.
+    # ``backward(inputs=[probabilities])`` needs a parent's gradient and nothing below that parent.
     if any(needed[:count]) and (not wanted or _is_observed(ctx.parents)):
         wanted = [node for node, want in zip(ctx.parents, needed, strict=False) if want] + [
             leaf for leaf in wanted if leaf in ctx.direct
@@ -105,7 +105,7 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
     bound = _bound(ctx)
     again = ctx.again
     if compat.is_batched_gradient(grad) and not torch.is_grad_enabled():
-        # Many gradients at once (``is_grads_batched``): ``vmap`` sums nothing in place.
+        # Batched gradients (``is_grads_batched``) run under ``vmap``, which cannot sum in place.
         with restored(again.random):
             return dict(zip(wanted, untiled.gradients(again.node, grad, bound, wanted), strict=True))
     method = again.differentiable_gradients if torch.is_grad_enabled() else again.gradients
@@ -115,7 +115,7 @@ def _gradients(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...]) -> dict[N
     except Exception as error:
         if guard.passes(error) or torch.is_grad_enabled():
             raise
-        # What this raises is the host's error: of a step that has no gradient.
+        # If this raises as well, the error is the host's: a function without a gradient.
         found = untiled.gradients(again.node, grad, bound, wanted)
         again.on_failure("the backward pass of attention by rows", error)
     return dict(zip(wanted, found, strict=True))
@@ -126,7 +126,7 @@ def _is_observed(roots: list[Node]) -> bool:
 
 
 def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
-    """What this edge and those below it have saved."""
+    """The tensors that this edge and those below it have saved, by node."""
     found: dict[Node, torch.Tensor] = {}
     stack, seen = [ctx], set()
     while stack:
@@ -134,7 +134,7 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
         if id(edge) in seen:
             continue
         seen.add(id(edge))
-        # Autograd's nodes are of classes that it makes of these functions.
+        # Autograd derives the classes of its nodes from these functions, so recognise them by attributes.
         if hasattr(edge, "own"):
             saved = edge.kept.instead_of(functools.partial(_unpacked, edge))
             found.update(zip(edge.own, saved, strict=True))
@@ -147,7 +147,7 @@ def _bound(ctx: Any) -> dict[Node, torch.Tensor]:
 
 
 def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
-    """The saved tensors of an edge. A checkpoint gives them once; later edges want them too, and the last is its own."""
+    """The saved tensors of an edge, kept after the first read: a checkpoint returns them only once."""
     if not edge.has_hooks:
         return edge.saved_tensors
     if edge.unpacked is None:
@@ -156,10 +156,10 @@ def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
 
 
 class _Fork(torch.autograd.Function):
-    """A result that was computed in another way than its graph says, and has the history of that way.
+    """A result that was computed in another way than its graph says (a fused kernel), with the history of that way.
 
-    The gradient goes that way too, save where somebody asks for the gradient of scores or probabilities: these are in the
-    graph only.
+    The gradient takes that way, too. Only if the gradient of scores or probabilities is asked for does it take the
+    graph, since only the graph has them.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class _Fork(torch.autograd.Function):
 
 
 class _Bridge(torch.autograd.Function):
-    """A deferred tensor that was computed: the same values, whose gradient goes to the deferred tensor's edge."""
+    """The computed values of a deferred tensor; their gradient flows to the deferred tensor's edge."""
 
     @staticmethod
     def forward(ctx: Any, deferred: torch.Tensor, computed: list[torch.Tensor]) -> torch.Tensor:
@@ -193,7 +193,7 @@ class _Bridge(torch.autograd.Function):
 
 
 class _Adopt(torch.autograd.Function):
-    """A step in place: the same Python object has another tensor's history from now on."""
+    """An in-place function: from now on the Python object ``target`` has the history of ``source``."""
 
     @staticmethod
     def forward(ctx: Any, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -213,15 +213,15 @@ def bridged(deferred: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
 
 
 def adopt(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Give ``target`` the history of ``source``, as a step in place does."""
+    """Give ``target`` the history of ``source``, as an in-place function does."""
     _Adopt.apply(target, source)
 
 
 class Marks:
-    """What became of a deferred tensor, for its graph and the copy of it that a backward pass keeps.
+    """The state of a deferred tensor that its node shares with the twin that a backward pass keeps.
 
     Attributes:
-        is_observed: Whether somebody asked for its own gradient.
+        is_observed: True if its own gradient was asked for.
     """
 
     def __init__(self) -> None:
@@ -229,18 +229,18 @@ class Marks:
 
 
 def history(tensor: torch.Tensor) -> Any:
-    """``grad_fn`` of a deferred tensor, read past its own attributes."""
+    """The real ``grad_fn`` of a deferred tensor; reading it here does not count as asking for its gradient."""
     with compat.DisableTorchFunctionSubclass():
         return tensor.grad_fn
 
 
 def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvaluation]) -> Any:
-    """Give a deferred tensor its edge, if it has gradients; the edge or ``None``.
+    """Give a deferred tensor its edge, if gradients flow to it; returns the edge or ``None``.
 
     Args:
-        tensor: Deferred, without history.
+        tensor: A deferred tensor without history.
         node: Its graph.
-        again: From a graph without tensors to what computes its gradients.
+        again: Returns the evaluation that computes gradients, given a graph without tensors.
     """
     node.carrier, node.needs_grad = weakref.ref(tensor), False
     if not torch.is_grad_enabled():
@@ -249,7 +249,7 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvalu
         return None
     if not (node.dtype.is_floating_point or node.dtype.is_complex):
         return None
-    # Before it is recorded: the copy for the backward pass says so too.
+    # Set before recording, so that the twin for the backward pass has it, too.
     node.needs_grad = True
     if record(node, lambda: tensor, again) is None:
         node.needs_grad = False
@@ -260,7 +260,7 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvalu
 def record(
     node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], TiledEvaluation]
 ) -> torch.Tensor | None:
-    """``result()`` with an edge to what ``node`` is computed from; ``None`` where nothing of it has gradients."""
+    """``result()`` with an edge to what ``node`` is computed from; ``None`` if nothing below it needs a gradient."""
     found = _planned(node, result, again)
     if found is None:
         return None
@@ -269,7 +269,7 @@ def record(
 
 
 def fork(node: Node, out: torch.Tensor, again: Callable[[Node], TiledEvaluation]) -> torch.Tensor:
-    """``out``, the result of ``node`` that was computed in another way, with an edge to the scores of ``node`` too."""
+    """``out``, the result of ``node`` computed in another way, with an additional edge to the scores of ``node``."""
     if not out.requires_grad or not any(parent.needs_grad for parent in _below(node)[0]):
         return out
     found = _planned(node, lambda: out, again)
@@ -279,7 +279,7 @@ def fork(node: Node, out: torch.Tensor, again: Callable[[Node], TiledEvaluation]
 def _planned(
     node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], TiledEvaluation]
 ) -> list[Any] | None:
-    """An edge and what it leads to."""
+    """The plan of an edge and the tensors it leads to; ``None`` if nothing needs a gradient."""
     if node.stops_gradient:
         return None
     parents, direct = _below(node)
@@ -305,7 +305,7 @@ def _planned(
 
 
 def _below(root: Node) -> tuple[list[Node], list[InputNode]]:
-    """The nearest deferred tensors that a step is made from and that have gradients, and the tensors beside them."""
+    """The nearest deferred tensors below a step that have gradients, and the input nodes reached without them."""
     parents: list[Node] = []
     direct: list[InputNode] = []
     seen: set[Node] = set()
@@ -327,7 +327,7 @@ def _below(root: Node) -> tuple[list[Node], list[InputNode]]:
 
 
 def is_carried(node: Node) -> bool:
-    """Whether the deferred tensor of a graph is alive and still stands for it, with the history it was given."""
+    """True if a node's deferred tensor is alive, still stands for the node, and has the history it was given."""
     tensor = None if node.carrier is None else node.carrier()
     return tensor is not None and tensor.handle.node is node and tensor.handle.edge is history(tensor)
 

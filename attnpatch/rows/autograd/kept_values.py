@@ -1,4 +1,4 @@
-"""Values that a backward pass reads again, kept before what holds them is overwritten."""
+"""Keeps the values that a backward pass needs when the tensors that hold them are about to be overwritten."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attnpatch.rows.thread_state import here
 
 
 class Kept:
-    """The tensors that one edge has saved, under a version counter of their own.
+    """The tensors that one edge has saved, with their version numbers.
 
-    Autograd refuses a saved tensor that was overwritten since. A step that natively saves nothing (a bias that is added)
-    may be overwritten, so its values are copied before.
+    Autograd raises an error if a saved tensor was overwritten. But natively some steps save nothing (adding a bias),
+    and their tensors may be overwritten; so they are copied before the write.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -43,14 +43,14 @@ class Kept:
                 self.is_replaced = True
 
     def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """The tensors, given what autograd saved: it raises where one was overwritten and nothing noticed in time."""
+        """The kept tensors, or those that autograd saved; the latter raises if one was overwritten without being copied."""
         is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
         return (
             self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())
         )
 
     def forget(self) -> None:
-        """The backward pass has come by: autograd frees what it saved, and this must not keep it."""
+        """Called after the backward pass: autograd has freed the saved tensors, so they must not be kept here."""
         if not self.is_replaced:
             self.tensors = []
         self.leave()
@@ -68,9 +68,9 @@ class Kept:
 
 
 class Packed(Kept):
-    """Those that hooks have saved in their own way (a checkpoint, an offload): not held, and copied before a write.
+    """Tensors that hooks have saved in their own way (a checkpoint, an offload): not held, only copied before a write.
 
-    A checkpoint saves what it makes when it runs again, and no hook sees that this is overwritten later in that run.
+    A checkpoint saves the tensors of its recomputation, and no hook sees if they are overwritten later in that run.
     """
 
     def held(self, tensors: list[torch.Tensor]) -> list[Any]:
@@ -109,22 +109,22 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
+    """A number that identifies the storage of a tensor."""
     while compat.is_wrapped(tensor):
-        # vmap hands out tensors without memory of their own.
+        # vmap's tensors have no storage of their own.
         tensor = compat.unwrapped(tensor)
     storage = tensor.untyped_storage()
-    # Shapes have no data to tell them apart by.
+    # In a dry run tensors have no data, so they are told apart by their storage object.
     return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
 
 
 def are_kept() -> bool:
-    """Whether some backward pass of this thread still needs tensors that could be overwritten."""
+    """True if a backward pass of this thread still needs tensors that could be overwritten."""
     return bool(here.kept)
 
 
 def before_write(storage: int) -> None:
-    """Let edges copy what they saved of a storage that is about to be written to."""
+    """Let edges copy the tensors that they have saved from a storage that is about to be written to."""
     for kept in list(here.kept.get(storage, ())):
         kept.preserve(storage)
 

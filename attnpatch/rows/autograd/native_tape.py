@@ -1,8 +1,8 @@
-"""What was made natively from scores, written down, so that a step that runs out of memory can be answered by rows.
+"""Records native steps on scores, so that a step that runs out of memory can be computed by rows instead.
 
-The trail keeps how each tensor was made, not the tensor: when a step fails, the steps before it become a graph
-again, and the large tensors that the host has let go of are gone. The module's forward is not run a second time, so a
-cache is not appended to twice.
+The tape keeps how each tensor was made, not the tensor itself. When a step fails, the steps before it become a graph,
+and large tensors that the host no longer holds stay freed. The module's forward is not run again, so a cache is not
+appended to twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attnpatch.rows.op_table import CASTS, called
 
 
 class _Made:
-    """A tensor on the trail: the step that made it, and which of its results it is."""
+    """A tensor on the tape: the step that made it, and which of the step's results it is."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Step:
     """One native call.
 
     Attributes:
-        args, kwargs: Its arguments, with what is on the trail in the place of tensors.
-        product: What it is, if scores begin here.
+        args, kwargs: Its arguments; tensors that are on the tape are replaced by their entries.
+        product: The product of query and key, if the scores begin with this call.
         reads: Storages of the tensors that it and the steps before it read.
-        random: Generator states before the first step that drew from one.
+        random: States of the random generators before the first step that used one.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Step:
         if not self.random and any(name in func.__name__ for name in ("dropout", "gumbel")):
             self.random = [random_state(device)]
             if device.type != "cpu":
-                # By rows the seed of a mask comes from here, whatever the device.
+                # By rows a mask's seed is drawn from the CPU generator, whatever the device.
                 self.random.append(random_state(torch.device("cpu")))
         self._result: Any = None
 
     def products(self) -> Iterator[products.Product]:
-        """The products that this step goes back to."""
+        """The products of query and key from which this step is computed."""
         if self.product is not None:
             yield self.product
         for value in _flat((self.args, self.kwargs)):
@@ -99,7 +99,7 @@ class Step:
         name = called(self.func)
         if not writes(name):
             return dispatch(self.func, args, kwargs)
-        # The native tensor was overwritten; the graph of what stood there before may still be needed.
+        # Use the function that is not in place: the graph of the tensor before the write may still be needed.
         result = dispatch(getattr(torch.Tensor, name[:-1]), args, kwargs)
         return (
             result
@@ -119,23 +119,23 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 class NativeTape:
-    """What the present call of a site has made of its scores."""
+    """The native steps on scores in the present call of a site."""
 
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
         self.saved = SavedTensorBuffer()
 
     def _place(self, value: Any) -> Any:
-        """What stands for a tensor on the trail; anything else is itself."""
+        """The tape's entry for a tensor; any other value unchanged."""
         made = self._made.get(id(value))
         return made if made is not None and made.reference() is value else value
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-        """Call ``func``; out of memory at a step of attention, answer by rows.
+        """Call ``func``; if it is a step of attention and runs out of memory, compute it by rows.
 
         Raises:
-            RuntimeError: The error of ``func``, where it is another one or the step overwrites its input: the host
-                goes on with that tensor, whatever is returned.
+            RuntimeError: ``func`` raised another error, or it writes to its input: the host goes on with that tensor,
+                whatever is returned here.
         """
         name = called(func)
         product = None
@@ -173,9 +173,9 @@ class NativeTape:
         return step.again(call)
 
     def _note(self, step: Step, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        """Remember the results of a step, if they are still made of scores."""
+        """Put the results of a step on the tape, if they are still computed from scores."""
         if any(result is value for value in _flat(args)) and (name in CASTS or name == "contiguous"):
-            return  # nothing to do was done
+            return  # the function returned its argument unchanged
         if writes(name) or kwargs.get("out") is not None or any(result is value for value in _flat(args)):
             self._note_write(step, name, args, kwargs, result)
             return
@@ -183,7 +183,7 @@ class NativeTape:
             widest = max(made.numel() for made in _flat(args) if isinstance(self._place(made), _Made))
             if result.numel() < widest:
                 self.saved.hand_on()
-                return  # a product with the values: what follows is no attention
+                return  # the product with the values: attention ends here
         if type(result) is torch.Tensor:
             self._keep(step, None, result)
         elif isinstance(result, tuple):
@@ -199,18 +199,18 @@ class NativeTape:
             self._keep(step, None, target)
 
     def _keep(self, step: Step, index: int | None, tensor: torch.Tensor) -> None:
-        """Remember how a tensor was made, as long as it lives: its step holds the query of its layer."""
+        """Keep how a tensor was made only while the tensor lives, since its step holds the layer's query."""
         made, key = self._made, id(tensor)
 
         def gone(reference: weakref.ref[torch.Tensor]) -> None:
-            # Another tensor may have its id by now.
+            # Another tensor may have the same id by now.
             if key in made and made[key].reference is reference:
                 del made[key]
 
         made[key] = _Made(step, index, tensor, gone)
 
     def _forget(self, *written: torch.Tensor) -> None:
-        """Somebody overwrote a tensor: what was made of it cannot be made again."""
+        """Drop tensors that were made from an overwritten one: they cannot be computed again."""
         storages = {tensor.untyped_storage().data_ptr() for tensor in written}
         for key, made in list(self._made.items()):
             if made.storage in storages or made.step.reads & storages:

@@ -1,7 +1,8 @@
-"""What autograd saves for native steps that may yet be answered by rows.
+"""Holds back the tensors that autograd saves for native steps, in case these have to be computed by rows after all.
 
-A checkpointed layer counts what is saved in it, and expects as much when it runs again. Steps that ran out of memory
-leave something behind that the second run, by rows, does not save. So it is held back until the steps have succeeded.
+A checkpointed layer counts the tensors that are saved in it, and expects as many when it recomputes. Steps that ran out
+of memory have saved tensors that a recomputation by rows does not save. So saved tensors reach the checkpoint's hooks
+only when the steps have succeeded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from attnpatch import compat
 
 
 class _Held:
-    """One saved tensor, and who wanted it."""
+    """One saved tensor, and the hooks that are to get it."""
 
     def __init__(self, tensor: torch.Tensor, pack: Callable[..., Any], unpack: Callable[..., Any]) -> None:
         self.tensor: torch.Tensor | None = tensor
@@ -31,14 +32,14 @@ class _Held:
 
 
 class SavedTensorBuffer:
-    """Saved tensors of the present steps."""
+    """The tensors that autograd saved for the present native steps."""
 
     def __init__(self) -> None:
         self._held: list[_Held] = []
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Hold back what is saved inside the block, if anybody but autograd itself wants it."""
+        """Hold back the tensors that are saved inside the block, if there are hooks for saved tensors."""
         hooks = compat.saved_tensor_hooks() if torch.is_grad_enabled() else None
         if hooks is None:
             yield
@@ -52,11 +53,11 @@ class SavedTensorBuffer:
             yield
 
     def hand_on(self) -> None:
-        """The steps have succeeded, or somebody is about to overwrite what they saved."""
+        """Pass the tensors to the hooks: the steps have succeeded, or a saved tensor is about to be overwritten."""
         held, self._held = self._held, []
         for each in held:
-            each.hand_on()  # a checkpoint that runs again ends with an exception when it has seen enough
+            each.hand_on()  # a checkpoint ends its recomputation with an exception here when it has all tensors
 
     def forget(self) -> None:
-        """The steps are answered by rows."""
+        """Drop the tensors: the steps are computed by rows instead."""
         self._held.clear()

@@ -1,7 +1,7 @@
-"""Selective checkpoints (``create_selective_checkpoint_contexts``): they count operators and give what they kept of each.
+"""Selective checkpoints (``create_selective_checkpoint_contexts``), which count operators and keep results of some.
 
-By rows there are other operators than natively, which overwrite each other's results and may be others when a checkpoint
-runs again. So such a checkpoint sees the host's operators and none of ours: attention by rows is computed again.
+Attention by rows runs other operators than natively; they overwrite each other's results, and may differ in a
+recomputation. So such a checkpoint sees the host's operators but not attnpatch's: attention by rows is recomputed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attnpatch.rows.thread_state import here
 
 
 def is_active() -> bool:
-    """Whether such a checkpoint sees the operators of this thread now."""
+    """True if such a checkpoint sees the operators of this thread now."""
     return compat.has_dispatch_modes() and any(
         isinstance(mode, compat.SELECTIVE_MODES) for mode in compat.dispatch_modes()
     )
@@ -22,7 +22,7 @@ def is_active() -> bool:
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """While our own operators run."""
+    """Hide attnpatch's own operators, which run inside the block."""
     outer, popped = here.hidden, []
     while is_active():
         popped.append(compat.pop_dispatch_mode())
@@ -41,13 +41,13 @@ def hidden() -> Iterator[None]:
 
 
 def is_hidden() -> bool:
-    """Whether our own operators run, hidden from such a checkpoint."""
+    """True if attnpatch's own operators are running, hidden from such a checkpoint."""
     return bool(here.hidden)
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """While the host's own operator runs."""
+    """Show the host's own operator, which runs inside the block."""
     outer, here.hidden = here.hidden, ()
     for mode in outer:
         compat.push_dispatch_mode(mode)

@@ -1,1 +1,1 @@
-"""Computing a graph: whole, or tile by tile."""
+"""Computes a graph: whole, or tile by tile."""

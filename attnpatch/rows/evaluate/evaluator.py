@@ -1,4 +1,4 @@
-"""One evaluation of a graph, tile by tile: what is complete, what is kept, what may be overwritten."""
+"""Evaluator: computes the nodes of a graph for one tile after another, and keeps values that tiles share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from attnpatch.rows.graph.operations import OpNode
 
 
 class Evaluator(StepMemory):
-    """One evaluation of a graph: which axes are complete, what is kept between tiles, where gradients go.
+    """One evaluation of a graph.
 
     Args:
         root: The node to compute.
-        bound: Tensors of leaves that do not hold theirs (a graph kept for a backward pass).
-        wanted: What to take gradients for: their parts are cut from the graph and noted.
-        lines: Steps whose lines run across tiles and whose gradients come by their slots (``graph.lines``).
+        bound: Tensors of input nodes that hold none (a graph that was kept for a backward pass).
+        wanted: Nodes that need gradients: their tiles are detached from autograd's graph and recorded in ``parts``.
+        lines: Nodes whose lines run across tiles and whose gradients are summed in slots (``graph/lines.py``).
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Evaluator(StepMemory):
         self._axes = {node: all_leaves(node.dims) for node in self.nodes}
         self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
         for axes in self._axes.values():
-            # One axis in two dimensions (a matrix added to its own transpose): a tile would be its diagonal only.
+            # An axis in two dimensions (a matrix added to its transpose) cannot be cut: tiles would cover only the
+            # diagonal.
             self.whole.update(axis for axis in axes if axes.count(axis) > 1)
         if lines:
             self._follow_lines()
@@ -47,18 +48,18 @@ class Evaluator(StepMemory):
         self.wanted = wanted
         self.parts: list[tuple[Node, Tile, torch.Tensor]] = []
         self.row: Axis | None = None
-        # What has query x key elements, and the bytes of the largest part of it that a step has made.
+        # Nodes with query x key elements, and the bytes of the largest part of one that a step has made.
         self.scores: frozenset[Node] = frozenset()
         self.largest = 0
-        # Under autograd nothing may outlive its tile (its backward pass frees the graph), and below a slice the
-        # row axis goes by another name.
+        # Values may be kept for all row steps, except under autograd (a tile's backward pass frees its graph) and if
+        # slices give the row axis another name.
         self.renamed = {axis for axis in self._renamed() if axis not in self.whole}
         self.hoist = not wanted and not any(node.renames_axes for node in self.nodes)
         self._uses: dict[Node, int] = {}
         for node in self.nodes:
             for child in node.children:
                 self._uses[child] = self._uses.get(child, 0) + 1
-        # What is the same for all heads, where those are the inner loop: computed once for all of them.
+        # Nodes that are the same for all heads: if heads are the inner loop, they are computed once for all heads.
         self.shared: frozenset[Node] = frozenset()
         self._fixed: dict[Node, torch.Tensor] = {}
         self._aligned: dict[Node, list[int]] = {}
@@ -68,7 +69,7 @@ class Evaluator(StepMemory):
         self._of_rows: dict[Node, tuple[Any, ...]] = {}
 
     def _follow_lines(self) -> None:
-        """What has a figure of each line, computed before, is made for each tile anew: its scores are those of the tile."""
+        """Let nodes above line nodes depend on the axes of the tile's scores, so that they are computed for each tile."""
         added: dict[Node, set[Axis]] = {}
         for node in self.nodes:
             found = set(all_leaves(node.children[0].dims)) if node in self.lines else set()
@@ -77,7 +78,7 @@ class Evaluator(StepMemory):
             added[node] = found
 
     def _renamed(self) -> Iterator[Axis]:
-        """Axes of rows that go by another name above a slice or a shift, where a step has a range of them all the same."""
+        """Row axes below a slice or a shift, which has another axis for them, but of which a step still has only a range."""
         for node in self.nodes:
             heads = getattr(node, "heads", None)
             if heads is not None:
@@ -87,11 +88,11 @@ class Evaluator(StepMemory):
                 yield from old if len(old) == 1 and old[0].kind == ROW else ()
 
     def has_rows(self, node: Node, row: Axis | None) -> bool:
-        """Whether a step has only some of what is in ``node``, or all of it (a bias by key, kept for all steps)."""
+        """True if a row step has only a part of ``node``; False if it has all of it (a bias per key, kept for all steps)."""
         return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
 
     def works(self, row: Axis | None) -> list[int]:
-        """Multiplications per head of each product that has fewer of them in a step; not where each row is one more head."""
+        """Multiplications per head of each product that a row step makes smaller; not if the row acts as another head."""
         return [
             node.work
             for node in self.nodes
@@ -100,19 +101,19 @@ class Evaluator(StepMemory):
 
     @functools.cached_property
     def _distances(self) -> dict[Node, toeplitz.Pair]:
-        # Not under autograd: what is copied from row to row would have to be summed again.
+        # Not under autograd, where gradients of copied rows would have to be summed.
         return {} if self.wanted or torch.is_grad_enabled() else toeplitz.found_in(self.nodes)
 
     @functools.cached_property
     def tiled(self) -> list[Node]:
-        """What a step has all its rows of: not what is computed for two of them and copied."""
+        """Nodes of which a step computes all its rows; not those that ``toeplitz`` computes for two rows and copies."""
         read = {child for node in self.nodes if node not in self._distances for child in node.children}
         return [node for node in self.nodes if node is self.nodes[-1] or node in read]
 
     def same_for(self, row: Axis, heads: set[Axis]) -> frozenset[Node]:
-        """Steps with rows that are the same for several pieces of ``heads`` (a mask), where a step with heads reads them.
+        """Nodes with rows that do not depend on ``heads`` (a mask) and are read by a node that does.
 
-        Nothing where a result may not outlive its tile, or where there is nothing to gain: a tensor that exists.
+        Empty if a value may not outlive its tile. Input nodes are left out, since they need no computation.
         """
         if not self.hoist:
             return frozenset()
@@ -126,10 +127,10 @@ class Evaluator(StepMemory):
         )
 
     def held_bytes(self, row: Axis | None, cut: set[Axis]) -> int:
-        """Bytes that a step holds at most for one row of one head, followed in the order in which it is computed.
+        """The most bytes that a step holds at any time for one row of one head, simulated in the order of computation.
 
         Args:
-            row: The axis of rows; what has none is kept for all steps.
+            row: The axis of rows; nodes without it are kept for all steps.
             cut: Axes of which a step has one element.
         """
         cut = cut | self.renamed
@@ -138,11 +139,11 @@ class Evaluator(StepMemory):
             for node in self.tiled
             if not isinstance(node, InputNode) and self.has_rows(node, row)
         }
-        # What steps share is there from the first to the last.
+        # Memory that steps share is held all the time.
         shared = {node for node in sizes if isinstance(node, OpNode) and self.is_buffered(node, row)}
         live = most = sum(sizes[node] for node in shared)
         own = {node: 0 if node in shared or is_alias(node) else size for node, size in sizes.items()}
-        # What is free again when a node's reader is done; children come before parents.
+        # Bytes that are freed when a node's reader is done; children come before parents.
         ends: dict[Node, int] = {}
         for node, size in sizes.items():
             read = sum(ends.get(child, 0) for child in node.children)
@@ -157,12 +158,12 @@ class Evaluator(StepMemory):
         return most
 
     def keep(self, node: Node) -> None:
-        """Keep the value of ``node`` until the next tile, for somebody who looks at it."""
+        """Keep the value of ``node`` until the next tile, for an observer."""
         self._uses[node] = self._uses.get(node, 0) + 2
         self._is_watched = True
 
     def fix(self, node: Node, value: torch.Tensor) -> None:
-        """Take ``value`` for the whole of ``node`` instead of computing it."""
+        """Use ``value`` for the whole of ``node`` instead of computing it."""
         self._fixed[node] = value
 
     def tensor(self, leaf: InputNode) -> torch.Tensor:
@@ -171,7 +172,7 @@ class Evaluator(StepMemory):
         return tensor
 
     def value(self, node: Node, tile: Tile) -> Any:
-        """``node`` inside ``tile``; what does not depend on the row axis is computed once for all its tiles."""
+        """The value of ``node`` inside ``tile``; nodes without the row axis are computed once for all row steps."""
         if node in self._fixed:
             return take(self._fixed[node], node.dims, tile)
         own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
@@ -181,12 +182,12 @@ class Evaluator(StepMemory):
         shared = node in self.shared
         if not fixed and not shared and self._uses.get(node, 0) < 2 and node not in self.wanted:
             return self._computed(node, own)
-        # What a mask was made of under no_grad has no graph, and may be needed with one.
+        # The key includes grad mode: a value made under no_grad has no history, and may be needed with one.
         key = (node, tuple(own.items()), torch.is_grad_enabled())
         if key in self._kept:
             return self._kept[key]
         if shared:
-            # Of one sequence at a time, where sequences are cut.
+            # Keep it for one sequence at a time, if sequences are cut.
             self._kept.pop(self._of_rows.get(node, key), None)
             self._of_rows[node] = key
         value = self._computed(node, own)
@@ -201,7 +202,7 @@ class Evaluator(StepMemory):
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
         value = self._made(node, tile)
         if node in self.scores and isinstance(value, torch.Tensor):
-            # A view of something larger, or of something smaller that is repeated, is no larger than either.
+            # A view counts as no more than its storage (expanded) and no more than itself (a slice).
             size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
             self.largest = max(self.largest, size)
         return value
@@ -213,12 +214,12 @@ class Evaluator(StepMemory):
             if found is not None:
                 return found
         value = node.compute(tile, self)
-        # Made under no_grad, or detached: no gradient passes, through views neither. (What it is made from may be kept
-        # for others, so that is computed with its graph.)
+        # Made under no_grad, or detached: no gradient passes, not even through views. Its operands are computed with
+        # their history, since other nodes may share them.
         return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
 
     def operands(self, node: OpNode, tile: Tile) -> list[Any]:
-        """What a step of ``node`` is computed from."""
+        """The values of the children of ``node`` in a tile, aligned in memory if its rounding depends on that."""
         values = [self.value(child, tile) for child in node.children]
         if node.work and not self.wanted:
             if node not in self._aligned:
@@ -230,18 +231,18 @@ class Evaluator(StepMemory):
         return values
 
     def next_tile(self) -> None:
-        """Forget what belonged to the rows and heads just done."""
+        """Drop values of the tile just done."""
         for key in self._moving:
             self._kept.pop(key, None)
         self._moving.clear()
 
     def next_rows(self) -> None:
-        """Forget what belonged to the rows just done: other rows follow, of all heads."""
+        """Drop values of the rows just done: other rows follow, for all heads."""
         for key in self._of_rows.values():
             self._kept.pop(key, None)
         self._of_rows.clear()
 
     def next_lead(self) -> None:
-        """Forget everything: other heads follow."""
+        """Drop all values: other heads follow."""
         self._kept.clear()
         self._moving.clear()

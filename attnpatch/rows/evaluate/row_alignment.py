@@ -1,8 +1,9 @@
-"""Where a step's rows begin in memory: as far from a vector's length as they do in the whole tensor.
+"""Gives a step's rows the same alignment in memory as in the whole tensor.
 
-Kernels of the matrix library for narrow results (values of up to eight channels) read the long operand in whole vectors
-where it begins at a multiple of 16 bytes, and otherwise in another order, which rounds differently. A head of ``rows x
-keys`` elements that are no multiple of four moves the heads after it; the same head of a step may lie elsewhere.
+For narrow results (values of up to eight channels) the matrix library reads the long operand in whole vectors if it
+begins at a multiple of 16 bytes, and in another order otherwise, which rounds differently. If a head has a number of
+elements (``rows x keys``) that is no multiple of four, the next head begins elsewhere; in a step it may have another
+alignment.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from attnpatch.rows.graph.axes import Dim, Dims, Tile, all_leaves, flat_range, leaves, size_of
 from attnpatch.rows.graph.nodes import InputNode, Node
 
-# Channels of a result up to which the kernel asks where its operands begin (measured: 8 do, 12 do not).
+# Up to this many channels the result depends on the operands' alignment (measured: with 8 it does, with 12 not).
 MOST_CHANNELS = 8
-# Elements after which memory is aligned alike: a cache line of float32.
+# Alignment repeats after this many elements: a cache line of float32.
 _LINE = 16
 
 
 def asks(product: Node, operand: Node) -> bool:
-    """Whether a product's rounding may depend on where an operand that is computed step by step begins."""
+    """True if a product's rounding may depend on the alignment of an operand that is computed step by step."""
     if isinstance(operand, InputNode) or operand.dtype != torch.float32 or operand.device.type != "cpu":
         return False
     shape = operand.shape
@@ -32,7 +33,7 @@ def asks(product: Node, operand: Node) -> bool:
 
 
 def laid(value: torch.Tensor, operand: Node, tile: Tile) -> torch.Tensor:
-    """A step's part of an operand, each head of it beginning where it does in the whole tensor."""
+    """A step's part of an operand, with each head aligned as in the whole tensor."""
     if value.dim() != len(operand.dims):
         return value
     leads, (rows, keys) = operand.dims[:-2], operand.dims[-2:]

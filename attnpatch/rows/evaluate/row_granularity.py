@@ -1,9 +1,9 @@
 """Where query rows may be cut so that every row keeps the bits of the whole call.
 
-torch's fused CPU kernel takes 256, 64 or 32 query rows at a time from 768, 192 or fewer rows on, and a block of few rows
-rounds differently. Where the processor multiplies narrow matrices in tiles (AMX), the kernel packs keys and values for
-it, but only where there is work enough for what packing costs, and products of packed keys round differently too. So a
-step is cut where the kernel would cut, and has rows enough to be packed if the whole call is (aten
+torch's fused CPU kernel processes 256 query rows at a time if the call has at least 768, 64 if it has at least 192, and
+32 otherwise; a block of few rows rounds differently. On processors with tile registers (AMX) the kernel packs keys and
+values of narrow dtypes if there is enough work to pay for it, and products of packed keys round differently, too. So a
+step is cut where the kernel would cut, and has enough rows to be packed if the whole call is (aten
 FlashAttentionKernel.cpp, torch 2.13).
 """
 
@@ -20,21 +20,22 @@ from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.graph.axes import FEWEST_ROWS, LEAST, ROW
 from attnpatch.sdpa_call import SdpaCall
 
-# Query rows and keys from which narrow dtypes may be packed, and how often a packed key has to be used for it.
+# By dtype: the fewest query rows and keys for packing, and how often a packed key must be used.
 _PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
 _BLOCKS = ((768, 256), (192, 64), (0, 32))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowGranularity:
-    """What a step of rows must respect.
+    """The sizes and positions of row steps that keep the bits of the whole call.
 
     Attributes:
-        least: It has at least so many rows.
-        multiple: It is cut at multiples of so many, which is what torch's fused kernel takes at a time; 1: no such kernel.
-        unit: Then it is cut at multiples of so many, and what is left over is in the last one.
-        fewest: Where memory leaves no room for that, it has at least so many rows.
-        holds: Whether rows ``low:high`` have the bits of the whole call.
+        least: The fewest rows of a step.
+        multiple: Steps begin at multiples of this, the number of rows that torch's fused kernel processes at a time; 1
+            if there is no such kernel.
+        unit: If ``multiple`` is 1, steps begin at multiples of this, and the last step has the remainder.
+        fewest: The fewest rows of a step if memory has no room for ``least``.
+        holds: Tells if rows ``low:high`` have the bits of the whole call.
     """
 
     least: int = dataclasses.field(default_factory=lambda: LEAST[ROW])
@@ -57,9 +58,9 @@ class RowGranularity:
     def tight(self, size: int, most: int) -> list[tuple[int, int]]:
         """Steps of about ``most`` rows, fewer than the kernel takes at a time, in which every row keeps its bits.
 
-        The kernel takes 32 or more rows at a time. What is left over at the end of the call (fewer than 32) is computed
-        as in the whole call only behind all rows that the kernel takes before it: how it rounds otherwise depends on
-        the processor.
+        The kernel processes 32 or more rows at a time. A remainder of fewer than 32 rows at the end of the call keeps
+        its bits only if it stays in one step with the kernel's last full block; otherwise its rounding depends on the
+        processor.
         """
         block = 32
         step = max(most // block * block, self.fewest)
@@ -75,13 +76,13 @@ class RowGranularity:
 
 
 def to_rounding() -> RowGranularity:
-    """Steps of the last resort, where memory leaves no room for such that keep every bit."""
+    """Granularity for steps that keep results only up to rounding, used if memory has no room for larger steps."""
     fewest = min(FEWEST_ROWS, LEAST[ROW])
     return RowGranularity(fewest, unit=fewest, fewest=fewest)
 
 
 def _at_multiples(size: int, step: int, least: int, unit: int) -> list[tuple[int, int]]:
-    """``0:size`` in pieces of about ``step``, which begin at multiples of ``unit``; what is left over is in the last one."""
+    """``0:size`` in pieces of about ``step`` that begin at multiples of ``unit``; the last one has the remainder."""
     units, fewest = size // unit, -(-least // unit)
     step = max(step // unit, fewest) * unit
     count = max(1, min(-(-size // step), units // fewest))
@@ -90,7 +91,7 @@ def _at_multiples(size: int, step: int, least: int, unit: int) -> list[tuple[int
 
 
 def _pieces(low: int, high: int, step: int, least: int) -> list[tuple[int, int]]:
-    """``low:high`` in pieces of ``step`` rows, and no remainder that would round differently."""
+    """``low:high`` in pieces of ``step`` rows, without a remainder that would round differently."""
     block = 32
     starts = list(range(low, high, step))
     if not starts:
@@ -99,7 +100,7 @@ def _pieces(low: int, high: int, step: int, least: int) -> list[tuple[int, int]]
     if rest < least and len(starts) > 1 and (step < block or least > block):
         starts.pop()
     elif 0 < rest % block < least <= block < high - low:
-        # The kernel takes 32 rows and then these: they get some of the rows before them.
+        # The kernel would process the remainder alone, after full blocks: let it begin earlier.
         last = high - rest % block - (block - least)
         starts = [start for start in starts if start < last] + [last]
     return list(itertools.pairwise([*starts, high]))
@@ -108,24 +109,24 @@ def _pieces(low: int, high: int, step: int, least: int) -> list[tuple[int, int]]
 def balanced(size: int, step: int, least: int) -> list[tuple[int, int]]:
     """``0:size`` in pieces of about ``step``, none smaller than ``least`` unless ``size`` is.
 
-    No remainder is left that would round differently (see ``LEAST``).
+    So there is no small remainder that would round differently (see ``LEAST``).
     """
     return _parts(size, max(1, min(-(-size // max(step, least)), size // least)))
 
 
 def _parts(size: int, count: int) -> list[tuple[int, int]]:
-    """``0:size`` in ``count`` pieces that differ by one at most, longer ones first."""
+    """``0:size`` in ``count`` pieces whose lengths differ by at most one, the longer ones first."""
     base, longer = divmod(size, count)
     bounds = list(itertools.accumulate([base + (i < longer) for i in range(count)], initial=0))
     return list(itertools.pairwise(bounds))
 
 
 def of_fused(call: SdpaCall, dtype: torch.dtype) -> RowGranularity:
-    """Steps of an SDPA call that torch's fused CPU kernel serves; elsewhere it is a guess at what is fast.
+    """The granularity for an SDPA call to a fused kernel; exact for torch's CPU kernel, on other devices only for speed.
 
     Args:
         call: The call.
-        dtype: What the kernel computes in.
+        dtype: The dtype in which the kernel computes.
     """
     query, key, q_len, kv_len, is_causal = call.query, call.key, call.q_len, call.kv_len, call.is_causal
     least = next(least for least, _ in _BLOCKS if q_len >= least)
@@ -162,7 +163,7 @@ def _block(rows: int) -> int:
 
 
 def _may_pack(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of a dtype in tiles."""
+    """True if this processor has tile registers for a dtype (AMX)."""
     if dtype not in _PACKED:
         return False
     return compat.has_tile_registers(dtype)

@@ -1,4 +1,4 @@
-"""Memory of the steps of an evaluation: which of them write over their operands, and which share memory between row steps."""
+"""Decides which nodes write over their operands, and which have memory that all row steps share."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, Slice
 from attnpatch.rows.graph.operations import INTO, OpNode
 from attnpatch.rows.op_table import CASTS
 
-# Steps that can write over their first operand, which halves the memory a tile moves: on CPU a third of its time.
+# Functions that can write over their first operand. This halves the memory that a tile moves, a third of its time on
+# CPU.
 _IN_PLACE = frozenset(["add", "sub", "mul", "div", "masked_fill", "tanh", "exp", "neg", "clamp"])
-# Rows of a product that begin at other places than every 64 bytes take longer, from about this many keys
-# on, and in one thread also those that lie a power of two apart (`python -m benchmarks sweep`).
+# From this many keys on, a product is slower if its rows do not begin at multiples of 64 bytes, and in one thread also
+# if they lie a power of two apart (`python -m benchmarks sweep`).
 _LONG_ROWS, _ALIGNED, _APART = 8192, 16, 256
-# Steps whose result may be their operand's memory.
+# Functions whose result may share their operand's memory.
 _ALIASES = frozenset("permute to detach positive bool int long float half bfloat16 double".split())
 
 
 class StepMemory:
-    """What an ``Evaluator`` knows of the memory of its steps; the attributes are the evaluator's."""
+    """The base class of ``Evaluator`` that manages memory; the attributes are the evaluator's."""
 
     nodes: list[Node]
     row: Axis | None
@@ -39,9 +40,9 @@ class StepMemory:
         self._padded: dict[Node, bool] = {}
 
     def buffer(self, node: OpNode, shape: list[int]) -> torch.Tensor | None:
-        """Memory for a step as wide as the scores that all row steps share, on CPU; ``None`` where it may outlive its tile.
+        """Memory for a result as wide as the scores, shared by all row steps, on CPU; ``None`` if it may outlive its tile.
 
-        glibc hands large tensors back at once, and new pages for every step cost up to half of its time.
+        glibc returns large tensors to the system at once, and new pages in every step take up to half of its time.
         """
         if not self.is_buffered(node, self.row):
             return None
@@ -53,10 +54,10 @@ class StepMemory:
         return self._buffers[node][:count].view(*shape[:-1], width)[..., : shape[-1]]
 
     def padded(self, value: torch.Tensor) -> torch.Tensor:
-        """``value`` with what lies between its rows, where ``buffer`` has laid them apart; or as it is."""
+        """``value`` including the padding between its rows, if ``buffer`` has padded them; otherwise unchanged."""
         if value.is_contiguous() or not self._buffers:
             return value
-        # By identity: on shapes nothing has an address.
+        # Compared by identity, since in a dry run nothing has an address.
         storage = value.untyped_storage()._cdata
         if not any(
             self._padded.get(node) and buffer.untyped_storage()._cdata == storage
@@ -66,7 +67,7 @@ class StepMemory:
         return value.as_strided((*value.shape[:-1], _row_length(value.shape[-1])), value.stride())
 
     def _may_pad(self, node: OpNode) -> bool:
-        """Whether rows of a product may lie apart: what reads them up to softmax is done in place."""
+        """True if a product's rows may be padded: all steps up to softmax work in place."""
         if node not in self._padded:
             self._padded[node] = self._ends_in_softmax(node)
         return self._padded[node]
@@ -89,13 +90,13 @@ class StepMemory:
         return False
 
     def is_buffered(self, node: OpNode, row: Axis | None) -> bool:
-        # Not where somebody looks at tiles, nor below a slice, where one tile may need two parts of a product.
+        # Not if an observer sees the tiles, nor below a slice, where one tile may need two parts of a product.
         if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
             return False
         return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast
 
     def _fills(self, node: OpNode) -> bool:
-        """Whether a step is a product, a cast or a softmax in another dtype, as wide as the scores."""
+        """True if a node is a product, a cast or a softmax in another dtype, as wide as the scores."""
         if not any(axis.kind == KEY for axis in self._axes[node]):
             return False
         if node.work:
@@ -107,7 +108,7 @@ class StepMemory:
         return getattr(node.func, "__name__", "") in CASTS
 
     def may_overwrite(self, node: OpNode) -> bool:
-        """Whether a step may write over its first operand: a tile's own tensor that nobody else looks at."""
+        """True if a node may write over its first operand: a tensor made for this tile that nothing else reads."""
         if node not in self._overwrites:
             self._overwrites[node] = self._is_in_place(node)
         return self._overwrites[node]
@@ -125,7 +126,7 @@ class StepMemory:
         return name in _IN_PLACE
 
     def _owns(self, node: Node) -> bool:
-        """Whether a node's value is made anew for each tile and used once."""
+        """True if a node's value is made for each tile and read only once."""
         moves = self.row is None or not self.hoist or self.row in self._axes[node]
         if (
             isinstance(node, InputNode)
@@ -143,7 +144,7 @@ class StepMemory:
 
 
 def _row_length(count: int) -> int:
-    """Places from one row of a product to the next, for rows of ``count``."""
+    """The distance in elements from one row of a product to the next, for rows of ``count`` elements."""
     if count < _LONG_ROWS:
         return count
     length = -(-count // _ALIGNED) * _ALIGNED
@@ -151,7 +152,7 @@ def _row_length(count: int) -> int:
 
 
 def is_alias(node: Node) -> bool:
-    """Whether a step's result is its operand's memory."""
+    """True if a node's result shares its operand's memory."""
     if isinstance(node, (ViewNode, SliceNode, OutputNode)) or hasattr(node, "heads"):
         return True
     if not isinstance(node, OpNode) or getattr(node.func, "__name__", "") not in _ALIASES:

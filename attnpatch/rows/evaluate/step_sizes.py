@@ -1,4 +1,4 @@
-"""How much a step of a graph makes, holds and reads."""
+"""Computes how much memory a step of a graph allocates and how many elements it reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnpatch.rows.graph.nodes import InputNode, Node
 
 
 def scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
-    """What has elements for each query and key."""
+    """Nodes that have query x key elements."""
     found = set()
     for node in run.nodes:
         kinds = {axis.kind for axis in all_leaves(node.dims)}
@@ -25,7 +25,7 @@ def scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
 
 
 def held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
-    """Bytes of the scores that a step makes and no node of the graph shows; of a result with keys, of all of it."""
+    """Bytes of scores that no node shows: those inside a step (SDPA), or all of a result that has keys."""
     tile: Tile = dict(steps.lead[0])
     if steps.row is not None:
         tile[steps.row] = (0, steps.largest()[0])
@@ -38,7 +38,7 @@ def held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
 
 
 def reads(run: Evaluator, tileable: list[Axis]) -> int:
-    """Elements that a step of one head reads however few its rows: keys, values, a bias that is the same in every row."""
+    """Elements per head that a step reads whatever its number of rows: keys, values, a bias without rows."""
     found = 0
     for node in run.nodes:
         axes = all_leaves(node.dims)

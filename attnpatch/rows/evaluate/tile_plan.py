@@ -1,4 +1,4 @@
-"""From bytes to tiles: how many heads and query rows one step of a replay takes."""
+"""TilePlan: how many heads and query rows one step has, given the bytes that it may take."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from attnpatch.policy import Policy
 from attnpatch.rows.evaluate.row_granularity import RowGranularity, balanced
 from attnpatch.rows.graph.axes import KEY, LEAD, LEAST, ROW, Axis, Tile
 
-# Live scores of one step on CPU: what the cache holds. Measured by `python -m benchmarks tiles`.
+# Bytes of scores per step on CPU: as much as fits into the cache. Measured by `python -m benchmarks tiles`.
 CPU_STEP_BYTES = 8 * 2**20
-# Elsewhere a step must be long enough to fill the device; a few per cent of a small card.
+# On other devices: enough work to fill the device, and a few per cent of a small card's memory.
 DEVICE_STEP_BYTES = 256 * 2**20
-# Tensors as wide as the scores that a replay holds at once: a step's input, its result, and a mask beside them.
+# Number of tensors as wide as the scores that a step holds at once: input, result, and a mask.
 LIVE_COPIES = 3
 MOST_CPU_ROWS = 256
-# Rows of so many bytes go through memory whatever their number, so a step has as many as are worth packing keys for
-# (`python -m benchmarks sweep`).
+# Rows of this many bytes do not fit into the cache whatever their number, so a step has enough of them to be worth
+# packing the keys (`python -m benchmarks sweep`).
 LONG_ROW_BYTES = 128 * 2**10
-# A step that is made longer than the cache holds, because it reads so much beside its rows (a wide head's keys are
-# scaled and packed again for every step), still holds at most this part of all scores.
+# A step may be larger than the cache if it reads much beside its rows (the keys of a wide head are scaled and packed
+# again in every step). Then it has at most one part in this many of all scores.
 MOST_SHARE = 16
-# Below so many multiplications per head torch's CPU bmm takes a loop of its own (aten LinearAlgebra.cpp,
-# bmm_out_or_baddbmm_), which rounds differently; and the matrix library takes another kernel for products that are a little
-# larger (measured on a processor with AVX-512: 416 differ, 512 do not).
+# Below NATIVE_LOOP multiplications per head torch's CPU bmm uses a loop of its own, which rounds differently (aten
+# LinearAlgebra.cpp, bmm_out_or_baddbmm_). For slightly larger products the matrix library uses another kernel (measured
+# on a processor with AVX-512: 416 differ, 512 do not).
 NATIVE_LOOP, LEAST_WORK = 400, 512
 
 
 @dataclasses.dataclass
 class TilePlan:
-    """How a replay is cut: every combination of lead pieces, and for each the row pieces.
+    """The tiles of an evaluation: every combination of a range of heads and a range of rows.
 
     Attributes:
         lead: Tiles over batch and heads.
-        row: The axis whose pieces change fastest, or ``None``.
-        rows: Its pieces.
+        row: The row axis, or ``None``.
+        rows: Its ranges.
     """
 
     lead: list[Tile]
@@ -47,7 +47,7 @@ class TilePlan:
     rows: list[tuple[int, int]]
 
     def largest(self) -> tuple[int, int]:
-        """Rows and heads of the largest step; a head that is not cut counts as one."""
+        """Numbers of rows and heads of the largest step; axes of heads that are not cut count as one."""
         rows = max((high - low for low, high in self.rows), default=0)
         heads = max(math.prod(high - low for low, high in tile.values()) for tile in self.lead)
         return rows, heads
@@ -55,15 +55,15 @@ class TilePlan:
 
 @dataclasses.dataclass(frozen=True)
 class StepWork:
-    """What the steps of a graph work on.
+    """The work of a step of a graph.
 
     Attributes:
         tileable: The axes that may be cut, outermost first.
-        width: Elements that one row of one head has in the widest tensor of the graph.
-        itemsize: Bytes of an element.
-        grain: Where rows may be cut; so that results are the same to the last bit unless it is said.
-        reads: Elements that each step reads of one head however few its rows (its keys and values).
-        held: Bytes that a step holds at most for one row of one head, where that is known.
+        width: Elements per row and head in the widest tensor of the graph.
+        itemsize: Bytes per element.
+        grain: Where rows may be cut; by default so that results are bit-identical.
+        reads: Elements per head that each step reads whatever its number of rows (keys and values).
+        held: The most bytes that a step holds per row and head; 0 if not known.
     """
 
     tileable: list[Axis]
@@ -77,17 +77,17 @@ class StepWork:
 def choose(
     work: StepWork, policy: Policy, device: torch.device, shrink: int = 1, free: int | None = None
 ) -> TilePlan:
-    """Steps for a graph.
+    """Choose the tiles for a graph.
 
     Args:
-        work: What a step works on.
-        policy: Its ``rows``, ``heads`` and ``workspace`` are honoured.
-        device: Where it runs.
-        shrink: Divides the step, also a fixed one; doubled after an out-of-memory error.
-        free: Free bytes on the device, of which a step takes at most half; ``None``: plenty.
+        work: The work of a step.
+        policy: Its ``rows``, ``heads`` and ``workspace`` are respected.
+        device: The device on which it runs.
+        shrink: Divides the step, even a fixed one; doubled after an out-of-memory error.
+        free: Free bytes on the device, of which a step takes at most half; ``None``: no limit.
 
     Returns:
-        The steps, none with fewer rows or heads than ``LEAST`` unless there are no more.
+        The tiles; none has fewer rows or heads than ``LEAST``, unless there are no more.
     """
     on_cpu = device.type == "cpu"
     row, lead = row_and_lead(work.tileable)
@@ -102,7 +102,7 @@ def choose(
         heads = LEAST[LEAD] if on_cpu else present
         heads = max(LEAST[LEAD], min(heads, elements // (width * min(row.size, 16))))
         if on_cpu:
-            # Short sequences: as many heads as the step holds, so that a step is worth its overhead.
+            # For short sequences a step has as many heads as fit, to be worth its overhead.
             heads = max(heads, elements // (width * min(row.size, MOST_CPU_ROWS)))
         heads = min(heads, present)
     if rows is None:
@@ -120,7 +120,7 @@ def choose(
 
 
 def _ceiling(held: int, policy: Policy, free: int | None) -> int:
-    """Scores that one step may hold at most, whatever would be fast; ``held``: bytes for each of them."""
+    """The most scores that one step may hold, given ``held`` bytes for each, by the workspace and by free memory."""
     limits = [sys.maxsize if free is None else free // 2]
     if policy.workspace_bytes is not None:
         limits.append(policy.workspace_bytes)
@@ -128,7 +128,7 @@ def _ceiling(held: int, policy: Policy, free: int | None) -> int:
 
 
 def one_row(tileable: list[Axis]) -> TilePlan:
-    """The smallest steps there are, which round differently from larger ones."""
+    """The smallest possible steps, which round differently from larger ones."""
     row, lead = row_and_lead(tileable)
     if row is None:
         return TilePlan([{}], None, [])
@@ -138,16 +138,16 @@ def one_row(tileable: list[Axis]) -> TilePlan:
 def products_grain(
     works: list[int], tileable: list[Axis], device: torch.device, narrow: bool
 ) -> RowGranularity:
-    """Rows such that no step's product is so small that it takes another kernel than the whole one.
+    """The granularity with which no step's product is so small that another kernel computes it than the whole one.
 
     Args:
         works: Multiplications per head of each product of the graph.
         tileable: The axes that may be cut.
-        device: Where it runs.
-        narrow: Whether some of it is in a narrow dtype.
+        device: The device on which it runs.
+        narrow: True if any tensor has a narrow dtype.
     """
     row, _ = row_and_lead(tileable)
-    # As many as fill a vector: where keys come before queries softmax has another kernel for what is left over.
+    # A vector register full of rows: if keys come before queries, softmax treats a remainder with another kernel.
     unit = LEAST[ROW] * (2 if narrow else 1)
     if row is None or device.type != "cpu":
         return RowGranularity(unit, unit=unit)
@@ -157,14 +157,14 @@ def products_grain(
 
 def row_and_lead(tileable: list[Axis]) -> tuple[Axis | None, list[Axis]]:
     kinds = [axis.kind for axis in tileable]
-    # Scores that serve both sides have the queries of one where the other one has keys.
+    # In attention of both sides, the keys of one side are the rows of the other.
     kind = next((kind for kind in (ROW, KEY) if kind in kinds), None)
     row = next((axis for axis in reversed(tileable) if kind in (None, axis.kind)), None)
     return row, [axis for axis in tileable if axis is not row]
 
 
 def _fixed(policy: Policy, shrink: int, fewest: int) -> tuple[int | None, int | None]:
-    """Heads and rows that the policy fixes; where memory ran out, first the rows are divided, then the heads."""
+    """Heads and rows that the policy fixes; after running out of memory first rows are divided, then heads."""
     heads, rows = policy.heads, policy.rows
     if rows is not None:
         least = min(rows, fewest)
@@ -175,7 +175,7 @@ def _fixed(policy: Policy, shrink: int, fewest: int) -> tuple[int | None, int | 
 
 
 def _lead_tiles(lead: list[Axis], target: int) -> list[Tile]:
-    """Tiles of about ``target`` heads: whole inner axes, pieces of one, single elements of the outer ones."""
+    """Tiles of about ``target`` heads: inner axes whole, ranges of one axis, single elements of the outer axes."""
     pieces: list[list[tuple[int, int]]] = []
     inside = 1
     for axis in reversed(lead):

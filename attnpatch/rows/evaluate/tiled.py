@@ -1,4 +1,4 @@
-"""Replays a graph tile by tile into a tensor, with gradients, and shows the probabilities that pass by."""
+"""Computes a graph tile by tile, and its gradients, and shows probabilities to an observer on the way."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from attnpatch.rows.graph.axes import KEY, ROW, Axis, Tile, add, all_leaves, put
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 from attnpatch.rows.graph.random_state import RandomState, random_state, set_random_state
 
-# What an observer is called with: the node's values in a tile, and the tile.
+# ``look(values, tile)`` is called with the observed node's values in each tile.
 Look = Callable[[torch.Tensor, Tile], None]
 T = TypeVar("T")
 
 
 class Exactness(enum.IntEnum):
-    """How small a step may get: so that results are the same to the last bit, to rounding, or at all."""
+    """How small a step may get: bit-identical results, results up to rounding, or a single row."""
 
     EXACT = 0
     ROUNDING = 1
@@ -44,13 +44,13 @@ class Exactness(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Listeners:
-    """Who is told what happens while a graph is computed by tiles.
+    """Callbacks for what happens while a graph is computed by tiles.
 
     Attributes:
-        retried: A step ran out of memory and is tried again, smaller.
-        restarted: Then too, where somebody looks at what the first steps have shown already.
-        made: The bytes of the largest tensor of query x key elements in a step.
-        failed: A backward pass by rows failed by a fault of ours, and was done in one piece.
+        retried: A step ran out of memory; it is tried again with smaller steps.
+        restarted: The same, for the observer: all tiles are shown again.
+        made: Gets the bytes of the largest query x key tensor in a step.
+        failed: attnpatch's own code failed in a backward pass, which was then done in one piece.
     """
 
     retried: Callable[[], None] = lambda: None
@@ -60,15 +60,15 @@ class Listeners:
 
 
 class TiledEvaluation:
-    """Everything needed to compute ``node`` by tiles.
+    """Computes ``node`` by tiles.
 
     Args:
-        node: What to compute.
+        node: The node to compute.
         policy: Tile sizes and the workspace.
-        watched: A node of the graph to show, and who looks; ``None``: nobody.
-        told: Who is told what happens.
-        free: Free bytes on the device; ``None``: plenty.
-        attempts: What was tried before.
+        watched: A node of the graph and a function to which its values are shown, or ``None``.
+        told: Callbacks.
+        free: Free bytes on the device; ``None``: no limit.
+        attempts: Earlier attempts that ran out of memory.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class TiledEvaluation:
         self.node, self.policy, self.watched, self.free = node, policy, watched, free
         self.told, self.on_size, self.on_failure = told, told.made, told.failed
         self.attempts = attempts or Attempts()
-        # What running out of memory has led to: a divisor of the step, and which of its lower limits still hold.
+        # Both change after running out of memory: a divisor of the step, and how small it may get.
         self.shrink, self.limit = 1, Exactness.EXACT
         self.random: RandomState | None = None
         self.again: TiledEvaluation | None = None
 
     def __call__(self) -> torch.Tensor:
-        """The tensor. Under autograd, one node of the graph that replays again in its backward pass."""
+        """The tensor. Under autograd it gets one edge, which recomputes the graph in its backward pass."""
         for leaf in tensors_of(self.node):
             leaf.check()
         node = self.node.backward_graph or self.node
@@ -102,7 +102,7 @@ class TiledEvaluation:
         return self.again
 
     def _kept(self) -> torch.Tensor:
-        """The tensor for an edge, and for its backward pass how it came about."""
+        """The tensor for an edge; the step sizes and the random state are kept for its backward pass."""
         result = self.forward()
         assert self.again is not None
         self.again.shrink, self.again.limit, self.again.random = self.shrink, self.limit, self.random
@@ -112,7 +112,7 @@ class TiledEvaluation:
     def _tileable(self, run: Evaluator) -> list[Axis]:
         """Axes that may be cut."""
         if not run.whole:
-            # Nothing was normalised, so this is no attention: a guess that was wrong is computed as the host asked.
+            # Nothing was normalised, so this is not attention: compute it in one piece, as the host would.
             return []
         tileable = [axis for axis in all_leaves(self.node.dims) if axis not in run.whole]
         if any(axis.kind == ROW for axis in tileable):
@@ -125,7 +125,7 @@ class TiledEvaluation:
         cut = set(tileable) | run.renamed
         row, _ = row_and_lead(tileable)
         for node in run.tiled:
-            # What has no rows (a bias by key, kept for all row steps) is no larger for more of them.
+            # Nodes without rows (a bias per key, kept for all row steps) do not grow with the rows of a step.
             if not isinstance(node, InputNode) and run.has_rows(node, row):
                 count = math.prod(axis.size for axis in all_leaves(node.dims) if axis not in cut)
                 width = max(width, count, getattr(node, "score_width", 1))
@@ -157,7 +157,8 @@ class TiledEvaluation:
         if run.row is not None and len(steps.lead) > 1:
             run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
         if run.shared:
-            # A mask's rows are made once for all heads; what belongs to heads only is kept for all rows.
+            # Rows are the outer loop: a mask's rows are made once for all heads. Values without rows are kept
+            # throughout.
             for span in steps.rows:
                 for lead in steps.lead:
                     yield {**lead, run.row: span}
@@ -174,12 +175,12 @@ class TiledEvaluation:
             run.next_lead()
 
     def forward(self) -> torch.Tensor:
-        """The tensor by tiles, halving the step while the device has too little memory for it."""
+        """The tensor by tiles, with the step halved as long as it does not fit into memory."""
         self.random = _kernel_random_state(self.node)
         return self._fitted(self._forward)
 
     def _fitted(self, work: Callable[[], T]) -> T:
-        """Do ``work``, with smaller steps while it runs out of memory."""
+        """Run ``work`` again with smaller steps as long as it runs out of memory."""
         if not self.policy.retry_on_oom:
             return work()
         result = until_it_fits(work, self._begin_smaller, self._said, self.attempts)
@@ -187,7 +188,7 @@ class TiledEvaluation:
         return result
 
     def _begin_smaller(self) -> bool:
-        """Begin again with a smaller step; ``False`` if it is as small as it gets."""
+        """Prepare another attempt with a smaller step; ``False`` if it cannot be smaller."""
         if not self._halve():
             return False
         self.told.retried()
@@ -196,7 +197,7 @@ class TiledEvaluation:
         return True
 
     def _said(self) -> str:
-        """The step in words."""
+        """The step size in words, for messages."""
         steps = self._steps(Evaluator(self.node))
         if steps.row is None:
             return "the whole call, which cannot be cut"
@@ -204,10 +205,10 @@ class TiledEvaluation:
         return f"steps of {rows} row{'s' * (rows > 1)} x {heads} head{'s' * (heads > 1)}"
 
     def _halve(self) -> bool:
-        """Make the step smaller; ``False`` if it is as small as it gets.
+        """Make the step smaller; ``False`` if it cannot be smaller.
 
-        First within the limits that keep results to the last bit, then to a single row: an answer to rounding is
-        better than none.
+        First within the limits that keep results bit-identical, then down to a single row: a result that differs by
+        rounding is better than none.
         """
         run = Evaluator(self.node)
         now = math.prod(self._steps(run).largest())
@@ -245,12 +246,12 @@ class TiledEvaluation:
     def gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
-        """Gradients of leaves, and of steps whose own gradient is asked for; no tile's rows outlive it.
+        """Gradients of input nodes, and of nodes whose own gradient is asked for; computed tile by tile.
 
         Args:
-            grad: Of the result.
-            bound: The tensors of the leaves.
-            wanted: What gradients are for.
+            grad: The gradient of the result.
+            bound: The tensors of the input nodes.
+            wanted: The nodes that need gradients.
         """
         return self._fitted(lambda: self._gradients(grad, bound, wanted))
 
@@ -258,7 +259,7 @@ class TiledEvaluation:
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
         steps = lines.found_in(self.node, lambda: set(self._tileable(Evaluator(self.node, bound))))
-        # What was computed before of the graph's own scores gets none: they do, by what their lines have in common.
+        # Values that an earlier sweep has computed from the scores get no gradient: it goes to the scores, by slots.
         past = {node for step in steps for node in step.past}
         for slots in lines.levels(self.node, steps):
             bound = {**bound, **self._sweep(grad, bound, slots, steps)}
@@ -272,7 +273,7 @@ class TiledEvaluation:
         wanted: list[Node],
         steps: frozenset[lines.LineNode],
     ) -> dict[Node, torch.Tensor]:
-        """Gradients of leaves and steps, summed over all tiles."""
+        """Gradients of some nodes, summed over all tiles."""
         set_random_state(self.random)
         run = Evaluator(self.node, bound, frozenset(wanted), steps)
         sums = {node: _zeros(node, bound.get(node)) for node in wanted}
@@ -281,7 +282,7 @@ class TiledEvaluation:
             with torch.enable_grad():
                 value = run.value(self.node, tile)
             if not value.requires_grad:
-                continue  # what is between has no gradient
+                continue  # no gradient passes through this tile
             parts = [part for _, _, part in run.parts]
             part_grads = torch.autograd.grad(
                 value, parts, take(grad, self.node.dims, tile).reshape(value.shape), allow_unused=True
@@ -294,13 +295,13 @@ class TiledEvaluation:
     def differentiable_gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
-        """Gradients that can be differentiated again; in one piece, as the native graph would hold it."""
+        """Gradients that can be differentiated again; computed in one piece, with as much memory as natively."""
         run = Evaluator(self.node, bound)
         asked = []
         for node in wanted:
             part = bound[node] if isinstance(node, InputNode) else Evaluator(node, bound).value(node, {})
-            # Another tensor: one that is made of the others (a sum over them that was computed before) hands its own
-            # gradient on to them.
+            # Asked for on a view: a value that is itself computed from others in ``bound`` must not stop their
+            # gradients.
             asked.append(part.view_as(part))
             run.fix(node, asked[-1])
         value = run.value(self.node, {})
@@ -308,7 +309,7 @@ class TiledEvaluation:
 
 
 def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
-    """Where gradients of tiles are summed: in float32 at least, or every step would round the sum."""
+    """Zeros to sum gradients of tiles in, in float32 at least; otherwise every step would round the sum."""
     dtype = torch.float32 if node.dtype.itemsize < 4 else node.dtype
     if like is not None:
         return torch.zeros_like(like, dtype=dtype)
@@ -316,7 +317,7 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
 
 
 def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
-    """A tensor for the whole result, laid out in memory as the host's own call lays out its results."""
+    """Memory for the whole result, with the dimension order of a tile's result, which is that of the host's call."""
     order = list(range(value.dim()))
     if 1 not in value.shape:
         order.sort(key=value.stride, reverse=True)
@@ -328,7 +329,7 @@ def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel_random_state(node: Node) -> RandomState | None:
-    """The generator's state, where a step draws from it (dropout inside a kernel)."""
+    """The generator's state, if any node draws from it (dropout inside a kernel)."""
     if not any(getattr(step, "random", False) for step in walk(node)):
         return None
     return random_state(node.device)

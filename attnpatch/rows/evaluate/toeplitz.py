@@ -1,7 +1,8 @@
-"""What a graph makes of nothing but distances of positions: computed once for each distance, not once for each pair.
+"""Computes nodes that depend only on the distance between positions once per distance instead of once per pair.
 
-A bias or a mask made of ``key position - query position`` (T5's buckets, DeBERTa's, a window) is the same along every
-diagonal. The first and the last row of a tile have every distance that is in it, so all others are copies.
+A bias or a mask that is a function of ``key position - query position`` (buckets of T5 and DeBERTa, a window) is
+constant along every diagonal. The first and the last row of a tile contain every distance in it, so all others are
+copies.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ SUBTRACTIONS = "sub __sub__ __rsub__ rsub subtract"
 COMPARISONS = "__lt__ __le__ __gt__ __ge__ __eq__ __ne__ lt le gt ge eq ne"
 _OF_DISTANCE = frozenset(f"{SUBTRACTIONS} {COMPARISONS}".split())
 _WHOLE = (torch.int32, torch.int64)
-# Of fewer rows two are no less.
+# With fewer rows, computing two rows and copying saves nothing.
 _FEWEST = 4
 
 
 def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
-    """Steps that depend on two axes by their difference only, and those axes.
+    """Nodes that depend on two axes only by their difference, with those axes.
 
     Args:
-        nodes: Of a graph, children before parents.
+        nodes: The nodes of a graph, children before parents.
     """
     found: dict[Node, Pair] = {}
     multiplied = _multiplied(nodes)
     for node in nodes:
-        # A product rounds by how its operands lie in memory, and what is expanded is so without a copy.
+        # Not operands of products, whose rounding depends on memory layout, nor expanded views, which are no copies.
         if (
             node in multiplied
             or type(node) not in (OpNode, ViewNode)
@@ -55,7 +56,7 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
 
 
 def _multiplied(nodes: Sequence[Node]) -> set[Node]:
-    """Operands of products (a table's rows for all pairs), and what they are views of."""
+    """Operands of products (a table's rows for all pairs), and the nodes that they are views of."""
     found = {child for node in nodes if getattr(node, "work", 0) for child in node.children}
     for node in reversed(nodes):
         is_view = isinstance(node, ViewNode) or (isinstance(node, OpNode) and node.func is torch.permute)
@@ -65,12 +66,12 @@ def _multiplied(nodes: Sequence[Node]) -> set[Node]:
 
 
 def _places(node: Node) -> dict[Axis, int]:
-    """The dimension of each axis that has one of its own."""
+    """For each axis that is a dimension by itself, the index of that dimension."""
     return {leaves(dim)[0]: at for at, dim in enumerate(node.dims) if len(leaves(dim)) == 1}
 
 
 def _difference(node: Node) -> Pair | None:
-    """The axes of two tensors of positions that follow each other, where a step subtracts or compares them."""
+    """The axes of two tensors of consecutive positions, if a node subtracts or compares them."""
     if not isinstance(node, OpNode) or len(node.children) != 2:
         return None
     axes = [axis for child in node.children for axis in all_leaves(child.dims)]
@@ -84,32 +85,32 @@ def _follow_each_other(node: Node) -> bool:
     if tensor is None or tensor.device.type != "cpu" or tensor.dtype not in _WHOLE:
         return False
     if ledger_of(tensor) is not None:
-        return True  # on shapes alone nobody knows; as a rule they do
+        return True  # a dry run has no values; usually positions are consecutive
     return type(tensor) is torch.Tensor and bool((tensor.flatten().diff() == 1).all())
 
 
 def spread(
     node: Node, pair: Pair, tile: Tile, compute: Callable[[Tile], torch.Tensor]
 ) -> torch.Tensor | None:
-    """A tile of a step of ``found_in``, made of two of its rows; ``None`` where that is no less work.
+    """A tile of a node of ``found_in``, made from two of its rows; ``None`` if that saves nothing.
 
     Args:
-        node: The step.
-        pair: Its axes.
-        tile: What of it.
-        compute: Computes the step in another tile.
+        node: The node.
+        pair: Its two axes.
+        tile: The tile.
+        compute: Computes the node in another tile.
     """
     row, key = sorted(pair, key=lambda axis: extent((axis,), tile))
     rows, keys = extent((row,), tile), extent((key,), tile)
     if rows < _FEWEST:
         return None
     low, high = tile.get(row, (0, row.size))
-    # A step may have memory that the next one overwrites.
+    # Cloned, since the second computation may overwrite the first one's memory.
     first = compute({**tile, row: (low, low + 1)}).clone()
     last = compute({**tile, row: (high - 1, high)})
     row_at, key_at = (_places(node)[axis] for axis in (row, key))
     line = torch.cat([last.narrow(key_at, 0, rows - 1), first], key_at).squeeze(row_at)
     line_at = key_at - (row_at < key_at)
-    # From row to row the distances begin one place earlier. (``flip`` would lay the rows innermost in memory.)
+    # Each row begins one distance earlier than the row before. (``flip`` would make rows the innermost in memory.)
     order = torch.arange(rows - 1, -1, -1, device=line.device)
     return line.unfold(line_at, keys, 1).index_select(line_at, order).movedim((line_at, -1), (row_at, key_at))

@@ -1,6 +1,6 @@
-"""Evaluates a graph node by node, all of each: no tiles, no shared memory, nothing in place.
+"""Evaluates a graph node by node, each one whole: no tiles, no shared memory, nothing in place.
 
-What is left when the engine that does these has failed: slower and larger, and as little code of ours as there can be.
+The fallback if the tiled evaluation has failed: slower, needs more memory, and has as little code as possible.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from attnpatch.rows.graph.operations import OpNode
 
 
 class _Everything:
-    """A set in which everything is: no axis may be cut."""
+    """A set that contains everything: no axis may be cut."""
 
     def __contains__(self, _: object) -> bool:
         return True
 
 
 class Plain:
-    """Stands for a ``Run``.
+    """Used in place of an ``Evaluator``.
 
     Args:
-        bound: Tensors of leaves that do not hold theirs, and of nodes that are known.
+        bound: Tensors of input nodes that hold none, and known values of other nodes.
     """
 
     def __init__(self, bound: dict[Node, torch.Tensor] | None = None) -> None:
@@ -80,17 +80,17 @@ class Plain:
 
 
 def evaluated(root: Node) -> torch.Tensor:
-    """All of a graph."""
+    """The whole value of a graph."""
     return Plain().value(root, {})
 
 
 def gradients(
     root: Node, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
 ) -> list[torch.Tensor | None]:
-    """Gradients of leaves and of steps of a graph that holds no tensors, in one piece."""
+    """Gradients of nodes of a graph that holds no tensors itself, in one piece."""
     run, parts = Plain(bound), []
     for node in wanted:
-        # Each in an evaluation of its own: what is between must not be kept without its graph.
+        # Each in an evaluation of its own, so that no intermediate value without history is kept.
         part = Plain(bound).value(node, {}).detach().requires_grad_()
         parts.append(part)
     run.values.update(zip(wanted, parts, strict=True))
