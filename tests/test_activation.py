@@ -516,7 +516,7 @@ def test_doctor_when_all_is_well(shared, tmp_path):
     assert len(lines(text)) <= 40 and max(map(len, lines(text))) <= 100
 
 
-def test_doctor_names_what_is_wrong_and_how_to_mend_it(own, tmp_path):
+def test_doctor_names_what_is_wrong_and_how_to_fix_it(own, tmp_path):
     (own.site / "attnpatch.pth").unlink()
     metadata = own.site / "wrapt-1.2.dist-info"
     metadata.mkdir()
@@ -527,9 +527,9 @@ def test_doctor_names_what_is_wrong_and_how_to_mend_it(own, tmp_path):
     assert done.returncode == 1
     text = " ".join(done.stdout.split())
     for part in (
-        "wrong wrapt 1.2 is older than 1.16 mend pip install",
-        "wrong the start-up file is not installed, so ATTNPATCH=1 does nothing mend pip install attnpatch",
-        "wrong ATTNPATCH_BLOCKS, ATTNPATCH_ROWS without ATTNPATCH=1: nothing happens mend set ATTNPATCH=1",
+        "wrong wrapt 1.2 is older than 1.16 fix pip install",
+        "wrong the start-up file is not installed, so ATTNPATCH=1 does nothing fix pip install attnpatch",
+        "wrong ATTNPATCH_BLOCKS, ATTNPATCH_ROWS without ATTNPATCH=1: nothing happens fix set ATTNPATCH=1",
         "ATTNPATCH_BLOCKS without ATTNPATCH_CAPTURE",
     ):
         assert part in text, done.stdout

@@ -1,4 +1,4 @@
-"""Activation without editing the script: by ``ATTNPATCH=1`` or ``attnpatch run``.
+"""Activation without editing the script, by ``ATTNPATCH=1`` or ``attnpatch run``.
 
-Nothing here imports torch before the script does.
+No module here imports torch before the script does.
 """

@@ -1,4 +1,4 @@
-"""What ``ATTNPATCH_REPORT=1`` prints when the script has ended."""
+"""The report that ``ATTNPATCH_REPORT=1`` prints when the script ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def closing_lines(session: Session) -> Iterator[str]:
-    """The report of every model that ran, and a line for everything else that happened."""
+    """The report of every model that ran, and a line for each other kind of event (models never called, ...)."""
     used = [(patch, 1) for patch in session.patches.values() if patch.was_used]
     for patch, number in (*session.gone.values(), *used):
         if number > 1:

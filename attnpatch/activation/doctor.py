@@ -1,4 +1,4 @@
-"""``attnpatch doctor``: one screen."""
+"""``attnpatch doctor``: prints what was found on one screen."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from attnpatch.policy import Policy
 
 
 def examine() -> bool:
-    """Print what was found; whether nothing is wrong."""
+    """Print what was found.
+
+    Returns:
+        Whether nothing is wrong.
+    """
     found = examination()
     show(Console(), found)
     return not found.wrong
 
 
 def show(console: Console, found: Findings) -> None:
-    """Print one screen."""
+    """Print the findings: versions, memory, activation, policy, kernels, then each problem with its fix."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(ratio=1)
@@ -43,9 +47,9 @@ def show(console: Console, found: Findings) -> None:
         console.print(_kernels(found))
     if not found.wrong:
         console.print("[bold green]nothing is wrong[/]")
-    for wrong, mend in found.wrong:
+    for wrong, fix in found.wrong:
         console.print(f"[bold red]wrong[/]  {escape(wrong)}", highlight=False)
-        console.print(f"  [bold]mend[/]  {escape(mend)}", highlight=False)
+        console.print(f"  [bold]fix[/]  {escape(fix)}", highlight=False)
 
 
 def _versions(found: Findings) -> Table:
@@ -60,7 +64,7 @@ def _versions(found: Findings) -> Table:
 
 
 def _policy(policy: Policy) -> str:
-    """Every field; what is not the default in bold."""
+    """Every field of the policy; values other than the default are bold."""
     shown = []
     for field in dataclasses.fields(policy):
         value = getattr(policy, field.name)

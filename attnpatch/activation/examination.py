@@ -1,4 +1,4 @@
-"""What ``attnpatch doctor`` finds out, and what is wrong with it."""
+"""Collects what ``attnpatch doctor`` prints: versions, devices, kernels, variables, and problems with their fixes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Findings:
     """What was found.
 
     Attributes:
-        versions: By package, what is installed (``None``: nothing) and the least that is declared.
+        versions: By package: the installed version (``None``: not installed) and the lowest allowed one.
         devices: Name, free bytes, total bytes.
-        kernels: Device and dtype, and the kernel for each of ``CALLS``.
+        kernels: Device, dtype, and the kernel for each of ``CALLS``.
         disabled: SDPA backends that are switched off.
-        folder: Where the start-up file is, or ``None``.
+        folder: Folder of the start-up file, or ``None`` if it is not installed.
         is_seen: Whether a fresh interpreter with ``ATTNPATCH=1`` becomes active.
-        is_active: Whether this process is.
+        is_active: Whether this process is active.
         variables: The ``ATTNPATCH*`` variables of this process.
-        policy: What they mean, or ``None`` if that cannot be said.
-        wrong: What is wrong, and how to mend it.
+        policy: The policy that the variables define, or ``None`` if a variable is invalid.
+        wrong: Problems, each with its fix.
     """
 
     versions: dict[str, tuple[str | None, str]] = dataclasses.field(default_factory=dict)
@@ -59,7 +59,7 @@ class Findings:
 
 
 def examination() -> Findings:
-    """Look at everything."""
+    """Examine this environment."""
     found = Findings()
     _versions(found)
     _activation(found, os.environ)
@@ -67,7 +67,7 @@ def examination() -> Findings:
         import torch
     except Exception as error:
         found.wrong.append(
-            (f"torch cannot be imported: {error}", "install torch anew: pip install --force-reinstall torch")
+            (f"torch cannot be imported: {error}", "reinstall torch: pip install --force-reinstall torch")
         )
     else:
         _devices(found, torch)
@@ -80,7 +80,7 @@ def _versions(found: Findings) -> None:
     found.versions["python"] = (platform.python_version(), ".".join(map(str, _PYTHON[0])))
     if not _PYTHON[0] <= sys.version_info[:2] < _PYTHON[1]:
         found.wrong.append(
-            (f"Python {platform.python_version()} is outside what is tested", "use 3.11 to 3.13")
+            (f"Python {platform.python_version()} is not a tested version", "use 3.11 to 3.13")
         )
     for name in PACKAGES:
         try:
@@ -97,7 +97,7 @@ def _versions(found: Findings) -> None:
 
 
 def _declared() -> dict[str, str]:
-    """The least version of each package that the metadata of attnpatch names."""
+    """The lowest allowed version of each package that attnpatch's metadata names."""
     try:
         lines = importlib.metadata.requires("attnpatch") or []
     except importlib.metadata.PackageNotFoundError:
@@ -125,12 +125,12 @@ def _activation(found: Findings, environment: Mapping[str, str]) -> None:
     if not found.folder:
         found.wrong.append(
             ("the start-up file is not installed, so ATTNPATCH=1 does nothing",
-             "pip install attnpatch (anew), or start scripts with: attnpatch run script.py")
+             "pip install attnpatch again, or start scripts with: attnpatch run script.py")
         )  # fmt: skip
     elif not found.is_seen:
         found.wrong.append(
             ("a fresh interpreter with ATTNPATCH=1 does not become active",
-             'see what this says: ATTNPATCH=1 python -c ""')
+             'run this and read its message: ATTNPATCH=1 python -c ""')
         )  # fmt: skip
     _variables(found, environment)
 
@@ -153,7 +153,7 @@ def _variables(found: Findings, environment: Mapping[str, str]) -> None:
         given = settings.Settings.of_environment(environment)
         found.policy = given.policy
     except PolicyError as error:
-        found.wrong.append((str(error), "set it to a value that is accepted, or unset it"))
+        found.wrong.append((str(error), "set it to an accepted value, or unset it"))
         return
     idle = [name for name in found.variables if name not in (settings.SWITCH, FREE_MEMORY)]
     if idle and not asked:
@@ -182,14 +182,14 @@ def _devices(found: Findings, torch: Any) -> None:
         if torch.backends.mps.is_available():
             found.devices.append(("mps", free_bytes("mps"), torch.mps.recommended_max_memory()))
     except PolicyError:
-        # ATTNPATCH_FREE_MEMORY is not a size, which is on the list already.
+        # ATTNPATCH_FREE_MEMORY is not a size; _variables has reported that.
         pass
     except RuntimeError as error:
-        found.wrong.append((f"a device does not answer: {error}", "see that its driver works: nvidia-smi"))
+        found.wrong.append((f"a device does not answer: {error}", "check that its driver works: nvidia-smi"))
     if torch.version.cuda and not torch.cuda.is_available():
         found.wrong.append(
             (f"torch is built for CUDA {torch.version.cuda} and finds no device",
-             "see that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it")
+             "check that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it")
         )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def _kernels(found: Findings, torch: Any) -> None:
 
 
 def _chosen(torch: Any, device: str, dtype: Any, call: str) -> str:
-    """The kernel that torch chooses for a small call; it is asked, not run."""
+    """The kernel that torch would choose for a small call; the call is not run."""
     size = 60 if call == "heads of 60" else 64
     query = torch.empty(1, 4, 128, size, dtype=dtype, device=device)
     key = query[:, :2] if call == "grouped heads" else query

@@ -1,4 +1,4 @@
-"""Numbered block map files in a folder that several processes may write to."""
+"""Numbered block map files in one folder, which several processes may write to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NUMBERED = re.compile(r"\.?(\d{4,})[.-]")
 
 
 class Folder:
-    """Gives out numbers and writes block maps under them.
+    """Hands out numbers and writes block maps under them.
 
     Args:
-        path: An absolute path of a folder that is there.
+        path: The absolute path of an existing folder.
 
     Attributes:
-        written: Sequences written by this process.
+        written: How many sequences this process has written.
     """
 
     def __init__(self, path: str) -> None:
@@ -30,10 +30,10 @@ class Folder:
         self.written = 0
 
     def claim(self) -> int:
-        """A number that no file has and no other process gets.
+        """Reserve a number that no file has and no other process gets.
 
-        The claim is a hidden file made exclusively. A number whose files another process has finished since the folder
-        was listed has no claim any more, so the folder is listed once more with the claim in hand.
+        The claim is a hidden file, created with ``O_EXCL``. Another process may have finished a number and removed its
+        claim since the folder was listed, so the folder is listed again once the claim is made.
         """
         number = max(self._taken(), default=0)
         while True:
@@ -47,18 +47,18 @@ class Folder:
             self.release(number)
 
     def write(self, number: int, maps: Mapping[str, BlockMap]) -> None:
-        """Write one file per group of sites; a file of an earlier state of the sequence is replaced whole.
+        """Write one file per group of sites. Files of an earlier state of the sequence are replaced atomically.
 
         Raises:
             BlockMapFileError: A file cannot be written.
         """
         for group, block_map in maps.items():
-            # Patterns hold "*", which is no character for a file name.
+            # A group may be named by a pattern with "*", which some file systems forbid.
             name = "" if len(maps) == 1 else "-" + re.sub(r"[^\w.-]", "_", group)[:150]
             block_map.save(os.path.join(self.path, f"{number:04d}{name}{SUFFIX}"))
 
     def release(self, number: int) -> None:
-        """Give a claim back, or end it because the files are there."""
+        """Remove a claim: the files are written, or could not be."""
         with contextlib.suppress(OSError):
             os.unlink(self._claim_file(number))
 

@@ -1,8 +1,8 @@
-"""``attnpatch run``: sets the variables and becomes ``python script.py``.
+"""``attnpatch run``: sets the ``ATTNPATCH_*`` variables and replaces itself by ``python script.py``.
 
-The script runs in an interpreter of its own, started as its user would start it: ``__main__``, tracebacks, exit codes
-and child processes are Python's own work. Where the start-up file is not installed, PYTHONPATH leads the interpreter (and
-its children) to a ``sitecustomize`` that does the same.
+The script runs in a fresh interpreter, so ``__main__``, tracebacks, exit codes and child processes are as without
+attnpatch. Where the start-up file is not installed, PYTHONPATH is set so that the interpreter and its children import
+a ``sitecustomize`` that does the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LaunchError(AttnpatchError):
 def environment(
     texts: Mapping[str, tuple[str, str]], report: bool, capture: str | None, blocks: str | None
 ) -> dict[str, str]:
-    """The variables for the script; what is not given here is taken from this process's own.
+    """The environment for the script: this process's variables, with those given here replaced.
 
     Args:
         texts: Policy fields as ``Policy.of_texts`` takes them.
@@ -46,7 +46,7 @@ def environment(
         blocks: Tokens per block.
 
     Raises:
-        PolicyError: An option or a variable has a value that cannot be used.
+        PolicyError: An option or a variable has an invalid value.
     """
     Policy.of_texts(texts)
     variables = {**os.environ, SWITCH: "1"}
@@ -78,21 +78,21 @@ def _search_path(before: str | None) -> list[str]:
     paths = [str(BOOT)]
     root = str(BOOT.parents[2])
     if root not in site_folders():
-        # A checkout: the script's interpreter would not find the package.
+        # attnpatch runs from a checkout: the script's interpreter would not find the package otherwise.
         paths.append(root)
     return [*paths, before] if before else paths
 
 
 def launch(arguments: Sequence[str], module: str | None, variables: Mapping[str, str]) -> None:
-    """Become ``python script args`` or ``python -m module args``; does not return.
+    """Replace this process by ``python script args`` or ``python -m module args``; does not return.
 
     Args:
-        arguments: Script and its arguments; the arguments alone with ``module``.
-        module: What ``-m`` named.
+        arguments: The script and its arguments; with ``module``, only the arguments.
+        module: The module given by ``-m``, or ``None``.
         variables: The environment.
 
     Raises:
-        LaunchError: There is no script, or it is not there.
+        LaunchError: No script was given, or it does not exist.
     """
     if module is not None:
         arguments = ["-m", module, *arguments]
@@ -104,6 +104,6 @@ def launch(arguments: Sequence[str], module: str | None, variables: Mapping[str,
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "nt":
-        # There execve would return to the shell at once.
+        # On Windows execve would return to the shell at once.
         sys.exit(subprocess.call(command, env=variables))
     os.execve(command[0], command, variables)

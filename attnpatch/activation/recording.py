@@ -1,4 +1,4 @@
-"""Captures every call of an automatically patched model into files, and never stops the script."""
+"""Captures every call of an automatically patched model into files. An error ends a capture, never the script."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ from attnpatch.sdpa_call import SdpaCall
 
 
 def _nothing() -> None:
-    """No cache."""
+    """Stands for a weak reference where there is no cache."""
 
 
 class ThreadRecorder:
-    """Writes a file for every sequence: one call, or one ``generate`` with the calls that continue its cache.
+    """Writes one file per sequence. A sequence is one call, or one ``generate``: all calls that continue its cache.
 
-    The file is written when the first call ends, and once more when a sequence that went on ends; only the sequence
-    that is going on is held. Where anything fails, the sequence is left out and the script goes on.
+    The file is written when the first call ends. If further calls continued the sequence, it is written again when the
+    sequence ends. Only the current sequence is in memory. If capturing a sequence fails, it is left out and the script
+    goes on.
 
     Args:
         patch: The patch of the model.
         kind: The model's class.
-        folder: Where to.
+        folder: Where files are written.
         block_size: Tokens per block.
-        failed: Called with the error of a sequence that is not captured.
+        failed: Called with the error of a sequence that could not be captured.
     """
 
     def __init__(
@@ -58,18 +59,18 @@ class ThreadRecorder:
         self.block_size = block_size
         self._inner: Recorder | None = None
         self._sites = 0
-        # Whether the sequence that is going on is left out, and whether that began before the whole model was called.
+        # Whether the current sequence is left out; and whether that was decided before the whole model was called.
         self.is_out = self._is_out_in_part = False
         self._number: tuple[int, int] | None = None
         self._is_dirty = False
-        # The cache of the call, and that of a sequence that is given up.
+        # The cache of the current call, and the cache of the sequence whose capture was given up.
         self._cache: Any = None
         self._given_up: Callable[[], Any] = _nothing
         self._is_inside = self._is_part = False
         self._raised: BaseException | None = None
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
-        """The model is called."""
+        """The model is about to be called."""
         self._is_inside, self._is_part, self._raised = True, False, sys.exc_info()[1]
         try:
             inner = self._recorder()
@@ -90,7 +91,7 @@ class ThreadRecorder:
             self.fail(error)
 
     def begin_part(self, kind: type, args: Any, kwargs: Any) -> None:
-        """A part of the model is called on its own."""
+        """A part of the model is about to be called on its own."""
         self._is_inside, self._is_part, self._raised = True, True, sys.exc_info()[1]
         try:
             inner = self._recorder()
@@ -113,18 +114,18 @@ class ThreadRecorder:
             return
         self._inner.end_call()
         if sys.exc_info()[1] is not self._raised:
-            # What was summed until then is not the attention of a call; the error is the script's to report.
+            # The call failed, so the sums cover only a part of it. The script reports the error.
             self._drop()
         if not self.is_out:
             self._is_dirty = True
-            # A part, such as an encoder, is written with the calls of the model that follow.
+            # A part, such as an encoder, is written together with the model's calls that follow.
             if not self._is_part and (self._number is None or self._number[0] != os.getpid()):
                 self._write()
 
     def wants(self, name: str) -> bool:
         """Whether a site is captured now."""
         if self.is_out and not self._is_inside and not self._is_out_in_part:
-            # A part is called after a whole call that failed: something new begins.
+            # A part is called after a whole call that failed: a new sequence begins.
             self.is_out = False
         if self.is_out:
             return False
@@ -135,7 +136,7 @@ class ThreadRecorder:
             return False
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> _Guarded | None:
-        """Who looks at the call of a site that is about to be made."""
+        """The observer for a site's call that is about to be made; None if its capture was given up."""
         try:
             inner = self._recorder()
             if inner.call is None:
@@ -150,13 +151,13 @@ class ThreadRecorder:
             return None
 
     def fail(self, error: Exception) -> None:
-        """Give the sequence that is going on up."""
+        """Give up capturing the current sequence."""
         if not self.is_out:
             self._drop()
             self.failed(error)
 
     def finish(self) -> None:
-        """The sequence has ended: write what was added since it was written, and forget it."""
+        """The sequence has ended: write what was added since the last write, and free its sums."""
         if self._inner is None:
             return
         if self._is_dirty:
@@ -172,7 +173,7 @@ class ThreadRecorder:
             self._inner.forget()
 
     def _recorder(self) -> Recorder:
-        """The recorder, which knows all sites that the patch has by now."""
+        """The recorder, updated if the patch has gained sites."""
         if self._inner is None or self._sites != len(self.patch.sites):
             new = recorder_of(self.patch, self.kind, CaptureOptions(Blocks.fixed(self.block_size)))
             if self._inner is None:
@@ -185,7 +186,7 @@ class ThreadRecorder:
 
     @staticmethod
     def _maps(inner: Recorder) -> dict[str, BlockMap]:
-        """What was captured; of a module that was called again inside a call of the model, with the number of the time."""
+        """The captured maps by group; a module called several times in one call has one map per time, numbered."""
         found: dict[str, BlockMap] = {}
         for calls in inner.captured():
             maps, _ = maps_of(inner, calls)
@@ -193,7 +194,11 @@ class ThreadRecorder:
                 times = sum(key.partition(" (call ")[0] == kind for key in found)
                 found[f"{kind} (call {times + 1})" if times else kind] = one
         if not found:
-            raise nothing(inner) if inner.left_out else CaptureError("no attention was seen in it")
+            raise (
+                nothing(inner)
+                if inner.left_out
+                else CaptureError("the call ran no attention that attnpatch sees")
+            )
         return found
 
     def _write(self) -> None:
@@ -203,7 +208,7 @@ class ThreadRecorder:
             maps = self._maps(self._inner)
             is_new = self._number is None or self._number[0] != os.getpid()
             if is_new:
-                # After a fork the number is the parent's.
+                # After a fork the number belongs to the parent process.
                 self._number = (os.getpid(), self.folder.claim())
             assert self._number is not None
             try:
@@ -217,7 +222,7 @@ class ThreadRecorder:
 
 
 class _Guarded(Observer):
-    """An observer whose errors end the capture of a sequence instead of the model's call."""
+    """Wraps an observer: its errors end the capture of the sequence instead of the model's call."""
 
     def __init__(self, recorder: ThreadRecorder, observer: TextObserver) -> None:
         self.recorder, self.observer = recorder, observer
@@ -255,10 +260,10 @@ class _Guarded(Observer):
 
 
 class AutomaticRecorder:
-    """Captures every call of an automatically patched model: those of each thread apart.
+    """Captures every call of an automatically patched model, with a separate recorder for each thread.
 
     Args:
-        new: Makes what captures the calls of a thread.
+        new: Makes the recorder of a thread.
     """
 
     gives_way = True
@@ -267,24 +272,24 @@ class AutomaticRecorder:
     def __init__(self, new: Callable[[], ThreadRecorder]) -> None:
         self._new = new
         self._threads: dict[threading.Thread, ThreadRecorder] = {}
-        # What is called of it belongs to the running thread.
+        # These methods are forwarded to the running thread's recorder.
         for name in ("begin_call", "begin_part", "end_call", "wants", "observer", "fail"):
             setattr(self, name, functools.partial(self._told, name))
 
     def is_mine(self) -> bool:
-        """Whether the running thread's calls are seen: every thread's are."""
+        """Whether this recorder captures the running thread's calls: always, it captures every thread's."""
         return True
 
     def _told(self, name: str, *args: Any) -> Any:
         thread = threading.current_thread()
         if thread not in self._threads:
-            # Requests may have a thread each: what the ended ones have seen is written now.
+            # A server may use one thread per request: write what the ended threads have captured.
             for ended in [each for each in list(self._threads) if not each.is_alive()]:
                 self._threads.pop(ended).finish()
             self._threads[thread] = self._new()
         return getattr(self._threads[thread], name)(*args)
 
     def finish(self) -> None:
-        """Write what was added to the sequences that go on, and forget them."""
+        """Write what was added to every thread's current sequence, and free the sums."""
         for recorder in list(self._threads.values()):
             recorder.finish()

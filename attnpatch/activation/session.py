@@ -1,4 +1,4 @@
-"""What goes on in an active process: models are patched as they are built, and reported at exit."""
+"""An active process: patches models as they are built, and reports on them at exit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def begin(settings: Settings) -> None:
 
 
 def first_call(patch: Patch, model: Any) -> None:
-    """What an automatic patch calls; a copied patch, too, also where it was unpickled in a process that is not active."""
+    """Called by an automatic patch before its model's first call.
+
+    A copied patch calls it too. A patch unpickled in a process that is not active is only completed.
+    """
     if _session is None:
         patch.complete(model)
     else:
@@ -39,15 +42,15 @@ def first_call(patch: Patch, model: Any) -> None:
 
 
 class Session:
-    """The patches of a process and what became of them.
+    """All patches of a process, for the report at exit.
 
-    Patches hold no model, so that the report keeps none alive.
+    A patch does not reference its model, so the session keeps no model alive.
 
     Attributes:
         settings: What the environment asks for.
-        patches: Of models that may still be called, by id.
-        gone: Of models that are gone; those of a kind are added up. With the number of models.
-        counts: What else is worth a line at exit.
+        patches: Patches of models that still exist, by id.
+        gone: Patches of freed models, added up by kind of model, each with the number of models.
+        counts: Other events to report at exit: models without attention, not patched, calls not captured.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -63,11 +66,11 @@ class Session:
 
     @property
     def written(self) -> int:
-        """Sequences captured."""
+        """Number of sequences captured."""
         return 0 if self._folder is None else self._folder.written
 
     def built(self, model: Any) -> None:
-        """Patch a model that is built, and take the patches of models inside it in."""
+        """Patch a model that was just built; its patch replaces those of models inside it."""
         try:
             from attnpatch.patching.patch import Patch, patch_of
             from attnpatch.patching.registry import is_attention
@@ -101,7 +104,7 @@ class Session:
     def _adopt(self, patch: Patch, model: Any, kind: type[Any]) -> None:
         self._finish(self._waiting)
         self.patches[id(patch)] = patch
-        # Not at exit, where the report comes first.
+        # Do not run at exit, where the report must come first.
         weakref.finalize(model, self._fold, patch).atexit = False
         if self.settings.capture is not None and not patch.recorders:
             from attnpatch.activation.files import Folder
@@ -118,10 +121,10 @@ class Session:
         self.warn(f"a call of {kind} is not captured", error)
 
     def _fold(self, patch: Patch) -> None:
-        """A model is gone: keep what it did, together with others of its kind."""
+        """A model was freed: add its counts to those of other freed models of its kind."""
         if self.patches.pop(id(patch), None) is None:
             return
-        # This may run in the middle of anything; the files are written later.
+        # The garbage collector may run this at any point, so files are written later.
         self._waiting += _automatic(patch)
         patch.recorders = ()
         if not patch.was_used:
@@ -137,7 +140,7 @@ class Session:
         self.gone[key] = (kept, number + 1)
 
     def warn(self, what: str, error: Exception) -> None:
-        """One line on stderr, once."""
+        """Print one line on stderr; the same line is printed only once."""
         line = " ".join(f"attnpatch: {what}: {type(error).__name__}: {error}".split())
         if line not in self._said and sys.stderr is not None:
             self._said.add(line)
@@ -149,7 +152,7 @@ class Session:
             recorders.pop().finish()
 
     def end(self) -> None:
-        """The script has ended."""
+        """The script has ended: finish the captures and print the report."""
         if not is_imported() or os.getpid() != self.pid:
             return
         try:
@@ -171,7 +174,7 @@ def _automatic_roots(model: Any) -> list[Patch]:
 
 
 def _leave(model: Any) -> None:
-    """Take automatic patches out of a model that could not be patched as a whole."""
+    """Remove automatic patches from a model that could not be patched as a whole."""
     try:
         from attnpatch.patching.forward_swap import sites_of, take_out
 
@@ -180,7 +183,7 @@ def _leave(model: Any) -> None:
                 if site.patch.automatic:
                     take_out(module, site)
     except Exception:
-        # Nothing more can be done, and the script must not hear of it.
+        # Nothing more can be done, and the error must not reach the script.
         return
 
 

@@ -1,4 +1,4 @@
-"""What the ``ATTNPATCH_*`` variables say, read strictly and before anything heavy is imported."""
+"""Reads the ``ATTNPATCH_*`` variables strictly, before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Settings:
     """What the environment asks for.
 
     Attributes:
-        policy: For every model.
+        policy: The policy of every model.
         report: Whether the report is printed at exit.
         capture: Absolute path of the folder for block maps, or ``None``.
         blocks: Tokens per block.
@@ -60,7 +60,7 @@ class Settings:
         """Read the variables; an empty one counts as not set.
 
         Raises:
-            PolicyError: A variable is unknown or its value cannot be used; one line that says which.
+            PolicyError: A variable is unknown or its value is invalid; the one-line message names it.
         """
         given = {name: value for name, value in environment.items() if name.startswith(PREFIX) and value}
         for name in given:
@@ -80,16 +80,17 @@ class Settings:
 
 
 def writable_folder(shown: str, text: str) -> str:
-    """The absolute path of a folder that files can be written to; made if it is not there.
-
-    Absolute, because a script may change its working directory before the first file is written.
+    """Check that files can be written to a folder, which is created if it does not exist.
 
     Args:
-        shown: What the user knows the value by, such as ``"ATTNPATCH_CAPTURE="``.
+        shown: The variable or option that holds the value, such as ``"ATTNPATCH_CAPTURE="``; used in the message.
         text: The value.
 
+    Returns:
+        The absolute path, because a script may change its working directory before the first file is written.
+
     Raises:
-        PolicyError: The folder cannot be made or written to.
+        PolicyError: The folder cannot be created or written to.
     """
     folder = os.path.abspath(os.path.expanduser(text))
     try:

@@ -1,4 +1,4 @@
-"""Called once at the start of an interpreter that was asked to activate."""
+"""Starts activation; called once, at the start of an interpreter whose environment sets ``ATTNPATCH``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from attnpatch.errors import PolicyError, in_one_line
 
 
 def start() -> None:
-    """Read the environment, and wait for the hosts to be imported.
+    """Read the environment, and arrange that models are patched once transformers or diffusers is imported.
 
-    A value that cannot be used ends the interpreter with one line and exit code 2: better no run than hours of one
-    that is not what was asked for. By ``os._exit``, since an exception here is a "Fatal Python error" with a traceback.
+    An invalid value ends the interpreter with one line and exit code 2, because the script would otherwise run for
+    hours with other settings than were asked for. ``os._exit`` is used because an exception here would print a
+    "Fatal Python error" with a traceback.
     """
     try:
         if not is_asked_for(os.environ):

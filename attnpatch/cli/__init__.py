@@ -1,1 +1,1 @@
-"""The command line: one file per subcommand that fills one, and what they share."""
+"""The command line: small subcommands are in ``app.py``, larger ones have a file each; the rest is shared helpers."""

@@ -1,4 +1,4 @@
-"""``attnpatch analyze``: its options, read and checked; what it does is in ``attnpatch.cli.run_analyze``."""
+"""``attnpatch analyze``: defines and checks its options; ``attnpatch.cli.run_analyze`` does the work."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Mode(enum.StrEnum):
 
 
 class Side(enum.StrEnum):
-    """Where a conversation is cut off."""
+    """Which end of a too long conversation is cut off."""
 
     left = "left"
     right = "right"
 
 
 class Weighting(enum.StrEnum):
-    """What each attention probability is multiplied with."""
+    """What each attention probability is multiplied by (``probability``: nothing)."""
 
     probability = "probability"
     gradient = "gradient"
 
 
 class Normalization(enum.StrEnum):
-    """Of the maps."""
+    """How the maps are normalised."""
 
     row = "row"
     none = "none"
@@ -55,76 +55,80 @@ def analyze(
         "attention_maps"
     ),
     mode: Annotated[
-        Mode, typer.Option(help="demo: a small model and a conversation that are part of it.")
+        Mode, typer.Option(help="demo: use the small model and the conversation that attnpatch ships.")
     ] = (Mode.real),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on in DIR; what is done is skipped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue in DIR; skip what is done.")] = False,
     use_4bit: Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")] = False,
     use_8bit: Annotated[bool, typer.Option("--use-8bit", help="Weights in 8 bits (bitsandbytes).")] = False,
     use_gradient_checkpointing: Annotated[
         bool,
         typer.Option(
             "--use-gradient-checkpointing",
-            help="Keep less for a backward pass; only --weighting gradient makes one.",
+            help="Save memory in the backward pass; only --weighting gradient runs one.",
         ),
     ] = False,
     use_sampling: Annotated[
-        bool, typer.Option("--use-sampling", help="Look at some query rows of each block only.")
+        bool, typer.Option("--use-sampling", help="Measure only a sample of each block's query rows.")
     ] = False,
     sample_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="With --use-sampling: how many; 16 if not given.")
+        int | None, typer.Option(metavar="N", help="With --use-sampling: rows per block; 16 if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
     use_chunked: Annotated[
-        bool, typer.Option("--use-chunked", help="By pieces of one size instead of message by message.")
+        bool, typer.Option("--use-chunked", help="Run chunks of one size instead of one message at a time.")
     ] = False,
     chunk_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of a piece; 2048 if not given.")
+        int | None, typer.Option(metavar="N", help="Tokens per chunk; 2048 if not given.")
     ] = None,
     single_pass: Annotated[
-        bool, typer.Option("--single-pass", help="A whole conversation at once: faster while it fits.")
+        bool,
+        typer.Option("--single-pass", help="Run a whole conversation at once: faster if it fits in memory."),
     ] = False,
     blocks: Annotated[
         str, typer.Option(metavar="KIND", help="messages, words, or tokens per block, such as 128.")
     ] = "messages",
-    layers: Annotated[str, typer.Option(metavar="LIST", help="all, last, or such as 0,5,-1.")] = "all",
+    layers: Annotated[str, typer.Option(metavar="LIST", help="all, last, or a list such as 0,5,-1.")] = "all",
     heads: Annotated[
-        str, typer.Option(metavar="LIST", help="mean, all (kept apart), or such as 0,5,-1.")
+        str, typer.Option(metavar="LIST", help="mean, all (each head kept), or a list such as 0,5,-1.")
     ] = "mean",
     head_chunk_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Heads of one step where attention goes by rows.")
+        int | None, typer.Option(metavar="N", help="Heads per step when attention runs by rows.")
     ] = None,
     normalize: Annotated[
-        Normalization | None, typer.Option(help="Of the maps; row if not given, none of gradients.")
+        Normalization | None,
+        typer.Option(help="How to normalise maps; if not given: row, or none with gradients."),
     ] = None,
     weighting: Annotated[
-        Weighting, typer.Option(help="gradient: times the gradient of the answer's log-probability.")
+        Weighting, typer.Option(help="gradient: multiply by the gradient of the answer's log-probability.")
     ] = Weighting.probability,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="The most a conversation may have; as the model says.")
+        int | None,
+        typer.Option(metavar="N", help="Longest conversation; the model's own limit if not given."),
     ] = None,
     truncate: Annotated[
-        Side | None, typer.Option(help="Cut longer ones off at this end; else they are refused.")
+        Side | None, typer.Option(help="Cut longer conversations at this end; refused if not given.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; as the checkpoint has it.")
+        str | None,
+        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the checkpoint's if not given."),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="auto spreads the model over devices; or cpu, cuda:1.")
+        str | None, typer.Option(metavar="MAP", help="auto (spread the model over devices), cpu, cuda:1.")
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="Per device, such as 0=20GiB,cpu=60GiB.")
+        str | None, typer.Option(metavar="SIZES", help="Limit per device, such as 0=20GiB,cpu=60GiB.")
     ] = None,
     pictures: Annotated[
         bool | None,
         typer.Option(
-            "--pictures/--no-pictures", help="Draw every result. If not given, where FILE holds only one."
+            "--pictures/--no-pictures", help="Draw every result. If not given: draw if FILE holds only one."
         ),
     ] = None,
 ) -> None:
-    # The epilog of the help, which says what the exit codes mean, is given where the command is registered.
-    """Which message attends to which, in every conversation of a file: one block map each, and an index.
+    # The exit codes are in the help's epilog, which is passed where the command is registered.
+    """Show which message attends to which: write a block map for every conversation of a file, and an index.
 
-    accelerate launch -m attnpatch analyze ... shares the conversations out among processes.
+    accelerate launch -m attnpatch analyze ... divides the conversations among processes.
     """
     if mode is Mode.demo and (model is not None or json is not None):
         raise AnalysisError("--mode demo brings its model and conversation; leave out --model and --json")
@@ -145,7 +149,7 @@ def analyze(
         ("--max-tokens", max_tokens),
     ):
         if value is not None and value < 1:
-            raise AnalysisError(f"{option} {value}: give a whole number from 1 on")
+            raise AnalysisError(f"{option} {value}: give a whole number of at least 1")
     if truncate is None and max_tokens is None:
         longest = {}
     else:
@@ -207,10 +211,10 @@ def _numbers(option: str, text: str, words: str) -> list[int]:
 
 
 def sizes(option: str, text: str) -> dict[int | str, int]:
-    """``0=20GiB,cpu=60GiB`` as transformers takes it.
+    """The text ``0=20GiB,cpu=60GiB`` as the dict of bytes that transformers takes.
 
     Raises:
-        AnalysisError, PolicyError: It is not of this form.
+        AnalysisError, PolicyError: The text does not have this form.
     """
     found: dict[int | str, int] = {}
     for part in text.split(","):

@@ -1,4 +1,4 @@
-"""The command line. A subcommand is one function here; what it does lives elsewhere and is imported late."""
+"""The command line. Each subcommand is one function here; it imports the code that does the work when it is called."""
 
 import errno
 from pathlib import Path
@@ -16,10 +16,10 @@ from attnpatch.policy import Policy
 
 
 class OneLineErrors(TyperGroup):
-    """Ends every subcommand's foreseeable failures with one line on stderr and exit code 1.
+    """Turns an expected failure of a subcommand into one line on stderr and exit code 1.
 
-    Here and not around ``app()``: typer turns Ctrl-C into an exit code of its own choice, which differs
-    between its versions.
+    This cannot be done around ``app()``: there typer has already turned Ctrl-C into an exit code, which differs
+    between versions of typer.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -31,7 +31,7 @@ class OneLineErrors(TyperGroup):
         except AttnpatchError as error:
             line = str(error)
         except OSError as error:
-            # A reader that went away ("| head") is no failure to talk about; typer ends it quietly.
+            # The reader of our output has ended ("| head"), which is no error; typer exits quietly.
             if error.errno == errno.EPIPE:
                 raise
             line = _said(error)
@@ -40,7 +40,7 @@ class OneLineErrors(TyperGroup):
 
 
 def _said(error: OSError) -> str:
-    """An operating system's error without its number."""
+    """The message of an ``OSError``, without its errno."""
     if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -52,7 +52,7 @@ app = typer.Typer(
     help="Attention a few query rows at a time, exactly, and block maps of where it goes.",
     no_args_is_help=True,
     add_completion=False,
-    # A traceback that gets here is a bug of ours; plain, it can be copied into a report.
+    # An exception that gets here is a bug in attnpatch; a plain traceback can be copied into a report.
     pretty_exceptions_enable=False,
 )
 
@@ -63,7 +63,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# With a callback typer keeps asking for a subcommand's name, also while there is only one.
+# With a callback, typer requires a subcommand's name even if there is only one subcommand.
 @app.callback()
 def options(
     version: Annotated[
@@ -83,7 +83,7 @@ def demo(
         Path | None, typer.Option(metavar="FILE", help="Also write all figures into this file.")
     ] = None,
 ) -> None:
-    """Both things attnpatch does, shown on a small trained model that is part of it."""
+    """Show attention by rows and a block map, on a small trained model that attnpatch ships."""
     from attnpatch.demo.run import run_demo
 
     run_demo(out, json)
@@ -93,7 +93,7 @@ def demo(
 def view(
     path: Annotated[
         Path,
-        typer.Argument(metavar="DIR|FILE", help="A block map, or a folder of them, as BlockMap.save writes."),
+        typer.Argument(metavar="DIR|FILE", help="A file that BlockMap.save wrote, or a folder of them."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
 ) -> None:
@@ -118,10 +118,10 @@ def view(
 
 
 class OptionsFirst(TyperCommand):
-    """A command whose options end where the script begins; the rest is the script's, ``-m module`` included."""
+    """A command whose own options end at the script or at ``-m module``; everything after is passed to the script."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Mark the end of our options, which click cannot know for ``-m``."""
+        """Mark where our options end; click cannot tell that they end at ``-m``."""
         with_value = {
             name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
         }
@@ -155,7 +155,7 @@ def run(
         str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")
     ] = None,
     script: Annotated[
-        list[str] | None, typer.Argument(metavar="SCRIPT [ARGS]", help="As after python.", show_default=False)
+        list[str] | None, typer.Argument(metavar="SCRIPT [ARGS]", help="As for python.", show_default=False)
     ] = None,
 ) -> None:
     """Run a Python script with every model it builds patched, without editing it."""
@@ -166,7 +166,7 @@ def run(
 
 @app.command()
 def doctor() -> None:
-    """Say in one screen what is installed and free, what attention will run on, what is wrong and how to mend it."""
+    """Show on one screen versions, free memory, the kernels attention will run on, and problems with their fixes."""
     from attnpatch.activation.doctor import examine
 
     if not examine():
@@ -182,11 +182,15 @@ def explain(
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; as the config says.")] = None,
-    attention: Annotated[str | None, typer.Option(help="eager, sdpa; transformers' choice.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where it would run; the accelerator, else cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; the config's if not given.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="eager or sdpa; transformers chooses if not given.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where it would run; if not given: the accelerator, else cpu.")
+    ] = None,
 ) -> None:
-    """What the attention of a model would do and hold at a length; nothing of it is loaded or run."""
+    """Predict how a model's attention would run at a length and what memory it takes, without loading the model."""
     fields = vars(Policy.of_texts(policy))
     import attnpatch
     from attnpatch.hosts.transformers.calls import built_on_meta

@@ -1,4 +1,4 @@
-"""Lines for people, on a console that may not know every character."""
+"""Prints lines for people, on a console whose encoding may lack some characters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 def say(console: Console, line: str) -> None:
-    """One line, whatever is in it: not folded, so that paths can be copied, and printable."""
+    """Print ``line`` as one line, unwrapped so that paths can be copied; unprintable characters are replaced."""
     text = " ".join(line.split())
     text = text.encode(console.encoding or "utf-8", "replace").decode(console.encoding or "utf-8")
     console.print(text, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``attnpatch merge``: the mean map of a folder of results, as a table, a file and a picture."""
+"""``attnpatch merge``: writes the mean map of a folder of results as a table, a file and a picture."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 
     from attnpatch.maps.block_map import BlockMap
 
-# More columns do not fit a terminal; the picture and the file have them all.
+# More columns do not fit a terminal; the picture and the file have all of them.
 _MOST = 12
 
 
 class By(enum.StrEnum):
-    """What belongs together."""
+    """How blocks of different conversations are matched."""
 
     labels = "labels"
     role = "role"
 
 
 def merge(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What attnpatch analyze wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that attnpatch analyze wrote.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A safetensors file; DIR/merged/BY.safetensors if not given."),
     ] = None,
     by: Annotated[
         By,
-        typer.Option(help="labels: conversations of the same blocks; role: blocks of a role as one, of all."),
+        typer.Option(
+            help="labels: merge conversations with the same blocks; role: merge all, with one block per role."
+        ),
     ] = By.labels,
 ) -> None:
-    """The mean map of many conversations, and its spread: the standard deviation over them."""
+    """Write the mean map of many conversations, and its spread: the standard deviation over conversations."""
     from rich.console import Console
 
     from attnpatch.cli.console import say
@@ -57,7 +59,7 @@ def merge(
     _show(shown, merged.block_map)
     say(shown, f"{merged.merged} conversations merged, {len(merged.left_out)} left out")
     if merged.left_out:
-        say(shown, "(their blocks, layers or heads are others; --by role takes other blocks too)")
+        say(shown, "(their blocks, layers or heads differ; --by role also merges different blocks)")
     say(shown, f"map: {path}")
     try:
         picture = merged.block_map.plot(path.with_suffix(".png"))
@@ -71,7 +73,7 @@ def merge(
 
 
 def _show(console: Console, block_map: BlockMap) -> None:
-    """Mean over layers, and the spread of each cell as mean over layers of the spreads there."""
+    """Print the map averaged over layers; the spread shown for a cell is the mean of the layers' spreads."""
     from rich.table import Table
 
     from attnpatch.cli.console import say

@@ -1,4 +1,4 @@
-"""Several processes that share one task, as ``accelerate launch`` and ``torchrun`` start them."""
+"""Several processes that share one task, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from attnpatch.errors import AnalysisError, MissingExtraError
 
-# Processes end at different times, and wait for the last one before they say how it went.
+# Processes finish at different times; each waits for the last one before the summary is printed.
 _PATIENCE = timedelta(days=7)
 
 
 class Processes:
-    """This process and the others.
+    """This process's rank among the processes that share a task, and the exchange of their results.
 
-    ``RANK`` and ``WORLD_SIZE`` say who takes what. With ``MASTER_ADDR`` they also wait for each other at the end: a
-    launcher ends all of them as soon as one has left with an exit code that is not 0.
+    ``RANK`` and ``WORLD_SIZE`` divide the work. If ``MASTER_ADDR`` is set, the processes also wait for each other at
+    the end, because a launcher kills all of them as soon as one exits with a code other than 0.
 
     Raises:
-        AnalysisError: The variables are no numbers that fit.
+        AnalysisError: ``RANK`` or ``WORLD_SIZE`` is not a number, or the two do not fit together.
         MissingExtraError: There are several processes, and accelerate is not installed.
     """
 
@@ -39,16 +39,16 @@ class Processes:
                 raise MissingExtraError(
                     'several processes need accelerate: pip install "attnpatch[all]"'
                 ) from error
-            # They tell each other a few numbers: gloo does, also where there are GPUs, and takes none of their memory.
+            # Only a few numbers are exchanged. gloo is enough for that, and takes no GPU memory.
             self._state = PartialState(cpu=True, timeout=_PATIENCE)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that talks."""
+        """Whether this process prints the progress and the summary."""
         return self.rank == 0
 
     def gathered(self, own: Any) -> list[Any] | None:
-        """What each of them has, when the last one has it; None if one of them has ended before."""
+        """Every process's ``own``, after waiting for the last process; None if a process ended before that."""
         if self._state is None:
             return [own]
         import torch.distributed as dist
@@ -61,7 +61,7 @@ class Processes:
         return found
 
     def leave(self) -> None:
-        """Say goodbye to the others, if they are there."""
+        """Leave the process group, if there is one."""
         if self._state is not None:
             with contextlib.suppress(RuntimeError, AssertionError):
                 self._state.destroy_process_group()
@@ -72,5 +72,7 @@ def _number(variable: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise AnalysisError(f"{variable}={text!r} in the environment is no number; leave it to the launcher")
+        raise AnalysisError(
+            f"{variable}={text!r} in the environment is not a number; leave it to the launcher"
+        )
     return int(text)

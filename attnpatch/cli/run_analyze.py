@@ -1,4 +1,4 @@
-"""What ``attnpatch analyze`` does: loads, runs, shows how far it is, and says how it went."""
+"""What ``attnpatch analyze`` does: load the model, analyse the conversations, show progress, print a summary."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from attnpatch.hosts.transformers.quiet import quieten
 from attnpatch.policy import size_text
 
 SOME_FAILED = 3
-# Without a terminal a line says how far it is, every so many seconds.
+# Seconds between progress lines where there is no terminal for a progress bar.
 _SAY_EVERY = 30.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """What was asked for.
+    """The options of one ``attnpatch analyze``, checked.
 
     Attributes:
-        model, json: None for the demo.
+        model, json: Folder or name of the model, and the file of conversations; None for the demo.
         out: Folder for the results.
         method, normalize, resume: As ``analyze_all`` takes them.
-        pictures: None: of one conversation only.
+        pictures: Whether to draw results; None: only if there is a single conversation.
         loading: Arguments of ``BlockAttentionAnalyzer``.
         options: Fields of its ``Options``.
     """
@@ -66,13 +66,13 @@ class Task:
 
 
 def run_task(task: Task) -> int:
-    """Run it, and print how it went.
+    """Run the task and print a summary.
 
     Returns:
         The exit code.
 
     Raises:
-        AttnpatchError: Nothing can be done.
+        AttnpatchError: The task cannot start, for example because a file or the model cannot be read.
     """
     processes = Processes()
     try:
@@ -84,7 +84,7 @@ def run_task(task: Task) -> int:
 def _run(task: Task, processes: Processes) -> int:
     quieten()
     shown, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    # Read before the model is loaded, which takes longer than finding that there is no file.
+    # Before the model is loaded: a missing file is then reported at once.
     total = sum(1 for _ in _records(task))
     own = len(range(processes.rank, total, processes.count))
     draws = total == 1 if task.pictures is None else task.pictures
@@ -113,7 +113,10 @@ def _run(task: Task, processes: Processes) -> int:
         )  # fmt: skip
     gathered = processes.gathered(summary)
     if gathered is None:
-        say(errors, "attnpatch: another process ended before its share was done; run it again with --resume")
+        say(
+            errors,
+            "attnpatch: another process ended before its share was done; run the command again with --resume",
+        )
     together = functools.reduce(operator.add, gathered or [summary])
     if processes.is_main:
         if len(gathered or ()) == processes.count and not together.done + together.skipped:
@@ -142,10 +145,10 @@ def _analyzer(task: Task, processes: Processes) -> BlockAttentionAnalyzer:
         from attnpatch.demo.run import FOLDER
 
         model = str(FOLDER / "model")
-        # As the demo has it; half precision is slow on most processors.
+        # As in attnpatch demo; half precision is slow on most CPUs.
         loading["torch_dtype"] = loading["torch_dtype"] or "float32"
     if loading["device_map"] is None and torch.cuda.is_available():
-        # One device for each process; alone, all there are, as the guide has it.
+        # Several processes get one device each; a single process gets all devices.
         several = processes.count > 1
         devices = torch.cuda.device_count()
         loading["device_map"] = {"": processes.local_rank % devices} if several else "auto"
@@ -153,7 +156,7 @@ def _analyzer(task: Task, processes: Processes) -> BlockAttentionAnalyzer:
 
 
 def _loaded(task: Task) -> dict[str, Any]:
-    """What of the loading changes results, for ``run.json``."""
+    """The loading options that change results; ``run.json`` records them."""
     kept = ("load_in_4bit", "load_in_8bit", "torch_dtype")
     model = "demo" if task.model is None else os.path.abspath(task.model)
     if task.model is not None and not Path(task.model).exists():
@@ -163,7 +166,7 @@ def _loaded(task: Task) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(console: Console, total: int, processes: Processes) -> Iterator[Any]:
-    """Yields what is to be called after each conversation."""
+    """Yields a function to call after each conversation; it shows the progress."""
     if not processes.is_main:
         yield lambda step: None
         return
@@ -197,7 +200,7 @@ def _progress(console: Console, total: int, processes: Processes) -> Iterator[An
 
 
 class _Pace:
-    """How fast it goes; what was skipped takes no time, and does not count."""
+    """Conversations per second and the time left. Skipped conversations take no time and do not count."""
 
     def __init__(self, total: int) -> None:
         self.total, self.seen, self.worked = total, 0, 0
@@ -225,7 +228,7 @@ class _Pace:
 
 
 def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> None:
-    """What is so of the model and not of one conversation."""
+    """Print the notes that concern the model and not one conversation, each once."""
     for note in notes:
         if console is not None and note.startswith(SINGLE_PASS) and note not in said:
             said.add(note)
@@ -233,7 +236,7 @@ def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> 
 
 
 def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Console) -> list[str]:
-    """Pictures of one result; without them it is still a result."""
+    """Draw one result. Without matplotlib the result is kept and a note is printed."""
     folder = task.out / "pictures" / str(step.entry["name"])
     try:
         assert step.analysis is not None
@@ -247,7 +250,7 @@ def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Cons
 
 
 def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn: list[str]) -> None:
-    """The table at the end, and where everything is."""
+    """Print the summary table and the paths of the results."""
     table = Table("", "", show_header=False)
     rows: list[tuple[str, Any]] = [("conversations analysed", summary.done)]
     rows += [("skipped, done before", summary.skipped), ("failed", len(summary.failed))]
@@ -265,4 +268,4 @@ def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn
     if drawn:
         say(console, f"pictures: {Path(drawn[0]).parent}")
     if task.resume and summary.done == 0 and summary.skipped and not summary.failed:
-        say(console, "Everything was done already.")
+        say(console, "All conversations had been analysed before.")

@@ -1,7 +1,8 @@
-"""What the start-up files run in every interpreter: imports nothing before it has seen ATTNPATCH.
+"""Runs at the start of every interpreter; imports nothing unless ATTNPATCH is set.
 
-``attnpatch.pth`` looks for the variable itself, because even this import takes 0.2 ms (``python -m benchmarks startup``);
-the entry point in ``attnpatch.start`` (Python 3.15, PEP 829) cannot. Virtual environments run their files twice.
+``attnpatch.pth`` checks the variable itself, because importing this file already takes 0.2 ms
+(``python -m benchmarks startup``); the entry point in ``attnpatch.start`` (Python 3.15, PEP 829) cannot check it.
+Virtual environments run their start-up files twice, so ``_started`` guards against the second run.
 """
 
 import os
@@ -11,7 +12,7 @@ _started = False
 
 
 def start():
-    """Activate attnpatch if the environment asks for it; whatever goes wrong, the interpreter goes on."""
+    """Activate attnpatch if ATTNPATCH asks for it; an error is printed and the interpreter goes on."""
     global _started
     if os.environ.get("ATTNPATCH", "") in ("", "0") or sys.flags.ignore_environment or _started:
         return

@@ -1,6 +1,6 @@
-"""Found through the PYTHONPATH of ``attnpatch run`` where the start-up file is not installed.
+"""Activates attnpatch where its start-up file is not installed: ``attnpatch run`` puts this folder on PYTHONPATH.
 
-An interpreter loads one module of this name; the one that this hides is loaded after it.
+Python imports only one ``sitecustomize``. If this file hides another one, it imports that one afterwards.
 """
 
 import os
