@@ -1,7 +1,7 @@
 """Attention a few query rows at a time, exactly, and block maps of where it goes."""
 
-# Names are imported when they are first used (PEP 562): what needs no torch (the policy, the errors, activation) is
-# importable without the second that torch takes.
+# Names are imported on first use (PEP 562), so that the modules that need no torch (the policy, the errors, activation)
+# can be imported without the second that importing torch takes.
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; without its extra say how to get it, in one line."""
+    """Run the command line; if the ``cli`` extra is missing, print one line that says how to install it."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

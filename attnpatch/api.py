@@ -22,29 +22,30 @@ from attnpatch.reporting import Report, joined, report_of
 if TYPE_CHECKING:
     from attnpatch.dry_run.explanation import Explanation
 
-# A module, or a pipeline: an object with modules for components.
+# A module, or a pipeline (an object whose components are modules).
 Model = TypeVar("Model")
 
 
 def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
-    """Let the attention of a model go by rows when memory is short, and change nothing else.
+    """Run the attention of a model by rows when memory is short, and change nothing else.
 
     Args:
-        model: Any ``torch.nn.Module`` with attention in it; or a pipeline of diffusers or transformers, whose components
-            (``unet`` or ``transformer``, ``vae``, text encoders, ...) are patched one by one where they have attention.
-        sites: ``"auto"``: what a class name or ``register`` says is attention, and what is recognised in its first
-            call: a module that computes softmax of a product of its inputs. ``"registered"``: what ``register`` says.
-            Or paths of a model's modules, such as ``["encoder.mixer"]``. ``None``: as they were when applied before,
-            else ``"auto"``.
-        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, of a component
-            that was patched on its own too, and the sites (their counts begin anew) where others are asked for.
+        model: Any ``torch.nn.Module`` with attention in it, or a pipeline of diffusers or transformers. Of a pipeline,
+            every component with attention (``unet`` or ``transformer``, ``vae``, text encoders, ...) is patched.
+        sites: Which modules are patched. ``"auto"``: modules whose class name says attention, modules that ``register``
+            names, and modules that compute softmax of a product of their inputs in their first call.
+            ``"registered"``: only modules that ``register`` names. A list of module paths, such as
+            ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``, otherwise ``"auto"``.
+        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, also that of a
+            component that was patched on its own. If other ``sites`` are given, it replaces the sites too, and their
+            counts restart at 0.
 
     Returns:
         The same model.
 
     Raises:
-        PolicyError: A field is unknown or its value cannot be used; the model is as it was.
-        PatchError: Nothing in it is recognised as attention, or a part of it is patched on its own.
+        PolicyError: A field is unknown or its value is invalid; the model is unchanged.
+        PatchError: No attention is recognised in the model, or a part of the model is patched on its own.
     """
     rule = Policy.of(policy)
     with contextlib.ExitStack() as undo:
@@ -56,10 +57,10 @@ def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
 
 
 def remove(model: Model) -> Model:
-    """Take the patch out: every touched object is as it was, attribute for attribute.
+    """Remove the patch: every object that ``apply`` changed gets its old attributes back.
 
-    Of a part of a patched model too, which then is as it was while the rest stays patched: a tool may have taken the
-    model apart since (PEFT's ``unload`` returns what was inside the patched one). Of a pipeline: out of all components.
+    Given a pipeline, all components are unpatched. Given a part of a patched model, only that part is unpatched: a tool
+    may have taken the model apart since (PEFT's ``unload`` returns the inner model of the one that was patched).
 
     Returns:
         The same model.
@@ -79,12 +80,12 @@ def remove(model: Model) -> Model:
 
 @contextlib.contextmanager
 def patched(model: Model, sites: Sites | None = None, **policy: Any) -> Iterator[Model]:
-    """Patch a model inside a ``with`` block only; also restored when an exception leaves the block.
+    """Patch a model inside a ``with`` block only. The patch is removed at the end, also after an exception.
 
-    A model that is patched already has the given policy inside the block and its own afterwards; its sites stay.
+    If the model is patched already, the given policy holds inside the block and the old one afterwards; its sites stay.
 
     Args:
-        model: Any ``torch.nn.Module`` with attention in it.
+        model: A module or a pipeline, as ``apply`` takes it.
         sites, **policy: As ``apply`` takes them.
 
     Raises:
@@ -101,7 +102,7 @@ def patched(model: Model, sites: Sites | None = None, **policy: Any) -> Iterator
 def report(model: Any) -> Report:
     """What each attention site did since the model was patched; prints as a table.
 
-    Of a pipeline: one table of all its components, whose names stand before the sites'.
+    Given a pipeline, one table covers all components; a site's name begins with its component's name.
 
     Raises:
         PatchError: The model is not patched.
@@ -123,35 +124,35 @@ def explain(
     inputs: Any = None,
     **policy: Any,
 ) -> Explanation:
-    """What each attention site would do and hold in one forward pass, before it runs; prints as a table.
+    """Predict what each attention site would do in one forward pass and what memory it would hold; prints as a table.
 
-    The model's own forward runs twice on shapes, natively and under the policy, in evaluation mode and without
-    gradients (inside ``torch.inference_mode()``, in that mode). No values are computed, no memory is taken, and
-    the model is afterwards as it was. A model on ``meta`` will do. Free memory is what is free now, less what the
-    model would have taken before its attention begins.
+    The model's own forward runs twice on shapes: natively and under the policy, in evaluation mode and without
+    gradients (or in inference mode, if called inside ``torch.inference_mode()``). No values are computed, no memory is
+    taken, and the model is unchanged afterwards. The model may be on ``meta``. Free memory is counted as the memory
+    that is free now, less what the model would have taken before its attention begins.
 
     Args:
-        model: Any ``torch.nn.Module`` with attention in it; patched or not.
-        seq_len: Tokens per sequence, on either side of an encoder-decoder model.
-        batch: Sequences.
-        device: Where it would run; ``None``: where it is, and for a model on ``meta`` the accelerator there is,
-            else cpu.
-        inputs: What to call the model with instead of made-up token ids: a dict, a tuple or a tensor; only shapes
-            and dtypes are read.
-        **policy: Fields of ``Policy``, over those of the policy the model is patched with.
+        model: Any ``torch.nn.Module`` with attention in it, patched or not.
+        seq_len: Tokens per sequence; for an encoder-decoder model, on either side.
+        batch: Number of sequences.
+        device: Where the model would run. ``None``: where it is; for a model on ``meta`` the accelerator, or the CPU if
+            there is none.
+        inputs: The model's arguments (a dict, a tuple or a tensor), instead of made-up token ids. Only their shapes and
+            dtypes are read.
+        **policy: Fields of ``Policy``; they override those of the policy that the model is patched with.
 
     Returns:
         ``Explanation``; sizes in bytes.
 
     Raises:
-        ExplainError: The model cannot be run on shapes (it decides by values, or an operation has no
-            implementation for shapes), or its inputs cannot be made from ``seq_len``.
+        ExplainError: The model cannot run on shapes (it branches on values, or an operation has no implementation for
+            shapes), or its inputs cannot be made from ``seq_len``.
         PolicyError, PatchError: As ``apply``.
     """
     patch = patch_of(_one_model(model))
-    Policy.of(policy)  # an unknown field is named before it is mixed with others
+    Policy.of(policy)  # names an unknown field before the fields are merged
     rule = Policy(**{**(vars(patch.policy) if patch is not None else {}), **policy})
-    from attnpatch.dry_run.explanation import explanation_of  # with the first one that is asked for
+    from attnpatch.dry_run.explanation import explanation_of  # imported on first use
 
     return explanation_of(model, rule, seq_len, batch, device, inputs)
 

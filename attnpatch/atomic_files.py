@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also after SIGKILL: written beside their place, on the disk, then moved there."""
+"""Writes files atomically, even under SIGKILL: into a temporary file beside the target, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ def whole(
     tag: str | int | None = None,
     publish: Callable[[Path, Path], None] = lambda temporary, path: os.replace(temporary, path),
 ) -> Iterator[Path]:
-    """A place beside a file's to write it to: moved there when the block ends, and gone when it fails.
+    """Yields the path of a temporary file beside ``path``; when the block ends it is renamed to ``path``.
+
+    If the block fails, the temporary file is removed.
 
     Args:
-        path: Of the file; one that is there is replaced, and survives a write that fails.
-        failure: What an ``OSError`` is raised as, with the path and a way out; ``None``: as itself.
-        tag: In the name of the place, ``.NAME.TAG.tmp``; ``None``: random, so that no two writers share it.
-        publish: How the written file gets its name.
+        path: The file to write. An existing file is replaced; if the write fails, it is kept.
+        failure: Exception class that an ``OSError`` is turned into, with a message that names the path and a way out;
+            ``None``: the ``OSError`` itself is raised.
+        tag: Part of the temporary file's name, ``.NAME.TAG.tmp``; ``None``: random, so that no two writers share it.
+        publish: Gives the temporary file its final name.
 
     Raises:
         OSError, failure: The file cannot be written.
@@ -35,14 +38,14 @@ def whole(
         if failure is None:
             raise
         problem = error.strerror or error
-        raise failure(f"cannot write {path}: {problem}; choose a path that can be.") from error
+        raise failure(f"cannot write {path}: {problem}; choose another path.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def put(place: Path, pieces: Iterable[bytes]) -> None:
-    """Write pieces to a place that ``whole`` gave; they are on the disk when this returns."""
+    """Write pieces to a path that ``whole`` yielded; they are on the disk when this returns."""
     with open(place, "wb") as file:
         file.writelines(pieces)
         file.flush()
@@ -50,7 +53,11 @@ def put(place: Path, pieces: Iterable[bytes]) -> None:
 
 
 def create(path: Path, data: bytes, tag: str | int) -> bool:
-    """Write a file unless there is one; whether this process was the one that did. Others then find it whole."""
+    """Write a file unless it exists; other processes never see a part of it.
+
+    Returns:
+        Whether this process wrote it.
+    """
     try:
         with whole(path, tag=tag, publish=_link) as temporary:
             put(temporary, [data])

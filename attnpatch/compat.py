@@ -1,10 +1,10 @@
-"""Every private name of torch and of its hosts that attnpatch uses, in one place, each with what it is for.
+"""Every private name of torch and of its hosts that attnpatch uses, in one place, each with its purpose.
 
-torch may change these in any release. Most that are missing fail here, when attnpatch is imported, and not in the middle of
-somebody's forward; of the others a comment says what happens. ``tests/test_layers.py`` sees that no other file uses one.
+torch may change these in any release. If one is missing, most fail here, when attnpatch is imported, and not during a
+user's forward; for the others a comment says what happens. ``tests/test_layers.py`` checks that no other file uses one.
 
-The names of transformers, accelerate and torch's compiler at the end are asked of objects that are there already: where a
-release has other names, what they would say is not known, and the comment says what is done then.
+The names of transformers, accelerate and torch's compiler, at the end, are looked up on objects that exist already. If a
+release has other names, attnpatch does not know what they would say; the comment says what it does then.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Contexts in which tensor subclasses (the first) or modes too (the second) are not asked for a function's result.
+# Contexts that switch off ``__torch_function__``: the first of tensor subclasses, the second of modes too.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 DisableTorchFunction = torch._C.DisableTorchFunction
 without_dispatch_modes = _disable_current_modes
-# The modes that see torch's functions, and those that see its operators, innermost last.
+# The active function modes (``TorchFunctionMode``) and dispatch modes (``TorchDispatchMode``), innermost last.
 function_mode, function_modes, without_function_mode = (
     _get_current_function_mode,
     _get_current_function_mode_stack,
@@ -53,10 +53,11 @@ dispatch_modes, push_dispatch_mode, pop_dispatch_mode = (
     _push_mode,
     _pop_mode,
 )
-# One checkpoint (not reentrant); where torch has no such class, none is known. And how it stops running again.
+# The state of one non-reentrant checkpoint, and the exception that ends its recomputation early. Where torch has no
+# such class, no checkpoint is recognised.
 CheckpointFrame: Any = getattr(checkpoint, "_CheckpointFrame", None)
 StopRecomputation: Any = getattr(checkpoint, "_StopRecomputationError", None)
-# The modes of a selective checkpoint; where torch has none of these names, no mode is one.
+# The modes of a selective checkpoint. Where torch has no such names, no mode is recognised as one.
 SELECTIVE_MODES = tuple(
     getattr(checkpoint, name)
     for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
@@ -82,22 +83,22 @@ cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
-    """The number of the kernel that SDPA would use for such a call: 0 is dense math. Not on every device."""
+    """The number of the kernel that SDPA would use for such a call; 0 is dense math. Some devices do not support it."""
     return torch._fused_sdp_choice(*args, **kwargs)
 
 
 def is_transformed() -> bool:
-    """Whether ``vmap``, ``torch.func.grad`` or another transform goes on, in which tensors stand for others."""
+    """Whether ``vmap``, ``torch.func.grad`` or another functorch transform is active; tensors are then wrappers."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_forward_mode() -> bool:
-    """Whether forward-mode differentiation goes on."""
+    """Whether forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is one of a transform's, around another."""
+    """Whether a tensor is a functorch transform's wrapper around another tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -107,7 +108,7 @@ def is_batched_gradient(tensor: torch.Tensor) -> bool:
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor inside a transform's."""
+    """The tensor inside a functorch wrapper."""
     return torch._C._functorch.get_unwrapped(tensor)
 
 
@@ -119,17 +120,17 @@ def is_traced() -> bool:
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass goes on in this thread."""
+    """Whether a backward pass is running in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass that goes on was told to keep what its nodes saved."""
+    """Whether the running backward pass has ``retain_graph=True``, so that its nodes keep their saved tensors."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def saved_tensor_hooks() -> Any:
-    """The hooks that autograd packs saved tensors with (checkpoints, offloading), or ``None``."""
+    """The active saved-tensor hooks of autograd (checkpoints and offloading set them), or ``None``."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
@@ -139,7 +140,7 @@ def has_dispatch_modes() -> bool:
 
 
 def throw_on_data_ptr(tensor: torch.Tensor) -> None:
-    """Whoever takes the address of this tensor's memory gets an error."""
+    """Make any access to the address of this tensor's memory raise an error."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
@@ -149,18 +150,18 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def storage_behind(weak_reference: int) -> torch.UntypedStorage | None:
-    """The memory that a weak reference is to, or ``None`` if it is gone."""
+    """The storage that a weak reference points to, or ``None`` if it was freed."""
     return torch.UntypedStorage._new_with_weak_ptr(weak_reference)
 
 
 def has_tile_registers(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a narrow dtype in tiles; where torch cannot say, it may."""
+    """Whether this CPU multiplies matrices of a narrow dtype in tile registers (AMX); True where torch cannot say."""
     name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
     return getattr(torch.cpu, name, lambda: True)()
 
 
 def neg_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A view that is read with its sign turned."""
+    """A view that reads the tensor's elements negated (the negative bit is set)."""
     return torch._neg_view(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Every exception attnpatch raises on purpose: one line that says what was given, what fits, and the way out."""
+"""Every exception that attnpatch raises on purpose. A message is one line: the value, what is accepted, a way out."""
 
 
 class AttnpatchError(Exception):
@@ -6,15 +6,15 @@ class AttnpatchError(Exception):
 
 
 class AttnpatchWarning(UserWarning):
-    """Code of attnpatch failed inside a forward, which went on natively."""
+    """attnpatch's own code failed in a forward (the model's code was used instead), or a capture misses something."""
 
 
 class PolicyError(AttnpatchError, ValueError):
-    """A policy field is unknown or its value cannot be used."""
+    """A policy field is unknown or its value is invalid."""
 
 
 class PatchError(AttnpatchError):
-    """A model cannot be patched, or the patch cannot be found."""
+    """A model cannot be patched, or a model that should be patched is not."""
 
 
 class BlockError(AttnpatchError, ValueError):
@@ -22,15 +22,15 @@ class BlockError(AttnpatchError, ValueError):
 
 
 class CaptureError(AttnpatchError):
-    """Nothing was captured, or what was captured cannot answer the question."""
+    """Nothing was captured, or what was captured does not contain what was asked for."""
 
 
 class ExplainError(AttnpatchError):
-    """A model cannot be explained: it cannot be run on shapes alone, or its inputs cannot be made up."""
+    """``explain`` cannot run the model on shapes alone, or cannot make up inputs for it."""
 
 
 class AnalysisError(AttnpatchError):
-    """What is to be analysed cannot be read, or does not fit."""
+    """A conversation, a model or an option of an analysis cannot be read or used."""
 
 
 class BlockMapFileError(AttnpatchError, OSError):

@@ -1,4 +1,4 @@
-"""What is said when code of attnpatch itself fails inside a user's forward, which goes on natively."""
+"""The warning for errors in attnpatch's own code inside a user's forward, which then goes on natively."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import warnings
 from attnpatch.errors import AttnpatchWarning, in_one_line
 
 _PACKAGE = pathlib.Path(__file__).parent
-# Places and errors that were named already. Only text: an error's frames hold tensors.
+# Places and errors that were reported already. Only text is kept: an error's frames would keep tensors alive.
 _said: set[tuple[str, str, str]] = set()
 
 
 def warn_once(where: str, error: BaseException) -> None:
-    """Warn of an error of ours, once for each step, type of error and line; never raises.
+    """Warn about an error in attnpatch's own code, once per step, error type and line. Never raises.
 
     Args:
         where: The step that failed, in words that a user can report: ``"softmax of deferred scores"``.
-        error: What was raised.
+        error: The error.
     """
     kind, line = type(error).__name__, _line_of(error)
     if (where, kind, line) in _said:
@@ -32,7 +32,7 @@ def warn_once(where: str, error: BaseException) -> None:
     try:
         warnings.warn(message, AttnpatchWarning, stacklevel=3)
     except Exception:
-        # Warnings are errors in this process. An error would end a forward that goes on well without it.
+        # This process turns warnings into errors. Raising one would end a forward that can go on without attnpatch.
         if sys.stderr is not None:
             print(message, file=sys.stderr)
 
@@ -45,7 +45,7 @@ def _words(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """The innermost line of this package that the error passed."""
+    """The innermost line of this package in the error's traceback."""
     line = "no line"
     for frame in traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False):
         path = pathlib.Path(frame.filename)

@@ -1,4 +1,4 @@
-"""Bytes that would be held, counted while torch runs on shapes alone."""
+"""Counts the bytes that tensors would hold while torch runs on shapes alone."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn|fused)_attentio
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """aten's ``_safe_softmax`` (native/transformers/attention.cpp): beside its result it holds where scores are infinite."""
+    """aten's ``_safe_softmax`` (native/transformers/attention.cpp) with its temporary, a mask of infinite scores."""
     out = torch.softmax(scores, dim, dtype=dtype)
     return out.masked_fill_(torch.all(torch.isneginf(scores), dim, keepdim=True), 0.0)
 
 
-# Operators that hold more than their result and do not show it on shapes.
+# Operators whose temporaries do not show when they run on shapes, spelled out so that these are counted.
 _STEPS: dict[Any, Callable[..., Any]] = {compat.safe_softmax: _safe_softmax}
 
 
 @dataclasses.dataclass
 class Span:
-    """What happened inside a part of a run.
+    """A part of a run, and what it held.
 
     Attributes:
         entry: Bytes held when it began.
-        peak: Most bytes held at once while it went on.
+        peak: Most bytes held at once during it.
         exit: Bytes held when it ended.
         operators: Names of the operators that ran.
     """
@@ -51,9 +51,9 @@ class Span:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the storages that operators on fake tensors make, until these are freed.
+    """Counts the storages that operators on fake tensors allocate, until they are freed.
 
-    What is there before the first operator that reads it (parameters, inputs) is not counted; views add nothing.
+    Storages that no operator allocated (parameters, inputs) are not counted; views add nothing.
 
     Attributes:
         live: Bytes held now.
@@ -107,7 +107,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def span(self) -> Iterator[Span]:
-        """Watch a part of a run."""
+        """Record what the run does inside a ``with`` block."""
         span = Span(self.live, self.live)
         self._spans.append(span)
         try:
@@ -117,9 +117,10 @@ class Ledger(TorchDispatchMode):
             span.exit = self.live
 
     def fused_choice(self, call: SdpaCall) -> int:
-        """What ``torch._fused_sdp_choice`` says of real tensors like these: 0 for dense math.
+        """What ``torch._fused_sdp_choice`` would return for real tensors like these, as 0 (dense math) or 1 (fused).
 
-        For tensors without data that function says 0 always; what runs in the call itself is chosen by their device.
+        That function always returns 0 for tensors without data. The call itself does choose its kernel by their device,
+        so the call is made and the operators that it runs are read.
         """
         spans, self._spans, self._is_paused = self._spans, [], True
         try:
@@ -131,7 +132,7 @@ class Ledger(TorchDispatchMode):
 
 
 class Shapes(FakeTensorMode):
-    """Tensors made inside have a shape, a dtype and a device, and no memory; ``ledger`` counts what they stand for."""
+    """Tensors made inside have a shape, a dtype and a device but no memory; ``ledger`` counts what they would take."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -139,12 +140,12 @@ class Shapes(FakeTensorMode):
 
 
 def ledger_of(tensor: torch.Tensor) -> Ledger | None:
-    """The ledger that counts a tensor, if it is one of a rehearsal."""
+    """The ledger that counts a tensor's bytes; None if the tensor was not made under ``Shapes``."""
     return getattr(getattr(tensor, "fake_mode", None), "ledger", None)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is no more than its elements; a subclass (distributed, quantised) is, but for one of shapes."""
+    """Whether a tensor is an ordinary one, or one of ``Shapes``; other subclasses (distributed, quantised) are not."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) or ledger_of(tensor) is not None
 
 

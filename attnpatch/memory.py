@@ -1,4 +1,4 @@
-"""How many bytes are free to this process on a device, and a meter of the peak for tests and benchmarks."""
+"""How many bytes this process can still take on a device; and a meter of peak memory for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from attnpatch.policy import FREE_MEMORY as OVERRIDE
 from attnpatch.policy import parse_size
 
-# Where memory is limited, by version of control groups: the folder, and what holds the limit and what is used.
+# By version of control groups: the root folder, the file with the limit and the file with the usage.
 _CGROUPS = {
     2: ("/sys/fs/cgroup", "memory.max", "memory.current"),
     1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -26,8 +26,8 @@ def free_bytes(device: torch.device | str) -> int:
     """Bytes that this process can still take on ``device``.
 
     CUDA and XPU: what the driver has free plus what the caching allocator has reserved and does not use. MPS: the
-    recommended maximum minus what tensors hold. CPU: available memory within the limits of control groups. The environment
-    variable ``ATTNPATCH_FREE_MEMORY`` (a size such as ``1.9GB``) overrides all of them.
+    recommended maximum minus what tensors hold. CPU: available memory within the limits of control groups. The
+    environment variable ``ATTNPATCH_FREE_MEMORY`` (a size such as ``1.9GB``) overrides all of them.
 
     Raises:
         PolicyError: The environment variable is not a size.
@@ -47,7 +47,7 @@ def free_bytes(device: torch.device | str) -> int:
 
 
 def _cgroup_free() -> list[int]:
-    """What is left of every limit that this process is under: its own control group's, and those around it."""
+    """Bytes left under each memory limit of this process: its own control group's, and those of its parents."""
     found = []
     for version, path in _memberships():
         root, limit_name, used_name = _CGROUPS[version]
@@ -58,8 +58,8 @@ def _cgroup_free() -> list[int]:
                 limit = (folder / limit_name).read_text().strip()
                 used = int((folder / used_name).read_text())
             except (OSError, ValueError):
-                continue  # inside a container the path may be the host's, and its root is all there is
-            # Without a limit version 2 says "max", version 1 a number near 2**63.
+                continue  # inside a container the path may be the host's: then only the root folder exists
+            # If there is no limit, version 2 has "max" and version 1 a number near 2**63.
             if limit != "max" and int(limit) < 2**60:
                 found.append(max(0, int(limit) - used + _page_cache(folder)))
     return found
@@ -82,18 +82,18 @@ def _memberships() -> list[tuple[int, str]]:
 
 
 def _page_cache(folder: pathlib.Path) -> int:
-    """Bytes of file cache charged to a control group: the kernel gives them back before it kills anybody."""
+    """Bytes of file cache charged to a control group. The kernel frees them before it kills a process."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
         found = {name: int(count) for name, count in map(str.split, lines)}
     except (OSError, ValueError):
         return 0
-    # Version 1 counts the groups inside apart.
+    # Version 1 has a separate total that includes the groups inside.
     return found.get("total_inactive_file", found.get("inactive_file", 0))
 
 
 class FreeMemoryCache:
-    """What is known of free memory during one call of a model: it is asked once, not in every layer."""
+    """Free memory during one call of a model: measured once per device, not in every layer."""
 
     def __init__(self) -> None:
         self._free: dict[torch.device, int] = {}
@@ -106,29 +106,29 @@ class FreeMemoryCache:
         return self._free[device]
 
     def ran_out(self, device: torch.device) -> None:
-        """A native call ran out of memory: what was known is wrong."""
+        """Note that a native call ran out of memory: the measured figure is dropped."""
         self._short.add(device)
         self._free.pop(device, None)
 
     def is_short(self, device: torch.device) -> bool:
-        """Whether a native call has run out of memory on ``device``: the layers after it need not try."""
+        """Whether a native call has run out of memory on ``device``, so that later layers need not try natively."""
         return device in self._short
 
 
 class PeakMeter:
     """Peak bytes taken inside a ``with`` block, beyond what was held when it began.
 
-    On CUDA from the allocator's own counter; on CPU from the resident size of the process, sampled by a thread
-    (the kernel's own high-water mark cannot be reset without privileges, and would include what came before).
+    On CUDA the allocator counts them. On CPU a thread samples the process's resident size, because the kernel's own
+    high-water mark cannot be reset without privileges and would include earlier peaks.
 
     Args:
-        device: Where.
+        device: The device to measure.
         interval: Seconds between samples.
-        curve: Keep the samples, in ``curve``, about 500 of them.
+        curve: Keep about 500 samples, in ``curve``.
 
     Attributes:
         peak: Bytes, valid after the block.
-        curve: Seconds since the block began, and bytes beyond what was held then.
+        curve: Samples: seconds since the block began, and bytes beyond what was held then.
     """
 
     def __init__(
@@ -181,6 +181,6 @@ class PeakMeter:
                 if self._keeps_curve and (not self.curve or seconds - self.curve[-1][0] >= interval):
                     self.curve.append((seconds, held - self._before))
                     if len(self.curve) > 1000:
-                        # Every second one goes, and from now on half as many come.
+                        # Drop every second sample, and sample half as often from now on.
                         del self.curve[::2]
                         interval *= 2

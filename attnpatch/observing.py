@@ -1,4 +1,4 @@
-"""The contract between running by rows and recording: what an observer of attention is shown, and what it is told of a call."""
+"""The interface between running by rows and recording: ``Observer``, and what it receives about each attention."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 from attnpatch.sdpa_call import SdpaCall
 
-# Who follows tokens on either side knows that functions whose names begin so make memory for something: of whatever tensor
-# it has the shape, it holds none of its tokens.
+# Functions whose names begin like this allocate a new tensor. It may have the shape of a tensor of tokens, but it holds
+# no tokens; code that follows tokens through torch functions relies on that.
 MAKING = tuple("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_".split())
-# The keys that an attention is open to; see ``Observer.begin``.
+# A function that returns the keys an attention may reach; see ``Observer.begin``.
 Opened = Callable[[int | None], torch.Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TileInfo:
-    """Where a tile of probabilities belongs.
+    """Which rows and heads of a call a tile of probabilities holds.
 
     Attributes:
-        leads: int64 ``[leads]``, which of the flattened batch x heads the tile holds.
-        rows: First and one past the last of its query rows.
-        lead_count: How many leads the call has in all.
-        q_len, kv_len: Query rows and keys of the call.
-        weights: Float ``[leads, rows]``, a factor that each row still has to be multiplied by; ``None``: 1.
-        positions: int64, the query rows of the tile where they are no neighbours; ``rows`` counts among those shown.
+        leads: int64 ``[leads]``, the tile's indices into the flattened batch x heads.
+        rows: The first of its query rows, and one past the last.
+        lead_count: Number of leads of the call.
+        q_len, kv_len: Number of query rows and of keys of the call.
+        weights: Float ``[leads, rows]``, a factor that each row must still be multiplied by; ``None``: 1.
+        positions: int64, the query rows of the tile if they are not contiguous; ``rows`` then counts the rows shown.
     """
 
     leads: torch.Tensor
@@ -39,50 +39,58 @@ class TileInfo:
 
 
 class Observer:
-    """Who looks at attention probabilities while they pass by.
+    """Receives the attention probabilities of one site's call while they are computed.
 
-    Of one attention ``begin`` comes first; then ``take``, where a fused kernel serves it, or ``observe`` for every tile;
-    then ``end``. ``restart`` begins the tiles again. A call of a site may hold several; ``finish`` comes after the last.
+    For each attention, ``begin`` is called first; then ``take`` if a fused kernel serves it, otherwise ``observe`` for
+    every tile; then ``end``. ``restart`` means that the tiles begin again. A site's call may contain several
+    attentions; ``finish`` is called after the last one.
 
     Attributes:
-        is_of_gradient: Whether to show each probability times its gradient instead, in the backward pass.
+        is_of_gradient: Whether the observer wants each probability times its gradient, in the backward pass, instead.
     """
 
     is_of_gradient: bool = False
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
-        """One tile: ``[leads, rows, kv_len]``, after softmax, before dropout.
+        """Receive one tile, ``[leads, rows, kv_len]``, after softmax and before dropout.
 
-        Keys that no row of the tile may look at can be left out at the end.
+        The last keys may be missing if no row of the tile may attend to them.
         """
         raise NotImplementedError
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
-        """See a whole SDPA call at once, given it and its ``[batch, heads, q_len]`` logsumexp.
+        """Receive a whole SDPA call at once.
 
-        ``workspace``: bytes that may be held meanwhile; ``None``: as many as it takes.
+        Args:
+            call: Its arguments.
+            lse: ``[batch, heads, q_len]``, its logsumexp.
+            workspace: Bytes that may be held meanwhile; ``None``: no limit.
 
         Returns:
-            ``None`` if nothing of it needs to be shown any more; otherwise why, in a few words.
+            ``None`` if the observer is done with the call; otherwise a few words that say why it needs the tiles.
         """
         raise NotImplementedError
 
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
-        """Query rows that need to be shown, int64, ascending; ``None``: all. More may be."""
+        """The query rows that the observer needs, int64, ascending; ``None``: all. It may be shown more."""
         return None
 
     def begin(self, layout: Layout, opened: Opened) -> bool:
-        """An attention of the site is about to be shown, or would be; whether it is to be.
+        """Decide whether the next attention of the site is shown.
 
         Args:
-            layout: What its dimensions are.
-            opened: From the place of the first query among the keys (``None``: they are others' tokens) to bool
-                ``[batch, kv_len]``, the keys that attention is open to; ``None``: to all; empty: that is not known.
+            layout: What the dimensions of the attention are.
+            opened: Returns the keys that attention may reach, bool ``[batch, kv_len]``; ``None`` if it may reach all;
+                an empty tensor if that is not known. Its argument is the position of the first query among the keys, or
+                ``None`` if queries and keys are different tokens.
+
+        Returns:
+            Whether to show it.
         """
         raise NotImplementedError
 
     def restart(self) -> None:
-        """Forget the tiles of this attention: it ran out of memory and begins again."""
+        """Discard the tiles of this attention: it ran out of memory and starts again."""
 
     def end(self) -> None:
         """All tiles of this attention were shown."""
@@ -92,7 +100,7 @@ class Observer:
 
 
 class NullObserver(Observer):
-    """Stands for an observer that has seen this call already."""
+    """Takes the place of an observer that has already seen this call; it needs nothing."""
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         pass
@@ -112,13 +120,13 @@ INPUT, KEPT, SLOTS = "input", "kept", "slots"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens that lie together on one side.
+    """A run of consecutive queries, or of consecutive keys, that come from one source.
 
     Attributes:
-        kind: ``"input"``: all tokens of an input of the module, in their order; ``"kept"``: what the module had before
-            (a cache, learned tokens); ``"slots"``: a memory of fixed size that holds tokens of an input.
-        number: Of the input.
-        length: How many.
+        kind: ``"input"``: all tokens of an input of the module, in order; ``"kept"``: tokens that the module had before
+            the call (a cache, learned tokens); ``"slots"``: a buffer of fixed size that holds tokens of an input.
+        number: Index of the input.
+        length: Number of tokens.
     """
 
     kind: str
@@ -128,17 +136,17 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What one attention looks like.
+    """What the dimensions of one attention are.
 
     Attributes:
-        batch, heads: Sequences, and heads of each.
+        batch, heads: Number of sequences, and of heads per sequence.
         q_len, kv_len: Query tokens and keys of a sequence.
-        queries, keys: What they are, in order.
-        numbers: int64, for each of the flattened leading indices ``sequence * heads + head``; ``None``: it is that.
-        head_rows: Which of the dimensions of queries are heads in fact: they come after the leading ones.
-        why_not: What is not known, in words; empty: all that a map rests on is.
-        drops_keys: Whether softmax ran over more than these keys, and the rest has no value (a sink).
-        is_mixed: Whether the weights are no longer what softmax gave (mixed over heads, differences of two).
+        queries, keys: Where the query tokens and the keys come from, in order.
+        numbers: int64, ``sequence * heads + head`` for each flattened leading index; ``None``: the index itself.
+        head_rows: Which of the query dimensions are in fact heads; these follow the leading dimensions.
+        why_not: A fact that a map would need and that is not known, in words; empty if all are known.
+        drops_keys: Whether softmax ran over more keys than these, and the others have no value (a sink).
+        is_mixed: Whether the weights were changed after softmax (mixed over heads, a difference of two softmaxes).
     """
 
     batch: int

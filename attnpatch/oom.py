@@ -1,6 +1,6 @@
-"""Running out of memory: how it is recognised, how a step becomes smaller until it fits, and what was tried before giving up.
+"""Running out of memory: recognises it, makes a step smaller until it fits, and records what was tried.
 
-A native call that fails is answered by rows (``rows/attention_call.py``, ``AttentionCall.answers``)."""
+A native call that runs out of memory is answered by rows in ``rows/attention_call.py`` (``AttentionCall.answers``)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import NoReturn, TypeVar
 import torch
 
 T = TypeVar("T")
-# CUDA and XPU have a type for it; MPS, CPU and the libraries below them have only words.
+# CUDA and XPU raise a type of their own; MPS, CPU and the libraries below them can be told only by their messages.
 _WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory."""
+    """Whether an error means that a device ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 class Attempts:
-    """What ran out of memory on the way to one result.
+    """The attempts at one result that ran out of memory.
 
     Attributes:
-        error: The first error.
-        tried: What was tried, in words.
+        error: The error of the first attempt.
+        tried: Each attempt, in words.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Attempts:
         self.tried: list[str] = []
 
     def failed(self, error: RuntimeError, what: str) -> None:
-        """Note a failure, without the frames of its traceback: they hold the tensors that took the memory."""
+        """Record a failed attempt, without its traceback: those frames keep alive the tensors that took the memory."""
         if self.error is None:
             self.error = error.with_traceback(None)
             error.__context__ = None
@@ -50,16 +50,19 @@ class Attempts:
 def until_it_fits(
     work: Callable[[], T], smaller: Callable[[], bool], said: Callable[[], str], attempts: Attempts
 ) -> T:
-    """``work()``, again with a smaller step as long as it runs out of memory.
+    """Call ``work()``; while it runs out of memory, call it again with a smaller step.
 
     Args:
-        work: Does all of it with the present step.
-        smaller: Makes the step smaller, and forgets what was done; ``False``: it is as small as it gets.
-        said: The present step in words.
-        attempts: What was tried before.
+        work: Computes the whole result with the current step.
+        smaller: Makes the step smaller and discards partial results; returns ``False`` if the step is the smallest.
+        said: Returns the current step in words.
+        attempts: Earlier attempts; failures are added.
+
+    Returns:
+        The result of ``work()``.
 
     Raises:
-        RuntimeError: There is no memory for the smallest step either; the first error.
+        RuntimeError: There is no memory for the smallest step either. It is the first error.
     """
     while True:
         try:
@@ -68,6 +71,6 @@ def until_it_fits(
             if not is_out_of_memory(error):
                 raise
             attempts.failed(error, said())
-        # Out of the handler, where the error holds no tensors any more.
+        # After the except block, where the error no longer keeps tensors alive.
         if not smaller():
             attempts.give_up()

@@ -1,4 +1,4 @@
-"""When attention goes by rows: one frozen dataclass, the same fields in Python, environment and command line."""
+"""When attention runs by rows: one frozen dataclass with the same fields in Python, environment and command line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 MODES = ("auto", "always", "never")
-# Query rows that a step has at least, unless there are no more: fewer of them round differently (`rows/graph/axes.py`).
+# The fewest query rows in a step, unless the call has fewer: smaller products round differently (`rows/graph/axes.py`).
 LEAST_ROWS = 16
-# The variable that overrides what memory.free_bytes finds; named here because reading it needs no torch.
+# The variable that overrides what memory.free_bytes measures; defined here because this module needs no torch.
 FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 
 
 def parse_size(value: int | float | str, name: str = "size") -> int:
-    """Bytes meant by ``value``.
+    """The number of bytes that ``value`` means.
 
     Args:
         value: A number of bytes, or a string such as ``"2GB"`` (decimal), ``"512MiB"`` (binary), ``"1.5 GB"``.
-        name: What the value is called in the error message.
+        name: The name of the value in the error message.
 
     Returns:
         The size in bytes.
@@ -51,9 +51,9 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
 
 
 def size_text(size: int | float) -> str:
-    """Bytes as people write them, decimal as ``parse_size`` reads them: ``1.4 GB``."""
+    """A number of bytes for people, in the decimal units that ``parse_size`` reads: ``1.4 GB``."""
     for unit, least in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        # 999.6 MB would be printed as 1000.
+        # Without the factor 999.6 MB would be printed as 1000 MB.
         if size >= 0.9995 * least:
             return f"{size / least:.3g} {unit}"
     return f"{size:.0f} B"
@@ -66,27 +66,28 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When attention goes by rows, and in what steps.
+    """When attention runs by rows, and in what steps.
 
     Attributes:
-        mode: ``"auto"`` decides call by call, ``"always"`` and ``"never"`` do not ask.
-        min_tokens: The number of query rows must exceed this.
-        min_free: By rows when less memory than this is free; bytes or a string such as ``"2GB"``.
-        headroom: Also by rows when the native call's predicted temporaries exceed this share of free memory.
-        workspace: Ceiling in bytes on what one attention call may hold beside its inputs and output;
-            ``None`` takes it from free memory and, on CPU, from what the cache holds.
-        rows: Fixed number of query rows per step; ``None`` chooses. Steps are balanced, begin at multiples of 16 rows and
-            have at least 16 (32 in narrow dtypes), since fewer round differently: of a smaller number so many are taken,
-            and a warning says so once.
-        heads: Fixed number of heads per step; ``None`` chooses.
-        retry_on_oom: Answer an out-of-memory error of a native call by rows, halving them until they fit.
-        fuse: Hand attention written by hand to torch's fused kernel where its steps are those of
-            ``scaled_dot_product_attention``, whatever memory is free: every call of more than ``min_tokens`` query rows,
-            under ``mode="always"`` every call, under ``"never"`` none. Faster, and the same to rounding, not to the
-            last bit. What has another step in it goes by rows, and the report says which.
+        mode: ``"auto"`` decides each call by the fields below; ``"always"`` runs every call by rows, ``"never"`` none.
+        min_tokens: A call with this many query rows or fewer stays native.
+        min_free: A call runs by rows when less memory than this is free; bytes, or a string such as ``"2GB"``.
+        headroom: A call also runs by rows when its native temporaries would exceed this share of free memory.
+        workspace: Most bytes that one attention call may hold beside its inputs and output; ``None`` chooses by free
+            memory and, on CPU, by the size of the processor's cache.
+        rows: Query rows per step; ``None`` chooses. Steps are of about equal size, begin at multiples of 16 rows and
+            have at least 16 rows (32 in narrow dtypes), because fewer rows round differently. A smaller number is
+            raised to that, with one warning.
+        heads: Heads per step; ``None`` chooses.
+        retry_on_oom: When a native call runs out of memory, compute its result by rows, halving the step until it fits.
+        fuse: Run hand-written attention with torch's fused kernel if its steps are those of
+            ``scaled_dot_product_attention``. This does not depend on free memory: it holds for every call of more than
+            ``min_tokens`` query rows, under ``mode="always"`` for every call, under ``"never"`` for none. It is faster,
+            and agrees to rounding, not to the last bit. A call with any other step runs by rows, and the report names
+            that step.
 
     Raises:
-        PolicyError: A value cannot be used.
+        PolicyError: A value is invalid.
     """
 
     mode: str = "auto"
@@ -128,7 +129,7 @@ class Policy:
         """A policy from keyword arguments.
 
         Raises:
-            PolicyError: A field is unknown (the nearest known one is named) or its value cannot be used.
+            PolicyError: A field is unknown (the message suggests the nearest known one) or its value is invalid.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
@@ -138,7 +139,7 @@ class Policy:
                 raise PolicyError(f"unknown policy field {name!r}{hint} Known fields: {', '.join(known)}")
         policy = cls(**fields)
         if policy.rows is not None and policy.rows < LEAST_ROWS:
-            # The same text and line each time, so that Python says it once.
+            # The same text and line each time, so that Python shows the warning only once.
             warnings.warn(
                 f"rows={policy.rows}: steps of {LEAST_ROWS} query rows are taken, because fewer round differently",
                 stacklevel=2,
@@ -147,20 +148,20 @@ class Policy:
 
     @classmethod
     def of_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Policy:
-        """A policy from what somebody wrote in the environment or on the command line.
+        """A policy from texts in the environment or on the command line.
 
-        Every field has one written form (``TEXTS``), the same in both places, and nothing is guessed: ``2gigs`` is no
-        size, ``true`` is not 1. Fields that may be ``None`` are written ``none``.
+        Every field has one written form (``TEXTS``), the same in both places. Nothing is guessed: ``2gigs`` is not a
+        size, and ``true`` is not 1. ``None`` is written ``none``.
 
         Args:
-            texts: By field, what the user knows it by (``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``) and the text.
+            texts: For each field, the variable or option (``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``) and its text.
 
         Raises:
-            PolicyError: One line with the variable or option, the value, and the accepted form.
+            PolicyError: A text is not accepted; one line names the variable or option, the text and the accepted form.
         """
         fields = {}
         for field, (shown, text) in texts.items():
-            # Checked by itself: a message about the whole policy would not know what the user wrote.
+            # Each field is checked by itself, so that the message can name the variable or option.
             fields[field] = TEXTS[field].of(shown, text, functools.partial(cls._with, field))
         return cls(**fields)
 
@@ -177,7 +178,7 @@ class Policy:
         return None if self.workspace is None else parse_size(self.workspace, "workspace")
 
     def by_rows(self, q_len: int, temporaries: int, free: int) -> bool:
-        """Whether a native call that would hold ``temporaries`` bytes goes by rows with ``free`` bytes left."""
+        """Whether a call runs by rows, if it would natively hold ``temporaries`` bytes and ``free`` bytes are free."""
         if self.mode != "auto":
             return self.mode == "always"
         if q_len <= self.min_tokens:
@@ -185,7 +186,7 @@ class Policy:
         return free < self.min_free_bytes or temporaries > self.headroom * free
 
     def reason(self, q_len: int, temporaries: int, free: int) -> str:
-        """Why ``by_rows`` answers what it answers, in words."""
+        """The reason for the answer of ``by_rows``, in words."""
         if self.mode != "auto":
             return f"mode is {self.mode!r}"
         if q_len <= self.min_tokens:
@@ -204,10 +205,10 @@ class TextForm:
     """How a value is written in the environment and on the command line.
 
     Attributes:
-        read: Makes the value of a text; ``ValueError`` if it is not of this form.
+        read: Turns a text into the value; raises ``ValueError`` if the text does not have this form.
         accepted: The form in words.
         metavar: The form in one word, for ``--help``.
-        meaning: What the value is for.
+        meaning: What the value does, for ``--help``.
     """
 
     read: Callable[[str], Any]
@@ -219,12 +220,12 @@ class TextForm:
         """The value of a text.
 
         Args:
-            shown: What the user knows it by, such as ``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``.
-            text: What was written.
-            check: Raises ``PolicyError`` for a value that cannot be used.
+            shown: The variable or option, such as ``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``; used in the message.
+            text: The text.
+            check: Raises ``PolicyError`` if the value is invalid.
 
         Raises:
-            PolicyError: It is not of this form.
+            PolicyError: The text does not have this form, or its value is invalid.
         """
         try:
             value = self.read(text)
@@ -252,7 +253,7 @@ def _read_share(text: str) -> float:
 
 
 def read_size(text: str) -> str:
-    """A size as it was written."""
+    """Check that a text is a size, and return it unchanged."""
     parse_size(text)
     return text
 
@@ -266,33 +267,38 @@ def _refuse(text: str) -> Any:
 
 
 _SIZE_FORM = "a size such as 2GB, 512MiB or a number of bytes"
-# Every field of Policy; a test compares the two.
+# One entry for every field of Policy; a test compares the two.
 TEXTS = {
     "mode": TextForm(
-        str, "auto, always or never", "MODE", "when to go by rows: auto (decided call by call), always, never"
+        str,
+        "auto, always or never",
+        "MODE",
+        "when attention runs by rows: auto (decided call by call), always, never",
     ),
     "min_tokens": TextForm(
-        read_whole, "a whole number such as 1024", "N", "by rows only with more query tokens than this"
+        read_whole, "a whole number such as 1024", "N", "run by rows only with more query tokens than this"
     ),
-    "min_free": TextForm(read_size, _SIZE_FORM, "SIZE", "by rows when less memory than this is free"),
+    "min_free": TextForm(read_size, _SIZE_FORM, "SIZE", "run by rows when less memory than this is free"),
     "headroom": TextForm(
         _read_share,
         "a share above 0 and at most 1, such as 0.5",
         "SHARE",
-        "also by rows when a native call would take more than this share of free memory",
+        "also run by rows when a native call would take more than this share of free memory",
     ),
     "workspace": TextForm(
         _or_none(read_size),
         f"{_SIZE_FORM} above 0, or none",
         "SIZE",
-        "most that one attention call by rows may hold",
+        "most memory that one attention call by rows may hold",
     ),
     "rows": TextForm(
         _or_none(read_whole), "a whole number of at least 1, or none", "N", "query rows per step"
     ),
     "heads": TextForm(_or_none(read_whole), "a whole number of at least 1, or none", "N", "heads per step"),
-    "retry_on_oom": TextForm(read_switch, "1 or 0", "1|0", "answer an out-of-memory error by smaller steps"),
+    "retry_on_oom": TextForm(
+        read_switch, "1 or 0", "1|0", "after an out-of-memory error, run by rows in smaller steps"
+    ),
     "fuse": TextForm(
-        read_switch, "1 or 0", "1|0", "hand attention written by hand to the fused kernel, equal to rounding"
+        read_switch, "1 or 0", "1|0", "run hand-written attention with the fused kernel, equal to rounding"
     ),
 }

@@ -17,16 +17,16 @@ class SiteReport:
     """One attention module.
 
     Attributes:
-        name, kind, why: Its path, its class, and why it is a site.
+        name, kind, why: Its path, its class, and the reason that it is a site.
         counts: As ``Report.totals``.
-        materialised_by: What was materialised, by operation and the line of code that asked for it:
-            ``"diagonal (model.py:31)"``, the innermost line that is neither attnpatch's nor torch's.
-        native_because: Rules that left a call native, in words and with the numbers of the largest such call, and how
-            often each decided, the most frequent first.
-        unseen: Native calls in which attention would have been served and none was seen.
-        not_fused: Calls that ``fuse=True`` could not hand to the fused kernel, by the step that stood in the way.
-        summed_by: What summed the probabilities of fused calls for a capture: the ``kernel``, or ``torch (...)`` and why
-            not the kernel.
+        materialised_by: How often a score matrix was materialised, by the operation and the line of code that called
+            it: ``"diagonal (model.py:31)"``. The line is the innermost one outside attnpatch and torch.
+        native_because: The rules that left calls native, with the numbers of the largest such call, and how often each
+            rule decided; the most frequent first.
+        unseen: Native calls that attnpatch was ready to serve, but in which it saw no attention.
+        not_fused: How many calls ``fuse=True`` could not run with the fused kernel, by the step that prevented it.
+        summed_by: How many fused calls were summed for a capture by the ``kernel``, and how many by ``torch (...)``,
+            with the reason why the kernel was not used.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Report:
 
     Attributes:
         model: Class of the model.
-        policy: The rule in force; ``None`` for a pipeline whose components have different ones.
-        sites: Every attention module that did something, or is innermost.
-        totals: Sum over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``,
-            ``failed``. One attention call counts once; ``materialised`` counts operations that needed a whole matrix,
-            ``failed`` steps where code of attnpatch raised an error and the model's own code was used instead.
-            ``largest`` is no sum: the bytes of the largest tensor of query x key elements that a site made (scores,
-            probabilities, a mask, whole or a step's rows of them). By rows it is one step; what a fused kernel holds
-            inside is none.
-        left_alone: Modules whose code could have been attention and whose first call was none.
-        compiled: Paths of compiled modules: they run their own attention, which is not counted.
+        policy: The current policy; ``None`` for a pipeline whose components have different policies.
+        sites: Every attention module that did something, or that contains no other attention module.
+        totals: Sums over sites of ``native``, ``by_rows``, ``fused``, ``retried``, ``materialised``, ``captured``,
+            ``failed``. One attention call counts once. ``materialised`` counts operations that needed a whole matrix;
+            ``failed`` counts steps where attnpatch's own code raised an error and the model's code was used instead.
+            ``largest`` is a maximum: the bytes of the largest tensor of query x key elements that a site made (scores,
+            probabilities or a mask, whole or the rows of one step). By rows it is the size of one step. Memory inside a
+            fused kernel is not included.
+        left_alone: Modules whose code could be attention but whose first call was not.
+        compiled: Paths of compiled modules. They run their own attention, which is not counted.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Report:
     compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        # A column that is to stay empty is shown where it does not.
+        # "failed" should be 0 everywhere, so its column is shown only if it is not.
         shown = [name for name in TOTALS if name != "failed" or self.totals[name]]
         header = ["site", "why", *shown, "native because", "materialised by"]
         body = [
@@ -104,11 +104,11 @@ class Report:
         if summed:
             lines.append(f"block mass beside fused attention: {_listed(summed)}")
         if self.left_alone:
-            lines.append(f"looked at, no attention, left alone: {', '.join(self.left_alone)}")
+            lines.append(f"examined, no attention, left alone: {', '.join(self.left_alone)}")
         if self.compiled:
             names = ", ".join(name or "the model" for name in self.compiled[:4])
             names += f", ... {len(self.compiled)} in all" if len(self.compiled) > 4 else ""
-            lines.append(f"compiled, so that its attention is its own and not counted: {names}")
+            lines.append(f"compiled, so its attention is not patched and not counted: {names}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -123,7 +123,7 @@ def _numbers(counts: dict[str, int], shown: list[str]) -> list[str]:
 
 
 def _first(reasons: dict[str, int]) -> str:
-    """The two most frequent ones."""
+    """The two most frequent reasons."""
     return "; ".join(list(reasons)[:2])
 
 
@@ -144,7 +144,7 @@ def report_of(patch: Patch) -> Report:
         elif site.is_entry and site not in known and did:
             masks.append(found)
     most = max((site.counts["largest"] for site in sites), default=0)
-    # Whole masks of a model that had the memory for them are worth a row only where nothing is larger.
+    # A row for masks that were made whole, with enough memory, is shown only if no tensor of a site is larger.
     sites = [site for site in masks if _went_otherwise(site) or site.counts["largest"] > most] + sites
     left_alone = tuple(patch.left_alone)
     return Report(
@@ -157,9 +157,9 @@ def _went_otherwise(site: SiteReport) -> bool:
 
 
 def _site_report(site: Site, is_around: bool) -> SiteReport:
-    """What a site did itself; ``is_around``: attention modules inside it were called.
+    """The report of one site; ``is_around``: whether attention modules inside it were called.
 
-    Calls of a wrapper are theirs, unless it was seen to attend itself.
+    A wrapper's calls count for the modules inside it, unless the wrapper was recognised to compute attention itself.
     """
     counts = {name: site.counts[name] for name in TOTALS} | {"largest": site.largest}
     is_own = site.is_attention and (site.why == RECOGNISED or not is_around)

@@ -1,4 +1,4 @@
-"""One call of ``torch.nn.functional.scaled_dot_product_attention``: its arguments by name, and what follows from them."""
+"""One call of ``torch.nn.functional.scaled_dot_product_attention``: its arguments by name, and what they imply."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class SdpaCall:
     """The arguments of an SDPA call, under torch's names and with its defaults.
 
     Attributes:
-        query: ``[..., heads, q_len, head_dim]``, as are key and value over ``kv_len``.
-        attn_mask: Broadcasts to ``[..., heads, q_len, kv_len]``: bool (``True``: may look), or added to the scores. It may
-            be a deferred tensor.
-        given_scale: The argument ``scale``; the property of that name is the number it comes to.
+        query: ``[..., heads, q_len, head_dim]``; key and value alike, with ``kv_len``.
+        attn_mask: Broadcasts to ``[..., heads, q_len, kv_len]``: bool (``True``: may attend), or added to the scores.
+            It may be a deferred tensor.
+        given_scale: The argument ``scale``. The property ``scale`` has the default filled in.
     """
 
     query: torch.Tensor
@@ -68,28 +68,28 @@ class SdpaCall:
 
     @property
     def lead(self) -> torch.Size:
-        """The leading dimensions of the result, heads last; none where the tensors have two dimensions."""
+        """The leading dimensions of the result, heads last; empty if the tensors have two dimensions."""
         if self.enable_gqa:
             return self.query.shape[:-2]
         return torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2])
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by: one over the root of the head's width unless a number was given."""
+        """The factor of the scores: the given one, or 1 / sqrt(head_dim)."""
         return 1.0 / math.sqrt(self.query.shape[-1]) if self.given_scale is None else self.given_scale
 
     @property
     def adds_mask(self) -> bool:
-        """Whether the mask is numbers that are added to the scores."""
+        """Whether the mask is added to the scores (and not boolean)."""
         return self.attn_mask is not None and self.attn_mask.dtype != torch.bool
 
     def additive_mask(self, hidden: float = -math.inf) -> torch.Tensor | None:
-        """The mask as SDPA hands it to its kernels; ``hidden``: what a boolean one puts on the keys that it closes."""
+        """The mask as SDPA passes it to its kernels; ``hidden``: the number for the False of a boolean mask."""
         return None if self.attn_mask is None else additive(self.attn_mask, self.dtype, hidden)
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype, hidden: float = -math.inf) -> torch.Tensor:
-    """A mask that is added to scores of a dtype: a boolean one is 0 where it is ``True``, and ``hidden`` elsewhere."""
+    """A mask that can be added to scores: a boolean mask becomes 0 where it is ``True`` and ``hidden`` elsewhere."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), hidden)

@@ -112,7 +112,7 @@ def test_with(name, tool):
     assert by_rows(first) == parts
     report = attnpatch.report(first)
     assert {path.partition(".")[0] for path in report.compiled} == set(modules(first)) - parts
-    assert ("compiled, so that its attention is its own and not counted: transformer" in str(report)) == (
+    assert ("compiled, so its attention is not patched and not counted: transformer" in str(report)) == (
         tool.startswith("compile")
     )
     attnpatch.remove(first)
