@@ -211,7 +211,7 @@ def test_layers_kept_by_number_are_not_counted():
         ({"query_labels": ["a", "b", "c", "d"]}, "4 query labels for 3 query blocks"),
         ({"key_labels": ["a"]}, "1 key labels for 4 key blocks"),
         ({"key_labels": [["a"] * 4] * 2}, "labels for 2 sequences"),
-        ({"metadata": {"model": object()}}, "metadata does not fit JSON"),
+        ({"metadata": {"model": object()}}, "metadata cannot be written as JSON"),
         ({"normalization": "x"}, "accepted are"),
     ],
 )
@@ -343,7 +343,7 @@ def test_file_cut_short(tmp_path, keep):
     path = make_map().save(tmp_path / "map.safetensors")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(BlockMapFileError, match=r"map.safetensors is cut short or no block map") as caught:
+    with pytest.raises(BlockMapFileError, match=r"map.safetensors is truncated or not a block map") as caught:
         BlockMap.load(path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == data[: int(len(data) * keep)]
@@ -394,7 +394,7 @@ def test_no_file_and_no_safetensors(tmp_path):
     with pytest.raises(BlockMapFileError, match="there is no file"):
         BlockMap.load(tmp_path)
     (tmp_path / "text").write_text("hello, this is a text and nothing else")
-    with pytest.raises(BlockMapFileError, match="cut short or no block map"):
+    with pytest.raises(BlockMapFileError, match="truncated or not a block map"):
         BlockMap.load(tmp_path / "text")
 
 

@@ -271,7 +271,7 @@ def test_experts_that_decide_by_value_are_left_out_and_said():
     before = [dict(vars(module)) for module in model.modules()]
     said = attnpatch.explain(model, inputs=case.make_inputs("none"), mode="always")
     assert said.assumed == {"GptOssExperts": 2}
-    assert "not counted, because it depends on values: what is held inside 2 x GptOssExperts" in str(said)
+    assert "not counted, because it depends on values: memory inside 2 x GptOssExperts" in str(said)
     assert [(group.decision, group.count) for group in said.groups] == [("by rows", 2)]
     assert [dict(vars(module)) for module in model.modules()] == before
 

@@ -1,1 +1,1 @@
-"""A forward pass on shapes, and what it says of memory before a model runs."""
+"""Runs a forward pass on shapes, to predict kernels and memory before the model runs."""

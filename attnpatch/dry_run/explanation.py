@@ -1,4 +1,4 @@
-"""What a model's attention would do and hold, before it runs: a table for people, bytes for programs."""
+"""Predicts how a model's attention would run and what memory it would hold: a table for people, bytes for programs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from attnpatch.recording.layers import pattern_of
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Like attention sites: they differ in their layer number only, and do the same.
+    """Attention sites that differ only in their layer number and run the same way.
 
     Attributes:
         sites: Pattern of their paths, such as ``model.layers.*.self_attn``.
         kind: Class of the modules.
-        count: How many they are.
-        kernel: What serves the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
-            (torch's attention function without one), ``"hand-written"``, or ``"unknown"``.
-        temporaries: Bytes that one native call holds at most beside its inputs, its output and a cache.
-        decision: ``"native"``, ``"by rows"``, or ``"fused"`` for a hand-written one that ``fuse=True`` takes to a fused
+        count: Number of sites.
+        kernel: What computes the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
+            (SDPA without a fused kernel), ``"hand-written"``, or ``"unknown"``.
+        temporaries: Most bytes that one native call holds beside its inputs, its output and a cache.
+        decision: ``"native"``, ``"by rows"``, or ``"fused"`` if ``fuse=True`` runs hand-written attention with a fused
             kernel.
-        reason: Why.
-        rows, heads: Query rows and batch x heads of one step; ``None`` where it stays native.
-        temporaries_now: As ``temporaries``, for the call as the policy has it.
+        reason: The reason for the decision, in words.
+        rows, heads: Query rows, and batch x heads, of one step; ``None`` if the call stays native.
+        temporaries_now: Like ``temporaries``, for the call under the policy.
     """
 
     sites: str
@@ -57,22 +57,22 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What one forward pass would do and hold.
+    """The prediction for one forward pass.
 
     Attributes:
         model: Class of the model.
-        inputs: What it would be called with, in words.
-        device: Where it would run.
+        inputs: The inputs, in words.
+        device: Where the model would run.
         free: Free bytes on the device now.
         parameters: Bytes of parameters and buffers.
-        is_loaded: Whether the parameters are part of what is taken already (not so for a model on ``meta``).
-        policy: The rule in force.
-        groups: Attention sites, like ones together.
+        is_loaded: Whether the parameters are on the device already (not so for a model on ``meta``).
+        policy: The policy that was assumed.
+        groups: Attention sites, similar ones grouped.
         native_peak: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
-        assumed: Classes of parts that decide by values (experts), and how often they were called; what they hold beside
-            their output is not counted.
-        peak: The same, under the policy. What the allocator keeps beside them for later (on CPU in blocks below 32 MiB,
-            on CUDA in its cache) is not in it.
+        peak: The same under the policy. Neither includes free memory that an allocator keeps for later (on CPU in
+            blocks below 32 MiB, on CUDA in its cache).
+        assumed: Classes of modules that branch on values (experts), and how often they were called. Their memory beside
+            the output is not counted.
     """
 
     model: str
@@ -111,7 +111,7 @@ class Explanation:
         )
         if self.assumed:
             parts = ", ".join(f"{count} x {kind}" for kind, count in self.assumed.items())
-            lines.append(f"not counted, because it depends on values: what is held inside {parts}")
+            lines.append(f"not counted, because it depends on values: memory inside {parts}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -128,11 +128,11 @@ def _cells(group: Group) -> list[str]:
 def explanation_of(
     model: nn.Module, policy: Policy, seq_len: int | None, batch: int, device: Any, inputs: Any
 ) -> Explanation:
-    """Rehearse a model's forward pass natively and under a policy; ``attnpatch.explain`` says what the arguments are.
+    """Run a model's forward pass on shapes, natively and under a policy. The arguments are those of ``explain``.
 
     Raises:
-        ExplainError: The model cannot be run on shapes, or its inputs cannot be made up.
-        PatchError: It has no attention.
+        ExplainError: The model cannot run on shapes, or inputs cannot be made up for it.
+        PatchError: The model has no attention.
     """
     said = "inputs as given"
     if inputs is None:
@@ -140,7 +140,7 @@ def explanation_of(
     every = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
     where = _device_of(list(every), device)
     parameters = sum(map(_bytes, every))
-    # A model on meta is loaded before it runs: what its parameters will take is not free then.
+    # A model on meta must be loaded before it runs, so its parameters reduce the free memory.
     missing = sum(_bytes(tensor) for tensor in every if tensor.device != where)
     free = memory.free_bytes(where)
     is_fixed = bool(os.environ.get(memory.OVERRIDE))
@@ -156,7 +156,11 @@ def explanation_of(
 def _rehearse(
     model: nn.Module, rule: Policy, device: torch.device, inputs: Any, free: int, is_fixed: bool
 ) -> tuple[RehearsalPatch, int, Counter[str]]:
-    """One forward pass on shapes, the most bytes it holds, and which of its parts were not run."""
+    """Run one forward pass on shapes.
+
+    Returns:
+        The patch, with what its sites did; the peak in bytes; and the modules that could not run, with their calls.
+    """
     shapes = Shapes()
     with on_shapes(model, shapes, device) as assumed:
         args, kwargs = fake_inputs(inputs, shapes, device)
@@ -172,23 +176,23 @@ def _rehearse(
 
 
 def _said(model: nn.Module, error: Exception) -> str:
-    """Why a model cannot be run on shapes, in one line, with the way out."""
+    """One line that says why a model cannot run on shapes, and the way out."""
     name = type(model).__name__
     operation = getattr(error, "func", None)
     first = first_line(error)
     if isinstance(error, UnsupportedOperatorException):
         return (
-            f"{name} cannot be run on shapes: {operation} has no implementation for them; explain the model "
-            "without it (unquantised, or with another attention implementation)"
+            f"{name} cannot be run on shapes: {operation} has no implementation for shapes; explain the model "
+            "without that operation (unquantised, or with another attention implementation)"
         )
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return (
-            f"{name} cannot be run on shapes: it decides by the values of a tensor ({operation}); give inputs= "
-            "that spare it the question, or run it under attnpatch.patched() and see attnpatch.report()"
+            f"{name} cannot be run on shapes: it branches on the values of a tensor ({operation}); give inputs= "
+            "that avoid the branch, or run the model under attnpatch.patched() and print attnpatch.report()"
         )
     return (
-        f"{name} cannot be run on these shapes: {type(error).__name__}: {first}; give inputs= with what its "
-        "forward needs, or another seq_len"
+        f"{name} cannot be run on these shapes: {type(error).__name__}: {first}; give the arguments of "
+        "its forward as inputs=, or another seq_len"
     )
 
 
@@ -197,7 +201,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
-    """Where the model runs: as asked, else where most of it lies, else the accelerator there is."""
+    """The device: the given one, else the one with most parameters, else the accelerator, else the CPU."""
     if device is None:
         sizes: Counter[torch.device] = Counter()
         for tensor in tensors:
@@ -222,14 +226,14 @@ def _made_up(model: nn.Module, seq_len: int | None, batch: int) -> tuple[dict[st
     made = host.made_up_inputs(model, seq_len, batch)
     if made is None:
         raise ExplainError(
-            f"inputs of {type(model).__name__} cannot be made from seq_len: it takes no token ids alone; give inputs=, "
-            "a dict or tuple of tensors (torch.empty(..., device='meta') will do)"
+            f"inputs of {type(model).__name__} cannot be made from seq_len: it needs more than token ids; give "
+            "inputs=, a dict or tuple of tensors (torch.empty(..., device='meta') is enough)"
         )
     return made, f"{batch} x {seq_len} tokens"
 
 
 def _groups(native: RehearsalPatch, now: RehearsalPatch) -> tuple[Group, ...]:
-    """Sites that were called and are alike, in the order of the model."""
+    """The sites that were called, similar ones grouped, in the model's order."""
     first = {site.name: site.seen for site in native.innermost()}
     sites = [site for site in now.innermost() if site.name in first]
     places = pattern_of([site.name for site in sites])

@@ -1,4 +1,4 @@
-"""A model's own forward pass on shapes: nothing is computed, nothing is taken, and the model is afterwards as it was."""
+"""Runs a model's own forward pass on shapes: no values, no memory, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Seen:
     """What one attention site did in a rehearsal.
 
     Attributes:
-        calls: How often it was called.
+        calls: Number of calls.
         temporaries: Most bytes that a call held beside its inputs, its output and a cache.
-        fused: Name of the fused kernel that ran, if one did.
-        is_dense: Whether torch's attention function ran its dense math.
+        fused: Name of the fused kernel that ran, or None.
+        is_dense: Whether SDPA ran its dense math.
         is_product: Whether matrices were multiplied.
         most_rows: An upper bound on the query rows of a call.
-        reason: Why it went the way it went, where the rule was asked.
-        step: Query rows and heads per step, where it went by rows.
+        reason: The policy's reason for its decision; None if the policy was not asked.
+        step: Query rows and heads per step, if the site ran by rows.
     """
 
     calls: int = 0
@@ -66,14 +66,14 @@ class Seen:
 
     @property
     def kernel(self) -> str:
-        """What served the call, in words."""
+        """What computed the call, in words."""
         if self.fused is not None:
             return f"fused: {self.fused}"
         return "dense math" if self.is_dense else "hand-written" if self.is_product else "unknown"
 
 
 class _FewTiles(TiledEvaluation):
-    """Replays the first and the last row step of the first heads: all others hold as much, or less."""
+    """Runs only the first and the last row step of the first heads; no other step holds more."""
 
     step: tuple[int, int] | None = None
 
@@ -83,12 +83,12 @@ class _FewTiles(TiledEvaluation):
         if self.step is None:
             high = max((stop - start for start, stop in steps.rows), default=1)
             self.step = high, max(self._heads(tile, steps) for tile in steps.lead)
-        # Two tiles at least, where there are two: the second one lives beside the result.
+        # At least two tiles, if there are two: while the second is computed, the result exists too.
         count = 1 if len(rows) > 1 else min(2, len(steps.lead))
         return TilePlan(steps.lead[:1] * count, steps.row, rows)
 
     def _heads(self, tile: Tile, steps: TilePlan) -> int:
-        """Batch x heads of a tile: axes that the result shares with the scores."""
+        """Batch x heads of a tile: the extent of the axes that result and scores share."""
         node = self.node
         scores = [all_leaves(child.dims) for child in node.children if not isinstance(child, InputNode)]
         own = all_leaves(node.dims[:-2]) if not scores else all_leaves(node.dims)
@@ -99,23 +99,23 @@ class _FewTiles(TiledEvaluation):
 
 
 class _Call(AttentionCall):
-    """A site's call that notes what is decided, and why."""
+    """A site's call that records the policy's decisions and reasons."""
 
     tally: _Site
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
-        """As the policy says, with the reason noted."""
+        """The policy's decision; its reason is recorded."""
         free = self.room.free(device)
         self.tally.seen.reason = self.policy.reason(q_len, temporaries, free)
         return self.policy.by_rows(q_len, temporaries, free)
 
     @property
     def answers_shortage(self) -> bool:
-        """Nothing is taken, so nothing runs out."""
+        """False: a rehearsal takes no memory, so it cannot run out."""
         return False
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:
-        """A few tiles of a graph, in the memory that all of them need."""
+        """Run a few tiles of a graph, which take as much memory as all tiles would."""
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         replay = _FewTiles(node, self.policy, free=free)
         result = replay()
@@ -124,7 +124,7 @@ class _Call(AttentionCall):
 
 
 class _Mode(RowsMode):
-    """Takes torch's C++ fast paths apart whatever the rule says: shapes cannot go through them."""
+    """Splits torch's C++ fast paths into their steps under every policy, because they cannot run on shapes."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -137,7 +137,7 @@ class _Mode(RowsMode):
 
 
 class _Site(Site):
-    """An attention module whose calls are measured."""
+    """An attention module whose calls are measured on shapes."""
 
     call_class = _Call
     mode_class = _Mode
@@ -148,7 +148,7 @@ class _Site(Site):
         self.seen = Seen()
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """Always watched, so that the kernel is seen and the rule is asked."""
+        """None: every call is watched, so that its kernel is seen and the policy is asked."""
 
     def attend(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -158,7 +158,7 @@ class _Site(Site):
         seen.most_rows = max(seen.most_rows, most_rows(args, kwargs))
         with ledger.span() as span:
             result = super().attend(forward, module, first, args, kwargs)
-        # Attention weights that are handed out are no result anybody asked for.
+        # Attention weights that the module returns beside its output count as temporaries.
         extra = sum(ledger.size_of(item) for item in tree_leaves(result)[1:])
         kept = max(0, span.exit - span.entry - extra)
         seen.temporaries = max(seen.temporaries, span.peak - span.entry - kept)
@@ -166,7 +166,7 @@ class _Site(Site):
         return result
 
     def reason(self) -> str:
-        """Why the site went the way it went."""
+        """Why the site ran natively, by rows or fused, in words."""
         policy = self.patch.policy
         if self.counts["fused"]:
             return "a fused kernel holds no scores"
@@ -179,7 +179,7 @@ class _Site(Site):
         elif self.seen.most_rows <= policy.min_tokens:
             reason = policy.reason(self.seen.most_rows, 0, 0)
         else:
-            reason = "no product that looks like scores was seen"
+            reason = "attnpatch saw no product that can be scores"
         whole = ", ".join(self.operations)
         return f"{reason}; {whole} needs the whole matrix" if whole else reason
 
@@ -190,7 +190,7 @@ class _Site(Site):
 
 
 class _Room(FreeMemoryCache):
-    """Free bytes when the first site asks: what the model holds by then is taken."""
+    """Free bytes at the first site's call: those at the start, less what the model holds by then."""
 
     def __init__(self, ledger: Ledger, free: int, is_fixed: bool) -> None:
         super().__init__()
@@ -205,13 +205,14 @@ class _Room(FreeMemoryCache):
 
 
 class RehearsalPatch(Patch):
-    """A patch for one rehearsal, on top of any patch that is there.
+    """A patch for one rehearsal, on top of an existing patch.
 
     Args:
-        model: What to patch.
-        policy: The rule.
+        model: The model.
+        policy: The policy.
         ledger: Counts bytes.
-        free: Free bytes before the model is called; ``fixed`` if they are what somebody said.
+        free: Free bytes before the model is called.
+        is_fixed: Whether ``ATTNPATCH_FREE_MEMORY`` gives ``free``, so that the model's own memory is not subtracted.
     """
 
     site_class = _Site
@@ -224,7 +225,7 @@ class RehearsalPatch(Patch):
         super().__init__(model, policy, on_top=True, chosen=chosen)
 
     def innermost(self) -> list[_Site]:
-        """Attention sites that were called, without wrappers of one another."""
+        """The attention sites that were called, without those that wrap another one."""
         called = [site for site in self.sites if site.is_attention and site.seen.calls]
         names = [site.name for site in called]
         return [
@@ -233,20 +234,20 @@ class RehearsalPatch(Patch):
         ]  # fmt: skip
 
     def room(self) -> FreeMemoryCache:
-        """The same for every call: the free memory of now."""
+        """Free memory, the same for every call of the rehearsal."""
         return self._room
 
 
 @contextlib.contextmanager
 def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterator[Counter[str]]:
-    """Give a model fake parameters and buffers on ``device``; afterwards everything is as it was.
+    """Give a model fake parameters and buffers on ``device``; at the end every attribute is restored.
 
-    Every attribute is put back, also those that a forward pass writes: what it caches now has no data. Hooks of
-    accelerate, which would fetch weights, are left out. A part without attention that decides by values (experts that
-    look up who is asked for) is taken to give back what it is given.
+    That includes attributes that a forward pass writes, because whatever it caches here has no data. Hooks of
+    accelerate are bypassed, because they would load weights. A module without attention that branches on values
+    (experts that look up which of them are needed) is assumed to return a tensor shaped like its input.
 
     Yields:
-        Classes of such parts and how often they were called.
+        The classes of such modules, and how often they were called.
     """
     assumed: Counter[str] = Counter()
     modules = list(model.modules())
@@ -278,7 +279,7 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
 
 
 def _assuming(forward: Callable[..., Any], kind: str, assumed: Counter[str]) -> Callable[..., Any]:
-    """A forward that gives back something of the shape of its first input where it cannot run on shapes."""
+    """A forward that returns a tensor shaped like its first input if it cannot run on shapes."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -295,17 +296,17 @@ def _assuming(forward: Callable[..., Any], kind: str, assumed: Counter[str]) -> 
 
 
 def _tables(module: nn.Module) -> list[Any]:
-    """What a forward pass may write to: attributes of a module, and of what hangs on it and on its parameters."""
+    """The dicts and lists a forward pass may write to: a module's attributes, those of its objects and parameters."""
     values = vars(module)
     owned = [tensor for name in ("_parameters", "_buffers") for tensor in values[name].values()]
     return [values, *_inside([*values.values(), *(vars(t) for t in owned if t is not None)], 3)]
 
 
 def _inside(values: Iterable[Any], depth: int) -> Iterator[Any]:
-    """Containers among some values, attributes of objects among them, and those inside (a quantised weight's state)."""
+    """The dicts, lists and attribute dicts among some values, and those inside them (a quantised weight's state)."""
     for value in values:
         table = value if type(value) in (dict, list) else getattr(value, "__dict__", None)
-        # Modules are visited on their own; what belongs to a class is not a model's.
+        # Modules are visited separately; attributes of classes do not belong to the model.
         if type(table) not in (dict, list) or isinstance(value, (nn.Module, type, types.FunctionType)):
             continue
         yield table
@@ -319,13 +320,13 @@ def _fake(tensor: torch.Tensor, shapes: Shapes, device: torch.device) -> torch.T
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=False)
-    # Quantised weights carry how to read them.
+    # Quantised weights have their quantisation state as attributes.
     fake.__dict__.update(vars(tensor))
     return fake
 
 
 def fake_inputs(inputs: Any, shapes: Shapes, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, with every tensor a fake one on ``device``."""
+    """Positional and keyword arguments of a call, every tensor replaced by a fake one on ``device``."""
 
     def change(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -1,1 +1,1 @@
-"""Block maps: their fields, files, tables and words."""
+"""Block maps: the data class, its checks, its file format, its table and its captions."""

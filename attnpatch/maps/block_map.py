@@ -1,4 +1,4 @@
-"""BlockMap: which block attends to which, labelled, and saved without pickle."""
+"""BlockMap: which block attends to which, with labels; saved without pickle."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,32 +26,31 @@ _TENSORS = ("mass", "query_sizes", "key_sizes", "error", "spread")
 class BlockMap:
     """Attention mass between blocks of tokens, for every captured layer.
 
-    The batch comes first in every field when there is more than one sequence, and is left out when there is
-    one. Sequences with fewer blocks than the longest have zeros, size 0 and no label for the missing ones
-    (``select(sequence=...)`` cuts them off).
+    With more than one sequence, every field has the batch as its first dimension; with one sequence it has none. If a
+    sequence has fewer blocks than the longest, its missing blocks have mass 0, size 0 and no label
+    (``select(sequence=...)`` removes them).
 
     Attributes:
-        mass: ``[(batch,) (steps,) layers, (heads,) query_blocks, key_blocks]`` float32 on the CPU: the probability a
-            query token of block I puts on all tokens of block J, averaged over the query tokens of I; weighted
-            by gradients it has signs (``is_signed``). Always this number, whatever ``normalization`` says; ``values`` is
-            the normalised one.
+        mass: ``[(batch,) (steps,) layers, (heads,) query_blocks, key_blocks]`` float32 on the CPU: the probability that
+            a query token of block I puts on all tokens of block J, averaged over the query tokens of I. Weighted by
+            gradients, it has signs (``is_signed``). ``normalization`` does not change it; ``values`` is normalised.
         layers: Number or name of each layer.
-        query_labels: One per query block; one tuple of them per sequence when there are several.
-        key_labels: One per key block, likewise.
+        query_labels: One label per query block; with several sequences, one tuple of labels per sequence.
+        key_labels: The same for key blocks.
         query_sizes: ``[(batch,) query_blocks]`` int64, tokens per block.
         key_sizes: ``[(batch,) key_blocks]`` int64, tokens per block.
-        heads: ``"mean"``, or the numbers of the heads that were kept apart.
+        heads: ``"mean"``, or the numbers of the heads that the map keeps separate.
         normalization: What ``values`` holds: ``"none"``, ``"row"``, ``"density"``, ``"column"``, ``"absolute row"`` or
             ``"absolute column"``; see ``normalize``.
         metadata: Facts about the capture (model, sequence length, ...), anything JSON can hold.
-        steps: Number or name of each step that was kept apart (of a sampler, of a generation); empty without.
-        error: Standard error of ``mass``, shaped like it, where a sample of the query rows was looked at; NaN where one
-            row of several was. ``None``: all rows were.
-        spread: Standard deviation of ``mass`` over the maps that this one is the mean of, shaped like it; how much
-            conversations differ, which more of them do not make smaller. NaN of one map. ``None``: it is no mean.
+        steps: Number or name of each step (of a sampler or a generation) that the map keeps separate; empty if none.
+        error: Standard error of ``mass``, same shape, if only a sample of the query rows was measured. NaN where a
+            single row of a longer block was. ``None``: every row was measured.
+        spread: Standard deviation of ``mass``, same shape, over the maps that this one is the mean of. It says how much
+            conversations differ, and does not shrink with their number. NaN for a single map. ``None``: not a mean.
 
     Raises:
-        CaptureError: The fields do not fit each other.
+        CaptureError: The fields do not fit together.
     """
 
     mass: Tensor
@@ -73,22 +72,22 @@ class BlockMap:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in the map."""
+        """Number of sequences in the map."""
         return self.mass.shape[0] if self.is_batch else 1
 
     @property
     def is_batch(self) -> bool:
-        """Whether the batch is an axis of the fields."""
+        """Whether the fields have a batch dimension."""
         return self.mass.ndim == 4 + (self.heads != "mean") + bool(self.steps)
 
     @property
     def is_signed(self) -> bool:
-        """Whether the numbers have signs, as those weighted by gradients have."""
+        """Whether the numbers may be negative, as those weighted by gradients."""
         return is_signed(self.mass, self.metadata)
 
     @property
     def values(self) -> Tensor:
-        """The mass under ``normalization``; shaped like ``mass``. What cannot be divided (0 / 0) is 0."""
+        """The normalised mass, shaped like ``mass``. 0 / 0 gives 0."""
         if self.normalization == "none":
             return self.mass
         if self.normalization == "density":
@@ -114,17 +113,17 @@ class BlockMap:
         return missing.masked_fill(over_rows(self.query_sizes == 0, missing), 0)
 
     def normalize(self, normalization: str) -> "BlockMap":
-        """The same map under another normalisation; any can be reached from any.
+        """The same map with another normalisation. The mass is kept, so any normalisation can follow any other.
 
         Args:
-            normalization: ``"none"`` the mass itself; ``"row"`` every row sums to 1; ``"density"`` divided by
-                the tokens of the key block, so that long blocks do not win by length; ``"column"`` every
-                column sums to 1 (a column of zeros stays zero). ``"absolute row"`` and ``"absolute column"``: their
-                absolute values sum to 1. Where numbers have signs, sums may be near 0 and of either sign: nothing
-                is divided by them, and ``"row"`` and ``"column"`` become the absolute ones.
+            normalization: ``"none"``: the mass itself. ``"row"``: every row sums to 1. ``"density"``: the mass divided
+                by the number of tokens in the key block, so that long blocks do not dominate. ``"column"``: every
+                column sums to 1 (a column of zeros stays zero). ``"absolute row"`` and ``"absolute column"``: the
+                absolute values sum to 1. For numbers with signs, ``"row"`` and ``"column"`` become the absolute ones,
+                because their sums may be near 0.
 
         Raises:
-            CaptureError: The name is another.
+            CaptureError: The name is unknown.
         """
         return replace(self, normalization=normalization)
 
@@ -135,14 +134,14 @@ class BlockMap:
         sequence: int | None = None,
         step: Any = None,
     ) -> "BlockMap":
-        """A smaller map: of some layers, one head, one sequence, some steps. What is left out stays whole.
+        """A smaller map: some layers, one head, one sequence, some steps. An argument that is ``None`` selects all.
 
         Args:
-            layer: A layer as it is called in ``layers``, a list of them, or ``"mean"`` over layers. Negative
-                numbers count from the last; where layers have names, numbers are positions.
-            head: A head's number as in ``heads`` (negative from the last), or ``"mean"`` over heads.
+            layer: An entry of ``layers``, a list of entries, or ``"mean"`` over layers. Negative numbers count from the
+                last; if layers have names, numbers are positions.
+            head: An entry of ``heads`` (negative numbers count from the last), or ``"mean"`` over heads.
             sequence: Position in the batch.
-            step: As ``layer``, among ``steps``; ``"mean"`` of a map without steps is the map.
+            step: Like ``layer``, for ``steps``; ``"mean"`` of a map without steps is the map itself.
 
         Raises:
             CaptureError: There is no such layer, head, sequence or step.
@@ -151,7 +150,7 @@ class BlockMap:
         batch, split = int(self.is_batch), self.heads != "mean"
         of_layers = batch + bool(self.steps)
         if head == "mean" and split:
-            # The heads of a row were drawn together: no less uncertain than on average.
+            # All heads share a sample of rows, so their errors do not cancel: the error of the mean is their mean.
             _change(changes, lambda mass: mass.mean(of_layers + 1), lambda error: error.mean(of_layers + 1))
             changes["heads"] = "mean"
         elif head is not None and head != "mean":
@@ -167,7 +166,7 @@ class BlockMap:
         if step is not None and (self.steps or step != "mean"):
             if not self.steps:
                 raise CaptureError(
-                    f"no step {step!r} in this map, steps were averaged or there are none; capture with steps='all'."
+                    f"no step {step!r} in this map, its steps were averaged or it has none; capture with steps='all'."
                 )
             _choose(changes, step, batch, self.steps, "step")
         if sequence is not None:
@@ -188,8 +187,9 @@ class BlockMap:
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per cell, in pandas' long form.
 
-        Columns: ``sequence`` (only with several), ``step`` (only if kept apart), ``layer``, ``head`` (only if kept apart), ``query``,
-        ``key`` (positions), ``query_label``, ``key_label``, ``mass``, and ``value`` if normalised.
+        Columns: ``sequence`` (if there are several), ``step`` (if kept separate), ``layer``, ``head`` (if kept
+        separate), ``query`` and ``key`` (positions of the blocks), ``query_label``, ``key_label``, ``mass``, and
+        ``value`` if the map is normalised.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -211,14 +211,14 @@ class BlockMap:
         """Draw the map with its block labels and a colour bar.
 
         Args:
-            path: ``.png``, ``.svg`` or ``.pdf`` to write; when left out the figure is returned.
+            path: File to write, ``.png``, ``.svg`` or ``.pdf``. ``None`` returns the figure.
             layer, head, sequence, step: As in ``select``.
-            title: Over the picture; model, layer and head when left out.
-            scale: ``"sqrt"`` spreads small masses over more of the colours, so that one block that takes most
-                (the first, often) does not hide the rest; ``"linear"`` does not.
+            title: Title of the picture; by default model, layer and head.
+            scale: Colour scale. ``"sqrt"`` gives small masses more of the colours, so that one dominant block (often
+                the first) does not hide the others; ``"linear"`` is proportional.
 
         Returns:
-            The path, or a matplotlib ``Figure`` without one.
+            The path; without a path, a matplotlib ``Figure``.
 
         Raises:
             CaptureError: No such layer, head or sequence, or an unknown file suffix or scale.
@@ -246,17 +246,16 @@ class BlockMap:
         return map_figure.write(figure, path)
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows; None (then it shows the text) without matplotlib."""
+        """The picture that a notebook shows; without matplotlib None, and the notebook shows the text."""
         try:
             return map_figure.to_png(cast("Figure", self.plot()))
         except MissingExtraError:
             return None
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write one safetensors file with the labels as JSON in its header; no pickle.
+        """Write one safetensors file, with the labels as JSON in its header; no pickle.
 
-        The file is written beside its place and moved there when it is complete: an existing file survives a
-        save that fails.
+        The file is written atomically: if saving fails, an existing file is kept.
 
         Raises:
             BlockMapFileError: The file cannot be written.
@@ -264,17 +263,17 @@ class BlockMap:
         return io.write(Path(path), *self.content())
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What ``save`` writes: tensors, and what JSON can hold."""
+        """What ``save`` writes: the tensors, and the other fields as JSON can hold them."""
         found = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
         return tensors, {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BlockMap":
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            BlockMapFileError: The file is missing, cut short, of another kind or version, or incomplete.
+            BlockMapFileError: The file is missing, truncated, incomplete, or has another format or version.
         """
         content = {
             "steps": (),
@@ -284,7 +283,7 @@ class BlockMap:
         }  # not in every file
         try:
             if content["spread"] is None and "spread" in content.get("metadata", ()):
-                # Merged maps used to have it in the place of the standard error.
+                # Older files of merged maps have the spread in the field of the standard error.
                 content.update(spread=content["error"], error=None)
             return cls(**{f.name: content[f.name] for f in fields(cls)})
         except KeyError as error:
@@ -311,9 +310,9 @@ def _change(
     change: Callable[[Tensor], Tensor],
     change_error: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Change mass, spread and standard error alike, the last one in a way of its own if it has one.
+    """Apply ``change`` to mass, spread and standard error; ``change_error``, if given, to the standard error instead.
 
-    A mean of spreads is the most that the spread of the mean can be.
+    A mean of spreads is an upper bound of the spread of the mean.
     """
     for name, how in (("mass", change), ("spread", change), ("error", change_error or change)):
         if changes[name] is not None:
@@ -321,9 +320,9 @@ def _change(
 
 
 def _choose(changes: dict[str, Any], wanted: Any, axis: int, among: Sequence, what: str) -> None:
-    """Cut an axis of the mass to one entry, to several, or to their mean."""
+    """Select one entry of an axis of the mass, several entries, or the mean of all."""
     if wanted == "mean" and "mean" not in among:
-        # Rows are drawn for each layer and step on its own.
+        # Each layer and step has a sample of rows of its own, so their errors are independent.
         _change(
             changes,
             lambda mass: mass.mean(axis, keepdim=True),

@@ -1,4 +1,4 @@
-"""A block map as a table of pandas, one row per cell."""
+"""A block map as a pandas table, one row per cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fields of a block map: checked, brought to one form, and found by name or number."""
+"""The fields of a block map: checks them, brings them to one form, and finds entries by name or number."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ Labels = Sequence[str] | Sequence[Sequence[str]]
 
 
 def over_rows(per_block: Tensor, like: Tensor) -> Tensor:
-    """``[(batch,) query_blocks]`` spread over the layers and heads of ``like``."""
+    """Expand ``[(batch,) query_blocks]`` over the layers and heads of ``like``."""
     between = (1,) * (like.ndim - per_block.ndim)
     return per_block.view(*per_block.shape[:-1], *between, per_block.shape[-1]).expand(like.shape)
 
 
 def is_signed(mass: Tensor, metadata: Mapping[str, Any]) -> bool:
-    """Whether numbers of a map have signs, as those weighted by gradients have: its sums may be near 0."""
+    """Whether the numbers of a map may be negative, as those weighted by gradients: its sums may be near 0."""
     return metadata.get("weighting") == "gradient" or bool((mass < 0).any())
 
 
@@ -33,7 +33,7 @@ def shortened(items: Sequence) -> str:
 
 
 def position(wanted: Any, among: Sequence, what: str) -> int:
-    """Where ``wanted`` is in ``among``: by its name, or counted where names are strings or it is negative."""
+    """The index of ``wanted`` in ``among``: as an entry, or as a position if entries are strings or it is negative."""
     if wanted in among and not isinstance(wanted, bool):
         return among.index(wanted)
     counted = isinstance(wanted, Integral) and not isinstance(wanted, bool)
@@ -44,7 +44,7 @@ def position(wanted: Any, among: Sequence, what: str) -> int:
 
 
 def checked_fields(given: Any) -> dict[str, Any]:
-    """The fields of ``given`` in their canonical form: float32, tuples, one layout for one sequence."""
+    """The fields of ``given``, checked and in canonical form: float32, tuples, no batch dimension for one sequence."""
     if given.normalization not in NORMALIZATIONS:
         accepted = ", ".join(repr(name) for name in NORMALIZATIONS)
         raise CaptureError(f"normalization is {given.normalization!r}; accepted are {accepted}.")
@@ -66,8 +66,8 @@ def checked_fields(given: Any) -> dict[str, Any]:
     expected = (*batch, *apart, *mass.shape[-2:])
     if mass.ndim not in (dims, dims + 1) or tuple(mass.shape) != expected:
         raise CaptureError(
-            f"mass is {list(mass.shape)}, with {len(layers)} layers{f', {len(steps)} steps' if steps else ''} and heads "
-            f"{heads!r}; accepted is [(batch,) (steps,) layers, (heads,) query_blocks, key_blocks]."
+            f"mass is {list(mass.shape)}, with {len(layers)} layers{f', {len(steps)} steps' if steps else ''} and "
+            f"heads {heads!r}; accepted is [(batch,) (steps,) layers, (heads,) query_blocks, key_blocks]."
         )
     checked: dict[str, Any] = {"heads": heads, "layers": layers, "steps": steps}
     for side, count in (("query", mass.shape[-2]), ("key", mass.shape[-1])):
@@ -81,13 +81,15 @@ def checked_fields(given: Any) -> dict[str, Any]:
             each = getattr(given, name).detach().to("cpu", torch.float32)
             if each.numel() != mass.numel():
                 raise CaptureError(
-                    f"{name} is {list(each.shape)}, mass {list(mass.shape)}; give one for each mass."
+                    f"{name} is {list(each.shape)}, mass {list(mass.shape)}; give one value per mass."
                 )
             checked[name] = each.reshape(mass.shape).masked_fill(empty[..., None], 0)
     try:
         checked["metadata"] = json.loads(json.dumps(dict(given.metadata)))
     except (TypeError, ValueError) as error:
-        raise CaptureError(f"metadata does not fit JSON ({error}); give strings and numbers.") from error
+        raise CaptureError(
+            f"metadata cannot be written as JSON ({error}); give strings and numbers."
+        ) from error
     if given.normalization in ("row", "column") and is_signed(mass, checked["metadata"]):
         checked["normalization"] = f"absolute {given.normalization}"
     return checked
@@ -96,7 +98,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
 def _checked_side(
     side: str, sizes: Tensor, labels: Labels, count: int, batch: tuple[int, ...]
 ) -> tuple[Tensor, tuple]:
-    """Sizes and labels of the query or key blocks; shared ones are repeated for each sequence."""
+    """Sizes and labels of the query or key blocks; if sequences share them, they are repeated for each."""
     nested = len(labels) > 0 and not isinstance(labels[0], str)
     per_sequence = [tuple(str(label) for label in one) for one in (labels if nested else [labels])]
     num_sequences = batch[0] if batch else 1

@@ -1,4 +1,4 @@
-"""Block maps in files: tensors as safetensors, everything else as JSON in the header, written whole or not at all."""
+"""Files of block maps: tensors as safetensors, everything else as JSON in the header; written atomically."""
 
 import json
 import os
@@ -18,10 +18,10 @@ AGAIN = "capture and save it again."
 
 
 def write(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> Path:
-    """Write a file beside its place and move it there when it is complete.
+    """Write a file atomically.
 
     Args:
-        path: Where to; an existing file survives a write that fails.
+        path: The file; if writing fails, an existing file is kept.
         tensors: Contiguous tensors on the CPU.
         content: Anything JSON can hold.
 
@@ -36,9 +36,12 @@ def write(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> Pa
 
 
 def header(path: Path) -> dict[str, str] | None:
-    """The words in the header of a safetensors file, without reading its tensors; ``None``: it is none, or not whole.
+    """The ``__metadata__`` of a safetensors file, without reading its tensors.
 
-    By hand: ``safe_open`` takes no path that is not UTF-8.
+    The header is parsed here because ``safe_open`` refuses paths that are not UTF-8.
+
+    Returns:
+        ``None`` if the file is not safetensors, or is truncated.
     """
     try:
         with open(path, "rb") as file:
@@ -55,7 +58,7 @@ def header(path: Path) -> dict[str, str] | None:
 
 
 def facts(path: Path) -> dict[str, Any] | None:
-    """All of a block map but its tensors; ``None`` if the file is none or not whole."""
+    """The fields of a block map file that are not tensors; ``None`` if it is not such a file, or is truncated."""
     try:
         content = json.loads((header(path) or {})["block_map"])
     except (ValueError, KeyError, TypeError):
@@ -64,20 +67,22 @@ def facts(path: Path) -> dict[str, Any] | None:
 
 
 def check_kind(path: Path, words: dict[str, str]) -> None:
-    """See that a header is that of a block map.
+    """Check that a header belongs to a block map.
 
     Raises:
-        BlockMapFileError: It is not.
+        BlockMapFileError: It does not.
     """
     if words.get("format") != FILE_FORMAT:
-        raise BlockMapFileError(f"{path} is safetensors but no block map; give what BlockMap.save wrote.")
+        raise BlockMapFileError(
+            f"{path} is a safetensors file but not a block map; give a file that BlockMap.save wrote."
+        )
 
 
 def read(path: Path) -> dict[str, Any]:
     """Tensors and content of a file that ``write`` wrote, by name.
 
     Raises:
-        BlockMapFileError: The file is missing, cut short, or of another kind or version.
+        BlockMapFileError: The file is missing, truncated, or has another format or version.
     """
     if not path.is_file():
         raise BlockMapFileError(f"there is no file {path}; give the path that BlockMap.save was given.")
@@ -86,9 +91,9 @@ def read(path: Path) -> dict[str, Any]:
             words = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except UnicodeEncodeError as error:
-        raise BlockMapFileError(f"{path!a} is no UTF-8 name; rename the file.") from error
+        raise BlockMapFileError(f"{path!a} is not a UTF-8 name; rename the file.") from error
     except (SafetensorError, OSError) as error:
-        raise BlockMapFileError(f"{path} is cut short or no block map ({error}); {AGAIN}") from error
+        raise BlockMapFileError(f"{path} is truncated or not a block map ({error}); {AGAIN}") from error
     check_kind(path, words)
     if words.get("version") != FILE_VERSION:
         raise BlockMapFileError(

@@ -1,4 +1,4 @@
-"""What the numbers of a block map mean, in words: for its pictures, pages and tables."""
+"""Words for the numbers of a block map, used in pictures, pages and tables."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ GRADIENT = {
 
 
 def meaning(one: BlockMap) -> str:
-    """What one of ``values`` is."""
+    """What a number in ``values`` means."""
     return (GRADIENT if one.is_signed else PROBABILITY)[one.normalization]
 
 
 def uncertainty(one: BlockMap) -> str:
-    """How far off a drawn map may be, or how much those it is the mean of differ; for its title."""
+    """For a title: the standard error of a sampled map, or the spread of the maps that were averaged."""
     if one.spread is not None:
         known = one.spread[~one.spread.isnan()]
         what = one.metadata.get("spread", "standard deviation")
@@ -44,11 +44,12 @@ def uncertainty(one: BlockMap) -> str:
 
 
 def title(whole: BlockMap, one: BlockMap, layer: Any, sequence: int) -> str:
-    """What a picture shows: model, layer, head, step.
+    """The title of a picture: model, layer, head, step.
 
     Args:
         whole: The map.
-        one: The part of it that is drawn, as ``select`` gave it for ``layer`` and ``sequence``.
+        one: The part of it that is drawn: the result of ``select``.
+        layer, sequence: As given to ``select``.
     """
     layers = f"mean of {len(whole.layers)} layers" if layer == "mean" else f"layer {one.layers[0]}"
     heads = "mean over heads" if one.heads == "mean" else f"head {one.heads[0]}"
@@ -59,7 +60,7 @@ def title(whole: BlockMap, one: BlockMap, layer: Any, sequence: int) -> str:
 
 
 def described(one: BlockMap) -> str:
-    """What a map shows of itself where it is printed."""
+    """The text of a map's ``repr``."""
     queries, keys = one.mass.shape[-2:]
     size = [f"{len(one.layers)} layers", f"{queries} query x {keys} key blocks"]
     if one.heads != "mean":

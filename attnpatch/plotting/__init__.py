@@ -1,1 +1,1 @@
-"""Pictures: the folder that knows matplotlib, imported late."""
+"""Pictures. Only this folder uses matplotlib, and imports it when a picture is drawn."""

@@ -1,4 +1,4 @@
-"""Images of every common kind as one kind of array, and heat over them. Knows no matplotlib."""
+"""Converts images of every common kind into one kind of array, and blends heat maps over them; without matplotlib."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ _ACCEPTED = (
     "a PIL image, numpy [H, W, 3] or [H, W], torch [3, H, W], [H, W, 3] or [H, W], as uint8 or as floats from "
     "0 to 1, alone or as a batch of one"
 )
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # how bright red, green and blue are (ITU-R BT.601)
-_DARKEST, _BRIGHTEST = 0.04, 0.66  # the grey image under the heat, so that the colours stand out everywhere
-_COVER = 0.9  # how much the largest heat hides of the image
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue for grey (ITU-R BT.601)
+_DARKEST, _BRIGHTEST = 0.04, 0.66  # range of the grey image under the heat, so that the colours stand out
+_COVER = 0.9  # opacity of the largest heat
 
 
 def as_image(image: Any) -> np.ndarray:
-    """Any common kind of image as ``[H, W, 3]`` float32 from 0 to 1; what is transparent becomes white.
+    """Any common kind of image as ``[H, W, 3]`` float32 from 0 to 1; transparent pixels become white.
 
     Raises:
-        CaptureError: It is no image, or its shape, dtype or range is another.
+        CaptureError: It is not an image, or its shape, dtype or range is not supported.
     """
     if isinstance(image, list | tuple) and len(image) == 1:
         return as_image(image[0])
@@ -33,7 +33,7 @@ def as_image(image: Any) -> np.ndarray:
         raise CaptureError(f"the image is {described(image)}; accepted are {_ACCEPTED}.")
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
-    if not (pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3):  # nor where a pixel is not a number
+    if not (pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3):  # also true if a pixel is NaN
         raise CaptureError(
             f"the image is {described(image)} with values from {pixels.min():.3g} to {pixels.max():.3g}; give "
             "uint8 or floats from 0 to 1 (from -1 to 1: (image + 1) / 2)."
@@ -42,18 +42,18 @@ def as_image(image: Any) -> np.ndarray:
 
 
 def resized(heat: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``[h, w]`` to ``[height, width]`` float32, bilinear: the edges of both lie on each other."""
+    """``[h, w]`` resized to ``[height, width]`` float32, bilinear; the edges of both coincide."""
     source = torch.from_numpy(np.array(heat, np.float32))[None, None]
     return interpolate(source, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def enlarged(image: np.ndarray, times: int) -> np.ndarray:
-    """Every pixel of ``[H, W, 3]`` as a square of ``times`` x ``times``."""
+    """``[H, W, 3]`` with every pixel repeated as a square of ``times`` x ``times``."""
     return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def fitted(image: np.ndarray, longest: int) -> np.ndarray:
-    """``[H, W, 3]`` with a longer side of at most ``longest`` pixels, and of more than half of that."""
+    """``[H, W, 3]`` resized: its longer side has at most ``longest`` pixels, and more than half as many."""
     height, width = image.shape[:2]
     side = max(height, width)
     if side <= longest:
@@ -64,12 +64,12 @@ def fitted(image: np.ndarray, longest: int) -> np.ndarray:
 
 
 def blended(image: np.ndarray, heat: np.ndarray, top: float, colours: np.ndarray) -> np.ndarray:
-    """``heat`` in colours that hide more of the image, dimmed and grey, the larger the heat is.
+    """The image in dimmed grey under ``heat`` in colours, which are more opaque where the heat is larger.
 
     Args:
         image: ``[H, W, 3]`` float32 from 0 to 1.
         heat: ``[h, w]``, not negative.
-        top: The heat of the last colour.
+        top: The heat that gets the last colour.
         colours: ``[n, 3]`` from 0 to 1.
 
     Returns:
@@ -91,7 +91,7 @@ def as_heat(name: str, heat: Any) -> np.ndarray:
     """``heat`` as ``[h, w]`` float32.
 
     Raises:
-        CaptureError: It has another shape, is empty, or holds what is negative or no number.
+        CaptureError: It has another shape, is empty, or has elements that are negative or not finite.
     """
     if isinstance(heat, torch.Tensor):
         heat = heat.detach().float().cpu().numpy()
@@ -111,7 +111,7 @@ def as_heat(name: str, heat: Any) -> np.ndarray:
 
 
 def described(given: Any) -> str:
-    """Shape and dtype of an array, mode and size of a PIL image, the type of anything else."""
+    """For messages: shape and dtype of an array, mode of a PIL image, type of anything else."""
     if isinstance(given, np.ndarray | torch.Tensor):
         kind = "numpy" if isinstance(given, np.ndarray) else "torch"
         return f"{kind} {list(given.shape)} {str(given.dtype).removeprefix('torch.')}"
@@ -122,28 +122,28 @@ def described(given: Any) -> str:
 
 
 def _is_pil(image: Any) -> bool:
-    """Without importing PIL, which attnpatch does not need."""
+    """Whether an object is a PIL image; PIL is not imported, because attnpatch does not need it."""
     return hasattr(image, "convert") and isinstance(getattr(image, "mode", None), str)
 
 
 def _pixels(image: Any) -> np.ndarray | None:
-    """The array of an image of a known kind."""
+    """The pixels of an image as an array; None if its kind is unknown."""
     if isinstance(image, torch.Tensor):
         pixels = image.detach().cpu()
         return (pixels.float() if pixels.is_floating_point() else pixels).numpy()
     if not _is_pil(image):
         return image if isinstance(image, np.ndarray) else None
-    if image.mode[0] in "IF":  # whole numbers of 16 or 32 bits and floats, which PIL would clip at 255
+    if image.mode[0] in "IF":  # floats and integers of 16 or 32 bits, which PIL would clip at 255
         return np.asarray(image)
     try:
         pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
-    except ValueError:  # a mode PIL itself cannot bring to RGBA
+    except ValueError:  # PIL cannot convert this mode to RGBA
         return None
     return pixels[:, :, :3] * pixels[:, :, 3:] + (1 - pixels[:, :, 3:])
 
 
 def _channels_last(pixels: np.ndarray, channels_first: bool) -> np.ndarray:
-    """Without the axis of a batch of one, the colours last, grey as three colours."""
+    """Pixels as ``[H, W, 3]``: without the batch axis, channels last, grey repeated as three channels."""
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
     if pixels.ndim == 3 and channels_first and len(pixels) == 3:

@@ -1,4 +1,4 @@
-"""The picture of one block map. With ``page`` the only file that knows matplotlib, and imports it late."""
+"""Draws one block map. Imports matplotlib when a picture is drawn."""
 
 import io
 import os
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 SCALES = ("sqrt", "linear")
 
-_MOST_TICKS = 42  # more labels than this do not fit on an axis at a readable size
-_STEPS = [step * 10**power for power in range(9) for step in (1, 2, 5)]  # every 1st, 2nd, 5th, 10th, ...
-_MOST_NUMBERS = 10  # up to this many blocks the number is written into each cell
+_MOST_TICKS = 42  # most labels that fit on an axis at a readable size
+_STEPS = [
+    step * 10**power for power in range(9) for step in (1, 2, 5)
+]  # label every 1st, 2nd, 5th, 10th, ... block
+_MOST_NUMBERS = 10  # with at most this many blocks, each cell shows its number
 _LONGEST_LABEL = 22
 _ZERO_COLOUR = "#e9e9ec"
 
@@ -38,26 +40,26 @@ def draw(
     errors_are: str = "standard error",
     is_signed: bool = False,
 ) -> "Figure":
-    """A heat map with query blocks downwards and key blocks across.
+    """Draw a heat map with query blocks as rows and key blocks as columns.
 
-    Exact zeros (what a causal mask forbids) are grey, so that they differ from small masses. The colours are
-    viridis, which colour-blind readers and grey printers keep in order; with negative values (gradients), purple
-    and orange on either side of white.
+    Exact zeros (such as those of a causal mask) are grey, so that they differ from small masses. The colours are
+    viridis, whose order stays visible to colour-blind readers and in grey print. With negative values (gradients) they
+    are purple and orange, with white at 0.
 
     Args:
         values: ``[query_blocks, key_blocks]``.
-        query_labels: One per row; shortened and thinned as needed.
+        query_labels: One per row; long labels are shortened, and if there are many only some are shown.
         key_labels: One per column.
-        title: Over the picture.
-        colour_label: What the number is.
+        title: Title of the picture.
+        colour_label: What the number is, for the colour bar.
         scale: ``"sqrt"`` or ``"linear"`` colours.
-        errors: Written beneath the values after a sign of plus and minus; NaN: not known.
-        axis_labels: Of the rows, and of the columns.
-        errors_are: What ``errors`` are.
-        is_signed: Whether the values have signs, if only by chance of one kind: the colours go as far down as up.
+        errors: Same shape, written below the values after a plus-minus sign; NaN: unknown.
+        axis_labels: Labels of the vertical and of the horizontal axis.
+        errors_are: What ``errors`` are, for the colour bar.
+        is_signed: Whether values may be negative, even if none is: the colours are then symmetric around 0.
 
     Raises:
-        CaptureError: The scale is another.
+        CaptureError: The scale is unknown.
         MissingExtraError: matplotlib is not installed.
     """
     if scale not in SCALES:
@@ -79,7 +81,7 @@ def draw(
     axes.set_ylabel(axis_labels[0])
     axes.set_xlabel(axis_labels[1])
     if title:
-        # Over the figure, not the axes: beside the labels and the colour bar a small map leaves little room.
+        # A title of the figure, not of the axes, which are narrow for a small map.
         line = int(10 * figure.get_figwidth())
         figure.suptitle(textwrap.fill(shorten(title, 2 * line), line), fontsize=11, parse_math=False)
     if max(rows, columns) <= _MOST_TICKS:
@@ -113,7 +115,7 @@ def colours(values: np.ndarray, scale: str, is_signed: bool = False) -> tuple[An
 
 
 def write(figure: "Figure", path: str | os.PathLike | None) -> "Figure | Path":
-    """Save ``figure`` in the format that a path's suffix names and return the path; without a path, the figure.
+    """Save ``figure`` in the format of the path's suffix, and return the path. Without a path, return the figure.
 
     Raises:
         CaptureError: The suffix is not ``.png``, ``.svg`` or ``.pdf``.
@@ -142,7 +144,7 @@ def shorten(text: str, longest: int = _LONGEST_LABEL) -> str:
 
 def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150) -> None:
     with warnings.catch_warnings():
-        # A label in a script the font lacks shows boxes; a warning per glyph would help nobody.
+        # The font may lack a label's script and show boxes; a warning for each glyph is of no use.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(target, format=kind, dpi=dpi)
 
@@ -174,7 +176,7 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
 
 
 def _figure_size(rows: int, columns: int) -> tuple[float, float]:
-    """Inches: cells of a readable size, within what a screen shows; the rest is for labels and the bar."""
+    """Size in inches: cells of a readable size that fit a screen, plus room for labels and the colour bar."""
     width, height = (min(max(0.3 * count, 3.2), 9.5) for count in (columns, rows))
     return width + 3.4, height + 2.3
 
@@ -198,12 +200,12 @@ def _separate_cells(axes: "Axes", rows: int, columns: int) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-# Above this luminance black has the higher contrast, below it white (WCAG 2.2).
+# Black text has the higher contrast above this luminance, white text below it (WCAG 2.2).
 _MIDDLE = 0.179
 
 
 def _luminance(colour: Sequence[float]) -> float:
-    """The relative luminance of red, green and blue of sRGB (WCAG 2.2)."""
+    """The relative luminance of an sRGB colour (WCAG 2.2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -1,4 +1,4 @@
-"""Heat maps of words over an image, over the steps of a sampler and over the frames of a video."""
+"""Draws heat maps of words over an image, over a sampler's steps and over a video's frames."""
 
 import contextlib
 import os
@@ -31,14 +31,14 @@ _LONGEST_NAME = 40
 def overlay(
     image: Any, heats: Mapping[str, np.ndarray], *, title: str | None = None, columns: int | None = None
 ) -> "Figure":
-    """The image, then one panel per word with the word's heat over the image in grey.
+    """Draw the image, then one panel per word: the word's heat over the image in grey.
 
-    Every panel has its own scale, from 0 to the largest heat of its word, which stands below it.
+    Every panel has its own scale, from 0 to the largest heat of its word, which is printed below it.
 
     Args:
-        image: Anything ``as_image`` takes.
-        heats: ``[h, w]`` by word, not negative; any resolution.
-        title: Over the figure.
+        image: Anything that ``as_image`` accepts.
+        heats: By word, ``[h, w]`` of any resolution, not negative.
+        title: Title of the figure.
         columns: Panels side by side; None chooses.
 
     Raises:
@@ -47,7 +47,7 @@ def overlay(
     """
     pixels, heats = as_image(image), _by_word(heats)
     if columns is not None and (not isinstance(columns, Integral) or columns < 1):
-        raise CaptureError(f"columns is {columns!r}; give a whole number from 1, or None.")
+        raise CaptureError(f"columns is {columns!r}; give a whole number of at least 1, or None.")
     panels = [Panel(word, pixels, heat, float(heat.max())) for word, heat in heats.items()]
     return panel_grid.draw([Panel("image", pixels), *panels], title, columns)
 
@@ -55,23 +55,24 @@ def overlay(
 def steps(
     image: Any, heats: Sequence[np.ndarray], labels: Sequence[str], *, title: str | None = None
 ) -> "Figure":
-    """How the heat of one word forms: at most 10 steps, evenly spread, on one scale.
+    """Draw how the heat of one word forms: at most 10 steps, evenly spaced, on one scale.
 
     Args:
-        image: Anything ``as_image`` takes.
-        heats: ``[h, w]`` of each step of the sampler.
+        image: Anything that ``as_image`` accepts.
+        heats: ``[h, w]`` for each step of the sampler.
         labels: One per step.
-        title: Over the figure.
+        title: Title of the figure.
 
     Raises:
-        CaptureError: There are no steps, not one label for each, or the image or a heat cannot be used.
+        CaptureError: There are no steps, their number differs from that of the labels, or the image or a heat is
+            invalid.
         MissingExtraError: matplotlib is not installed.
     """
     pixels = as_image(image)
     count, names = _count("heats", heats), _count("labels", labels)
     if count == 0 or count != names:
         raise CaptureError(
-            f"{names} labels for heats of {count} steps; give one for each, and a step at least."
+            f"{names} labels for heats of {count} steps; give one label per step, and at least one step."
         )
     chosen = _spread(count, MOST_STEPS)
     return _on_one_scale([pixels] * len(chosen), heats, labels, chosen, title)
@@ -84,16 +85,16 @@ def frames(
     *,
     title: str | None = None,
 ) -> "Figure":
-    """The heat of one word in a video: at most 8 frames, evenly spread, on one scale.
+    """Draw the heat of one word in a video: at most 8 frames, evenly spaced, on one scale.
 
     Args:
-        images: One per frame, each anything ``as_image`` takes; also as an array, or a batch of one video.
+        images: One per frame, each anything that ``as_image`` accepts; also as one array, or as a batch of one video.
         heats: ``[frames, h, w]``.
         labels: One per frame; None numbers them from 0.
-        title: Over the figure.
+        title: Title of the figure.
 
     Raises:
-        CaptureError: There are no frames, not one image and label for each, or one cannot be used.
+        CaptureError: There are no frames, the numbers of images, labels and frames differ, or one of them is invalid.
         MissingExtraError: matplotlib is not installed.
     """
     count = _count("heats", heats)
@@ -103,25 +104,25 @@ def frames(
     found, names = _count("images", images), _count("labels", labels)
     if count == 0 or not count == found == names:
         raise CaptureError(
-            f"{found} images and {names} labels for heats of {count} frames; give one of each for every frame, "
-            "and a frame at least."
+            f"{found} images and {names} labels for heats of {count} frames; give one of each per frame, "
+            "and at least one frame."
         )
     chosen = _spread(count, MOST_FRAMES)
     return _on_one_scale([as_image(images[number]) for number in chosen], heats, labels, chosen, title)
 
 
 def write_overlays(image: Any, heats: Mapping[str, np.ndarray], folder: str | os.PathLike) -> list[Path]:
-    """One PNG per word (``00_circle.png``, ...): all of them, or none when one cannot be written.
+    """Write one PNG per word (``00_circle.png``, ...): all of them, or none if one cannot be written.
 
-    Each has the pixels of the image, a small one's enlarged to about 512, and the scale of ``overlay``.
+    Each has the size of the image (a small image is enlarged to about 512 pixels) and the scale of ``overlay``.
 
     Args:
-        image: Anything ``as_image`` takes.
-        heats: ``[h, w]`` by word, not negative; any resolution.
-        folder: Made where it is missing. Files of the same name are replaced.
+        image: Anything that ``as_image`` accepts.
+        heats: By word, ``[h, w]`` of any resolution, not negative.
+        folder: Created if it is missing. Files of the same name are replaced.
 
     Raises:
-        CaptureError: There are no words, the image or a heat cannot be used, or the folder cannot be written.
+        CaptureError: There are no words, the image or a heat is invalid, or the folder cannot be written to.
         MissingExtraError: matplotlib is not installed.
     """
     pixels, heats, colours, folder = as_image(image), _by_word(heats), panel_grid.colours(), Path(folder)
@@ -141,7 +142,7 @@ def write_overlays(image: Any, heats: Mapping[str, np.ndarray], folder: str | os
         if not isinstance(error, OSError):
             raise
         problem = "it is a file" if folder.is_file() else error.strerror or error
-        raise CaptureError(f"cannot write into {folder}: {problem}; choose a folder that can be.") from error
+        raise CaptureError(f"cannot write into {folder}: {problem}; choose another folder.") from error
     return paths
 
 
@@ -149,7 +150,7 @@ def _by_word(heats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not isinstance(heats, Mapping):
         raise CaptureError(f"the heats are {described(heats)}; give a dict from words to [h, w].")
     if not heats:
-        raise CaptureError("there are no words to draw; give the heat of one at least.")
+        raise CaptureError("there are no words to draw; give the heat of at least one.")
     return {str(word): as_heat(word, heat) for word, heat in heats.items()}
 
 
@@ -161,7 +162,7 @@ def _count(what: str, given: Any) -> int:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count``, evenly, with the first and the last."""
+    """At most ``most`` of ``count`` indices, evenly spaced, the first and the last included."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
@@ -180,7 +181,7 @@ def _on_one_scale(
 
 
 def _file_name(word: str) -> str:
-    """Letters, with their accents, and digits of any script; everything else as ``_``."""
+    """A word as a file name: letters, accents and digits of any script are kept, all else becomes ``_``."""
     kept = (letter if unicodedata.category(letter)[0] in "LMN" or letter in "-_" else " " for letter in word)
     return "_".join("".join(kept).split())[:_LONGEST_NAME].rstrip("_") or "word"
 

@@ -1,4 +1,4 @@
-"""Several pictures on one page: panels in a grid, a line over and under each, one colour bar."""
+"""Draws several pictures on one page: a grid of panels with a line above and below each, and one colour bar."""
 
 import io
 import math
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DOTS_PER_INCH = 150  # of picture.write
-_PAGE = 13.0  # inches a page takes at most, unless its panels would become too small
-_LONGEST, _SHORTEST = 4.0, 1.3  # of the longer side of a panel, in inches
-_NARROWEST = 0.95  # of a cell, in inches, for the word over it
+_DOTS_PER_INCH = 150  # as map_figure.write has it
+_PAGE = 13.0  # largest page in inches, unless its panels would become too small
+_LONGEST, _SHORTEST = 4.0, 1.3  # limits of a panel's longer side, in inches
+_NARROWEST = 0.95  # least width of a cell in inches, so that the word above it fits
 _MARGIN, _GAP, _ABOVE, _BELOW, _BAR, _TITLE_LINE = 0.15, 0.18, 0.28, 0.24, 1.0, 0.24  # inches
-_SHAPE, _STRIP_SHAPE = 1.6, 3.0  # width by height: what suits a screen, what reads as a strip
+_SHAPE, _STRIP_SHAPE = 1.6, 3.0  # width / height of a page: for a screen, and for a strip of frames or steps
 
 
 @dataclass(frozen=True)
 class Panel:
-    """An image (``as_image``), with heat over it or as it is.
+    """An image, with or without heat over it.
 
     Attributes:
-        label: Over the panel.
+        label: Text above the panel.
         image: ``[H, W, 3]`` float32 from 0 to 1.
         heat: ``[h, w]``, or None.
-        top: The heat that has the last colour.
+        top: The heat that gets the last colour.
     """
 
     label: str
@@ -61,18 +61,18 @@ class _Grid:
 
     @property
     def pixels(self) -> int:
-        """Of a panel's longer side."""
+        """Pixels of a panel's longer side."""
         return round(_DOTS_PER_INCH * max(self.width, self.height))
 
     @property
     def page(self) -> tuple[float, float]:
-        """Without the title."""
+        """Width and height of the page without the title."""
         across, down = self.cell
         return self.columns * across + _BAR + 2 * _MARGIN, self.rows * down + 2 * _MARGIN
 
 
 def colours() -> np.ndarray:
-    """``[256, 3]``: inferno from where it is no longer black; in order for colour-blind readers and in grey.
+    """``[256, 3]``: inferno without its blackest part; its order stays visible to colour-blind readers and in grey.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -83,20 +83,20 @@ def colours() -> np.ndarray:
 def draw(
     panels: Sequence[Panel], title: str | None, columns: int | None = None, top: float | None = None
 ) -> "Figure":
-    """The panels in reading order.
+    """Draw the panels in reading order.
 
     Args:
-        panels: One at least.
-        title: Over the page.
+        panels: At least one.
+        title: Title of the page.
         columns: Panels side by side; None chooses.
-        top: The scale all panels share; None where each has its own.
+        top: The end of the scale that all panels share; None if each has its own scale.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     palette = colours()
     height, width = panels[0].image.shape[:2]
-    # On one scale, the panels follow each other in time.
+    # Panels that share a scale are a sequence in time, so they are laid out as a strip.
     shape = _SHAPE if top is None else _STRIP_SHAPE
     grid = _grid(len(panels), width / height, columns, shape)
     across, down = grid.page
@@ -117,7 +117,7 @@ def draw(
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """``[H, W, 3]`` uint8 as a PNG file, one pixel for each."""
+    """``[H, W, 3]`` uint8 as the bytes of a PNG file of the same size."""
     map_figure.load_matplotlib()
     from matplotlib.image import imsave
 
@@ -127,7 +127,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def _grid(count: int, ratio: float, columns: int | None, shape: float) -> _Grid:
-    """Panels as large as the page allows; columns so that it is filled and near its shape."""
+    """Panels as large as the page allows, in as many columns as fill it and bring it near its shape."""
     if columns is not None:
         return _sized(count, ratio, min(columns, count))
 
@@ -140,7 +140,7 @@ def _grid(count: int, ratio: float, columns: int | None, shape: float) -> _Grid:
 
 
 def _sized(count: int, ratio: float, columns: int) -> _Grid:
-    ratio = min(max(ratio, 1 / 6), 6)  # what is longer still is drawn smaller, inside its panel
+    ratio = min(max(ratio, 1 / 6), 6)  # a longer image is drawn smaller inside its panel
     wide, high = min(1, ratio), min(1, 1 / ratio)
     most = [
         (_PAGE - _BAR) / columns / wide - _GAP,
@@ -151,7 +151,7 @@ def _sized(count: int, ratio: float, columns: int) -> _Grid:
 
 
 def _add_axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Inches from the left and lower edge; the title lies above the rest."""
+    """Add axes; positions are inches from the left and the lower edge of the figure (the title is at the top)."""
     across, down = figure.get_size_inches()
     return figure.add_axes((left / across, (top - height) / down, width / across, height / down))
 
@@ -180,11 +180,11 @@ def _draw_panel(
 
 
 def _fit(text, label: str, room: float) -> None:
-    """As much of the label as has room (in the figure's dots), measured: letters differ in width."""
+    """Set as much of the label as fits into ``room`` dots; it is measured, because letters differ in width."""
     line = map_figure.shorten(_visible(label), 80) or repr(label)
     text.set_text(line)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # as picture.write
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # as map_figure.write does
         while len(line) > 2:
             taken = text.get_window_extent().width
             if taken <= room:
@@ -194,12 +194,12 @@ def _fit(text, label: str, room: float) -> None:
 
 
 def _visible(label: str) -> str:
-    """Without half characters and control characters, which fonts refuse."""
+    """The label without lone surrogates and control characters, which fonts cannot draw."""
     return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in label)
 
 
 def _draw_bar(figure: "Figure", grid: _Grid, palette: np.ndarray, top: float | None) -> None:
-    """Beside the first row: the colours as they look over a middle grey."""
+    """Draw the colour bar beside the first row, with the colours as they look over a medium grey."""
     across, down = grid.page
     left = across - _MARGIN - _BAR + 0.12
     axes = _add_axes(figure, left, down - _MARGIN - _ABOVE, 0.13, grid.height)
