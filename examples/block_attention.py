@@ -1,11 +1,11 @@
-"""Block maps of a conversation under the names of the guide, whose command lines and imports work here as written.
+"""Block maps of conversations, as a script: the same as ``attnpatch analyze``. ``--help`` lists the options.
 
     python block_attention.py --mode real --model /path/to/model --json /path/to/data.json --use-gradient-checkpointing
     python block_attention.py --mode demo
 
-    from block_attention import BlockAttentionAnalyzer
+The class can be imported from here too:
 
-It is ``attnpatch analyze``; ``--help`` lists its options.
+    from block_attention import BlockAttentionAnalyzer
 """
 
 import sys

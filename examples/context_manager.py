@@ -1,4 +1,4 @@
-"""A context manager around a generation call: patched and captured there, untouched outside.
+"""A context manager around a generation call: the model is patched and captured inside, and unchanged outside.
 
 python examples/context_manager.py
 """
@@ -18,6 +18,6 @@ with attnpatch.patched(model, mode="always"), attnpatch.capture(model, attnpatch
 
 print(maps.block_map)
 print(
-    "share of the last block that goes to the first:",
+    "share of the last block's attention on the first block:",
     round(float(maps.block_map.to_numpy()[:, -1, 0].mean()), 3),
 )

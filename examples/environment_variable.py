@@ -1,10 +1,10 @@
-"""The environment variable: a script that knows nothing of attnpatch, run as it is.
+"""The environment variables: runs a script that does not mention attnpatch, unchanged.
 
     python examples/environment_variable.py
 
-This file starts that script as ``ATTNPATCH=1 ATTNPATCH_MIN_FREE=900GB ATTNPATCH_REPORT=1 python script.py`` would.
-Where attnpatch is on the path and not installed there is no start-up file to read the variable: ``attnpatch run
-script.py`` does the same with the same variables.
+This file runs ``ATTNPATCH=1 ATTNPATCH_MIN_FREE=900GB ATTNPATCH_REPORT=1 python script.py``. If attnpatch is on the path
+but not installed, there is no start-up file that reads the variables; then it runs ``attnpatch run script.py``, which
+does the same.
 """
 
 import importlib.util

@@ -1,12 +1,12 @@
-"""Where the words of a caption went: heat maps of trained models, measured against what the models drew.
+"""Heat maps of a caption's words, compared with the pixels that trained models drew for these words.
 
     python examples/heat_maps.py                  # the first 4 held-out captions, seconds
     python examples/heat_maps.py --captions 100   # all held-out captions, minutes
 
-For each held-out caption ("red circle left, blue square right") a model draws its picture, and each shape gets a
-heat map from ``attnpatch.capture``: the mean attention that the pixels pay to its words, over heads, layers with
-captions and steps. The map above its own mean plus one standard deviation is compared with the pixels that have the
-shape's colour. Every caption counts; a shape that was not drawn counts as an overlap of 0.
+For each held-out caption ("red circle left, blue square right") a model draws a picture, and ``attnpatch.capture``
+gives a heat map for each shape: the attention of the pixels to the shape's words, averaged over heads, cross-attention layers
+and steps. The part of the heat map above its mean plus one standard deviation is compared with the pixels that have the
+shape's colour. Every caption counts; a shape that was not drawn has an overlap of 0.
 
 The pictures need matplotlib.
 """
@@ -23,9 +23,9 @@ import attnpatch
 from attnpatch.capturing.image_maps import ImageMaps
 
 SIZE = shapes.SIZE
-# The layers that look at the caption.
+# The layers that attend to the caption.
 CROSS = "*.attn2"
-# What is measured, and what it is called in the table.
+# The kinds of heat maps that are measured, and their names in the table.
 LABELS = {
     "words": "all words of a shape",
     "colour": "its colour alone",
@@ -41,7 +41,7 @@ def heats_of(maps: ImageMaps, thing: shapes.Thing) -> dict[str, torch.Tensor]:
 
 
 def hot(heat_map: torch.Tensor) -> torch.Tensor:
-    """Where a heat map is above its own mean plus one standard deviation: bool, of the same shape."""
+    """Where a heat map is above its mean plus one standard deviation: bool, same shape."""
     return heat_map > heat_map.mean() + heat_map.std(correction=0)
 
 
@@ -51,16 +51,17 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def measure(pipe: shapes.ShapesPipeline, number: int, **how) -> dict[str, float]:
-    """Figures over the first ``number`` held-out captions, each with its number as the seed of the noise.
+    """Measure the first ``number`` held-out captions. The index of a caption is the seed of its noise.
 
     Args:
-        pipe: What draws.
+        pipe: The pipeline that draws.
         number: How many captions.
-        how: For the pipeline: steps and guidance.
+        how: Arguments for the pipeline: steps and guidance.
 
     Returns:
-        Means over shapes: the overlap of a shape with its words ("own") and with the other shape's ("others"), for
-        all its words and for each alone; the share drawn in place ("in place"); and its size in pixels ("pixels").
+        Means over shapes: the overlap of a shape's pixels with the heat of its own words ("own") and with that of the
+        other shape's words ("others"), for all words together and for each; the share of shapes that are drawn in
+        their place ("in place"); and the size in pixels ("pixels").
     """
     found = collections.defaultdict(list)
     for seed, caption in enumerate(shapes.captions()[1][:number]):
@@ -84,16 +85,16 @@ def drawing(pipe: shapes.ShapesPipeline, caption: shapes.Caption, seed: int, **h
 
 
 def write_pictures(pipe: shapes.ShapesPipeline, number: int, start: str, **how) -> list[Path]:
-    """The heat maps over the pictures of a few captions, and how that of the first word forms over the steps.
+    """Draw heat maps over the pictures of a few captions; for the first caption, also over the steps.
 
     Args:
-        pipe: What draws.
+        pipe: The pipeline that draws.
         number: How many captions.
-        start: Folder and beginning of the files' names.
-        how: For the pipeline.
+        start: Folder and beginning of the file names.
+        how: Arguments for the pipeline.
 
     Returns:
-        The files.
+        The files that were written.
     """
     written = []
     for seed, caption in enumerate(shapes.captions()[1][:number]):
@@ -121,15 +122,15 @@ def show(name: str, figures: dict[str, float]) -> None:
 def main() -> None:
     """Measure the models, print the figures, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", help="by default all there are")
-    parser.add_argument("--folder", type=Path, default=shapes.MODELS, help="where the models are")
+    parser.add_argument("--models", nargs="+", help="names of models; all by default")
+    parser.add_argument("--folder", type=Path, default=shapes.MODELS, help="folder of the models")
     parser.add_argument(
         "--captions", type=int, default=4, help=f"how many of the {shapes.HELD_OUT} held-out captions"
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument(
-        "--pictures", type=int, default=1, help="captions that are drawn with their heat maps"
+        "--pictures", type=int, default=1, help="how many captions to draw with their heat maps"
     )
     parser.add_argument("--out", type=Path, default=Path("heat_maps"), help="folder for the pictures")
     options = parser.parse_args()

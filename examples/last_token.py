@@ -1,4 +1,4 @@
-"""What the last token looks at: one row of the last layer's attention weights, of a sequence as long as you like.
+"""What the last token attends to: reads one row of the last layer's attention weights, for a sequence of any length.
 
 python examples/last_token.py --tokens 32768 --attention sdpa
 """
@@ -25,7 +25,7 @@ config = LlamaConfig(
 model = LlamaModel(config).eval()
 ids = torch.randint(0, 512, (1, given.tokens))
 padding = torch.ones_like(ids)
-padding[:, :16] = 0  # so that the host needs a mask
+padding[:, :16] = 0  # so that transformers needs a mask
 
 
 def measured(what, work):
@@ -46,4 +46,4 @@ with torch.no_grad(), attnpatch.patched(model, mode="always"):
     row = measured("one row of weights", lambda: weights[:, :, -1].cpu())  # [batch, heads, keys]
 print(f"{'all of that layer':20} {'':8}   {weights.nbytes / 1e6:8.0f} MB, never held")
 strongest = row[0].mean(0).topk(3).indices.tolist()
-print(f"the last of {given.tokens} tokens looks most at {strongest}")
+print(f"the last of {given.tokens} tokens attends most to tokens {strongest}")

@@ -1,4 +1,4 @@
-"""One line: a transformers model whose attention goes by rows when memory is short.
+"""One line: the attention of a transformers model runs by rows when memory is short.
 
 python examples/one_line.py
 """

@@ -1,7 +1,7 @@
-"""Two coloured shapes from a caption: the captions, their pictures, and a pipeline that draws them.
+"""Captions of two coloured shapes, their pictures, and a pipeline that draws them.
 
-What ``demo_model/train_shapes.py`` and ``heat_maps.py`` share. A caption reads "red circle left, blue square right"; the
-pictures are 32 x 32 pixels, and the models draw pixels, so there is no autoencoder.
+``demo_model/train_shapes.py`` and ``heat_maps.py`` use this module. A caption is "red circle left, blue square right".
+The pictures are 32 x 32 pixels; the models draw pixels, so there is no autoencoder.
 """
 
 import itertools
@@ -33,7 +33,7 @@ COLOURS = {
     "purple": (0.58, 0.16, 0.68),
     "black": (0.08, 0.08, 0.08),
 }
-# How far each shape reaches from its middle, for a radius of 1.
+# The distance from a shape's centre to its farthest edge, for a radius of 1.
 SHAPES = {"circle": 1.0, "square": 0.88, "triangle": 1.1, "diamond": 1.15}
 PLACES = (("left", "right"), ("top", "bottom"))
 RADII = (4.5, 6.75)
@@ -42,7 +42,7 @@ HELD_OUT = 100
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a caption: its words."""
+    """One shape of a caption, by its words."""
 
     colour: str
     shape: str
@@ -50,7 +50,7 @@ class Thing:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words of the caption that name it."""
+        """The words of the caption that describe it."""
         return (self.colour, self.shape, self.place)
 
 
@@ -58,15 +58,15 @@ Caption = tuple[Thing, Thing]
 
 
 def text(caption: Caption) -> str:
-    """The caption as a pipeline is given it."""
+    """The caption as text."""
     return ", ".join(" ".join(thing.words) for thing in caption)
 
 
 def captions() -> tuple[list[Caption], list[Caption]]:
-    """All captions, for training and held out; the same every time.
+    """All captions: those for training, and those held out; the same every time.
 
-    A caption has two colours and two shapes, none twice, and the two shapes named in either order. What is held
-    out is the picture: its caption is in the second list in one order, and neither order is in the first.
+    A caption names two different shapes in two different colours, in either order. Pictures are held out, not captions:
+    the second list has a held-out picture's caption in one order, and the first list has it in neither.
     """
     every = [
         (Thing(*one, first), Thing(*other, second))
@@ -86,8 +86,8 @@ def signed_distance(shape: str, down: torch.Tensor, across: torch.Tensor, radius
 
     Args:
         shape: One of ``SHAPES``.
-        down, across: ``[SIZE, SIZE]``, from the middle of the shape.
-        radius: In pixels; shapes of one radius cover about the same area.
+        down, across: ``[SIZE, SIZE]``, distances from the shape's centre in pixels.
+        radius: In pixels; shapes of the same radius have about the same area.
     """
     if shape == "circle":
         return (down.square() + across.square()).sqrt() - radius
@@ -100,10 +100,10 @@ def signed_distance(shape: str, down: torch.Tensor, across: torch.Tensor, radius
 
 
 def draw(caption: Caption, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture of a caption, its shapes of random size and anywhere in their halves.
+    """Draw a caption, with shapes of random size at random positions in their halves.
 
     Returns:
-        The picture, ``[3, SIZE, SIZE]`` float32 from -1 to 1, and where its shapes are, ``[2, SIZE, SIZE]`` bool.
+        The picture, ``[3, SIZE, SIZE]`` float32 from -1 to 1, and the masks of its shapes, ``[2, SIZE, SIZE]`` bool.
     """
     rows, columns = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
     picture = torch.tensor(BACKGROUND)[:, None, None].expand(3, SIZE, SIZE)
@@ -125,17 +125,17 @@ def draw(caption: Caption, generator: torch.Generator) -> tuple[torch.Tensor, to
 
 
 def drawn(picture: torch.Tensor, thing: Thing) -> torch.Tensor:
-    """Where a picture shows a thing: pixels that are more than half its colour, the rest background.
+    """The pixels of a picture that show a thing: more than half of the pixel is the thing's colour.
 
-    The rim of a shape is a mixture too, and one of black and background lies near purple; so a pixel is of the colour
-    whose mixtures with the background come nearest to it, of all colours there are.
+    A pixel at a shape's edge mixes its colour with the background, and such a mixture of black is close to purple. So
+    each pixel is assigned to the colour whose mixtures with the background come nearest to it.
 
     Args:
         picture: ``[3, SIZE, SIZE]`` from 0 to 1, as a pipeline returns it.
-        thing: What is looked for. No two things of a caption have the same colour.
+        thing: The thing to find. The two things of a caption have different colours.
 
     Returns:
-        ``[SIZE, SIZE]`` bool; all False if the model did not draw it.
+        ``[SIZE, SIZE]`` bool; all False if the model did not draw the thing.
     """
     background = torch.tensor(BACKGROUND)[:, None, None]
     away = torch.tensor(list(COLOURS.values()))[:, :, None, None] - background
@@ -147,11 +147,11 @@ def drawn(picture: torch.Tensor, thing: Thing) -> torch.Tensor:
 
 
 def in_place(mask: torch.Tensor, thing: Thing) -> bool:
-    """Whether a mask is as large as a shape may be and at least nine tenths of it lie in the right half.
+    """Whether a mask has a possible size for a shape, and at least nine tenths of it are in the correct half.
 
     Args:
         mask: ``[SIZE, SIZE]`` bool.
-        thing: What it is to be a mask of.
+        thing: The thing that the mask should show.
     """
     half = SIZE // 2
     side = {"left": mask[:, :half], "right": mask[:, half:], "top": mask[:half], "bottom": mask[half:]}
@@ -161,12 +161,12 @@ def in_place(mask: torch.Tensor, thing: Thing) -> bool:
 
 
 def places(count: int) -> torch.Tensor:
-    """How far down and how far across each tile of 2 x 2 pixels is, for a UNet.
+    """Position channels for a UNet: the row and the column of each tile of 2 x 2 pixels.
 
-    A transformer adds to each tile where it is; convolutions know only how far the border is, if it is near.
+    A transformer adds position embeddings itself. Convolutions can infer a position only close to the border.
 
     Returns:
-        ``[count, 8, SIZE / 2, SIZE / 2]``: sines and cosines, larger than the noise, or they are lost in it.
+        ``[count, 8, SIZE / 2, SIZE / 2]``: sines and cosines, scaled to be larger than the noise.
     """
     along = torch.linspace(-1, 1, SIZE // 2)
     waves = [(0.5 * torch.pi * along).sin(), *((k * torch.pi * along).sin() for k in (1, 2))]
@@ -178,10 +178,10 @@ def places(count: int) -> torch.Tensor:
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, level: torch.Tensor, words: torch.Tensor
 ) -> torch.Tensor:
-    """What a denoiser takes for noise minus picture.
+    """Predict noise minus picture with a denoiser.
 
-    A transformer says that itself. A UNet is given tiles of 2 x 2 pixels too, with where they are, and says what the
-    picture is: it need not carry the noise through, and most of its loss is which colour goes where.
+    A transformer predicts it directly. A UNet gets tiles of 2 x 2 pixels and their positions, and predicts the picture:
+    then it need not reproduce the noise, and most of its loss is about which colour belongs where.
 
     Args:
         denoiser: The UNet or the transformer.
@@ -201,12 +201,12 @@ def predict(
 
 
 class ShapesPipeline(DiffusionPipeline):
-    """Text to pictures in pixels, with the calling conventions of diffusers' own pipelines.
+    """Draws captions as pixels, with the calling conventions of diffusers' own pipelines.
 
     Args:
         tokenizer: One token per word.
-        text_encoder: Its ``last_hidden_state`` is what the denoiser attends to, as it is.
-        scheduler: Flow matching: it is given noise minus picture.
+        text_encoder: The denoiser attends to its ``last_hidden_state`` directly.
+        scheduler: Flow matching; it takes noise minus picture.
         unet: The denoiser, or None if it is a transformer.
         transformer: The denoiser, or None if it is a UNet.
     """
@@ -234,7 +234,7 @@ class ShapesPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs."""
+        """The guidance scale of the running call."""
         return self._guidance_scale
 
     @property
@@ -264,11 +264,11 @@ class ShapesPipeline(DiffusionPipeline):
 
         Args:
             prompt: One caption or several.
-            negative_prompt: What to lead away from; no caption by default. One, or as many as there are captions.
+            negative_prompt: Caption to steer away from; an empty one by default. One, or as many as captions.
             num_inference_steps: Calls of the denoiser.
-            guidance_scale: Above 1, both captions go through the denoiser, in one batch.
+            guidance_scale: Above 1, captions and negative captions go through the denoiser in one batch.
             num_images_per_prompt: Pictures per caption.
-            generator: Where the noise comes from.
+            generator: Generator of the noise.
             latents: The noise itself, ``[B, 3, SIZE, SIZE]``.
             output_type: ``"pil"``, ``"np"`` (``[B, H, W, 3]``) or ``"pt"`` (``[B, 3, H, W]``), both from 0 to 1.
             return_dict: False for a plain tuple.
@@ -302,9 +302,9 @@ class ShapesPipeline(DiffusionPipeline):
 
 
 def load(name: str, folder: Path = MODELS) -> ShapesPipeline:
-    """A trained pipeline, ``"unet"`` or ``"dit"``, in float32."""
+    """Load a trained pipeline, ``"unet"`` or ``"dit"``, in float32."""
     pipe = ShapesPipeline.from_pretrained(folder / name, local_files_only=True)
-    # It is stored in float16.
+    # The weights are stored in float16.
     pipe.denoiser.float()
     pipe.text_encoder.float()
     pipe.set_progress_bar_config(disable=True)

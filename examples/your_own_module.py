@@ -1,4 +1,4 @@
-"""Your own module: attention under a name that says nothing, found in its first call.
+"""Your own module: its name does not say that it is attention, so it is recognised in its first call.
 
 python examples/your_own_module.py
 """
@@ -10,7 +10,7 @@ import attnpatch
 
 
 class Mixer(nn.Module):
-    """Attention as one writes it for a paper."""
+    """Attention as it is often written in research code."""
 
     def __init__(self, dim: int = 64, heads: int = 4):
         super().__init__()

@@ -73,14 +73,14 @@ def test_what_the_report_counted_is_shown_in_full():
 def test_the_fact_is_named_when_it_is_found(conversation):
     text = printed(run.tell, conversation, finding([0.1, 0.6, 0.05, 0.1, 0.1]))
     assert "Message 1 is the one that holds the fact." in text
-    assert "just that" in text
+    assert "the same" in text
     assert "60.0%  1 user: Marta's boat is called Lazy Ivory Comet." in text
 
 
 def test_a_miss_is_admitted(conversation):
     text = printed(run.tell, conversation, finding([0.1, 0.2, 0.05, 0.5, 0.1], reply="Shy Comet"))
     assert "That is not the message that holds the fact: message 1 gets 20.0%." in text
-    assert "just that" not in text and "Lazy Ivory Comet" in text
+    assert "the same" not in text and "Lazy Ivory Comet" in text
 
 
 def test_messages_are_printed_as_they_are(conversation):

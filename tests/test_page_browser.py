@@ -217,7 +217,7 @@ def test_a_click_shows_where_the_row_looks(opened):
     page = opened(given)
     assert page.locator("#row-hint").is_visible() and page.locator("#row-list").is_hidden()
     page.mouse.click(*place_of(page, 5, 2))
-    assert page.locator("#row-title").inner_text() == "Where 5 assistant looks"
+    assert page.locator("#row-title").inner_text() == "What 5 assistant attends to"
     mass = given.select(layer="mean").mass[0, 5]
     order = mass[:6].argsort(descending=True).tolist()
     bars = page.locator("#row-list button")
@@ -248,7 +248,7 @@ def test_what_a_row_lost_to_sinks_is_said(opened):
 def test_the_profile_follows_the_cell(opened):
     given = block_map(layers=5).normalize("column")
     page = opened(given)
-    assert "mean of all rows" in page.locator("#profile-title").inner_text()
+    assert "mean over all rows" in page.locator("#profile-title").inner_text()
     assert page.locator("#profile-key li").count() == 3
     page.mouse.click(*place_of(page, 4, 1))
     until(page, "profileFrame.lines.length === 1")

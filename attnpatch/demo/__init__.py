@@ -1,1 +1,1 @@
-"""``attnpatch demo``: a small trained model, a conversation, and what attnpatch does with them."""
+"""``attnpatch demo``: shows attention by rows and a block map with a small trained model and a conversation."""

@@ -1,4 +1,4 @@
-"""A conversation in which one message holds the answer to the last question; what made it: ``examples/demo_model``."""
+"""A conversation in which one message holds the answer to the last question; ``examples/demo_model`` generates them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,15 +9,15 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class DemoConversation:
-    """Messages that end with a question, and where its answer was stated.
+    """Messages that end with a question, and the message that states its answer.
 
     Attributes:
         messages: ``{"role", "content"}`` dicts: a system message, then user and assistant in turn. The last
             one is the user's question.
-        fact_message: Index in ``messages`` of the one message that states the fact asked for.
-        answer: The exact reply expected.
-        asked: For every question before the last: the index of its reply and of the message that states the
-            fact. Training puts its loss on the replies.
+        fact_message: Index in ``messages`` of the only message that states the answer.
+        answer: The exact reply that is expected.
+        asked: For every earlier question: the index of its reply, and the index of the message that states the
+            fact. Training computes its loss on the replies.
     """
 
     messages: list[Message]
@@ -26,7 +26,7 @@ class DemoConversation:
     asked: list[tuple[int, int]]
 
     def with_answer(self) -> list[Message]:
-        """The messages with the expected answer appended as the assistant's."""
+        """The messages, followed by the expected answer as the assistant's message."""
         return [*self.messages, {"role": "assistant", "content": self.answer}]
 
     def save(self, path: str | Path) -> None:
@@ -35,6 +35,6 @@ class DemoConversation:
 
     @classmethod
     def load(cls, path: str | Path) -> "DemoConversation":
-        """Read what :meth:`save` wrote; fields it does not know are ignored."""
+        """Read a file that :meth:`save` wrote; unknown fields are ignored."""
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})

@@ -1,4 +1,4 @@
-"""``attnpatch demo``: measure, look where the answer came from, print and draw both."""
+"""``attnpatch demo``: measure time and memory, find the message the answer attends to, print and draw both."""
 
 import contextlib
 import dataclasses
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 SNIPPET = """\
 import attnpatch
-attnpatch.apply(model)  # attention goes by rows when memory is short
+attnpatch.apply(model)  # attention runs by rows when memory is short
 with attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(128)) as maps:
-    model(**inputs)  # any call of yours; then: maps.block_map.plot("map.png")"""
+    model(**inputs)  # any call; then: maps.block_map.plot("map.png")"""
 
 _SHOWN = 3
 _DRAWN = 8
@@ -38,13 +38,13 @@ _FACT_COLOUR, _OTHER_COLOUR = "#d95f02", "#7f8fa6"
 
 @dataclass(frozen=True)
 class Finding:
-    """Where the answer's attention goes.
+    """Which messages the answer attends to.
 
     Attributes:
-        reply: What the model answered.
-        block_map: One block per message, the answer's last.
-        layer: The layer looked at.
-        mass: ``[messages before the answer]``: share of the answer's attention each gets, mean over heads.
+        reply: The model's answer.
+        block_map: One block per message; the last one is the answer.
+        layer: The layer that ``mass`` is from.
+        mass: ``[messages before the answer]``, the share of the answer's attention on each, averaged over heads.
     """
 
     reply: str
@@ -54,7 +54,7 @@ class Finding:
 
     @property
     def strongest(self) -> int:
-        """The message that gets most."""
+        """The message with the largest share."""
         return int(self.mass.argmax())
 
 
@@ -65,20 +65,20 @@ def run_demo(
     model_folder: Path = FOLDER / "model",
     conversation_file: Path = FOLDER / "conversation.json",
 ) -> None:
-    """The whole demo.
+    """Run the whole demo.
 
     Args:
-        out: Folder for what is drawn and saved; made if there is none.
-        json_file: Where to write all figures too.
-        console: Where to print; standard output when left out.
-        model_folder: Model and tokenizer of transformers.
-        conversation_file: What ``DemoConversation.save`` wrote.
+        out: Folder for the pictures and the block map; created if it does not exist.
+        json_file: File for all figures, or None.
+        console: Where to print; standard output by default.
+        model_folder: A model and a tokenizer of transformers.
+        conversation_file: A file that ``DemoConversation.save`` wrote.
 
     Raises:
-        DemoError: The output cannot be written (found out before any work is done), a part of the demo is
-            missing, or one of its processes failed.
+        DemoError: The output cannot be written (checked first), a part of the demo is missing, or one of its
+            processes failed.
         MissingExtraError: transformers or matplotlib is not installed.
-        OSError: A file cannot be written after all.
+        OSError: A file could not be written although the check passed.
     """
     check_installed()
     check_output(out, json_file)
@@ -101,13 +101,13 @@ def run_demo(
 
 
 def check_installed() -> None:
-    """See that the extras are there.
+    """Check that the needed extras are installed.
 
     Raises:
-        MissingExtraError: One is not.
+        MissingExtraError: One is missing.
     """
     for name in ("transformers", "matplotlib"):
-        # Looked for, not imported: transformers takes seconds, and bad input deserves an answer at once.
+        # find_spec imports nothing: transformers takes seconds, and a bad option should be reported at once.
         with contextlib.suppress(ImportError):
             if importlib.util.find_spec(name) is not None:
                 continue
@@ -115,7 +115,7 @@ def check_installed() -> None:
 
 
 def check_output(out: Path, json_file: Path | None) -> None:
-    """Make the folder, and see that files can be written.
+    """Create the folder, and check that files can be written to it.
 
     Raises:
         DemoError: They cannot.
@@ -131,26 +131,26 @@ def check_output(out: Path, json_file: Path | None) -> None:
                 pass
     except OSError as error:
         where = f"--json {json_file}" if json_file and out.is_dir() else f"--out {out}"
-        raise DemoError(f"cannot write {where}: {error.strerror}; give another place") from error
+        raise DemoError(f"cannot write {where}: {error.strerror}; give another path") from error
 
 
 def introduce(console: Console, model: Any, tokenizer: Any, conversation: DemoConversation) -> None:
-    """Say what the demo works on."""
+    """Print what the demo works on."""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     tokens = len(tokenizer.apply_chat_template(conversation.with_answer())["input_ids"])
     console.print(
-        f"A {type(model).__name__} of {parameters:.1f} million parameters that learned to remember what "
-        f"was said, and a conversation of {tokens:,} tokens in {len(conversation.messages)} messages."
+        f"A {type(model).__name__} of {parameters:.1f} million parameters, trained to recall facts from a "
+        f"conversation; and a conversation of {tokens:,} tokens in {len(conversation.messages)} messages."
     )
     console.print("\n1. Attention a few rows at a time", style="bold")
     console.print(
-        "A forward pass over the conversation, in a fresh process each: the model as it "
-        'is (native), and after attnpatch.apply(model, mode="always") (by rows).\n'
+        "Each run is a forward pass over the conversation in a fresh process: with the model as it is "
+        '(native), or after attnpatch.apply(model, mode="always") (by rows).\n'
     )
 
 
 def trained_layer(model_folder: Path) -> int | None:
-    """The layer that the model's evaluation chose, on other conversations; None without an evaluation."""
+    """The layer that the model's evaluation chose on other conversations; None if there is no evaluation."""
     try:
         return int(json.loads((model_folder / "evaluation.json").read_text(encoding="utf-8"))["layer"])
     except (FileNotFoundError, KeyError):
@@ -159,7 +159,7 @@ def trained_layer(model_folder: Path) -> int | None:
 
 @torch.inference_mode()
 def look(model: Any, tokenizer: Any, conversation: DemoConversation, layer: int | None) -> Finding:
-    """Let the model answer, and see which message the answer attends to."""
+    """Let the model answer, and capture which messages the answer attends to."""
     inputs = tokenizer.apply_chat_template(
         conversation.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -173,7 +173,7 @@ def look(model: Any, tokenizer: Any, conversation: DemoConversation, layer: int 
     block_map = maps.block_map
     answer = block_map.mass[:, -1, :-1]
     if layer is None:
-        # The question, the last of the earlier messages, is where any answer looks.
+        # The question is excluded, because every answer attends to it.
         layer = int(answer[:, :-1].max(dim=1).values.argmax())
     return Finding(reply, block_map, layer, answer[layer])
 
@@ -186,7 +186,7 @@ def tell(console: Console, conversation: DemoConversation, finding: Finding) -> 
     lines = {
         f"message {len(messages) - 1} asks": messages[-1]["content"],
         "the model answers": finding.reply or "(nothing)",
-        "expected": "just that" if right else conversation.answer,
+        "expected": "the same" if right else conversation.answer,
     }
     for name, text in lines.items():
         console.print(f"{name:<18}  {text}", markup=False)
@@ -198,21 +198,21 @@ def tell(console: Console, conversation: DemoConversation, finding: Finding) -> 
 
 
 def verdict(finding: Finding, fact: int) -> str:
-    """Whether the strongest message is the one with the fact."""
+    """A sentence that says whether the message with the largest share is the one with the fact."""
     if finding.strongest == fact:
         return f"Message {fact} is the one that holds the fact."
     return f"That is not the message that holds the fact: message {fact} gets {finding.mass[fact]:.1%}."
 
 
 def beginning(messages: list[Message], index: int, width: int) -> str:
-    """Number, role and as much of a message as fits on two lines."""
+    """A message's number, role and beginning, on at most two lines."""
     message = messages[index]
     text = f"{index} {message['role']}: {' '.join(message['content'].split())}"
     return textwrap.fill(text, width, max_lines=2, placeholder=" ...")
 
 
 def write(out: Path, conversation: DemoConversation, finding: Finding) -> dict[str, Path]:
-    """Write the pictures and the block map; what each is, and where."""
+    """Write the pictures and the block map; returns their paths by description."""
     title = f"layer {finding.layer}, mean over heads; the answer is the last row"
     return {
         "the answer, drawn": draw_answer(conversation, finding, out / "answer.png"),
@@ -228,7 +228,7 @@ def draw_answer(conversation: DemoConversation, finding: Finding, path: Path) ->
     figure = map_figure.new_figure(11, 7)
     question = textwrap.shorten(conversation.messages[-1]["content"], 70, placeholder=" ...")
     figure.suptitle(f'"{question}"  "{finding.reply}"', fontsize=12, parse_math=False)
-    # Figures of their own: as neighbours the bars would begin where the longest words end.
+    # Two subfigures: in one grid, the upper bars would be aligned with the lower ones, right of the long labels.
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     colours = [_OTHER_COLOUR] * len(finding.mass)
     colours[conversation.fact_message] = _FACT_COLOUR
@@ -247,7 +247,7 @@ def _draw_all(axes: "Axes", finding: Finding, fact: int, colours: list[str]) -> 
     axes.set_xlabel("message of the conversation (the last one asks)")
     axes.set_ylabel("share of attention")
     axes.set_title("What the answer attends to, by message", fontsize=10, loc="left")
-    # Beside the bar, on the side with more room.
+    # The text is beside the bar, on the side with more room.
     left = fact > count / 2
     axes.annotate(
         f"message {fact} holds the fact",
@@ -274,7 +274,7 @@ def _draw_strongest(
 
 
 def figures_of(conversation: DemoConversation, runs: list[Measured], finding: Finding) -> dict[str, Any]:
-    """Everything the demo found out, for programs."""
+    """All figures of the demo, for JSON."""
     return {
         "tokens": finding.block_map.metadata["tokens"],
         "messages": len(conversation.messages),
@@ -292,10 +292,10 @@ def figures_of(conversation: DemoConversation, runs: list[Measured], finding: Fi
 
 
 def close(console: Console, written: dict[str, Path]) -> None:
-    """Say what was written, and how to go on."""
+    """Print what was written, and code for the user's own model."""
     console.print("\nWritten:", style="bold")
     for name, path in written.items():
-        # A path that is folded cannot be copied.
+        # A wrapped path cannot be copied.
         console.print(f"  {name:<20} {path}", markup=False, soft_wrap=True)
     console.print("\nThe same for your model:", style="bold")
     console.print(textwrap.indent(SNIPPET, "  "), markup=False, soft_wrap=True)

@@ -1,8 +1,7 @@
-"""The demo's measurements: a forward pass over a conversation, in a process of its own for each case.
+"""The demo's measurements: a forward pass over a conversation, with a separate process for each case.
 
-``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs one and prints a
-line of JSON; ``measure`` starts that for each case, one after the other, and compares what came out;
-``show_runs`` prints it as a table.
+``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs one case and prints a line of
+JSON. ``measure`` runs all cases one after the other and compares their logits; ``show_runs`` prints a table.
 """
 
 import argparse
@@ -31,31 +30,31 @@ from attnpatch.demo.conversation import DemoConversation
 from attnpatch.errors import AttnpatchError
 from attnpatch.memory import PeakMeter
 
-# Native before by rows: the second is compared with the first.
+# Native comes first, because the run by rows is compared with it.
 _NAMES = {"native": "native", "rows": "by rows"}
 CASES = (("eager", "native"), ("eager", "rows"), ("sdpa", "native"), ("sdpa", "rows"))
 _WARM_UP_TOKENS = 64
-# The fastest counts: a busy machine only ever adds. Memory and counts are those of the first pass; later ones
-# reuse what it left allocated.
+# The fastest pass counts, because other load can only make a pass slower. Memory and counts are those of the first
+# pass; later passes reuse memory that it allocated.
 _PASSES = 2
 
 
 class DemoError(AttnpatchError):
-    """The demo cannot run: something of it is missing, or one of its processes failed."""
+    """The demo cannot run: a part of it is missing, or one of its processes failed."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process reported.
+    """The measurements of one process.
 
     Attributes:
         implementation: ``"eager"`` or ``"sdpa"``.
         way: ``"native"`` (the model as it is) or ``"rows"`` (patched with ``mode="always"``).
-        seconds: Of the fastest forward pass.
-        peak: Bytes it took beyond the loaded model.
-        counts: Totals of ``attnpatch.report``; None without a patch.
-        difference: Largest absolute difference of the logits from the same implementation's native run.
-        identical: Whether the logits are those of the native run to the last bit.
+        seconds: Time of the fastest forward pass.
+        peak: Peak bytes beyond the loaded model.
+        counts: Totals of ``attnpatch.report``; None for a native run.
+        difference: Largest absolute difference between the logits and those of the same implementation's native run.
+        identical: Whether the logits equal those of the native run to the last bit.
     """
 
     implementation: str
@@ -68,7 +67,7 @@ class Measured:
 
 
 def load(folder: Path, implementation: str) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer, from the folder and nowhere else."""
+    """Load the model in float32 and its tokenizer, from the folder only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -86,8 +85,8 @@ def measure(
     """Run every case in a fresh process.
 
     Args:
-        model_folder: Where the model and its tokenizer are.
-        conversation_file: What ``DemoConversation.save`` wrote.
+        model_folder: Folder of the model and its tokenizer.
+        conversation_file: A file that ``DemoConversation.save`` wrote.
         on_start: Called with implementation and way before each case.
 
     Raises:
@@ -98,7 +97,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="attnpatch_demo_") as temporary:
         for implementation, way in CASES:
             on_start(implementation, way)
-            # A file of its own: the tensors of the one before are views of theirs.
+            # Each case has its own file, because loaded tensors are views of the file of their case.
             logits_file = Path(temporary) / f"{implementation}_{way}.safetensors"
             figures = _in_fresh_process(model_folder, conversation_file, implementation, way, logits_file)
             logits = load_file(logits_file)["logits"]
@@ -116,7 +115,7 @@ def measure(
 
 
 def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
-    """``measure`` with a progress bar, where there is a terminal to draw it on."""
+    """Run ``measure``, with a progress bar if the output is a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
     started = itertools.count()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -129,7 +128,7 @@ def measure_all(console: Console, model_folder: Path, conversation_file: Path) -
 
 
 def show_runs(console: Console, runs: list[Measured]) -> None:
-    """Print the measurements as a table, and what to make of it."""
+    """Print the measurements as a table, and a note if by rows differs from SDPA."""
     table = Table("attention", "run")
     for name in ("time", "peak memory\nbeyond model", "logits differ\nfrom native", "attention\ncalls"):
         table.add_column(name, justify="right")
@@ -148,20 +147,20 @@ def show_runs(console: Console, runs: list[Measured]) -> None:
     console.print(table)
     if any(run.implementation == "sdpa" and not run.identical for run in runs):
         console.print(
-            "By default attnpatch leaves PyTorch's fused kernels, as sdpa uses here, to "
-            "themselves: they never hold all scores. Forced by rows they round differently."
+            "sdpa uses PyTorch's fused kernel here, which never holds all scores. By default attnpatch leaves "
+            "such calls native; forced by rows, they round differently."
         )
 
 
 def counted(counts: dict[str, int]) -> str:
-    """The calls that the report counted, without what did not happen; ``largest`` is bytes, and no count."""
+    """The report's counts that are not 0, one per line; ``largest`` is left out, because it is in bytes."""
     return "\n".join(
         f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "largest"
     )
 
 
 def _in_fresh_process(*arguments: object) -> dict[str, Any]:
-    # -P: the user's folder may hold a file called like a module. attnpatch itself must still be found there.
+    # -P, because the current folder may contain a file named like a module. attnpatch must be found all the same.
     paths = [str(Path(attnpatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-m", "attnpatch.demo.worker", *map(str, arguments)]
@@ -169,10 +168,10 @@ def _in_fresh_process(*arguments: object) -> dict[str, Any]:
     _, _, implementation, way, _ = arguments
     if done.returncode == -signal.SIGKILL:
         raise DemoError(
-            f"the {implementation} run ({way}) was killed, most likely for memory; free 2 GB and try again"
+            f"the {implementation} run ({way}) was killed, probably for lack of memory; free 2 GB and try again"
         )
     if done.returncode:
-        ended = f"exit code {done.returncode}, and nothing was said"
+        ended = f"exit code {done.returncode}, without a message"
         if done.returncode < 0:
             ended = f"ended by {signal.Signals(-done.returncode).name}"
         last = (done.stderr.strip() or ended).splitlines()[-1]
@@ -184,7 +183,7 @@ def _in_fresh_process(*arguments: object) -> dict[str, Any]:
 def run_here(
     model_folder: Path, conversation_file: Path, implementation: str, way: str, logits_file: Path
 ) -> dict[str, Any]:
-    """One case, in this process: seconds, peak bytes and counts; the logits go into a file."""
+    """Run one case in this process and save its logits; returns seconds, peak bytes and counts."""
     messages = DemoConversation.load(conversation_file).with_answer()
     model, tokenizer = load(model_folder, implementation)
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
@@ -205,7 +204,7 @@ def run_here(
 
 
 def main() -> None:
-    """Read the command line, run, print one line of JSON."""
+    """Read the command line, run the case, print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("conversation", type=Path)

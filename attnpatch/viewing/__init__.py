@@ -1,1 +1,1 @@
-"""Block maps to look at: one HTML page that needs no network."""
+"""Shows block maps in one HTML page that needs no network."""

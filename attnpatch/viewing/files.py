@@ -1,4 +1,4 @@
-"""The block maps in a file or a folder."""
+"""Reads the block maps in a file or a folder."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ def load_maps(path: Path) -> tuple[dict[str, BlockMap], list[str]]:
     """Read the block maps of a file, or of all ``*.safetensors`` in a folder.
 
     Args:
-        path: A file that ``BlockMap.save`` wrote, or a folder with some.
+        path: A file that ``BlockMap.save`` wrote, or a folder of such files.
 
     Returns:
-        The maps by file name, in the order of the names, and one line for each file of a folder that holds none.
+        The maps by file name, sorted, and one line for each file in the folder that is not a block map.
 
     Raises:
-        BlockMapFileError: The file holds no block map.
-        PageError: There is nothing at ``path``, or no block map in the folder.
+        BlockMapFileError: The file is not a block map.
+        PageError: ``path`` does not exist, or the folder has no block map.
     """
     if not path.exists():
         raise PageError(f"there is nothing at {path}; give a block map or a folder of them.")
@@ -38,7 +38,7 @@ def load_maps(path: Path) -> tuple[dict[str, BlockMap], list[str]]:
 
 
 def _load(file: Path) -> BlockMap:
-    """``BlockMap.load``, which reads all tensors, only where the header says it is one: weights are large."""
+    """Check the header before ``BlockMap.load`` reads all tensors, because a file of weights may be large."""
     words = io.header(file)
     if words is not None:
         io.check_kind(file, words)

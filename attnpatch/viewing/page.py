@@ -1,8 +1,8 @@
-"""Block maps in, one HTML file out: sources of the page, numbers and texts, all inside it.
+"""Writes block maps as one HTML file that contains the page's sources, the numbers and the texts.
 
-The page asks for nothing: no script, style, font or picture comes from elsewhere, and its policy forbids it. Numbers
-are held as the upper 24 bits of float32 (right to 1.6e-5 of themselves), one deflated piece per layer, head and step,
-which the browser inflates when it is looked at.
+The page loads nothing: no script, style, font or picture comes from elsewhere, and its content security policy forbids
+it. Numbers are stored as the upper 24 bits of float32 (relative error at most 1.6e-5), in one deflated piece per layer,
+head and step, which the browser inflates when it is shown.
 """
 
 import base64
@@ -26,7 +26,7 @@ from attnpatch.maps.block_map import BlockMap
 
 _SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
 _MEAN = "mean"
-_MOST_OF_A_FACT = 300  # characters of one entry of the metadata
+_MOST_OF_A_FACT = 300  # most characters shown of one metadata entry
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
     "base-uri 'none'; form-action 'none'"
@@ -36,13 +36,13 @@ _POLICY = (
 def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
     """Write one self-contained HTML page that shows block maps.
 
-    Texts of messages are taken from ``metadata["texts"]``: one string per block, one list of them per sequence when
-    there are several. Without them the page shows labels.
+    The texts of messages are taken from ``metadata["texts"]``: one string per block; with several sequences, one such
+    list per sequence. Without texts the page shows labels.
 
     Args:
-        maps: By the name that the page shows, at least one; of any shape a ``BlockMap`` can have. The page switches
-            between layers, heads, steps and sequences, their means, and normalisations.
-        path: The file to write; one that exists is replaced when the new one is complete.
+        maps: At least one map, by the name that the page shows; of any shape that a ``BlockMap`` can have. The page
+            switches between layers, heads, steps and sequences, their means, and normalisations.
+        path: The file to write; an existing file is replaced when the new one is complete.
 
     Returns:
         The path.
@@ -56,13 +56,13 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
     if path.is_dir():
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
     with whole(path, PageError) as temporary:
-        # Half of a character, as names of files can hold on Linux, would not fit utf-8.
+        # A lone surrogate, which file names on Linux may contain, cannot be encoded as UTF-8.
         put(temporary, (piece.encode("utf-8", "replace") for piece in _page(maps)))
     return path
 
 
 def _page(maps: Mapping[str, BlockMap]) -> Iterator[str]:
-    """The text of the page, in pieces."""
+    """Yields the page's text in pieces."""
     style, script = _source("page.css"), "\n".join(_source(name) for name in _SCRIPTS)
     policy = _POLICY.format(script=_digest(script), style=_digest(style))
     names = list(maps)
@@ -77,7 +77,7 @@ def _page(maps: Mapping[str, BlockMap]) -> Iterator[str]:
             piece for index, block_map in enumerate(maps.values()) for piece in _numbers(index, block_map)
         ),
     }
-    # Split, not replaced: what is put in is never searched for places itself.
+    # Split instead of str.replace, so that placeholders inside inserted text are left alone.
     for place, text in enumerate(re.split(r"\{\{(\w+)\}\}", _source("page.html"))):
         if place % 2:
             yield from filled[text]()
@@ -94,16 +94,16 @@ def _digest(text: str) -> str:
 
 
 def in_script(content: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or begins a comment.
+    """JSON that is safe inside a script element: it cannot end the element or begin a comment.
 
     Raises:
-        ValueError: A number in it is not finite; JSON has no word for it.
+        ValueError: A number is not finite, which JSON cannot express.
     """
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
-    """What the page needs to know about a map beside its numbers."""
+    """Everything that the page needs about a map, except its numbers."""
     singles = [block_map.select(sequence=i) for i in range(block_map.num_sequences)]
     facts = {key: value for key, value in block_map.metadata.items() if key != "texts"}
     return {
@@ -131,14 +131,14 @@ def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
 
 
 def _name(sequences: Any, index: int) -> str:
-    """The number of a sequence, and whose text it was given where the capture of a pipeline says so."""
+    """The number of a sequence, and its role (such as the negative prompt) if the capture of a pipeline names one."""
     known = sequences[index] if isinstance(sequences, list) and index < len(sequences) else None
     role = known.get("role") if isinstance(known, dict) else None
     return f"{index} ({role})" if role else str(index)
 
 
 def _texts(texts: Any, sequence: int, blocks: int) -> list[str] | None:
-    """The text of each block of a sequence; None where there is not one for each."""
+    """The text of each block of a sequence; None unless there is one for each block."""
     if isinstance(texts, list) and texts and isinstance(texts[0], list):
         texts = texts[sequence] if sequence < len(texts) else None
     if not isinstance(texts, list) or len(texts) != blocks:
@@ -147,7 +147,7 @@ def _texts(texts: Any, sequence: int, blocks: int) -> list[str] | None:
 
 
 def _with_mean(names: Sequence[int | str]) -> list[int | str]:
-    """The positions of a slider: the mean first, where there is something to average."""
+    """The positions of a slider: the mean first if there are several entries, then the entries."""
     return [_MEAN, *names] if len(names) > 1 else list(names)
 
 
@@ -160,13 +160,13 @@ def _by_axes(one: BlockMap) -> np.ndarray:
 
 
 def _positions(count: int) -> list[slice]:
-    """What each position of a slider takes of an axis."""
+    """The slice of an axis that each position of a slider shows."""
     singles = [slice(i, i + 1) for i in range(count)]
     return [slice(None), *singles] if count > 1 else singles
 
 
 def _numbers(index: int, block_map: BlockMap) -> Iterator[str]:
-    """One script element of data per sequence, step, layer and head."""
+    """Yields one script element of data per sequence, step, layer and head."""
     for sequence in range(block_map.num_sequences):
         mass = _by_axes(block_map.select(sequence=sequence))
         steps, layers, heads = (list(enumerate(_positions(count))) for count in mass.shape[:3])
@@ -180,10 +180,10 @@ def _numbers(index: int, block_map: BlockMap) -> Iterator[str]:
 
 
 def packed(values: np.ndarray) -> bytes:
-    """float32 values, rounded to their upper 24 bits, as three planes of bytes, deflated without a header."""
+    """float32 values rounded to their upper 24 bits, stored as three planes of bytes and deflated without a header."""
     bits = np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint32)
     bits = np.where(np.isnan(values).reshape(-1), np.uint32(0x7FC00000), bits)
-    # Half of the last place kept is added; where it overflows the bits above are right all the same.
+    # Round by adding half of the last kept bit; a carry into the higher bits is correct too.
     upper = (bits + np.uint32(0x7F) + ((bits >> np.uint32(8)) & np.uint32(1))) >> np.uint32(8)
     planes = [(upper >> np.uint32(shift)).astype(np.uint8).tobytes() for shift in (16, 8, 0)]
     deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -191,11 +191,11 @@ def packed(values: np.ndarray) -> bytes:
 
 
 def _profiles(one: BlockMap) -> list[list[dict[str, list[float | None]]]]:
-    """Shares of the mass in every layer, mean over rows, by position of the step and of the head.
+    """Profiles over the layers, averaged over rows: one for each step and head of the sliders.
 
-    ``own`` is what a block gives to itself (only where queries and keys are the same blocks), ``first`` what it gives
-    to the first block, ``largest`` what it gives to the block it attends to most; of numbers with signs, the largest in
-    size.
+    ``own`` is the mass of a block on itself (only if queries and keys are the same blocks), ``first`` its mass on the
+    first block, ``largest`` its mass on the block that it attends to most (for signed numbers, the largest absolute
+    value).
     """
     mass = _by_axes(one)
     rows = np.flatnonzero((one.query_sizes > 0).numpy())

@@ -1,4 +1,4 @@
-// Viridis: even steps of lightness, in order for colour-blind readers and on grey printers; 256 colours, six digits each.
+// Viridis: even steps of lightness, so the order is visible to colour-blind readers and in grey; 256 colours, six digits each.
 const VIRIDIS =
   "44015444025544035745055845065a45085b46095c460b5e460c5f460e61470f62471163471265471466471567471669" +
   "47186a48196b481a6c481c6e481d6f481e70482071482172482273482374472575472676472777472878472a79472b7a" +
@@ -17,10 +17,10 @@ const VIRIDIS =
   "addc30afdc2eb2dd2cb5dd2bb7dd29bade27bdde26bfdf24c2df22c5df21c7e01fcae01ecde01dcfe11cd2e11bd4e11a" +
   "d7e219dae218dce218dfe318e1e318e4e318e7e419e9e419ece41aeee51bf1e51cf3e51ef6e61ff8e621fae622fde724";
 
-// For numbers with signs: purple below 0, orange above, white between; what differs in lightness alone differs in size.
+// For signed numbers: purple below 0, orange above, white at 0. Lightness shows the size.
 const SIDES = ["2d004b", "542788", "8073ac", "b2abd2", "d8daeb", "f7f7f7", "fee0b6", "fdb863", "e08214", "b35806", "7f3b08"];
 
-// 256 colours for numbers without signs, and for those with.
+// 256 colours for unsigned numbers, and 256 for signed ones.
 const COLOURS = [
   Array.from({ length: 256 }, (_, i) => "#" + VIRIDIS.slice(6 * i, 6 * i + 6)),
   Array.from({ length: 256 }, (_, i) => between(SIDES, i / 255)),
@@ -45,9 +45,9 @@ function pixel(colour) {
   return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
-const DECADES = 4; // from the largest value down, on the logarithmic scale
+const DECADES = 4; // range of the logarithmic scale, below the largest value
 
-// Where a value is on the bar, 0 to 1; with signs, 0 is in its middle.
+// The position of a value on the colour bar, 0 to 1; for signed numbers, 0 is in the middle.
 function onScale(value, top, scale, signed) {
   if (signed) return 0.5 + (Math.sign(value) * onScale(Math.abs(value), top, scale, false)) / 2;
   const part = Math.min(1, Math.max(0, value / top));

@@ -1,10 +1,10 @@
 "use strict";
 
-// What the page holds: facts as JSON, and one deflated piece of numbers per sequence, step, layer and head.
+// The page's data: facts as JSON, and one deflated piece of numbers per sequence, step, layer and head.
 
 const maps = JSON.parse(document.getElementById("data").textContent);
 
-// Numbers that were looked at are kept, up to this many bytes.
+// Inflated numbers are cached, up to this many bytes.
 const MOST_BYTES = 300e6;
 const held = new Map();
 let heldBytes = 0;
@@ -19,7 +19,7 @@ function bytesOf(base64) {
 
 async function inflated(bytes) {
   if (typeof DecompressionStream === "undefined") {
-    throw new Error("This browser is too old for the page: it needs DecompressionStream (2023 or later).");
+    throw new Error("This browser is too old for this page: it lacks DecompressionStream (2023 or later).");
   }
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
@@ -37,12 +37,12 @@ function unpacked(bytes) {
 
 const planeId = (at) => `n${at.map}-${at.sequence}-${at.step}-${at.layer}-${at.head}`;
 
-// Numbers of one picture: {id, rows, columns, mass, signed, keySizes, sums}. Asked for twice it is inflated once.
+// The numbers of one picture: {id, rows, columns, mass, signed, keySizes, sums}. Inflated once, then cached.
 function plane(at) {
   const id = planeId(at);
   const entry = held.get(id) ?? readPlane(id, maps[at.map].sequences[at.sequence], maps[at.map].signed);
   held.delete(id);
-  held.set(id, entry); // the last in order is the last that was looked at
+  held.set(id, entry); // most recently used last
   for (const [old, { bytes }] of held) {
     if (heldBytes <= MOST_BYTES || old === id) break;
     held.delete(old);
@@ -62,10 +62,10 @@ function readPlane(id, { query, key }, signed) {
   return { bytes, promise };
 }
 
-// A number's size. Where numbers have signs (gradients), their sums may be near 0 and are nothing to divide by.
+// The size of a number, for sums. Signed numbers (gradients) are summed as absolute values, because plain sums may be near 0.
 const sizeOf = (value, signed) => (signed ? Math.abs(value) : value);
 
-// What the mass is divided by: {by: "row" or "column" or null, values}.
+// The divisors of the mass: {by: "row" or "column" or null, values}.
 function divisor(one, kind) {
   if (kind === "none") return { by: null };
   if (kind === "density") return { by: "column", values: one.keySizes.map((size) => Math.max(size, 1)) };

@@ -1,9 +1,9 @@
-// Canvases at the screen's own resolution, text that fits, and the two charts.
+// Canvases at the screen's resolution, shortened text, and the two charts.
 
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif';
 const font = (size, weight = "") => `${weight} ${size}px ${FONT}`.trim();
 
-// A canvas of so many CSS pixels, cleared; its context draws in CSS pixels.
+// Set a canvas's size in CSS pixels and clear it; returns a context that draws in CSS pixels.
 function sized(canvas, width, height) {
   const density = window.devicePixelRatio || 1;
   canvas.width = Math.max(1, Math.round(width * density));
@@ -15,7 +15,7 @@ function sized(canvas, width, height) {
   return context;
 }
 
-// The text, or as much of its beginning as fits.
+// The text, cut at its end to fit the width.
 function fitted(context, text, width) {
   const line = oneLine(text.slice(0, 200));
   if (context.measureText(line).width <= width) return line;
@@ -30,7 +30,7 @@ function fitted(context, text, width) {
   return low ? letters.slice(0, low).join("").trimEnd() + "\u2026" : "";
 }
 
-// The smallest of 1, 2, 5, 10, ... whose labels are at least so far apart.
+// The smallest step of 1, 2, 5, 10, ... at which labels are at least `needed` pixels apart.
 function labelStep(distance, needed) {
   if (!(distance > 0)) return Infinity;
   for (let power = 1; ; power *= 10) {
@@ -38,7 +38,7 @@ function labelStep(distance, needed) {
   }
 }
 
-// Round numbers from 0 to at least the top, three to six of them.
+// Three to six round numbers, from 0 to at least the top.
 function roundTicks(top) {
   if (!(top > 0)) return [0, 1];
   const power = 10 ** Math.floor(Math.log10(top));
@@ -48,13 +48,13 @@ function roundTicks(top) {
   return ticks;
 }
 
-// From the least to the greatest of some values, with 0 between them.
+// The least and the greatest of some values and 0.
 function rangeOf(values) {
   const numbers = values.filter(Number.isFinite);
   return [Math.min(0, ...numbers), Math.max(0, ...numbers)];
 }
 
-// Frame of a chart: values upwards, positions across. Returns where things are.
+// Draw the frame of a chart: values upwards, positions across. Returns its geometry.
 function chartFrame(canvas, height, [low, top], positions) {
   const width = Math.max(120, canvas.parentElement.clientWidth - 28); // a window may have no room at all
   const context = sized(canvas, width, height);
@@ -92,7 +92,7 @@ function chartFrame(canvas, height, [low, top], positions) {
     const name = fitted(context, positions[i], Math.max(70, step * slot - 10));
     const half = context.measureText(name).width / 2;
     const middle = Math.max(half, Math.min(x(i), width - half));
-    // The last one, moved in from the edge, may not reach into the one before.
+    // The last label is moved in from the edge; skip it if it would overlap the one before.
     if (middle - half < free) continue;
     context.fillText(name, middle, box.bottom + 6);
     free = middle + half + 8;
@@ -103,7 +103,7 @@ function chartFrame(canvas, height, [low, top], positions) {
 
 const DASHES = [[], [7, 4], [2, 3]];
 
-// Lines over positions; places without a number are left out.
+// Lines over positions; positions without a number are skipped.
 function lineChart(canvas, positions, lines, current) {
   const frame = chartFrame(canvas, 170, rangeOf(lines.flatMap((line) => line.values)), positions);
   const { context, box, x, y } = frame;
@@ -129,7 +129,7 @@ function lineChart(canvas, positions, lines, current) {
   return frame;
 }
 
-// One bar per position, at least a pixel wide; the current one stands out.
+// One bar per position, at least a pixel wide; the current one is highlighted.
 function barChart(canvas, positions, values, signed, current) {
   const frame = chartFrame(canvas, 190, rangeOf(values), positions);
   const { context, slot, x, y } = frame;

@@ -1,4 +1,4 @@
-// What people do: pointer, keys, theme, size of the window.
+// Input: pointer, keys, theme, window size.
 
 // ---- pointer
 
@@ -55,7 +55,7 @@ frameElement.addEventListener("pointerleave", () => {
 frameElement.addEventListener("pointercancel", () => (drag = null));
 
 frameElement.addEventListener("wheel", (event) => {
-  // A pinch on a touch pad comes as this; a wheel alone scrolls the page.
+  // A pinch on a touch pad arrives as a wheel event with Ctrl; a plain wheel scrolls the page.
   if (!event.ctrlKey) return;
   event.preventDefault();
   const cell = within(event);
@@ -114,7 +114,7 @@ frameElement.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  // AltGr, with which some keyboards write brackets, comes as Ctrl too.
+  // Some keyboards type brackets with AltGr, which is reported as Ctrl too.
   const shortcut = (event.ctrlKey && !event.getModifierState("AltGraph")) || event.metaKey;
   if (shortcut || event.target.closest("select")) return;
   const steps = { "[": ["layer", -1], "]": ["layer", 1], "{": ["head", -1], "}": ["head", 1] };
@@ -150,7 +150,7 @@ byId("theme").addEventListener("click", () => {
 let width = document.documentElement.clientWidth;
 let resizing = 0;
 window.addEventListener("resize", () => {
-  // On phones the height changes with every scroll, as the address bar comes and goes.
+  // On phones the height changes with every scroll, because the address bar appears and disappears.
   if (document.documentElement.clientWidth === width) return;
   width = document.documentElement.clientWidth;
   cancelAnimationFrame(resizing);

@@ -1,4 +1,4 @@
-// The map on its canvas: cells below, what is marked above, and where in it a point of the screen is.
+// The map: a canvas of cells, a canvas of marks above it, and the cell at a point of the screen.
 
 const frameElement = document.getElementById("frame");
 const cellsCanvas = document.getElementById("cells");
@@ -6,7 +6,7 @@ const marksCanvas = document.getElementById("marks");
 const LARGEST_CELL = 84;
 const MOST_ZOOM = 64;
 
-// Where things are, in CSS pixels: the plot, and cells of it under the zoom.
+// Geometry in CSS pixels: the plot, and the size of its cells under the zoom.
 let place = null;
 let painted = { key: null, canvas: document.createElement("canvas"), top: 1 };
 
@@ -19,7 +19,7 @@ function layOut(one, sequence, zoom) {
     Math.min(most, Math.ceil(Math.max(8, ...labels.map((label) => context.measureText(oneLine(label.slice(0, 60))).width))));
   const left = widest(sequence.query.labels, narrow ? 92 : 150) + 18;
   const below = widest(sequence.key.labels, narrow ? 92 : 110) + 14;
-  // The help, when it is open, is not to make the map smaller.
+  // Open help must not make the map smaller.
   const help = document.getElementById("help").offsetHeight;
   const above = frameElement.getBoundingClientRect().top + window.scrollY - help;
   const height = Math.max(300, Math.min(window.innerHeight - above - 24, 1000) - below);
@@ -36,7 +36,7 @@ function layOut(one, sequence, zoom) {
   keepInside(zoom);
 }
 
-// The first row and column in view, so that the view holds nothing but cells.
+// Clamp the first row and column in view, so that the view contains only cells.
 function keepInside(zoom) {
   const inside = (start, count, shownCount) => Math.max(0, Math.min(start, count - shownCount));
   zoom.column = inside(zoom.column, place.columns, place.columns / zoom.factor);
@@ -59,7 +59,7 @@ function cellTop(row, zoom) {
   return place.top + (row - zoom.row) * place.cellHeight;
 }
 
-// The whole picture, one pixel per cell; where a cell has less than a pixel of the screen, pixels show the largest of theirs.
+// Paint the whole map, one pixel per cell. Where cells are smaller than a screen pixel, a pixel shows the largest of its cells.
 function paint(one, kind, scale, key) {
   const density = window.devicePixelRatio || 1;
   const columns = Math.min(one.columns, Math.max(1, Math.floor(place.cellWidth * one.columns * density)));
@@ -99,7 +99,7 @@ function paint(one, kind, scale, key) {
 }
 
 function drawCells(one, sequence, kind, scale, zoom, key) {
-  // Before the map is laid out: what stands above it decides how much height is left.
+  // Set before the layout: the text above the map decides how much height is left.
   const meaning = meaningOf(kind, one.signed);
   document.getElementById("meaning").textContent = meaning + (SCALES[scale] ? ` (${SCALES[scale]})` : "");
   layOut(one, sequence, zoom);
@@ -129,7 +129,7 @@ function drawCells(one, sequence, kind, scale, zoom, key) {
   drawLabels(context, sequence, view, zoom);
 }
 
-// Rows and columns that are in view, wholly or in part.
+// The rows and columns that are at least partly in view.
 function inView(zoom) {
   return {
     rows: [Math.floor(zoom.row), Math.min(place.rows, Math.ceil(zoom.row + place.rows / zoom.factor - 1e-9))],
@@ -195,14 +195,14 @@ function drawLabels(context, sequence, { rows, columns }, zoom) {
   }
 }
 
-// The selected row, the cell, and the cell under the pointer.
+// Mark the selected row, the selected cell, and the cell under the pointer.
 function drawMarks(zoom, { row, cursor, hover }) {
   const context = sized(marksCanvas, place.left + place.width + 2, place.top + place.height + place.below);
   if (row !== null) {
     const y = cellTop(row, zoom);
     outline(context, place.left, y, place.width, place.cellHeight, 2);
     if (y + place.cellHeight > place.top && y < place.top + place.height) {
-      // An arrow too: a row of 500 is hardly a pixel.
+      // An arrow too, because one row of 500 is hardly a pixel high.
       const middle = Math.min(place.top + place.height - 3, Math.max(place.top + 3, y + place.cellHeight / 2));
       context.fillStyle = themeColour("mark");
       context.beginPath();
@@ -236,7 +236,7 @@ function outline(context, x, y, width, height, thickness) {
   context.restore();
 }
 
-// The bar of colours with its numbers.
+// Draw the colour bar with its numbers.
 function drawLegend(scale, signed) {
   const bar = document.getElementById("bar");
   const width = bar.parentElement.clientWidth;

@@ -1,11 +1,11 @@
-// What is shown, and what changes it.
+// The page's state, and the controls that change it.
 
 const byId = (id) => document.getElementById(id);
 const AXES = ["step", "layer", "head"];
 const MANY = 100; // blocks
 const NUMBERS = { none: "mass", row: "share of the row", density: "mass per key token", column: "share of the column" };
 const SIGNED_NUMBERS = {
-  none: "probability \u00d7 gradient", row: "share of the row's absolute sum", density: "the same per key token",
+  none: "probability \u00d7 gradient", row: "share of the row's absolute sum", density: "probability \u00d7 gradient per key token",
   column: "share of the column's absolute sum",
 };
 const axisOf = { step: "steps", layer: "layers", head: "heads" };
@@ -21,7 +21,7 @@ const theMap = () => maps[state.map];
 const theSequence = () => theMap().sequences[state.sequence];
 const named = (axis) => theMap()[axisOf[axis]][state[axis]];
 
-// Draw everything again; only the last of several calls at once gets to draw.
+// Draw everything again. If several calls overlap, only the last one draws.
 async function refresh() {
   const mine = ++asked;
   let one;
@@ -41,13 +41,13 @@ async function refresh() {
   document.documentElement.dataset.shown = shownNow();
 }
 
-// What is asked for, in words; the root element says what is drawn.
+// The requested state in words; the root element's data-shown has the state that is drawn.
 function shownNow() {
   const { normalization, scale } = state;
   return [planeId(state), normalization, scale, document.documentElement.dataset.theme].join(" ");
 }
 
-// What follows from the cell and the row, on the picture that is there.
+// Update everything that depends on the selected cell and row; the cells stay as drawn.
 function mark() {
   const { normalization, cursor, row, order } = state;
   const value = cursor && valueAt(current, normalization, cursor.row, cursor.column);
@@ -57,7 +57,7 @@ function mark() {
   profile();
 }
 
-// Positions of a slider that are layers, not their mean.
+// The positions of the layer slider without the mean.
 function realLayers() {
   return theMap().layers.map((_, position) => position).slice(theMap().layers.length > 1 ? 1 : 0);
 }
@@ -77,7 +77,7 @@ async function profile() {
     const lines = Object.keys(WHOLE).filter((name) => measured[name]).map((name) => {
       return { name: signed && name === "largest" ? LARGEST_SIGNED : WHOLE[name][0], colour: WHOLE[name][1], values: measured[name] };
     });
-    return drawProfile(`Over the layers: ${signed ? "" : "mass, "}mean of all rows`, names, lines, chosen);
+    return drawProfile(`Over the layers: ${signed ? "" : "mass, "}mean over all rows`, names, lines, chosen);
   }
   const planes = await Promise.all(positions.map((layer) => plane({ ...state, layer })));
   if (mine !== profiled) return;
@@ -87,7 +87,7 @@ async function profile() {
   drawProfile("Over the layers: the cell", names, [{ name, colour: "accent", values }], chosen);
 }
 
-// Move the cell, and the row with it where one is given.
+// Select a cell; and a row, if one is given.
 function select(cursor, row = state.row) {
   if (!current) return;
   state.cursor = cursor;
@@ -155,12 +155,12 @@ function openMap(index) {
 
 function openSequence(index) {
   Object.assign(state, { sequence: index, row: null, cursor: null, hover: null, zoom: { factor: 1, row: 0, column: 0 } });
-  current = null; // until the new numbers are there
+  current = null; // until the new numbers are inflated
   const { query, key } = theSequence();
   const layers = realLayers().length;
   byId("shape").textContent =
     `${query.labels.length} \u00d7 ${key.labels.length} blocks, ${layers} layer${layers === 1 ? "" : "s"}; rows attend to columns`;
-  // With many blocks most masses are small beside the first row's: square roots would show them all alike.
+  // With many blocks most masses are so much smaller than the largest that a square root would show them all alike.
   setChoice("scale", Math.max(query.labels.length, key.labels.length) > MANY ? "log" : "sqrt");
   zoomTo(1);
 }
@@ -175,7 +175,7 @@ function zoomTo(factor, around) {
   if (place && current) {
     const [rows, columns] = [current.rows, current.columns];
     const at = around ?? state.cursor ?? { row: zoom.row + rows / zoom.factor / 2 - 0.5, column: zoom.column + columns / zoom.factor / 2 - 0.5 };
-    const kept = zoom.factor / next; // what is at the point stays at the point
+    const kept = zoom.factor / next; // the cell under the pointer stays there
     const onScreen = around ?? !state.cursor;
     zoom.row = onScreen ? at.row + 0.5 - (at.row + 0.5 - zoom.row) * kept : at.row + 0.5 - rows / next / 2;
     zoom.column = onScreen ? at.column + 0.5 - (at.column + 0.5 - zoom.column) * kept : at.column + 0.5 - columns / next / 2;

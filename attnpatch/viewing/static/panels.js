@@ -1,9 +1,9 @@
-// What is beside the map: the tooltip, where a row looks, the profile over the layers, the cell with its texts.
-// Texts of conversations go into the page as text only, never as HTML.
+// The panels beside the map: tooltip, the bars of a row, the profile over the layers, the cell with its texts.
+// Texts of conversations are inserted as text, never as HTML.
 
 const tooltip = document.getElementById("tooltip");
-const IN_TOOLTIP = 400; // characters of a text
-const LISTED = 40; // bars in the list
+const IN_TOOLTIP = 400; // most characters of a text in the tooltip
+const LISTED = 40; // most bars in the list
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -32,7 +32,7 @@ function blockName(side, index) {
   return `${oneLine(side.labels[index])} (${size} token${size === 1 ? "" : "s"})`;
 }
 
-// The number of a cell and both its blocks, in short.
+// A short description of a cell: its number and its two blocks.
 function aboutCell(value, kind, sequence, { row, column }) {
   const parts = [make("span", "value", shown(value)), make("span", "what", ` ${meaningOf(kind, theMap().signed)}`)];
   for (const [word, side, index] of [["row", sequence.query, row], ["column", sequence.key, column]]) {
@@ -69,7 +69,7 @@ function fillRowPanel(one, kind, sequence, row, order, cursor, choose) {
   list.hidden = row === null || order !== "sorted";
   note.textContent = "";
   rowFrame = null;
-  const title = row === null ? "Where a row looks" : `Where ${shortened(oneLine(sequence.query.labels[row]), 60)} looks`;
+  const title = row === null ? "What a row attends to" : `What ${shortened(oneLine(sequence.query.labels[row]), 60)} attends to`;
   document.getElementById("row-title").textContent = title;
   if (row === null) return list.replaceChildren();
   const values = Array.from({ length: one.columns }, (_, column) => valueAt(one, kind, row, column));
@@ -79,12 +79,12 @@ function fillRowPanel(one, kind, sequence, row, order, cursor, choose) {
   else rowFrame = barChart(bars, labels.map(oneLine), values, one.signed, current);
   const total = values.reduce((sum, value) => sum + value, 0);
   if (kind === "none" && !one.signed && total < 0.999 && sequence.query.sizes[row] > 0) {
-    notes.push(`The row sums to ${shown(total)}: the rest went to learned sinks or to tokens outside every block.`);
+    notes.push(`The row sums to ${shown(total)}: the rest of its attention is on learned sinks or on tokens outside every block.`);
   }
   note.textContent = notes.filter(Boolean).join(" ");
 }
 
-// Bars with names, largest first; what is said about those left out.
+// Fill the list with named bars, largest first; returns a note about the blocks that are not listed.
 function listLargest(list, labels, values, signed, current, choose) {
   const sizes = values.map((value) => sizeOf(value, signed));
   const places = values.map((_, column) => column).filter((column) => sizes[column] > 0);
@@ -112,10 +112,10 @@ function listLargest(list, labels, values, signed, current, choose) {
   list.replaceChildren(...items);
   list.scrollTop = scrolled;
   if (focused !== null) list.querySelector(`[data-column="${focused}"]`)?.focus({ preventScroll: true });
-  if (!places.length) return "Nothing: the whole row is 0.";
+  if (!places.length) return "The whole row is 0.";
   if (places.length <= LISTED) return "";
   const rest = places.slice(LISTED).reduce((sum, column) => sum + values[column], 0);
-  return `The ${LISTED} largest of ${labels.length}; the others together: ${shown(rest)}.`;
+  return `The ${LISTED} largest of ${labels.length} blocks; the others sum to ${shown(rest)}.`;
 }
 
 const WHOLE = {
