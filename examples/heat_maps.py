@@ -4,9 +4,9 @@
     python examples/heat_maps.py --captions 100   # all held-out captions, minutes
 
 For each held-out caption ("red circle left, blue square right") a model draws a picture, and ``attnpatch.capture``
-gives a heat map for each shape: the attention of the pixels to the shape's words, averaged over heads, cross-attention layers
-and steps. The part of the heat map above its mean plus one standard deviation is compared with the pixels that have the
-shape's colour. Every caption counts; a shape that was not drawn has an overlap of 0.
+gives a heat map for each shape: the attention of the pixels to the shape's words, averaged over heads, steps and
+cross-attention layers. The part of the heat map above its mean plus one standard deviation is compared with the pixels
+of the shape's colour. Every caption counts; a shape that was not drawn has an overlap of 0.
 
 The pictures need matplotlib.
 """

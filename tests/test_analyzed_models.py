@@ -161,13 +161,13 @@ GOES_ON = {
     ),
 }  # fmt: skip
 STOPS = {
-    "BERT": (of("BertModel", "BertConfig", **SMALL), "look ahead"),
-    "BERT with a head": (of("BertLMHeadModel", "BertConfig", **SMALL), "look ahead"),
-    "XLM-R": (of("XLMRobertaModel", "XLMRobertaConfig", **SMALL), "look ahead"),
+    "BERT": (of("BertModel", "BertConfig", **SMALL), "attend to later tokens"),
+    "BERT with a head": (of("BertLMHeadModel", "BertConfig", **SMALL), "attend to later tokens"),
+    "XLM-R": (of("XLMRobertaModel", "XLMRobertaConfig", **SMALL), "attend to later tokens"),
     "EmbeddingGemma": (
         of("Gemma3TextModel", "Gemma3TextConfig", **CAUSAL, head_dim=16, layer_types=["full_attention"] * 2,
            use_bidirectional_attention=True),
-        "look ahead",
+        "attend to later tokens",
     ),
     # Of its window only the cache knows.
     "Moshi, a window of 24": (
@@ -303,15 +303,15 @@ def test_the_command_line_says_it_once(tokenizer, tmp_path):
     path = chats.write_good(tmp_path / "chats.jsonl", 2)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, analyzing(tmp_path, path))
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("in a single pass: tokens look ahead") == 1
+    assert result.stderr.count("in a single pass: tokens attend to later tokens") == 1
     for line in chats.index_of(tmp_path / "out"):
-        assert line["method"] == "single pass" and "look ahead" in line["notes"][0]
+        assert line["method"] == "single pass" and "attend to later tokens" in line["notes"][0]
 
 
 @pytest.mark.parametrize(
     "way, options, words",
     [
-        ("analyze_generation", {}, "writes no answers"),
+        ("analyze_generation", {}, "cannot generate"),
         ("analyze_conversation", {"weighting": "gradient"}, "no logits"),
     ],
 )

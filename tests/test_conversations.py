@@ -255,7 +255,7 @@ BAD = {
         "its tool call 0 has no function name",
     ),
     "function_call": ([{"from": "function_call", "value": "call it"}], "its function_call is not JSON"),
-    "tools": ({"messages": PAIR, "tools": "[1]"}, "its tools are no list"),
+    "tools": ({"messages": PAIR, "tools": "[1]"}, "its tools are not a list"),
     "surrogate": (
         [USER, {"role": "assistant", "content": "abc\ud83dx"}],
         "message 1 (assistant): a lone surrogate (\\ud83d) at character 3 of its content",

@@ -117,14 +117,14 @@ def test_spread_of_large_numbers_keeps_its_digits():
 
 
 def test_what_cannot_be_merged(tmp_path):
-    with pytest.raises(AnalysisError, match="is no folder"):
+    with pytest.raises(AnalysisError, match="is not a folder"):
         merge_folder(tmp_path / "nowhere")
     with pytest.raises(AnalysisError, match="holds no results"):
         merge_folder(tmp_path)
     with pytest.raises(AnalysisError, match="by='size' is not accepted"):
         merge_folder(tmp_path, "size")
     write(tmp_path, [random_map(("0:128", "128:256"), 0)])
-    with pytest.raises(AnalysisError, match="has the block '0:128', which is no message"):
+    with pytest.raises(AnalysisError, match="has the block '0:128', which is not a message"):
         merge_folder(tmp_path, "role")
 
 
@@ -208,11 +208,11 @@ def test_a_damaged_file_is_one_line_and_the_others_are_merged(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere"], "nowhere is no folder"),
+        (["nowhere"], "nowhere is not a folder"),
         (["."], "holds no results"),
         (["maps", "--out", "map.png"], "--out map.png: give the name of a .safetensors file"),
         (["maps", "--out", "nowhere/map.safetensors"], "nowhere/map.safetensors"),
-        (["words", "--by", "role"], "which is no message"),
+        (["words", "--by", "role"], "which is not a message"),
     ],
 )
 def test_command_errors_are_one_line(arguments, says, tmp_path, monkeypatch):

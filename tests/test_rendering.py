@@ -489,7 +489,7 @@ def test_templates_that_want_arguments_as_text():
         *("<|begin|>be brief", "<|turn|>rain?", f"<|/turn|>{call}{call}<|end|>", "<|header|>yes<|/header|>"),
         *("<|header|>no<|/header|>", "<|/turn|>It rains.<|end|>", "<|turn|>thanks"),
     ]
-    assert found.notes == ("the arguments of tool calls are given to the chat template as text",)
+    assert found.notes == ("the arguments of tool calls are passed to the chat template as text",)
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -535,7 +535,7 @@ def test_without_a_template_there_is_a_plain_one(bos, prompt):
     assert decoded(found, tokenizer) == expected
     assert found.template == "plain" and "no chat template" in found.notes[0]
     assert found.labels[-1] == ("assistant (next)" if prompt else "3 assistant")
-    assert "nothing is done with tools" in render(tokenizer, messages, tools=TOOLS).notes[1]
+    assert "these options are ignored: tools" in render(tokenizer, messages, tools=TOOLS).notes[1]
 
 
 @given(

@@ -176,7 +176,7 @@ def test_a_file_of_another_conversation_is_not_taken_for_done(tmp_path):
     summary = run(Pretended(), said("a", "changed"), tmp_path, resume=True)
     assert summary.skipped == 1
     assert summary.failed == (
-        "f.jsonl record 2: c2.safetensors is of another conversation of this name; give another folder",
+        "f.jsonl record 2: c2.safetensors has another conversation of the same name; give another folder",
     )
 
 
@@ -224,9 +224,9 @@ def test_shards_are_disjoint_and_together_everything(tmp_path):
 def test_a_folder_with_results_is_refused(tmp_path):
     records = said("a", "b")
     run(Pretended(), records, tmp_path)
-    with pytest.raises(AnalysisError, match="holds results already; go on with it by --resume"):
+    with pytest.raises(AnalysisError, match="has results already; continue it with --resume"):
         run(Pretended(), records, tmp_path)
-    with pytest.raises(AnalysisError, match="holds results already; go on with it by --resume"):
+    with pytest.raises(AnalysisError, match="has results already; continue it with --resume"):
         run(Pretended(), records, tmp_path, shard=(1, 2))
     with pytest.raises(AnalysisError, match='normalize was "row" and is "none"'):
         run(Pretended(), records, tmp_path, resume=True, normalize="none")
@@ -236,7 +236,7 @@ def test_a_folder_with_results_is_refused(tmp_path):
     with pytest.raises(AnalysisError, match="is damaged"):
         run(Pretended(), records, tmp_path, resume=True)
     (tmp_path / "run.json").unlink()
-    with pytest.raises(AnalysisError, match=r"no run\.json says of which run"):
+    with pytest.raises(AnalysisError, match=r"but no run\.json with the run's options"):
         run(Pretended(), records, tmp_path, resume=True)
 
 

@@ -1,1 +1,1 @@
-"""Conversations in, block maps of them out: the analyzer, one conversation or many."""
+"""Block maps of conversations: the analyzer, for one conversation or many."""

@@ -1,4 +1,4 @@
-"""BlockAttentionAnalyzer: a model as its user can afford it, a conversation in, a map of which message attends to which."""
+"""BlockAttentionAnalyzer: loads a model, runs a conversation, and returns a map of which message attends to which."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
 
 CHECKPOINTING_NOTE = (
-    "gradient checkpointing saves nothing here: in a pass without gradients nothing is kept for a backward pass; it "
+    "gradient checkpointing saves nothing here, because a pass without gradients keeps nothing for a backward pass; it "
     "matters for weighting='gradient'"
 )
 
@@ -49,20 +49,20 @@ class BlockAttentionAnalyzer:
     """Maps of which message of a conversation attends to which.
 
     Args:
-        model_name_or_path: A folder or a name on the hub; or leave it out and give ``model`` and ``tokenizer``.
+        model_name_or_path: A folder or a name on the hub. Leave it out to give ``model`` and ``tokenizer``.
         device_map, torch_dtype, load_in_4bit, load_in_8bit, max_memory: How the model is loaded; see
-            ``attnpatch.hosts.transformers.loading.load_model``. The weights' bits say how exact the model is; maps are of the model as
-            it was loaded.
-        use_gradient_checkpointing: Where a backward pass is made (``weighting="gradient"``), keep less for it and compute
-            more. In a pass without gradients it saves nothing, and the result's notes say so.
-        model, tokenizer: What is loaded already; afterwards the model is as it was.
-        head_chunk_size: Heads of one step where attention goes by rows; ``None``: chosen.
+            ``attnpatch.hosts.transformers.loading.load_model``. Maps are those of the model as loaded, quantised
+            weights included.
+        use_gradient_checkpointing: Save memory in the backward pass of ``weighting="gradient"`` by computing layers
+            again. Without a backward pass it saves nothing, and the result's notes say so.
+        model, tokenizer: A loaded model, which is unchanged afterwards, and its tokenizer.
+        head_chunk_size: Heads per step when attention runs by rows; ``None`` chooses.
         policy: Fields of ``attnpatch.Policy``, such as ``{"min_free": "8GB"}``.
         **options: Fields of ``Options``.
 
     Raises:
-        AnalysisError: The model cannot be loaded, has an encoder and a decoder or takes no tokens; or an option cannot be
-            used.
+        AnalysisError: The model cannot be loaded, has both an encoder and a decoder, or takes no tokens; or an option
+            is invalid.
         MissingExtraError: transformers, accelerate or bitsandbytes is needed and not installed.
     """
 
@@ -102,19 +102,20 @@ class BlockAttentionAnalyzer:
     def analyze_conversation(
         self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
     ) -> Analysis:
-        """One pass over the whole conversation.
+        """Analyse a conversation in one pass.
 
         Args:
             messages: ``[{"role": ..., "content": ...}, ...]``.
-            normalize: Of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``; ``None``: ``"row"``, and ``"none"``
-                with ``weighting="gradient"``, whose rows have no share (asked for, it is that of absolute values).
-            **options: Fields of ``Options``, for this conversation.
+            normalize: Normalisation of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``. ``None`` means
+                ``"row"``, or ``"none"`` with ``weighting="gradient"``, where ``"row"`` gives shares of absolute values.
+            **options: Fields of ``Options``, for this conversation only.
 
         Returns:
             ``Analysis``.
 
         Raises:
-            AnalysisError, BlockError, CaptureError: Something cannot be used; one line says what and the way out.
+            AnalysisError, BlockError, CaptureError: An argument, the conversation or the model cannot be used. The
+                message is one line with the reason and a way out.
         """
         chosen = self._options(options, normalize or "none")
         normalize = chosen.normalization(normalize)
@@ -126,10 +127,11 @@ class BlockAttentionAnalyzer:
     def analyze_conversation_sequential(
         self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
     ) -> Analysis:
-        """Message by message through the KV cache: the same map, and memory that follows the longest message.
+        """Analyse a conversation message by message through the KV cache.
 
-        A model of which a short text shows that the map would be another one is run in a single pass, and the notes say
-        why: it looks ahead, or does not go on from its cache.
+        The map is the same as in one pass, and memory depends on the longest message. Whether that holds for the model
+        is tested with a short text. If the map would differ (the model attends to later tokens, or cannot continue from
+        its cache), the conversation is run in a single pass, and the notes say why.
 
         Args, Returns, Raises: As ``analyze_conversation``.
         """
@@ -139,9 +141,10 @@ class BlockAttentionAnalyzer:
     def analyze_conversation_chunked(
         self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
     ) -> Analysis:
-        """Pieces of ``chunk_size`` tokens through the KV cache, which on CUDA waits in the host's memory: for a
-        conversation of which one message is too long already. In a single pass where ``analyze_conversation_sequential``
-        is.
+        """Analyse a conversation in chunks of ``chunk_size`` tokens through the KV cache.
+
+        Use it if a single message is already too long. On CUDA the cache is offloaded to the host's memory. The
+        conversation is run in a single pass for the same reasons as in ``analyze_conversation_sequential``.
 
         Args, Returns, Raises: As ``analyze_conversation``.
         """
@@ -158,18 +161,18 @@ class BlockAttentionAnalyzer:
         generate: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Analysis:
-        """Let the model answer; each token it writes is a query row, and the answer's block grows.
+        """Analyse an answer while the model generates it. Each generated token is a query row of the answer's block.
 
         Args:
             messages: The conversation so far.
             normalize, **options: As ``analyze_conversation``.
-            max_new_tokens: The most it may write.
-            steps: Keep a map of every step; the first is of the prompt.
-            generate: More for the model's ``generate``.
+            max_new_tokens: Most tokens to generate.
+            steps: Keep a map for every step; the first one is of the prompt.
+            generate: More arguments for the model's ``generate``.
 
         Returns:
-            ``Analysis``; ``block_map.metadata["answer"]`` is what was written. The last token that was written has not
-            been looked up by anything yet, so it is no row.
+            ``Analysis``; ``block_map.metadata["answer"]`` is the generated text. The last generated token was never
+            fed to the model, so it has no row.
 
         Raises:
             As ``analyze_conversation``.
@@ -177,7 +180,7 @@ class BlockAttentionAnalyzer:
         chosen = self._options(options, normalize)
         if not getattr(self.model, "can_generate", lambda: hasattr(self.model, "generate"))():
             raise AnalysisError(
-                f"{type(self.model).__name__} writes no answers; see what was said with analyze_conversation"
+                f"{type(self.model).__name__} cannot generate; analyse a given conversation with analyze_conversation"
             )
         rendered = self._rendered(messages, chosen, add_generation_prompt=True)
         more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
@@ -186,11 +189,11 @@ class BlockAttentionAnalyzer:
     def visualize_results(
         self, result: Analysis, save_dir: str | os.PathLike = "./attention_maps"
     ) -> list[Path]:
-        """Write the pictures of a result, its page and its numbers into a folder.
+        """Write a result's pictures, its page and its numbers into a folder.
 
         Returns:
-            What was written: ``block_map.png``, ``layers.png``, ``last_message.png``, ``memory.png`` (of runs long enough
-            to be measured), ``page.html`` and ``analysis.safetensors``.
+            The paths written: ``block_map.png``, ``layers.png``, ``last_message.png``, ``memory.png`` (if the run was
+            long enough to measure), ``page.html`` and ``analysis.safetensors``.
         """
         from attnpatch.viewing.page import write_page
 
@@ -205,9 +208,10 @@ class BlockAttentionAnalyzer:
         return [Path(str(path)) for path in written]
 
     def why_single_pass(self, tokens: int = 0) -> str | None:
-        """Why a conversation of some length is not passed piece by piece; ``None`` if it is.
+        """Why a conversation of ``tokens`` tokens must be run in a single pass; ``None`` if pieces give the same map.
 
-        Tried with a short text, once, and again where the conversation is longer than a window of the model.
+        It is tested once with a short text, and again with a longer text if the conversation exceeds an attention
+        window of the model.
         """
         count = tokens_to_try(self.model, tokens)
         if count not in self._tried:
@@ -229,7 +233,7 @@ class BlockAttentionAnalyzer:
         limit = options.max_tokens
         if limit is None:
             limit = getattr(text_config(self.model), "max_position_embeddings", None)
-            # XLNet's is -1: there is none.
+            # XLNet has -1: no limit.
             limit = limit if isinstance(limit, int) and limit > 0 else None
         return render(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, max_tokens=limit,
@@ -267,7 +271,7 @@ class BlockAttentionAnalyzer:
             notes.append(CHECKPOINTING_NOTE)
         with contextlib.ExitStack() as stack:
             stack.enter_context(patched(self.model, **self.policy))
-            # A model that was patched before has counts of its own.
+            # If the model was patched before, its own counts must not include this run.
             patch = patch_of(self.model)
             assert patch is not None
             stack.enter_context(counted_apart(patch.sites))
@@ -301,13 +305,13 @@ class BlockAttentionAnalyzer:
 
 
 def _sites_of_text(maps: Maps, method: str) -> str:
-    """The kind of site whose map is the text's."""
+    """The kind of site whose map is returned: the one that most layers have."""
     try:
         return main_sites(maps)
     except CaptureError as error:
         if method != "gradient":
             raise
         raise AnalysisError(
-            "weighting='gradient' sees attention through F.scaled_dot_product_attention only, and this model's is "
-            "not; load it with attn_implementation='sdpa'"
+            "weighting='gradient' works only with F.scaled_dot_product_attention, which this model does not use; load "
+            "it with attn_implementation='sdpa'"
         ) from error

@@ -1,4 +1,4 @@
-"""What a model has written, as the texts of blocks."""
+"""A generated answer, and the texts of the blocks that include it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from attnpatch.blocks.chat.messages import NEXT
 from attnpatch.conversations.passes import in_pieces
 from attnpatch.conversations.tokenized_chat import TokenizedChat
 
-# What decoding puts in the place of bytes that are no character.
+# The character that decoding inserts for bytes that are not a whole character.
 _NO_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer.
+    """A generated answer.
 
     Attributes:
-        text: Without special tokens.
-        tokens: What each token brings of it, special tokens too; a character that takes several is the last one's.
-        notes: One line where the last character is not whole.
+        text: The text without special tokens.
+        tokens: The text of each token, special tokens included. If a character has several tokens, the last one has it.
+        notes: One line if the answer ends inside a character.
     """
 
     text: str
@@ -29,11 +29,11 @@ class Answer:
     notes: tuple[str, ...] = ()
 
     def texts_of_blocks(self, kind: str | int, texts: Sequence[str], rendered: TokenizedChat) -> list[str]:
-        """What each block says with the answer, of which the last token has been no row yet.
+        """The text of each block of conversation and answer; the answer's last token has no row and is left out.
 
         Args:
-            kind: Of the blocks, as ``Options.blocks``.
-            texts: Of those of the conversation.
+            kind: The kind of blocks, as ``Options.blocks``.
+            texts: The texts of the conversation's blocks.
             rendered: The conversation.
         """
         rows = self.tokens[:-1]
@@ -45,11 +45,11 @@ class Answer:
 
 
 def answer_of(tokenizer: Any, ids: Sequence[int]) -> Answer:
-    """The answer that tokens are.
+    """The answer that generated tokens spell.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        ids: Of the tokens that were written.
+        ids: Ids of the generated tokens.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Many conversations, one file each; resumed after a kill, and shared among processes."""
+"""Analyses many conversations into one file each. A killed run can be resumed, and several processes can share one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Outcome = Literal["done", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Step:
-    """One conversation is through.
+    """The outcome of one conversation.
 
     Attributes:
-        outcome: ``"done"``, ``"skipped"`` (it was done before) or ``"failed"``.
+        outcome: ``"done"``, ``"skipped"`` (done in an earlier run) or ``"failed"``.
         entry: Its line of the index.
-        analysis: Of one that was done now.
+        analysis: The result, if it was done in this run.
     """
 
     outcome: Outcome
@@ -45,13 +45,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the conversations.
+    """The outcomes of many conversations.
 
     Attributes:
-        done, skipped: How many were analysed now, and before.
-        failed: Lines ``"file record: reason"``.
-        tokens, seconds: Of those done now, together.
-        peak_bytes: The most that one of them took.
+        done, skipped: How many were analysed in this run, and in earlier ones.
+        failed: One line ``"file record: reason"`` per failure.
+        tokens, seconds: Totals of the conversations that were done in this run.
+        peak_bytes: Most bytes that one of them took.
     """
 
     done: int = 0
@@ -62,7 +62,7 @@ class Summary:
     peak_bytes: int = 0
 
     def with_step(self, step: Step) -> Summary:
-        """With one conversation more."""
+        """The summary with one more conversation."""
         if step.outcome == "failed":
             line = f"{step.entry['source']}: {step.entry['error']}"
             return dataclasses.replace(self, failed=(*self.failed, line))
@@ -105,29 +105,30 @@ def analyze_all(
     shard: tuple[int, int] = (0, 1),
     options: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Analyse conversations, and write ``folder/<name>.safetensors`` of each, whole or not at all.
+    """Analyse conversations, and write ``folder/<name>.safetensors`` for each, atomically.
 
     ``folder/index.jsonl`` has one line per conversation, in order: ``record`` (its number), ``source``, ``name``,
     ``file``, ``tokens``, ``messages``, ``seconds``, ``peak_bytes``, ``method``, ``notes``; or ``error``. A process
-    that is killed at any moment loses the conversation it was at, and with ``resume`` nothing is done twice. Where no
-    conversation could be analysed, no index and no folder is left (of several processes: see ``index.discard``).
+    that is killed loses only its current conversation, and with ``resume`` no conversation is analysed twice. If no
+    conversation could be analysed, the index and the folder are removed (with several processes the caller does that,
+    by ``results_folder.discard``).
 
     Args:
         analyzer: Model and options.
-        records: As ``read_conversations`` yields them.
-        folder: For the results.
+        records: Conversations, as ``read_conversations`` yields them.
+        folder: Folder for the results.
         method: ``"sequential"``, ``"chunked"`` or ``"single pass"``.
-        resume: Go on in a folder of the same options; what failed is tried again.
+        resume: Continue in a folder with the same options; failed conversations are tried again.
         normalize: As ``analyze_conversation`` takes it.
         on_progress: Called after each conversation of this process.
-        shard: Number of this process and how many there are: it takes records i with i % count == number.
-        options: More that the results depend on, such as how the model was loaded; kept in ``run.json``.
+        shard: This process's number and the number of processes; it takes the records i with i % count == number.
+        options: Further options that the results depend on, such as how the model was loaded; kept in ``run.json``.
 
     Returns:
         ``Summary`` of this process's conversations.
 
     Raises:
-        AnalysisError: The folder holds results already (without ``resume``), or those of other options; the folder
+        AnalysisError: The folder has results already (without ``resume``), or results of other options; or the folder
             or the file cannot be used.
         BlockMapFileError: A result cannot be written.
     """
@@ -135,7 +136,7 @@ def analyze_all(
         raise AnalysisError(f"method={method!r} is not accepted; give {', '.join(map(repr, METHODS))}")
     rank, count = shard
     if not 0 <= rank < count:
-        raise AnalysisError(f"shard={shard!r} is not accepted; give the process's number, below their count")
+        raise AnalysisError(f"shard={shard!r} is not accepted; give (number from 0, count)")
     check(analyzer, method)
     normalize = analyzer.options.normalization(normalize)
     chosen = {**dataclasses.asdict(analyzer.options), "method": method, "normalize": normalize}
@@ -163,14 +164,14 @@ def analyze_all(
 
 
 def check(analyzer: BlockAttentionAnalyzer, method: str) -> None:
-    """See that the model has what the options name, before any conversation is blamed for it.
+    """Check that the options fit the model, so that a misfit is not reported as every conversation's failure.
 
     Raises:
-        AnalysisError, CaptureError, PatchError, PolicyError: It has not.
+        AnalysisError, CaptureError, PatchError, PolicyError: They do not.
     """
     options, model = analyzer.options, analyzer.model
     if options.weighting == "gradient" and method != "single pass":
-        raise AnalysisError("weighting='gradient' needs a single pass; ask for that method")
+        raise AnalysisError("weighting='gradient' needs a single pass; give method='single pass'")
     with patched(model, **analyzer.policy), capture(model, Blocks.fixed(1), **options.of_capture):
         pass
     config = getattr(model, "config", None)
@@ -188,7 +189,7 @@ def _one(
     method: str,
     normalize: str,
 ) -> Step:
-    """One conversation, unless its file is there."""
+    """Analyse one conversation, unless its file exists."""
     path = run.path(conversation.name)
     about = {"record": number, "source": conversation.source, "name": conversation.name}
     digest = _digest(conversation)
@@ -197,13 +198,13 @@ def _one(
     if facts is not None:
         found = facts.get("metadata", {}).get("conversation", {})
         if found.get("digest") != digest:
-            reason = f"{path.name} is of another conversation of this name; give another folder"
+            reason = f"{path.name} has another conversation of the same name; give another folder"
             return Step("failed", {**about, "error": reason})
         known = run.entries.get(conversation.name, {})
         return Step("skipped", known if known.get("file") == path.name else _entry(about, path, facts))
     try:
         analysis = _analyzed(analyzer, conversation, method, normalize)
-    # Whatever goes wrong with one of thousands, the others go on; its line says what it was.
+    # One failure among thousands must not stop the others; its line in the index has the reason.
     except AttnpatchError as error:
         return Step("failed", {**about, "error": _line(error)})
     except Exception as error:
@@ -215,7 +216,7 @@ def _one(
     analysis.save(path)
     written = io.facts(path)
     if written is None:
-        raise AnalysisError(f"{path} was written and cannot be read; is the disk sound?")
+        raise AnalysisError(f"{path} was written but cannot be read; check the disk")
     return Step("done", _entry(about, path, written), analysis)
 
 
@@ -229,7 +230,7 @@ def _analyzed(
 
 
 def _entry(about: Mapping[str, Any], path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the index, from the file's header alone: it is the same whoever writes it, and when."""
+    """A line of the index. It is made from the file's header only, so it is the same whenever it is made again."""
     metadata, taken = facts["metadata"], facts["analysis"]
     return {
         **about,
@@ -244,7 +245,7 @@ def _entry(about: Mapping[str, Any], path: Path, facts: Mapping[str, Any]) -> di
 
 
 def _digest(conversation: Conversation) -> str:
-    """Of what was said: a file may have changed before a run is resumed."""
+    """A hash of messages and tools, to detect that the input file has changed before a run is resumed."""
     said = json.dumps([conversation.messages, conversation.tools], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 

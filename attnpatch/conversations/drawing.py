@@ -1,4 +1,4 @@
-"""Pictures of an analysis beyond its map: layers side by side, one block's row over layers, memory over time."""
+"""Further pictures of an analysis: layers side by side, one block's row over the layers, memory over time."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def layers(block_map: BlockMap, most: int) -> Figure:
 
 
 def row(block_map: BlockMap, number: int) -> Figure:
-    """Where one query block looks: key blocks across, layers downwards."""
+    """What one query block attends to: key blocks across, layers downwards."""
     one = block_map.select(step="mean", head="mean", sequence=0)
     values = one.to_numpy().reshape(len(one.layers), *one.mass.shape[-2:])[:, number]
     return map_figure.draw(
         values,
         query_labels=[f"layer {layer}" for layer in one.layers],
         key_labels=one.key_labels,
-        title=_title(block_map, f"where {map_figure.shorten(one.query_labels[number], 40)!r} looks"),
+        title=_title(block_map, f"what {map_figure.shorten(one.query_labels[number], 40)!r} attends to"),
         colour_label=meaning(one),
         is_signed=one.is_signed,
         axis_labels=("layer", "key block (is attended to)"),

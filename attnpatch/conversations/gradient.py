@@ -1,4 +1,4 @@
-"""The backward pass of a gradient-weighted map: what is differentiated, with and without checkpointing."""
+"""The backward pass of a gradient-weighted map: chooses what is differentiated, and runs it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def target_positions(
 
     Args:
         target: ``"answer"``, or positions of tokens.
-        rendered: The conversation.
-        messages: As it was given.
+        rendered: The conversation in tokens.
+        messages: The conversation's messages.
 
     Raises:
-        AnalysisError: There is no answer, or no such token.
+        AnalysisError: There is no answer, or no token at a position.
     """
     count = len(rendered.ids)
     if isinstance(target, str):
@@ -34,27 +34,27 @@ def target_positions(
             if any(messages[i].get("role") == "assistant" for i in members):
                 return list(range(max(1, start), end))
         raise AnalysisError(
-            "no message of the assistant is in this conversation; give target=[positions of tokens]"
+            "this conversation has no message of the assistant; give target=[positions of tokens]"
         )
     outside = [place for place in target if type(place) is not int or not 1 <= place < count]
     if outside or not target:
         raise AnalysisError(
-            f"target={list(target)!r}: give positions from 1 to {count - 1} (nothing is before the first token)"
+            f"target={list(target)!r}: give positions from 1 to {count - 1} (the first token cannot be predicted)"
         )
     return sorted(set(target))
 
 
 def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkpointing: bool) -> float:
-    """Run a model forward and backward on the log-probability of some tokens; a capture sees the gradients.
+    """Run a model forward and backward on the log-probability of some tokens, so that a capture receives the gradients.
 
     Args:
         model: A causal language model.
         ids: ``[1, tokens]``.
-        positions: Of the tokens.
-        checkpointing: Compute each layer again in the backward pass instead of keeping what it needs.
+        positions: Positions of the tokens.
+        checkpointing: Compute each layer again in the backward pass instead of keeping its activations.
 
     Returns:
-        The log-probability, summed.
+        The summed log-probability.
 
     Raises:
         AnalysisError: The model has no logits, or no checkpointing.
@@ -68,13 +68,13 @@ def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkp
         if checkpointing:
             stack.enter_context(_checkpointing(model))
         stack.enter_context(torch.enable_grad())
-        # The inputs carry the gradient: no weight needs one.
+        # The input embeddings require the gradient, so no weight has to.
         inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
         output = model(inputs_embeds=inputs, attention_mask=torch.ones_like(ids), use_cache=False, **more)
         if getattr(output, "logits", None) is None:
             raise AnalysisError(
-                f"{type(model).__name__} gives no logits, so no answer has a log-probability; load it with its head, or "
-                "leave out weighting='gradient'"
+                f"{type(model).__name__} has no logits, so an answer has no log-probability; load the model with its "
+                "language model head, or leave out weighting='gradient'"
             )
         logits = output.logits[0] if more else output.logits[0, before]
         chosen = ids[0, before + 1].to(logits.device)
@@ -85,7 +85,7 @@ def attributed(model: nn.Module, ids: torch.Tensor, positions: list[int], checkp
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block."""
+    """Inside the block no parameter requires a gradient."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asked:
         parameter.requires_grad_(False)
@@ -98,7 +98,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing of a model in evaluation mode: its layers do it only while they are in training."""
+    """Gradient checkpointing of a model in evaluation mode; layers of transformers checkpoint only in training mode."""
     was_on = getattr(model, "is_gradient_checkpointing", False)
     if not hasattr(model, "gradient_checkpointing_enable") or not getattr(
         model, "supports_gradient_checkpointing", False

@@ -1,4 +1,4 @@
-"""Mean maps of many conversations, and how much these differ."""
+"""Mean maps of many conversations, and the spread of the conversations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
 
 By = Literal["labels", "role"]
-# Of a message's block, as ``render`` names it.
+# The label of a message's block, as ``render`` makes it.
 _MESSAGE = re.compile(r"\d+ ([a-z]+)|([a-z]+) \(next\)")
 _USUAL = ("system", "developer", "user", "assistant", "tool")
 
@@ -29,11 +29,11 @@ class Merged:
     """The mean of many maps.
 
     Attributes:
-        block_map: Mean mass; ``spread`` is the standard deviation over the conversations (with N - 1; NaN of one), and
-            there is no standard error: of a sample in each conversation the mean says nothing.
-        merged: How many conversations are in it.
-        left_out: Names of those whose blocks, layers or heads are not those of the most.
-        damaged: Lines ``"file: reason"``.
+        block_map: Mean mass. ``spread`` is the standard deviation over conversations (divided by N - 1; NaN for a
+            single one). There is no standard error, even if rows were sampled in each conversation.
+        merged: Number of conversations in the mean.
+        left_out: Names of the conversations whose blocks, layers or heads differ from those of the largest set.
+        damaged: One line ``"file: reason"`` per unreadable file.
     """
 
     block_map: BlockMap
@@ -43,26 +43,26 @@ class Merged:
 
 
 def merge_folder(folder: str | Path, by: By = "labels") -> Merged:
-    """The mean map of the results in a folder, in which each conversation counts the same.
+    """The mean map of the results in a folder. Every conversation has the same weight.
 
-    By labels, cell by cell: of conversations with the same blocks, the largest set of such; the rest is left out.
-    By role, all of them: blocks of one role are pooled, in each conversation. Then the mass of a cell is what a
-    query token of one role puts on all tokens of the other, averaged over the query tokens of the conversation.
-    A row of a role is averaged over the conversations that have it; a key role that a conversation lacks got
-    nothing there, so rows still sum to 1.
+    ``"labels"`` averages cell by cell, over the largest set of conversations with the same blocks; the others are left
+    out. ``"role"`` averages all conversations: first the blocks of a role are pooled in each conversation, so that a
+    cell is the mass that a query token of one role puts on all tokens of another role, averaged over the query tokens.
+    A role's row is averaged over the conversations that have the role. If a conversation lacks a key role, its mass
+    there is 0, so rows still sum to 1.
 
     Args:
-        folder: Where ``analyze_all`` wrote, or any folder of block maps.
+        folder: A folder that ``analyze_all`` wrote, or any folder of block maps.
         by: ``"labels"`` or ``"role"``.
 
     Raises:
-        AnalysisError: There is nothing to merge, or the blocks are not messages (by role).
+        AnalysisError: There is nothing to merge; or, by role, a block is not a message.
     """
     folder = Path(folder)
     if by not in ("labels", "role"):
         raise AnalysisError(f"by={by!r} is not accepted; give 'labels' or 'role'")
     if not folder.is_dir():
-        raise AnalysisError(f"{folder} is no folder; give the one that attnpatch analyze wrote into")
+        raise AnalysisError(f"{folder} is not a folder; give the one that attnpatch analyze wrote")
     facts, damaged = _headers(folder)
     if not facts:
         why = f" ({damaged[0]})" if damaged else ""
@@ -81,7 +81,7 @@ def merge_folder(folder: str | Path, by: By = "labels") -> Merged:
 
 
 class RunningMoments:
-    """Mean and standard deviation of what comes one after the other (Welford 1962), in float64."""
+    """Running mean and standard deviation in float64 (Welford 1962)."""
 
     def __init__(self) -> None:
         self.count: Any = 0
@@ -89,7 +89,7 @@ class RunningMoments:
         self._squares: Any = 0.0
 
     def add(self, value: Tensor, counts: Tensor | None = None) -> None:
-        """One more; where ``counts`` is False it says nothing."""
+        """Add one value; elements where ``counts`` is False are ignored."""
         value = value.double()
         counts = torch.ones_like(value, dtype=torch.bool) if counts is None else counts
         self.count = self.count + counts.double()
@@ -99,7 +99,7 @@ class RunningMoments:
 
     @property
     def deviation(self) -> Tensor:
-        """With N - 1; NaN where there was only one."""
+        """The standard deviation, divided by N - 1; NaN where there was only one value."""
         return torch.where(self.count > 1, self._squares / (self.count - 1), torch.nan).sqrt()
 
 
@@ -109,14 +109,14 @@ def _headers(folder: Path) -> tuple[dict[Path, Mapping[str, Any]], list[str]]:
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         facts = io.facts(path)
         if facts is None or "layers" not in facts:
-            damaged.append(f"{path.name}: it is damaged, or no block map")
-        elif "spread" not in facts.get("metadata", {}):  # not what an earlier merge wrote
+            damaged.append(f"{path.name}: it is damaged, or not a block map")
+        elif "spread" not in facts.get("metadata", {}):  # skips the result of an earlier merge
             found[path] = facts
     return found, damaged
 
 
 def _kind(facts: Mapping[str, Any], by: By) -> tuple:
-    """What maps must have in common."""
+    """What maps must have in common to be merged."""
     same = (tuple(facts["layers"]), str(facts["heads"]), tuple(facts.get("steps", ())), _weighting(facts))
     if by == "role":
         return same
@@ -172,15 +172,15 @@ def _by_role(
 
 
 def pooled(one: BlockMap, roles: list[str]) -> tuple[Tensor, Tensor]:
-    """The blocks of each role as one.
+    """Pool the blocks of each role into one.
 
     Args:
         one: A map of messages.
-        roles: All roles there may be.
+        roles: All possible roles.
 
     Returns:
-        ``[..., roles, roles]`` float64: mass summed over the key blocks of a role, and averaged over the query
-        tokens of one; ``[roles]`` tokens of each.
+        ``[..., roles, roles]`` float64, the mass summed over the key blocks of a role and averaged over the query
+        tokens of a role; and ``[roles]``, the tokens of each role.
     """
 
     def members(labels: Any) -> Tensor:
@@ -196,7 +196,7 @@ def pooled(one: BlockMap, roles: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def role_of(label: str) -> str | None:
-    """The role of a block, ``"system + user"`` of one that holds messages of two; None if it is no message's."""
+    """The role of a block, such as ``"system + user"`` for joined messages; None if the block is not a message."""
     found = []
     for part in label.split(" + "):
         match = _MESSAGE.fullmatch(part)
@@ -215,7 +215,7 @@ def _roles(paths: list[Path], facts: Mapping[Path, Mapping[str, Any]]) -> list[s
             role = role_of(label) if isinstance(label, str) else None
             if role is None:
                 raise AnalysisError(
-                    f"{path.name} has the block {str(label)[:40]!r}, which is no message; merge by labels, or "
+                    f"{path.name} has the block {str(label)[:40]!r}, which is not a message; merge by labels, or "
                     "analyze with --blocks messages"
                 )
             roles.add(role)
@@ -235,7 +235,7 @@ def _made(
     }
     if "weighting" in first.metadata:
         metadata["weighting"] = first.metadata["weighting"]
-    # The mass, whatever the first of them shows: the spread is that of the mass.
+    # The mass without normalisation, even if the first map has one, because the spread is that of the mass.
     return dataclasses.replace(
         first,
         mass=spread.mean.float(),

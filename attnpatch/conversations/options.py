@@ -1,4 +1,4 @@
-"""What an analysis looks at, and how."""
+"""The options of an analysis."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.recording.statistics import checked_measures
 
-# Tokens of a piece where nobody says how many.
+# Tokens per chunk by default.
 CHUNK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to look at, and how. Every ``analyze_...`` method takes them by name, over those of the analyzer.
+    """The options of an analysis. Every ``analyze_...`` method takes them by name; they override the analyzer's.
 
     Attributes:
-        blocks: ``"messages"``, a number of tokens, or ``"words"``.
-        layers: ``None`` or ``"all"``: all; ``"last"``; or numbers, negative from the last.
+        blocks: ``"messages"``, a number of tokens per block, or ``"words"``.
+        layers: ``None`` or ``"all"``: all layers; ``"last"``; or numbers, negative ones from the last layer.
         heads: ``"mean"``, ``"all"`` or numbers.
-        measures: Also ``"received"``, ``"entropy"``, ``"sink"``.
-        sample_rows: Look at so many query rows of each block; ``None``: at all.
-        seed: Of the sample.
+        measures: Further measures: any of ``"received"``, ``"entropy"``, ``"sink"``.
+        sample_rows: Measure only this many query rows of each block; ``None``: all rows.
+        seed: Seed of the sample.
         weighting: ``"probability"``, or ``"gradient"``: probability times the gradient of the log-probability of
             ``target`` (single pass only).
-        target: ``"answer"``, the last message of the assistant, or positions of tokens.
-        max_tokens: The most a conversation may have.
-        truncate: What is cut off a longer one, ``"left"`` or ``"right"``; ``None``: it is refused.
-        chunk_size: Tokens of a piece of ``analyze_conversation_chunked``.
-        template_options: For the chat template.
+        target: ``"answer"`` (the assistant's last message), or positions of tokens.
+        max_tokens: Most tokens that a conversation may have; ``None``: the model's limit.
+        truncate: Which end of a longer conversation is cut off, ``"left"`` or ``"right"``; ``None``: it is refused.
+        chunk_size: Tokens per chunk of ``analyze_conversation_chunked``.
+        template_options: Arguments for the chat template.
     """
 
     blocks: str | int = "messages"
@@ -47,10 +47,10 @@ class Options:
     template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def changed(self, given: Mapping[str, Any]) -> Options:
-        """With some of them replaced.
+        """The options with some of them replaced.
 
         Raises:
-            AnalysisError: There is no such option, or its value cannot be used.
+            AnalysisError: An option is unknown or its value is invalid.
         """
         known = {f.name for f in dataclasses.fields(self)}
         unknown = sorted(set(given) - known)
@@ -71,14 +71,14 @@ class Options:
         return found
 
     def normalization(self, asked: str | None) -> str:
-        """Of the map: what was asked for, or shares of the row, which gradients with their signs have none of."""
+        """The given normalisation of the map, or the default: ``"row"``; ``"none"`` for gradients, which have signs."""
         if asked is None:
             return "none" if self.weighting == "gradient" else "row"
         return asked
 
     @property
     def of_capture(self) -> dict[str, Any]:
-        """Those that ``capture`` takes too, as it takes them."""
+        """The options that are passed to ``capture``, in its form."""
         layers = (
             None if self.layers in (None, "all") else [-1] if self.layers == "last" else list(self.layers)
         )  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The passes over a conversation: its pieces, the blocks that are asked for, and the model's calls."""
+"""The passes over a conversation: its pieces, its blocks, and the model's calls."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from attnpatch.hosts.transformers.loading import ENCODER_DECODER
 
 
 def check_model(model: nn.Module) -> None:
-    """See that a model takes a conversation as one sequence of tokens.
+    """Check that a model takes a conversation as one sequence of tokens.
 
     Raises:
-        AnalysisError: It has an encoder and a decoder, or takes no token ids.
+        AnalysisError: It has both an encoder and a decoder, or takes no token ids.
     """
     parameters = inspect.signature(model.forward).parameters
     of_both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    # An encoder or a decoder that was taken out of such a model shares its configuration.
+    # An encoder or a decoder taken out of such a model has the same configuration, but takes input_ids.
     if "decoder_input_ids" in parameters or (of_both and "input_ids" not in parameters):
         raise AnalysisError(ENCODER_DECODER.format(type(model).__name__))
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     is_of_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
     if "input_ids" not in parameters and not (takes_any and is_of_text):
         raise AnalysisError(
-            f"{type(model).__name__} takes no input_ids, and a conversation is tokens of text; give a language model, or "
-            "see this one by attnpatch.capture(model, blocks=...)"
+            f"{type(model).__name__} takes no input_ids, so it cannot read a conversation; give a language model, or "
+            "use attnpatch.capture(model, blocks=...)"
         )
 
 
@@ -43,7 +43,7 @@ def main_sites(maps: Any) -> str:
 
 
 def left_out_note(left_out: Mapping[str, str]) -> list[str]:
-    """One line about attention that is in no map, and why; none if all of it is."""
+    """One line that names attention missing from the map and why; empty if none is missing."""
     if not left_out:
         return []
     name, reason = next(iter(left_out.items()))
@@ -52,7 +52,7 @@ def left_out_note(left_out: Mapping[str, str]) -> list[str]:
 
 
 def pieces(method: str, rendered: TokenizedChat, chunk_size: int) -> Iterator[tuple[int, int]]:
-    """Where each pass begins and ends."""
+    """Yields the first token of each pass, and one past its last."""
     if method == "sequential":
         yield from rendered.spans
     elif method == "chunked":
@@ -67,7 +67,7 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
     """Pass the pieces of a sequence through a model, with a cache if there are several."""
     spans = list(pieces)
     names = inspect.signature(model.forward).parameters
-    # Nobody looks at the logits, which for 32k tokens would take more memory than anything else.
+    # The logits are not needed, and for 32k tokens they would take more memory than anything else.
     more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     cache, name = None, caches.parameter_of(model)
     if len(spans) > 1:
@@ -86,12 +86,13 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
 
 
 def blocks_of(kind: str | int, rendered: TokenizedChat, grows: bool) -> tuple[Blocks, list[str]]:
-    """Blocks, and what each says.
+    """The blocks of a conversation, and the text of each.
 
     Args:
         kind: ``"messages"``, ``"words"`` or a number of tokens.
         rendered: The conversation.
-        grows: An answer is written after it. It is the last block, or goes on in blocks of that number of tokens.
+        grows: Whether an answer is generated after it. The answer is the last block; with a number of tokens, it is
+            divided into such blocks.
     """
     after = NEXT if grows else ""
     if kind == "messages":
@@ -106,12 +107,12 @@ def blocks_of(kind: str | int, rendered: TokenizedChat, grows: bool) -> tuple[Bl
 
 
 def in_pieces(tokens: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """``size`` at a time; the last one may have fewer."""
+    """Lists of ``size`` tokens; the last one may be shorter."""
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
 def words_of(rendered: TokenizedChat) -> tuple[list[tuple[int, int]], list[str]]:
-    """Spans of words in tokens, and the words: a token that brings white space with it begins one, as does a block."""
+    """The token spans of words, and the words. A word begins at a token with leading white space, or at a block."""
     starts = {start for start, _ in rendered.spans}
     spans: list[tuple[int, int]] = []
     texts: list[str] = []

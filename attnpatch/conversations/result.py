@@ -1,4 +1,4 @@
-"""What the analysis of one conversation found: the block map, what else was measured, and what it took."""
+"""The result of one conversation's analysis: the block map, further measures, time and memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _MEASURED = ("received", "entropy", "sink")
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """One conversation.
+    """The result of one conversation's analysis.
 
     Attributes:
-        block_map: Which message (or other block) attends to which, in every layer; its ``metadata`` holds ``texts`` (what
-            each block says), ``method``, ``template`` and the like.
-        received: float32 ``[layers, (heads,) tokens]``, attention each token receives (summed over query tokens, mean
-            over heads unless they are kept apart), or ``None``.
-        entropy: float32 ``[layers, heads]``, of attention rows in nats, mean over query tokens, or ``None``.
-        sink: float32 ``[layers, heads]``, mean mass on the first token, or ``None``.
-        seconds: The model's passes took.
-        peak_bytes: Memory they took beyond what was held before.
-        memory: Seconds and bytes over the run.
-        notes: One line for each thing that is not as one would expect.
+        block_map: Which message (or other block) attends to which, in every layer. Its ``metadata`` has ``texts`` (the
+            text of each block), ``method``, ``template`` and others.
+        received: float32 ``[layers, (heads,) tokens]``, the attention that each token receives, summed over query
+            tokens and averaged over heads unless they are kept separate; or ``None``.
+        entropy: float32 ``[layers, heads]``, entropy of attention rows in nats, mean over query tokens; or ``None``.
+        sink: float32 ``[layers, heads]``, mean mass on the first token; or ``None``.
+        seconds: Time of the model's passes.
+        peak_bytes: Memory of the passes, beyond what was held before.
+        memory: Samples over the run: seconds and bytes.
+        notes: One line for each thing that a reader may not expect.
     """
 
     block_map: BlockMap
@@ -50,20 +50,20 @@ class Analysis:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def normalize(self, normalization: str) -> Analysis:
-        """The same under another normalisation of the map; see ``BlockMap.normalize``."""
+        """The same result with another normalisation of the map; see ``BlockMap.normalize``."""
         return replace(self, block_map=self.block_map.normalize(normalization))
 
     @property
     def texts(self) -> list[str]:
-        """What each block says."""
+        """The text of each block."""
         return list(self.block_map.metadata.get("texts", ()))
 
     def lookback(self) -> Tensor:
-        """How much of each block's attention goes to what came before it, and not to itself.
+        """The lookback ratio (Chuang et al. 2024) of blocks: the share of attention on earlier blocks.
 
         Returns:
-            float32 ``[layers, (heads,) blocks]``: mass on earlier blocks / (that + mass on the block itself), the lookback
-            ratio of Chuang et al. 2024 for blocks. NaN where there is neither.
+            float32 ``[layers, (heads,) blocks]``: mass on earlier blocks / (mass on earlier blocks + mass on the block
+            itself). NaN where both are 0.
 
         Raises:
             AnalysisError: Query and key blocks differ, or the map is of gradients.
@@ -74,15 +74,17 @@ class Analysis:
         return (before / (before + own)).float()
 
     def rollout(self, residual: float = 0.5) -> Tensor:
-        """Attention rollout (Abnar and Zuidema 2020) over blocks: APPROXIMATE, since blocks are averaged before layers
-        are multiplied, and only as good as the captured layers are all of them.
+        """Attention rollout (Abnar and Zuidema 2020) over blocks.
+
+        It is approximate, because blocks are averaged before layers are multiplied; and it assumes that the captured
+        layers are all layers of the model.
 
         Args:
-            residual: Share of a layer's output that passes attention by.
+            residual: Share of a layer's output that comes from the residual connection.
 
         Returns:
-            float32 ``[blocks, blocks]``: how much of block I in the last layer comes from block J of the input; rows sum
-            to 1.
+            float32 ``[blocks, blocks]``: how much of block I in the last layer comes from block J of the input. Rows
+            sum to 1.
 
         Raises:
             AnalysisError: Query and key blocks differ, or the map is of gradients.
@@ -107,17 +109,17 @@ class Analysis:
         """Small maps of the layers side by side, on one scale.
 
         Args:
-            path: ``.png``, ``.svg`` or ``.pdf``; when left out the figure is returned.
-            most: Layers that are drawn, evenly spread, the first and the last among them.
+            path: File to write, ``.png``, ``.svg`` or ``.pdf``. ``None`` returns the figure.
+            most: Most layers to draw; they are evenly spaced and include the first and the last.
         """
         return map_figure.write(drawing.layers(self.block_map, most), path)
 
     def plot_row(self, row: int | str, path: str | os.PathLike | None = None) -> Figure | Path:
-        """Where one block looks, in every layer.
+        """What one block attends to, in every layer.
 
         Args:
             row: Number or label of the query block.
-            path: As above.
+            path: As in ``plot_layers``.
 
         Raises:
             AnalysisError: There is no such block.
@@ -127,6 +129,9 @@ class Analysis:
     def plot_memory(self, path: str | os.PathLike | None = None) -> Figure | Path:
         """Memory over the time of the run.
 
+        Args:
+            path: As in ``plot_layers``.
+
         Raises:
             AnalysisError: The run was too short to be measured.
         """
@@ -135,7 +140,7 @@ class Analysis:
         return map_figure.write(drawing.memory(self.memory), path)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write one safetensors file, which ``BlockMap.load`` reads too; whole or not at all.
+        """Write one safetensors file atomically; ``BlockMap.load`` can read it too.
 
         Raises:
             BlockMapFileError: The file cannot be written.
@@ -148,10 +153,10 @@ class Analysis:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Analysis:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            BlockMapFileError: The file is missing, damaged, or a block map without an analysis.
+            BlockMapFileError: The file is missing or damaged, or is a block map without an analysis.
         """
         content = io.read(Path(path))
         if "analysis" not in content:
@@ -164,11 +169,11 @@ class Analysis:
 
     def _square(self, what: str) -> Tensor:
         if self.block_map.is_signed:
-            raise AnalysisError(f"{what} is of probabilities, and this map is weighted by gradients")
+            raise AnalysisError(f"{what} needs probabilities, and this map is weighted by gradients")
         one = self.block_map.select(step="mean")
         mass = one.mass if not one.steps else one.mass[0]
         if one.query_labels != one.key_labels:
-            raise AnalysisError("this is of maps whose query and key blocks are the same")
+            raise AnalysisError(f"{what} needs a map whose query and key blocks are the same")
         return mass
 
     def _row(self, row: int | str) -> int:

@@ -1,7 +1,7 @@
-"""The folder of a run: what was asked for, what is done, and an index; correct after SIGKILL at any moment.
+"""The folder of a run: its options, its results and an index. It stays consistent if a process is killed at any moment.
 
-The safetensors files are the truth, and appear whole or not at all. Each process appends to an index of its own
-(``index-00000.jsonl``), and whoever finishes merges all of them into ``index.jsonl``.
+The safetensors files decide what is done; they are written atomically. Each process appends to its own index
+(``index-00000.jsonl``), and each process that finishes merges all of these into ``index.jsonl``.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _PARTS = "index-[0-9]*.jsonl"
 
 
 class RunFolder:
-    """The folder as one process of a run sees it.
+    """One process's view of the folder of a run.
 
     Args:
-        folder: Where; made if there is none.
-        options: What the results depend on, anything JSON can hold.
-        resume: Go on with what is there.
-        shard: Number of this process, and how many there are.
+        folder: The folder; created if it does not exist.
+        options: The options that the results depend on, anything JSON can hold.
+        resume: Continue with the results in the folder.
+        shard: This process's number, and the number of processes.
 
     Raises:
-        AnalysisError: The folder holds results already, results of other options, or cannot be used.
+        AnalysisError: The folder has results already, has results of other options, or cannot be used.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RunFolder:
     ) -> None:
         self.folder = folder
         self.rank, count = shard
-        # Innermost first: the folders that this process makes.
+        # The folders that this process creates, innermost first.
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         if folder.exists() and not folder.is_dir():
             raise AnalysisError(f"{folder} is a file; give a folder, or a name that is not taken")
@@ -67,30 +67,30 @@ class RunFolder:
             self._left.setdefault(path.name[1:].rsplit(SUFFIX, 1)[0], []).append(path)
 
     def close(self) -> None:
-        """Let others go on with this process's part."""
+        """Close this process's index, so that other processes can continue it."""
         self._part.close()
 
     def discard(self) -> None:
-        """Take away what this run put down, if there is no result: nothing then says that the folder holds some.
+        """Remove this run's files if it has no result, so that the folder does not look used.
 
-        Only after ``close``, and of a run whose other processes are through.
+        Call it only after ``close``, and after the run's other processes have ended.
         """
         discard(self.folder, self._made)
 
     def path(self, name: str) -> Path:
-        """Where the file of a conversation is."""
+        """The path of a conversation's file."""
         return self.folder / f"{name}{SUFFIX}"
 
     def clear(self, name: str) -> None:
-        """Remove what a killed process left of a conversation's file."""
+        """Remove temporary files of a conversation that a killed process left behind."""
         for path in self._left.pop(name, ()):
             path.unlink(missing_ok=True)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Put a line into this process's index, unless it is there; on the disk when this returns.
+        """Append a line to this process's index, unless the index has it. It is on the disk when this returns.
 
         Raises:
-            AnalysisError: It cannot be written.
+            AnalysisError: The line cannot be written.
         """
         if self.entries.get(_key(entry)) == entry:
             return
@@ -101,14 +101,14 @@ class RunFolder:
             os.fsync(self._part.fileno())
         except OSError as error:
             raise AnalysisError(
-                f"cannot write the index in {self.folder}: {error.strerror or error}; make room, then --resume"
+                f"cannot write the index in {self.folder}: {error.strerror or error}; free space, then use --resume"
             ) from error
 
     def merge(self) -> Path:
-        """Write ``index.jsonl`` of the lines of all processes, in the order of the file.
+        """Write ``index.jsonl`` from the lines of all processes, in the order of the input file.
 
-        No lock, which shared file systems often lack: who finds that the parts have changed since it read them
-        writes again, so the last one to write has read everything.
+        There is no lock, because shared file systems often have none. Instead, a process writes again if the parts have
+        changed since it read them, so the last process to write has read everything.
         """
         path = self.folder / INDEX
         seen = None
@@ -127,22 +127,22 @@ class RunFolder:
             yield from read_lines(path)
 
     def _agree(self, options: dict[str, Any], resume: bool, count: int) -> None:
-        """See that the folder is of this run, or make it so."""
+        """Check that the folder belongs to a run with these options, or write them if it is new."""
         path = self.folder / RUN
-        way_out = "go on with it by --resume, or give another folder"
+        way_out = "continue it with --resume, or give another folder"
         wanted = {"version": VERSION, "processes": count, "options": options}
         text = (json.dumps(wanted, indent=1) + "\n").encode()
         if not path.exists():
             results = [entry for pattern in (f"*{SUFFIX}", _PARTS) for entry in self.folder.glob(pattern)]
-            # A process that has started with this one may have been faster.
+            # Another process of this run may have created the file in the meantime.
             if results and not path.exists():
                 raise AnalysisError(
-                    f"{self.folder} holds {results[0].name}, and no {RUN} says of which run; give another folder"
+                    f"{self.folder} has {results[0].name}, but no {RUN} with the run's options; give another folder"
                 )
             if create(path, text, self.rank):
                 return
         if not resume and self._is_of_nothing():
-            # Left by a run that was killed before its first result. Processes that start together write the same.
+            # A run was killed before its first result. Processes that start together all write the same text.
             with whole(path, tag=self.rank) as temporary:
                 put(temporary, [text])
             for part in self.folder.glob(_PARTS):
@@ -159,13 +159,13 @@ class RunFolder:
                 for name in different
             )
             raise AnalysisError(
-                f"{self.folder} holds results of other options ({said}); give the same ones, or another folder"
+                f"{self.folder} has results of other options ({said}); give the same options, or another folder"
             )
         if not resume and found["processes"] != count:
-            raise AnalysisError(f"{self.folder} holds results already; {way_out}")
+            raise AnalysisError(f"{self.folder} has results already; {way_out}")
 
     def _is_of_nothing(self) -> bool:
-        """Whether the folder has no result, and no process is at work on one."""
+        """Whether the folder has no result, and no process is working in it."""
         if fcntl is None or any(self.folder.glob(f"*{SUFFIX}")):
             return False
         for path in self.folder.glob(_PARTS):
@@ -177,7 +177,7 @@ class RunFolder:
         return True
 
     def _open_part(self, resume: bool) -> Any:
-        """This process's part of the index, its half-written last line cut off."""
+        """Open this process's part of the index; a half-written last line is removed."""
         path = self.folder / f"index-{self.rank:05d}.jsonl"
         is_of_nothing = not resume and path.exists() and self._is_of_nothing()
         try:
@@ -185,7 +185,7 @@ class RunFolder:
             file = open(path, mode)  # noqa: SIM115
         except FileExistsError:
             raise AnalysisError(
-                f"{self.folder} holds results already; go on with it by --resume, or give another folder"
+                f"{self.folder} has results already; continue it with --resume, or give another folder"
             ) from None
         if fcntl is not None:
             try:
@@ -205,11 +205,11 @@ class RunFolder:
 
 
 def discard(folder: Path, made: Sequence[Path] = ()) -> None:
-    """Take away what a run put into a folder in which there is no result.
+    """Remove a run's files from a folder that has no result.
 
     Args:
-        folder: Of the run; its processes are through.
-        made: Folders to remove as well where nothing else is in them, innermost first.
+        folder: The folder of the run, whose processes have ended.
+        made: Folders to remove as well if they are empty, innermost first.
     """
     if any(folder.glob(f"*{SUFFIX}")):
         return
@@ -222,10 +222,10 @@ def discard(folder: Path, made: Sequence[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def made_for(folder: Path) -> Iterator[None]:
-    """A folder for what is written inside the block; if that raises before anything is, it goes again.
+    """Create a folder for files that are written inside the block; if the block fails and it is empty, remove it.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be created.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,12 +238,12 @@ def made_for(folder: Path) -> Iterator[None]:
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     for path in folders:
-        with contextlib.suppress(OSError):  # others have put something there
+        with contextlib.suppress(OSError):  # it is not empty
             path.rmdir()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of an index; one that is half written or damaged is left out."""
+    """Yields the valid lines of an index; half-written and damaged lines are skipped."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
@@ -258,26 +258,26 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    # Half a character, as names of files can hold, has no UTF-8.
+    # A lone surrogate, which file names may contain, cannot be encoded as UTF-8.
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _key(line: Mapping[str, Any]) -> str:
-    """Whose line it is: a conversation's, or that of a record which is none."""
+    """The key of a line: the conversation's name, or the source of a rejected record."""
     return line.get("name") or line["source"]
 
 
 def _best(lines: Iterator[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """One line per record: done is whose file is there, and else the latest reason counts."""
+    """One line per record: the result if its file exists, otherwise the latest error."""
     best: dict[str, dict[str, Any]] = {}
     for line in lines:
         if "error" in line:
-            # The parts are in no order of time: a failure may be older than what succeeded.
+            # The parts are not ordered in time: an error may be older than the result.
             if "error" in best.get(_key(line), line):
                 best[_key(line)] = line
         elif (folder / line["file"]).exists():
             best[_key(line)] = line
-    # Of a record that was mended since it was refused.
+    # Drop the old error of a record that was rejected, then corrected and analysed.
     done = {line["source"] for line in best.values() if "error" not in line}
     return [line for line in best.values() if "error" not in line or line["source"] not in done]
 
@@ -289,4 +289,4 @@ def _read_run(path: Path) -> dict[str, Any]:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise AnalysisError(f"{path} is damaged, or of another version of attnpatch; give another folder")
+    raise AnalysisError(f"{path} is damaged, or from another version of attnpatch; give another folder")

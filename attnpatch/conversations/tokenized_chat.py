@@ -1,4 +1,4 @@
-"""A conversation as the tokens a model sees, and which of them are whose."""
+"""A conversation as token ids, and the message that each token belongs to."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Truncated:
-    """What did not fit.
+    """What was cut off a conversation that was too long.
 
     Attributes:
-        side: Where it was cut off: ``"left"`` is the beginning.
-        tokens: How many tokens are missing.
-        messages: How many messages are missing altogether.
+        side: The end that was cut off; ``"left"`` is the beginning.
+        tokens: Number of tokens that are missing.
+        messages: Number of messages that are missing completely.
     """
 
     side: Side
@@ -33,16 +33,16 @@ class TokenizedChat:
     """A conversation in tokens, divided into blocks.
 
     Attributes:
-        ids: Token ids, as the model gets them.
-        spans: Of each block, in tokens; sorted, not empty, without gap or overlap, from 0 to ``len(ids)``.
-        labels: Of each block: ``"0 system"``, ``"0 system + 1 user"`` where the template joins messages,
+        ids: Token ids for the model.
+        spans: The span of each block in tokens; sorted, not empty, without gaps or overlaps, from 0 to ``len(ids)``.
+        labels: The label of each block: ``"0 system"``, ``"0 system + 1 user"`` if the template joins messages,
             ``"assistant (next)"`` for the generation prompt.
-        texts: What each block says: the content of its messages as it came out, and tool calls.
-        members: Of each block, the indices of its messages.
-        tokens: What each token brings of the text: a character that takes several is the first one's.
-        template: ``"chat template"``, or ``"plain"`` where the tokenizer has none.
-        notes: One line for each thing that is not as one would expect.
-        truncated: What was cut off, if anything was.
+        texts: The text of each block: its messages' content as rendered, and tool calls.
+        members: The indices of each block's messages.
+        tokens: The text of each token. If a character has several tokens, the first one has it.
+        template: ``"chat template"``, or ``"plain"`` if the tokenizer has none.
+        notes: One line for each thing that a reader may not expect.
+        truncated: What was cut off; None if nothing was.
     """
 
     ids: list[int]
@@ -68,28 +68,27 @@ def render(
 ) -> TokenizedChat:
     """Render a conversation with the tokenizer's chat template and find each message's tokens.
 
-    Spans are those of the whole conversation's rendering, by character offsets, and nothing is searched for; how,
-    is told in ``attnpatch.blocks.chat.segmentation``. A block goes from the end of the one before it to where its last
-    message closes, so role headers and end-of-turn tokens are their message's. A token belongs to the block in
-    which it begins.
+    The whole conversation is rendered, and character offsets give the tokens of each message; no text is searched for
+    (``attnpatch.blocks.chat.segmentation`` has the method). A block begins where the previous block ends, and ends
+    where its last message closes, so role headers and end-of-turn tokens belong to their message. A token belongs to
+    the block in which it begins.
 
-    A message that the template joins with the next one is one block with it (a system message that is put into
-    the first user turn), and one of which nothing is rendered has no block; both are noted, as is thinking that
-    is left out. Without a chat template each message is ``"role: content"`` on lines of its own, with the
-    special tokens that the tokenizer adds.
+    If the template joins a message with the next one (a system message inside the first user turn), both are one block.
+    If the template renders nothing of a message, it has no block. Notes report both, and reasoning that the template
+    leaves out. Without a chat template each message is ``"role: content"`` on lines of its own, with the special tokens
+    that the tokenizer adds.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
         messages: ``{"role", "content"}``, as ``read_conversations`` gives them.
-        add_generation_prompt: The opening of the assistant's next message becomes a last block, if the template
-            has one.
-        tools: Handed to the chat template.
-        max_tokens: Longer conversations are refused, unless ``truncate`` says where to cut them off.
-        truncate: ``"left"`` drops the beginning (and with it a beginning-of-sequence token), ``"right"`` the end.
-        **template_options: Handed to ``apply_chat_template`` (``enable_thinking=...``).
+        add_generation_prompt: Add the opening of the assistant's next message as a last block, if the template has one.
+        tools: Passed to the chat template.
+        max_tokens: A longer conversation is refused, unless ``truncate`` is given.
+        truncate: ``"left"`` drops the beginning (with a beginning-of-sequence token), ``"right"`` drops the end.
+        **template_options: Passed to ``apply_chat_template`` (``enable_thinking=...``).
 
     Raises:
-        BlockError: The template refuses, moves or repeats messages, or the tokenizer gives no offsets.
+        BlockError: The template refuses, moves or repeats messages, or the tokenizer has no character offsets.
         AnalysisError: The conversation is longer than ``max_tokens``.
     """
     messages = list(messages)
@@ -120,7 +119,9 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
     if max_tokens is not None and (
         isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
     ):
-        raise AnalysisError(f"max_tokens is {max_tokens!r}; accepted is a whole number from 1 on, or None.")
+        raise AnalysisError(
+            f"max_tokens is {max_tokens!r}; accepted is a whole number of at least 1, or None."
+        )
 
 
 def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> TokenizedChat:
@@ -130,20 +131,20 @@ def _by_template(tokenizer: Any, messages: list[Mapping], prompt: bool, options:
     try:
         division = divide(template, messages, options, **how)
     except BlockError:
-        # Some templates write arguments as JSON, some put a text of JSON together with their own.
+        # Some templates convert arguments to JSON themselves; others concatenate them as text, which fails on a dict.
         messages, changed = _with_arguments_as_text(messages)
         if not changed:
             raise
         division = divide(template, messages, options, **how)
-        notes.append("the arguments of tool calls are given to the chat template as text")
+        notes.append("the arguments of tool calls are passed to the chat template as text")
     notes += division.notes
     if prompt and not division.opening:
-        notes.append("the chat template has no opening of the assistant's next message: no block for it")
+        notes.append("the chat template has no opening for the assistant's next message, so it has no block")
     return _in_tokens(tokenizer, messages, replace(division, notes=tuple(notes)), "chat template")
 
 
 def _with_arguments_as_text(messages: list[Mapping]) -> tuple[list[Mapping], bool]:
-    """Messages whose tool calls have their arguments as JSON text, and whether any had not."""
+    """The messages with the arguments of tool calls as JSON text, and whether that changed any."""
     changed = []
     for message in messages:
         calls = [dict(call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
@@ -161,7 +162,7 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
         "the tokenizer has no chat template: each message is 'role: content' on lines of its own (plain)"
     ]
     if options:
-        notes.append(f"without a chat template nothing is done with {', '.join(sorted(options))}")
+        notes.append(f"there is no chat template, so these options are ignored: {', '.join(sorted(options))}")
     pieces = []
     contents = [_text_of(message) for message in messages]
     lines = [
@@ -179,7 +180,7 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
 
 
 def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, template: Any) -> TokenizedChat:
-    """The tokens of a divided text."""
+    """Tokenize a divided text."""
     text = division.text
     try:
         encoded = tokenizer(text, add_special_tokens=template == "plain", return_offsets_mapping=True)
@@ -187,11 +188,11 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
         if not _has_surrogate(text):
             raise
         raise BlockError(
-            "a message has a lone surrogate, which is no text; mend it where it was made."
+            "a message has a lone surrogate (half of a character); correct the message."
         ) from error
     ids = list(encoded["input_ids"])
     if not ids:
-        raise BlockError("the tokenizer makes no token of this conversation; use another tokenizer.")
+        raise BlockError("the tokenizer gives no tokens for this conversation; use another tokenizer.")
     members = [piece.messages for piece in division.pieces]
     ends = [piece.end for piece in division.pieces]
     if division.opening:
@@ -213,7 +214,9 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
             kept.append([*waiting, block])
             waiting = []
         if count == 0:
-            notes.append(f"{labels[block]}: it has no token of its own, its neighbour's block holds it")
+            notes.append(
+                f"{labels[block]}: it has no token of its own, so it is part of its neighbour's block"
+            )
         begin += count
     return TokenizedChat(
         ids,
@@ -230,7 +233,7 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
 def _texts_of_tokens(
     tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span]
 ) -> tuple[str, ...]:
-    """From the end of the token before to its own; decoded alone, part of a character would be none."""
+    """The text of each token, by offsets; a token that is part of a character cannot be decoded alone."""
     special, found, begin = {*tokenizer.all_special_ids}, [], 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         if start == end and token in special and not text[begin:end]:
@@ -263,7 +266,7 @@ def _text_of(message: Mapping) -> str:
 
 
 def _with_calls(message: Mapping, content: str) -> str:
-    """A message's text and, on lines of their own, its tool calls."""
+    """A message's text, followed by its tool calls on separate lines."""
     lines = [content] if content else []
     for call in message.get("tool_calls") or ():
         called = call.get("function", call) if isinstance(call, Mapping) else call
@@ -276,14 +279,14 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _fitted(rendered: TokenizedChat, count: int, max_tokens: int | None, side: Side | None) -> TokenizedChat:
-    """The conversation if it fits, or what does; never less without a note."""
+    """The conversation, truncated if it is too long; a note says what is missing."""
     total = len(rendered.ids)
     if max_tokens is None or total <= max_tokens:
         return rendered
     if side is None:
         raise AnalysisError(
-            f"the conversation has {total} tokens, the limit is {max_tokens}; raise it, or say truncate='left' or "
-            "'right'."
+            f"the conversation has {total} tokens, the limit is {max_tokens}; raise the limit, or give truncate='left' "
+            "or 'right'."
         )
     first = total - max_tokens if side == "left" else 0
     kept = [

@@ -1,1 +1,1 @@
-"""Conversations from files, whatever usual shape they have."""
+"""Reads conversations from files in any of the usual formats."""

@@ -1,4 +1,4 @@
-"""Conversations from JSON and JSONL files, one after the other; a bad one does not stop the rest."""
+"""Reads conversations from JSON and JSONL files, one after the other. A bad record does not stop the rest."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from attnpatch.conversations.reading.records import BadRecord, is_message, is_record, messages_of
 from attnpatch.errors import AnalysisError
 
-# One line, and one file that is not read by lines: both are held in memory several times over while parsed.
+# Largest line of a JSONL file, and largest JSON file: while parsed, each is in memory several times.
 LINE_LIMIT = 64 * 2**20
 DOCUMENT_LIMIT = 512 * 2**20
 _LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -22,15 +22,15 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation of a file.
+    """A conversation from a file.
 
     Attributes:
-        messages: ``{"role", "content"}`` with text as content, and ``"tool_calls"``, ``"name"``,
-            ``"tool_call_id"`` and reasoning where they were given.
-        name: The record's id where it has a usable one, else the file's name and a number; unique in the file,
-            and a file name anywhere.
-        source: Where it stands, such as ``"chats.jsonl record 12 (line 13)"``.
-        tools: The tools it offers, if it does.
+        messages: ``{"role", "content"}`` with text as content; and ``"tool_calls"``, ``"name"``,
+            ``"tool_call_id"`` and reasoning if the record has them.
+        name: The record's id if it is usable, otherwise the file's name and a number. It is unique in the file, and
+            a valid file name on any system.
+        source: Its place in the file, such as ``"chats.jsonl record 12 (line 13)"``.
+        tools: The tools that it offers.
     """
 
     messages: tuple[dict, ...]
@@ -41,7 +41,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """A record, or a whole file, that is no conversation; prints as one line."""
+    """A record, or a whole file, that is not a conversation; prints as one line."""
 
     source: str
     reason: str
@@ -53,14 +53,14 @@ class RejectedRecord:
 def read_conversations(path: str | Path) -> Iterator[Conversation | RejectedRecord]:
     """Read the conversations of a file, in order.
 
-    A JSON file holds one conversation or a list of them, a JSONL file one per line; which it is, is decided by
-    what is in it. JSONL is read as a stream, and blank lines are skipped.
+    A JSON file has one conversation or a list of them; a JSONL file has one per line. The content decides which of the
+    two a file is. JSONL is read as a stream, and blank lines are skipped.
 
     A conversation is a list of ``{"role", "content"}``, or an object with such a list as ``"messages"``, or
     ShareGPT's ``"conversations"`` of ``{"from", "value"}``. Content is text or a list of text parts.
 
     Yields:
-        For every record a ``Conversation``, or what is wrong with it.
+        For every record, a ``Conversation`` or a ``RejectedRecord`` with the reason.
 
     Raises:
         AnalysisError: The file cannot be opened or read.
@@ -78,7 +78,7 @@ def _unreadable(path: Path, error: Exception) -> AnalysisError:
 
 
 def _printable(name: str) -> str:
-    """A file's name without the bytes that are no text."""
+    """A file name, with bytes that are not text replaced."""
     return name.encode("utf-8", "replace").decode()
 
 
@@ -108,7 +108,7 @@ def _conversation(source: str, record: Any, names: "_Names") -> Conversation | R
 
 
 def _records(path: Path, file: BufferedReader) -> Iterator[tuple[str, Any]]:
-    """Where each record stands, and the record or why there is none."""
+    """Yields each record's place in the file, and the record or its rejection."""
     name = _printable(path.name)
     if file.peek(3)[:3] == b"\xef\xbb\xbf":
         file.read(3)
@@ -133,7 +133,7 @@ def _records(path: Path, file: BufferedReader) -> Iterator[tuple[str, Any]]:
 
 
 def _not_text(first: bytes) -> str | None:
-    """Why the beginning of a file is not UTF-8 text, if it is not."""
+    """Why the beginning of a file is not UTF-8 text; None if it is."""
     if first.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         return "it is UTF-16 or UTF-32; save it as UTF-8"
     if b"\x00" in first[:4096]:
@@ -142,7 +142,7 @@ def _not_text(first: bytes) -> str | None:
 
 
 def _lines(file: BufferedReader, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers; None for one that is longer than the limit."""
+    """Yields the lines that are not blank, with their numbers; None for a line that is longer than the limit."""
     number = 0
     while True:
         number += 1
@@ -158,7 +158,7 @@ def _lines(file: BufferedReader, limit: int) -> Iterator[tuple[int, bytes | None
 
 
 def _is_lines(head: list[tuple[int, bytes | None]], by_suffix: bool) -> bool:
-    """Whether a file is one record per line, by its first two lines; its suffix only where these do not tell."""
+    """Whether a file has one record per line, by its first two lines; if they do not decide it, by its suffix."""
     first, second = head[0][1], head[1][1] if len(head) > 1 else b""
     if first is None:
         return by_suffix
@@ -173,7 +173,7 @@ def _is_lines(head: list[tuple[int, bytes | None]], by_suffix: bool) -> bool:
 
 
 def _whole(line: bytes) -> tuple[list | dict | None, bool]:
-    """What a line is as JSON by itself, and if it is none, whether it is the beginning of some."""
+    """A line parsed as JSON (None if it is not JSON), and whether it may be the beginning of a longer JSON text."""
     try:
         value = json.loads(line.decode())
         return value if isinstance(value, list | dict) else None, False
@@ -221,7 +221,7 @@ def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> I
                 ),
             )
             return
-        # Blank lines are kept as such, so that errors name the file's line.
+        # Blank lines are put back, so that errors name the right line of the file.
         pieces += [b"\n" * (number - next_number), line]
         next_number = number + 1
     try:
@@ -231,7 +231,7 @@ def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> I
         return
     del pieces
     if not isinstance(document, list | dict):
-        yield name, RejectedRecord(name, "it holds no conversation, but a single value")
+        yield name, RejectedRecord(name, "it has a single value, which is not a conversation")
     elif isinstance(document, dict) or (
         any(is_message(item) for item in document) and not any(is_record(item) for item in document)
     ):
@@ -244,7 +244,7 @@ def _document_records(name: str, lines: Iterator[tuple[int, bytes | None]]) -> I
 
 
 class _Names:
-    """Names of conversations: safe as file names, also where case does not count, and each given once."""
+    """Gives each conversation a name that is unique, even ignoring case, and safe as a file name."""
 
     def __init__(self, stem: str) -> None:
         self.number = 0
@@ -253,7 +253,7 @@ class _Names:
         self._next: dict[str, int] = {}
 
     def name(self, record: Any) -> str:
-        """A name for the record whose turn it is."""
+        """A name for the current record."""
         given = record.get("id") if isinstance(record, dict) else None
         usable = isinstance(given, str | int) and not isinstance(given, bool)
         wanted = (_safe(str(given)) if usable else "") or f"{self._stem}-{self.number:05d}"
@@ -266,6 +266,6 @@ class _Names:
 
 
 def _safe(text: str) -> str:
-    """Text as a file name on any system; empty if nothing of it can be used."""
+    """A text as a file name that is valid on any system; empty if no character can be used."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text[:200]).strip("._-")[:80].rstrip("._-")
     return f"_{name}" if _RESERVED.match(name) else name

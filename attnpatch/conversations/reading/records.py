@@ -1,4 +1,4 @@
-"""One record of a file as a list of chat messages, whichever of the usual shapes it has."""
+"""Converts a record of a file, in any of the usual formats, to a list of chat messages."""
 
 import json
 import math
@@ -22,43 +22,43 @@ ACCEPTED = 'accepted are a list of {"role", "content"}, {"messages": [...]} and 
 
 
 class BadRecord(AnalysisError):
-    """A record is not a conversation; the message is the reason alone."""
+    """A record is not a conversation; the message has only the reason."""
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value looks like a message, however wrong, and not like a conversation."""
+    """Whether a value looks like a message (perhaps an invalid one), and not like a conversation."""
     named = isinstance(value, Mapping) and any(_is_given(value.get(key)) for key in ("role", "from"))
     return named and not is_record(value)
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value looks like a conversation with its list of messages."""
+    """Whether a value looks like a conversation: a list of messages, or an object with one."""
     return isinstance(value, list) or (
         isinstance(value, Mapping) and any(_is_given(value.get(key)) for key in _LISTS)
     )
 
 
 def _is_given(value: Any) -> bool:
-    """Whether a value is there: tables that were put together fill what a row lacks with null, pandas with NaN."""
+    """Whether a value is present. Merged tables have null where a row lacks a value, and pandas writes NaN."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _first(value: Mapping, keys: tuple[str, ...]) -> str | None:
-    """Of several names for the same thing the one that holds it: not null, and not empty if another is full."""
+    """Of several keys for the same thing, the first with a value; a key with an empty value only if none has more."""
     there = [key for key in keys if _is_given(value.get(key))]
     full = [key for key in there if not isinstance(value[key], str | list) or value[key]]
     return next(iter(full or there), None)
 
 
 def messages_of(record: Any) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
-    """The messages of a record in one shape, and the tools it offers.
+    """The messages of a record in one format, and the tools that it offers.
 
     Returns:
         Messages ``{"role": str, "content": str}``, with ``"tool_calls"``, ``"name"``, ``"tool_call_id"`` and
-        reasoning where they have them; tools as in the record.
+        reasoning if they have them; and the tools as in the record.
 
     Raises:
-        BadRecord: It is not a conversation, or not one of text only.
+        BadRecord: The record is not a conversation, or has content other than text.
     """
     found, tools = record, ()
     if isinstance(record, Mapping):
@@ -104,7 +104,9 @@ def _message(index: int, message: Any) -> dict:
     called = message.get("function_call")
     if given == "function_call":
         content, calls = "", _parsed(where, content)
-    elif isinstance(called, Mapping) and any(map(_is_given, called.values())):  # before there were several
+    elif isinstance(called, Mapping) and any(
+        map(_is_given, called.values())
+    ):  # the older format, with a single call
         calls = [called]
     if content is None and not calls and not any(message.get(key) for key in _KEPT[2:]):
         raise BadRecord(f"{where} has no content")
@@ -118,7 +120,7 @@ def _message(index: int, message: Any) -> dict:
 
 
 def _text(where: str, content: Any) -> str:
-    """A content's text; parts follow each other as chat templates write them."""
+    """The text of a message's content; text parts are joined without a separator, as chat templates do."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -143,7 +145,7 @@ def _text(where: str, content: Any) -> str:
 
 
 def _parsed(where: str, value: Any) -> list[Any]:
-    """The calls that a ShareGPT ``function_call`` turn holds as JSON."""
+    """The tool calls of a ShareGPT ``function_call`` turn, which has them as JSON text."""
     calls = _from_json(value)
     if not isinstance(calls, Mapping | list) or not calls:
         raise BadRecord(f'{where}: its function_call is not JSON of {{"name", "arguments"}}')
@@ -151,7 +153,7 @@ def _parsed(where: str, value: Any) -> list[Any]:
 
 
 def _calls(where: str, calls: Any) -> list[dict]:
-    """Tool calls as chat templates expect them: arguments are a dict where they can be."""
+    """Tool calls as chat templates expect them: arguments are a dict if they can be parsed as one."""
     if not isinstance(calls, list):
         raise BadRecord(f"{where}: its tool_calls are {_kind(calls)}; accepted is a list")
     normal = []
@@ -177,7 +179,7 @@ def _tools(tools: Any) -> tuple[dict, ...]:
     if not tools or not _is_given(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRecord("its tools are no list of tool descriptions")
+        raise BadRecord("its tools are not a list of tool descriptions")
     return tuple(tools)
 
 
@@ -191,7 +193,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _check_text(where: str, value: Any) -> None:
-    """Lone surrogates, halves of characters that JSON can spell, have no UTF-8 and no token."""
+    """Refuse lone surrogates (halves of characters): JSON can contain them, but UTF-8 and tokenizers cannot."""
     for path, text in _strings(value, ""):
         try:
             text.encode()
@@ -216,7 +218,7 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message to people: short, on one line, and printable whatever it is."""
+    """Any value for a message: short, on one line, and printable."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
