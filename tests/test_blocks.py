@@ -138,7 +138,7 @@ def test_spans_per_sequence():
     assert partition.sizes.tolist() == [[5, 4], [3, 0]]
     assert partition.assignment[1].tolist() == [0, 0, 0, -1, -1, -1, -1, -1, -1]
     assert partition.labels == (("q", "a"), ("q",))
-    with pytest.raises(BlockError, match="given for 2 sequences, the batch has 3"):
+    with pytest.raises(BlockError, match="given for 2 sequences, but the batch has 3"):
         blocks.resolve(real(9, 9, 9))
 
 

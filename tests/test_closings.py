@@ -321,8 +321,8 @@ def test_where_it_cannot_be_told_messages_are_one_block_and_the_reason_is_true()
     found = render(tokenizer, [said("user", "red"), said("assistant", "fine")])
     assert found.labels == ("0 user + 1 assistant",)
     (note,) = found.notes
-    assert "cannot be told" in note and "joins" not in note
-    with pytest.raises(BlockError, match=r"where message 0 \(user\) ends cannot be told.*Blocks\.spans"):
+    assert "cannot be found" in note and "joins" not in note
+    with pytest.raises(BlockError, match=r"the end of message 0 \(user\) cannot be found.*Blocks\.spans"):
         Blocks.messages(tokenizer, [said("user", "red"), said("assistant", "fine")])
 
 
@@ -331,6 +331,6 @@ def test_an_opening_that_changes_what_is_before_it_is_refused():
         "{{ 'a' if add_generation_prompt else 'bc' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     for call in (render, Blocks.messages):
-        with pytest.raises(BlockError, match="cannot be told") as raised:
+        with pytest.raises(BlockError, match="cannot be found") as raised:
             call(make_tokenizer(template), [said("user", "red")], add_generation_prompt=True)
         assert len(str(raised.value).splitlines()) == 1

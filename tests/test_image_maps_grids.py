@@ -225,7 +225,7 @@ def test_blocks_that_do_not_fit_do_not_end_the_call():
     with attnpatch.capture(pipe, blocks=(Blocks.tiles(16, 16, 2), words)) as maps:
         assert np.array_equal(pipelines.run(pipe, "sd15"), native)
     assert set(maps.left_out) == {"step 0", "step 1"}
-    assert "blocks were given for 3 sequences, the batch has 1" in repr(maps)
+    assert "blocks were given for 3 sequences, but the batch has 1" in repr(maps)
     with pytest.raises(errors.CaptureError, match="blocks were given for 3 sequences"):
         maps.heat_map("red")
 

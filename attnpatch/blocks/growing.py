@@ -1,4 +1,4 @@
-"""Blocks of a sequence that goes on: which of them take the tokens that a model generates."""
+"""Blocks of a growing sequence: which blocks contain the tokens that a model generates."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from attnpatch.errors import AttnpatchWarning, BlockError
 if TYPE_CHECKING:
     from attnpatch.blocks.spec import Blocks
 
-# Where blocks keep how long sequences were when they first saw them. No field: blocks that are alike are equal.
+# Attribute with the lengths of the sequences at the first call. It is not a field, so that equal blocks compare equal.
 _SEEN = "_lengths_seen"
 
 
 def grown(blocks: Blocks, row: int, place: int, length: int) -> tuple[tuple[Span, ...], tuple[str, ...]]:
-    """Spans and labels of one sequence.
+    """Spans and labels of one sequence at its current length.
 
     Args:
-        blocks: That were given as spans.
-        row: Whose spans it has.
-        place: Which of its batch it is.
-        length: Its real tokens.
+        blocks: Blocks that were given as spans.
+        row: Index of the sequence's spans in ``blocks``.
+        place: Index of the sequence in the batch.
+        length: Number of its real tokens.
 
     Raises:
-        BlockError: A span reaches past its end.
+        BlockError: A span ends after the sequence.
     """
     whole, labels = blocks.spans_by_sequence[row], blocks.labels_by_sequence[row]
     sequence = whole
@@ -38,20 +38,20 @@ def grown(blocks: Blocks, row: int, place: int, length: int) -> tuple[tuple[Span
     if blocks.grows and is_last and start < length:
         return (*sequence[:-1], (start, length)), labels
     if blocks.after and is_last and end < length:
-        # The last message may be closed by other tokens when the next one is opened.
+        # The last message may be closed with other tokens if another message follows.
         begin = min(length, max(start + 1, blocks.after_from[row])) if blocks.after_from else end
         more = ((begin, length),) if begin < length else ()
         return (*sequence[:-1], (start, begin), *more), (*labels, *[blocks.after] * len(more))
     if end > length:
         raise BlockError(
-            f"block {len(sequence) - 1} ends at token {end}, sequence {place} has {length} "
-            "real tokens; give spans that end there or earlier (padding does not count)."
+            f"block {len(sequence) - 1} ends at token {end}, but sequence {place} has {length} "
+            "real tokens; give spans within the sequence (padding does not count)."
         )
     return sequence, labels
 
 
 def say_what_is_left_out(blocks: Blocks, lengths: list[int]) -> None:
-    """Warn once where a sequence is longer than it was, past its last block: what a model generates is in none."""
+    """Warn once if a sequence has grown past its last block, so that generated tokens are in no block."""
     if blocks.grows or blocks.after or not blocks.spans_by_sequence:
         return
     known = vars(blocks).setdefault(_SEEN, lengths)
@@ -64,9 +64,9 @@ def say_what_is_left_out(blocks: Blocks, lengths: list[int]) -> None:
     if left:
         vars(blocks)[_SEEN] = "said"
         warnings.warn(
-            f"attnpatch: the sequence has grown past its last block: tokens from {min(left)} on are in no block of the map; give "
-            "Blocks.messages, or Blocks.spans(..., after='answer') for a block of them (grows=True adds them to the last "
-            "one).",
+            f"attnpatch: the sequence has grown past its last block: tokens from {min(left)} on are in no block of the "
+            "map; give Blocks.messages, or Blocks.spans(..., after='answer') for a block of them (grows=True adds them to "
+            "the last one).",
             AttnpatchWarning,
             stacklevel=3,
         )

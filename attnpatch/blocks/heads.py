@@ -1,4 +1,4 @@
-"""Which heads of attention are kept apart."""
+"""Which attention heads a map keeps separate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Heads = str | Sequence[int]
 
 
 def chosen_heads(heads: Heads, num_heads: int) -> list[int]:
-    """The heads that are kept apart.
+    """The numbers of the heads that are kept separate.
 
     Raises:
-        CaptureError: One was asked for that there is not.
+        CaptureError: A requested head does not exist.
     """
     if heads == "all":
         return list(range(num_heads))
@@ -28,7 +28,7 @@ def chosen_heads(heads: Heads, num_heads: int) -> list[int]:
 
 
 def checked_heads(heads: Any) -> Heads:
-    """``"mean"``, ``"all"`` or a list of numbers.
+    """Check that ``heads`` is ``"mean"``, ``"all"`` or a list of numbers, and return it.
 
     Raises:
         CaptureError: It is something else.

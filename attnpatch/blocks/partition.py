@@ -1,4 +1,4 @@
-"""Which block each position of a batch lies in, once its sequences are known."""
+"""The block of each position of a batch, once the lengths of its sequences are known."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from attnpatch.errors import BlockError
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The blocks of a batch of sequences whose real (not padding) tokens are known. All tensors on the CPU.
+    """The blocks of a batch of sequences whose real (not padding) tokens are known. All tensors are on the CPU.
 
     Attributes:
-        assignment: ``[batch, total]`` int64, the block of each position, -1 for padding and gaps.
-        sizes: ``[batch, num_blocks]`` int64, tokens per block; 0 where a sequence has fewer blocks. A tile has fewer
-            tokens than lie between its first and its last.
-        starts: ``[batch, num_blocks]`` int64, first token, counted without padding; 0 where size is 0.
-        ends: ``[batch, num_blocks]`` int64, one past the last token, counted without padding.
-        labels: Per sequence, one label for each of its own blocks.
+        assignment: ``[batch, total]`` int64, the block of each position; -1 for padding and gaps.
+        sizes: ``[batch, num_blocks]`` int64, tokens per block; 0 if the sequence has fewer blocks. The tokens of an
+            image tile are not contiguous, so its size is less than ``ends - starts``.
+        starts: ``[batch, num_blocks]`` int64, first token of each block, not counting padding; 0 where the size is 0.
+        ends: ``[batch, num_blocks]`` int64, one past the last token of each block, not counting padding.
+        labels: For each sequence, the labels of its blocks.
     """
 
     assignment: Tensor
@@ -29,11 +29,11 @@ class Partition:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the sequence that has most of them."""
+        """The largest number of blocks of a sequence."""
         return self.sizes.shape[1]
 
     def of_rows(self, order: list[int]) -> "Partition":
-        """The blocks of some of the sequences, in an order."""
+        """The blocks of the sequences with the given indices, in that order."""
         return Partition(
             self.assignment[order],
             self.sizes[order],
@@ -48,7 +48,7 @@ class Partition:
 
 
 def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
-    """The partition of images of one size; ``image`` as in ``Blocks.image``, ``valid`` as for ``Blocks.resolve``."""
+    """The partition of images into tiles; ``image`` as in ``Blocks.image``, ``valid`` as in ``Blocks.resolve``."""
     height, width, _, start, frames = image
     from attnpatch.blocks.tiles import Tiles
 
@@ -73,7 +73,7 @@ def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
 
 
 def blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:
-    """``[length]`` int64: the span each token lies in, -1 in gaps; ``bounds`` is ``[blocks, 2]``, sorted."""
+    """The block of each token, ``[length]`` int64, -1 in gaps; ``bounds`` is ``[blocks, 2]``, sorted."""
     tokens = torch.arange(length)
     block = torch.searchsorted(bounds[:, 0].contiguous(), tokens, right=True) - 1
     inside = (block >= 0) & (tokens < bounds[block.clamp(min=0), 1])

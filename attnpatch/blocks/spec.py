@@ -1,4 +1,4 @@
-"""What a block is: how tokens are grouped, said before the length of the sequence is known."""
+"""``Blocks``: how tokens are grouped, specified before the length of the sequence is known."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ class Blocks:
     """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans``, ``messages``, ``words``,
     ``tokens`` or ``tiles``.
 
-    Blocks are counted in tokens of the unpadded sequence, so the same object serves any padding, and the
-    blocks of earlier tokens stay what they are while a sequence grows.
+    Blocks count the tokens of the unpadded sequence, so one object works with any padding. While a sequence grows, the
+    blocks of earlier tokens do not change.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Blocks:
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
-        """Blocks of ``size`` tokens, counted from the first real token; the last one may be shorter.
+        """Blocks of ``size`` tokens, beginning at the first real token; the last one may be shorter.
 
         Args:
             size: Tokens per block, at least 1.
@@ -64,16 +64,16 @@ class Blocks:
         """Blocks given as half-open spans ``(start, end)`` in tokens of the unpadded sequence.
 
         Args:
-            spans: ``[(start, end), ...]``, sorted, without overlap; a gap belongs to no block. For a batch of
-                different sequences a list of such lists, one per sequence.
-            labels: One per span, nested like ``spans``; ``"start:end"`` when left out.
-            grows: The last block takes all tokens from its first one on, those generated later too.
-            ahead: The sequence comes in pieces through a cache: blocks that it has not reached yet are no mistake.
-            after: Label of one block more, of all tokens behind the last span, which is there once the sequence is longer.
+            spans: ``[(start, end), ...]``, sorted, without overlap; tokens in gaps belong to no block. For a batch of
+                different sequences, a list of such lists, one per sequence.
+            labels: One label per span, nested like ``spans``; ``"start:end"`` by default.
+            grows: The last block contains all tokens from its start on, also those that are generated later.
+            ahead: The sequence is passed in pieces through a cache, so a span may lie beyond its current end.
+            after: Label of an additional block for all tokens after the last span. It exists as soon as there are any.
 
         Raises:
-            BlockError: Spans are empty, negative, unsorted or overlap, labels do not match them, or ``grows`` and
-                ``after`` were both given.
+            BlockError: Spans are empty, negative, unsorted or overlap; labels do not match them; or both ``grows`` and
+                ``after`` were given.
         """
         per_sequence = _is_nested(spans)
         by_sequence = tuple(_check_spans(s) for s in (spans if per_sequence else [spans]))
@@ -83,7 +83,7 @@ class Blocks:
             named = _check_labels(labels if per_sequence else [labels], by_sequence)
         if not isinstance(after, str) or (grows and after):
             raise BlockError(
-                f"after={after!r} with grows={grows!r}; accepted is one of them: a label for the tokens that come after "
+                f"after={after!r} with grows={grows!r}; accepted is one of them: a label for the tokens after "
                 "the last span, or grows=True to put them into its block."
             )
         return cls("spans", None, by_sequence, named, per_sequence, grows=grows, ahead=ahead, after=after)
@@ -99,24 +99,23 @@ class Blocks:
     ) -> "Blocks":
         """One block per chat message, labelled ``"0 system"``, ``"1 user"``, ...
 
-        The conversation is rendered with the tokenizer's chat template, as
-        ``tokenizer.apply_chat_template(messages)`` does, and once more with marks that say where each message
-        came out; where the conversation cut off after a message ends, that message ends, and character offsets
-        say which tokens that is (``attnpatch.blocks.chat.segmentation`` tells how). What the template puts before the
-        first message belongs to the first block.
+        The conversation is rendered with the tokenizer's chat template, like
+        ``tokenizer.apply_chat_template(messages)``, and a second time with sentinels that show where each message is.
+        Character offsets give its tokens (``attnpatch.blocks.chat.segmentation`` has the method). Text that the
+        template writes before the first message belongs to the first block.
 
         Args:
             tokenizer: A fast tokenizer of transformers with a chat template.
             messages: ``[{"role": ..., "content": ...}, ...]``, or a list of such lists for a batch.
-            add_generation_prompt: The prompt ends with the opening of the assistant's next message, which
-                becomes a last block ``"assistant (next)"``, which grows with the tokens that are generated. Without it
-                there is such a block once the sequence is longer than the conversation. With
-                ``continue_final_message=True`` the last message's block grows.
-            **template_options: Handed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
+            add_generation_prompt: The prompt ends with the opening of the assistant's next message. It becomes the last
+                block, ``"assistant (next)"``, which also contains the generated tokens. Without it, this block exists
+                as soon as the sequence is longer than the conversation. With ``continue_final_message=True`` the last
+                message's block contains the generated tokens instead.
+            **template_options: Passed to ``apply_chat_template`` (``tools=...``, ``enable_thinking=...``).
 
         Raises:
-            BlockError: There is no chat template, the tokenizer gives no offsets, or the template drops,
-                merges or moves messages so that a message has no text of its own.
+            BlockError: There is no chat template, the tokenizer has no character offsets, or the template drops,
+                merges or moves messages, so that a message has no text of its own.
         """
         if isinstance(messages, Mapping | str) or not messages:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
@@ -129,31 +128,31 @@ class Blocks:
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
             spans.append(_check_spans(found))
             labels.append((*names, NEXT) if add_generation_prompt else tuple(names))
-        # The answer is the opened message, or one that was left open for it.
+        # The generated answer continues the opened message, or the last message if that is left open.
         grows = bool(add_generation_prompt or template_options.get("continue_final_message"))
         more = {"grows": True} if grows else {"after": NEXT, "after_from": tuple(ends)}
         return cls("messages", None, tuple(spans), tuple(labels), per_sequence, **more)
 
     @classmethod
     def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
-        """One block per word of a text, labelled with it; a word is what stands between spaces, as written.
+        """One block per word of a text, labelled with the word. Words are separated by white space.
 
-        Special tokens belong to no block, nor does padding.
+        Special tokens and padding belong to no block.
 
         Args:
             tokenizer: A fast tokenizer of transformers.
-            prompt: The text, or a list of texts for a batch (one of them may be empty, as a negative prompt is).
-            **tokenizer_options: As the model's text is tokenized, such as ``truncation=True, max_length=77``. A word
-                that is cut off has no block.
+            prompt: The text, or a list of texts for a batch. A text may be empty (a negative prompt), but not all.
+            **tokenizer_options: The options that the model's text is tokenized with, such as ``truncation=True,
+                max_length=77``. A word that is cut off has no block.
 
         Raises:
-            BlockError: The tokenizer gives no offsets, or no text has a word.
+            BlockError: The tokenizer has no character offsets, or no text has a word.
         """
         return cls._of_text("words", tokenizer, prompt, tokenizer_options)
 
     @classmethod
     def tokens(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
-        """One block per token of a text, labelled with its characters; otherwise as ``words``."""
+        """One block per token of a text, labelled with its characters; otherwise like ``words``."""
         return cls._of_text("tokens", tokenizer, prompt, tokenizer_options)
 
     @classmethod
@@ -170,16 +169,16 @@ class Blocks:
 
     @classmethod
     def tiles(cls, height: int, width: int, tile: int, *, start: int = 0, frames: int = 1) -> "Blocks":
-        """Square tiles of an image whose tokens come row by row; labelled ``"r0c0"``, ``"r0c1"``, ...
+        """Square tiles of an image whose tokens are in row order; labelled ``"r0c0"``, ``"r0c1"``, ...
 
-        Tokens of the sequence beside the image belong to no block. For a model of diffusers these are parts of the
-        image, not of a sequence: sites of any resolution are brought to this grid.
+        Other tokens of the sequence belong to no block. In a diffusers model the tiles divide the image, not a
+        sequence: sites of any resolution are resampled to this grid.
 
         Args:
-            height, width: Of the image, in tokens (of the latents divided by the patch, not pixels).
-            tile: Edge of a tile, in tokens; tiles at the right and the bottom may be smaller.
-            start: Tokens before the image: 1 with a class token, the text's where it comes first.
-            frames: Of a video, one after the other; labelled ``"f0r0c0"``, ... if there are several.
+            height, width: Size of the image in tokens (size of the latents divided by the patch size; not pixels).
+            tile: Edge of a tile in tokens; tiles at the right and the bottom may be smaller.
+            start: Number of tokens before the image, such as 1 for a class token, or the text if it comes first.
+            frames: Number of frames of a video, one after the other; with several, labels are ``"f0r0c0"``, ...
 
         Raises:
             BlockError: A number is not whole, or too small.
@@ -202,12 +201,12 @@ class Blocks:
         """Find the block of every position of a batch.
 
         Args:
-            valid: ``[batch, total]`` bool, True for real tokens, False for padding, anywhere. With a cache,
-                call it again with the longer mask: the blocks of earlier tokens do not change.
+            valid: ``[batch, total]`` bool, True for real tokens, False for padding, in any position. With a cache,
+                call it again with the longer mask; the blocks of earlier tokens do not change.
 
         Raises:
-            BlockError: A span reaches past the real tokens of its sequence, or spans were given for another
-                number of sequences.
+            BlockError: A span ends after the real tokens of its sequence, or spans were given for another number of
+                sequences.
         """
         if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.ndim != 2:
             given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
@@ -241,7 +240,7 @@ class Blocks:
         given = len(self.spans_by_sequence)
         if self.per_sequence and given != len(lengths):
             raise BlockError(
-                f"blocks were given for {given} sequences, the batch has {len(lengths)}; give one list of "
+                f"blocks were given for {given} sequences, but the batch has {len(lengths)}; give one list of "
                 "spans or messages per sequence, or a single one for all."
             )
         rows = range(given) if self.per_sequence else [0] * len(lengths)
@@ -271,7 +270,7 @@ class Blocks:
 
 
 def _whole(value: Any, what: str) -> int:
-    """``value`` as an int; unlike ``int()`` it refuses bools, floats and strings instead of rounding them."""
+    """``value`` as an int; unlike ``int()``, it refuses bools, floats and strings."""
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError

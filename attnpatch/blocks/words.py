@@ -1,4 +1,4 @@
-"""Which tokens the words of a text are, by the tokenizer's character offsets: the same words for any tokenizer."""
+"""Finds the tokens of each word of a text by character offsets, so that words do not depend on the tokenizer."""
 
 import re
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ from attnpatch.errors import BlockError
 def text_spans(
     tokenizer: Any, text: str, options: dict, by_word: bool
 ) -> tuple[tuple[Span, ...], tuple[str, ...]]:
-    """Token spans and labels of the words of a text, or of its tokens; counted without padding.
+    """Token spans and labels of the words of a text, or of its tokens; padding is not counted.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        text: What the model is given.
-        options: For the tokenizer's call.
-        by_word: Words between spaces, else single tokens.
+        text: The text.
+        options: Arguments for the tokenizer's call.
+        by_word: Whether blocks are words separated by white space; otherwise they are single tokens.
     """
     if not isinstance(text, str):
         raise BlockError(f"a prompt is {text!r}; accepted is a string, or a list of them for a batch.")
     if not getattr(tokenizer, "is_fast", False):
-        raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
+        raise BlockError(
+            "the tokenizer has no character offsets; load a fast tokenizer, or use Blocks.spans."
+        )
     wanted = {
         "return_offsets_mapping": True,
         "return_special_tokens_mask": True,
@@ -46,7 +48,7 @@ def text_spans(
 def _words(
     text: str, offsets: Sequence[Span], places: Sequence[int]
 ) -> tuple[tuple[Span, ...], tuple[str, ...]]:
-    """Words that have tokens; a token belongs where it begins, white space to the word after it."""
+    """Spans and texts of the words that have tokens. A token belongs to the word it begins in, or else to the next."""
     found = list(re.finditer(r"\S+", text))
     edges = torch.tensor([match.end() for match in found])
     word_of = torch.searchsorted(edges, torch.tensor([start for start, _ in offsets]), right=True).tolist()

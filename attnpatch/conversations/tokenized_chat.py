@@ -111,7 +111,7 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
         raise BlockError(f"a message has the role {odd!r:.60}; accepted is text, such as 'user'.")
     if not getattr(tokenizer, "is_fast", False):
         raise BlockError(
-            "the tokenizer gives no character offsets, so messages cannot be found in its tokens; load a fast one "
+            "the tokenizer has no character offsets, so messages cannot be found in its tokens; load a fast one "
             "(AutoTokenizer.from_pretrained(..., use_fast=True) where a tokenizer.json is)."
         )
     if truncate not in (None, "left", "right"):

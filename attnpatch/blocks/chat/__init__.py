@@ -1,1 +1,1 @@
-"""Where the messages of a conversation lie in what a chat template renders."""
+"""Finds the messages of a conversation in the text that a chat template renders."""

@@ -1,9 +1,9 @@
-"""How a template closes messages that others follow, where it closes the last one in another way.
+"""How a template closes a message in the middle of a conversation, if it closes the last message differently.
 
-Phi-3 and its successors write a token after the last message that is of no message; gpt-oss and OLMo 3 close an answer that
-is the last thing said with another token than one that somebody answers. So the conversation cut off after a message does
-not show how that message closes in the middle of a longer one. The opening of the assistant's next message follows it too,
-and behind that opening nothing is last.
+Phi-3 and its successors write a token after the last message that belongs to no message; gpt-oss and OLMo 3 close an
+answer at the end with another token than an answer that is followed by a message. So rendering the conversation up to a
+message does not show how that message closes in the middle. Rendering it with the opening of the assistant's next
+message does, because then the message is not the last text.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from attnpatch.blocks.chat.prefix_boundaries import common_prefix
 
-# What looks like a token of a template, whether or not the tokenizer has one: <|end|>, </s>, [/INST].
+# Text that looks like a template's token, even if the tokenizer has no such token: <|end|>, </s>, [/INST].
 _TAG = r"<[^<>\s]{1,60}>|\[/?[A-Z][A-Z_]{0,30}\]"
-# Put into a message to see what a template writes before its text.
+# The content of a test message, to see what a template writes before a message's text.
 _TEXT = "\ue000"
 
 
@@ -27,8 +27,8 @@ class Special:
     """The special tokens of a tokenizer, as text.
 
     Attributes:
-        texts: All of them.
-        first: The one that begins a sequence, if there is one.
+        texts: All special tokens.
+        first: The token that begins a sequence; empty if there is none.
     """
 
     texts: tuple[str, ...] = ()
@@ -36,13 +36,13 @@ class Special:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Special:
-        """Those of a tokenizer of transformers."""
+        """The special tokens of a tokenizer of transformers."""
         texts = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         known = (text for text in texts if isinstance(text, str) and text.strip())
         return cls(tuple(sorted(known, key=lambda text: (-len(text), text))), tokenizer.bos_token or "")
 
     def tags(self, text: str) -> list[tuple[int, int]]:
-        """Where in a text such tokens are, and what looks like one."""
+        """The spans in a text of special tokens, and of text that looks like one."""
         return [match.span() for match in self._pattern.finditer(text)]
 
     @functools.cached_property
@@ -50,9 +50,9 @@ class Special:
         return re.compile("|".join([*map(re.escape, self.texts), _TAG]))
 
     def common(self, one: str, other: str) -> int:
-        """Length of the common prefix; a token is in it as a whole or not at all."""
+        """Length of the common prefix; it never ends inside a special token."""
         length = common_prefix(one, other)
-        # Tokens are short beside a conversation.
+        # Special tokens are short, so only the text near the end of the prefix is searched.
         start = max(0, length - 200)
         for text in (one, other):
             for begin, end in self.tags(text[start : length + 200]):
@@ -61,7 +61,7 @@ class Special:
         return length
 
     def common_end(self, one: str, other: str) -> int:
-        """Length of the common suffix; a token is in it as a whole or not at all."""
+        """Length of the common suffix; it never begins inside a special token."""
         length = common_prefix(one[::-1], other[::-1])
         for text in (one, other):
             for begin, end in self.tags(text[max(0, len(text) - length - 200) :]):
@@ -73,12 +73,12 @@ class Special:
 
 @dataclass
 class Closings:
-    """What templates write around messages, found by rendering some of them alone.
+    """What a template writes around messages, found by rendering parts of the conversation.
 
     Attributes:
-        render: Text of a list of messages.
+        render: Renders a list of messages as text.
         messages: The conversation.
-        special: Of the tokenizer.
+        special: The tokenizer's special tokens.
     """
 
     render: Callable[..., str]
@@ -88,11 +88,11 @@ class Closings:
     _headers: dict[Any, str] = field(default_factory=dict)
 
     def followed(self, plain: str, prompted: str) -> str:
-        """How some messages, or one, are written when something follows.
+        """The text of some messages as the template writes it when another message follows.
 
         Args:
-            plain: Their text, or the end of it.
-            prompted: The same with the opening of the assistant's next message.
+            plain: Their text when nothing follows, or the end of that text.
+            prompted: The same text with the opening of the assistant's next message.
         """
         if prompted.startswith(plain):
             return plain
@@ -104,7 +104,7 @@ class Closings:
         )
 
     def openings(self) -> list[str]:
-        """What opens the assistant's next message, where a template shows it by adding it alone."""
+        """Texts that open the assistant's next message, from renderings where the template only appends the opening."""
         if self._openings is None:
             found = []
             asked = [
@@ -121,10 +121,10 @@ class Closings:
         return self._openings
 
     def opening(self, plain: str, prompted: str) -> str | None:
-        """What of a conversation's text with the assistant's next opening is that opening.
+        """The opening of the assistant's next message, at the end of ``prompted``.
 
         Returns:
-            Empty where the template adds none; None where it changes more than that.
+            Empty if the template adds no opening; None if the opening cannot be told from other changes.
         """
         if plain == prompted:
             return ""
@@ -136,12 +136,12 @@ class Closings:
         rest = prompted[self.special.common(plain, prompted) :]
         header = self.header({"role": "assistant", "content": _TEXT})
         if header:
-            # What closes the last message may be in it, before the opening.
+            # ``rest`` may begin with the closing of the last message, before the opening.
             rest = next((rest[at:] for at in range(len(rest)) if rest[at:] in header), rest)
         return rest if rest.strip() else None
 
     def header(self, message: Mapping) -> str:
-        """What a template writes before the text of a message of a role that begins a conversation; empty if unknown."""
+        """What a template writes before the text of a message that begins a conversation, by role; empty if unknown."""
         role = message.get("role")
         if role not in self._headers:
             text = self._rendered([{"role": role, "content": _TEXT}]) or ""
@@ -153,5 +153,5 @@ class Closings:
     def _rendered(self, some: Sequence[Mapping], **options: Any) -> str | None:
         try:
             return self.render(some, **options)
-        except Exception:  # templates stop with jinja errors
+        except Exception:  # templates raise jinja errors
             return None

@@ -1,4 +1,4 @@
-"""Where messages end in a rendered conversation, given where the marks in them came out."""
+"""Finds where messages end in a rendered conversation, given the positions of the sentinels in it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from attnpatch.blocks.chat.sentinel_search import Places
 from attnpatch.blocks.chat.sentinels import Marked
 from attnpatch.errors import BlockError
 
-# Texts between messages that are divided by rendering before the next ones may be divided alike.
+# How many texts between messages must be divided by rendering before the rest are divided by their pattern.
 _HABIT = 8
 
 
 class _Refused(Exception):
-    """The template refuses a conversation cut off after some message."""
+    """The template refuses to render the conversation up to some message."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Messages from one with marks in the text up to the next one with marks, and the text between these marks."""
+    """A message with sentinels, the messages without sentinels after it, and the text up to the next sentinel."""
 
     members: range
     located: bool
@@ -34,8 +34,8 @@ class _Run:
 class _ClosingPattern:
     """How the texts between messages of the same roles were divided so far.
 
-    Tool calls with a number or an id of their own make every such text another one. When enough of them close with
-    the same words before the same header, the rest that do are not rendered to find out.
+    Tool calls with a number or an id make every such text different. If enough of them have the same closing before the
+    same header, the rest that match are divided the same way, without rendering.
     """
 
     seen: int = 0
@@ -44,7 +44,7 @@ class _ClosingPattern:
     odd: bool = False
 
     def add(self, gap: str, end: int | None) -> None:
-        """One more that was divided by rendering."""
+        """Add a text that was divided by rendering."""
         if end is None or (self.seen and gap[end:] != self.header):
             self.odd = True
             return
@@ -53,7 +53,7 @@ class _ClosingPattern:
         self.seen += 1
 
     def end_of(self, gap: str) -> int | None:
-        """Where the message before ``gap`` ends in it, if that is as usual."""
+        """Where the message before ``gap`` ends in it, if the gap matches the pattern; otherwise None."""
         usual = not self.odd and self.seen >= _HABIT and self.closing.strip() and self.header.strip()
         return len(gap) - len(self.header) if usual and gap.endswith(self.closing + self.header) else None
 
@@ -68,14 +68,14 @@ class Ends:
     """Finds where each message of a conversation ends.
 
     Attributes:
-        render: Text of a list of messages.
+        render: Renders a list of messages as text.
         messages: The conversation.
         text: Its rendering.
-        stop: Where in it the last message ends; the opening of the next one may follow.
-        marked: The messages with marks that do not change the rendering.
-        places: Where these came out, in order of the messages.
-        strict: Raise a ``BlockError`` when the template refuses the conversation cut off after some message.
-        written: How the template writes messages that others follow.
+        stop: Where the last message ends in the text; the opening of the next one may follow.
+        marked: The messages with sentinels that do not change the rendering.
+        places: Where the sentinels are in the rendering, in order of the messages.
+        strict: Raise a ``BlockError`` if the template refuses to render the conversation up to some message.
+        written: How the template closes messages that are followed by others.
     """
 
     render: Callable[..., str]
@@ -86,21 +86,21 @@ class Ends:
     places: Places
     strict: bool
     written: Closings
-    # Ends of a run's messages, counted from its base; by the text and the roles it has.
+    # Ends of a run's messages, relative to its base, by the run's text and roles.
     learnt: dict[tuple, list[int | None]] = field(default_factory=dict)
-    # How messages of a role close, for templates that refuse the conversation cut off after some message.
+    # Closings of messages by role, for templates that refuse to render the conversation up to some message.
     closings: dict[Any, set[str]] = field(default_factory=dict)
-    # What the messages of a role begin with, behind one whose end is known.
+    # Headers of messages by role, taken after messages whose end is known.
     headers: dict[Any, set[str]] = field(default_factory=dict)
-    # Texts between messages that cannot be divided by the conversation cut off there: refused, or closed otherwise.
+    # Texts between messages that rendering up to there cannot divide: it is refused, or changes the closing.
     open: set[tuple] = field(default_factory=set)
-    # Messages that close otherwise while they are last, and how.
+    # Messages that close differently when they are last, and how they close then.
     otherwise: dict[int, str] = field(default_factory=dict)
-    # The same by the text that is between messages of the same roles.
+    # The same, by the text between messages of the same roles.
     closed_when_last: dict[tuple, str] = field(default_factory=dict)
 
     def found(self) -> list[int | None]:
-        """Where each message ends; None where it runs on into the next one."""
+        """Where each message ends; None if it is joined with the next one."""
         ends: list[int | None] = [None] * len(self.messages)
         runs = [run for run in self._runs() if run.members]
         if runs[-1].located and len(runs[-1].members) == 1:
@@ -121,7 +121,7 @@ class Ends:
         return ends
 
     def _learn(self, runs: list[_Run]) -> None:
-        """Divide each text between messages that is new, by rendering, or as many like it were divided."""
+        """Divide each new text between messages: by the pattern of earlier ones if it matches, else by rendering."""
         habits: dict[tuple, _ClosingPattern] = {}
         supposed: list[_Run] = []
         for run in runs:
@@ -143,7 +143,7 @@ class Ends:
                 self.learnt[run.key] = self._ends_in(run)
 
     def _ends_in(self, run: _Run) -> list[int | None]:
-        """Ends of a run's messages, counted from its base."""
+        """Ends of a run's messages, relative to its base."""
         ends: list[int | None] = []
         last = run.base
         for index in run.members:
@@ -160,13 +160,13 @@ class Ends:
     def _prefix(self, count: int, messages: Sequence[Mapping], **options: Any) -> str:
         try:
             return self.render(messages[:count], **options)
-        except Exception as error:  # templates stop with jinja errors: "roles must alternate"
+        except Exception as error:  # templates raise jinja errors such as "roles must alternate"
             raise _Refused(
                 f"the chat template refuses the first {count} messages alone ({error}); use Blocks.spans."
             ) from error
 
     def _closed(self, index: int, run: _Run) -> int | None:
-        """Where a message with marks closes: as it does where the conversation is cut off after it."""
+        """Where a message with sentinels ends, found by rendering the conversation up to it."""
         if index == len(self.messages) - 1:
             return self.stop
         only = [*self.messages[:index], self.marked.messages[index]]
@@ -189,14 +189,14 @@ class Ends:
                 return None
             closing = followed
         elif not closing.strip() and self.text[run.base : run.limit].strip():
-            # Nothing closes it while it is last; whether anything does otherwise, the next header tells.
+            # Nothing closes the message when it is last. If it is closed in the middle, the next header shows where.
             header = self._header_at_end(run)
             closing = self.text[run.base : run.limit - len(header)] if header else closing
         self._learn_closing(index, closing)
         return run.base + len(closing)
 
     def _behind_marks(self, index: int, rendered: str) -> str | None:
-        """What follows a message's last mark at the end of a text; None where that mark is not in it."""
+        """The text after a message's last sentinel; None if the sentinel is not in ``rendered``."""
         prefix, places = self.marked.read(rendered)
         found = [place for place, kind in places.get(index, []) if kind == self.places[index][-1][1]]
         return prefix[found[-1] :] if found else None
@@ -210,25 +210,25 @@ class Ends:
             self.closings.setdefault(self.messages[index].get("role"), set()).add(bare)
 
     def _white_space(self, index: int) -> tuple[str, str]:
-        """What a message's text begins and ends with, which is outside its marks."""
+        """The white space at the beginning and the end of a message's content, which is outside its sentinels."""
         content = self.messages[index].get("content") if index < len(self.messages) else None
         if not isinstance(content, str):
             return "", ""
-        if not content.strip():  # marked at its end
+        if not content.strip():  # its sentinel is at its end
             return content, ""
         return content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
 
     def _learn_header(self, run: _Run) -> None:
-        """What the message after a run begins with, where the run's last message is known to end."""
+        """Learn the header of the message after a run, if the end of the run's last message is known."""
         end, after = self.learnt[run.key][-1], run.members[-1] + 1
         if end is not None and after < len(self.messages) and self.text[run.base + end : run.limit].strip():
             header = self.text[run.base + end : run.limit].removesuffix(self._white_space(after)[0])
             self.headers.setdefault(self.messages[after].get("role"), set()).add(header)
 
     def _closed_as_others(self, run: _Run) -> int | None:
-        """The end of a message that the conversation cut off there does not tell.
+        """The end of a message that rendering up to it does not show.
 
-        It closes as messages of its role do, or of any; or what follows it begins as messages of that role do.
+        It is found by a known closing (of its role, or of any role), or by a known header of the next message's role.
         """
         role = self.messages[run.members[0]].get("role")
         gap = self.text[run.base : run.limit]
@@ -237,7 +237,7 @@ class Ends:
             [text for texts in self.closings.values() for text in texts],
         ):
             own = self._white_space(run.members[0])[1]
-            # A template may trim what it is given.
+            # A template may trim the content, so the closing is tried with and without white space.
             both = [lead + closing for closing in known for lead in {own, ""}]
             found = [len(closing) for closing in both if gap.startswith(closing)]
             if found:
@@ -248,11 +248,11 @@ class Ends:
         return len(gap) - len(header) if header else self._seam(run)
 
     def _seam(self, run: _Run) -> int | None:
-        """Where a message ends that shares its turn with the next one.
+        """Where a message ends that is in one turn with the next message.
 
-        Results of several tools are written into one turn, one after the other (Qwen3): what closes the first of them is how
-        the closing of a last one begins, what opens the second how the header of a first one ends, and there is nothing but
-        white space between them.
+        Qwen3 writes the results of several tools into one turn. The closing of the first result is the beginning of the
+        closing of a last message; the opening of the second is the end of a first message's header. Only white space is
+        between them.
         """
         gap, closing = self.text[run.base : run.limit], self.closed_when_last.get(run.key, "")
         after = run.members[0] + 1
@@ -268,7 +268,7 @@ class Ends:
         return None
 
     def _header_at_end(self, run: _Run) -> str:
-        """What the text of a run ends with, if that is how messages of the next one's role begin; else empty."""
+        """The header of the next message, if the run's text ends with a known header of its role; otherwise empty."""
         after = run.members[-1] + 1
         if after >= len(self.messages):
             return ""
@@ -279,7 +279,7 @@ class Ends:
         return max((header for header in both if gap.endswith(header)), key=len, default="")
 
     def _with_white_space(self, run: _Run, end: int) -> int:
-        """The end of a message, behind white space that the header which comes then does not begin with elsewhere."""
+        """The end of a message, including white space that the next message's header does not begin with elsewhere."""
         after = run.members[0] + 1
         header = self.text[run.base + end : run.limit]
         white = len(header) - len(header.lstrip())
@@ -293,7 +293,7 @@ class Ends:
         return end + white if bare in known else end
 
     def _end_without_marks(self, index: int, last: int, limit: int) -> int | None:
-        """Where a message ends that has no text, or none in the rendering: by the text its turn adds."""
+        """Where a message without rendered text ends, found by how much text it adds to the rendering."""
         try:
             prefix = self._followed_prefix(index + 1)
             if self.text.startswith(prefix) and last <= len(prefix) <= limit:
@@ -309,14 +309,14 @@ class Ends:
         return end if fits else None
 
     def _followed_prefix(self, count: int) -> str:
-        """The conversation cut off after some messages, as it is written when others follow."""
+        """The text of the first ``count`` messages, as the template writes it when others follow."""
         plain = self._prefix(count, self.messages)
         if self.text.startswith(plain):
             return plain
         return self.written.followed(plain, self._prompted(count, self.messages) or plain)
 
     def _prompted(self, count: int, messages: Sequence[Mapping]) -> str | None:
-        """Some messages with the opening of the assistant's next one, unless the template refuses that."""
+        """Some messages with the opening of the assistant's next one; None if the template refuses."""
         try:
             return self._prefix(count, messages, add_generation_prompt=True)
         except _Refused:
@@ -335,6 +335,6 @@ class Ends:
         return runs
 
     def _region(self, index: int) -> tuple[int, int]:
-        """Characters between the first and the last mark of a message."""
+        """The span of characters between the first and the last sentinel of a message."""
         found = self.places[index]
         return found[0][0], found[-1][0]

@@ -1,4 +1,4 @@
-"""Where the messages of a conversation begin and end in tokens, found from the tokenizer's chat template."""
+"""Finds where the messages of a conversation begin and end in tokens, by the tokenizer's chat template."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from attnpatch.errors import BlockError
 
 Span = tuple[int, int]
-# The label of an answer that is still to be written.
+# The label of the answer that the model will write.
 NEXT = "assistant (next)"
 
 
@@ -18,21 +18,23 @@ def message_spans(
     """Token spans of the messages of one conversation, and of the generation prompt if there is one.
 
     Returns:
-        The spans, and at which token the last message ends when the assistant's next one follows it.
+        The spans, and the token at which the last message ends if the assistant's next message follows.
 
     Raises:
-        BlockError: A message has no text or no token of its own. ``attnpatch.conversations.tokenized_chat`` joins or notes
-            these instead.
+        BlockError: A message has no text or no token of its own. (``attnpatch.conversations.tokenized_chat`` joins such
+            messages or notes them instead.)
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise BlockError("a conversation is empty or holds something else than {'role', 'content'} mappings.")
+        raise BlockError("a conversation is empty, or an element is not a {'role', 'content'} mapping.")
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         raise BlockError(
             "the tokenizer has no chat template; set tokenizer.chat_template, or use Blocks.spans."
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise BlockError("the tokenizer gives no character offsets; load a fast one, or use Blocks.spans.")
-    from attnpatch.blocks.chat.closing_patterns import Special  # with the first template that is read
+        raise BlockError(
+            "the tokenizer has no character offsets; load a fast tokenizer, or use Blocks.spans."
+        )
+    from attnpatch.blocks.chat.closing_patterns import Special  # imported on first use
     from attnpatch.blocks.chat.segmentation import divide
 
     render = template_of(tokenizer, options)
@@ -40,15 +42,13 @@ def message_spans(
     text, ends = division.text, [piece.end for piece in division.pieces]
     if prompt:
         if not division.opening:
-            raise BlockError(
-                "add_generation_prompt=True adds nothing at the end with this chat template; leave it out."
-            )
+            raise BlockError("add_generation_prompt=True adds no text with this chat template; leave it out.")
         ends.append(len(text))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     counts = token_counts(encoded["offset_mapping"], ends)
     if 0 in counts:
         raise BlockError(
-            f"message {counts.index(0)} got no token of its own; use Blocks.spans for this tokenizer."
+            f"message {counts.index(0)} has no token of its own; use Blocks.spans with this tokenizer."
         )
     stops = torch.tensor(counts).cumsum(0).tolist()
     spans = list(zip([0, *stops[:-1]], stops, strict=True))
@@ -58,16 +58,16 @@ def message_spans(
 
 
 def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, text: str, end: int) -> int:
-    """At which token the last message ends when the assistant's next one follows; ``end`` where it closes alike."""
+    """The token at which the last message ends if the assistant's next one follows; ``end`` if it closes the same."""
     try:
         prompted = template_of(tokenizer, options)(messages, add_generation_prompt=True)
         return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options)[1]
-    except Exception:  # a template that opens no answer here, whatever it raises
+    except Exception:  # the template cannot add the opening of an answer here, for any reason
         return end
 
 
 def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
-    """The text of some messages, as the tokenizer's chat template renders them."""
+    """A function that renders messages as text with the tokenizer's chat template."""
 
     def render(some: Sequence[Mapping], **more: Any) -> str:
         return tokenizer.apply_chat_template(list(some), tokenize=False, **{**options, **more})
@@ -76,10 +76,10 @@ def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
 
 
 def token_counts(offsets: Sequence[Span], ends: Sequence[int]) -> list[int]:
-    """How many tokens each piece of text that ends at ``ends`` has; a token belongs where it begins."""
+    """Tokens of each piece of text; pieces end at ``ends``, and a token belongs to the piece in which it begins."""
     edges = torch.tensor(ends)
-    # Byte-level tokenizers trim whitespace off offsets: a token that is only whitespace comes out empty, at
-    # its own end, which is the first character of the next piece.
+    # Byte-level tokenizers trim white space off offsets. A token of white space only has an empty span at its own
+    # end, which is the first character of the next piece; it is moved back by one.
     begins = torch.tensor([start if start < end else max(end - 1, 0) for start, end in offsets])
     piece = torch.searchsorted(edges, begins, right=True).cummax(0).values if len(offsets) else begins
     return torch.bincount(piece.clamp(max=len(ends) - 1), minlength=len(ends)).tolist()

@@ -1,4 +1,4 @@
-"""Ends of messages from the conversation cut off after each: for templates in which marks change too much."""
+"""Finds the ends of messages by rendering the conversation up to each: for templates whose output sentinels change."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,25 +8,25 @@ from attnpatch.errors import BlockError
 
 Span = tuple[int, int]
 
-# Put into one message to see where its text lands in the rendered conversation; a private-use character that no
-# template treats specially and no whitespace trimming removes.
+# Inserted into one message to see where its text is in the rendering: a private-use character, which templates do not
+# treat specially and trimming of white space does not remove.
 _MARK = "\ue000"
 
 
 def ends_of_prefixes(
     render: Any, messages: Sequence[Mapping], text: str, stop: int, written: Any
 ) -> list[int]:
-    """Character of ``text`` at which each message ends; every message must own the text it brought in.
+    """The character of ``text`` at which each message ends. A message's content must be inside its own span.
 
     Args:
-        render: Text of a list of messages.
+        render: Renders a list of messages as text.
         messages: The conversation.
-        text: Its rendering, to ``stop``; the opening of the assistant's next message may follow.
+        text: Its rendering up to ``stop``; the opening of the assistant's next message may follow.
         stop: Where the last message ends.
-        written: ``closings.Closings`` of the template.
+        written: ``closing_patterns.Closings`` of the template.
 
     Raises:
-        BlockError: A message does not own the text it brought in, or where one ends cannot be told.
+        BlockError: A message's content is rendered outside its span, or the end of a message cannot be found.
     """
     whole = partial(render, add_generation_prompt=True) if stop < len(text) else render
     ends: list[int] = []
@@ -45,11 +45,11 @@ def ends_of_prefixes(
 
 
 def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str, written: Any) -> int | None:
-    """Where the first ``count`` messages end in ``text``, or None if that cannot be told."""
+    """Where the first ``count`` messages end in ``text``; None if that cannot be found."""
     try:
         prefix = render(messages[:count])
         if not text.startswith(prefix):
-            # As it is written when something follows, where a template closes the last message otherwise.
+            # The template may close a last message differently: try the text as written when another message follows.
             followed = written.followed(prefix, render(messages[:count], add_generation_prompt=True))
             prefix = followed if text.startswith(followed) and followed.strip() else prefix
     except Exception as error:  # templates stop with jinja errors: "roles must alternate"
@@ -58,8 +58,8 @@ def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str,
         ) from error
     if text.startswith(prefix):
         return len(prefix)
-    # Templates such as Qwen3's drop the reasoning of all turns but the last, so a prefix renders differently.
-    # The text after the message's content still tells how a message closes.
+    # Templates such as Qwen3's drop the reasoning of all turns but the last, so the prefix differs from the text. The
+    # text after the message's content still shows how the message closes.
     in_text = _changed_region(render, messages, count - 1, text, at_end=True)
     in_prefix = _changed_region(render, messages[:count], count - 1, prefix, at_end=True)
     if in_text is None or in_prefix is None or not text.startswith(prefix[in_prefix[1] :], in_text[1]):
@@ -70,10 +70,10 @@ def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str,
 def _changed_region(
     render: Any, messages: Sequence[Mapping], index: int, text: str, at_end: bool = False
 ) -> Span | None:
-    """Characters of ``text`` around which its rendering changes when a mark is put into one message.
+    """The span of ``text`` that changes if a sentinel is inserted into one message.
 
-    None where there is no plain text to mark. A message that is not rendered changes nothing: the region is
-    then outside every message.
+    None if the message has no plain text. A message that is not rendered changes nothing; its span is then (-1, -1),
+    outside every message.
     """
     content = messages[index].get("content")
     if not isinstance(content, str) or not content:
@@ -90,7 +90,7 @@ def _changed_region(
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Length of the common prefix, by bisection: conversations run to a million characters."""
+    """Length of the common prefix, by bisection, because conversations may have a million characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,23 +1,23 @@
-"""How the text of a rendered conversation is divided among its messages.
+"""Divides the text of a rendered conversation among its messages.
 
-**Method.** The whole conversation is rendered twice: as it is, and with a private-use character of its own at
-the beginning and the end of every message's content, reasoning and tool arguments. Without these marks the
-second text must equal the first, character for character; only then is it believed, and the places of the marks
-are places of the messages. So nothing is ever searched for: a message may quote the template or another message,
-and turns that the template writes differently once later ones follow (thinking kept in the last turn only) are
-found where they really are. Messages that a template looks into (and then renders differently) are found by
-halving and marked elsewhere, at last in their middle only.
+**Method.** The whole conversation is rendered twice: as it is, and with sentinels, which are private-use characters at
+the beginning and the end of every message's content, reasoning and tool arguments. If the second text without the
+sentinels equals the first, character for character, then the positions of the sentinels are those of the messages.
+Nothing is searched for, so a message may quote the template or another message. Turns that the template writes
+differently when later ones follow (such as reasoning, kept only in the last turn) are found where they are. If a
+template inspects some messages and renders them differently with sentinels, these messages are found by halving, and
+their sentinels are placed elsewhere, finally only one in the middle.
 
-What stands between two contents, such as ``<|im_end|>\n<|im_start|>user\n``, is the closing of one message and
-the header of the next. Where the closing ends is learnt from the conversation cut off after that message: what
-comes there behind the mark. The same text between messages of the same roles is divided in the same way, so the
-number of renderings is that of the different texts between messages, not that of the messages. Where a template closes
-the last message in another way, the opening of the assistant's next message is put behind it, other messages show how
-they close and begin, or it begins a conversation alone (``attnpatch.blocks.chat.closing_patterns``). A message that is not closed
-at all, because its text comes out inside the next message's, is one piece together with it.
+The text between two contents, such as ``<|im_end|>\n<|im_start|>user\n``, is the closing of one message and the header
+of the next. To find where the closing ends, the conversation is rendered up to that message: the text after the last
+sentinel is the closing. The same text between messages of the same roles is divided the same way, so there are as many
+renderings as different texts, not as messages. If the template closes the last message differently, three other ways
+are tried: render the opening of the assistant's next message after it, use the closings and headers of other messages,
+or render the next message alone (``attnpatch.blocks.chat.closing_patterns``). A message that is not closed at all,
+because its text is inside the next message's, is joined with it.
 
-Where no marking survives the check, each end is where the conversation cut off there ends (one rendering per
-message), and a message whose text is elsewhere is refused.
+If no placement of sentinels passes the check, the conversation is rendered up to each message (one rendering per
+message), and a message whose text is outside its part is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,24 +35,25 @@ from attnpatch.errors import BlockError
 
 Render = Callable[..., str]
 
-# Messages without text that are left out one by one to see whether the template ever looks at them.
+# Most messages without text that are removed one by one to see whether the template uses them.
 _LEFT_OUT = 64
 _UNTOLD = (
-    "where the first one ends cannot be told, since the template closes it otherwise while it is the last"
+    "the end of the first one cannot be found, because the template closes it differently when it is the last"
 )
 _NO_OPENING = (
-    "where the last message ends and the assistant's next one opens cannot be told with this chat template; leave "
-    "add_generation_prompt out, or use Blocks.spans."
+    "with this chat template it cannot be found where the last message ends and the assistant's next one opens; leave "
+    "out add_generation_prompt, or use Blocks.spans."
 )
-_BY_PREFIXES = "the template changes what it writes when messages are marked: each ends where the conversation cut off there does"
+_BY_PREFIXES = "sentinels change what the template writes, so each message's end is that of the conversation rendered up to it"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the text: from the end of the piece before it to ``end``, in characters.
+    """A part of the text, from the end of the previous segment to ``end``, in characters.
 
     Attributes:
-        messages: Whose it is; several where the template joins them.
+        messages: The messages it belongs to; several if the template joins them.
+        end: One past its last character.
     """
 
     messages: tuple[int, ...]
@@ -61,14 +62,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Division:
-    """A rendered conversation and whose its parts are.
+    """A rendered conversation, divided among its messages.
 
     Attributes:
         text: The rendering.
-        pieces: Cover it from 0 to its end, or to where the opening of the assistant's next message begins.
-        contents: What came out of each message's content; None where that is not known.
-        notes: What the template did to messages, for people.
-        opening: The opening of the assistant's next message, with which the text ends; empty where it was not asked for or
+        pieces: Segments that cover the text up to the opening of the assistant's next message, or to the end.
+        contents: The rendered part of each message's content; None if that is not known.
+        notes: What the template did to messages, in words.
+        opening: The opening of the assistant's next message, at the end of the text; empty if it was not requested or
             the template has none.
     """
 
@@ -91,19 +92,19 @@ def divide(
     """Divide a conversation's rendering among its messages.
 
     Args:
-        render: Text of a list of messages.
+        render: Renders a list of messages as text.
         messages: The conversation, not empty.
-        also: What else the template is given, by name; marks are characters that do not occur in it.
-        strict: Refuse a message without text of its own, rather than join it with the next or leave it out.
-        prompt: With the opening of the assistant's next message at the end.
-        special: Special tokens of the tokenizer.
+        also: Other arguments of the template, by name; sentinels are characters that do not occur in them.
+        strict: Refuse a message that has no text of its own, instead of joining it with the next or leaving it out.
+        prompt: Add the opening of the assistant's next message at the end.
+        special: The tokenizer's special tokens.
 
     Raises:
-        BlockError: The template refuses the conversation, moves or repeats messages, or gives no text.
+        BlockError: The template refuses the conversation, moves or repeats messages, or renders no text.
     """
     whole = partial(render, add_generation_prompt=True) if prompt else render
     if isinstance(also, Mapping) and also.get("continue_final_message"):
-        # Only the last message is left open.
+        # The option leaves only the conversation's last message open, not the last one of each rendering.
         render = partial(render, continue_final_message=False)
     written = Closings(render, messages, special or Special())
     try:
@@ -129,7 +130,7 @@ def divide(
 
 @dataclass
 class _Work:
-    """The division of one conversation while it is made."""
+    """State while one conversation is divided."""
 
     render: Render
     whole: Render
@@ -146,7 +147,7 @@ class _Work:
         self.placed = self.marked.placed()
 
     def divided(self) -> Division:
-        """The pieces, with notes about all that is not one message, one piece."""
+        """The segments, with notes on messages that are joined, changed or left out."""
         if not self.places and any(kinds - {"blank"} for kinds in self.placed.values()):
             raise BlockError(
                 "the chat template gives no text for any of these messages; use another template."
@@ -169,7 +170,7 @@ class _Work:
             if end is not None:
                 pieces.append(Segment(tuple(members), end))
                 members = []
-        if members:  # all that follows them was left out
+        if members:  # all messages after them were left out
             pieces.append(Segment(tuple(members), self.stop))
         if not pieces:
             raise BlockError(
@@ -206,12 +207,12 @@ class _Work:
         regions = [(index, *self._region(index)) for index in sorted(self.places)]
         for (one, _, last), (other, start, _) in pairwise(regions):
             if start < last:
-                # The one that is out of place is the one without which the rest is in order.
+                # The message out of place is the one whose removal leaves the rest in order.
                 rest = [region for region in regions if region[0] != one]
                 self._refuse(one if all(a[2] <= b[1] for a, b in pairwise(rest)) else other, "moves")
 
     def _is_untold(self, index: int, otherwise: Mapping[int, str]) -> bool:
-        """Whether a message that runs on into the next one is closed somewhere between, rather than joined with it."""
+        """Whether a message without a known end is closed somewhere before the next one, rather than joined with it."""
         after = next((other for other in sorted(self.places) if other > index), None)
         if index not in otherwise or after is None:
             return False
@@ -226,14 +227,14 @@ class _Work:
                 self._refuse(index, "drops")
             if end is None and self._is_untold(index, otherwise):
                 raise BlockError(
-                    f"where {self._name(index)} ends cannot be told: the chat template closes it otherwise while it is the "
-                    "last; use Blocks.spans."
+                    f"the end of {self._name(index)} cannot be found: the chat template closes it differently when it "
+                    "is the last; use Blocks.spans."
                 )
             if end is None:
                 self._refuse(index, "merges")
 
     def _absent(self, ends: list[int | None]) -> set[int]:
-        """Messages of which nothing is in the text: it is the same without them."""
+        """The messages that the template does not render: the text is the same without them."""
         absent, suspects = set(), []
         last: int | None = 0
         for index, end in enumerate(ends):
@@ -253,11 +254,11 @@ class _Work:
         rest = [message for index, message in enumerate(self.messages) if index not in indexes]
         try:
             return self.whole(rest) == self.text
-        except Exception:  # the template refuses what is left: it does look at them
+        except Exception:  # the template refuses the rest, so it does use them
             return False
 
     def _content(self, index: int, absent: set[int]) -> str:
-        """What came out of a message's content; what did not is noted."""
+        """The rendered part of a message's content; parts that are left out or changed are noted."""
         if index in absent:
             self.notes.append(f"{self._name(index)}: left out by the template, it has no block")
             return ""

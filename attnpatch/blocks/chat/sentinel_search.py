@@ -1,24 +1,24 @@
-"""Where the contents of messages are in a rendered conversation, by marks that change nothing else in it."""
+"""Finds the contents of messages in a rendered conversation, by sentinels that do not change the rest of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attnpatch.blocks.chat.sentinels import Layout, Marked, Marker
 
-# Of each message that came out, the characters of the text where its marks were, and which.
+# For each rendered message, the positions of its sentinels in the text, and their kinds.
 Places = dict[int, list[tuple[int, str]]]
 
-# Renderings spent on finding the messages that cannot be marked at both ends.
+# Most renderings for finding the messages that cannot have sentinels at both ends.
 _SEARCH = 48
 
 
 def locate(
     render: Callable[..., str], messages: Sequence[Mapping], text: str, marker: Marker
 ) -> tuple[Marked, Places] | None:
-    """Marks that change nothing else in the rendering, and where they come out; None if any would.
+    """Sentinels that do not change the rest of the rendering, and their positions in it; None if there are none.
 
-    Messages that the template looks into, such as those that begin with a tag, are found by halving the
-    conversation and marked at other places.
+    If the template inspects some messages, such as those that begin with a tag, these are found by halving the
+    conversation, and their sentinels are placed elsewhere.
     """
 
     def check(layouts: dict[int, Layout]) -> tuple[Marked, Places] | None:
@@ -27,7 +27,7 @@ def locate(
             return None
         try:
             without, places = marked.read(render(marked.messages))
-        except Exception:  # a template may refuse what it looks into
+        except Exception:  # a template that inspects a message may refuse it
             return None
         return (marked, places) if without == text else None
 
@@ -41,7 +41,7 @@ def locate(
     blank = marker.blank()
     if found is None or not blank:
         return found
-    # Most templates write an empty content as any other; a mark in it then changes nothing either.
+    # Most templates write an empty content like any other, so a sentinel in it changes nothing.
     _add_what_fits(layouts, blank, "outside", check)
     return check(layouts) or found
 
@@ -49,10 +49,10 @@ def locate(
 def _add_what_fits(
     layouts: dict[int, Layout], indexes: list[int], layout: Layout, check: Callable[[dict[int, Layout]], Any]
 ) -> list[int]:
-    """Give a layout to the messages that pass the check with it, found by halving.
+    """Use a layout for the messages that pass the check with it; they are found by halving.
 
     Returns:
-        The messages that do not, or were not looked at before the search was given up.
+        The messages that do not pass, or were not tested before the limit of renderings was reached.
     """
     odd: list[int] = []
     waiting, left = [indexes] if indexes else [], _SEARCH

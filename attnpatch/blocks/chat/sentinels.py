@@ -1,4 +1,4 @@
-"""Marks put into messages before a chat template renders them, to see where their text comes out."""
+"""Sentinels: characters inserted into messages before rendering, to find the messages in the rendered text."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,39 +6,39 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-# One private-use character per mark: no template treats them specially and no trimming removes them.
+# Each sentinel is one private-use character: templates do not treat it specially, and trimming does not remove it.
 _RANGES = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
-# What models write around their reasoning inside the content; templates cut it out of earlier turns.
+# Tags that models write around reasoning inside the content; templates remove it from earlier turns.
 _THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# Marks inside the content; the others are in the reasoning and in the arguments of tool calls.
+# Kinds of sentinels inside the content; the others are in the reasoning and in the arguments of tool calls.
 CONTENT = ("start", "thought", "answer", "inner", "end", "blank", "empty")
 
 Messages = Sequence[Mapping]
 Owner = tuple[int, str]
 Layout = Literal["beside", "outside", "inside"]
-# A new mark of a kind for the message at hand.
+# Makes a new sentinel of a kind for the current message.
 New = Callable[[str], str]
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Messages with marks in them.
+    """Messages with sentinels.
 
     Attributes:
-        messages: Copies with the marks in their strings; the others are the caller's own.
-        owners: Of each mark character, the message it was put into and where: ``"start"`` and ``"end"`` of the
-            content; ``"thought"`` and ``"answer"`` where it has thinking, with ``"empty"`` for the start where that
-            is empty and so cannot be lost; ``"inner"`` for its middle; ``"blank"`` where it has no text;
-            ``"reasoning"`` and ``"call"`` for the fields beside it.
+        messages: Copies of the messages with sentinels in their strings; messages without are the caller's objects.
+        owners: For each sentinel, its message and its kind. ``"start"`` and ``"end"``: of the content. ``"thought"``
+            and ``"answer"``: the beginnings of reasoning and answer inside the content; if the reasoning is empty, and
+            so cannot be lost, the start is ``"empty"``. ``"inner"``: the middle. ``"blank"``: a content without text.
+            ``"reasoning"`` and ``"call"``: in the other fields.
     """
 
     messages: list[Mapping]
     owners: dict[str, Owner]
 
     def read(self, rendered: str) -> tuple[str, dict[int, list[tuple[int, str]]]]:
-        """The text without the marks, and of each message the characters of it where its marks were."""
+        """The text without the sentinels, and for each message the positions in that text where its sentinels were."""
         pieces: list[str] = []
         found: dict[int, list[tuple[int, str]]] = {}
         begin = length = 0
@@ -53,7 +53,7 @@ class Marked:
         return "".join(pieces), found
 
     def placed(self) -> dict[int, set[str]]:
-        """Which marks each message has."""
+        """The kinds of sentinels of each message."""
         kinds: dict[int, set[str]] = {}
         for index, kind in self.owners.values():
             kinds.setdefault(index, set()).add(kind)
@@ -61,11 +61,11 @@ class Marked:
 
 
 class Marker:
-    """Puts marks that occur in nothing that was given.
+    """Inserts sentinels, using characters that do not occur in the input or the output.
 
     Args:
         messages: The conversation.
-        also: Whatever else the template is given or gives.
+        also: Other inputs and outputs of the template.
     """
 
     def __init__(self, messages: Messages, *also: Any) -> None:
@@ -73,20 +73,20 @@ class Marker:
         self._taken = {char for text in _strings([list(messages), also]) for char in _PRIVATE.findall(text)}
 
     def blank(self) -> list[int]:
-        """The messages whose content is empty or white space."""
+        """The messages whose content is empty or only white space."""
         contents = [message.get("content") for message in self.messages]
         return [index for index, text in enumerate(contents) if isinstance(text, str) and not _has_text(text)]
 
     def mark(self, layouts: Mapping[int, Layout]) -> Marked | None:
-        """Marks in some messages.
+        """Insert sentinels into some messages.
 
         Args:
-            layouts: Where the marks of each message are put: ``"beside"`` the white space around its text, inside of
-                which templates trim, with more marks around thinking; ``"outside"`` of the white space, also where
-                there is no text; or one ``"inside"``, in its middle.
+            layouts: Where each message gets its sentinels. ``"beside"``: directly around its text, inside the white
+                space that templates trim, and around reasoning. ``"outside"``: outside the white space, even if
+                there is no text. ``"inside"``: a single one in its middle.
 
         Returns:
-            None when there are more marks than private-use characters (137,468).
+            The messages; None if more sentinels are needed than there are private-use characters (137,468).
         """
         free = (
             chr(code) for low, high in _RANGES for code in range(low, high) if chr(code) not in self._taken
@@ -110,13 +110,13 @@ class Marker:
 def came_out(
     message: Mapping, placed: set[str], found: Sequence[tuple[int, str]], text: str
 ) -> tuple[str, list[str]]:
-    """What of a message's content is in the rendering, and what has become of the rest, in words.
+    """The rendered part of a message's content, and what the template left out or changed, in words.
 
     Args:
-        message: As it was given.
-        placed: The marks it had.
-        found: Those that came out, and at which character of ``text``.
-        text: The rendering without marks.
+        message: The original message.
+        placed: The kinds of its sentinels.
+        found: The sentinels in the rendering: position in ``text`` and kind.
+        text: The rendering without sentinels.
     """
     content = message.get("content")
     kinds, lost = {kind for _, kind in found}, []
@@ -133,7 +133,7 @@ def came_out(
         return "", lost
     if not inside:
         return "", ["its text is left out", *lost]
-    # Thinking that a template takes apart and writes anew begins elsewhere; it is lost if its own mark is.
+    # A template may extract the reasoning and write it elsewhere; it is lost only if its own sentinel is missing.
     if "thought" in missing or ("thought" not in placed and "answer" in kinds and "start" in missing):
         lost.append("its thinking is left out")
     elif missing - {"start"} or ("start" in missing and "thought" not in placed):
@@ -145,7 +145,7 @@ def came_out(
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested dicts and lists."""
+    """Yields every string in nested dicts and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -178,7 +178,7 @@ def _in_message(message: Mapping, layout: Layout, new: New) -> Mapping:
 
 
 def _kinds(text: str, layout: Layout) -> dict[int, str]:
-    """Which marks go where in a content."""
+    """The kind of sentinel for each position of a content that gets one."""
     if not _has_text(text):
         return {len(text): "blank"} if layout == "outside" else {}
     first, last = _begin(text), len(text.rstrip())
@@ -205,7 +205,7 @@ def _kinds(text: str, layout: Layout) -> dict[int, str]:
 
 
 def _in_parts(parts: Sequence[Any], new: New) -> list[Any]:
-    """A start in the first part that has text, an end in the last one."""
+    """Insert a start into the first part with text, and an end into the last one."""
     parts = list(parts)
     places = [
         at for at, part in enumerate(parts) if isinstance(part, Mapping) and _has_text(part.get("text"))
@@ -227,7 +227,7 @@ def _in_call(call: Any, char: str) -> Any:
 
 
 def _at_ends(value: Any, char: str) -> Any:
-    """The mark behind every string of a tool call's arguments; they may come out in any order."""
+    """Insert the sentinel after every string of a tool call's arguments, because they may be rendered in any order."""
     if isinstance(value, str):
         return _insert(value, {len(value.rstrip()): char}) if _has_text(value) else value
     if isinstance(value, Mapping):
@@ -246,7 +246,7 @@ def _has_text(value: Any) -> bool:
 
 
 def _begin(text: str, start: int = 0) -> int:
-    """The first character from ``start`` on that is no white space."""
+    """The position of the first character at or after ``start`` that is not white space."""
     return len(text) - len(text[start:].lstrip())
 
 
