@@ -65,7 +65,7 @@ SELECTIVE_MODES = tuple(
 )
 OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
 
-# The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and the steps they are made of.
+# The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and their steps.
 native_multi_head_attention = torch._native_multi_head_attention
 transformer_encoder_layer = torch._transformer_encoder_layer_fwd
 transform_bias_rescale_qkv = torch._transform_bias_rescale_qkv

@@ -65,8 +65,8 @@ def say_what_is_left_out(blocks: Blocks, lengths: list[int]) -> None:
         vars(blocks)[_SEEN] = "said"
         warnings.warn(
             f"attnpatch: the sequence has grown past its last block: tokens from {min(left)} on are in no block of the "
-            "map; give Blocks.messages, or Blocks.spans(..., after='answer') for a block of them (grows=True adds them to "
-            "the last one).",
+            "map; give Blocks.messages, or Blocks.spans(..., after='answer') for a block of them (grows=True adds them "
+            "to the last block).",
             AttnpatchWarning,
             stacklevel=3,
         )
