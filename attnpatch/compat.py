@@ -165,24 +165,24 @@ def neg_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor)
 
 
-# accelerate: the hook of a module, and the forward that it has put its own in place of. Without them a module is taken for
-# one that accelerate did not change: inputs are not moved to its device, and its forward is the one that is there.
+# accelerate: the hook of a module, and the module's original forward. If a release has other names, a module counts as
+# unchanged by accelerate: inputs are not moved to its device, and its current forward is used.
 ACCELERATE_HOOK, ACCELERATE_FORWARD = "_hf_hook", "_old_forward"
-# ``torch.compile`` of a module: the module inside. Without it the compiled module is taken as it is.
+# ``torch.compile`` of a module: the module inside. If the name is missing, the compiled module is used as it is.
 COMPILED_MODULE = "_orig_mod"
-# The same of a function: what it was made of. Without it a compiled forward is called as it is.
+# ``torch.compile`` of a function: the original function. If the name is missing, a compiled forward is called as it is.
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
-# An operator of any library: what it says of its arguments. Without it the operator is taken for one that writes to none.
+# The schema of an operator. If the name is missing, the operator counts as one that writes to no argument.
 OPERATOR_SCHEMA = "_schema"
-# transformers: the packed keys of a layer of a quantized cache, and beams that a cache is still to be reordered by. Without
-# them what a cache holds is not known, and a call that it was cut or reordered for is left out.
+# transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are
+# missing, the cache's content is unknown, and calls that cut or reordered it are left out of maps.
 QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
-# transformers: the forward hook that collects attention weights. Without it they are where the model's code puts them.
+# transformers: the forward hook that collects attention weights. If it is missing, the model's own code returns them.
 OUTPUT_HOOK = "output_capturing_hook"
 
 
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function of a host has closed over, by the names in its code; empty where it says nothing."""
+    """The variables in a function's closure, by name; empty if it has none."""
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
     found = {}
     for name, cell in zip(code.co_freevars if code is not None else (), cells, strict=False):

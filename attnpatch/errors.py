@@ -46,10 +46,10 @@ class MissingExtraError(AttnpatchError, ImportError):
 
 
 def in_one_line(error: BaseException, most: int | None = None) -> str:
-    """All that an error says, in one line of at most so many characters."""
+    """The message of an error in one line, of at most ``most`` characters."""
     return " ".join(str(error).split())[:most]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type where it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -19,7 +19,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def layers(block_map: BlockMap, most: int) -> Figure:
-    """Small maps of up to ``most`` layers, evenly spread, on one colour scale."""
+    """Small maps of up to ``most`` layers, evenly spaced, on one colour scale."""
     one = block_map.select(step="mean", head="mean", sequence=0)
     values = one.to_numpy().reshape(len(one.layers), *one.mass.shape[-2:])
     chosen = sorted({round(i) for i in np.linspace(0, len(values) - 1, min(most, len(values)))})
@@ -59,7 +59,7 @@ def row(block_map: BlockMap, number: int) -> Figure:
 
 
 def memory(curve: Sequence[tuple[float, int]]) -> Figure:
-    """Bytes beyond what was held when the run began, over seconds."""
+    """Memory over time: bytes beyond what was held when the run began."""
     seconds, held = np.array(curve, dtype=float).T
     size, unit = next(((s, u) for s, u in _UNITS if held.max() >= s), (1.0, "B"))
     figure = map_figure.new_figure(7.5, 3.4)

@@ -89,8 +89,8 @@ def why_single_pass(
         apart = _seen(model, ids, list(pairwise(edges)), size, policy)
     # Any error of the model means that it cannot continue from its cache.
     except Exception as error:
-        return f"{name} does not go on from its cache ({type(error).__name__}: {in_one_line(error, 120)})"
-    # What is no probability (a linear attention) is no matter of a cache.
+        return f"{name} cannot continue from its cache ({type(error).__name__}: {in_one_line(error, 120)})"
+    # Layers whose rows are not probabilities (linear attention) are not compared.
     kept = (whole.amin((1, 2)) > -_AHEAD) & (whole.sum(-1).amax(1) < 1 + _WIDEST[1])
     if apart.shape == whole.shape:
         whole, apart = whole[kept], apart[kept]

@@ -224,7 +224,7 @@ def write(out: Path, conversation: DemoConversation, finding: Finding) -> dict[s
 
 
 def draw_answer(conversation: DemoConversation, finding: Finding, path: Path) -> Path:
-    """The answer's row of the block map as bars: all messages, and the strongest of them by their words."""
+    """Draw the answer's row of the block map as bars: all messages, and below the strongest ones with their text."""
     figure = map_figure.new_figure(11, 7)
     question = textwrap.shorten(conversation.messages[-1]["content"], 70, placeholder=" ...")
     figure.suptitle(f'"{question}"  "{finding.reply}"', fontsize=12, parse_math=False)

@@ -214,7 +214,7 @@ def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ExplainError(
-            f"device={str(device)!r} cannot be asked: {first_line(error)}; give a device that is here"
+            f"device={str(device)!r} cannot be used: {first_line(error)}; give a device of this machine"
         ) from error
 
 

@@ -98,7 +98,7 @@ def draw(
 
 
 def colours(values: np.ndarray, scale: str, is_signed: bool = False) -> tuple[Any, Any]:
-    """Norm and colour map for some values; for those with signs, 0 is in the middle."""
+    """Norm and colour map for some values; for signed values, 0 is in the middle."""
     colormaps, colors = load_matplotlib().colormaps, load_matplotlib().colors
     low, top = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
     if is_signed or low < 0:
@@ -150,10 +150,10 @@ def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150
 
 
 def load_matplotlib() -> Any:
-    """matplotlib; never its pyplot, whose figures are global and need closing.
+    """The module matplotlib. Its pyplot is not used, because pyplot's figures are global and must be closed.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -165,7 +165,7 @@ def load_matplotlib() -> Any:
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """An empty figure of so many inches.
+    """An empty figure; width and height are in inches.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -44,7 +44,9 @@ _NO_OPENING = (
     "with this chat template it cannot be found where the last message ends and the assistant's next one opens; leave "
     "out add_generation_prompt, or use Blocks.spans."
 )
-_BY_PREFIXES = "sentinels change what the template writes, so messages are divided by rendering up to each of them"
+_BY_PREFIXES = (
+    "sentinels change what the template writes, so messages are divided by rendering up to each of them"
+)
 
 
 @dataclass(frozen=True)
