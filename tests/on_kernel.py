@@ -332,7 +332,7 @@ def test_a_model_and_its_maps(padding, heads):
         torch.from_numpy(kernel.to_numpy()), torch.from_numpy(torch_map.to_numpy()), atol=2e-6, rtol=0
     )
     torch.testing.assert_close(
-        torch.as_tensor(kernel.missing_mass), torch.as_tensor(torch_map.missing_mass), atol=5e-6, rtol=0
+        torch.as_tensor(kernel.unassigned_mass), torch.as_tensor(torch_map.unassigned_mass), atol=5e-6, rtol=0
     )
     assert kernel.to_numpy().max() > 0.2
 

@@ -111,12 +111,19 @@ def test_unknown_normalization():
         make_map().normalize("rows")
 
 
-def test_missing_mass():
+def test_unassigned_mass():
     mass = torch.tensor([[[0.25, 0.25], [0.4, 0.6], [0.0, 0.0]]])
     blocks = BlockMap(mass, [0], "abc", "ab", torch.tensor([3, 1, 0]), torch.tensor([1, 1]))
-    torch.testing.assert_close(blocks.missing_mass, torch.tensor([[0.5, 0.0, 0.0]]))
-    assert ragged().missing_mass[1, :, 2].tolist() == [0, 0]
-    assert make_map(num_heads=3, batch=2).missing_mass.shape == (2, 2, 3, 3)
+    torch.testing.assert_close(blocks.unassigned_mass, torch.tensor([[0.5, 0.0, 0.0]]))
+    assert ragged().unassigned_mass[1, :, 2].tolist() == [0, 0]
+    assert make_map(num_heads=3, batch=2).unassigned_mass.shape == (2, 2, 3, 3)
+
+
+def test_missing_mass_is_the_old_name_of_unassigned_mass():
+    blocks = make_map(num_heads=3, batch=2)
+    with pytest.warns(DeprecationWarning, match="unassigned_mass"):
+        old = blocks.missing_mass
+    torch.testing.assert_close(old, 1 - blocks.mass.sum(-1))
 
 
 def test_blocks_without_tokens_are_zero():

@@ -64,7 +64,7 @@ def assert_same(block_map, expected: np.ndarray) -> None:
     assert np.abs(got[there] - expected[there]).max() <= TOLERANCE
     assert (np.nan_to_num(got[~there]) == 0).all(), "a block that does not exist has mass"
     exists = there.any(-1)
-    missing = np.asarray(block_map.missing_mass, dtype=np.float64).reshape(exists.shape)
+    missing = np.asarray(block_map.unassigned_mass, dtype=np.float64).reshape(exists.shape)
     row_sums = np.nan_to_num(got).sum(-1) + missing
     assert np.abs(row_sums[exists] - 1).max() <= TOLERANCE
 
@@ -173,7 +173,7 @@ def test_learned_sinks_are_missing_mass():
     # Every key is in a block, so what a row lacks is the sinks'.
     taken = 1 - np.nansum(expected, axis=-1)
     exists = ~np.isnan(expected).all(-1)
-    missing = np.asarray(maps.block_map.missing_mass, dtype=np.float64).reshape(taken.shape)
+    missing = np.asarray(maps.block_map.unassigned_mass, dtype=np.float64).reshape(taken.shape)
     assert np.abs(missing[exists] - taken[exists]).max() <= TOLERANCE
     assert taken[exists].max() > 0.05, "the sinks of this model take nothing: the test shows nothing"
 

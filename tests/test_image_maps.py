@@ -362,7 +362,7 @@ def test_an_image_without_text():
     assert maps.keys() == ["self"]
     assert maps.left_out == {}
     assert maps.block_map.mass.shape == (2, 4, 8, 16, 16)
-    np.testing.assert_allclose(maps.block_map.missing_mass, 0, atol=1e-6)
+    np.testing.assert_allclose(maps.block_map.unassigned_mass, 0, atol=1e-6)
 
 
 def test_a_pipeline_of_transformers():

@@ -94,7 +94,7 @@ def assert_same(block_map, expected):
     assert np.abs(got[there] - expected[there]).max() <= TOLERANCE
     assert (got[~there] == 0).all(), "a block that does not exist has mass"
     exists = there.any(-1)
-    missing = block_map.missing_mass.numpy().astype(np.float64)
+    missing = block_map.unassigned_mass.numpy().astype(np.float64)
     assert np.abs((missing - (1 - np.nansum(expected, -1)))[exists]).max() <= TOLERANCE
 
 

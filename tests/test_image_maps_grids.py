@@ -176,7 +176,7 @@ def test_an_image_that_looks_at_text_which_does_not_look():
         "attention (3 tokens)": "are not known to be the image's or the text's: in no block"
     }
     beside = probabilities[0][0].mean(0)[:, TEXT : TEXT + 3].sum(1)
-    assert np.abs(maps.block_map.missing_mass[0].numpy() - beside).max() < 1e-6
+    assert np.abs(maps.block_map.unassigned_mass[0].numpy() - beside).max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------- sizes that change, blocks

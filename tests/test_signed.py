@@ -44,7 +44,7 @@ def test_a_file_that_was_divided_by_signed_sums_is_so_no_more(tmp_path):
 
 def test_what_is_of_probabilities_is_refused():
     with pytest.raises(CaptureError, match="weighted by gradients"):
-        _ = signed().missing_mass
+        _ = signed().unassigned_mass
 
 
 @pytest.mark.parametrize("scale", ["sqrt", "linear"])

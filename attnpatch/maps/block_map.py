@@ -1,6 +1,7 @@
 """BlockMap: which block attends to which, with labels; saved without pickle."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -99,18 +100,25 @@ class BlockMap:
         return torch.where(total == 0, 0.0, self.mass / total).float()
 
     @property
-    def missing_mass(self) -> Tensor:
-        """``[(batch,) (steps,) layers, (heads,) query_blocks]``: 1 - row sum of ``mass``.
+    def unassigned_mass(self) -> Tensor:
+        """Attention on learned sinks and on keys in no block: 1 - row sum of ``mass``.
 
-        What learned sinks and keys outside every block took; 0 for a query block without tokens.
+        Returns:
+            ``[(batch,) (steps,) layers, (heads,) query_blocks]`` float32; 0 for a query block without tokens.
 
         Raises:
-            CaptureError: The map is weighted by gradients, whose rows sum to nothing in particular.
+            CaptureError: The map is weighted by gradients, whose rows have no fixed sum.
         """
         if self.is_signed:
-            raise CaptureError("missing_mass is of probabilities, and this map is weighted by gradients")
-        missing = (1 - self.mass.double().sum(-1)).float()
-        return missing.masked_fill(over_rows(self.query_sizes == 0, missing), 0)
+            raise CaptureError("unassigned_mass needs probabilities, and this map is weighted by gradients")
+        rest = (1 - self.mass.double().sum(-1)).float()
+        return rest.masked_fill(over_rows(self.query_sizes == 0, rest), 0)
+
+    @property
+    def missing_mass(self) -> Tensor:
+        """The old name of ``unassigned_mass``; deprecated."""
+        warnings.warn("BlockMap.missing_mass is now called unassigned_mass", DeprecationWarning, stacklevel=2)
+        return self.unassigned_mass
 
     def normalize(self, normalization: str) -> "BlockMap":
         """The same map with another normalisation. The mass is kept, so any normalisation can follow any other.
