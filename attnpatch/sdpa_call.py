@@ -33,7 +33,7 @@ class SdpaCall:
 
     @classmethod
     def of(cls, args: Any, kwargs: dict[str, Any]) -> SdpaCall:
-        """The call that a host makes with these arguments; torch has refused wrong ones before a mode is asked."""
+        """The call that a host makes with these arguments. torch has already refused invalid ones."""
         named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if "scale" in named:
             named["given_scale"] = named.pop("scale")
