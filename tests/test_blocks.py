@@ -221,7 +221,7 @@ def test_labels_must_match(labels):
 
 
 def test_span_past_the_sequence_names_both():
-    with pytest.raises(BlockError, match="ends at token 9, sequence 1 has 8 real tokens"):
+    with pytest.raises(BlockError, match="ends at token 9, but sequence 1 has 8 real tokens"):
         Blocks.spans([(0, 9)]).resolve(real(9, 8))
 
 
@@ -289,7 +289,7 @@ def test_a_token_of_whitespace_at_the_end_of_a_message_stays_with_it():
 
 def test_a_message_without_tokens_is_refused():
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}", kind="words")
-    with pytest.raises(BlockError, match="message 1 got no token"):
+    with pytest.raises(BlockError, match="message 1 has no token"):
         Blocks.messages(tokenizer, [CHAT[0], {"role": "user", "content": " "}, CHAT[1]])
 
 
@@ -348,7 +348,7 @@ def test_templates_that_cannot_be_divided(template, message):
 
 
 def test_generation_prompt_must_exist():
-    with pytest.raises(BlockError, match="adds nothing"):
+    with pytest.raises(BlockError, match="adds no text"):
         Blocks.messages(make_tokenizer(DROPS_SYSTEM), CHAT[1:], add_generation_prompt=True)
 
 

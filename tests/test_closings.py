@@ -179,7 +179,7 @@ def test_every_message_ends_where_it_is_written(name, prompt):
         assert list(found.labels) == labels + ["assistant (next)"] * (len(expected) > len(messages))
         assert list(found.texts[: len(messages)]) == [m["content"] for m in messages]
         if prompt and not written.opening:
-            with pytest.raises(BlockError, match="adds nothing"):
+            with pytest.raises(BlockError, match="adds no text"):
                 Blocks.messages(tokenizer, messages, add_generation_prompt=True)
         else:
             blocks = Blocks.messages(tokenizer, messages, add_generation_prompt=prompt)

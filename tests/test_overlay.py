@@ -414,7 +414,7 @@ def test_older_files_survive_a_failed_write(plot, tmp_path, monkeypatch):
 
 def test_folders_that_cannot_be_written_are_named(plot, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CaptureError, match=r"cannot write into .*file: it is a file; choose a folder"):
+    with pytest.raises(CaptureError, match=r"cannot write into .*file: it is a file; choose another folder"):
         overlay.write_overlays(photo(), {"a": spot(1, 1)}, tmp_path / "file")
     with pytest.raises(CaptureError, match=r"cannot write into .*below: Not a directory"):
         overlay.write_overlays(photo(), {"a": spot(1, 1)}, tmp_path / "file" / "below")

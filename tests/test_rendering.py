@@ -559,7 +559,7 @@ def test_a_message_without_a_token_of_its_own_is_noted():
 
 def test_the_generation_prompt_may_be_missing():
     found = render(tokenizer_of(INST_SYS), TALK[:4], add_generation_prompt=True)
-    assert "assistant (next)" not in found.labels and "no opening of the assistant" in found.notes[-1]
+    assert "assistant (next)" not in found.labels and "no opening for the assistant" in found.notes[-1]
 
 
 @settings(max_examples=40)
