@@ -610,7 +610,7 @@ def test_what_no_tokenizer_can_do():
 
     with pytest.raises(BlockError, match="load a fast one"):
         render(Slow(), TALK)
-    with pytest.raises(BlockError, match="empty or holds something else"):
+    with pytest.raises(BlockError, match="an element is not a"):
         render(tokenizer_of(CHATML), [])
     for role in (None, 3):
         with pytest.raises(BlockError, match=f"the role {role}; accepted is text"):

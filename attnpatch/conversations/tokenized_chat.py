@@ -105,7 +105,7 @@ def render(
 
 def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) -> None:
     if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        raise BlockError("a conversation is empty or holds something else than {'role', 'content'} mappings.")
+        raise BlockError("a conversation is empty, or an element is not a {'role', 'content'} mapping.")
     odd = next((message["role"] for message in messages if not isinstance(message["role"], str)), "")
     if not isinstance(odd, str):
         raise BlockError(f"a message has the role {odd!r:.60}; accepted is text, such as 'user'.")
