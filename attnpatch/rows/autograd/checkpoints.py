@@ -1,4 +1,4 @@
-"""Activation checkpointing (``torch.utils.checkpoint``, non-reentrant): a recomputation must take the same path as before.
+"""Activation checkpointing (``torch.utils.checkpoint``, non-reentrant): recomputation must take the same path again.
 
 Such a checkpoint counts the tensors that are saved in a forward pass, and expects as many when it recomputes. So
 whether a call goes by rows is remembered with the checkpoint: free memory may differ between the two passes. A

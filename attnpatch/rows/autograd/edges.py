@@ -57,7 +57,7 @@ class Plan:
 
 
 class _TiledFunction(torch.autograd.Function):
-    """Forward: computes the tensor by tiles, or nothing. Backward: recomputes tile by tile, with a small graph for each."""
+    """Forward: computes the tensor by tiles, or nothing. Backward: recomputes tiles, with a small graph for each."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Kept:
                 self.is_replaced = True
 
     def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-        """The kept tensors, or those that autograd saved; the latter raises if one was overwritten without being copied."""
+        """The kept tensors, or autograd's, which raises an error if one was overwritten without being copied."""
         is_known = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
         return (
             self.tensors if self.is_replaced and is_known and not torch.is_grad_enabled() else list(saved())

@@ -69,7 +69,7 @@ class Evaluator(StepMemory):
         self._of_rows: dict[Node, tuple[Any, ...]] = {}
 
     def _follow_lines(self) -> None:
-        """Let nodes above line nodes depend on the axes of the tile's scores, so that they are computed for each tile."""
+        """Let nodes above line nodes depend on the axes of the tile's scores, so they are computed for each tile."""
         added: dict[Node, set[Axis]] = {}
         for node in self.nodes:
             found = set(all_leaves(node.children[0].dims)) if node in self.lines else set()
@@ -78,7 +78,7 @@ class Evaluator(StepMemory):
             added[node] = found
 
     def _renamed(self) -> Iterator[Axis]:
-        """Row axes below a slice or a shift, which has another axis for them, but of which a step still has only a range."""
+        """Row axes below a slice or a shift, which has another axis for them; a step still has only a range of them."""
         for node in self.nodes:
             heads = getattr(node, "heads", None)
             if heads is not None:
@@ -88,11 +88,11 @@ class Evaluator(StepMemory):
                 yield from old if len(old) == 1 and old[0].kind == ROW else ()
 
     def has_rows(self, node: Node, row: Axis | None) -> bool:
-        """True if a row step has only a part of ``node``; False if it has all of it (a bias per key, kept for all steps)."""
+        """True if a row step has only a part of ``node``; False if it has all (a bias per key, kept throughout)."""
         return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
 
     def works(self, row: Axis | None) -> list[int]:
-        """Multiplications per head of each product that a row step makes smaller; not if the row acts as another head."""
+        """Multiplications per head of each product that a row step makes smaller; not if rows act as further heads."""
         return [
             node.work
             for node in self.nodes

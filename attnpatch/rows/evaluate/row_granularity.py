@@ -122,7 +122,7 @@ def _parts(size: int, count: int) -> list[tuple[int, int]]:
 
 
 def of_fused(call: SdpaCall, dtype: torch.dtype) -> RowGranularity:
-    """The granularity for an SDPA call to a fused kernel; exact for torch's CPU kernel, on other devices only for speed.
+    """The granularity for an SDPA call to a fused kernel; exact for torch's CPU kernel, elsewhere only for speed.
 
     Args:
         call: The call.

@@ -40,7 +40,7 @@ class StepMemory:
         self._padded: dict[Node, bool] = {}
 
     def buffer(self, node: OpNode, shape: list[int]) -> torch.Tensor | None:
-        """Memory for a result as wide as the scores, shared by all row steps, on CPU; ``None`` if it may outlive its tile.
+        """Memory for a result as wide as the scores, shared by row steps, on CPU; ``None`` if it may outlive its tile.
 
         glibc returns large tensors to the system at once, and new pages in every step take up to half of its time.
         """

@@ -1,6 +1,6 @@
-"""What the dimensions of attention are: sequences, heads, query tokens and keys, and of which input of the module.
+"""Determines which dimensions of attention are sequences, heads, queries and keys, and from which input they come.
 
-Nothing is taken for granted that was not followed (``sources``). What is known is a ``Layout``; what is not, is a reason.
+Nothing is assumed that was not followed (``sources.py``). The result is a ``Layout``, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.unseen_writes import UNSEEN
 
-# Size, and where it comes from.
+# The size of a dimension, and the axes it comes from; ``None``: not known.
 Entry = tuple[int, Dim | None]
 
 
 class Unknown(Exception):
-    """A fact that a map rests on is not known."""
+    """A fact that a map depends on is not known; the message says which."""
 
 
-# Of inputs with so many dimensions: which are batch, tokens, heads and channels.
+# By number of an input's dimensions, the possible roles: indices of batch, tokens, heads, and channels.
 _PATTERNS: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]] = {
     2: [((), (0,), (), 1)],
     3: [((0,), (1,), (), 2), ((1,), (0,), (), 2), ((0,), (2,), (), 1)],
@@ -36,7 +36,7 @@ _PATTERNS: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
 
 
 class _Reading:
-    """The axes of one attention, told apart."""
+    """Tells the axes of one attention apart."""
 
     def __init__(self, sources: Sources, contracted: Sequence[Axis]) -> None:
         self.sources = sources
@@ -46,7 +46,7 @@ class _Reading:
         self.key_batch: Axis | None = None
 
     def is_head(self, leaf: Axis) -> bool:
-        """Whether an axis is made by a layer, or one part of the channels that the product sums over."""
+        """True if an axis is made by a layer, or is a part of an input's channels, over which the product sums."""
         found = self.sources.origin(leaf)
         if found is None:
             return not self.sources.is_known((leaf,))
@@ -58,7 +58,7 @@ class _Reading:
         return self.sources.made.get(leaf)
 
     def _split(self, found: list[Axis]) -> tuple[Axis, Made] | None:
-        """The axis that the module made, of which these are the parts, all in order: something has reshaped it meanwhile."""
+        """The axis made by the module that was split into exactly these parts by a reshape, or ``None``."""
         if any(self.sources.origin(leaf) is not None for leaf in found):
             return None
         return next(
@@ -66,10 +66,10 @@ class _Reading:
         )
 
     def tokens(self, found: Sequence[Axis], side: str) -> list[tuple[Piece, tuple[int, ...]]]:
-        """What tokens some axes are, in order; each with the dimensions of its input.
+        """The tokens that some axes are, in order, each piece with its dimensions of the input.
 
         Raises:
-            Unknown: They are not all tokens of something.
+            Unknown: They are not tokens, or it is not known which.
         """
         if len(found) == 1 and (made := self._made(found[0])) is not None:
             return self._of_made(found[0], made, side)
@@ -86,7 +86,7 @@ class _Reading:
         places = tuple(dict.fromkeys(origin[1] for origin in origins if origin is not None))
         whole = [leaf for place in places for leaf in leaves(dims[place])]
         if side == "keys" and places[0] == 0 and len(whole) == len(found) + 1 and whole[1:] == list(found):
-            self.key_batch = whole[0]  # the pictures of a sequence, which lie beside those of the next
+            self.key_batch = whole[0]  # several pictures per sequence, one sequence after the other
         elif list(found) != whole:
             raise Unknown(
                 f"its {side} are a part of the tokens, or in another order: its sequence is cut into windows"
@@ -117,7 +117,7 @@ class _Reading:
             if dim is None or (size > 1 and all(self.is_head(one) for one in leaves(dim))):
                 pieces.append((Piece(KEPT, -1, size), ()))
             elif size == 1 and not leaves(dim):
-                # One token is in no axis: the others say of what.
+                # A single token has no axis; the other pieces tell which input it belongs to.
                 pieces.append((Piece(INPUT, -1, 1), ()))
             else:
                 pieces += self.tokens(leaves(dim), side)
@@ -125,9 +125,9 @@ class _Reading:
 
 
 def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
-    """A dimension of sequences or heads that queries and keys share, as the queries have it.
+    """A dimension of sequences or heads that queries and keys share, with the queries' axes.
 
-    One of its own where the keys are those of other sequences: of the first for all, or in another order.
+    A new axis if the keys belong to other sequences: those of the first for all, or in another order.
     """
     if key is None:
         return query
@@ -156,14 +156,14 @@ def layout_of(
     keys: Sequence[Entry],
     contracted: Sequence[Axis],
 ) -> Layout:
-    """What an attention looks like, as far as it is known.
+    """The layout of an attention, or a layout with the reason why it is not known.
 
     Args:
-        sources: Of its module's call.
-        leads: Its leading dimensions, in order.
-        rows: Its dimensions of queries, in order.
-        keys: Its dimensions of keys, in order.
-        contracted: What query and key are multiplied and summed over.
+        sources: The sources of the module's call.
+        leads: The leading dimensions, in order.
+        rows: The dimensions of queries, in order.
+        keys: The dimensions of keys, in order.
+        contracted: The axes over which the product of query and key sums.
     """
     sizes = [math.prod(size for size, _ in side) for side in (leads, rows, keys)]
     try:
@@ -218,7 +218,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     ]
     _check_order(read, [*((number, place) for place in batch_places), *tokens])
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
-        # Heads are handed over by who makes queries and keys apart.
+        # An input with a dimension of heads is expected only if queries and keys are separate inputs.
         raise Unknown("it attends along one of three dimensions of its input: rows of an image, or heads")
     dims = read.sources.inputs[number]
     own_batch = [leaf for place in batch_places for leaf in leaves(dims[place])]
@@ -254,7 +254,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
 
 
 def _named(pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> tuple[Piece, ...]:
-    """One token of which only the length is known is of the input that the queries are of."""
+    """Assign single tokens without an axis to the input of the queries."""
     return tuple(
         dataclasses.replace(piece, number=number) if piece.kind != KEPT and piece.number < 0 else piece
         for piece, _ in pieces
@@ -264,12 +264,12 @@ def _named(pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> tupl
 def _query_input(
     read: _Reading, queries: list[tuple[Piece, tuple[int, ...]]], batch_axes: list[Axis]
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """The input whose tokens the queries are, or the first of several; its dimensions of sequences and of heads."""
+    """The input whose tokens the queries are (the first of several), with its dimensions of sequences and of heads."""
     own = [(piece.number, places) for piece, places in queries if piece.kind == INPUT and piece.number >= 0]
     if not own and queries:
         raise Unknown("its queries are tokens that it keeps itself, not those of an input")
     leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
-    # Of tokens of several inputs: those whose sequences are followed.
+    # If the tokens come from several inputs, take the one whose sequences are followed.
     led = {number for number, _, _ in leads}
     first = next((pair for pair in own if pair[0] in led), own[0] if own else None)
     number, places = first or (leads[0][0] if leads else 0, ())
@@ -296,7 +296,7 @@ def _query_input(
 def _pattern(
     read: _Reading, number: int, rows: tuple[int, ...], leads: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Which dimensions of an input are sequences and heads, if some are its tokens."""
+    """The dimensions of an input that are sequences and heads, given those that are tokens; ``None``: none fit."""
     dims = read.sources.inputs[number]
     large = {place for place, dim in enumerate(dims) if math.prod(axis.size for axis in dim) > 1}
     for batch, tokens, heads, channel in _PATTERNS.get(len(dims), []):
@@ -306,16 +306,16 @@ def _pattern(
             continue
         is_summed = leads is None or (number, channel) in read.summed
         if heads and (read.has_made_channels or read.has_made_heads or not is_summed):
-            continue  # heads of its own beside: these are rows of an image
+            continue  # the module makes its own heads, so this dimension is rows of an image
         if len(dims) == 3 and channel == 1 and (not read.has_made_channels or (number, 1) in read.summed):
-            continue  # channels that no layer has mixed may as well be tokens
+            continue  # channels that no layer has mixed may also be tokens
         return batch, heads
     return None
 
 
 def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> None:
     for piece, places in pieces:
-        # Pictures of one sequence, one after the other: ``[pictures, tokens, channels]``.
+        # Several pictures of one sequence: ``[pictures, tokens, channels]``.
         if piece.number != number and places == (0, 1) and len(read.sources.inputs[piece.number]) == 3:
             continue
         if piece.kind == INPUT and places and _pattern(read, piece.number, places, None) is None:
@@ -325,7 +325,7 @@ def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]],
 
 
 def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
-    """Whether dimensions of inputs lie as the model was given them."""
+    """Raise ``Unknown`` unless dimensions of inputs are known to be in the order of the model's own inputs."""
     moved = read.sources.moved
     name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
     if name in reordered_views.IN_ANOTHER_ORDER:
@@ -341,7 +341,7 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
 
 
 def _numbers(outer: list[Axis], batch: list[Axis]) -> torch.Tensor | None:
-    """For each flattened leading index the number that it has where sequences come first."""
+    """For each flat leading index, its number if sequences came first; ``None`` if they do."""
     order = [*batch, *(leaf for leaf in outer if leaf not in batch)]
     if order == outer or not outer:
         return None

@@ -1,4 +1,4 @@
-"""What functions of torch do to the places of elements, for who follows tokens (``sources``)."""
+"""Tables of torch functions by what they do to the positions of elements; ``sources.py`` follows tokens with them."""
 
 from __future__ import annotations
 
@@ -11,78 +11,78 @@ from attnpatch import compat
 from attnpatch.rows.graph.axes import Dims, fresh, size_of
 from attnpatch.rows.op_table import CASTS, ELEMENTWISE, called
 
-# Functions of torch by what they do to the places of elements. Of anything else the result is not known.
-# The first operand's elements in their order, whatever the shape.
+# For functions in none of these sets, the result is not known.
+# Functions that keep the first operand's elements in row-major order, whatever the shape.
 IN_ORDER = frozenset(
     "reshape view flatten unflatten contiguous clone view_as reshape_as ravel squeeze unsqueeze _unsafe_view".split()
 )
 JOINING = frozenset("cat concat concatenate".split())
-# Other elements of the first operand, or in another order, along one dimension or along some.
+# Functions that pick or reorder the first operand's elements along one or several dimensions.
 MOVING = frozenset(
     "roll flip fliplr flipud rot90 sort argsort msort topk gather index_select take_along_dim repeat_interleave repeat "
     "tile cumsum cumprod cummax cummin".split()
 )
-# In place: other elements along any dimension.
+# In-place functions after which any dimension may hold other elements.
 SCATTERING = frozenset(
     "scatter_ scatter_add_ scatter_reduce_ index_copy_ index_add_ index_put_ index_fill_ put_ masked_scatter_ swapaxes_ "
     "transpose_ resize_ set_".split()
 )
 REDUCING = frozenset("sum mean amax amin prod logsumexp norm std var median max min any all".split())
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
-# Each element is made of the operands' in its place.
+# Functions whose every element is computed from the operands' elements at the same position.
 OF_ALL = ELEMENTWISE | {"lerp", "copy", "fill", "zero", "complex", "polar"}
 ADDING = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
 MULTIPLYING = frozenset("mul multiply __mul__ __rmul__".split())
-# Each element is one of the operands' in its place: of one that was moved it may be every element.
+# Functions that choose one operand's element at each position; all may come from an operand that was reordered.
 CHOOSING = frozenset(["where", "lerp"])
-# Each element is made of the first operand's in its place, or of those in its row of channels.
+# Functions whose every element is computed from the first operand's at the same position, or in the same channel row.
 OF_FIRST = CASTS | frozenset(
     "softmax log_softmax special_softmax layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout "
     "dropout1d dropout2d alpha_dropout feature_alpha_dropout native_dropout prelu rrelu glu expand expand_as "
     "broadcast_to requires_grad_ cpu cuda pin_memory real imag conj angle interpolate mean sum amax amin norm "
     "vector_norm linalg_vector_norm var std argmax argmin softmin data".split()
 )
-# Operators of other libraries: each row of the result is made of the same row of the first operand. These are the
-# quantised linear layers of bitsandbytes.
+# Other libraries' operators that compute each row of the result from the same row of the first operand: the quantised
+# linear layers of bitsandbytes.
 _OF_ROWS = frozenset(
     f"torch._ops.bitsandbytes.{name}"
     for name in (
         "int8_vectorwise_quant int8_linear_matmul int8_scaled_mm int8_mixed_scaled_mm int8_mm_dequant gemm_4bit gemv_4bit"
     ).split()
 )
-# What is written into these says what their dimensions are.
+# Functions that make memory whose dimensions are known only by what is written into it.
 BLANK = frozenset(["new_empty"])
-# The same where the operand is followed: what is made in the shape of a memory that is not may be one too.
+# The same, but only if the operand is followed; otherwise the result may be a cache.
 BLANK_LIKE = frozenset("empty_like zeros_like".split())
 WRITES = frozenset("copy_ data_ index_copy_ __setitem__ index_put_ scatter_".split())
 
 
 def name_of(func: Any) -> str:
-    """The name of a function of torch, alike for an operator's overloads."""
+    """The name of a torch function; the same for all overloads of an operator."""
     name = called(func)
     return name if name.startswith("torch._ops.") else name.partition(".")[0]
 
 
 def is_of(name: str, names: frozenset[str]) -> bool:
-    """Whether a function is among some, also written in place (``add_``, ``__iadd__``)."""
+    """True if a function, or its form that is not in place (of ``add_``, ``__iadd__``), is among ``names``."""
     return name in names or name.rstrip("_") in names or (name[:3] == "__i" and f"__{name[3:]}" in names)
 
 
 def keeps(name: str) -> bool:
-    """Whether a function that returns its operand leaves elements where they are: most of them have nothing to do."""
+    """True if a function that returned its operand has left all elements in their positions."""
     is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
     return not is_in_place or (is_of(name, OF_ALL) and not is_of(name, CHOOSING)) or is_of(name, OF_FIRST)
 
 
 def keeps_rows(name: str) -> bool:
-    """Whether an operator, in whichever overload, makes each row of the same row of its first operand."""
+    """True if an operator (any overload) computes each row from the same row of its first operand."""
     return name.removesuffix(".default") in _OF_ROWS
 
 
 def moved(name: str, dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
-    """Along some dimensions other elements; along all where it is not said along which."""
+    """Dimensions after a function of ``MOVING``: new axes along its ``dim``, or along all if it names none."""
     if name in ("repeat", "tile"):
-        # Once along a dimension is all of it in its order.
+        # A dimension that is repeated once stays as it is.
         whole = ((),) * (result.dim() - len(dims)) + dims
         pairs = zip(whole, result.shape, strict=True)
         return tuple(dim if size_of(dim) == size else fresh([size])[0] for dim, size in pairs)
@@ -105,7 +105,7 @@ def moved(name: str, dims: Dims, args: Any, kwargs: dict[str, Any], result: torc
 
 
 def padded(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims:
-    """Along dimensions that are padded, or cut, no element need be in its place."""
+    """Dimensions after ``pad``: new axes for those that are padded or cut."""
     amounts = list(args[1] if len(args) > 1 else kwargs.get("pad", ()))
     amounts += [0] * (2 * len(dims) - len(amounts))
     return tuple(
@@ -115,8 +115,7 @@ def padded(dims: Dims, args: Any, kwargs: dict[str, Any], result: torch.Tensor) 
 
 
 def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
-    """Which part of an index picks single elements, and along which dimension of the result; ``None``: it is not that
-    simple."""
+    """The position in an index of its only list or index tensor, and the result's dimension; ``None`` otherwise."""
     picks = [place for place, one in enumerate(index) if isinstance(one, (list, torch.Tensor))]
     if len(picks) != 1:
         return None
@@ -134,17 +133,17 @@ def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
 def shows(
     tensor: torch.Tensor, beside: torch.Tensor | None, place: int, masks: Sequence[torch.Tensor] = ()
 ) -> bool:
-    """Whether every token of a tensor is seen in its sum with another one, and not the same in all places.
+    """True if every token of a summand is visible in a sum, and the tokens are not all equal.
 
-    A residual that was multiplied by 0, masked out or subtracted from itself has no tokens any more. Asked only where
-    tokens in order are added to others, since it reads all of both tensors.
+    A residual that was multiplied by 0, masked out or subtracted from itself has no tokens any more. This reads all of
+    both tensors, so it is used only if tokens in order are added to reordered ones.
 
     Args:
-        tensor: Which has tokens in order along a dimension.
-        beside: What it is added to, of the same shape; ``None``: it is joined to that along channels.
+        tensor: The summand, which has tokens in order along a dimension.
+        beside: The other summand, of the same shape; ``None``: the tensors are concatenated along channels instead.
         place: The dimension.
-        masks: Whole numbers ``[batch, tokens]`` that the model is given: where one of only 0 and 1 is 0 there is padding,
-            which many models have as zeros.
+        masks: Integer tensors ``[batch, tokens]`` among the model's inputs. One of only 0 and 1 is a padding mask; many
+            models set padding tokens to zero, so these need not be visible.
     """
     if tensor.is_meta or tensor.shape[place] < 2:
         return True
@@ -153,11 +152,11 @@ def shows(
     with compat.DisableTorchFunction(), torch.no_grad():
         seen = tensor != 0
         if beside is not None and tensor.is_floating_point():
-            # What is below the last bit of the other summand is rounded away.
+            # A value below the last bit of the other summand is rounded away.
             seen = tensor.abs() > beside.abs() * (torch.finfo(tensor.dtype).eps / 2)
         within = [at for at in range(1, tensor.dim()) if at != place]
         is_there = seen.any(tuple(within)) if within else seen
-        # Sequences may be alike.
+        # Sequences of a batch may be equal.
         differs = place == 0 or bool((tensor != tensor.narrow(place, 0, 1)).any())
         if differs and not bool(is_there.all()):
             for mask in masks:
@@ -167,21 +166,21 @@ def shows(
 
 
 def shows_all(tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:
-    """The same along all dimensions but the last, which are channels."""
+    """As ``shows``, along all dimensions but the last, which is channels."""
     return all(shows(tensor, beside, place) for place in range(tensor.dim() - 1))
 
 
 def summand(
     tensor: torch.Tensor, name: str, value: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """A summand as it was before the sum.
+    """A summand as it was before the sum, also if the sum was computed in place.
 
     Args:
         tensor: The summand, as it is now.
-        name: Of the function.
-        value: The other one.
-        result: The sum, which may have taken the summand's place.
-        kwargs: The function's arguments by name.
+        name: The name of the function.
+        value: The other summand.
+        result: The sum; the same tensor as the summand if it was computed in place.
+        kwargs: The function's keyword arguments.
     """
     if tensor is not result or tensor.is_meta or compat.is_transformed():
         return tensor

@@ -1,4 +1,4 @@
-"""What an observer is shown of attention by rows: its probabilities, and what its dimensions are."""
+"""Shows an observer the probabilities of attention by rows, and the layout of its dimensions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attnpatch.rows.provenance.dimensions import layout_of, paired
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.sdpa_call import SdpaCall
 
-# Steps between softmax and the product with the values that do not change what is attended to.
+# Functions between softmax and the product with the values that do not change the probabilities.
 _AFTER_SOFTMAX = CASTS | {"clone"}
 
 
@@ -35,8 +35,8 @@ class Scored:
     """A product of queries and keys.
 
     Attributes:
-        axes: The axis of each dimension of the graph, and where it comes from.
-        contracted: What was summed over.
+        axes: Each axis of the graph, with the tracked dimension it comes from.
+        contracted: The axes that were summed over.
     """
 
     axes: list[tuple[Axis, Dim | None]]
@@ -44,12 +44,12 @@ class Scored:
 
 
 def scored(sources: Sources, product: Product, axes: dict[str, Dim]) -> None:
-    """Remember where the dimensions of scores come from.
+    """Note where the dimensions of scores come from.
 
     Args:
-        sources: Of the site's call.
-        product: Of query and key.
-        axes: The graph's axis of each label of its result.
+        sources: The sources of the site's call.
+        product: The product of query and key.
+        axes: By label of the product's result, the graph's axes.
     """
     query, key = product.pair()
     known: list[dict[str, Dim] | None] = []
@@ -73,7 +73,7 @@ def _is_whole(dim: Dim, axes: Dim) -> bool:
 
 
 def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
-    """Where an axis of a graph comes from, and what its scores were summed over."""
+    """The tracked dimension that an axis of a graph comes from, and the axes over which its scores were summed."""
     found: tuple[Dim | None, list[Axis]] = None, []
     for score in sources.scores:
         for axis, dim in score.axes:
@@ -87,12 +87,14 @@ def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
 
 
 def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[Node, Look] | None:
-    """What to show an observer: the probabilities before dropout and casts, if these are probabilities at all.
+    """The node to show an observer (the probabilities before dropout and casts) and the function that shows it.
+
+    ``None`` if there is no observer, or if the node is not normalised.
 
     Args:
-        probabilities: What the values are multiplied by.
-        keys: The axes that are summed.
-        site: Whose observer it is.
+        probabilities: The operand with which the values are multiplied.
+        keys: The axes that are summed over.
+        site: The attention call.
     """
     observer = site.observer
     if observer is None or observer.is_of_gradient:
@@ -114,7 +116,7 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
         return None
     if site.sources is not None:
         if any(node is other for other in site.sources.shown):
-            return None  # other values of the same attention
+            return None  # shown already: the same probabilities with other values
         site.sources.shown.append(node)
     return guard.attempted(
         functools.partial(_watched, node, axes, keys, site), name="the look at attention", tally=site.tally
@@ -124,7 +126,7 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
 def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: AttentionCall) -> tuple[Node, Look] | None:
     observer, sources = site.observer, site.sources
     assert observer is not None
-    # Scores that serve both sides have the queries of one where the other one has keys.
+    # In attention of both sides, the keys of one side are the rows of the other.
     row_kind = next((kind for kind in (ROW, KEY) if any(a.kind == kind for a in axes if a not in keys)), None)
     rows = [axis for axis in axes if axis not in keys and axis.kind == row_kind]
     leads = [axis for axis in axes if axis not in rows and axis not in keys]
@@ -161,7 +163,7 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: AttentionCall
 
 
 def _runs(rows: Sequence[Axis], tile: Tile) -> Iterator[tuple[int, int]]:
-    """The runs of query tokens of a tile, whose rows may lie in several dimensions."""
+    """The contiguous ranges of query tokens in a tile, whose rows may have several axes."""
     spans = [(*tile.get(axis, (0, axis.size)), axis.size) for axis in rows]
     starts = [0]
     while len(spans) > 1 and spans[-1][:2] == (0, spans[-1][2]):
@@ -189,7 +191,7 @@ def _layout(
     names = {axis: _renamed(node, axis) for axis in (*leads, *rows, *keys)}
     found = {axis: _source(sources, name) for axis, name in names.items()}
     if is_mixed:
-        # Heads that a product has made of others.
+        # Heads that a product has mixed from others.
         found.update({axis: ((Axis(axis.size),), []) for axis in leads if found[axis][0] is None})
     contracted = next((found[axis][1] for axis in rows or leads if found[axis][0] is not None), [])
     contracted = contracted or next((own for _, own in found.values() if own), [])
@@ -199,7 +201,7 @@ def _layout(
 
 
 def _renamed(node: Node, axis: Axis) -> Axis:
-    """The axis that a slice has cut this one from: all of it, or the front of it where a sink's column is dropped."""
+    """The axis from which a slice has made this one, if the slice is all of it, or drops only a sink's column."""
     for step in walk(node):
         if isinstance(step, Joined) and len(step.children) == 1 and axis in leaves(step.dims[step.position]):
             whole = leaves(step.children[0].dims[step.position])
@@ -218,14 +220,14 @@ def _renamed(node: Node, axis: Axis) -> Axis:
             ):
                 first = leaves(joined.children[0].dims[step.position])
                 if any(_has_product(other) for other in joined.children[1:]):
-                    return axis  # keys too, whose values are multiplied elsewhere
+                    return axis  # the other part are keys as well, whose values are multiplied elsewhere
                 if len(first) == 1 and first[0].size == axis.size:
                     return first[0]
     return axis
 
 
 def _is_whole_cut(node: Node, axis: Axis) -> bool:
-    """Whether nothing was left away where an axis got another name."""
+    """True if no slice that has made this axis left anything out."""
     return all(
         step.axis.size == step.children[0].shape[step.position]
         for step in walk(node)
@@ -238,9 +240,9 @@ def _has_product(node: Node) -> bool:
 
 
 def _is_mixed(node: Node, keys: set[Axis]) -> bool:
-    """Whether the weights are of several softmaxes, or of one that was put together with itself: no longer its own rows.
+    """True if the weights combine several softmaxes, or one with itself, so that their rows are no softmax's own.
 
-    One factor for each row (their sum) leaves them that.
+    A factor per row (their sum) does not count.
     """
     steps = list(walk(node))
     softmaxes = {id(s) for s in steps if isinstance(s, OpNode) and getattr(s.func, "__name__", "") in SOFTMAX}
@@ -264,13 +266,13 @@ def _is_mixed(node: Node, keys: set[Axis]) -> bool:
 def name_operands(
     call: SdpaCall, leads: Sequence[Sequence[Axis]], row: Axis, keys: Axis, sources: Sources
 ) -> None:
-    """Say where the operands of an SDPA call come from that was made of a graph.
+    """Note where the operands of an SDPA call come from, if the call was made from a graph.
 
     Args:
         call: The call.
         leads: The graph's axes of each leading dimension.
-        row, keys: Its axes of queries and of keys.
-        sources: Of the site's call.
+        row, keys: The graph's axes of queries and of keys.
+        sources: The sources of the site's call.
     """
 
     def dim_of(axes: Sequence[Axis]) -> Dim | None:
@@ -286,7 +288,7 @@ def name_operands(
 
 
 def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
-    """Show an observer the softmax ``[..., 1, 1]`` of one token that looks at itself: nothing of it is deferred."""
+    """Show an observer the softmax ``[..., 1, 1]`` of a single token that attends to itself, which is not deferred."""
     observer, sources = site.observer, site.sources
     dims = sources.of(probabilities) if sources is not None else None
     if observer is None or observer.is_of_gradient or sources is None or dims is None:
@@ -303,7 +305,7 @@ def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
 
 
 def of_call(call: SdpaCall, sources: Sources | None) -> Layout:
-    """What the dimensions of an SDPA call are."""
+    """The layout of an SDPA call."""
     query, key, q_len, kv_len = call.query, call.key, call.q_len, call.kv_len
     lead = query.shape[:-2]
     if sources is None:

@@ -1,4 +1,4 @@
-"""Which keys a mask leaves open: what padding is, from what attention itself is given."""
+"""Finds which keys a mask leaves open, and so which tokens are padding, from the masks that attention itself gets."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-# A bias this far below the highest of its row closes a key: hosts write -1000, -10000, -1e9 or the lowest number of a
-# dtype, and some divide it by the root of a head's width with the scores. A bias by distance (ALiBi) may be as low in a
-# whole row, or in all that a row looks at.
+# A key is closed if its bias is this far below the highest of its row. Hosts use -1000, -10000, -1e9 or a dtype's
+# lowest number, and some divide it by the root of the head width. A bias by distance (ALiBi) may be as low, but then
+# for a whole row, so only the difference within a row counts.
 _CLOSED = -500.0
-# A row that is as low everywhere looks at nothing.
+# A row that is at or below this everywhere sees no key.
 _LOWEST = -9000.0
-# Elements that are looked at together.
+# Elements that are examined at a time.
 _STEP = 1 << 22
 
-# What makes rows of a mask or a bias of one sequence: ``[rows, kv_len]``, boolean (open) or added to the scores.
+# ``rows(sequence, low, high)``: rows of a sequence's mask, ``[rows, kv_len]``, bool (True: open) or additive.
 Rows = Callable[[int, int, int], torch.Tensor]
 
 
 def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) -> torch.Tensor:
-    """Bool ``[batch, kv_len]``: the keys that some query looks at which is no padding itself.
+    """Bool ``[batch, kv_len]``: the keys that are seen by some query that is not padding itself.
 
-    A row of padding is closed to every key, or its host has opened it to all of them, so that softmax gives numbers: such
-    rows say nothing, unless all are open.
+    The row of a padding query sees no key, or the host lets it see all keys so that softmax gives no NaN. Such rows are
+    ignored, unless all rows are like this.
 
     Args:
-        rows: Gives rows ``low:high`` of the mask of a sequence.
+        rows: Returns rows ``low:high`` of a sequence's mask.
         batch, q_len, kv_len: Sizes.
-        own: The place of the first query among the keys; ``None``: the keys are others' tokens.
+        own: Index among the keys of the first query's own key; ``None``: the keys belong to another sequence.
     """
     found = torch.zeros(batch, kv_len, dtype=torch.bool)
     step = max(1, _STEP // kv_len)
@@ -43,7 +43,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
             says = is_open.any(-1)
             opens |= bool(says.any())
             if own is not None:
-                # The last row of a causal mask is open to all by right.
+                # The last row of a causal mask rightly sees all keys.
                 is_last = torch.arange(own + low, own + high, device=is_open.device) >= kv_len - 1
                 says &= ~is_open.all(-1) | is_last
                 places = torch.arange(low, high, device=is_open.device)
@@ -53,16 +53,16 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
                 some = is_open if bool(says.all()) else is_open[says]
                 found[sequence] |= some.any(0).cpu()
         if own is not None and hides_itself > q_len // 2:
-            # Tokens that do not look at themselves: who looks at a token says nothing of padding.
+            # Most tokens do not see themselves, so the mask does not tell which tokens are padding.
             return torch.zeros(0, dtype=torch.bool)
         if not told:
-            # All rows alike: open to all keys, or nothing but padding.
+            # All rows were ignored: either all keys are open, or all are padding.
             found[sequence] = opens
     return found
 
 
 def open_of(values: torch.Tensor) -> torch.Tensor:
-    """Bool like ``values``, ``[rows, keys]``: what is true, or added and no number that closes."""
+    """Bool ``[rows, keys]`` like ``values``: True where a bool mask is True or an additive one does not close."""
     if values.dtype == torch.bool:
         return values
     highest = values.amax(-1, keepdim=True)
@@ -71,21 +71,21 @@ def open_of(values: torch.Tensor) -> torch.Tensor:
 
 
 def causal_keys(batch: int, q_len: int, kv_len: int) -> torch.Tensor:
-    """The same of a causal call, whose first query looks at the first key."""
+    """The open keys of a causal call, bool ``[batch, kv_len]``; its first query sees the first key only."""
     return (torch.arange(kv_len) < q_len).expand(batch, kv_len)
 
 
-# Of masks that are there as tensors, which a model hands to all of its layers: their version, and what was found.
+# By mask tensor, which a model passes to all its layers: its version, and the results found for it.
 _of_masks: Any = WeakIdKeyDictionary()
 
 
 def once_for(mask: torch.Tensor, key: Hashable, find: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What ``find`` finds of a mask, once for all layers that are given it.
+    """The result of ``find`` for a mask, computed once for all layers that get the same mask.
 
     Args:
-        mask: The mask; one of which no versions are counted (``inference_mode``) is looked at each time.
-        key: What else it depends on.
-        find: Looks at the mask.
+        mask: The mask. Inference tensors have no version counter, so for them ``find`` runs each time.
+        key: Everything else that the result depends on.
+        find: Examines the mask.
     """
     if type(mask) is not torch.Tensor or mask.is_inference():
         return find()

@@ -1,4 +1,4 @@
-"""What is known of axes: which are a module's inputs', and what became of others on their way through its functions."""
+"""Origins: which axes belong to a module's inputs, and how other axes were made from them (joined, sliced, written)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from attnpatch.rows.provenance.filled_in_pieces import Pieces
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """An axis that is no input's, or no longer: joined of others, part of one, or made by the module.
+    """How an axis was made that is not an input's own: joined from others, a part of one, or made by the module.
 
     Attributes:
-        parts: What it was joined from, in order: axes, ``None`` where they are not known, and how many.
-        of: What it is a part of; ``None``: of nothing known.
+        parts: The axes it was joined from, in order, each with its length; ``None`` for axes that are not known.
+        of: The axis that it is a part of, or ``None``.
         part: Which part.
-        has: What was written into it, where it was there before (a cache of fixed size).
-        is_of_others: Whether it is of sequences of which the queries are one, and the keys another.
+        has: The axes of what was written into it, if it existed before (a cache of fixed size).
+        is_of_others: True if queries and keys belong to different sequences along it.
     """
 
     parts: tuple[tuple[Dim | None, int], ...] = ()
@@ -39,24 +39,24 @@ class Origins:
         inputs: The tensors that it is called with, in order, each once.
 
     Attributes:
-        inputs: Their dimensions, every one an axis of its own.
-        made: What became of other axes.
+        inputs: The dimensions of the inputs, each a new axis.
+        made: How other axes were made.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
         self.made: dict[Axis, Made] = {}
-        # Of tensors that nothing was written into yet.
+        # Axes of uninitialized tensors that nothing was written into yet.
         self._blank: set[Axis] = set()
-        # Of those that are filled piece by piece.
+        # For axes of tensors that are filled piece by piece: the pieces.
         self._pieces: dict[Axis, Pieces] = {}
-        # Of axes that hold an input's elements in places that are not known: the number of the input.
+        # For axes that hold an input's elements at unknown positions: the number of the input.
         self._losses: dict[Axis, int] = {}
-        # The number of the input that an axis is of. Only of those that are one's: others may yet become one's.
+        # For axes that come from an input: its number. Others are not cached, since they may come to be an input's.
         self._ranks: dict[Axis, int] = {}
 
     def origin(self, leaf: Axis) -> tuple[int, int, int] | None:
-        """Of which input an axis is, of which of its dimensions, and which part of that; ``None``: of none."""
+        """The number of the input, its dimension, and the part of that dimension that an axis is; ``None`` if none."""
         for number, dims in enumerate(self.inputs):
             for place, dim in enumerate(dims):
                 parts = leaves(dim)
@@ -65,21 +65,21 @@ class Origins:
         return None
 
     def number(self, leaf: Axis) -> int | None:
-        """Of which input an axis is."""
+        """The number of the input that an axis belongs to, or ``None``."""
         found = self.origin(leaf)
         return None if found is None else found[0]
 
     def _earliest(self, own: Dims) -> tuple[int, bool]:
-        """The number of the earliest input that a tensor was made of, and whether it is lost where in it."""
+        """The number of the earliest input that a tensor comes from, and whether positions in it were lost."""
         none = len(self.inputs)
         rank = min(map(self._rank, own), default=none)
         axes = [leaf for dim in own for leaf in leaves(dim)]
-        # What was written over unseen may be tokens of any input.
+        # A tensor that unseen code has written to may hold tokens of any input.
         lost = min((0 if leaf.made_by else self._losses.get(leaf, none) for leaf in axes), default=none)
         return min(rank, lost), lost < none
 
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
-        """Dimensions of a result, of which new ones are places in a tensor that are not known any more."""
+        """The dimensions of a result, with its new axes noted as holding an input's elements at unknown positions."""
         if found is not None and (rank := self._earliest(dims)[0]) < len(self.inputs):
             for leaf in (leaf for dim in found for leaf in leaves(dim)):
                 if leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
@@ -87,7 +87,7 @@ class Origins:
         return found
 
     def _rank(self, dim: Dim) -> int:
-        """The number of the input that it comes from; as many as there are: of none."""
+        """The number of the input that a dimension comes from; the number of inputs if it comes from none."""
         return min(map(self._rank_of, leaves(dim)), default=len(self.inputs))
 
     def _rank_of(self, leaf: Axis) -> int:
@@ -105,7 +105,7 @@ class Origins:
         return found
 
     def _one(self, parts: list[tuple[Dim | None, int]]) -> Dim:
-        """The dimension of pieces that lie one after the other."""
+        """The dimension that is made by concatenating pieces."""
         if len(parts) == 1 and parts[0][0] is not None:
             return parts[0][0]
         whole = self._whole_again(parts)
@@ -117,7 +117,7 @@ class Origins:
         return (axis,) if axis.size > 1 else ()
 
     def is_known(self, dim: Dim) -> bool:
-        """Whether something of it is an input's."""
+        """True if a dimension comes from an input, at least in part."""
         return self._rank(dim) < len(self.inputs) or any(
             (made.of is not None and self.is_known((made.of,)))
             or (made.has is not None and (not leaves(made.has) or self.is_known(made.has)))
@@ -126,7 +126,7 @@ class Origins:
         )
 
     def _whole_again(self, parts: list[tuple[Dim | None, int]]) -> Dim | None:
-        """The axis that was cut into these pieces, if they are all of it in its order."""
+        """The axis that was cut into these pieces, if they are all of it, in order; otherwise ``None``."""
         place, whole = 0, None
         for dim, size in parts:
             own = (list(dim) if size == 1 else leaves(dim)) if dim is not None else []
@@ -139,7 +139,7 @@ class Origins:
         return (whole,) if whole is not None and place == whole.size else None
 
     def _take_places(self, own: Dims, dims: Dims) -> bool:
-        """Whether what is written comes from where it goes to; what is blank takes over where it comes from."""
+        """True if written values have the same origin as the place they go to; blank axes take over their origin."""
         for mine, theirs in zip(reversed(own), reversed(dims), strict=False):
             place, source = leaves(mine), leaves(theirs)
             if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
@@ -156,14 +156,14 @@ class Origins:
         return True
 
     def _blank_part(self, place: list[Axis]) -> tuple[Axis, Part] | None:
-        """The blank axis that a place is a piece of, and which; ``None``: of none."""
+        """The blank axis that a place is a part of, and the part; ``None`` if there is none."""
         made = self.made.get(place[0], Made()) if len(place) == 1 else Made()
         if made.of is None or made.part is None or made.part.step != 1 or made.of not in self._blank:
             return None
         return (made.of, made.part) if leaves((made.of,)) == [made.of] else None
 
     def _fill(self, blank: Axis, part: Part, source: Dim) -> bool:
-        """Write into a piece of a blank axis, which so is joined of such pieces; whether it held nothing else there."""
+        """Write into a part of a blank axis, which is then joined from such parts; False if it held others there."""
         pieces = self._pieces.setdefault(blank, Pieces())
         there = pieces.at(part.start, part.count)
         if there is not None:
@@ -179,7 +179,7 @@ class Origins:
         return True
 
     def _signed(self, dim: Dim) -> list[Any]:
-        """Where a dimension comes from, alike for the same part of one input, and for what was joined of the same."""
+        """A value that is equal for two dimensions with the same origin."""
         return [self.origin(leaf) or self._signed_made(leaf) for leaf in leaves(dim)]
 
     def _signed_made(self, leaf: Axis) -> Any:
@@ -189,7 +189,7 @@ class Origins:
         if made.has is not None:
             return "slots", leaf.size, *self._signed(made.has)
         if made.parts:
-            # Of what the module kept there is only the length: half of a key may lie in one cache, half in another.
+            # For what the module kept, only the length counts: half of a key may be in one cache, half in another.
             known = [part if part is not None and self.is_known(part) else None for part, _ in made.parts]
             sizes = [size for _, size in made.parts]
             return "joined", *sizes, *(None if part is None else tuple(self._signed(part)) for part in known)

@@ -1,8 +1,9 @@
-"""Which tensors of a model's call hold its tokens in another order than the model was given them.
+"""Tracks which tensors of a model's call hold its tokens in another order than the model was given them.
 
-A site is followed from its inputs (``sources``), and takes their tokens for the model's. Where a model turns, shifts or sorts
-its tokens between sites, or the sequences of its batch, that is not so. Only functions that do this are looked for, and what
-is made of their results: a sum with a tensor that was not moved (a residual) has its order.
+A site is followed from its own inputs (``sources.py``), whose tokens are taken for the model's. That is wrong if the
+model rolls, flips or sorts its tokens, or the sequences of its batch, between sites. So functions that do this are
+looked for, and their results are followed. A sum with a tensor that was not reordered (a residual) has that tensor's
+order.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
 
-# Functions that put elements into another order, along one dimension or along some.
+# Functions that reorder elements along one or several dimensions.
 _MOVING = frozenset(
     "roll flip fliplr flipud rot90 sort msort gather index_select take_along_dim __getitem__".split()
 )
-# The same with an order of their own for every element, which is not looked at.
+# Those whose order differs from element to element, and is not examined.
 _BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
-# What a tensor holds is another's then, as that one lies.
+# Functions after which a tensor holds another one's elements, in that one's order.
 _TAKING = frozenset("copy_ set_ data_".split())
 
-# A dimension, and where each of its elements came from; ``None``: that is not known.
+# A dimension, and for each of its elements the former index; ``None``: not known.
 Order = tuple[int, torch.Tensor] | None
 
 
 class Moved(TorchFunctionMode):
-    """Sees the functions of a model's call, those of its attention left out."""
+    """A mode that sees the functions of a model's call, except those inside its attention sites."""
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
         super().__init__()
-        # How many sites run, one inside the other.
+        # Number of nested sites that are running.
         self.depth = 0
-        # Who follows the functions of the latest of them.
+        # The sources that follow the functions of the innermost one.
         self.inside: Sources | None = None
-        # Of each tensor which function moved it, and how.
+        # By tensor: the function that reordered it, and the order.
         self._found: Any = WeakIdKeyDictionary()
         with compat.DisableTorchFunction():
             self._turned = Turned(module, given)
@@ -57,7 +58,7 @@ class Moved(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.depth or torch.compiler.is_compiling():
             return result
-        # What is asked of tensors here is no function of the host's, for whatever other mode watches.
+        # The functions called here are attnpatch's own: no other mode must see them.
         with compat.DisableTorchFunction():
             guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
         return result
@@ -73,20 +74,20 @@ class Moved(TorchFunctionMode):
         self._turned.follow(name, func, args, kwargs, result)
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
-        """What has moved the elements of a tensor, by dimension; of those left out they lie as the model was given them."""
+        """By dimension, the function that has reordered a tensor's elements; others are in the model's order."""
         found = self._found.get(tensor)
         moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
         if self.depth < 2:
-            # Inside of another site functions are not seen here.
+            # Inside another site this mode does not see functions.
             self._turned.has_tokens(tensor)
         return {**self._turned.why(tensor), **moved}
 
     def sides(self, tensor: torch.Tensor) -> list[int]:
-        """Rows and columns that the tokens of a tensor are of; empty: that is not known."""
+        """The lengths of the dimensions that were merged into a tensor's tokens; empty: not known."""
         return self._turned.sides(tensor)
 
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
-        """Attention has run: what it gives for tokens lies as they do."""
+        """Note after a site has run that its result has the order of its input tokens."""
         with compat.DisableTorchFunction():
             self._through(given, result)
 
@@ -120,7 +121,7 @@ class Moved(TorchFunctionMode):
             return
         first = tensors[0]
         if name in _MOVING and not self._turned.has_tokens(first):
-            return  # positions
+            return  # made from positions, not from tokens
         before = self._found.get(first)
         if name in _MOVING:
             self._move(name, args, kwargs, first, before, result)
@@ -129,9 +130,9 @@ class Moved(TorchFunctionMode):
             self._keep((name, None), result, result)
             return
         if name in CONVOLUTIONS or name in ("linear", "embedding"):
-            tensors = tensors[:1]  # a filter that was turned moves no token
+            tensors = tensors[:1]  # a filter that was flipped does not reorder tokens
         if is_setting(name):
-            tensors = tensors[:1]  # what is put between others lies where they lay
+            tensors = tensors[:1]  # the result has the order of the tensor that is written to
         moved = [tensor for tensor in tensors if tensor in self._found]
         one = result[0] if isinstance(result, (tuple, list)) and result else result
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
@@ -142,7 +143,7 @@ class Moved(TorchFunctionMode):
         self._keep(self._found[moved[0]], moved[0], result)
 
     def _take(self, name: str, args: Any) -> None:
-        """All of a tensor was written over; a part of it leaves it as it was."""
+        """Take over the order of written values, if all of a tensor was overwritten."""
         target, value = args[0], args[-1]
         index = args[1] if name == "__setitem__" else ...
         is_whole = all(one is ... or one == slice(None) for one in index) if isinstance(index, tuple) else (
@@ -191,14 +192,14 @@ class Moved(TorchFunctionMode):
 
 
 def _is_picked(index: Any) -> bool:
-    """Whether an index names elements one by one."""
+    """True if an index has a list or an index tensor."""
     return any(
         isinstance(one, (torch.Tensor, list)) for one in (index if isinstance(index, tuple) else (index,))
     )
 
 
 def _picks_all(ids: Any, table: Any) -> bool:
-    """Whether rows of a table that nobody has learned, as many as there are, are put into another order."""
+    """True if an embedding reorders all rows of a table that is not a parameter."""
     if isinstance(table, torch.nn.Parameter) or table.dim() != 2 or ids.dim() < 1 or ids.is_floating_point():
         return False
     count = len(table)
@@ -216,7 +217,7 @@ def _flat(value: Any) -> Iterator[Any]:
 def _orders(
     name: str, args: Any, kwargs: dict[str, Any], first: torch.Tensor, result: torch.Tensor
 ) -> Iterator[Order]:
-    """Along which dimensions a function has put all elements into another order, and into which."""
+    """The dimensions along which a function has reordered all elements, each with the order."""
     if result.shape != first.shape:
         return
     if name == "__getitem__":
@@ -256,7 +257,7 @@ def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
 
     Args:
         module: The model.
-        given: What it is called with.
+        given: Its arguments.
     """
     outer, here.order = here.order, Moved(module, given)
     try:
@@ -267,21 +268,21 @@ def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
 
 
 def watch() -> Moved | None:
-    """The watch on the model's call that this thread is in."""
+    """The ``Moved`` mode of the running model call in this thread, or ``None``."""
     return here.order
 
 
 def sides(tensor: torch.Tensor) -> list[int]:
-    """Rows and columns that the tokens of a tensor are of, as the model's functions have made them; empty: not known."""
+    """The lengths of the dimensions that the model has merged into a tensor's tokens; empty: not known."""
     return [] if here.order is None else here.order.sides(tensor)
 
 
 @contextlib.contextmanager
 def paused(watch: Moved) -> Iterator[None]:
-    """A site runs, whose own functions are followed otherwise, and which must take the way it takes without a watch."""
+    """Switch the mode off while a site runs: ``Sources`` follow its functions, and it must run as without a mode."""
     watch.depth += 1
     try:
-        with without(watch):  # Where it stays, it does nothing.
+        with without(watch):  # if it stays on torch's stack, ``depth`` makes it do nothing
             yield
     finally:
         watch.depth -= 1

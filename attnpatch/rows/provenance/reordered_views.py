@@ -1,10 +1,9 @@
-"""Which tensors of a model's call hold its tokens elsewhere than they were, or in places that are not known.
+"""Tracks which tensors of a model's call hold its tokens at other positions than before, or at unknown ones.
 
-Rows and columns of an image that change places, windows one after the other, halves that are swapped: dimensions are cut,
-put into another order and joined again. They are followed as those of a module are (``sources``), from the tensor that is
-cut or turned first: as it lies there is the order of the model. A function that is not known to leave tokens where they are
-makes dimensions of its own, which bear its name (``Axis.made_by``): a product along tokens, pieces that are stacked, what is
-written at an index.
+Models transpose the rows and columns of an image, cut it into windows, or swap halves: dimensions are split, permuted
+and merged again. They are followed as inside a module (``sources.py``), beginning with the tensor that is split or
+transposed first, whose order is taken for the model's. A function that is not known to leave tokens in place makes new
+axes that bear its name (``Axis.made_by``): a product along tokens, stacked pieces, a write at an index.
 """
 
 from __future__ import annotations
@@ -26,36 +25,36 @@ from attnpatch.rows.provenance.tensors import share_memory, tensors_in
 from attnpatch.rows.provenance.token_order import Order
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
 
-# Functions that change the order of dimensions, and those that take a piece of a tensor.
+# Functions that permute dimensions, and functions that take a part of a tensor.
 _TURNING = frozenset(
     "transpose permute movedim moveaxis swapaxes swapdims T mT H mH t adjoint as_strided unfold".split()
 )
 _CUTTING = frozenset(
     "__getitem__ narrow split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unbind select".split()
 )
-# Functions with an order that another look finds out, exactly (``moved``): tokens stay in their dimension here.
+# Functions whose order ``reordered.py`` tracks exactly: here their tokens stay in their dimension.
 _ORDERED = frozenset("roll flip fliplr flipud rot90 sort msort gather index_select take_along_dim".split())
-# Along the dimensions after the first two tokens are taken together or pulled apart, and keep their order.
+# Functions that pool or spread tokens along the dimensions after the first two, and keep their order.
 _SPATIAL = element_places.CONVOLUTIONS | frozenset(
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate "
     "upsample upsample_nearest upsample_bilinear pixel_shuffle pixel_unshuffle unfold".split()
 )
-# Each token is made of itself and others, in its place.
+# Functions that compute each token from itself and others, at the same position.
 _MIXING = frozenset("cumsum cumprod cummax cummin logcumsumexp lstm gru rnn_tanh rnn_relu".split())
 _LEAVING_TOKENS = frozenset("linear bilinear index_fill embedding __get__".split()) | _MIXING
-# A dimension of one element is made one of many.
+# Functions that expand a dimension of size 1.
 _EXPANDING = frozenset("expand expand_as broadcast_to".split())
-# Writes into what is there: in place, or into a copy of it.
+# Functions that write into a tensor, or into a copy of it.
 _SETTING = frozenset(
     "__setitem__ copy scatter scatter_add scatter_reduce index_copy index_add index_put index_reduce put masked_scatter "
     "select_scatter slice_scatter diagonal_scatter".split()
 )
 _NAMES = {"__getitem__": "a slice or an index", "__setitem__": "writing at places"}
 IN_ANOTHER_ORDER = _ORDERED | {"views", "an index"}
-# How deep in what a model is called with its tensors are looked for.
+# How deep in a model's arguments tensors are looked for.
 _DEPTH = 6
-# Out of torch, and back again.
+# Functions that leave torch, and functions that come back.
 _OUT, _BACK = (
     frozenset("numpy tolist __array__".split()),
     frozenset("from_numpy tensor as_tensor asarray".split()),
@@ -66,14 +65,14 @@ class Turned:
     """Follows the tokens of a model's call."""
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
-        # Here writes are looked for once, by ``_is_bare``.
+        # These notes do not watch for unseen writes, since ``_is_bare`` does.
         self._sources, self._module = Sources([], notes=Notes()), module
         self._look = Order(self._sources)
-        # Of tensors whose making was seen: whether no token has gone into them (made here, or of learned numbers alone).
+        # For tensors whose origin was seen: True if they hold no tokens (new ones, or made from parameters alone).
         self._is_bare = Notes(self._strayed)
-        # Whole numbers that the model is given for each token: ids, masks of padding.
+        # Integer inputs of the model with one element per token: ids, padding masks.
         self._of_tokens: list[torch.Tensor] = []
-        # Of slices with steps: of which tensor, and begin and step by dimension.
+        # For slices with steps: the source tensor, and start and step by dimension.
         self._slices: Any = WeakIdKeyDictionary()
         self._constants: frozenset[int] | None = None
         self._has_left_torch = self._has_others = False
@@ -82,7 +81,7 @@ class Turned:
     def follow(
         self, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any
     ) -> None:
-        """A function of torch's has run."""
+        """Called after each torch function."""
         given = result if isinstance(result, (tuple, list)) else (result,)
         results = [one for one in given if type(one) is torch.Tensor]
         if not results and name in EXPOSING and args and self._is_plain(args[0]):
@@ -90,7 +89,7 @@ class Turned:
         is_set, is_foreign = is_setting(name), name.startswith("torch._ops.")
         if not results and name not in _OUT and not is_set and not is_foreign:
             return  # a shape, a dtype
-        # Memory that is handed over for the result says nothing of it.
+        # ``out=`` does not contribute to the values of the result.
         given_out = [*tensors_in(kwargs.get("out"))]
         kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if self._is_plain(tensor)]
@@ -119,7 +118,7 @@ class Turned:
             self._spread(one, reasons)
 
     def _spread(self, written: torch.Tensor, before: dict[int, str]) -> None:
-        """A tensor holds tokens in another order than before: so do all that lie in its memory."""
+        """After a write that changed a tensor's order, the order of all tensors in its memory is lost, too."""
         base = _base(written)
         now = self.why(written) or self.why(base)
         if not now or now == before:
@@ -129,16 +128,16 @@ class Turned:
                 self._lose(one, next(iter(now.values())))
 
     def sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The other tensors that lie in the memory of one, as far as they were seen."""
+        """The other known tensors that share the memory of one."""
         return [one for one in self._is_bare if one is not tensor and share_memory(one, tensor)]
 
     def _strayed(self, tensor: torch.Tensor) -> bool:
-        """Something that was not seen has written to a tensor: whether it still holds no token."""
+        """Called if unseen code has written to a tensor: it may hold tokens now (False), in an unknown order."""
         self._lose(tensor, UNSEEN)
         return False
 
     def _see(self, given: Any, depth: int = 0) -> None:
-        """What the model is given, also in objects of any kind."""
+        """Note the tensors among the model's arguments, also inside objects of any kind."""
         if isinstance(given, torch.Tensor):
             self._is_bare[given] = False
             if type(given) is torch.Tensor and given.dim() == 2 and not given.is_floating_point():
@@ -153,16 +152,16 @@ class Turned:
                 self._see(each, depth + 1)
 
     def _is_plain(self, tensor: torch.Tensor) -> bool:
-        """Tensors of other classes make plain ones where nobody sees it, and must not be asked what they are views of."""
+        """True for plain tensors. Subclasses make plain tensors unseen, and must not be asked for their base."""
         is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         self._has_others |= not is_plain
         return is_plain
 
     def has_tokens(self, tensor: torch.Tensor) -> bool:
-        """Whether something of what the model was given is in a tensor.
+        """True if a tensor may hold tokens from the model's inputs.
 
-        One that no function of torch has made inside the model's call is a constant of the model, or what code that cannot
-        be followed has made of its tokens (another library's, scripted).
+        A tensor that no torch function has made inside the model's call is either a constant of the model, or was made
+        from tokens by code that cannot be followed (another library's, scripted).
         """
         if type(tensor) is torch.nn.Parameter:
             return False
@@ -185,12 +184,12 @@ class Turned:
         result: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> bool:
-        """Whether a function adds a tensor with all of the result's tokens, in their order (a residual), to a moved one."""
+        """True if a function adds a tensor with all of the result's tokens in order (a residual) to a reordered one."""
         return (
             element_places.is_of(name, element_places.ADDING)
             and self.has_tokens(tensor)
             and has_tokens_of(tensor, result)
-            # What lies last are channels, which layers make.
+            # The last dimension is channels, whose order does not matter.
             and not any(place < tensor.dim() - 1 for place in self.why(tensor))
             and all(
                 self._shows(element_places.summand(tensor, name, moved, result, kwargs), moved, place)
@@ -199,12 +198,12 @@ class Turned:
         )
 
     def through(self, given: Sequence[torch.Tensor], result: Any, inside: Sources | None) -> None:
-        """Attention has run: what it gives for tokens lies as they do.
+        """Note after attention has run that its result has the order of its input tokens.
 
         Args:
             given: The tensors that it was called with.
-            result: What it gave.
-            inside: Who has followed its functions; ``None``: nobody.
+            result: Its result.
+            inside: The sources that have followed its functions, or ``None``.
         """
         for one in given:
             if inside is None or inside.has_seen_writes(one):
@@ -226,12 +225,12 @@ class Turned:
                 self._sources.give(one, (*dims[:-1], *fresh(one.shape[-1:])))
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
-        """Dimensions of a tensor whose elements lie in another order than they did, or in no known one: what did it."""
+        """By dimension whose elements are in another order than before, or in an unknown one: the cause."""
         dims = self._sources.of(tensor)
         return {} if dims is None else self._look.why(dims)
 
     def sides(self, tensor: torch.Tensor) -> list[int]:
-        """Rows and columns (and frames) that the tokens ``[batch, tokens, channels]`` are of; empty: that is not known."""
+        """The lengths (frames, rows, columns) merged into tokens ``[batch, tokens, channels]``; empty: not known."""
         dims = self._sources.of(tensor)
         return [] if dims is None or len(dims) != 3 else self._look.sides(dims[1])
 
@@ -266,7 +265,7 @@ class Turned:
                 self._sources.give(one, dims)
             return
         if name == "__getitem__" and dims is not None and results[0].numel() == first.numel():
-            # A mask that takes all there is, of one dimension or of several.
+            # A mask that is true everywhere, over one or several dimensions.
             count = first.dim() - results[0].dim() + 1
             if _is_mask(given[0][1], count):
                 joined = tuple(axis for dim in dims[:count] for axis in dim)
@@ -276,7 +275,7 @@ class Turned:
             self._sources.give(results[0], (*dims[:-1], *fresh(results[0].shape[-1:])))
             return
         if name in element_places.IN_ORDER and dims is not None and results[0].numel() == first.numel():
-            # In their order, whatever lies in memory: neighbours that are taken together are pieces of one dimension.
+            # Row-major order, whatever the memory layout: adjacent dimensions that are merged become one dimension.
             grouped = regroup(dims, results[0].shape)
             if grouped is not None:
                 self._sources.give(results[0], grouped)
@@ -294,7 +293,7 @@ class Turned:
             self._beside(own, results[0])
 
     def _begin(self, name: str, own: list[torch.Tensor], result: torch.Tensor) -> bool:
-        """Follow what a function takes from now on; whether there is something to follow."""
+        """Begin to follow a function's operands, if needed; False if there is nothing to follow."""
         if name in element_places.JOINING:
             for tensor in own:
                 self._order(tensor)
@@ -309,7 +308,7 @@ class Turned:
         return True
 
     def _order(self, tensor: torch.Tensor) -> None:
-        """As a tensor lies now is the order of those of its axes that were not seen before."""
+        """Take the present order of a tensor as the right one for those of its axes that were not seen before."""
         dims = self._sources.of(tensor)
         if dims is None:
             dims = fresh(tensor.shape)
@@ -324,7 +323,7 @@ class Turned:
     def _mark(
         self, name: str, before: list[Dims], own: list[torch.Tensor], results: list[torch.Tensor]
     ) -> None:
-        """Dimensions that a function has made: what they hold is known of some functions only."""
+        """Mark new axes with the function that made them, unless it is known to keep tokens in place."""
         kept = {leaf for dims in before for dim in dims for leaf in leaves(dim)}
         by_place = _is_elementwise(name) or element_places.is_of(name, element_places.OF_FIRST)
         for one in results:
@@ -344,7 +343,7 @@ class Turned:
     def _merge(
         self, name: str, given: tuple[Any, dict[str, Any]], first: torch.Tensor, result: torch.Tensor
     ) -> None:
-        """Slices of all neighbours, put together along channels: the same image, coarser (as Swin merges patches)."""
+        """Recognise strided slices concatenated along channels: the same image, coarser (Swin's patch merging)."""
         if name == "__getitem__":
             index = _listed(given[0][1])
             steps = [(one.start or 0, one.step or 1) for one in index if isinstance(one, slice)]
@@ -365,7 +364,7 @@ class Turned:
     def _padded(
         self, dims: Dims, first: torch.Tensor, result: torch.Tensor, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        """Nothing before or after the tokens is like a piece that was joined to them."""
+        """Treat padding with a constant like a piece that was concatenated to the tokens."""
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
         amounts = list(args[1] if len(args) > 1 else kwargs.get("pad", ()))
         if mode != "constant" or len(amounts) > 2 * len(dims):
@@ -381,7 +380,7 @@ class Turned:
         self._sources.give(result, tuple(found))
 
     def _pooled(self, dims: Dims, first: torch.Tensor, results: list[torch.Tensor]) -> None:
-        """Sequences and channels stay where they are."""
+        """After pooling, dimensions that keep their length (sequences, channels) keep their axes."""
         for one in results:
             if one.dim() == len(dims) > 2:
                 pairs = zip(dims, first.shape, one.shape, strict=True)
@@ -391,8 +390,10 @@ class Turned:
     def _settle(
         self, name: str, own: list[torch.Tensor], result: torch.Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """Of tensors that have all of the result's tokens: a sum has the order of one that is in order (a residual), all
-        else that of the one that is not."""
+        """Choose the axes of an elementwise result among the operands that have all of its tokens.
+
+        A sum takes those of an operand in order (a residual); any other function those of an operand out of order.
+        """
         known = self._sources.of(result)
         whole = [tensor for tensor in own if has_tokens_of(tensor, result)]
         if not whole or known is None:
@@ -416,12 +417,11 @@ class Turned:
         self._sources.give(result, tuple(found))
 
     def _shows(self, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
-        """Whether the tokens of a tensor are seen in a sum; see ``element_places.shows``."""
+        """True if the tokens of a tensor are visible in a sum; see ``element_places.shows``."""
         return element_places.shows(tensor, beside, place, self._of_tokens)
 
     def _beside(self, own: list[torch.Tensor], result: torch.Tensor) -> None:
-        """Of tensors that are joined along channels one that is in order has the order of the result, as in a sum: tokens
-        with their neighbours beside them."""
+        """For tensors concatenated along channels, take the axes of one that is in order, as in a sum."""
         known = self._sources.of(result)
         if known is None or len(own) < 2 or any(one.shape[:-1] != result.shape[:-1] for one in own):
             return
@@ -447,7 +447,7 @@ class Turned:
         tensors: list[torch.Tensor],
         results: list[torch.Tensor],
     ) -> None:
-        """Something was written into a tensor, or into a copy of it."""
+        """Follow a write into a tensor, or into a copy of it."""
         target, value = args[0] if args else tensors[0], _value_of(name, args, kwargs)
         if not self._is_plain(target):
             return
@@ -468,7 +468,7 @@ class Turned:
         elif name == "copy_":
             view, out = out, out if out._base is None else out._base
         if view is None:
-            # At an index: other tokens among those that are there, or all of them.
+            # A write at an index: it may replace some of the tokens, or all.
             is_piece = _base(value).numel() == out.numel() or _base(value) is _base(target)
             if self._is_bare.get(out) or value.numel() >= out.numel() or is_piece:
                 self._lose(out, name)
@@ -484,7 +484,7 @@ class Turned:
                 view.stride(),
                 end - out.storage_offset(),
             ):
-                # What a decoder is given is the text moved on by its first token.
+                # Integers may be shifted: a decoder's input is the text shifted by one token.
                 if value.is_floating_point():
                     self._lose(out, name)
             elif self._is_bare.get(out):
@@ -495,7 +495,7 @@ class Turned:
             self._lose(out, name)
 
     def _lose(self, tensor: torch.Tensor, name: str) -> None:
-        """Where a tensor's elements come from is not known any more."""
+        """Note that the origin of a tensor's elements is no longer known."""
         self._is_bare[tensor] = False
         dims = fresh(tensor.shape)
         for leaf in (leaf for dim in dims for leaf in leaves(dim)):
@@ -509,7 +509,7 @@ def _is_elementwise(name: str) -> bool:
 
 
 def _is_nothing(name: str, args: Any) -> bool:
-    """Whether tokens are multiplied by 0."""
+    """True for a multiplication by the number 0."""
     return element_places.is_of(name, element_places.MULTIPLYING) and any(
         isinstance(one, (int, float)) and one == 0 for one in args
     )
@@ -517,13 +517,13 @@ def _is_nothing(name: str, args: Any) -> bool:
 
 @functools.cache
 def is_setting(name: str) -> bool:
-    """Whether a function writes into a tensor, or into a copy of it."""
+    """True if a function writes into a tensor, or into a copy of it."""
     return element_places.is_of(name, _SETTING)
 
 
 @functools.cache
 def _leaves_tokens(name: str) -> bool:
-    """Whether a function is known to leave tokens where they are."""
+    """True if a function is known to leave tokens at their positions."""
     return (
         _is_elementwise(name)
         or name in _LEAVING_TOKENS
@@ -532,7 +532,7 @@ def _leaves_tokens(name: str) -> bool:
 
 
 def _begins(name: str, first: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether a function cuts or turns a tensor along more than its channels."""
+    """True if a function slices or permutes a tensor along more than its channels."""
     if first.dim() < 2:
         return False
     if name in _TURNING:
@@ -543,7 +543,7 @@ def _begins(name: str, first: torch.Tensor, result: torch.Tensor) -> bool:
 
 
 def _is_wide(tensor: torch.Tensor) -> bool:
-    """Whether it has more than one dimension of several elements."""
+    """True if a tensor has more than one dimension longer than 1."""
     return sum(size > 1 for size in tensor.shape) > 1
 
 
@@ -552,7 +552,7 @@ def _base(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _value_of(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What is written; ``None``: a number."""
+    """The tensor that is written; ``None`` if it is a number."""
     named = [kwargs.get(key) for key in ("src", "source", "values", "value")]
     at = 1 if name in ("select_scatter", "slice_scatter", "diagonal_scatter") else -1
     given = [*named, *(args[at:][:1] if len(args) > 1 else ())]
@@ -569,12 +569,12 @@ def _listed(index: Any) -> tuple[Any, ...]:
 
 
 def is_learned(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a parameter, or a view of one: it has no tokens."""
+    """True if a tensor is a parameter or a view of one, so that it holds no tokens."""
     return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
 
 
 def has_tokens_of(tensor: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether a tensor has all of the result's tokens: numbers that were learned have none."""
+    """True if a tensor can hold all of the result's tokens: same shape, and not a parameter."""
     return (
         tensor.shape == result.shape
         and not is_learned(tensor)

@@ -1,9 +1,9 @@
-"""A module that does the same for every token need not be followed for every token.
+"""Avoids following a module's functions again for every generated token.
 
-While a sequence is generated, each call of an attention module runs the same functions on tensors of the same shapes; only
-the number of keys grows. ``RepeatedSources`` writes down what a call does (functions, which tensor goes where, numbers)
-up to its SDPA call. Where that is what an earlier call did, and every number that differs has grown by the same amount as
-in the calls that were compared, the answer is that of the earlier call. Otherwise what was written down is followed.
+While a sequence is generated, each call of an attention module runs the same functions on tensors of the same shapes;
+only the number of keys grows. ``RepeatedSources`` records what a call does up to its SDPA call: functions, which tensor
+goes where, numbers. If an earlier call did the same, and the numbers that differ are those that grew before, all by the
+same amount, the earlier call's layout is reused. Otherwise the recorded functions are followed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.unseen_writes import EXPOSING
 
-# Inputs of at most so many tokens, over the batch: their tensors are kept until the SDPA call.
+# Only calls with at most this many tokens in the batch are recorded: their tensors are kept until the SDPA call.
 MOST_TOKENS = 16
-# Ways of one module that are kept, as the batch and the cache change.
+# The most different calls of one module that are remembered, as batch and cache change.
 _MOST_WAYS = 16
-# A tensor of more bytes that is joined with others, as a cache is, is not kept: only its shape is.
+# A larger tensor (in bytes) that is concatenated with others, as a cache is, is not kept: only its shape is.
 _LARGE = 1 << 20
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CONSTANTS = frozenset(
     (str, bool, float, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 )
-# Marks in what is written, where anything else could be a number or a tensor's.
+# Marks in the record that differ from all other values.
 _NEW, _STRIDED = object(), object()
-# In place: they change what a tensor looks like, so that what was done before can no longer be followed.
+# In-place functions that change a tensor's shape, so that earlier functions can no longer be followed.
 _RESHAPING = frozenset(
     "resize_ resize_as_ set_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ as_strided_ data_ unflatten_".split()
 )
@@ -45,7 +45,7 @@ _name = functools.lru_cache(1024)(called)
 
 
 class _Shape:
-    """Stands for a tensor that nothing is known of but its shape."""
+    """Stands for a tensor of which only the shape and dtype are kept."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -59,13 +59,13 @@ class _Shape:
 
 @dataclasses.dataclass
 class _Way:
-    """What one call was found to be.
+    """A call and its layout.
 
     Attributes:
-        numbers: All that it was given: sizes, places, in order.
-        layout: What its attention was.
-        grows: Which of the numbers grow from call to call; ``None``: nothing was compared yet.
-        grows_in: The number of the piece of keys that grows with them.
+        numbers: All numbers of the call (sizes, indices), in order.
+        layout: The layout of its attention.
+        grows: Which of the numbers grow from call to call; ``None`` until two calls were compared.
+        grows_in: The index of the piece of the keys that grows with them.
     """
 
     numbers: tuple[int, ...]
@@ -74,7 +74,7 @@ class _Way:
     grows_in: int = 0
 
     def answer(self, numbers: tuple[int, ...]) -> Layout | None:
-        """The layout of a call of these numbers; ``None``: it is not known."""
+        """The layout of a call with these numbers; ``None`` if it is not known."""
         if numbers == self.numbers:
             return self.layout
         if self.grows is None:
@@ -83,7 +83,7 @@ class _Way:
         return None if amount is None or amount[0] != self.grows else self._grown(self.grows_in, amount[1])
 
     def compare(self, numbers: tuple[int, ...], layout: Layout) -> bool:
-        """Learn from a second call what grows; whether anything was learned."""
+        """Learn from a second call which numbers grow; False if nothing was learned."""
         amount = self._growth(numbers) if self.grows is None else None
         if amount is None:
             return False
@@ -94,7 +94,7 @@ class _Way:
         return False
 
     def _growth(self, numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], int] | None:
-        """Which numbers differ from these, all by the same amount, and by how much."""
+        """Which numbers differ from this call's, and by how much; ``None`` unless all differ by the same amount."""
         if len(numbers) != len(self.numbers):
             return None
         changes = [new - old for new, old in zip(numbers, self.numbers, strict=True)]
@@ -120,10 +120,10 @@ def _is_same(one: Layout, other: Layout) -> bool:
 
 
 class Repeats:
-    """What the calls of one module were found to be.
+    """The remembered calls of one module.
 
     Attributes:
-        is_off: Whether the module does what cannot be written down, or asks twice.
+        is_off: True if the module does something that cannot be recorded, or attends twice.
     """
 
     def __init__(self) -> None:
@@ -134,13 +134,13 @@ class Repeats:
         return bool(self._ways)
 
     def find(self, done: tuple[Any, ...], numbers: tuple[int, ...]) -> Layout | None:
-        """The layout of a call that did this with these numbers."""
+        """The layout of a call with this record and these numbers; ``None`` if it is not known."""
         return next(
             (found for way in self._ways.get(done, ()) if (found := way.answer(numbers)) is not None), None
         )
 
     def keep(self, done: tuple[Any, ...], numbers: tuple[int, ...], layout: Layout) -> None:
-        """Remember what a call was found to be."""
+        """Remember the layout of a call."""
         ways = self._ways.setdefault(done, [])
         if not any(way.compare(numbers, layout) for way in ways):
             ways.append(_Way(numbers, layout))
@@ -158,8 +158,8 @@ def sources_of(
     """The sources of a call; see ``Sources``.
 
     Args:
-        inputs, outer, moved: As there.
-        repeats: What is known of the module's calls; ``None``: each is followed.
+        inputs, outer, moved: As for ``Sources``.
+        repeats: The module's remembered calls; ``None``: each call is followed.
     """
     if repeats is None or repeats.is_off or outer is not None or moved or not inputs:
         return Sources(inputs, outer, moved)
@@ -168,25 +168,25 @@ def sources_of(
 
 
 class RepeatedSources(Sources):
-    """The sources of a call of few tokens, followed only where it is not a repetition.
+    """The sources of a call with few tokens, which is followed only if it does not repeat an earlier call.
 
     Args:
         inputs: The tensors that the module is called with, in order, each once.
-        repeats: What is known of the module's calls.
+        repeats: The module's remembered calls.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], repeats: Repeats) -> None:
         super().__init__(inputs)
         self._repeats = repeats
-        # What was done and is not followed yet; ``None``: all is, or nothing more is to be.
+        # Functions that were recorded and not followed yet; ``None``: nothing is recorded any more.
         self._waiting: list[tuple[Any, ...]] | None = [] if repeats else None
         self._is_asked = self._is_answered = self._is_lost = False
-        # All that was done, with a number for every tensor; and the numbers that it was done with.
+        # The record: functions, with a number for every tensor; and all numbers that occur in it.
         self._done: list[Any] = []
         self._numbers: list[int] = []
         self._slots: dict[int, int] = {}
         self._memories: dict[int, int] = {}
-        self._held: list[Any] = []  # so that no two of them have one identity
+        self._held: list[Any] = []  # keeps tensors alive, so that no id is reused
         self._is_written = all(self._write(tensor) for tensor in inputs)
 
     def of(self, tensor: torch.Tensor) -> Dims | None:
@@ -218,7 +218,7 @@ class RepeatedSources(Sources):
         if self._is_written:
             name = _name(func)
             if name in element_places.JOINING and not kwargs and isinstance(args[0], (tuple, list)):
-                # A cache is gone as soon as it was joined with a token, and is not to be kept for this.
+                # The host drops the old cache after concatenating a token to it; do not keep it alive here.
                 args = ([self._kept(piece) for piece in args[0]], *args[1:])
             if name in _RESHAPING or "out" in kwargs or not self._step(func, args, kwargs, result):
                 self._is_lost |= self._waiting is not None and name in _RESHAPING
@@ -229,9 +229,9 @@ class RepeatedSources(Sources):
             self._waiting.append((func, args, kwargs, result))
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
-        """What attention of these is if an earlier call's was the same."""
+        """The layout of attention of these, if an earlier call was the same; otherwise ``None``."""
         if not self._is_written:
-            # It asked once whenever it was compared, and was followed no further.
+            # A second attention in the same call: only the first one was recorded.
             self._is_lost |= self._is_answered
             self._stop()
             return None
@@ -244,14 +244,14 @@ class RepeatedSources(Sources):
         return found
 
     def remember(self, layout: Layout) -> None:
-        """Keep what the attention was found to be that was not recalled."""
+        """Remember the layout of an attention that could not be recalled."""
         if self._is_written and not self._is_lost:
             self._repeats.keep(tuple(self._done), tuple(self._numbers), layout)
         self._is_written = self._is_asked = False
         self._held, self._slots = [], {}
 
     def _stop(self) -> None:
-        """Write nothing down any more, for this module: it is always followed."""
+        """Stop recording for this module: from now on it is always followed."""
         self._repeats.is_off, self._is_written = True, False
         self._held, self._slots = [], {}
         self._catch_up()
@@ -275,7 +275,7 @@ class RepeatedSources(Sources):
         return self._write(result, is_result=True)
 
     def _memory(self, tensor: torch.Tensor) -> int:
-        """A number for the memory that a tensor lies in: of two in the same a write to one changes both."""
+        """A number for a tensor's memory; tensors with the same number share memory, so a write to one changes both."""
         if type(tensor) is torch.nn.Parameter or tensor.layout is not torch.strided:
             return -1
         return self._memories.setdefault(tensor.untyped_storage().data_ptr(), len(self._memories))
@@ -285,7 +285,7 @@ class RepeatedSources(Sources):
         return _Shape(piece) if is_large and id(piece) not in self._slots else piece
 
     def _write(self, value: Any, is_result: bool = False) -> bool:
-        """Write down what a function was given or has given; whether that is possible."""
+        """Record an argument or a result of a function; False if that is not possible."""
         kind = type(value)
         if kind in _PLAIN:
             slot = self._slots.get(id(value))
@@ -297,7 +297,7 @@ class RepeatedSources(Sources):
             self._done += (_NEW, value.dtype, value.dim())
             self._numbers += value.shape
             memory = self._memory(value)
-            if not is_result:  # how and where a result lies follows from what it was made of
+            if not is_result:  # the layout and memory of a result follow from its operands
                 self._done.append(memory)
                 if not value.is_contiguous():
                     self._done.append(_STRIDED)

@@ -1,9 +1,9 @@
-"""Where the dimensions of a tensor come from: followed from a module's inputs through its functions.
+"""Tracks where the dimensions of tensors come from, from a module's inputs through its functions.
 
-A map of attention says which token looks at which. Its rows are tokens of an input of the module only if nothing on the
-way from that input to the query has cut, sorted, pooled or mixed them. So every dimension of every tensor that a module
-makes is followed: views by their strides, products by their labels, everything else by its shape. What cannot be followed
-is known to be unknown.
+A map of attention says which token attends to which. Its rows are tokens of a module's input only if nothing between
+that input and the query has cut, sorted, pooled or mixed them. So every dimension of every tensor that a module makes
+is followed: views by their strides, products by their labels, other functions by name and shape. If a function cannot
+be followed, its result is noted as unknown.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Sources(Origins):
 
     Args:
         inputs: The tensors that it is called with, in order, each once.
-        outer: Those of a call that this one is inside of.
-        moved: Of inputs whose elements lie elsewhere than the model's: what did that, by dimension, by their number.
-        notes: Where dimensions are noted; ``None``: where writes that nobody has seen end what is noted.
+        outer: The sources of a call around this one.
+        moved: By number of an input and by dimension: the function that has reordered its elements before the call.
+        notes: Where dimensions are noted; ``None``: in notes that watch for unseen writes.
     """
 
     def __init__(
@@ -44,45 +44,45 @@ class Sources(Origins):
         super().__init__(inputs)
         self.outer, self.moved = outer, moved or {}
         self._known = Notes(_strayed) if notes is None else notes
-        # Of views with one element of a dimension: which.
+        # For views with a single element of a dimension: which element.
         self._singles: Any = WeakIdKeyDictionary()
-        # What was found of products of queries and keys (``shown``).
+        # Products of queries and keys (``observed.Scored``).
         self.scores: list[Any] = []
-        # Whose probabilities were shown.
+        # Nodes whose probabilities were shown.
         self.shown: list[Any] = []
         for tensor, dims in zip(inputs, self.inputs, strict=True):
             self._known[tensor] = dims
 
     def of(self, tensor: torch.Tensor) -> Dims | None:
-        """The axes of each dimension; ``None`` where they are not known."""
+        """The axes of each dimension of a tensor; ``None`` if they are not known."""
         return self._known.get(tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was seen."""
+        """True if a tensor was seen."""
         return tensor in self._known
 
     def has_seen_writes(self, tensor: torch.Tensor) -> bool:
-        """Whether all that was written to a tensor was seen, or nothing of it was."""
+        """True if all writes to a tensor were seen, or if the tensor is not known at all."""
         return tensor not in self._known or self._known.knows_writes(tensor)
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
-        """What attention of these was found to be before; ``None``: it has to be found out."""
+        """The remembered layout of attention of these; ``None``: it has to be determined."""
         return None
 
     def remember(self, layout: Layout) -> None:
-        """Attention that was asked for with ``recall`` was found to be this."""
+        """Remember the layout of the attention that was asked for with ``recall``."""
 
     def give(self, tensor: torch.Tensor, dims: Dims) -> None:
-        """Say what the dimensions of a tensor are that came from none of these functions."""
+        """Set the dimensions of a tensor that no followed function has made."""
         self._known[tensor] = dims
 
     def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
-        """A tensor has the elements of another in their places."""
+        """Note that ``copy`` has the elements of ``tensor`` at the same positions."""
         if copy is not tensor and tensor in self._known:
             self._known[copy] = self._known[tensor]
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        """A function of torch's has run."""
+        """Called after each torch function."""
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
         name = element_places.name_of(func)
@@ -95,7 +95,7 @@ class Sources(Origins):
             if name in EXPOSING and args and is_plain(args[0]):
                 self._known.expose(args[0])
             return  # a shape, a dtype
-        # Memory that is handed over for the result says nothing of it.
+        # ``out=`` does not contribute to the values of the result.
         given = {key: value for key, value in kwargs.items() if key != "out"}
         operands = [t for t in tensors_in((args, given)) if is_plain(t)]
         own = {id(t) for t in operands}
@@ -132,7 +132,7 @@ class Sources(Origins):
             return self._joined(name, args, kwargs, result)
         first, dims = known[0]
         if first is not operands[0]:
-            # Learned numbers in the shape of an input are none of its tokens.
+            # The first operand is not known: parameters, for example, that have the shape of an input.
             is_made_of_all = element_places.is_of(name, element_places.OF_ALL)
             return (
                 self._elementwise(self._summands(name, known, result.shape), result.shape, name)
@@ -185,7 +185,7 @@ class Sources(Origins):
         return self._unknown(result, dims)
 
     def _picked(self, source: torch.Tensor, dims: Dims, index: Any, result: torch.Tensor) -> Dims:
-        """Some elements along one dimension, and the others as a view has them."""
+        """Dimensions after an index that picks elements along one dimension and slices the others."""
         given = index if isinstance(index, tuple) else (index,)
         found = element_places.picked_at(given, source.dim())
         if found is None:
@@ -196,9 +196,9 @@ class Sources(Origins):
         return self._lost((*own[:at], *fresh([result.shape[at]]), *own[at + 1 :]), dims)
 
     def _elementwise(self, known: list[Dims], shape: Sequence[int], name: str = "") -> Dims:
-        """Each dimension is the first operand's that has it, those of the earliest input first: later ones are positions.
+        """For each dimension the axes of an operand that has it; earlier inputs win (later ones are positions).
 
-        Tokens that were moved are those of their input all the same, and no others become them.
+        Reordered tokens still belong to their input, and do not get the axes of other tokens.
         """
         if len(known) > 1:
             known = sorted(known, key=self._earliest)
@@ -213,8 +213,11 @@ class Sources(Origins):
     def _summands(
         self, name: str, known: list[tuple[torch.Tensor, Dims]], shape: Sequence[int]
     ) -> list[Dims]:
-        """The operands that say where a result's tokens are: of a sum with moved ones those that are seen in it (a residual);
-        of anything else the moved ones."""
+        """The operands that determine the positions of a result's tokens.
+
+        If an operand is reordered: for a sum, operands in order that are visible in it (a residual); otherwise that
+            one.
+        """
         lost = [tensor for tensor, own in known if tensor.shape == shape and self._earliest(own)[1]]
         if not lost:
             return [own for _, own in known]
@@ -230,7 +233,7 @@ class Sources(Origins):
     def _shows_in_place(
         self, name: str, result: torch.Tensor, operands: list[torch.Tensor], kwargs: dict[str, Any]
     ) -> bool:
-        """Whether tokens are still to be seen where others were added to them in place."""
+        """True if tokens are still visible after others were added to them in place."""
         if not element_places.is_of(name, element_places.OF_ALL):
             return True
         for one in operands:
@@ -284,7 +287,7 @@ class Sources(Origins):
         if not isinstance(at, int) or not isinstance(pieces, (tuple, list)):
             return self._unknown(result)
         place = at % result.dim()
-        # An empty cache is a tensor of one dimension.
+        # Skip empty caches, which are tensors of one dimension.
         pieces = [
             piece for piece in pieces if piece.numel() and piece.dim() == result.dim() - (name == "stack")
         ]
@@ -303,7 +306,7 @@ class Sources(Origins):
         return tuple(dims)
 
     def _seen_beside(self, pieces: Sequence[torch.Tensor]) -> list[Dims]:
-        """Of pieces that are joined along channels those that say where tokens are, as in a sum."""
+        """For pieces concatenated along channels, those that determine the positions of tokens, as in a sum."""
         known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
         is_lost = [self._earliest(own)[1] for _, own in known]
         return [
@@ -331,11 +334,11 @@ class Sources(Origins):
         return (*dims[:gone], *dims[gone + 1 :])
 
     def _written(self, name: str, operands: list[torch.Tensor], args: Any) -> None:
-        """Something was written into a tensor that was there before."""
+        """Follow a write into an existing tensor."""
         target, value = operands[0], operands[-1]
         own, dims = self._known.get(target), self._known.get(value)
         if own is None:
-            self._forget(target)  # of what lies in the same memory something may be known
+            self._forget(target)  # other tensors in its memory may be known
             if dims is not None and value is not target and value.dim() == target.dim():
                 self._into_unknown(target, value, dims, args)
             return
@@ -357,19 +360,19 @@ class Sources(Origins):
             return
         if value is target:
             return
-        # A vector that comes from nowhere is a token of the module's own; more than that may be tokens in any order.
+        # An unknown vector is a token of the module's own; a larger unknown tensor may hold tokens in any order.
         is_told = self._take_places(own, dims) if dims is not None else sum(n > 1 for n in value.shape) < 2
         if not is_told:
             self._forget(target)
 
     def _forget(self, target: torch.Tensor) -> None:
-        """A tensor holds other elements than before, and so does all that lies in its memory."""
+        """Note that a tensor, and all tensors in its memory, hold other elements than before."""
         for one, dims in self._known.items():
             if dims is not None and share_memory(one, target):
                 self._known[one] = fresh(one.shape)
 
     def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:
-        """A memory of fixed size holds tokens along the dimension in which it is longer."""
+        """Note tokens written into unknown memory of fixed size (a cache), along the dimension where it is longer."""
         place = [i for i, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
         if len(place) > 1:
             return
@@ -389,7 +392,7 @@ class Sources(Origins):
 
 
 def _strayed(tensor: torch.Tensor) -> Dims:
-    """Of a tensor that something unseen has written to."""
+    """Dimensions for a tensor that unseen code has written to."""
     dims = fresh(tensor.shape)
     for leaf in (leaf for dim in dims for leaf in leaves(dim)):
         leaf.made_by = UNSEEN

@@ -1,4 +1,4 @@
-"""Which tensors arguments hold, and which of them lie in one memory."""
+"""Finds the tensors among arguments, and tells which of them share memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor that is not deferred."""
+    """True for a tensor that is not deferred."""
     return isinstance(value, torch.Tensor) and not hasattr(value, "handle")
 
 
 def share_memory(source: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether two tensors lie in one memory: a write to one may change the other."""
+    """True if two tensors share memory, so that a write to one may change the other."""
     if source is result or source.is_meta or result.is_meta:
         return (
             source is result
@@ -28,7 +28,7 @@ def share_memory(source: torch.Tensor, result: torch.Tensor) -> bool:
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """The tensors that arguments are, or that tuples, lists and dicts among them hold."""
+    """The tensors among arguments, also inside tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)) and depth < 4:
@@ -40,6 +40,6 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 
 
 def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors of numbers that a module is called with, each once: arguments, and what tuples and dicts hold."""
+    """The floating-point tensors with two or more dimensions that a module is called with, each once."""
     found = (t for t in tensors_in((list(args), kwargs)) if t.is_floating_point() and t.dim() > 1)
     return list({id(tensor): tensor for tensor in found if is_plain(tensor)}.values())

@@ -1,6 +1,6 @@
-"""Whether the dimensions of a tensor hold elements in the order that they had when they were first seen.
+"""Tells if a tensor's dimensions hold their elements in the order in which they were first seen.
 
-What is known of them is a model's ``Sources``: what its views have cut, turned and joined again.
+The model's ``Sources`` have recorded how its views have split, permuted and merged them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from attnpatch.rows.provenance.sources import Sources
 
 
 class Order:
-    """Looks at dimensions.
+    """Examines the order of dimensions.
 
     Args:
-        sources: Whose inputs are tensors whose order is the model's.
+        sources: Sources whose inputs are the tensors that have the model's order.
     """
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
 
     def why(self, dims: Dims) -> dict[int, str]:
-        """Dimensions whose elements lie in another order than they did, or in no known one: what did it."""
+        """By dimension whose elements are in another order than before, or in an unknown one: the cause."""
         found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
         if self._is_spread(dims) or self._is_of_batch(dims):
             found |= {place: "views" for place in range(len(dims)) if place not in found}
         return found
 
     def sides(self, dim: Dim) -> list[int]:
-        """Sizes of the dimensions that one was joined of, in order, 0 for one that was cut or joined to others; empty: they
-        are not known."""
+        """The lengths of the dimensions that were merged into one, in order.
+
+        ``[0]`` if one of them was cut or concatenated; empty if they are not known.
+        """
         found: dict[tuple[int, int], int] = {}
         own = leaves(dim)
         for leaf in own:
@@ -63,7 +65,7 @@ class Order:
         return next((why for one in inside if (why := self._made_by(one, depth + 1)) is not None), None)
 
     def _is_of_batch(self, dims: Dims) -> bool:
-        """Whether sequences lie beside each other where tokens do, and something else of them where sequences do."""
+        """True if sequences are partly in a dimension of tokens, and something else is in the batch dimension."""
         first = {found[0] for leaf in leaves(dims[0]) if (found := self._sources.origin(leaf)) is not None}
         for dim in dims[1:-1]:
             origins = [found for leaf in leaves(dim) if (found := self._sources.origin(leaf)) is not None]
@@ -73,7 +75,7 @@ class Order:
         return False
 
     def _is_spread(self, dims: Dims) -> bool:
-        """Whether a dimension was cut, and its parts lie in several dimensions in another order than they had."""
+        """True if a dimension was split and its parts are in several dimensions, in another order than before."""
         for own in self._sources.inputs:
             flat = [
                 (place, part, at)
@@ -96,7 +98,7 @@ class Order:
             own = [piece for piece in pieces if piece.of is axis]
             start = sum(piece.count for piece in pieces[: pieces.index(own[0])])
             if start != own[0].start and axis.size == sum(piece.count for piece in pieces) > own[0].count:
-                return True  # shifted, and cut off
+                return True  # shifted, with elements cut off
             if len(own) > 1 and (
                 any(piece.step != 1 for piece in own) or own != sorted(own, key=lambda p: p.start)
             ):
@@ -109,10 +111,10 @@ class Order:
         return any(own != sorted(own) for own in by_number)
 
     def _in_order(self, origins: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """Those that have an order.
+        """Those origins whose order matters: not parts of channels.
 
-        Pieces of channels may stand between rows and columns (an image of more of them): what is no dimension's first
-        piece, or one of the last dimension beside all of another.
+        Parts of channels may be between rows and columns (pixel shuffle). They are parts without their dimension's
+        first part, or parts of the last dimension beside a whole other one.
         """
         inputs, counts = self._sources.inputs, Counter(found[:2] for found in origins)
         whole = {(n, place) for n, place in counts if counts[n, place] == len(leaves(inputs[n][place]))}
@@ -125,7 +127,7 @@ class Order:
         return found
 
     def _pieces(self, axis: Axis) -> list[Part]:
-        """What an axis consists of, in order: pieces of axes that were not joined."""
+        """The parts that an axis consists of, in order; they are parts of axes that were not joined themselves."""
         made = self._sources.made.get(axis)
         if made is not None and made.of is not None and made.part is not None:
             return _piece(self._pieces(made.of), made.part)
@@ -139,7 +141,7 @@ class Order:
 
 
 def _piece(parts: list[Part], piece: Part) -> list[Part]:
-    """A piece of what consists of some parts."""
+    """A slice of a sequence of parts."""
     if piece.step != 1:
         return [piece]
     found, place = [], 0
@@ -152,7 +154,7 @@ def _piece(parts: list[Part], piece: Part) -> list[Part]:
 
 
 def _joined(parts: list[Part]) -> list[Part]:
-    """Parts, those that go on where the one before ends as one."""
+    """The parts, with each part that continues the previous one merged into it."""
     found: list[Part] = []
     for part in parts:
         last = found[-1] if found else Part(Axis(0), 0, 0, 1)

@@ -1,9 +1,9 @@
-"""What is known of tensors, until something writes into one of them that no function of torch's was seen to write.
+"""Keeps notes on tensors, which become invalid when code that was not seen writes to a tensor.
 
-A scripted function, another thread or an operator in C++ writes where no mode sees it; but a tensor counts what torch writes
-into its memory. What writes to an address, or through an array of numpy that shares its memory, is not counted: such memory
-is looked at again before it is used, from when somebody asks where it is. In ``torch.inference_mode`` tensors count
-nothing.
+Scripted functions, other threads and C++ operators write without a mode seeing it, but torch counts these writes in the
+tensor's version. Writes through an address, or through a numpy array that shares the memory, are not counted. So once
+code has asked for the address, the memory's contents are compared before a note is used. In ``torch.inference_mode``
+tensors have no version.
 """
 
 from __future__ import annotations
@@ -18,40 +18,42 @@ import torch
 from attnpatch import compat
 from attnpatch.rows.provenance.tensors import tensors_in
 
-# After these others may write to a tensor's memory.
+# After these functions, code outside torch may write to a tensor's memory.
 EXPOSING = frozenset(
     "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ to_dlpack __cuda_array_interface__".split()
 )
 UNSEEN = "code that cannot be followed"
-# Tensors of other classes must not be asked.
+# Tensors of other classes must not be asked for their version or base.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# Bytes that are looked at together.
+# Bytes that are summed at a time.
 _CHUNK = 1 << 23
 
 
 @dataclasses.dataclass(slots=True)
 class _Memory:
-    """What some tensors share: how often it was written to, and how often by what was not seen."""
+    """The state of memory that some tensors share: its last known version, and the number of unseen writes."""
 
     version: int
     strays: int = 0
 
 
 class Notes:
-    """One note for each of some tensors, which are kept weakly.
+    """One note per tensor; the tensors are held weakly.
 
     Args:
-        strayed: The note of a tensor that holds other elements than those that were noted; ``None``: nobody looks for that.
+        strayed: Returns the new note of a tensor that unseen code has written to; ``None``: do not watch for such
+            writes.
     """
 
     def __init__(self, strayed: Callable[[torch.Tensor], Any] | None = None) -> None:
-        # By identity. Of a tensor: itself, the note, its memory, and how often that was written to by what was not seen.
+        # By id of a tensor: a reference to it, the note, its memory, and the number of unseen writes at the time of the
+        # note.
         self._notes: dict[int, tuple[weakref.ref[torch.Tensor], Any, _Memory, int]] = {}
-        # Of tensors that others are views of.
+        # By id of a tensor that others are views of: a reference to it, and its memory.
         self._bases: dict[int, tuple[weakref.ref[torch.Tensor], _Memory]] = {}
         self._strayed = strayed
         self._counts = strayed is not None and not torch.is_inference_mode_enabled()
-        # Of memory that others may write to, by where it begins: what it holds.
+        # By address of memory that code outside torch may write to: a checksum of its contents.
         self._exposed: dict[int, tuple[int, int]] = {}
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
@@ -66,11 +68,11 @@ class Notes:
                 yield tensor
 
     def items(self) -> list[tuple[torch.Tensor, Any]]:
-        """Tensors and their notes, whatever was written to them since."""
+        """The tensors and their notes, without a check for unseen writes."""
         return [(tensor, self._notes[id(tensor)][1]) for tensor in self]
 
     def get(self, tensor: torch.Tensor) -> Any:
-        """The note of a tensor; ``None``: it has none."""
+        """The note of a tensor; ``None`` if it has none."""
         found = self._found(tensor)
         if found is None or found[1] is None:
             return None
@@ -102,7 +104,7 @@ class Notes:
             self._look(tensor)
 
     def wrote(self, tensor: torch.Tensor) -> None:
-        """A function that was seen has written to a tensor, once."""
+        """Called when a function that was seen has written to a tensor once."""
         found = self._found(tensor)
         memory = self._memory(tensor) if found is None else found[2]
         version = self._version(tensor)
@@ -112,19 +114,19 @@ class Notes:
             self._look(tensor)
 
     def lose(self, tensor: torch.Tensor) -> None:
-        """A function of which nothing is known has written to a tensor."""
+        """Called when an unknown function has written to a tensor."""
         place = _place(tensor)
         found = [*self._at(place)] if place else [self._found(tensor)]
         for memory in {id(each[2]): each[2] for each in found if each is not None}.values():
             memory.strays += 1
 
     def knows_writes(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was noted, and all that was written to it since was seen."""
+        """True if a tensor has a note, and all writes to it since were seen."""
         found = self._found(tensor)
         return found is not None and self.get(tensor) is found[1]
 
     def agree(self, tensor: torch.Tensor) -> None:
-        """Whatever was written to a tensor so far was seen by somebody else."""
+        """Accept all writes to a tensor so far: they were seen elsewhere."""
         found = self._found(tensor)
         if found is not None:
             found[2].version = self._version(tensor)
@@ -132,7 +134,7 @@ class Notes:
                 self._look(tensor)
 
     def expose(self, tensor: torch.Tensor) -> None:
-        """Others may write to the memory of a tensor from now on."""
+        """Called when code outside torch may write to a tensor's memory from now on."""
         place = _place(tensor) if self._strayed is not None else 0
         if place and place not in self._exposed:
             self._exposed[place] = _sum(tensor)
@@ -142,7 +144,7 @@ class Notes:
         return found if found is not None and found[0]() is tensor else None
 
     def _memory(self, tensor: torch.Tensor) -> _Memory:
-        """Of a tensor that has no note."""
+        """The memory of a tensor that has no note."""
         base = tensor._base if type(tensor) in _PLAIN else None
         if base is not None:
             noted = self._found(base)
@@ -167,7 +169,7 @@ class Notes:
             return 0  # made in inference mode
 
     def _compare(self, tensor: torch.Tensor) -> None:
-        """Look for what was written to memory that others know."""
+        """Look for writes to memory whose address code outside torch has."""
         place = _place(tensor)
         if place not in self._exposed:
             return
@@ -183,14 +185,14 @@ class Notes:
                 yield self._found(tensor)
 
     def _look(self, tensor: torch.Tensor) -> None:
-        """What memory holds now was seen, or is that of another tensor."""
+        """Accept the present contents of such memory."""
         place = _place(tensor)
         if place in self._exposed:
             self._exposed[place] = _sum(tensor)
 
 
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an operator of another library says it writes to."""
+    """The tensors that another library's operator writes to, according to its schema."""
     schema = getattr(getattr(func, "default", func), compat.OPERATOR_SCHEMA, None)
     if schema is None or not schema.is_mutable:
         return []
@@ -202,7 +204,7 @@ def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tenso
 
 
 def _place(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory begins; 0: it has none of its own."""
+    """The address of a tensor's memory; 0 if it has none of its own."""
     if tensor.is_meta:
         return 0
     try:
@@ -212,14 +214,14 @@ def _place(tensor: torch.Tensor) -> int:
 
 
 def _sum(tensor: torch.Tensor) -> tuple[int, int]:
-    """A sum of all of a tensor's memory that tells whether something in it has changed, or changed places."""
+    """A checksum of a tensor's whole memory, which also depends on the order of its contents."""
     memory = tensor.untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory)
     rest = len(flat) % 8
     words = flat[: len(flat) - rest].view(torch.int64)
     total = 0
     for part in words.split(_CHUNK // 8):
-        # Odd numbers that look random: 64 bits of a sum of products.
+        # Pseudo-random odd factors; the checksum is 64 bits of a sum of products.
         keys = torch.arange(1, len(part) + 1, device=part.device).mul_(-0x61C8864680B583EB).bitwise_or_(1)
         keys.bitwise_xor_(keys >> 29)
         total = (total * 31 + int((part * keys.bitwise_or_(1)).sum())) % (1 << 64)
