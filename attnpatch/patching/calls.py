@@ -107,7 +107,7 @@ class Around:
                 context.__enter__()
             except Exception as error:
                 self.site.failed("the beginning of a watch", error)
-            except BaseException:  # somebody has interrupted: what has begun ends
+            except BaseException:  # interrupted: leave the contexts that were entered
                 self.__exit__(*sys.exc_info())
                 raise
             else:

@@ -50,7 +50,7 @@ def judge(
 def _as_judged(
     site: Site, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """A call of a module that is no attention and whose first call was in a checkpoint: recomputed the same way."""
+    """Call a module that turned out to be no attention; if its first call is being recomputed, serve it as before."""
     try:
         frame = site.waits_for()
         if frame is None:
@@ -70,7 +70,7 @@ def _called_with(
 
 @contextlib.contextmanager
 def paused(watch: Watch) -> Iterator[None]:
-    """Pause a candidate's watch inside the block, in which a site runs: that site's attention is its own."""
+    """Pause the watch of a candidate while a site inside it runs, because that attention is not the candidate's own."""
     paused, watch.is_paused = watch.is_paused, True
     try:
         yield

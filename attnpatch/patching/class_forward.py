@@ -59,7 +59,7 @@ class ForwardOfClass(Replaced):
         _disarm(self.ours)
 
     def settle(self) -> None:
-        """Take the swap out now if its only instances are unreachable models in cycles (accelerate's hooks)."""
+        """Collect garbage, so that unreachable patched models (in cycles with accelerate's hooks) no longer count."""
         if self.is_in_place and len(self.entries) > self.alive:
             gc.collect()
             self.alive = len(self.entries)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from attnpatch.recording.diffusion.recorder import ImageRecorder
     from attnpatch.recording.text.recorder import Recorder
 
-# If a tile's runs of rows in one block are shorter than this on average, all are summed by one product.
+# A run is a range of adjacent rows in one block. If a tile's runs are shorter than this on average, one product sums
+# all.
 _SHORT_RUN = 8
 # If they are shorter than this, there is little to sum over rows: keys are summed into blocks first.
 _SINGLE_RUN = 4

@@ -22,7 +22,7 @@ class Unknown(Exception):
 
 @dataclasses.dataclass
 class AttentionCallInfo:
-    """What the arguments of the model and of a site tell about the site's call.
+    """Facts about a site's call, from the arguments of the model and of the site.
 
     Attributes:
         query_mask, key_mask: Bool ``[batch, tokens]``: real tokens of queries and keys according to the model's

@@ -11,7 +11,7 @@ import threading
 import weakref
 from typing import Any
 
-# Reentrant: the garbage collector may end a capture that somebody has dropped while another one begins or ends.
+# Reentrant: while one capture begins or ends, the garbage collector may end another that was dropped.
 _lock = threading.RLock()
 _owners: list[Owner] = []
 _original: list[Any] = []

@@ -11,7 +11,7 @@ from attnpatch.rows.graph.nodes import map_structure
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredTensor:
-    """The first deferred tensor among the arguments that belongs to the attention call of the operation."""
+    """The first deferred argument that belongs to the operation's own attention call (see ``site_of``)."""
     found = deferred_in(args, kwargs)
     site = site_of(found)
     return next(value for value in found if value.handle.call is site)

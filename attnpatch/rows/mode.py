@@ -70,7 +70,7 @@ class RowsMode(Watching):
         sources = self.call.sources
         result = self._answer(func, types, args, kwargs)
         if sources is not None and sources is self.call.sources:
-            # What is asked of tensors there is no function of the host's, for whatever other mode watches.
+            # The functions called there are attnpatch's own: no other mode must see them.
             with compat.DisableTorchFunction():
                 sources.follow(func, args, kwargs, result)
             if func in _SOFTMAX and type(result) is torch.Tensor and result.shape[-2:] == (1, 1):
@@ -143,7 +143,7 @@ class RowsMode(Watching):
             return FAST_PATHS[func](*args, **kwargs)
 
     def _deferred(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        self._follow()  # for scores from outside a checkpoint: tensors that they read may be overwritten inside it
+        self._follow()  # a checkpoint may overwrite tensors that scores from outside it read
         if func in _BLANK_USERS:
             found = uninitialized.without(args, kwargs)
             if found is not None:

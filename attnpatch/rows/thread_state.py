@@ -25,7 +25,7 @@ class ThreadState(threading.local):
     Attributes:
         site: The attention call that is running (``interception.py``).
         pending: Deferred tensors that are not computed yet (``deferred/handle.py``).
-        real: Deferred tensors with a computed tensor, which may be written to through another one's view
+        real: Deferred tensors that are computed; a write through a view of another tensor may change them
             (``deferred/handle.py``).
         kept: Values that backward passes still need, by the storage they lie in (``autograd/kept_values.py``).
         most_kept: The size of ``kept`` above which storages without values are removed (``autograd/kept_values.py``).

@@ -75,7 +75,7 @@ def tokens_in(cache: Any) -> int:
     except (ValueError, NotImplementedError):
         # A cache of linear attention layers only holds states and does not count; no site has keys in it.
         return 0
-    # Reformer's, of hashed buckets, says nothing.
+    # Reformer's cache, which holds hashed buckets, returns None.
     return 0 if count is None else int(count)
 
 

@@ -52,7 +52,7 @@ class ModelCall:
     is_single: bool = False
 
     def past_of(self, handed: list[Any]) -> int | None:
-        """Tokens that were in the first of ``handed`` that was passed to the model; ``None`` if none of them was."""
+        """Tokens that the first known cache in ``handed`` held when the model was called; ``None`` if none is known."""
         return next((self.pasts[id(cache)] for cache in handed if id(cache) in self.pasts), None)
 
 

@@ -80,7 +80,10 @@ class Side:
     grid: Grid | None = None
 
     def of_row(self, words: int, count: int) -> torch.Tensor:
-        """Indices, among ``count`` blocks, of those that a batch row with ``words`` words has."""
+        """Indices of the blocks that a batch row has: its own ``words`` words, then all cells of the image.
+
+        ``count`` is the number of blocks of the whole batch.
+        """
         own = words if self.has_text else 0
         return torch.cat([torch.arange(own), torch.arange(self.words, count)])
 

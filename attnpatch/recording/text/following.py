@@ -114,7 +114,7 @@ class CacheFollower:
         return found
 
     def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
-        """The sequence whose beginning a cache holds, and which of its batch rows the cache's rows are."""
+        """The sequence that a cache continues, and for each batch row of the cache the row of that sequence."""
         held = self.marks(cache, past - 1, past) if past else None
         now = None if held is None else held[:, 0]
         own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]

@@ -93,7 +93,7 @@ class Packed(Kept):
             self.is_replaced = True
 
     def forget(self) -> None:
-        self.leave()  # nothing is held but copies
+        self.leave()  # only copies are held, so no tensor has to be dropped
 
     def instead_of(self, saved: Callable[[], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
         if self.is_replaced and torch.is_grad_enabled():
@@ -130,7 +130,7 @@ def before_write(storage: int) -> None:
 
 
 def _drop_empty() -> None:
-    """Forget memory of which nothing is kept: of graphs that were dropped without a backward pass."""
+    """Drop entries for storages that no edge keeps any more (graphs that were dropped without a backward pass)."""
     if len(here.kept) > here.most_kept:
         for storage in [storage for storage, found in here.kept.items() if not found]:
             del here.kept[storage]

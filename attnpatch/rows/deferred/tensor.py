@@ -91,8 +91,8 @@ class DeferredTensor(torch.Tensor):
     ) -> Any:
         """The safety net below everything that Python can intercept."""
         kwargs = kwargs or {}
-        # Unlike inside __torch_function__, modes are still active here, and would defer the computation again: switch
-        # them off. Autograd has recorded the operation above this level already.
+        # Modes are still active here (inside __torch_function__ they are not) and would defer the computation again, so
+        # they are switched off. Autograd has recorded the operation above this level already.
         with compat.DisableTorchFunction(), torch.no_grad():
             return guard.guarded(
                 cls.answer_below,

@@ -175,7 +175,7 @@ def _fixed(policy: Policy, shrink: int, fewest: int) -> tuple[int | None, int | 
 
 
 def _lead_tiles(lead: list[Axis], target: int) -> list[Tile]:
-    """Tiles of about ``target`` heads: inner axes whole, ranges of one axis, single elements of the outer axes."""
+    """Tiles of about ``target`` heads: inner axes are kept whole, one axis is cut, outer axes are taken one by one."""
     pieces: list[list[tuple[int, int]]] = []
     inside = 1
     for axis in reversed(lead):

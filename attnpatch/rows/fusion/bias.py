@@ -1,4 +1,4 @@
-"""Finds the open keys of hand-written attention: its mask is what its own steps make of scores that are all zero."""
+"""Finds the open keys of hand-written attention: its steps are run on scores of zero, and the result is its mask."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Named axes of a graph, and the pieces of tensors that belong to a tile of them.
 
-Every dimension of every tensor in a graph is a tuple of axes: one axis as a rule, several where a ``view`` has
+Every dimension of every tensor in a graph is a tuple of axes: usually one axis, several where a ``view`` has
 merged dimensions, none where the dimension has size 1 or is never cut. Two dimensions that must be cut together
 share their axes, whatever their positions, so a transposed or reshaped score matrix needs no special case. A
 ``view`` that cuts a dimension in two *splits* its axis, and everything recorded before follows, because it refers
@@ -34,8 +34,8 @@ class Axis:
         size: Number of elements.
         kind: ``"row"`` (only the query has it), ``"key"`` (only the key has it, or softmax ran over it), ``"lead"``
             (both have it: batch, heads). It guides the choice of tiles and never what is computed.
-        made_by: The torch function that made it unknown which input elements the axis has; ``None`` if there is none,
-            or if nothing keeps track.
+        made_by: The torch function after which the origin of the axis's elements is unknown; ``None`` if there is no
+            such function, or if nothing keeps track.
     """
 
     __slots__ = ("_alias", "_parts", "kind", "made_by", "size")

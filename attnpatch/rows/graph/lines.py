@@ -3,8 +3,8 @@
 A softmax along the rows is computed from the maximum and the sum of each line. Both are found by an earlier sweep over
 the tiles, and so is a plain sum. The gradient of an element then needs a sum over its line: for a softmax the sum of
 gradient times probability, for a sum the gradients of everything that reads the sum. The backward pass finds these by
-sweeps before the last one and keeps them in float32 at least: as in torch's own kernels, the two summands of a gradient
-cancel before they are rounded to a narrow dtype. Gradients of scores are summed where torch sums them natively.
+earlier sweeps and keeps them in float32 at least. So, as in torch's own kernels, the two summands of a gradient cancel
+before they are rounded to a narrow dtype. Gradients of scores are summed where torch sums them natively.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Slot(InputNode):
 
 
 class LineNode(OpNode):
-    """A step along lines of which a tile holds only parts.
+    """A softmax or reduction along lines, if a tile holds only parts of each line.
 
     Attributes:
         given: Indices of the children that were computed by an earlier sweep. Gradients flow to the scores through this

@@ -132,7 +132,7 @@ class InputNode(Node):
 
     @classmethod
     def aligned(cls, tensor: torch.Tensor, dims: Dims) -> InputNode:
-        """A tensor that is broadcast: its dimensions are the last of ``dims``, but for those of size 1."""
+        """An input node for a tensor that broadcasts to ``dims``: aligned from the right, without axes for size 1."""
         own = dims[len(dims) - tensor.dim() :]
         return cls(tensor, tuple(dim if n != 1 else () for dim, n in zip(own, tensor.shape, strict=True)))
 
@@ -154,7 +154,7 @@ class InputNode(Node):
             )
 
     def preserve(self) -> None:
-        """Keep the present values: somebody is about to overwrite the tensor."""
+        """Copy the tensor's present values, because it is about to be overwritten."""
         if self.tensor is not None and not self.is_overwritten:
             # The write may run under no_grad; the graph that reads the copy may need its gradients.
             with torch.set_grad_enabled(self.tensor.requires_grad):

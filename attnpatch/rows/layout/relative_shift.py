@@ -186,7 +186,7 @@ def viewed(node: Node, shape: Sequence[int]) -> Node | None:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
-    """Ranges of dimensions, ``old[a:b]`` and ``new[c:d]``, that hold the same elements in two equally large shapes."""
+    """Match the dimensions of two equally large shapes: ``(a, b, c, d)`` if ``old[a:b]`` and ``new[c:d]`` agree."""
     found, a, c = [], 0, 0
     while a < len(old) and c < len(new):
         b, d = a + 1, c + 1

@@ -163,7 +163,7 @@ class Origins:
         return (made.of, made.part) if leaves((made.of,)) == [made.of] else None
 
     def _fill(self, blank: Axis, part: Part, source: Dim) -> bool:
-        """Write into a part of a blank axis, which is then joined from such parts; False if it held others there."""
+        """Note a write into a part of a blank axis; False if that part was written before, from another origin."""
         pieces = self._pieces.setdefault(blank, Pieces())
         there = pieces.at(part.start, part.count)
         if there is not None:
