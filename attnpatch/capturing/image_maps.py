@@ -311,7 +311,7 @@ class ImageMaps:
             if known[0]["role"] != "prompt" and len({entry["text_number"] for entry in known}) > 1:
                 raise CaptureError(
                     f"{len(known)} sequences with different texts were captured, and which is the prompt's is not known; "
-                    "give sequence=... (with guidance the last half is the prompt's, as a rule)"
+                    "give sequence=... (with guidance the last half is usually the prompt's)"
                 )
             return 0
         if not 0 <= sequence < len(known):

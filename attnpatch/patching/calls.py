@@ -106,7 +106,7 @@ class Around:
             try:
                 context.__enter__()
             except Exception as error:
-                self.site.failed("the beginning of a watch", error)
+                self.site.failed("entering a mode", error)
             except BaseException:  # interrupted: leave the contexts that were entered
                 self.__exit__(*sys.exc_info())
                 raise
@@ -120,7 +120,7 @@ class Around:
                 context.__exit__(*exc_info)
             except Exception as error:
                 if error is not exc_info[1]:
-                    self.site.failed("the end of a watch", error)
+                    self.site.failed("leaving a mode", error)
 
 
 def most_rows(args: Any, kwargs: dict[str, Any]) -> int:

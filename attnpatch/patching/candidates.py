@@ -25,7 +25,7 @@ def judge(
     try:
         watch = Watch((args, kwargs), site.failed)
     except Exception as error:
-        site.failed("the look at a first call", error)
+        site.failed("watching a candidate's first call", error)
         return site.attend(forward, module, first, args, kwargs)
     outer, calls_here.watch = calls_here.watch, watch
     # Otherwise short calls of sites inside the candidate would skip ``_serve``, which pauses the watch for them.
@@ -43,7 +43,7 @@ def judge(
         if watch.found or not watch.has_failed:
             site.patch.judged(site, module, watch.found)
     except Exception as error:
-        site.failed("what a first call has shown", error)
+        site.failed("judging a candidate's first call", error)
     return result
 
 

@@ -26,7 +26,9 @@ def put_in_place(
     chosen = None if sites is None else checked(sites)
     if "" not in parts:
         if isinstance(chosen, tuple):
-            raise PatchError("sites by path are those of one model; give a component, such as pipe.unet")
+            raise PatchError(
+                "a list of sites names modules of one model; give a component, such as pipe.unet"
+            )
         attending = {
             name: part
             for name, part in parts.items()
@@ -71,7 +73,7 @@ def parts_in(model: Any) -> dict[str, nn.Module]:
     parts = parts_of(model)
     if parts is None:
         raise PatchError(
-            f"a torch.nn.Module, or a pipeline with modules for components, is needed, not {type(model).__name__}"
+            f"expected a torch.nn.Module or a pipeline whose components are modules, not {type(model).__name__}"
         )
     return parts
 

@@ -148,7 +148,7 @@ class Watch(TorchFunctionMode):
 
     def _failed(self, error: Exception) -> None:
         self.has_failed = True
-        self.failed("the look at an operation of a first call", error)
+        self.failed("watching an operation of a candidate", error)
 
     def _note(self, name: str, given: list[tuple[torch.Tensor, int]], args: Any, result: Any) -> None:
         most = max((mark for _, mark in given), default=0)

@@ -132,7 +132,7 @@ class Site(SiteCounters):
                 and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )
         except Exception as error:
-            self.failed("the look at a short call", error)
+            self.failed("checking the length of a call", error)
             is_native = True
         if is_native:
             self.short[rows] += 1
@@ -209,7 +209,7 @@ class Site(SiteCounters):
             order = reordered.watch()
             pause = reordered.paused(order) if order is not None else None
         except Exception as error:
-            self.failed("the look at a watch", error)
+            self.failed("switching modes off for attention", error)
             context = order = pause = None
         # The innermost mode is switched off first, since a mode below another one cannot be.
         contexts = [each for each in (pause, context, calls_here.watch and paused(calls_here.watch)) if each]
@@ -220,7 +220,7 @@ class Site(SiteCounters):
         if order is not None:
             self._tell(lambda: order.through(inputs_among(args, kwargs), result), "the order of tokens")
         if calls_here.watch is not None:
-            self._tell(calls_here.watch.mark, "the look at what a module returned", result)
+            self._tell(calls_here.watch.mark, "tracking a module's result", result)
         return result
 
     def attend(
@@ -263,7 +263,7 @@ class Site(SiteCounters):
             with contextlib.nullcontext() if outer is None else without(outer):
                 result = with_no_matrix(result, self.counts.total() != before[0])
         except Exception as error:
-            self.failed("a result that is no matrix", error)
+            self.failed("computing a small result", error)
         if self.counts.total() == before[0]:
             # Native scores are not counted when they are made, since any product may be one; so count the call here.
             self.counts["passed"] += 1
@@ -315,7 +315,7 @@ class Site(SiteCounters):
                 with compat.DisableTorchFunction():
                     call.sources = self._sources(inputs_among(args, kwargs), around, repeats)
             except Exception as error:
-                self.failed("the look at a module's inputs", error)
+                self.failed("tracking a module's inputs", error)
         return call
 
     @staticmethod

@@ -110,7 +110,7 @@ def chosen_sites(
         numbers = sorted({places[name][1] for name in matching})
         raise CaptureError(
             f"layers={list(layers)!r}: the layers with attention are {shortened(numbers)}; give some of these numbers, or "
-            f"-1 to {-max(map(len, kinds.values()))} from the last of them"
+            f"-1 to {-max(map(len, kinds.values()))} to count from the last"
         )
     return found
 

@@ -54,7 +54,7 @@ class CaptureOptions:
             )
         if self.is_of_gradient and (self.measures or self.sample_rows is not None):
             raise CaptureError(
-                "measures and sample_rows are of probabilities; leave them out with weighting='gradient'"
+                "measures and sample_rows need probabilities; leave them out with weighting='gradient'"
             )
 
     @property
@@ -101,6 +101,6 @@ class CaptureOptions:
             raise CaptureError("measures, sample_rows and weighting are not for images; leave them out")
         if self.layers is not None:
             raise CaptureError(
-                "layers of a denoiser are not numbered alike; give sites='*.attn2' or another pattern"
+                "layers of a denoiser have no common numbering; give sites='*.attn2' or another pattern"
             )
         return self

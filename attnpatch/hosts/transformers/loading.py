@@ -105,7 +105,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise AnalysisError(f"model {name!r} has no tokenizer that loads: {first_line(error)}") from error
+        raise AnalysisError(
+            f"model {name!r} has no tokenizer that can be loaded: {first_line(error)}"
+        ) from error
 
 
 def _check_folder(name: str) -> None:

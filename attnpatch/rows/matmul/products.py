@@ -293,7 +293,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     watched = observed.watch(cut.children[call.children.index(node)], keys, site)
     result = site.replay(cut, watched)
     if watched is not None and site.observer is not None:
-        guard.attempted(site.observer.end, name="the end of attention that was shown", tally=site.tally)
+        guard.attempted(site.observer.end, name="finishing observed attention", tally=site.tally)
     return result if cut is call else edges.fork(call, result, site.of_gradients)
 
 

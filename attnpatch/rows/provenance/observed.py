@@ -119,7 +119,9 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
             return None  # shown already: the same probabilities with other values
         site.sources.shown.append(node)
     return guard.attempted(
-        functools.partial(_watched, node, axes, keys, site), name="the look at attention", tally=site.tally
+        functools.partial(_watched, node, axes, keys, site),
+        name="preparing to observe attention",
+        tally=site.tally,
     )
 
 

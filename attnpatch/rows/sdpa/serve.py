@@ -63,7 +63,7 @@ def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionC
         if result.requires_grad:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
-    if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
+    if not guard.attempted(_is_shown, call, site, name="preparing to observe attention", tally=site.tally):
         return _attend(call, args, kwargs, site)
     site.tally.count("captured")
     result, lse = _fused(call, site)
@@ -112,7 +112,7 @@ def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
     site.tally.summed("kernel" if reason is None else f"torch ({reason})")
     if reason is not None:
         _show(call, site, None if isinstance(lse, str) else lse)
-    guard.attempted(observer.end, name="the end of attention that was shown", tally=site.tally)
+    guard.attempted(observer.end, name="finishing observed attention", tally=site.tally)
 
 
 def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
@@ -140,13 +140,13 @@ def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
 
 def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
     """Called in the backward pass: show the observer each probability times its gradient."""
-    if not guard.attempted(_is_shown, call, site, name="the look at attention", tally=site.tally):
+    if not guard.attempted(_is_shown, call, site, name="preparing to observe attention", tally=site.tally):
         return
     site.tally.count("captured")
     site.tally.summed("torch (gradients)")
     _show(call, site, None, grad)
     assert site.observer is not None
-    guard.attempted(site.observer.end, name="the end of attention that was shown", tally=site.tally)
+    guard.attempted(site.observer.end, name="finishing observed attention", tally=site.tally)
 
 
 def _show(
