@@ -1,4 +1,4 @@
-"""Finds the rows of each word of a prompt, given which token of which encoding each row is."""
+"""Finds the rows of each word of a prompt; ``token_matching.py`` has found the token that each row holds."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class Origins(TorchFunctionMode):
             self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
 
     def _hand_on(self, origin: Origin, source: torch.Tensor, result: torch.Tensor) -> None:
-        """Note the kinds of a result: its source's, or, of a concatenated source, those of the part with its length."""
+        """Note the kinds of a result. If its source is a concatenation, its length tells which part of it the result is."""
         if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
             self._known[result] = origin
             return

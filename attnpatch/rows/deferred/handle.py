@@ -158,7 +158,7 @@ class Handle:
                 value.retain_grad()
 
     def _begun_with(self, value: torch.Tensor) -> Any:
-        """The ``grad_fn`` of a computed tensor at the time when the deferred tensor last took it over."""
+        """The ``grad_fn`` that a computed tensor had when the deferred tensor last took its history over."""
         if value is self.written:
             return self._adopted
         return self._bridged[2] if self._bridged is not None and value is self._bridged[0] else None

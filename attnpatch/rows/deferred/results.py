@@ -26,7 +26,7 @@ def with_no_matrix(result: Any, is_counted: bool) -> Any:
 
     Args:
         result: Tensors in any structure, the host's named tuples and dataclasses included.
-        is_counted: True if the call is counted already; otherwise each tensor computed here counts as one by rows.
+        is_counted: True if the call is counted already; otherwise each tensor computed here is counted as ``by_rows``.
     """
     return _changed(result, lambda value: _computed(value, is_counted), 8)
 

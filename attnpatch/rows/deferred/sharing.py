@@ -104,7 +104,7 @@ def followed(path: Sequence[Node], graph: Node) -> list[Node]:
 
 
 def renewed(step: Node, below: Node) -> Node:
-    """A copy of a step on another child; no deferred tensor stands for it yet."""
+    """A copy of a node with another child; the copy has no deferred tensor yet."""
     copy = step.rebuilt(lambda _: below)
     for name in ("needs_grad", "carrier", "marks", "twin", "reached", "saved"):
         copy.__dict__.pop(name, None)

@@ -25,7 +25,7 @@ def scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
 
 
 def held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
-    """Bytes of scores that no node shows: those inside a step (SDPA), or all of a result that has keys."""
+    """Bytes of scores that are not the value of a node: those inside SDPA; or of the whole result, if it has keys."""
     tile: Tile = dict(steps.lead[0])
     if steps.row is not None:
         tile[steps.row] = (0, steps.largest()[0])

@@ -1,4 +1,4 @@
-"""Handlers of functions that need some dimensions of the scores complete, and treat each index of the others alone.
+"""Handlers of functions that need some dimensions of the scores complete, and can be cut along all others.
 
 A table has for each function which dimensions it needs. How their lengths change (kept, removed, 1 or another length)
 is found by calling torch on a tensor that has only these dimensions.

@@ -58,7 +58,7 @@ class _Reading:
         return self.sources.made.get(leaf)
 
     def _split(self, found: list[Axis]) -> tuple[Axis, Made] | None:
-        """The axis made by the module that was split into exactly these parts by a reshape, or ``None``."""
+        """If a reshape has split an axis that the module made into exactly these parts: that axis; otherwise ``None``."""
         if any(self.sources.origin(leaf) is not None for leaf in found):
             return None
         return next(
@@ -66,7 +66,7 @@ class _Reading:
         )
 
     def tokens(self, found: Sequence[Axis], side: str) -> list[tuple[Piece, tuple[int, ...]]]:
-        """The tokens that some axes are, in order, each piece with its dimensions of the input.
+        """Find which tokens some axes hold: pieces in order, each with its dimensions of the input.
 
         Raises:
             Unknown: They are not tokens, or it is not known which.

@@ -31,7 +31,7 @@ class Sources(Origins):
         inputs: The tensors that it is called with, in order, each once.
         outer: The sources of a call around this one.
         moved: By number of an input and by dimension: the function that has reordered its elements before the call.
-        notes: Where dimensions are noted; ``None``: in notes that watch for unseen writes.
+        notes: The notes that hold the dimensions; ``None``: new notes, which watch for unseen writes.
     """
 
     def __init__(
