@@ -65,7 +65,7 @@ def test_an_image_that_is_blurred_for_guidance():
     assert described(maps) == [("prompt", 0, False)]
     assert_shows(maps, 0, [(call, 1) for call in calls if call.batch == 2])
     (left,) = maps.left_out.items()
-    assert left[0] == "image 0 of text 0" and "2 times in one step, each time with other latents" in left[1]
+    assert left[0] == "images of text 0" and "2 times in one step, each time with other latents" in left[1]
 
 
 def test_no_image_that_is_known():
@@ -77,6 +77,19 @@ def test_no_image_that_is_known():
         errors.CaptureError, match=r"nothing was captured.*other latents, where the sampler asks for 1"
     ):
         _ = maps.block_map
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_parts_of_an_image_one_by_one(at_once):
+    """A panorama: three views of one image in each step, also where the last call has fewer of them than the first."""
+    pipe = of("StableDiffusionPanoramaPipeline")
+    wide = {"height": 32, "width": 96, "num_inference_steps": 1, "view_batch_size": at_once}
+    pipe.get_views = lambda *_, **__: [(0, 16, left, left + 16) for left in (0, 16, 32)]
+    calls, maps = captured(pipe, negative_prompt=NEGATIVE, **wide)
+    assert [call.batch for call in calls] == ([2, 2, 2] if at_once == 1 else [4, 2])
+    with pytest.raises(errors.CaptureError, match=r"nothing was captured.*parts of an image"):
+        _ = maps.block_map
+    assert list(maps.left_out) == ["images of text 0", "images of text 1"]
 
 
 def test_a_sampler_that_asks_twice():
@@ -219,7 +232,7 @@ def test_two_texts_of_one_length(which):
         return
     layer = maps.map("attention", own_grid=True).mass[0].numpy()
     assert np.abs(layer - dense[0][0].mean(0)[:, :TEXT]).max() < 1e-6
-    said = {f"attention ({TEXT} tokens)": "are a second text's: in no block"}
+    said = {f"attention ({TEXT} tokens)": "are of a second text: in no block"}
     assert maps.left_out == (said if 1 in which else {})
 
 
@@ -281,3 +294,79 @@ def test_positions_of_each_axis():
         with torch.no_grad(), attnpatch.capture(denoiser) as maps:
             denoiser(video, torch.tensor(1.0), unclear)
         assert "in which rows and columns they lie is not said" in maps.left_out["attention"]
+
+
+OTHERS_ROWS = {
+    "the first's": lambda image: image[:1].expand(len(image), -1, -1),
+    "the first's, repeated": lambda image: image[:1].repeat(len(image), 1, 1),
+    "the first's, stacked": lambda image: torch.stack([image[0]] * len(image)),
+    "the first's, added to nothing": lambda image: torch.zeros_like(image) + image[:1],
+    "the next one's": lambda image: torch.cat([image[1:], image[:1]]),
+    "in reverse": lambda image: torch.cat(image.chunk(3)[::-1]),
+    "the mean of all": lambda image: image.mean(0, keepdim=True).expand_as(image),
+    "turned around": lambda image: image.flip(0),
+}
+OWN_ROWS = {
+    "its own": lambda image: image * 1.0,
+    "tokens first and back": lambda image: image.transpose(0, 1).contiguous().transpose(0, 1),
+    "folded": lambda image: image.flatten(0, 1).mul(1.0).unflatten(0, image.shape[:2]),
+    "with the first's added": lambda image: image[:1] + image,
+}
+
+
+class Context(Denoiser):
+    """Attends to what is made of the images outside the module."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, hidden_states, timestep):
+        image = hidden_states.flatten(2).mT
+        return self.attention(image, self.made(image))
+
+
+@pytest.mark.parametrize("case", [*OTHERS_ROWS, *OWN_ROWS])
+def test_rows_of_the_batch(case):
+    """Keys of another image of the batch are none of this one's tiles."""
+    denoiser, images = Context({**OTHERS_ROWS, **OWN_ROWS}[case]).eval(), numbers(1, 3, 16, 4, 4)
+    with torch.no_grad(), recording_of(denoiser) as dense:
+        denoiser(images, torch.tensor(1.0))
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(images, torch.tensor(1.0))
+    if case in OTHERS_ROWS:
+        assert set(maps.left_out) == {"attention"}
+        with pytest.raises(errors.CaptureError, match="nothing was captured"):
+            _ = maps.block_map
+        return
+    assert maps.left_out == {}
+    for row, native in zip(maps.map("attention", own_grid=True).mass, dense[0], strict=True):
+        assert np.abs(row[0].numpy() - native.mean(0)).max() < 1e-6
+
+
+def test_a_reference_of_another_row_beside_its_own():
+    """Own tokens are shown; those of the first image are in no block."""
+    denoiser, images = (
+        Context(lambda image: torch.cat([image, image[:1].expand_as(image)], 1)).eval(),
+        numbers(1, 3, 16, 4, 4),
+    )
+    with torch.no_grad(), recording_of(denoiser) as dense:
+        denoiser(images, torch.tensor(1.0))
+    with torch.no_grad(), attnpatch.capture(denoiser) as maps:
+        denoiser(images, torch.tensor(1.0))
+    ((name, why),) = maps.left_out.items()
+    assert name == "attention (16 tokens)" and "of rows of the batch" in why
+    for row, native in zip(maps.map("attention", own_grid=True).mass, dense[0], strict=True):
+        assert np.abs(row[0].numpy() - native.mean(0)[:, :16]).max() < 1e-6
+
+
+@pytest.mark.parametrize("steps", ["mean", "all"])
+def test_a_site_that_is_refused_later_has_no_map(steps):
+    """Nor one of the calls before, which had another batch."""
+    denoiser = Context(lambda image: image if len(image) == 1 else image.flip(0)).eval()
+    with torch.no_grad(), attnpatch.capture(denoiser, steps=steps) as maps:
+        denoiser(numbers(1, 1, 16, 4, 4), torch.tensor(2.0))
+        denoiser(numbers(1, 3, 16, 4, 4), torch.tensor(1.0))
+    assert "put into another order (flip)" in maps.left_out["attention"]
+    with pytest.raises(errors.CaptureError, match="nothing was captured"):
+        _ = maps.block_map

@@ -53,7 +53,7 @@ class Reading:
         """The block map of sites of one kind; ``steps`` are kept apart, and if there are none, all are averaged."""
         order = {"prompt": 0, "": 1, "negative": 2}
         rows = sorted(
-            (row for row in self.run.rows if row not in self.run.unclear),
+            (row for row in self.run.rows if row[0] not in self.run.unclear),
             key=lambda row: (row in self.run.twins, order[self.run.texts[row[0]].role]),
         )
         values = {

@@ -104,7 +104,7 @@ class Run:
         texts: Every text that batch rows were given.
         rows: Every batch row, with its steps.
         twins: Rows with the same text and latents as another row of their batch at every step, and that other row.
-        unclear: Rows for which it is not known what they show, with the reason.
+        unclear: Texts for whose rows it is not known what they show, with the reason.
         image: The grid of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
         records: Sums by step and batch rows, then by site.
@@ -115,7 +115,7 @@ class Run:
         self.texts: list[TextRow] = []
         self.rows: dict[Row, set[int]] = {}
         self.twins: dict[Row, Row] = {}
-        self.unclear: dict[Row, str] = {}
+        self.unclear: dict[int, str] = {}
         self.image: Grid | None = None
         self.refused: set[str] = set()
         self.records: dict[tuple[int, tuple[Row, ...]], dict[str, ImageRecord]] = {}
@@ -159,8 +159,8 @@ class Run:
             if given not in before:
                 before.append(given)
             if len(before) > evaluations:
-                self.unclear[row] = (
-                    f"the denoiser is called with it {len(before)} times in one step, each time with other latents, where the "
+                self.unclear[row[0]] = (
+                    f"the denoiser is called with one {len(before)} times in one step, each time with other latents, where the "
                     f"sampler asks for {evaluations}: parts of an image, or another one for guidance; which is not known"
                 )
         for row in self._distinct:
@@ -235,12 +235,11 @@ class Sampling:
     def _say_of(self, rows: Sequence[Row], shown: Sequence[Row]) -> None:
         """Note in ``left_out`` which rows of a batch are in no map."""
         for (number, image), found in zip(rows, shown, strict=True):
-            name = f"image {image} of text {number}"
-            if (number, image) in self.run.unclear:
-                self.left_out[name] = self.run.unclear[number, image]
+            if number in self.run.unclear:
+                self.left_out[f"images of text {number}"] = self.run.unclear[number]
             elif found[1] < 0:
                 self.left_out.setdefault(
-                    name,
+                    f"image {image} of text {number}",
                     "the denoiser is called with it again in one step, with the same text and latents (guidance by a "
                     "changed denoiser, as a rule): maps show the first call",
                 )

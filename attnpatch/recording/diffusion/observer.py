@@ -19,7 +19,7 @@ from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
 from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.recording.diffusion.denoising import KEY_TILES, QUERY_TILES, ImageRecord, Side, tiles_of
-from attnpatch.recording.diffusion.token_provenance import IMAGE, OTHER, SECOND, TEXT, Origin
+from attnpatch.recording.diffusion.token_provenance import IMAGE, OF_NO_BLOCK, OTHER, TEXT, UNKNOWN, Origin
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.sdpa_call import SdpaCall
 
@@ -132,8 +132,8 @@ class ImageObserver(SiteObserver):
             else:
                 found.append((OTHER if origin is None else origin[0][0], piece.length))
         kinds = {kind for kind, _ in found}
-        if kinds <= {OTHER, SECOND}:
-            what = "of a second text" if kinds == {SECOND} else "of which it is not known what they are"
+        if kinds <= {OTHER, *OF_NO_BLOCK}:
+            what = OF_NO_BLOCK.get(next(iter(kinds)) if len(kinds) == 1 else OTHER, UNKNOWN)
             raise Unknown(f"attends with {count} {side} {what}")
         return tuple(found)
 
@@ -215,9 +215,11 @@ class ImageObserver(SiteObserver):
 
     def _refuse(self, reason: str) -> None:
         self._leave_out(reason)
-        self.recorder.sampling.run.refused.add(self.name)
-        # A mean over only the earlier calls would be incomplete.
-        self.records.pop(self.name, None)
+        run = self.recorder.sampling.run
+        run.refused.add(self.name)
+        # A mean over only the earlier calls would be incomplete, whichever rows they had.
+        for records in run.records.values():
+            records.pop(self.name, None)
 
     def _leave_out(self, reason: str, part: str = "") -> None:
         self.recorder.sampling.left_out.setdefault(self.name + part, reason)
@@ -230,7 +232,7 @@ class ImageObserver(SiteObserver):
         """
         found: list[tuple[str, int | None]] = []
         for kind, length in side:
-            if kind in (each for each, _ in found if each not in (OTHER, SECOND)):
+            if kind in (each for each, _ in found if each not in (OTHER, *OF_NO_BLOCK)):
                 raise CaptureError(f"attends with tokens of the {kind} in several places of one sequence")
             rest = 0
             if kind == IMAGE:
@@ -244,8 +246,8 @@ class ImageObserver(SiteObserver):
                     f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
                     f"{given[0]}"
                 )
-            elif kind in (OTHER, SECOND):
-                what = "a second text's" if kind == SECOND else "not known to be the image's or the text's"
+            elif kind == OTHER or kind in OF_NO_BLOCK:
+                what = OF_NO_BLOCK.get(kind, "not known to be the image's or the text's")
                 self._leave_out(f"are {what}: in no block", f" ({length} tokens)")
             found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
         return tuple(found)

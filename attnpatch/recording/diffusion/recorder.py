@@ -91,7 +91,7 @@ class ImageRecorder:
         self.call = call
         key = (step if sampling.is_kept_apart else 0, self.rows)
         self.records = sampling.run.records.setdefault(key, {})
-        self.origins = self._stack.enter_context(Origins())
+        self.origins = self._stack.enter_context(Origins(call.batch))
         kinds = (IMAGE, call.images), (TEXT, call.texts[:1]), (SECOND, call.texts[1:])
         for kind, tensors in kinds:
             for tensor in tensors:

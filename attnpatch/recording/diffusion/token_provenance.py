@@ -16,6 +16,14 @@ from attnpatch.observing import MAKING
 
 # Words are found in the first text that a denoiser is given (``TEXT``).
 IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
+# Tokens that may be of another row of the batch than the one that they are in.
+MOVED = "another row's"
+# Kinds of tokens that are known, and are neither the image's nor the text's that maps show; and what is said of others.
+OF_NO_BLOCK = {
+    SECOND: "of a second text",
+    MOVED: "of rows of the batch that were picked, joined or averaged: whose they are is not known",
+}
+UNKNOWN = "of which it is not known what they are"
 
 # The kinds of tokens in order, each with its length; for a tensor of a single kind the length is ``None``.
 Origin = tuple[tuple[str, int | None], ...]
@@ -54,12 +62,16 @@ _WRITING = frozenset(["__setitem__", "copy_", "index_put_", "index_copy_", "scat
 class Origins(TorchFunctionMode):
     """A mode that tracks tokens while it is active.
 
+    Args:
+        batch: Rows of the batch that the model is called with; 1: whose row tokens are of is no question.
+
     Attributes:
         joined: By length, the kinds in the latest sequence of that length that was concatenated from several kinds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 1) -> None:
         super().__init__()
+        self.batch = batch
         self.joined: dict[int, Origin] = {}
         self._known: Any = WeakIdKeyDictionary()
 
@@ -90,7 +102,11 @@ class Origins(TorchFunctionMode):
             origin = self._known[source]
             for one in [result] if isinstance(result, torch.Tensor) else result:
                 is_kept = len(origin) > 1 or not _loses_order(func, args, source, one)
-                if isinstance(one, torch.Tensor) and one is not source and is_kept:
+                if not isinstance(one, torch.Tensor) or one is source:
+                    continue
+                if self._loses_rows(source, one):
+                    self._known[one] = ((MOVED, None),)
+                elif is_kept:
                     self._hand_on(origin, source, one)
         return result
 
@@ -104,7 +120,16 @@ class Origins(TorchFunctionMode):
         if name in _PRODUCTS:
             args, kwargs = [a for a in args if isinstance(a, (torch.Tensor, str))], {}
             args = args[_ROWS_OF.get(name, 0) :][:1]
-        return next((t for t in _tensors((*args, *kwargs.values())) if t in self._known), None)
+        known = [each for each in _tensors((*args, *kwargs.values())) if each in self._known]
+        # Added to tokens in their own rows, those of others change nothing.
+        in_place = (each for each in known if self._known[each] != ((MOVED, None),))
+        return next(in_place, known[0] if known else None)
+
+    def _loses_rows(self, source: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether a result has other rows of the batch than its source, which has them all: some, their mean, repeated ones."""
+        if self.batch == 1 or source.dim() < 2 or source.shape[0] != self.batch:
+            return False
+        return result.shape[:1] != source.shape[:1] and result.numel() != source.numel()
 
     def _write(self, args: Any) -> None:
         """After a write of tokens of another kind, the kinds of the target are no longer known."""
@@ -114,6 +139,9 @@ class Origins(TorchFunctionMode):
 
     def _join(self, result: torch.Tensor, pieces: list[torch.Tensor], dim: int) -> None:
         if not any(piece in self._known for piece in pieces):
+            return
+        if self.batch > 1 and dim in (0, -result.dim()) and result.shape[0] == self.batch:
+            self._known[result] = ((MOVED, None),)
             return
         segments: list[tuple[str, int]] = []
         for piece in pieces:
