@@ -368,8 +368,8 @@ def rewrite(path, drop_tensor=None, **header):
     [
         ({"version": "2"}, "has version '2', this attnpatch reads '1'"),
         ({"version": None}, "has version None"),
-        ({"format": "something"}, "no block map"),
-        ({"format": None}, "no block map"),
+        ({"format": "something"}, "not a block map"),
+        ({"format": None}, "not a block map"),
         ({"block_map": None}, "lacks 'block_map'"),
         ({"block_map": "{}"}, "lacks 'layers'"),
         ({"block_map": "{"}, "is damaged"),

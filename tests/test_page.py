@@ -279,14 +279,14 @@ def test_a_folder_gives_its_maps_by_name(tmp_path):
     assert list(maps) == ["0001.safetensors", "0002.safetensors"]
     assert maps["0002.safetensors"] == block_map(seed=2)
     assert len(skipped) == 2
-    assert skipped[0].startswith("skipped model.safetensors") and "no block map" in skipped[0]
+    assert skipped[0].startswith("skipped model.safetensors") and "not a block map" in skipped[0]
     assert skipped[1].startswith("skipped short.safetensors")
 
 
 def test_weights_are_not_read_to_see_that_they_are_no_map(tmp_path, monkeypatch):
     save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(BlockMap, "load", lambda path: pytest.fail("read"))
-    with pytest.raises(BlockMapFileError, match="no block map"):
+    with pytest.raises(BlockMapFileError, match="not a block map"):
         load_maps(tmp_path / "model.safetensors")
 
 
@@ -333,7 +333,7 @@ def test_view_writes_page_html_if_not_told_otherwise(tmp_path, monkeypatch):
     ("arguments", "says"),
     [
         (["nothing", "--out", "page.html"], "there is nothing at"),
-        (["weights.safetensors"], "no block map"),
+        (["weights.safetensors"], "not a block map"),
         (["map.safetensors", "--out", "."], "is a folder"),
         (["map.safetensors", "--out", "map.safetensors"], "holds block maps"),
         ([".", "--out", "map.safetensors"], "holds block maps"),
