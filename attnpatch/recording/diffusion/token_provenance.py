@@ -160,7 +160,7 @@ class Origins(TorchFunctionMode):
             self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
 
     def _hand_on(self, origin: Origin, source: torch.Tensor, result: torch.Tensor) -> None:
-        """Note the kinds of a result. If its source is a concatenation, its length tells which part of it the result is."""
+        """Note the kinds of a result. Of a concatenated source, its length tells which part it is."""
         if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
             self._known[result] = origin
             return

@@ -300,8 +300,8 @@ class TiledEvaluation:
         asked = []
         for node in wanted:
             part = bound[node] if isinstance(node, InputNode) else Evaluator(node, bound).value(node, {})
-            # Asked for on a view: a value that is itself computed from others in ``bound`` must not stop their
-            # gradients.
+            # Differentiate by a view of each value. A value may itself be computed from others in ``bound``, and their
+            # gradients must still flow through it.
             asked.append(part.view_as(part))
             run.fix(node, asked[-1])
         value = run.value(self.node, {})

@@ -58,7 +58,7 @@ class _Reading:
         return self.sources.made.get(leaf)
 
     def _split(self, found: list[Axis]) -> tuple[Axis, Made] | None:
-        """If a reshape has split an axis that the module made into exactly these parts: that axis; otherwise ``None``."""
+        """The axis, made by the module, that a reshape has split into exactly these parts; otherwise ``None``."""
         if any(self.sources.origin(leaf) is not None for leaf in found):
             return None
         return next(
