@@ -164,7 +164,7 @@ def test_a_pipeline_without_attention():
     with pytest.raises(errors.PatchError, match=r"no component of this Pipe has an attention .*\(unet\)"):
         attnpatch.apply(pipe)
     for nothing in (Pipe(), Pipe(scheduler=object()), object(), "pipe", None):
-        with pytest.raises(errors.PatchError, match="expected a torch.nn.Module or a pipeline"):
+        with pytest.raises(errors.PatchError, match=r"expected a torch\.nn\.Module or a pipeline"):
             attnpatch.apply(nothing)
 
 

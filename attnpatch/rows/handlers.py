@@ -5,11 +5,22 @@ from typing import Any
 from attnpatch.rows.creation import constants, gumbel
 from attnpatch.rows.layout import diagonals, joining, pieces, shaping, writes
 from attnpatch.rows.matmul import products
-from attnpatch.rows.ops import lookups, metadata, per_head, pointwise, reductions
+from attnpatch.rows.ops import lookups, metadata, norms_and_reductions, per_head, pointwise
 
 __all__ = [
-    "constants", "diagonals", "gumbel", "joining", "lookups", "metadata", "per_head", "pieces", "pointwise", "products",
-    "reductions", "shaping", "writes",
+    "constants",
+    "diagonals",
+    "gumbel",
+    "joining",
+    "lookups",
+    "metadata",
+    "norms_and_reductions",
+    "per_head",
+    "pieces",
+    "pointwise",
+    "products",
+    "shaping",
+    "writes",
 ]  # fmt: skip
 
 

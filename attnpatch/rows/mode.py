@@ -23,8 +23,7 @@ from attnpatch.rows.interception import dispatch_in
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.provenance import observed
-from attnpatch.rows.sdpa import call as sdpa_call
-from attnpatch.rows.sdpa import encoder_fast_paths, serve
+from attnpatch.rows.sdpa import cuttable, encoder_fast_paths, serve
 from attnpatch.rows.watching import Watching
 
 _BLANK_USERS = frozenset(
@@ -149,7 +148,7 @@ class RowsMode(Watching):
             if found is not None:
                 return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
-            return serve.attend(*sdpa_call.settled(args, kwargs), self.call)
+            return serve.attend(*cuttable.settled(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
                 return encoder_fast_paths.opened(func)(*args, **kwargs)

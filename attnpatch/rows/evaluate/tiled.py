@@ -13,7 +13,7 @@ import torch
 from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
-from attnpatch.rows.evaluate import step_sizes
+from attnpatch.rows.evaluate import bytes_of_steps
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
 from attnpatch.rows.evaluate.tile_plan import (
@@ -140,14 +140,14 @@ class TiledEvaluation:
         if self.limit is not Exactness.EXACT or (asked and not self.node.is_exact):
             grain = to_rounding()
         work = StepWork(
-            tileable, width, itemsize, grain, step_sizes.reads(run, tileable), run.held_bytes(row, cut)
+            tileable, width, itemsize, grain, bytes_of_steps.reads(run, tileable), run.held_bytes(row, cut)
         )
         return choose(work, self.policy, self.node.device, self.shrink, self.free)
 
     def _tiles(self, run: Evaluator) -> Iterator[Tile]:
         steps = self._steps(run)
-        run.scores = step_sizes.scores(run, steps.row)
-        self.on_size(step_sizes.held_inside(run, steps, self.node))
+        run.scores = bytes_of_steps.scores(run, steps.row)
+        self.on_size(bytes_of_steps.held_inside(run, steps, self.node))
         for tile in self._cut(run, steps):
             yield tile
             self.on_size(run.largest)

@@ -21,7 +21,7 @@ from attnpatch.rows.provenance import observed
 from attnpatch.rows.provenance.open_keys import causal_keys, once_for, open_keys
 from attnpatch.rows.sdpa import deferred_weights, logsumexp
 from attnpatch.rows.sdpa.as_graph import graph
-from attnpatch.rows.sdpa.call import can_be_cut
+from attnpatch.rows.sdpa.cuttable import can_be_cut
 from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice
 from attnpatch.rows.sdpa.probabilities import mask_rows, show
 from attnpatch.sdpa_call import SdpaCall
