@@ -311,6 +311,21 @@ def checkpointed_and_computed_inside(module, scores, query, value):
     return checkpoint(core, scores, bias, value, use_reentrant=False)
 
 
+def returned_by_a_checkpoint_before_another_write(module, scores, query, value):
+    """A reentrant checkpoint gives what was computed a history; a write to anything else is none to that."""
+    scores = checkpoint(lambda s: s.cpu(), scores, use_reentrant=True)
+    beside = torch.zeros(2, 3)
+    beside += 1.0
+    return scores.tril() @ value
+
+
+def returned_by_a_checkpoint_and_written(module, scores, query, value):
+    scores = checkpoint(lambda s: s.cpu(), scores, use_reentrant=True)
+    scores = scores * 1.0
+    scores[..., 0] += 1.0
+    return scores.softmax(-1) @ value
+
+
 def checkpointed_scores_reentrant(module, scores, query, value):
     def core(q, k):
         return (q @ k.transpose(1, 2)).softmax(-1)
@@ -524,6 +539,7 @@ MIDDLES = [
     function_in_place, retained_over_both_sides, read_in_inference_mode, joined_with_nothing,
     written_through_detached, kept_before_a_write, kept_after_a_write, kept_after_a_function_in_place,
     kept_before_a_write_to_what_a_function_gave, hooked_before_and_after_a_write, function_that_is_scripted, backward_from_inside, checkpointed_softmax, checkpointed_softmax_reentrant,
+    returned_by_a_checkpoint_before_another_write, returned_by_a_checkpoint_and_written,
     checkpointed_with_what_is_computed_later, checkpointed_around_what_is_computed_later,
     checkpointed_and_computed_inside, checkpointed_product, checkpointed_core, checkpointed_scores_reentrant,
     given_other_values,

@@ -49,6 +49,8 @@ class ForwardOfClass(Replaced):
 
     def remove(self, reference: weakref.ref[Entry]) -> None:
         """Called when an instance is no longer patched, or is gone."""
+        if not changing:
+            return  # the interpreter shuts down, and has emptied this module
         with changing:
             self.entries.discard(reference)
             if not self.entries:

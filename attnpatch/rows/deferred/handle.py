@@ -53,9 +53,8 @@ class Handle:
         self.written: torch.Tensor | None = None
         # The computed tensor attached to the deferred one's history; that history; and the ``grad_fn`` it had at first.
         self._bridged: tuple[torch.Tensor, Any, Any] | None = None
-        self._adopted: Any = (
-            None  # the ``grad_fn`` of ``written`` that the deferred tensor has taken over last
-        )
+        # The ``grad_fn`` of ``written`` that the deferred tensor has taken over last.
+        self._adopted: Any = None
         self._has_adopted = False
         self._tensor: weakref.ref[DeferredTensor] | None = None
         self.memory = sharing.Memory(node) if memory is None else memory
@@ -78,6 +77,16 @@ class Handle:
         self.values = self._bridged = None
         if self.written is None:
             self.pending.add(self)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._values
+
+    @values.setter
+    def values(self, computed: torch.Tensor | None) -> None:
+        self._values = computed
+        # How often it was written to; inference tensors do not count that, and have no history to follow.
+        self._version = None if computed is None or computed.is_inference() else computed._version
 
     @property
     def has_values(self) -> bool:
@@ -166,7 +175,7 @@ class Handle:
     def follow(self) -> None:
         """Take over the computed tensor's history if it has changed, because a view of that tensor was written to."""
         tensor, value = self.tensor, self.values
-        if tensor is None:
+        if tensor is None or not torch.is_grad_enabled():
             return
         if self._bridged is not None and self._bridged[1] is edges.history(tensor):
             value = self._bridged[0]
@@ -174,7 +183,9 @@ class Handle:
             return
         elif self.written is not None:
             value = self.written
-        if value is not None and torch.is_grad_enabled() and value.grad_fn is not self._begun_with(value):
+        if value is self._values and self._version is not None and self._values._version == self._version:
+            return  # not written to: a custom function has returned it, whose history it has now
+        if value is not None and value.grad_fn is not self._begun_with(value):
             self.is_written(value)
 
     @property
