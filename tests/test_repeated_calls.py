@@ -94,6 +94,26 @@ def written_elsewhere(step, k, v):
     return k, v, list(range(n))[::-1] if step >= CHANGE else list(range(n))
 
 
+@torch.jit.script
+def turn(k: torch.Tensor) -> torch.Tensor:
+    k.copy_(k.flip(2))
+    return torch.zeros(1)
+
+
+def scripted(step, k, v):
+    """Code that no mode sees turns keys round, from some step on."""
+    k, places = k * 1, list(range(k.shape[2]))
+    turn(k if step >= CHANGE else k.clone())
+    return k, v, places[::-1] if step >= CHANGE else places
+
+
+def added_in_place(step, k, v):
+    k = k * 1
+    k += 1.0
+    k[:, :, 0] *= 2.0
+    return k, v, list(range(k.shape[2]))
+
+
 def asks_twice(step, k, v):
     """The same, and then attention to keys in another order (below)."""
     return plain(step, k, v)
@@ -151,10 +171,10 @@ def dense(seen, width=4):
 
 CHANGES = [
     plain, flipped, picked, window, without_first, late_window, rolled, crossed, turned_in_place, written,
-    written_elsewhere, asks_twice,
+    written_elsewhere, asks_twice, scripted, added_in_place,
 ]  # fmt: skip
 # Known to the end, or known no longer: either is right.
-ALWAYS_KNOWN = {plain, asks_twice}
+ALWAYS_KNOWN = {plain, asks_twice, added_in_place}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from attnpatch.rows.graph.axes import Dims
 from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.tensors import share_memory
 from attnpatch.rows.provenance.unseen_writes import EXPOSING
 
 # Only calls with at most this many tokens in the batch are recorded: their tensors are kept until the SDPA call.
@@ -42,6 +43,12 @@ _RESHAPING = frozenset(
 
 
 _name = functools.lru_cache(1024)(called)
+
+
+@functools.lru_cache(1024)
+def _is_in_place(name: str) -> bool:
+    is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
+    return is_in_place or name in element_places.WRITES | element_places.SCATTERING
 
 
 class _Shape:
@@ -181,11 +188,14 @@ class RepeatedSources(Sources):
         # Functions that were recorded and not followed yet; ``None``: nothing is recorded any more.
         self._waiting: list[tuple[Any, ...]] | None = [] if repeats else None
         self._is_asked = self._is_answered = self._is_lost = False
+        # Whether a tensor has more writes than were seen.
+        self._has_strayed = False
         # The record: functions, with a number for every tensor; and all numbers that occur in it.
         self._done: list[Any] = []
         self._numbers: list[int] = []
         self._slots: dict[int, int] = {}
         self._memories: dict[int, int] = {}
+        self._versions: list[int] = []
         self._held: list[Any] = []  # keeps tensors alive, so that no id is reused
         self._is_written = all(self._write(tensor) for tensor in inputs)
 
@@ -220,8 +230,13 @@ class RepeatedSources(Sources):
             if name in element_places.JOINING and not kwargs and isinstance(args[0], (tuple, list)):
                 # The host drops the old cache after concatenating a token to it; do not keep it alive here.
                 args = ([self._kept(piece) for piece in args[0]], *args[1:])
-            if name in _RESHAPING or "out" in kwargs or not self._step(func, args, kwargs, result):
-                self._is_lost |= self._waiting is not None and name in _RESHAPING
+            if _is_in_place(name):
+                self._count_write(args[0] if args else None)
+            is_recorded = (
+                name not in _RESHAPING and "out" not in kwargs and self._step(func, args, kwargs, result)
+            )
+            if not is_recorded or self._has_strayed:
+                self._is_lost |= self._waiting is not None and (name in _RESHAPING or self._has_strayed)
                 self._stop()
         if self._waiting is None:
             super().follow(func, args, kwargs, result)
@@ -237,6 +252,9 @@ class RepeatedSources(Sources):
             return None
         self._is_asked = True
         self._is_written = self._write(query) and self._write(key)
+        if self._has_strayed:
+            self._is_lost |= self._waiting is not None
+            self._stop()
         found = self._repeats.find(tuple(self._done), tuple(self._numbers)) if self._is_written else None
         if found is not None:
             self._is_answered, self._is_written = True, False
@@ -274,6 +292,12 @@ class RepeatedSources(Sources):
                 return False
         return self._write(result, is_result=True)
 
+    def _count_write(self, target: Any) -> None:
+        """Count a write that was seen, for all tensors in the target's memory."""
+        for slot, tensor in enumerate(self._held):
+            if isinstance(target, torch.Tensor) and share_memory(tensor, target):
+                self._versions[slot] += 1
+
     def _memory(self, tensor: torch.Tensor) -> int:
         """A number for a tensor's memory; tensors with the same number share memory, so a write to one changes both."""
         if type(tensor) is torch.nn.Parameter or tensor.layout is not torch.strided:
@@ -289,11 +313,14 @@ class RepeatedSources(Sources):
         kind = type(value)
         if kind in _PLAIN:
             slot = self._slots.get(id(value))
+            version = 0 if value.is_inference() else value._version
             if slot is not None:
+                self._has_strayed |= version > self._versions[slot]
                 self._done.append(slot)
                 return True
             self._slots[id(value)] = len(self._slots)
             self._held.append(value)
+            self._versions.append(version)
             self._done += (_NEW, value.dtype, value.dim())
             self._numbers += value.shape
             memory = self._memory(value)
