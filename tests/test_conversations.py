@@ -1,6 +1,8 @@
 """Conversations from files: the usual shapes, and what is wrong with a record in one line."""
 
 import json
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -466,3 +468,18 @@ def test_lines_are_a_stream(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 2e6
+
+
+def test_former_names_still_import():
+    """In a process of its own: a module warns once."""
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from attnpatch.analysis.conversations import Refused, read_conversations\n"
+        "    from attnpatch.analysis.analyzer import BlockAttentionAnalyzer\n"
+        "print([str(one.message).split(' is now ')[1].split(';')[0] for one in said"
+        " if one.category is DeprecationWarning and 'is now' in str(one.message)], Refused.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['attnpatch.conversations', 'RejectedRecord'] RejectedRecord"

@@ -28,6 +28,7 @@ LAYERS = [
     {"api"},
     {"viewing"},
     {"conversations"},
+    {"analysis"},
     {"__init__"},
     {"demo"},
     {"activation"},

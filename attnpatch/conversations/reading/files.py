@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -269,3 +270,10 @@ def _safe(text: str) -> str:
     """A text as a file name that is valid on any system; empty if no character can be used."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text[:200]).strip("._-")[:80].rstrip("._-")
     return f"_{name}" if _RESERVED.match(name) else name
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Refused":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Refused is now RejectedRecord", DeprecationWarning, stacklevel=2)
+    return RejectedRecord
