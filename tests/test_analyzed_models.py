@@ -236,7 +236,7 @@ def test_rounding_of_narrow_dtypes_is_no_reason_and_a_lost_state_is(dtype, token
         ("Llama", None),
         ("Mistral, a window of 8", None),
         ("Bamba", "another map"),
-        ("BERT", "ahead"),
+        ("BERT", "attend to later tokens"),
     ):
         torch.manual_seed(0)
         build = GOES_ON.get(name) or STOPS[name][0]

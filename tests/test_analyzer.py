@@ -320,7 +320,7 @@ def test_lookback_and_rollout(analyzer):
             0.5 * torch.eye(4, dtype=torch.float64) + 0.5 * layer / layer.sum(-1, keepdim=True)
         ) @ rolled
     torch.testing.assert_close(found.rollout().double(), rolled, rtol=0, atol=1e-6)
-    assert "APPROXIMATE" in Analysis.rollout.__doc__
+    assert "approximate" in Analysis.rollout.__doc__
 
 
 def test_files_and_pictures(analyzer, tmp_path):
@@ -360,7 +360,7 @@ def test_pictures_that_cannot_be_drawn_leave_no_folder(analyzer, tmp_path, monke
     [
         ({"blocks": "sentences"}, "'messages', 'words' or a number"),
         ({"chunk_size": 0}, "1 token or more"),
-        ({"measures": ["heat"]}, "received, entropy, sink"),
+        ({"measures": ["heat"]}, "'received', 'entropy', 'sink'"),
         ({"colour": "red"}, "unknown option 'colour'"),
         ({"normalize": "rows"}, "normalize='rows'"),
         ({"max_tokens": 20}, "20"),

@@ -25,7 +25,7 @@ LAST_RESORT = {
 
 # Of a backward pass: there is no native call to go back to, and an error is raised by it and by no forward.
 OF_BACKWARD = {
-    f"kept_values.{kind}.{step}" for kind in ("Kept", "Packed") for step in ("instead_of", "forget")
+    f"kept_values.{kind}.{step}" for kind in ("Kept", "Packed") for step in ("instead_of", "forget", "leave")
 }
 
 

@@ -16,7 +16,7 @@ from hypothesis import assume, currently_in_test_context, event, example, given
 from torch import nn
 from zoo import by_rows
 
-from attnpatch.rows.evaluate import step_memory as run
+from attnpatch.rows.evaluate import tiled as run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PRODUCTS = {

@@ -34,7 +34,7 @@ def test_damaged_files_are_one_line_whatever_the_host_raises(name, chat_model, t
     shutil.copytree(chat_model, folder)
     (folder / file).write_bytes(change((folder / file).read_bytes()))
     load = load_tokenizer if file == "tokenizer.json" else load_model
-    with pytest.raises(errors.AnalysisError, match=r"loads|cannot be loaded") as raised:
+    with pytest.raises(errors.AnalysisError, match=r"loads|can(not)? be loaded") as raised:
         load(str(folder))
     assert len(str(raised.value).splitlines()) == 1
 
