@@ -16,7 +16,8 @@ from hypothesis import assume, currently_in_test_context, event, example, given
 from torch import nn
 from zoo import by_rows
 
-from attnpatch.rows.evaluate import tiled as run
+from attnpatch.rows.evaluate import step_memory
+from attnpatch.rows.evaluate.evaluator import Evaluator
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PRODUCTS = {
@@ -391,7 +392,7 @@ def test_bits(spelling, q_len, kv_len, head_dim, rows, tile_heads, dtype):
 def test_rows_of_scores_that_lie_apart(spelling):
     """As those of long sequences do, in every spelling: what lies between them is in no result."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(run, "_LONG_ROWS", 2)
+        patch.setattr(step_memory, "_LONG_ROWS", 2)
         check(spelling)
 
 
@@ -411,10 +412,8 @@ def test_bits_of_long_rows(choice, kv_len, monkeypatch):
     spelling = Spelling(**choice, heads=2, q_len=40, kv_len=kv_len, head_dim=16, rows=16)
     model, seen = Holder(spelling), []
     native = model(**spelling.tensors())
-    padded = run.Evaluator.padded
-    monkeypatch.setattr(
-        run.Evaluator, "padded", lambda self, value: seen.append(padded(self, value)) or seen[-1]
-    )
+    padded = Evaluator.padded
+    monkeypatch.setattr(Evaluator, "padded", lambda self, value: seen.append(padded(self, value)) or seen[-1])
     with by_rows(model, CASE, rows=16), torch.no_grad():
         assert zoo.equal_with_nan(model(**spelling.tensors()), native)
     assert seen and all(rows.shape[-1] % 16 == 0 and rows.shape[-1] % 256 for rows in seen)
