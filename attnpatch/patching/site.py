@@ -38,7 +38,8 @@ from attnpatch.rows.deferred.results import with_no_matrix
 from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance import reordered
-from attnpatch.rows.provenance.repeated import Repeats, sources_of
+from attnpatch.rows.provenance.remembered_calls import RememberedCalls
+from attnpatch.rows.provenance.repeated import sources_of
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import inputs_among
 from attnpatch.rows.watching import without
@@ -72,7 +73,7 @@ class Site(SiteCounters):
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.is_entry = is_root or masks.makes_masks(module)
         self.decisions: dict[tuple[int, int], bool] = {}
-        self.repeats = Repeats()
+        self.repeats = RememberedCalls()
         self.below: Site | None = None
         self.waits_for: weakref.ref[Any] | None = None
 
@@ -82,7 +83,7 @@ class Site(SiteCounters):
             **vars(self),
             **vars(SiteCounters()),
             "decisions": {},
-            "repeats": Repeats(),
+            "repeats": RememberedCalls(),
             "waits_for": None,
         }
 
@@ -319,7 +320,7 @@ class Site(SiteCounters):
         return call
 
     @staticmethod
-    def _sources(inputs: list[Any], around: Sources | None, repeats: Repeats | None) -> Sources:
+    def _sources(inputs: list[Any], around: Sources | None, repeats: RememberedCalls | None) -> Sources:
         """The ``Sources`` that follow the functions of a call."""
         watch = reordered.watch()
         if watch is None:

@@ -8,7 +8,6 @@ same amount, the earlier call's layout is reused. Otherwise the recorded functio
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,14 +19,13 @@ from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Dims
 from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
+from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory
 from attnpatch.rows.provenance.unseen_writes import EXPOSING
 
 # Only calls with at most this many tokens in the batch are recorded: their tensors are kept until the SDPA call.
 MOST_TOKENS = 16
-# The most different calls of one module that are remembered, as batch and cache change.
-_MOST_WAYS = 16
 # A larger tensor (in bytes) that is concatenated with others, as a cache is, is not kept: only its shape is.
 _LARGE = 1 << 20
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -64,103 +62,11 @@ class _Shape:
         return math.prod(self.shape)
 
 
-@dataclasses.dataclass
-class _Way:
-    """A call and its layout.
-
-    Attributes:
-        numbers: All numbers of the call (sizes, indices), in order.
-        layout: The layout of its attention.
-        grows: Which of the numbers grow from call to call; ``None`` until two calls were compared.
-        grows_in: The index of the piece of the keys that grows with them.
-    """
-
-    numbers: tuple[int, ...]
-    layout: Layout
-    grows: tuple[bool, ...] | None = None
-    grows_in: int = 0
-
-    def answer(self, numbers: tuple[int, ...]) -> Layout | None:
-        """The layout of a call with these numbers; ``None`` if it is not known."""
-        if numbers == self.numbers:
-            return self.layout
-        if self.grows is None:
-            return None
-        amount = self._growth(numbers)
-        return None if amount is None or amount[0] != self.grows else self._grown(self.grows_in, amount[1])
-
-    def compare(self, numbers: tuple[int, ...], layout: Layout) -> bool:
-        """Learn from a second call which numbers grow; False if nothing was learned."""
-        amount = self._growth(numbers) if self.grows is None else None
-        if amount is None:
-            return False
-        for place in range(max(1, len(self.layout.keys))):
-            if _is_same(self._grown(place, amount[1]), layout):
-                self.grows, self.grows_in = amount[0], place
-                return True
-        return False
-
-    def _growth(self, numbers: tuple[int, ...]) -> tuple[tuple[bool, ...], int] | None:
-        """Which numbers differ from this call's, and by how much; ``None`` unless all differ by the same amount."""
-        if len(numbers) != len(self.numbers):
-            return None
-        changes = [new - old for new, old in zip(numbers, self.numbers, strict=True)]
-        amounts = set(changes) - {0}
-        return (tuple(map(bool, changes)), amounts.pop()) if len(amounts) == 1 else None
-
-    def _grown(self, place: int, by: int) -> Layout:
-        keys = tuple(
-            dataclasses.replace(piece, length=piece.length + by) if i == place else piece
-            for i, piece in enumerate(self.layout.keys)
-        )
-        return dataclasses.replace(self.layout, kv_len=self.layout.kv_len + by, keys=keys)
-
-
-def _is_same(one: Layout, other: Layout) -> bool:
-    first, second = one.numbers, other.numbers
-    is_numbered_alike = first is second or (
-        first is not None and second is not None and torch.equal(first, second)
-    )
-    return is_numbered_alike and dataclasses.replace(one, numbers=None) == dataclasses.replace(
-        other, numbers=None
-    )
-
-
-class Repeats:
-    """The remembered calls of one module.
-
-    Attributes:
-        is_off: True if the module does something that cannot be recorded, or attends twice.
-    """
-
-    def __init__(self) -> None:
-        self.is_off = False
-        self._ways: dict[tuple[Any, ...], list[_Way]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._ways)
-
-    def find(self, done: tuple[Any, ...], numbers: tuple[int, ...]) -> Layout | None:
-        """The layout of a call with this record and these numbers; ``None`` if it is not known."""
-        return next(
-            (found for way in self._ways.get(done, ()) if (found := way.answer(numbers)) is not None), None
-        )
-
-    def keep(self, done: tuple[Any, ...], numbers: tuple[int, ...], layout: Layout) -> None:
-        """Remember the layout of a call."""
-        ways = self._ways.setdefault(done, [])
-        if not any(way.compare(numbers, layout) for way in ways):
-            ways.append(_Way(numbers, layout))
-        del ways[:-_MOST_WAYS]
-        if len(self._ways) > _MOST_WAYS:
-            del self._ways[next(iter(self._ways))]
-
-
 def sources_of(
     inputs: Sequence[torch.Tensor],
     outer: Sources | None,
     moved: dict[int, dict[int, str]],
-    repeats: Repeats | None,
+    repeats: RememberedCalls | None,
 ) -> Sources:
     """The sources of a call; see ``Sources``.
 
@@ -182,7 +88,7 @@ class RepeatedSources(Sources):
         repeats: The module's remembered calls.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], repeats: Repeats) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], repeats: RememberedCalls) -> None:
         super().__init__(inputs)
         self._repeats = repeats
         # Functions that were recorded and not followed yet; ``None``: nothing is recorded any more.
