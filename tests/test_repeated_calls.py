@@ -13,6 +13,8 @@ from attnpatch import Blocks
 from attnpatch.rows.provenance.sources import Sources
 
 PROMPT, STEPS, CHANGE = 6, 10, 5
+# Closed and open: of one shape, made before any call.
+GATES = [torch.tensor(0.0), torch.tensor(1.0)]
 
 
 def plain(step, k, v):
@@ -114,6 +116,28 @@ def added_in_place(step, k, v):
     return k, v, list(range(k.shape[2]))
 
 
+def gated(step, k, v):
+    """Keys in order beside keys in another, until a gate closes: its value is in a tensor."""
+    gate = GATES[step < CHANGE]
+    places = list(range(k.shape[2]))
+    return k * gate + 0.1 * k.flip(2), v, places if step < CHANGE else places[::-1]
+
+
+def gated_in_place(step, k, v):
+    gate = GATES[step < CHANGE]
+    places = list(range(k.shape[2]))
+    k = k * gate
+    k += 0.1 * k.flip(2) + 0.1 * v.flip(2)
+    return k, v, places if step < CHANGE else places[::-1]
+
+
+def gated_beside(step, k, v):
+    gate = GATES[step < CHANGE]
+    places = list(range(k.shape[2]))
+    keys = torch.cat([(k * gate)[..., :4], 0.1 * k.flip(2)[..., 4:]], -1)
+    return keys, v, places if step < CHANGE else places[::-1]
+
+
 def asks_twice(step, k, v):
     """The same, and then attention to keys in another order (below)."""
     return plain(step, k, v)
@@ -171,7 +195,7 @@ def dense(seen, width=4):
 
 CHANGES = [
     plain, flipped, picked, window, without_first, late_window, rolled, crossed, turned_in_place, written,
-    written_elsewhere, asks_twice, scripted, added_in_place,
+    written_elsewhere, asks_twice, scripted, added_in_place, gated, gated_in_place, gated_beside,
 ]  # fmt: skip
 # Known to the end, or known no longer: either is right.
 ALWAYS_KNOWN = {plain, asks_twice, added_in_place}

@@ -68,10 +68,16 @@ def is_of(name: str, names: frozenset[str]) -> bool:
     return name in names or name.rstrip("_") in names or (name[:3] == "__i" and f"__{name[3:]}" in names)
 
 
+def is_in_place(name: str) -> bool:
+    """True if a function's name says that it writes to its first operand (``add_``, ``__iadd__``)."""
+    return name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
+
+
 def keeps(name: str) -> bool:
     """True if a function that returned its operand has left all elements in their positions."""
-    is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
-    return not is_in_place or (is_of(name, OF_ALL) and not is_of(name, CHOOSING)) or is_of(name, OF_FIRST)
+    return (
+        not is_in_place(name) or (is_of(name, OF_ALL) and not is_of(name, CHOOSING)) or is_of(name, OF_FIRST)
+    )
 
 
 def keeps_rows(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves
+from attnpatch.rows.graph.axes import Axis, Dim, Dims, all_leaves, fresh, leaves
 from attnpatch.rows.graph.strides import Part
 
 
@@ -62,6 +62,14 @@ class Made:
     is_of_others: bool = False
 
 
+def lost(shape: Sequence[int], made_by: str) -> Dims:
+    """New dimensions for a tensor whose elements are not known since a function, which is named."""
+    dims = fresh(shape)
+    for leaf in all_leaves(dims):
+        leaf.made_by = made_by
+    return dims
+
+
 class Origins:
     """The axes of one call of a module.
 
@@ -103,16 +111,20 @@ class Origins:
         """The number of the earliest input that a tensor comes from, and whether positions in it were lost."""
         none = len(self.inputs)
         rank = min(map(self._rank, own), default=none)
-        axes = [leaf for dim in own for leaf in leaves(dim)]
+        axes = all_leaves(own)
         # A tensor that unseen code has written to may hold tokens of any input.
-        lost = min((0 if leaf.made_by else self._losses.get(leaf, none) for leaf in axes), default=none)
-        return min(rank, lost), lost < none
+        losses = [
+            0 if leaf.made_by else self._losses[leaf] for leaf in axes if leaf.made_by or leaf in self._losses
+        ]
+        return min([rank, *losses]), bool(losses)
 
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
         """The dimensions of a result, with its new axes noted as holding an input's elements at unknown positions."""
-        if found is not None and (rank := self._earliest(dims)[0]) < len(self.inputs):
-            for leaf in (leaf for dim in found for leaf in leaves(dim)):
-                if leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
+        before, rank = all_leaves(dims), self._earliest(dims)[0]
+        # Tokens that the module kept (a cache) are joined to no input's while a single token is generated.
+        if found is not None and (rank < len(self.inputs) or any(leaf in self.made for leaf in before)):
+            for leaf in all_leaves(found):
+                if leaf not in before and leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
                     self._losses.setdefault(leaf, rank)
         return found
 

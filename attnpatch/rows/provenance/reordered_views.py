@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch.observing import MAKING
 from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
 from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.origins import Made
+from attnpatch.rows.provenance.origins import Made, lost
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory, tensors_in
 from attnpatch.rows.provenance.token_order import Order
@@ -497,10 +497,7 @@ class Turned:
     def _lose(self, tensor: torch.Tensor, name: str) -> None:
         """Note that the origin of a tensor's elements is no longer known."""
         self._is_bare[tensor] = False
-        dims = fresh(tensor.shape)
-        for leaf in (leaf for dim in dims for leaf in leaves(dim)):
-            leaf.made_by = _NAMES.get(name, name)
-        self._sources.give(tensor, dims)
+        self._sources.give(tensor, lost(tensor.shape, _NAMES.get(name, name)))
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import torch
 
 from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Dims
-from attnpatch.rows.op_table import called
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.sources import Sources
@@ -40,13 +39,12 @@ _RESHAPING = frozenset(
 )
 
 
-_name = functools.lru_cache(1024)(called)
+_name = functools.lru_cache(1024)(element_places.name_of)
 
 
 @functools.lru_cache(1024)
-def _is_in_place(name: str) -> bool:
-    is_in_place = name.endswith("_") and (name[:3] == "__i" or not name.endswith("__"))
-    return is_in_place or name in element_places.WRITES | element_places.SCATTERING
+def _writes(name: str) -> bool:
+    return element_places.is_in_place(name) or name in element_places.WRITES | element_places.SCATTERING
 
 
 class _Shape:
@@ -136,7 +134,7 @@ class RepeatedSources(Sources):
             if name in element_places.JOINING and not kwargs and isinstance(args[0], (tuple, list)):
                 # The host drops the old cache after concatenating a token to it; do not keep it alive here.
                 args = ([self._kept(piece) for piece in args[0]], *args[1:])
-            if _is_in_place(name):
+            if _writes(name):
                 self._count_write(args[0] if args else None)
             is_recorded = (
                 name not in _RESHAPING and "out" not in kwargs and self._step(func, args, kwargs, result)
@@ -163,22 +161,28 @@ class RepeatedSources(Sources):
             self._stop()
         found = self._repeats.find(tuple(self._done), tuple(self._numbers)) if self._is_written else None
         if found is not None:
-            self._is_answered, self._is_written = True, False
-            self._waiting, self._held, self._slots = None, [], {}
+            self._is_answered, self._waiting = True, None
+            self._end_record()
         return found
 
     def remember(self, layout: Layout) -> None:
         """Remember the layout of an attention that could not be recalled."""
-        if self._is_written and not self._is_lost:
+        if self.reads_values:
+            self._repeats.is_off = True  # the next call may do the same on other values
+        elif self._is_written and not self._is_lost:
             self._repeats.keep(tuple(self._done), tuple(self._numbers), layout)
-        self._is_written = self._is_asked = False
-        self._held, self._slots = [], {}
+        self._is_asked = False
+        self._end_record()
 
     def _stop(self) -> None:
         """Stop recording for this module: from now on it is always followed."""
-        self._repeats.is_off, self._is_written = True, False
-        self._held, self._slots = [], {}
+        self._repeats.is_off = True
+        self._end_record()
         self._catch_up()
+
+    def _end_record(self) -> None:
+        self._is_written = False
+        self._held, self._slots = [], {}
 
     def _catch_up(self) -> None:
         waiting, self._waiting = self._waiting, None

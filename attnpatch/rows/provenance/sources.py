@@ -19,7 +19,7 @@ from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, s
 from attnpatch.rows.graph.strides import single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
 from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.origins import Made, Origins
+from attnpatch.rows.provenance.origins import Made, Origins, lost
 from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
 
@@ -32,6 +32,9 @@ class Sources(Origins):
         outer: The sources of a call around this one.
         moved: By number of an input and by dimension: the function that has reordered its elements before the call.
         notes: The notes that hold the dimensions; ``None``: new notes, which watch for unseen writes.
+
+    Attributes:
+        reads_values: Whether what is known depends on the values of tensors, and not only on what was done with them.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Sources(Origins):
     ) -> None:
         super().__init__(inputs)
         self.outer, self.moved = outer, moved or {}
+        self.reads_values = False
         self._known = Notes(_strayed) if notes is None else notes
         # For views with a single element of a dimension: which element.
         self._singles: Any = WeakIdKeyDictionary()
@@ -227,8 +231,12 @@ class Sources(Origins):
             for tensor, own in known
             if tensor.shape != shape
             or any(tensor is one for one in lost)
-            or (is_sum and element_places.shows_all(tensor, lost[0]))
+            or (is_sum and self._shows_all(tensor, lost[0]))
         ]
+
+    def _shows_all(self, tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:
+        self.reads_values = True
+        return element_places.shows_all(tensor, beside)
 
     def _shows_in_place(
         self, name: str, result: torch.Tensor, operands: list[torch.Tensor], kwargs: dict[str, Any]
@@ -241,7 +249,7 @@ class Sources(Origins):
             if own is not None and self._earliest(own)[1]:
                 before = element_places.summand(result, name, one, result, kwargs)
                 is_sum = element_places.is_of(name, element_places.ADDING)
-                return is_sum and element_places.shows_all(before, one)
+                return is_sum and self._shows_all(before, one)
         return True
 
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
@@ -312,7 +320,7 @@ class Sources(Origins):
         return [
             own
             for (piece, own), lost in zip(known, is_lost, strict=True)
-            if lost or not any(is_lost) or element_places.shows_all(piece, None)
+            if lost or not any(is_lost) or self._shows_all(piece, None)
         ]
 
     def _along(self, piece: torch.Tensor, place: int) -> Dim | None:
@@ -393,7 +401,4 @@ class Sources(Origins):
 
 def _strayed(tensor: torch.Tensor) -> Dims:
     """Dimensions for a tensor that unseen code has written to."""
-    dims = fresh(tensor.shape)
-    for leaf in (leaf for dim in dims for leaf in leaves(dim)):
-        leaf.made_by = UNSEEN
-    return dims
+    return lost(tensor.shape, UNSEEN)
