@@ -14,12 +14,12 @@ checkpoint holds weights, optimizer, random state and step, and step ``n`` draws
 import argparse
 import json
 import math
-import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import checkpoints
 import torch
 import torch.nn.functional as F
 from generator import DENSE, NATURAL, all_phrases, training_conversation
@@ -346,19 +346,13 @@ class Trainer:
         state = {name: getattr(self, name) for name in KEPT}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["rng"] = torch.get_rng_state()
-        unfinished = self.checkpoint.with_suffix(".partial")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint)
+        checkpoints.write(self.checkpoint, state)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one."""
-        if not self.checkpoint.exists():
+        state = checkpoints.read(self.checkpoint, self.arguments)
+        if state is None:
             return
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["arguments"] != self.arguments:
-            raise SystemExit(
-                f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew."
-            )
         for name in KEPT:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])

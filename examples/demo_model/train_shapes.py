@@ -10,12 +10,12 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import checkpoints
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -229,20 +229,13 @@ class Trainer:
         """Everything :meth:`resume` needs; whole or not at all."""
         state = {name: getattr(self, name) for name in ("arguments", "step", "seconds")}
         state |= {name: getattr(self, name).state_dict() for name in ("trained", "average", "optimizer")}
-        unfinished = self.checkpoint.with_suffix(".partial")
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint)
+        checkpoints.write(self.checkpoint, state)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one."""
-        if not self.checkpoint.exists():
+        state = checkpoints.read(self.checkpoint, self.arguments)
+        if state is None:
             return
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["arguments"] != self.arguments:
-            raise SystemExit(
-                f"{self.checkpoint} was made with {state['arguments']}; delete it to start anew."
-            )
         self.step, self.seconds = state["step"], state["seconds"]
         for name in ("trained", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
