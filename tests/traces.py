@@ -7,6 +7,7 @@ the same steps of that tool without attnpatch say which.
 from __future__ import annotations
 
 import functools
+import pathlib
 import types
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+import attnpatch
+
+PACKAGE = pathlib.Path(attnpatch.__file__).parent
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, range)
 
 
@@ -59,7 +63,8 @@ class _Description:
         if isinstance(value, types.ModuleType):
             return "module", value.__name__
         if isinstance(value, types.MethodType):
-            assert "attnpatch" not in value.__func__.__code__.co_filename, value
+            # By the package's folder: a checkout may have its name, and the environment may lie in that.
+            assert PACKAGE not in pathlib.Path(value.__func__.__code__.co_filename).parents, value
             return "method", value.__func__.__qualname__, self.of(value.__self__)
         if isinstance(value, RemovableHandle):
             return "handle"  # numbered through the whole process, like the hooks themselves
