@@ -75,6 +75,8 @@ addmm_activation = torch._addmm_activation
 safe_softmax = torch.ops.aten._safe_softmax.default
 # ``torch.einsum`` without its search for an order of operands.
 einsum_in_order = torch._VF.einsum  # type: ignore[attr-defined]
+# True if ``torch.bmm`` multiplies narrow matrices into float32 (torch 2.8, on CUDA).
+BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
 # The kernels of SDPA, which return the logsumexp beside the result.
 flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.evaluate import row_alignment, toeplitz
+from attnpatch.rows.evaluate import row_alignment, toeplitz, wide_sums
 from attnpatch.rows.evaluate.step_memory import StepMemory, is_alias
 from attnpatch.rows.graph.axes import ROW, Axis, Tile, all_leaves, leaves, take
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
@@ -229,6 +229,31 @@ class Evaluator(StepMemory):
             for i in self._aligned[node]:
                 values[i] = row_alignment.laid(values[i], node.children[i], tile)
         return values
+
+    def shared_operands(self, node: OpNode, tile: Tile) -> list[int]:
+        """Indices of a product's narrow operands whose gradient is a sum over several tiles."""
+        if not self.wanted or node.letters is None or node.context.autocast:
+            return []
+        return [
+            i
+            for i, child in enumerate(node.children)
+            if child in self.wanted
+            and child.dtype.itemsize < 4
+            and node.letters.has_gradient(i)
+            and any(axis not in self._axes[child] for axis in tile)
+        ]
+
+    def with_wide_gradients(
+        self, node: OpNode, shared: list[int], values: list[torch.Tensor], tile: Tile, result: torch.Tensor
+    ) -> torch.Tensor:
+        """``result`` of a product of ``values``, whose ``shared`` operands get their gradient of a tile in float32."""
+        assert node.letters is not None
+        for i in shared:
+            leaf = wide_sums.stand_in(values[i])
+            own = {axis: tile[axis] for axis in self._axes[node.children[i]] if axis in tile}
+            self.parts.append((node.children[i], own, leaf))
+            result = wide_sums.with_gradient(result, leaf, values[1 - i], node.letters, i)
+        return result
 
     def next_tile(self) -> None:
         """Drop values of the tile just done."""

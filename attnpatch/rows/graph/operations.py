@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,34 @@ if TYPE_CHECKING:
 from attnpatch.rows.graph.nodes import Child, Context, Node, map_structure
 
 
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A letter per dimension, as in ``einsum``, of the two operands and the result of a product.
+
+    A dimension whose letter the result lacks is summed over.
+    """
+
+    operands: tuple[str, str]
+    result: str
+
+    def has_gradient(self, operand: int) -> bool:
+        """True if the gradient of an operand is a product of the result's gradient and the other operand."""
+        own, other = (set(self.operands[i]) for i in (operand, 1 - operand))
+        return own <= other.union(self.result) and other <= own.union(self.result)
+
+
 class OpNode(Node):
     """The host's own call, on the tile's part of every argument.
 
     Attributes:
         work: Number of multiplications per head, if it is a product.
+        letters: A letter per dimension of its two children and itself, if it is nothing but their product.
         is_guess: True if it is a product of queries and a table, which may be a linear layer's instead of scores.
         score_width: Elements per row of the widest intermediate tensor.
     """
 
     work = 0
+    letters: Letters | None = None
     is_guess = False
     score_width = 1
 
@@ -56,7 +75,13 @@ class OpNode(Node):
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
         values = run.operands(self, tile)
+        shared = run.shared_operands(self, tile)
+        if shared:
+            values = [value.detach() if i in shared else value for i, value in enumerate(values)]
+            return run.with_wide_gradients(self, shared, values, tile, self._called(values, tile, run))
+        return self._called(values, tile, run)
 
+    def _called(self, values: list[Any], tile: Tile, run: Evaluator) -> torch.Tensor:
         def fill(value: Any) -> Any:
             return values[value.index] if isinstance(value, Child) else value
 

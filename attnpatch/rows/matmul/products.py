@@ -16,7 +16,7 @@ from attnpatch.rows.deferred.handle import running_site
 from attnpatch.rows.deferred.tensor import DeferredTensor, settle, site_of, wrap
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
-from attnpatch.rows.graph.operations import OpNode
+from attnpatch.rows.graph.operations import Letters, OpNode
 from attnpatch.rows.matmul.spellings import NAMES, Product, parse
 from attnpatch.rows.op_table import op
 from attnpatch.rows.ops import both_sides
@@ -176,6 +176,9 @@ def _call(
         dtype = func(*tiny[0], **tiny[1]).dtype
     call = OpNode(func, args, kwargs, dims, dtype, product.operands[0].device, whole)
     sizes = product.sizes()
+    if product.is_bilinear and added is None and len(operands) == len({*operands}) == 2:
+        letters = dict(zip(operands, product.labels, strict=True))
+        call.letters = Letters((letters[call.children[0]], letters[call.children[1]]), product.result)
     leads = set(product.result).intersection(*product.labels)
     call.work = math.prod(size for label, size in sizes.items() if label not in leads)
     if widest := product.widest_step():

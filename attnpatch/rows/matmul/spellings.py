@@ -28,6 +28,7 @@ class Product:
         rebuild: Returns the call's arguments, given replacements of the operands and of ``added``.
         added: A tensor added to the result (``baddbmm``), or ``None``.
         func: A function that computes parts with the bits of the whole; ``None``: the function that was called.
+        is_bilinear: True if the result is nothing but the sum of products, apart from ``added``.
         is_elementwise: True if torch holds all elementwise products before it sums them.
     """
 
@@ -37,6 +38,7 @@ class Product:
     rebuild: Rebuild
     added: torch.Tensor | None = None
     func: Callable[..., Any] | None = None
+    is_bilinear: bool = True
     is_elementwise: bool = False
 
     def sizes(self) -> dict[str, int]:
@@ -212,7 +214,7 @@ def _cdist(args: Any, kwargs: dict[str, Any]) -> Product | None:
         mode = "use_mm_for_euclid_dist" if is_long else "donot_use_mm_for_euclid_dist"
     rest["compute_mode"] = mode
     labels = found.labels[0], found.labels[1][:-2] + "jk"
-    return Product((left, right), labels, found.result, lambda t, _: (tuple(t), rest))
+    return Product((left, right), labels, found.result, lambda t, _: (tuple(t), rest), is_bilinear=False)
 
 
 def _einsum(args: Any, kwargs: dict[str, Any]) -> Product | None:
