@@ -24,7 +24,7 @@ from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 from attnpatch.recording.diffusion.denoising import Plan, Sampling
 from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
 from attnpatch.recording.options import CaptureOptions
-from attnpatch.rows.provenance import reordered
+from attnpatch.rows.provenance.reordered import mode as reordered
 from attnpatch.rows.provenance.tensors import inputs_among
 
 

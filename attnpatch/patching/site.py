@@ -37,8 +37,8 @@ from attnpatch.rows.deferred.handle import pending
 from attnpatch.rows.deferred.results import with_no_matrix
 from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
-from attnpatch.rows.provenance import reordered
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
+from attnpatch.rows.provenance.reordered import mode as reordered
 from attnpatch.rows.provenance.repeated import sources_of
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import inputs_among

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attnpatch.rows.autograd.kept_values import Kept
     from attnpatch.rows.creation.positions import Before
     from attnpatch.rows.deferred.handle import Handle
-    from attnpatch.rows.provenance.reordered import Moved
+    from attnpatch.rows.provenance.reordered.mode import Moved
 
 
 class ThreadState(threading.local):
@@ -38,7 +38,7 @@ class ThreadState(threading.local):
         model_call: The model's call whose masks are deferred, if any (``creation/row_masks.py``).
         positions: The mode that defers a model's computations on positions before attention
             (``creation/positions.py``).
-        order: Tracks which tensors of a model's call hold its tokens in another order (``provenance/reordered.py``).
+        order: Tracks which tensors of a model's call hold its tokens in another order (``provenance/reordered/mode.py``).
     """
 
     site: AttentionCall | None = None

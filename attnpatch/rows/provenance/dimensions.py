@@ -13,8 +13,8 @@ import torch
 
 from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Piece
 from attnpatch.rows.graph.axes import Axis, Dim, leaves
-from attnpatch.rows.provenance import reordered_views
 from attnpatch.rows.provenance.origins import Made
+from attnpatch.rows.provenance.reordered.function_tables import IN_ANOTHER_ORDER
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.unseen_writes import UNSEEN
 
@@ -328,7 +328,7 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
     """Raise ``Unknown`` unless dimensions of inputs are known to be in the order of the model's own inputs."""
     moved = read.sources.moved
     name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
-    if name in reordered_views.IN_ANOTHER_ORDER:
+    if name in IN_ANOTHER_ORDER:
         raise Unknown(
             f"its tokens, or sequences, were put into another order ({name}) before it was called: which of the model's "
             "they are is not known"

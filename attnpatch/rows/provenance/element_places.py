@@ -1,13 +1,11 @@
-"""Tables of torch functions by what they do to the positions of elements; ``sources.py`` follows tokens with them."""
+"""Tables of torch functions by what they do to the positions of elements; ``function_results.py`` uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from attnpatch import compat
 from attnpatch.rows.graph.axes import Dims, fresh, size_of
 from attnpatch.rows.op_table import CASTS, ELEMENTWISE, called
 
@@ -134,66 +132,3 @@ def picked_at(index: tuple[Any, ...], dims: int) -> tuple[int, int] | None:
         return None
     rest = dims - sum(one is not None and one is not ... for one in index)
     return picks[0], sum(rest if one is ... else 1 for one in index[: picks[0]])
-
-
-def shows(
-    tensor: torch.Tensor, beside: torch.Tensor | None, place: int, masks: Sequence[torch.Tensor] = ()
-) -> bool:
-    """True if every token of a summand is visible in a sum, and the tokens are not all equal.
-
-    A residual that was multiplied by 0, masked out or subtracted from itself has no tokens any more. This reads all of
-    both tensors, so it is used only if tokens in order are added to reordered ones.
-
-    Args:
-        tensor: The summand, which has tokens in order along a dimension.
-        beside: The other summand, of the same shape; ``None``: the tensors are concatenated along channels instead.
-        place: The dimension.
-        masks: Integer tensors ``[batch, tokens]`` among the model's inputs. One of only 0 and 1 is a padding mask; many
-            models set padding tokens to zero, so these need not be visible.
-    """
-    if tensor.is_meta or tensor.shape[place] < 2:
-        return True
-    if compat.is_transformed():
-        return False
-    with compat.DisableTorchFunction(), torch.no_grad():
-        seen = tensor != 0
-        if beside is not None and tensor.is_floating_point():
-            # A value below the last bit of the other summand is rounded away.
-            seen = tensor.abs() > beside.abs() * (torch.finfo(tensor.dtype).eps / 2)
-        within = [at for at in range(1, tensor.dim()) if at != place]
-        is_there = seen.any(tuple(within)) if within else seen
-        # Sequences of a batch may be equal.
-        differs = place == 0 or bool((tensor != tensor.narrow(place, 0, 1)).any())
-        if differs and beside is not None and not bool(is_there.all()):
-            # Where both summands are zero (the embedding of a padding token), the sum has no token at all.
-            is_empty = (tensor == 0) & (beside == 0)
-            is_there = is_there | (is_empty.all(tuple(within)) if within else is_empty)
-        if differs and not bool(is_there.all()):
-            for mask in masks:
-                if mask.shape == is_there.shape and int(mask.min()) >= 0 and int(mask.max()) <= 1:
-                    is_there = is_there | (mask == 0).to(is_there.device)
-        return differs and bool(is_there.all())
-
-
-def shows_all(tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:
-    """As ``shows``, along all dimensions but the last, which is channels."""
-    return all(shows(tensor, beside, place) for place in range(tensor.dim() - 1))
-
-
-def summand(
-    tensor: torch.Tensor, name: str, value: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """A summand as it was before the sum, also if the sum was computed in place.
-
-    Args:
-        tensor: The summand, as it is now.
-        name: The name of the function.
-        value: The other summand.
-        result: The sum; the same tensor as the summand if it was computed in place.
-        kwargs: The function's keyword arguments.
-    """
-    if tensor is not result or tensor.is_meta or compat.is_transformed():
-        return tensor
-    with compat.DisableTorchFunction(), torch.no_grad():
-        added = value * kwargs.get("alpha", 1)
-        return result + added if "sub" in name else result - added

@@ -2,7 +2,7 @@
 
 A site is followed from its own inputs (``sources.py``), whose tokens are taken for the model's. That is wrong if the
 model rolls, flips or sorts its tokens, or the sequences of its batch, between sites. So functions that do this are
-looked for, and their results are followed. A sum with a tensor that was not reordered (a residual) has that tensor's
+looked for, and their results are followed; views, sums and writes are followed by ``functions.py``. A sum with a tensor that was not reordered (a residual) has that tensor's
 order.
 """
 
@@ -19,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows.provenance.element_places import CONVOLUTIONS, name_of
-from attnpatch.rows.provenance.reordered_views import Turned, is_setting
+from attnpatch.rows.provenance.reordered import sums
+from attnpatch.rows.provenance.reordered.function_tables import is_setting
+from attnpatch.rows.provenance.reordered.functions import Turned
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
@@ -138,7 +140,7 @@ class Moved(TorchFunctionMode):
         if not moved or not isinstance(one, torch.Tensor) or any(one is tensor for tensor in moved):
             return
         in_order = (tensor for tensor in tensors if tensor not in self._found)
-        if any(self._turned.adds(name, tensor, moved[0], one, kwargs) for tensor in in_order):
+        if any(sums.adds(self._turned, name, tensor, moved[0], one, kwargs) for tensor in in_order):
             return
         self._keep(self._found[moved[0]], moved[0], result)
 

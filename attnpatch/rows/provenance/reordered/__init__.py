@@ -1,0 +1,1 @@
+"""Tokens that a model reorders between its attention modules."""

@@ -1,0 +1,274 @@
+"""Follows the functions that a model calls between its attention modules, to know the order of its tokens.
+
+Models transpose the rows and columns of an image, cut it into windows, or swap halves: dimensions are split, permuted
+and merged again. They are followed as inside a module (``sources.py``), beginning with the tensor that is split or
+transposed first, whose order is taken for the model's. A function that is not known to leave tokens in place makes new
+axes that bear its name (``Axis.made_by``): a product along tokens, stacked pieces, a write at an index.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnpatch.observing import MAKING
+from attnpatch.rows.graph.axes import Axis, Dims, fresh, leaves, regroup
+from attnpatch.rows.provenance import element_places
+from attnpatch.rows.provenance.origins import Made
+from attnpatch.rows.provenance.reordered import sums, writes
+from attnpatch.rows.provenance.reordered.function_tables import (
+    CUTTING,
+    ENTERING_TORCH,
+    EXPANDING,
+    IN_WORDS,
+    LEAVING_TORCH,
+    MIXING,
+    ORDERED,
+    SPATIAL,
+    TURNING,
+    begins,
+    is_elementwise,
+    is_nothing,
+    is_setting,
+    leaves_tokens,
+)
+from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_wide, listed
+from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.tensors import tensors_in
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, written_by
+
+
+class Turned(TokenTensors):
+    """Follows the tokens of a model's call; see ``TokenTensors`` for the arguments."""
+
+    def __init__(self, module: torch.nn.Module, given: Any) -> None:
+        super().__init__(module, given)
+        self._has_left_torch = False
+        # For slices with steps: the source tensor, and start and step by dimension.
+        self._slices: Any = WeakIdKeyDictionary()
+
+    def follow(
+        self, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Called after each torch function."""
+        given = result if isinstance(result, (tuple, list)) else (result,)
+        results = [one for one in given if type(one) is torch.Tensor]
+        if not results and name in EXPOSING and args and self.is_plain(args[0]):
+            self.is_bare.expose(args[0])
+        is_set, is_foreign = is_setting(name), name.startswith("torch._ops.")
+        if not results and name not in LEAVING_TORCH and not is_set and not is_foreign:
+            return  # a shape, a dtype
+        # ``out=`` does not contribute to the values of the result.
+        given_out = [*tensors_in(kwargs.get("out"))]
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+        tensors = [tensor for tensor in tensors_in((args, kwargs)) if self.is_plain(tensor)]
+        written = [tensor for tensor in tensors if any(tensor is one for one in results)] + given_out
+        if is_set and (name == "__setitem__" or name.endswith("_")) and args and self.is_plain(args[0]):
+            written = [args[0]]
+        for one in written:
+            self.is_bare.wrote(one)
+        if is_foreign:
+            for one in written_by(func, args, kwargs):
+                self.is_bare.lose(one)
+        before = [self.why(one) or self.why(base(one)) for one in written]
+        own = [tensor for tensor in tensors if self.has_tokens(tensor)]
+        for one in results:
+            if one not in self.is_bare or any(one is other for other in given_out):
+                self.is_bare[one] = False
+        if name in LEAVING_TORCH:
+            self._has_left_torch |= any(tensor.is_floating_point() and is_wide(tensor) for tensor in own)
+        elif not own or name.startswith(MAKING) or is_nothing(name, args):
+            self._without_tokens(name, results)
+        elif is_set:
+            writes.follow_write(self, name, args, kwargs, tensors, results)
+        elif any(map(is_wide, results)):
+            self._follow(name, func, (args, kwargs), own, results, result)
+        for one, reasons in zip(written, before, strict=True):
+            writes.spread(self, one, reasons)
+
+    def through(self, given: Sequence[torch.Tensor], result: Any, inside: Sources | None) -> None:
+        """Note after attention has run that its result has the order of its input tokens.
+
+        Args:
+            given: The tensors that it was called with.
+            result: Its result.
+            inside: The sources that have followed its functions, or ``None``.
+        """
+        for one in given:
+            if inside is None or inside.has_seen_writes(one):
+                self.is_bare.agree(one)
+        for one in tensors_in(result):
+            is_new = one not in self.is_bare
+            if is_new:
+                self.is_bare[one] = False
+            if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
+                continue
+            alike = next((each for each in given if each.shape[:-1] == one.shape[:-1]), None)
+            if not given:
+                continue
+            if alike is None:
+                reason = next(iter(self.why(given[0]).values()), None)
+                if reason is not None:
+                    self.lose(one, reason)
+            elif (dims := self.sources.of(alike)) is not None:
+                self.sources.give(one, (*dims[:-1], *fresh(one.shape[-1:])))
+
+    def _without_tokens(self, name: str, results: list[torch.Tensor]) -> None:
+        for one in results:
+            if name in ENTERING_TORCH and self._has_left_torch and one.is_floating_point() and is_wide(one):
+                self.lose(one, name)
+            else:
+                self.is_bare[one] = True
+
+    def _follow(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        given: tuple[Any, dict[str, Any]],
+        own: list[torch.Tensor],
+        results: list[torch.Tensor],
+        result: Any,
+    ) -> None:
+        first = own[0]
+        if leaves_tokens(name) and not (name == "embedding" and len(own) > 1):
+            if all(self.sources.of(tensor) is None for tensor in own):
+                return
+        elif not self._begin(name, own, results[0]):
+            return
+        before = [dims for tensor in own if (dims := self.sources.of(tensor)) is not None]
+        dims = self.sources.of(first)
+        if name in ORDERED and dims is not None and results[0].shape == first.shape:
+            for one in results:
+                self.sources.give(one, dims)
+            return
+        if name == "__getitem__" and dims is not None and results[0].numel() == first.numel():
+            # A mask that is true everywhere, over one or several dimensions.
+            count = first.dim() - results[0].dim() + 1
+            if is_mask(given[0][1], count):
+                joined = tuple(axis for dim in dims[:count] for axis in dim)
+                self.sources.give(results[0], (joined, *dims[count:]))
+                return
+        if name in MIXING and dims is not None and results[0].dim() == len(dims):
+            self.sources.give(results[0], (*dims[:-1], *fresh(results[0].shape[-1:])))
+            return
+        if name in element_places.IN_ORDER and dims is not None and results[0].numel() == first.numel():
+            # Row-major order, whatever the memory layout: adjacent dimensions that are merged become one dimension.
+            grouped = regroup(dims, results[0].shape)
+            if grouped is not None:
+                self.sources.give(results[0], grouped)
+                return
+        self.sources.follow(func, *given, result)
+        if name in SPATIAL and name not in element_places.CONVOLUTIONS and dims is not None:
+            self._pooled(dims, first, results)
+        if name == "pad" and dims is not None:
+            self._padded(dims, first, results[0], *given)
+        self._mark(name, before, own, results)
+        self._merge(name, given, first, results[0])
+        if is_elementwise(name):
+            sums.settle(self, name, own, results[0], given[1])
+        elif name in element_places.JOINING:
+            sums.beside(self, own, results[0])
+
+    def _begin(self, name: str, own: list[torch.Tensor], result: torch.Tensor) -> bool:
+        """Begin to follow a function's operands, if needed; False if there is nothing to follow."""
+        if name in element_places.JOINING:
+            for tensor in own:
+                self._order(tensor)
+        elif begins(name, own[0], result):
+            self._order(own[0])
+        elif name in CUTTING or name in element_places.IN_ORDER or name in TURNING:
+            return any(self.sources.of(tensor) is not None for tensor in own)
+        else:
+            for tensor in own:
+                if self.sources.of(tensor) is None:
+                    self.sources.give(tensor, fresh(tensor.shape))
+        return True
+
+    def _order(self, tensor: torch.Tensor) -> None:
+        """Take the present order of a tensor as the right one for those of its axes that were not seen before."""
+        dims = self.sources.of(tensor)
+        if dims is None:
+            dims = fresh(tensor.shape)
+            self.sources.give(tensor, dims)
+        made, origin = self.sources.made, self.sources.origin
+        new = tuple(
+            tuple(leaf for leaf in leaves(dim) if leaf not in made and origin(leaf) is None) for dim in dims
+        )
+        if any(new):
+            self.sources.inputs.append(new)
+
+    def _mark(
+        self, name: str, before: list[Dims], own: list[torch.Tensor], results: list[torch.Tensor]
+    ) -> None:
+        """Mark new axes with the function that made them, unless it is known to keep tokens in place."""
+        kept = {leaf for dims in before for dim in dims for leaf in leaves(dim)}
+        by_place = is_elementwise(name) or element_places.is_of(name, element_places.OF_FIRST)
+        for one in results:
+            dims = self.sources.of(one)
+            if dims is None:
+                if not leaves_tokens(name) and all(one is not tensor for tensor in own):
+                    self.lose(one, name)
+                continue
+            for place, dim in enumerate(dims):
+                if (name in SPATIAL and place > 1) or (by_place and name not in EXPANDING):
+                    continue
+                for leaf in leaves(dim):
+                    is_new = leaf not in kept and leaf not in self.sources.made
+                    if is_new and self.sources.origin(leaf) is None:
+                        leaf.made_by = leaf.made_by or IN_WORDS.get(name, name)
+
+    def _merge(
+        self, name: str, given: tuple[Any, dict[str, Any]], first: torch.Tensor, result: torch.Tensor
+    ) -> None:
+        """Recognise strided slices concatenated along channels: the same image, coarser (Swin's patch merging)."""
+        if name == "__getitem__":
+            index = listed(given[0][1])
+            steps = [(one.start or 0, one.step or 1) for one in index if isinstance(one, slice)]
+            if len(steps) == len(index) and any(step > 1 for _, step in steps):
+                self._slices[result] = id(first), self.why(first), steps
+        elif name in element_places.JOINING and first in self._slices:
+            found = [self._slices.get(piece) for piece in tensors_in(given[0][:1])]
+            source, why, steps = self._slices[first]
+            wanted = {*itertools.product(*(range(step) for _, step in steps))}
+            its = {tuple(start for start, _ in each[2]) for each in found if each and each[0] == source}
+            if its == wanted and len(found) == len(wanted) and result.shape[:-1] == first.shape[:-1]:
+                dims = fresh(result.shape)
+                for place, reason in why.items():
+                    for leaf in leaves(dims[place]):
+                        leaf.made_by = reason
+                self.sources.give(result, dims)
+
+    def _padded(
+        self, dims: Dims, first: torch.Tensor, result: torch.Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Treat padding with a constant like a piece that was concatenated to the tokens."""
+        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+        amounts = list(args[1] if len(args) > 1 else kwargs.get("pad", ()))
+        if mode != "constant" or len(amounts) > 2 * len(dims):
+            return
+        found = list(self.sources.of(result) or ())
+        for back, (low, high) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
+            place = len(dims) - 1 - back
+            if (low or high) and min(low, high) >= 0:
+                axis = Axis(result.shape[place])
+                parts = ((None, low), (dims[place], first.shape[place]), (None, high))
+                self.sources.made[axis] = Made(tuple(part for part in parts if part[1]))
+                found[place] = (axis,)
+        self.sources.give(result, tuple(found))
+
+    def _pooled(self, dims: Dims, first: torch.Tensor, results: list[torch.Tensor]) -> None:
+        """After pooling, dimensions that keep their length (sequences, channels) keep their axes."""
+        for one in results:
+            if one.dim() == len(dims) > 2:
+                pairs = zip(dims, first.shape, one.shape, strict=True)
+                kept = (dim if size == own else fresh([own])[0] for dim, size, own in pairs)
+                self.sources.give(one, tuple(kept))
+
+
+def is_mask(index: Any, dims: int) -> bool:
+    (one,) = index if isinstance(index, tuple) and len(index) == 1 else (index,)
+    return isinstance(one, torch.Tensor) and one.dtype == torch.bool and one.dim() == dims

@@ -1,0 +1,86 @@
+"""Chooses the order of the tokens of a sum, or of tensors concatenated along channels, among those of its operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnpatch.rows.graph.axes import fresh
+from attnpatch.rows.provenance import element_places, residuals
+from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, has_tokens_of
+
+
+def adds(
+    tokens: TokenTensors,
+    name: str,
+    tensor: torch.Tensor,
+    moved: torch.Tensor,
+    result: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> bool:
+    """True if a function adds a tensor with all of the result's tokens in order (a residual) to a reordered one."""
+    return (
+        element_places.is_of(name, element_places.ADDING)
+        and tokens.has_tokens(tensor)
+        and has_tokens_of(tensor, result)
+        # The last dimension is channels, whose order does not matter.
+        and not any(place < tensor.dim() - 1 for place in tokens.why(tensor))
+        and all(
+            _shows(tokens, residuals.summand(tensor, name, moved, result, kwargs), moved, place)
+            for place in range(result.dim() - 1)
+        )
+    )
+
+
+def settle(
+    tokens: TokenTensors, name: str, own: list[torch.Tensor], result: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Choose the axes of an elementwise result among the operands that have all of its tokens.
+
+    A sum takes those of an operand in order (a residual); any other function those of an operand out of order.
+    """
+    known = tokens.sources.of(result)
+    whole = [tensor for tensor in own if has_tokens_of(tensor, result)]
+    if not whole or known is None:
+        return
+    is_sum = element_places.is_of(name, element_places.ADDING)
+    choices = [
+        (tensor, tokens.sources.of(tensor) or fresh(result.shape), tokens.why(tensor)) for tensor in whole
+    ]
+    found = []
+    for place in range(result.dim()):
+        clean = [(tensor, dims[place]) for tensor, dims, why in choices if place not in why]
+        other = [(tensor, dims[place]) for tensor, dims, why in choices if place in why]
+        if other and is_sum:
+            value = other[0][0]
+            clean = [
+                one
+                for one in clean
+                if _shows(tokens, residuals.summand(one[0], name, value, result, kwargs), value, place)
+            ]
+        found.append(next(iter(clean + other if is_sum else other + clean))[1])
+    tokens.sources.give(result, tuple(found))
+
+
+def beside(tokens: TokenTensors, own: list[torch.Tensor], result: torch.Tensor) -> None:
+    """For tensors concatenated along channels, take the axes of one that is in order, as in a sum."""
+    known = tokens.sources.of(result)
+    if known is None or len(own) < 2 or any(one.shape[:-1] != result.shape[:-1] for one in own):
+        return
+    choices = [(one, dims, tokens.why(one)) for one in own if (dims := tokens.sources.of(one)) is not None]
+    found = list(known)
+    for place in range(result.dim() - 1):
+        is_other = any(place in why for _, _, why in choices)
+        clean = (
+            dims[place]
+            for one, dims, why in choices
+            if place not in why and not (is_other and not _shows(tokens, one, None, place))
+        )
+        found[place] = next(clean, found[place])
+    tokens.sources.give(result, tuple(found))
+
+
+def _shows(tokens: TokenTensors, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
+    """True if the tokens of a tensor are visible in a sum; see ``residuals.shows``."""
+    return residuals.shows(tensor, beside, place, tokens.of_tokens)
