@@ -17,7 +17,7 @@ import torch
 
 from attnpatch.rows.deferred import history, memory_layout
 from attnpatch.rows.evaluate.evaluator import Evaluator
-from attnpatch.rows.graph.axes import Axis, Dims, Tile, same
+from attnpatch.rows.graph.axes import Axis, Dims, Tile, unify
 from attnpatch.rows.graph.nodes import Node, SliceNode, ViewNode
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.regions import Region, Written
@@ -129,7 +129,7 @@ def written(handle: Handle, node: Node) -> dict[Handle, Node] | None:
         node: The graph of its new contents, which no other tensor uses.
     """
     memory, old = handle.memory, handle.node
-    if is_repeated(handle) or not all(map(same, old.dims, node.dims)):
+    if is_repeated(handle) or not all(map(unify, old.dims, node.dims)):
         return None
     graph = node
     nodes = followed(handle.path, memory.graph) if memory.others(handle) else []

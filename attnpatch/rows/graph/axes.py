@@ -65,7 +65,7 @@ class Axis:
         for part in self._parts:
             part.made_by = self.made_by
 
-    def become(self, other: Axis) -> None:
+    def unify_with(self, other: Axis) -> None:
         """Make this leaf another name of the leaf ``other``."""
         if other is not self:
             self._alias = other
@@ -93,7 +93,7 @@ def fresh(shape: Iterable[int], kind: str = LEAD) -> Dims:
     return tuple((Axis(size, kind),) if size != 1 else () for size in shape)
 
 
-def same(first: Dim, second: Dim) -> bool:
+def unify(first: Dim, second: Dim) -> bool:
     """Make two dimensions of one size the same axes; ``False`` if their splits do not fit each other."""
     while True:
         left, right = leaves(first), leaves(second)
@@ -101,7 +101,7 @@ def same(first: Dim, second: Dim) -> bool:
             if a is b:
                 continue
             if a.size == b.size:
-                b.become(a)
+                b.unify_with(a)
             elif a.size % b.size == 0:
                 a.split(b.size)
             elif b.size % a.size == 0:

@@ -14,7 +14,7 @@ import torch
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.creation.row_masks import ConstantNode
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
-from attnpatch.rows.graph.axes import KEY, Axis, Dim, all_leaves, same, size_of
+from attnpatch.rows.graph.axes import KEY, Axis, Dim, all_leaves, size_of, unify
 from attnpatch.rows.graph.nodes import InputNode, Node, ViewNode, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import indexing
@@ -192,7 +192,7 @@ def _source(target: DeferredTensor, value: Any, dims: tuple[Dim, ...], shape: to
         return InputNode.aligned(value, dims)
     own = value.handle.node
     for mine, theirs in zip(reversed(own.dims), reversed(dims), strict=False):
-        if size_of(mine) != 1 and not same(theirs, mine):
+        if size_of(mine) != 1 and not unify(theirs, mine):
             return None
     return _cast(own, node.dtype)
 

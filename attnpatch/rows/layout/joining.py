@@ -12,7 +12,7 @@ from attnpatch.rows.arguments import argument, first_deferred
 from attnpatch.rows.creation.row_masks import ConstantNode
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.evaluate.evaluator import Evaluator
-from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, Dims, Tile, flat_range, fresh, leaves, same
+from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, Dims, Tile, flat_range, fresh, leaves, unify
 from attnpatch.rows.graph.nodes import InputNode, Node, SliceNode, ViewNode
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import relative_shift
@@ -107,7 +107,7 @@ def joined(pieces: list[torch.Tensor], dim: int) -> Any:
     nodes = [piece.handle.node for piece in pieces if isinstance(piece, DeferredTensor)]
     dims = list(nodes[0].dims)
     for i, own in enumerate(dims):
-        if i != position and not all(same(own, other.dims[i]) for other in nodes[1:]):
+        if i != position and not all(unify(own, other.dims[i]) for other in nodes[1:]):
             return NotImplemented
     kinds = [axis.kind for node in nodes for axis in leaves(node.dims[position])]
     has_rows = ROW in kinds

@@ -14,7 +14,7 @@ from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred.handle import running_site
 from attnpatch.rows.deferred.tensor import DeferredTensor, settle, site_of, wrap
-from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, same, size_of
+from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, size_of, unify
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
 from attnpatch.rows.graph.operations import Letters, OpNode
 from attnpatch.rows.matmul.spellings import NAMES, Product, parse
@@ -225,7 +225,7 @@ def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any
         return NotImplemented
     scores = deferred(func, product, site)
     own = product.added.handle.node.dims
-    fits = all(size_of(a) == 1 or same(b, a) for a, b in zip(own, scores.handle.node.dims, strict=True))
+    fits = all(size_of(a) == 1 or unify(b, a) for a, b in zip(own, scores.handle.node.dims, strict=True))
     return scores if fits else NotImplemented
 
 
@@ -240,7 +240,7 @@ def _share_rows(product: Product, main: int, other: int) -> bool:
     ):
         return False
     return all(
-        1 in (size_of(one[label]), size_of(two[label])) or same(one[label], two[label]) for label in shared
+        1 in (size_of(one[label]), size_of(two[label])) or unify(one[label], two[label]) for label in shared
     )
 
 

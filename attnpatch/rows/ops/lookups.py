@@ -10,7 +10,7 @@ import torch
 
 from attnpatch.rows.arguments import argument, deferred_in, first_deferred
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
-from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves, same, size_of
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves, size_of, unify
 from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout import indexing
@@ -53,7 +53,7 @@ def gather(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         if isinstance(source, DeferredTensor):
             node = source.handle.node
             for i, dim_of_source in enumerate(node.dims):
-                if i != position and not same(dim_of_source, dims[i]):
+                if i != position and not unify(dim_of_source, dims[i]):
                     return NotImplemented
         else:
             node = InputNode(source, tuple(() if i == position else dim for i, dim in enumerate(dims)))
@@ -136,7 +136,7 @@ def scatter(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
                 continue
             if not dims[i]:
                 dims[i] = own
-            elif not same(dims[i], own):
+            elif not unify(dims[i], own):
                 return NotImplemented
     if any(not dim and target.shape[i] != 1 for i, dim in enumerate(dims) if i != position):
         return NotImplemented

@@ -21,8 +21,8 @@ from attnpatch.rows.graph.axes import (
     Dims,
     all_leaves,
     leaves,
-    same,
     size_of,
+    unify,
 )
 from attnpatch.rows.graph.dropout import Dropout
 from attnpatch.rows.graph.nodes import InputNode, Node, map_structure
@@ -62,7 +62,7 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
                 continue
             if not found:
                 found = own
-            elif not same(found, own):
+            elif not unify(found, own):
                 return None
         if not found and shape[-back] != 1:
             # Values per row, broadcast against a real row vector: a new axis for its columns.

@@ -185,7 +185,7 @@ class Origins:
         for mine, theirs in zip(reversed(own), reversed(dims), strict=False):
             place, source = leaves(mine), leaves(theirs)
             if len(place) == len(source) == 1 and place[0] in self._blank and place[0].size == source[0].size:
-                place[0].become(source[0])
+                place[0].unify_with(source[0])
             elif (blank := self._blank_part(place)) is not None:
                 if not self._fill(*blank, theirs):
                     return False
@@ -215,7 +215,7 @@ class Origins:
         parts = pieces.all_of(blank.size)
         whole = self._whole_again(parts)
         if whole is not None:
-            blank.become(whole[0])
+            blank.unify_with(whole[0])
         elif any(self.is_known(dim) for dim, _ in parts):
             self.made[blank] = Made(tuple(parts))
         return True

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import RowGranularity, of_fused
-from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, same
+from attnpatch.rows.graph.axes import ROW, Axis, Dim, Dims, Tile, fresh, unify
 from attnpatch.rows.graph.nodes import Context, InputNode, Node
 from attnpatch.rows.sdpa.dense import Dense, is_simple
 from attnpatch.rows.sdpa.kernel_choice import MATH_KERNEL, fused_choice, keeps_lse, with_lse, without_cudnn
@@ -56,7 +56,7 @@ def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
     if isinstance(mask, DeferredTensor):
         node = mask.handle.node
         pairs = zip(node.dims[::-1], dims[::-1], strict=False)
-        if all(same(own, other) for own, other in list(pairs)[1:] if own):
+        if all(unify(own, other) for own, other in list(pairs)[1:] if own):
             return node
         mask = mask.handle.materialise("scaled_dot_product_attention")
     return InputNode.aligned(mask, dims)
