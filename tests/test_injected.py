@@ -17,7 +17,7 @@ LENGTH, WIDTH = 40, 16
 # What the answer to a failure itself is made of: who is asked last cannot be answered for.
 LAST_RESORT = {
     "guard.guarded", "guard.failed", "guard.passes", "guard.attempted", "guard.ran", "tensor.natively",
-    "tensor.settle", "history.has_history", "handle.is_foreign", "handle.has_other_history", "tensor.is_pending", "tensor.DeferredTensor.__torch_function__",
+    "tensor.materialize", "history.has_history", "handle.is_foreign", "handle.has_other_history", "tensor.is_pending", "tensor.DeferredTensor.__torch_function__",
     "tensor.DeferredTensor.__torch_dispatch__", "attention_call.AttentionCall.failed", "oom.is_out_of_memory",
     "selective_checkpoints.is_hidden", "selective_checkpoints.shown",
 }  # fmt: skip

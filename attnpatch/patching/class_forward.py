@@ -60,7 +60,7 @@ class ForwardOfClass(Replaced):
         super().take_out()
         _disarm(self.ours)
 
-    def settle(self) -> None:
+    def collect_garbage(self) -> None:
         """Collect garbage, so that unreachable patched models (in cycles with accelerate's hooks) no longer count."""
         if self.is_in_place and len(self.entries) > self.alive:
             gc.collect()

@@ -206,7 +206,7 @@ def _given_back(value: Any, module: nn.Module) -> Any:
         return _given_back(value.args[1], module)
     if isinstance(value, types.MethodType) and value.__self__ is module and is_gate(value.__func__):
         # The gate was bound while the class was swapped, or when a bound method was unpickled.
-        of_gate(value.__func__, "_attnpatch_class").settle()
+        of_gate(value.__func__, "_attnpatch_class").collect_garbage()
         return types.MethodType(behind_gate(value.__func__), module)
     if isinstance(value, functools.partial) and "__wrapped__" in vars(value):
         # accelerate's forward has the one below it as ``__wrapped__``, for its signature.

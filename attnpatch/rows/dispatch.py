@@ -24,7 +24,7 @@ from attnpatch.rows.deferred.tensor import (
     detached,
     goes_on_as,
     is_pending,
-    settle,
+    materialize,
     wrap,
 )
 from attnpatch.rows.graph.nodes import map_structure, walk
@@ -49,7 +49,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
             return _viewed(name, func, args, kwargs)
     out = kwargs.get("out")
     if isinstance(out, DeferredTensor) and sharing.is_part(out.handle):
-        views.settle_family(out.handle, name)
+        views.materialize_memory(out.handle, name)
     args, kwargs = map_structure(args, computed), map_structure(kwargs, computed)
     if not any(is_pending(value) for value in tensors_in(args, kwargs)):
         if is_write and given and isinstance(given[0], DeferredTensor):
@@ -70,13 +70,13 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     if is_write and args and isinstance(args[0], torch.Tensor):
         return _write(name, func, args, kwargs)
     if name in ALIASES and is_pending(args[0]) and sharing.is_part(args[0].handle):
-        views.settle_family(args[0].handle, name)
-    result = native(func, settle(args, name), settle(kwargs, name))
+        views.materialize_memory(args[0].handle, name)
+    result = native(func, materialize(args, name), materialize(kwargs, name))
     if lookup(name).is_view and sharing.is_view_of_part(result, args[0]):
         # A slice that was computed alone drops its values at the next write; a native view of them would miss that
         # write.
-        views.settle_family(args[0].handle, name)
-        return native(func, settle(args, name), settle(kwargs, name))
+        views.materialize_memory(args[0].handle, name)
+        return native(func, materialize(args, name), materialize(kwargs, name))
     return result
 
 
@@ -92,7 +92,7 @@ def _counted(name: str, result: Any) -> Any:
         return result
     if not any(isinstance(step, OpNode) and step.work for step in walk(node)):
         return result  # distances between positions are integers before they become a bias
-    return settle(result, name)
+    return materialize(result, name)
 
 
 def writes(name: str) -> bool:
@@ -139,13 +139,13 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     """A write that no graph can express: done on the real tensor, after all graphs that read it have copied it."""
     target = args[0]
     if isinstance(target, DeferredTensor) and sharing.is_part(target.handle):
-        views.settle_family(target.handle, name)
+        views.materialize_memory(target.handle, name)
     real = target
     if isinstance(target, DeferredTensor):
         # A write under no_grad leaves the history as it is.
         with torch.set_grad_enabled(torch.is_grad_enabled() or has_history(target)):
-            real = settle(target, name)
-    rest, kwargs = settle(args[1:], name), settle(kwargs, name)
+            real = materialize(target, name)
+    rest, kwargs = materialize(args[1:], name), materialize(kwargs, name)
     before_write(real)
     before = _state(real)
     result = native(func, (real, *rest), kwargs)

@@ -16,7 +16,7 @@ from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.handle import has_other_history
 from attnpatch.rows.deferred.history import has_history
-from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending, settle, tally_of
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending, materialize, tally_of
 from attnpatch.rows.dispatch import apply
 from attnpatch.rows.graph.nodes import depth_of, map_structure
 from attnpatch.rows.layout import shaping
@@ -91,7 +91,7 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
 
 def _bound(result: Any, operation: str) -> None:
     if is_pending(result) and depth_of(result.handle.node) > DEEPEST:
-        result.handle.materialise(f"{operation} after {DEEPEST} steps")
+        result.handle.materialize(f"{operation} after {DEEPEST} steps")
 
 
 def _observed(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -149,7 +149,7 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
 
     def source(value: Any) -> Any:
         if not is_pending(value) or not has_history(value):
-            return settle(value, func.__name__)
+            return materialize(value, func.__name__)
         return edges.bridged(value, _nothing_like(value))
 
     def target(value: Any) -> Any:
@@ -165,12 +165,14 @@ def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     place = _INPUTS[func]
     with torch.enable_grad():
         args = tuple(
-            map_structure(value, source if i == 0 else target if i == place else lambda v: settle(v, "grad"))
+            map_structure(
+                value, source if i == 0 else target if i == place else lambda v: materialize(v, "grad")
+            )
             for i, value in enumerate(args)
         )
         ways = {"outputs": source, "tensors": source, "inputs": target}
         kwargs = {
-            key: map_structure(value, ways.get(key, lambda v: settle(v, "grad")))
+            key: map_structure(value, ways.get(key, lambda v: materialize(v, "grad")))
             for key, value in kwargs.items()
         }
     return guard.native(func, args, kwargs)
@@ -207,7 +209,7 @@ def _below(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     result = _extended(func, args, kwargs)
     if result is not NotImplemented:
         return result
-    return guard.native(func, settle(args, str(func)), settle(kwargs, str(func)))
+    return guard.native(func, materialize(args, str(func)), materialize(kwargs, str(func)))
 
 
 DeferredTensor.answer, DeferredTensor.answer_below = staticmethod(dispatch), staticmethod(_below)

@@ -18,7 +18,7 @@ from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.autograd.native_tape import NativeTape
 from attnpatch.rows.creation import positions, uninitialized
 from attnpatch.rows.deferred.handle import after_write, left
-from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, settle
+from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, materialize
 from attnpatch.rows.interception import dispatch_in
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
@@ -82,7 +82,7 @@ class RowsMode(Watching):
         if DeferredTensor in types:
             return self._deferred(func, args, kwargs)
         if getattr(func, "__name__", "") == "__set__":
-            args = settle(args, "data")  # of ``tensor.data = scores``, ``types`` names the target only
+            args = materialize(args, "data")  # of ``tensor.data = scores``, ``types`` names the target only
         if func in _BEGINNINGS:
             self._follow()
         if func in FUNCTIONS:
@@ -126,7 +126,7 @@ class RowsMode(Watching):
         """The native call: inside ``vmap``, ``torch.func.grad`` and forward-mode AD, shapes and values are not real."""
         if DeferredTensor in types:
             name = getattr(func, "__name__", "")
-            args, kwargs = settle(args, name), settle(kwargs, name)
+            args, kwargs = materialize(args, name), materialize(kwargs, name)
         elif is_watching_writes():
             dispatch.protect(func, args, kwargs)
         return func(*args, **kwargs)
@@ -148,7 +148,7 @@ class RowsMode(Watching):
             if found is not None:
                 return self.__torch_function__(func, (), *found)
         if func is F.scaled_dot_product_attention:
-            return serve.attend(*cuttable.settled(args, kwargs), self.call)
+            return serve.attend(*cuttable.materialized(args, kwargs), self.call)
         if func in _COMPOSITES:
             with self:
                 return encoder_fast_paths.opened(func)(*args, **kwargs)

@@ -99,7 +99,7 @@ class Handle:
             self.forget()
         return self.has_values
 
-    def materialise(self, operation: str) -> torch.Tensor:
+    def materialize(self, operation: str) -> torch.Tensor:
         """The whole tensor, computed by rows and counted; with its autograd history if gradients are being recorded.
 
         Args:

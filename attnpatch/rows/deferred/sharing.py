@@ -267,4 +267,4 @@ def geometry(handle: Handle, name: str, func: Any, args: Any, kwargs: dict[str, 
     if name not in ("stride", "is_contiguous", "storage_offset"):
         return None
     found = memory_layout.applied(handle.node, func, args, kwargs)
-    return func(handle.materialise(name), *args, **kwargs) if found is None else found
+    return func(handle.materialize(name), *args, **kwargs) if found is None else found

@@ -104,7 +104,7 @@ class DeferredTensor(torch.Tensor):
 
     def as_subclass(self, cls: type[torch.Tensor]) -> torch.Tensor:  # torch does not ask __torch_function__
         with compat.DisableTorchFunction():
-            real = self.handle.materialise("as_subclass")
+            real = self.handle.materialize("as_subclass")
         return real.as_subclass(cls)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -130,9 +130,11 @@ def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     target = args[0] if args and isinstance(args[0], DeferredTensor) else None
     # A write under no_grad leaves the history as it is.
     with torch.set_grad_enabled(torch.is_grad_enabled() or (target is not None and has_history(target))):
-        real = settle(target, name)
-    args = (real, *settle(tuple(args[1:]), name)) if target is not None else settle(tuple(args), name)
-    result = func(*args, **settle(kwargs, name))
+        real = materialize(target, name)
+    args = (
+        (real, *materialize(tuple(args[1:]), name)) if target is not None else materialize(tuple(args), name)
+    )
+    result = func(*args, **materialize(kwargs, name))
     if target is None or not (result is real or name in ("__setitem__", "__set__")):
         return result
     target.handle.written = real
@@ -140,15 +142,15 @@ def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     return None if result is None else target
 
 
-def settle(value: Any, operation: str) -> Any:
+def materialize(value: Any, operation: str) -> Any:
     """``value`` with every deferred tensor in it computed."""
     if isinstance(value, DeferredTensor):
-        return value.handle.materialise(operation)
+        return value.handle.materialize(operation)
     if isinstance(value, (list, tuple)):
-        items = [settle(item, operation) for item in value]
+        items = [materialize(item, operation) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: settle(item, operation) for key, item in value.items()}
+        return {key: materialize(item, operation) for key, item in value.items()}
     return value
 
 
@@ -177,7 +179,7 @@ def computed(value: Any, operation: str = "a function with a backward pass of it
         if value.handle.is_computed:
             return value.handle.reduced()
         if is_foreign(value):
-            return value.handle.materialise(operation)
+            return value.handle.materialize(operation)
     return value
 
 

@@ -32,7 +32,7 @@ def view(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
     return wrap(node, source.handle.call, source.handle.memory, path)
 
 
-def settle(handle: Handle) -> None:
+def into_native_views(handle: Handle) -> None:
     """Turn the tensors of a memory into views of one real tensor, with the autograd history that they have."""
     memory = handle.memory
     # A write under no_grad leaves the history as it is.
@@ -56,11 +56,11 @@ def settle(handle: Handle) -> None:
                 member.is_written(part_of(member.path, real))
 
 
-def settle_family(handle: Handle, operation: str) -> None:
+def materialize_memory(handle: Handle, operation: str) -> None:
     """Turn all views of one matrix into views of one tensor, so that a write to one is seen by all."""
     if handle.memory.whole is None:
         handle.call.tally.materialised(operation)
-    settle(handle)
+    into_native_views(handle)
 
 
 def begins_anew(handle: Handle) -> None:
@@ -74,4 +74,4 @@ def begins_anew(handle: Handle) -> None:
     if handle.memory.whole is None:
         handle.forget()
     elif handle.memory.others(handle) and has_history(handle):
-        settle(handle)
+        into_native_views(handle)

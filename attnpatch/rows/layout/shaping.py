@@ -250,7 +250,7 @@ def cpu(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) 
     source = args[0]
     if source.device.type != "cpu" or not source.handle.is_shared():
         return NotImplemented
-    source.handle.materialise(name)
+    source.handle.materialize(name)
     return source
 
 

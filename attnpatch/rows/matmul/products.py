@@ -13,7 +13,7 @@ from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred.handle import running_site
-from attnpatch.rows.deferred.tensor import DeferredTensor, settle, site_of, wrap
+from attnpatch.rows.deferred.tensor import DeferredTensor, materialize, site_of, wrap
 from attnpatch.rows.graph.axes import KEY, LEAD, ROW, Axis, Dim, leaves, size_of, unify
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
 from attnpatch.rows.graph.operations import Letters, OpNode
@@ -209,9 +209,9 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     main = deferred_at[0]
     for other in deferred_at[1:]:
         if not _share_rows(product, main, other):
-            settled = list(product.operands)
-            settled[other] = settle(settled[other], name)
-            a, k = product.rebuild(settled, product.added)
+            materialized = list(product.operands)
+            materialized[other] = materialize(materialized[other], name)
+            a, k = product.rebuild(materialized, product.added)
             return contract(name, func, a, k)
     return _contracted(func, product, deferred_at)
 

@@ -58,7 +58,7 @@ def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
         pairs = zip(node.dims[::-1], dims[::-1], strict=False)
         if all(unify(own, other) for own, other in list(pairs)[1:] if own):
             return node
-        mask = mask.handle.materialise("scaled_dot_product_attention")
+        mask = mask.handle.materialize("scaled_dot_product_attention")
     return InputNode.aligned(mask, dims)
 
 

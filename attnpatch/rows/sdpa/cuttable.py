@@ -6,20 +6,20 @@ from typing import Any
 
 from attnpatch.ledger import is_plain
 from attnpatch.rows import autocast
-from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending, settle
+from attnpatch.rows.deferred.tensor import DeferredTensor, computed, is_pending, materialize
 from attnpatch.sdpa_call import SdpaCall
 
 
-def settled(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def materialized(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """The arguments of a call with deferred tensors computed, except a mask that can be made by rows.
 
     A deferred query, key or value is computed whole: the matmul path does not support scores in that role.
     """
     named = SdpaCall.of(args, kwargs).arguments()
     mask = computed(named.pop("attn_mask"))
-    named = settle(named, "scaled_dot_product_attention")
+    named = materialize(named, "scaled_dot_product_attention")
     if isinstance(mask, DeferredTensor) and not _has_rows_of(mask, SdpaCall.of((), named)):
-        mask = settle(mask, "scaled_dot_product_attention")
+        mask = materialize(mask, "scaled_dot_product_attention")
     return (), {**named, "attn_mask": mask}
 
 

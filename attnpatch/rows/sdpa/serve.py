@@ -15,7 +15,7 @@ from attnpatch.oom import is_out_of_memory
 from attnpatch.rows import autocast, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd.saved_tensors import SavedTensorBuffer
-from attnpatch.rows.deferred.tensor import is_pending, settle
+from attnpatch.rows.deferred.tensor import is_pending, materialize
 from attnpatch.rows.graph.random_state import random_state, set_random_state
 from attnpatch.rows.provenance import observed
 from attnpatch.rows.provenance.open_keys import causal_keys, once_for, open_keys
@@ -34,7 +34,7 @@ def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tens
     """One SDPA call under the policy of its site; the observer, if any, is shown its probabilities."""
     call = SdpaCall.of(args, kwargs)
     if not can_be_cut(call):
-        kwargs = settle(kwargs, "scaled_dot_product_attention")
+        kwargs = materialize(kwargs, "scaled_dot_product_attention")
         site.tally.count("native")
         site.tally.left_native("kind")
         return F.scaled_dot_product_attention(*args, **kwargs)
