@@ -101,12 +101,12 @@ class _FewTiles(TiledEvaluation):
 class _Call(AttentionCall):
     """A site's call that records the policy's decisions and reasons."""
 
-    tally: _Site
+    counters: _Site
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
         """The policy's decision; its reason is recorded."""
         free = self.room.free(device)
-        self.tally.seen.reason = self.policy.reason(q_len, temporaries, free)
+        self.counters.seen.reason = self.policy.reason(q_len, temporaries, free)
         return self.policy.by_rows(q_len, temporaries, free)
 
     @property
@@ -119,7 +119,7 @@ class _Call(AttentionCall):
         free = None if node.device.type == "cpu" else self.room.free(node.device)
         replay = _FewTiles(node, self.policy, free=free)
         result = replay()
-        self.tally.seen.step = replay.step
+        self.counters.seen.step = replay.step
         return result
 
 

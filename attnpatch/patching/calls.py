@@ -77,7 +77,7 @@ class CountersOfMasks:
         self._site().made(size)
 
     def _site(self) -> Counters:
-        return self.root if calls_here.mode is None else calls_here.mode.call.tally
+        return self.root if calls_here.mode is None else calls_here.mode.call.counters
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class SiteCounters:
         self.numbers: dict[str, tuple[int, ...]] = {}
         self.largest = 0
 
-    # ------------------------------------------------------------------------------------------- as rows' ``Tally``
+    # The methods of rows.attention_call.Counters:
 
     def count(self, what: str) -> None:
         self.counts[what] += 1

@@ -45,7 +45,7 @@ class AttentionCall:
     Attributes:
         policy: The rule.
         room: Free memory, cached.
-        tally: Counters of the site.
+        counters: Counters of the site.
         observer: Is shown the probabilities, or ``None``.
         decisions: Whether calls of a size go by rows. The site keeps this dict between calls.
         again: True if a checkpointed forward pass is recomputed. It must take the same path as before, or autograd
@@ -58,7 +58,7 @@ class AttentionCall:
 
     policy: Policy
     room: FreeMemoryCache
-    tally: Counters
+    counters: Counters
     observer: Observer | None = None
     decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
     again: bool = False
@@ -72,14 +72,14 @@ class AttentionCall:
         if self.policy.mode != "auto":
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:
-            self.tally.left_native("short", self.policy.min_tokens, q_len)
+            self.counters.left_native("short", self.policy.min_tokens, q_len)
             return False
         known, size = self._known(q_len, temporaries)
         if not (self.again and size in known):
             short = self.room.is_short(device)
             known[size] = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
         if not known[size]:
-            self.tally.left_native("memory", self.room.free(device), temporaries)
+            self.counters.left_native("memory", self.room.free(device), temporaries)
         return known[size]
 
     def _known(self, q_len: int, temporaries: int) -> tuple[dict[Any, bool], Any]:
@@ -132,11 +132,11 @@ class AttentionCall:
 
     @property
     def _told(self) -> Listeners:
-        return Listeners(self.retried, made=self.tally.made, failed=self.failed)
+        return Listeners(self.retried, made=self.counters.made, failed=self.failed)
 
     def failed(self, what: str, error: Exception) -> None:
         """attnpatch's own code has failed, and the host's was used: warn once and count it."""
-        guard.failed(what, error, self.tally)
+        guard.failed(what, error, self.counters)
 
     def retried(self) -> None:
-        self.tally.count("retried")
+        self.counters.count("retried")

@@ -57,7 +57,7 @@ def guarded(
     args: tuple[Any, ...],
     natively: Callable[[], Any],
     name: str,
-    tally: Counters | None,
+    counters: Counters | None,
 ) -> Any:
     """``ours(*args)``. If it fails: the result that the host's own function has returned already, or ``natively()``.
 
@@ -66,7 +66,7 @@ def guarded(
         args: Its arguments.
         natively: The host's own implementation, on computed tensors.
         name: The operation's name, for the warning.
-        tally: Counts the failure.
+        counters: Counts the failure.
     """
     outer, here.results = here.results, []
     try:
@@ -78,7 +78,7 @@ def guarded(
         if passes(error) or here.raised == id(error):
             raise
         result = here.results[0] if here.results else natively()
-        failed(name, error, tally)
+        failed(name, error, counters)
         return result
     finally:
         here.results = outer
@@ -86,22 +86,22 @@ def guarded(
             here.raised = None
 
 
-def failed(name: str, error: Exception, tally: Counters | None) -> None:
+def failed(name: str, error: Exception, counters: Counters | None) -> None:
     """Warn once about a failure of attnpatch's own code, and count it."""
     warn_once(name, error)
-    if tally is not None:
+    if counters is not None:
         try:
-            tally.count("failed")
+            counters.count("failed")
         except Exception as other:
             warn_once("counting", other)
 
 
-def attempted(step: Callable[..., Any], *args: Any, name: str, tally: Counters | None = None) -> Any:
+def attempted(step: Callable[..., Any], *args: Any, name: str, counters: Counters | None = None) -> Any:
     """``step(*args)``, or ``None`` if it fails. For steps on which no result depends."""
     try:
         return step(*args)
     except Exception as error:
         if passes(error):
             raise
-        failed(name, error, tally)
+        failed(name, error, counters)
         return None

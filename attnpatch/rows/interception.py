@@ -16,7 +16,7 @@ from attnpatch.rows.autograd import edges
 from attnpatch.rows.deferred import sharing
 from attnpatch.rows.deferred.handle import has_other_history
 from attnpatch.rows.deferred.history import has_history
-from attnpatch.rows.deferred.tensor import DeferredTensor, is_pending, materialize, tally_of
+from attnpatch.rows.deferred.tensor import DeferredTensor, counters_of, is_pending, materialize
 from attnpatch.rows.dispatch import apply
 from attnpatch.rows.graph.nodes import depth_of, map_structure
 from attnpatch.rows.layout import shaping
@@ -85,7 +85,7 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         return DeferredTensor.__repr__(args[0])
     result = apply(name, func, args, kwargs)
     # Guarded on its own: the operation is done, so an error here must not run it again.
-    guard.attempted(_bound, result, name, name="the depth of a graph", tally=tally_of((result,), {}))
+    guard.attempted(_bound, result, name, name="the depth of a graph", counters=counters_of((result,), {}))
     return result
 
 

@@ -57,13 +57,15 @@ class RowsMode(Watching):
         self.checkpoint: Any = None
 
     def __enter__(self) -> RowsMode:
-        self.checkpoint = guard.attempted(checkpoints.current, name="a checkpoint", tally=self.call.tally)
+        self.checkpoint = guard.attempted(
+            checkpoints.current, name="a checkpoint", counters=self.call.counters
+        )
         return super().__enter__()
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        guard.attempted(self.trail.saved.hand_on, name="what autograd saved", tally=self.call.tally)
-        guard.attempted(left, name="the end of attention", tally=self.call.tally)
+        guard.attempted(self.trail.saved.hand_on, name="what autograd saved", counters=self.call.counters)
+        guard.attempted(left, name="the end of attention", counters=self.call.counters)
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         sources = self.call.sources

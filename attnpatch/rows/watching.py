@@ -54,5 +54,5 @@ class Watching(TorchFunctionMode):
             (func, types, args, kwargs),
             lambda: natively(func, args, kwargs),
             getattr(func, "__name__", str(func)),
-            self.call.tally,
+            self.call.counters,
         )

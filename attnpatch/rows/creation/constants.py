@@ -125,7 +125,7 @@ def constant(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     is_known = kind == "empty" or isinstance(value, (bool, int, float))
     if not is_known or not are_defaults(kwargs, node.device):
         # The result is allocated, and takes as much memory as the scores would.
-        source.handle.call.tally.materialised(name)
+        source.handle.call.counters.materialised(name)
         return asked(name, func, args, kwargs)
     dtype = kwargs.get("dtype") or node.dtype
     made: Node = (

@@ -42,7 +42,7 @@ def _goes_by_rows(shape: torch.Size, device: torch.device, call: AttentionCall) 
     is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
     if is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device):
         return True
-    call.tally.made(8 * math.prod(shape))
+    call.counters.made(8 * math.prod(shape))
     return False
 
 
@@ -187,7 +187,7 @@ def watched(call: AttentionCall) -> Iterator[None]:
             yield
     finally:
         here.positions = outer
-        guard.attempted(left, name="the end of a model's call", tally=call.tally)
+        guard.attempted(left, name="the end of a model's call", counters=call.counters)
 
 
 def is_watching() -> bool:

@@ -114,7 +114,7 @@ def deferred(
         return None
     count = math.prod(few.shape[:-2]) * q_len * kv_len
     if not call.by_rows(q_len, temporaries(count), few.device):
-        call.tally.made(count * few.element_size())
+        call.counters.made(count * few.element_size())
         return None
     return wrap(
         RowFunctionNode(function, (*few.shape[:-2], q_len, kv_len), few.dtype, few.device),
@@ -130,7 +130,7 @@ def answers(error: RuntimeError, device: torch.device) -> bool:
 def failed(where: str, error: Exception) -> None:
     """Count and warn about an error of attnpatch's own, after which the host made its mask."""
     if here.model_call is not None:
-        here.model_call.tally.count("failed")
+        here.model_call.counters.count("failed")
     warn_once(where, error)
 
 
@@ -138,9 +138,9 @@ def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> N
     """Count a mask that the policy would defer and that cannot be deferred."""
     call = here.model_call
     if call is not None:
-        call.tally.made(mask.numel() * mask.element_size())
+        call.counters.made(mask.numel() * mask.element_size())
         if call.by_rows(q_len, temporaries, mask.device):
-            call.tally.materialised(what)
+            call.counters.materialised(what)
 
 
 class Unknown(Exception):

@@ -94,8 +94,8 @@ class Handle:
 
     @property
     def is_computed(self) -> bool:
-        ask, tally = checkpoints.is_to_be_pending, self.call.tally
-        if self.written is None and guard.attempted(ask, self, name="a checkpoint", tally=tally):
+        ask, counters = checkpoints.is_to_be_pending, self.call.counters
+        if self.written is None and guard.attempted(ask, self, name="a checkpoint", counters=counters):
             self.forget()
         return self.has_values
 
@@ -106,7 +106,7 @@ class Handle:
             operation: The function that needs all of it, for the report.
         """
         if not self.is_computed and (self.node.children or self.node.stands_for_memory):
-            self.call.tally.materialised(operation)
+            self.call.counters.materialised(operation)
         return self.reduced()
 
     def reduced(self) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _computed(value: DeferredTensor, is_counted: bool) -> Any:
     if not is_normalised or not is_small or holds_all:
         return value
     if not is_counted:
-        value.handle.call.tally.count("by_rows")
+        value.handle.call.counters.count("by_rows")
     return value.handle.reduced()
 
 

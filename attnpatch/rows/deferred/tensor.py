@@ -82,7 +82,7 @@ class DeferredTensor(torch.Tensor):
             (func, args, kwargs),
             lambda: natively(func, args, kwargs),
             name,
-            tally_of(args, kwargs),
+            counters_of(args, kwargs),
         )
 
     @classmethod
@@ -99,7 +99,7 @@ class DeferredTensor(torch.Tensor):
                 (func, args, kwargs),
                 lambda: natively(func, args, kwargs),
                 str(func),
-                tally_of(args, kwargs),
+                counters_of(args, kwargs),
             )
 
     def as_subclass(self, cls: type[torch.Tensor]) -> torch.Tensor:  # torch does not ask __torch_function__
@@ -114,12 +114,12 @@ class DeferredTensor(torch.Tensor):
         return f"DeferredTensor(shape={tuple(handle.node.shape)}, dtype={handle.node.dtype}, computed by rows when used)"
 
 
-def tally_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
+def counters_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
     """The counters of the site that the first deferred tensor among some arguments belongs to."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, DeferredTensor):
-            return value.handle.call.tally
-        if isinstance(value, (list, tuple)) and (found := tally_of(value, {})) is not None:
+            return value.handle.call.counters
+        if isinstance(value, (list, tuple)) and (found := counters_of(value, {})) is not None:
             return found
     return None
 
@@ -138,7 +138,7 @@ def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     if target is None or not (result is real or name in ("__setitem__", "__set__")):
         return result
     target.handle.written = real
-    guard.attempted(target.handle.is_written, real, name=name, tally=target.handle.call.tally)
+    guard.attempted(target.handle.is_written, real, name=name, counters=target.handle.call.counters)
     return None if result is None else target
 
 

@@ -59,7 +59,7 @@ def into_native_views(handle: Handle) -> None:
 def materialize_memory(handle: Handle, operation: str) -> None:
     """Turn all views of one matrix into views of one tensor, so that a write to one is seen by all."""
     if handle.memory.whole is None:
-        handle.call.tally.materialised(operation)
+        handle.call.counters.materialised(operation)
     into_native_views(handle)
 
 

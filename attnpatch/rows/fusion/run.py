@@ -33,7 +33,7 @@ def attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attentio
     try:
         return _attend(result, probabilities, keys, site)
     except NoMatch as other:
-        site.tally.not_fused(str(other))
+        site.counters.not_fused(str(other))
         return None
 
 
@@ -68,7 +68,7 @@ def _attend(result: OpNode, probabilities: Node, keys: list[Axis], site: Attenti
         result = node.laid_out(node.beside_sink(*_with_lse(whole), {}, Evaluator(node)), {})
     else:
         result = site.replay(node)
-    site.tally.count("fused")
+    site.counters.count("fused")
     return result
 
 

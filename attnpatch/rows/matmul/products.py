@@ -48,7 +48,7 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return NotImplemented
     if not _goes_by_rows(product, call):
         if _is_large(product):
-            call.tally.made(native_size(product)[1] // 3)
+            call.counters.made(native_size(product)[1] // 3)
         return NotImplemented
     return deferred(func, product, call)
 
@@ -289,14 +289,14 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     try:
         cut = both_sides.cut(call, site)
     except both_sides.Stuck as step:
-        site.tally.materialised(str(step))
+        site.counters.materialised(str(step))
         cut = call
     else:
-        site.tally.count("by_rows")
+        site.counters.count("by_rows")
     watched = observed.watch(cut.children[call.children.index(node)], keys, site)
     result = site.replay(cut, watched)
     if watched is not None and site.observer is not None:
-        guard.attempted(site.observer.end, name="finishing observed attention", tally=site.tally)
+        guard.attempted(site.observer.end, name="finishing observed attention", counters=site.counters)
     return result if cut is call else edges.fork(call, result, site.of_gradients)
 
 

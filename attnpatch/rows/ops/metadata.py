@@ -73,5 +73,5 @@ def random(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         torch.legacy_contiguous_format,
     ):
         return NotImplemented
-    source.handle.call.tally.materialised(name)
+    source.handle.call.counters.materialised(name)
     return asked(name, func, args, kwargs)

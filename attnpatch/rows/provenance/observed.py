@@ -121,7 +121,7 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
     return guard.attempted(
         functools.partial(_watched, node, axes, keys, site),
         name="preparing to observe attention",
-        tally=site.tally,
+        counters=site.counters,
     )
 
 
@@ -139,7 +139,7 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: AttentionCall
     rows = [axis for axis in rows if axis not in heads]
     order = [*leads, *heads]
     layout = dataclasses.replace(layout, is_mixed=is_mixed)
-    site.tally.count("captured")
+    site.counters.count("captured")
     if not observer.begin(layout, opened_by(node, key_axes, order, rows, layout)):
         return None
     count, kv_len = math.prod(axis.size for axis in order), layout.kv_len
@@ -297,7 +297,7 @@ def of_one(probabilities: torch.Tensor, site: AttentionCall) -> None:
         return
     leads = list(zip(probabilities.shape[:-2], dims[:-2], strict=True))
     layout = layout_of(sources, leads, [(1, ())], [(1, ())], [])
-    site.tally.count("captured")
+    site.counters.count("captured")
     if observer.begin(layout, lambda _: None):
         count = math.prod(probabilities.shape)
         with torch.no_grad():

@@ -59,7 +59,7 @@ def goes_by_rows(query: torch.Tensor, num_heads: int, call: AttentionCall) -> bo
     temporaries = 3 * batch * num_heads * q_len * q_len * query.element_size()
     if call.by_rows(q_len, temporaries, query.device):
         return True
-    call.tally.made(temporaries // 3)
+    call.counters.made(temporaries // 3)
     return False
 
 

@@ -35,8 +35,8 @@ def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tens
     call = SdpaCall.of(args, kwargs)
     if not can_be_cut(call):
         kwargs = materialize(kwargs, "scaled_dot_product_attention")
-        site.tally.count("native")
-        site.tally.left_native("kind")
+        site.counters.count("native")
+        site.counters.left_native("kind")
         return F.scaled_dot_product_attention(*args, **kwargs)
     if site.weights is not None:
         site.weights.append(deferred_weights.of_call(call, site))
@@ -63,9 +63,11 @@ def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionC
         if result.requires_grad:
             result.register_hook(functools.partial(_show_gradient, call, site))
         return result
-    if not guard.attempted(_is_shown, call, site, name="preparing to observe attention", tally=site.tally):
+    if not guard.attempted(
+        _is_shown, call, site, name="preparing to observe attention", counters=site.counters
+    ):
         return _attend(call, args, kwargs, site)
-    site.tally.count("captured")
+    site.counters.count("captured")
     result, lse = _fused(call, site)
     if result is None:
         result = _attend(call, args, kwargs, site)
@@ -90,7 +92,7 @@ def _fused(call: SdpaCall, site: AttentionCall) -> tuple[torch.Tensor | None, to
         if not site.is_answered(error):
             raise
         return None, "no memory"
-    site.tally.count("fused")
+    site.counters.count("fused")
     with compat.DisableTorchFunction():
         is_right = logsumexp.is_right(call, choice, lse)
     return result, lse if is_right else "a wrong logsumexp"
@@ -109,10 +111,10 @@ def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
             if not (retries and is_out_of_memory(error)):
                 raise
             reason = "no memory"
-    site.tally.summed("kernel" if reason is None else f"torch ({reason})")
+    site.counters.summed("kernel" if reason is None else f"torch ({reason})")
     if reason is not None:
         _show(call, site, None if isinstance(lse, str) else lse)
-    guard.attempted(observer.end, name="finishing observed attention", tally=site.tally)
+    guard.attempted(observer.end, name="finishing observed attention", counters=site.counters)
 
 
 def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
@@ -140,13 +142,15 @@ def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
 
 def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
     """Called in the backward pass: show the observer each probability times its gradient."""
-    if not guard.attempted(_is_shown, call, site, name="preparing to observe attention", tally=site.tally):
+    if not guard.attempted(
+        _is_shown, call, site, name="preparing to observe attention", counters=site.counters
+    ):
         return
-    site.tally.count("captured")
-    site.tally.summed("torch (gradients)")
+    site.counters.count("captured")
+    site.counters.summed("torch (gradients)")
     _show(call, site, None, grad)
     assert site.observer is not None
-    guard.attempted(site.observer.end, name="finishing observed attention", tally=site.tally)
+    guard.attempted(site.observer.end, name="finishing observed attention", counters=site.counters)
 
 
 def _show(
@@ -165,7 +169,7 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
         # A deferred mask: the native call would hold all of it, and the kernel's conversion of it.
         native, fused = q_len < 2, False
         if native:
-            site.tally.left_native("one row")
+            site.counters.left_native("one row")
     else:
         fused = fused_choice(call) != MATH_KERNEL
         temporaries = DENSE_COPIES * size
@@ -179,12 +183,12 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
             with saved.holding() if site.answers_shortage else contextlib.nullcontext():
                 result = guard.native(F.scaled_dot_product_attention, args, kwargs)
             saved.hand_on()
-            site.tally.count("fused" if fused else "native")
+            site.counters.count("fused" if fused else "native")
             if fused:
-                site.tally.left_native("fused")
+                site.counters.left_native("fused")
                 site.remember(q_len, temporaries, False)
             elif q_len > 1:
-                site.tally.made(size)
+                site.counters.made(size)
             return result
         except RuntimeError as error:
             if q_len < 2 or not site.answers(error, call.device):
@@ -192,5 +196,5 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
         site.remember(q_len, temporaries)
         for state in random:
             set_random_state(state)
-    site.tally.count("by_rows")
+    site.counters.count("by_rows")
     return site.replay(graph(call))
