@@ -104,7 +104,7 @@ class Report:
         if summed:
             lines.append(f"block mass beside fused attention: {_listed(summed)}")
         if self.left_alone:
-            lines.append(f"examined, no attention, left alone: {', '.join(self.left_alone)}")
+            lines.append(f"no attention in their first call, so left alone: {', '.join(self.left_alone)}")
         if self.compiled:
             names = ", ".join(name or "the model" for name in self.compiled[:4])
             names += f", ... {len(self.compiled)} in all" if len(self.compiled) > 4 else ""

@@ -71,7 +71,7 @@ def test_a_compiled_model_shows_nothing_and_capture_says_so():
     compiled = torch.compile(model, backend="eager")
     with attnpatch.capture(model, blocks=Blocks.fixed(8)) as maps, torch.no_grad():
         case.run(compiled, case.inputs("none", torch.float32))
-    with pytest.raises(errors.CaptureError, match="not compiled"):
+    with pytest.raises(errors.CaptureError, match="uncompiled"):
         _ = maps.block_map
 
 

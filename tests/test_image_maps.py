@@ -108,7 +108,7 @@ def test_an_image_of_another_shape():
     """Tiles of 7 x 3: no site shows such an image, and each says so."""
     maps = captured(blocks=Blocks.tiles(7, 3, 1))
     assert set(maps.left_out.values()) == {
-        "attends with 64 image tokens, which show no image of the size of this one"
+        "it attends with 64 image tokens, which fit no image of this one's shape"
     }
     with pytest.raises(errors.CaptureError, match=r"nothing was captured.*64 image tokens"):
         maps.keys()
@@ -141,7 +141,7 @@ def test_prompt_embeddings(plain):
     with attnpatch.capture(pipe) as maps:
         embedded(pipe, *embeddings)
     assert [each["role"] for each in maps["cross"].metadata["sequences"]] == ["", ""]
-    with pytest.raises(errors.CaptureError, match="which is the prompt's is not known; give sequence="):
+    with pytest.raises(errors.CaptureError, match="not known which is the prompt's; give sequence="):
         maps.heat_map("red")
     with pytest.raises(errors.CaptureError, match="'red' is not among the words: '0', '1', "):
         maps.heat_map("red", sequence=1)
@@ -182,7 +182,7 @@ def test_two_calls_are_two_runs(plain):
     assert maps.map("cross", run=-1) == last
     assert maps["cross"] == last
     assert last.metadata["timesteps"] == [1.0]
-    with pytest.raises(errors.CaptureError, match="run=2: 2 were captured"):
+    with pytest.raises(errors.CaptureError, match="run=2: 2 runs were captured"):
         maps.heat_map("red", run=2)
 
 
@@ -335,7 +335,7 @@ def test_attention_of_some_rows_of_a_batch_is_left_out():
     assert len(maps.sites) == 7
     (site,) = maps.left_out
     assert site == "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
-    assert maps.left_out[site] == "attends in 8 pieces, not in the 16 of its batch and heads"
+    assert maps.left_out[site] == "it attends in 8 pieces (sequences x heads), but the denoiser has 16"
 
 
 def test_attention_in_slices_of_heads_is_left_out():
@@ -346,7 +346,9 @@ def test_attention_in_slices_of_heads_is_left_out():
     with attnpatch.capture(pipe) as maps:
         run(pipe, "sd15")
     pipe.unet.set_attn_processor(processors)
-    assert set(maps.left_out.values()) == {"attends in 4 pieces, not in the 16 of its batch and heads"}
+    assert set(maps.left_out.values()) == {
+        "it attends in 4 pieces (sequences x heads), but the denoiser has 16"
+    }
     assert len(maps.left_out) == 8
 
 

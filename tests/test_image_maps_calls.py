@@ -74,7 +74,7 @@ def test_no_image_that_is_known():
     calls, maps = captured(pipe, guidance_scale=1.0, sag_scale=0.75)
     assert len(calls) == 4
     with pytest.raises(
-        errors.CaptureError, match=r"nothing was captured.*other latents, where the sampler asks for 1"
+        errors.CaptureError, match=r"nothing was captured.*other latents, but the sampler asks for 1"
     ):
         _ = maps.block_map
 
@@ -87,7 +87,7 @@ def test_parts_of_an_image_one_by_one(at_once):
     pipe.get_views = lambda *_, **__: [(0, 16, left, left + 16) for left in (0, 16, 32)]
     calls, maps = captured(pipe, negative_prompt=NEGATIVE, **wide)
     assert [call.batch for call in calls] == ([2, 2, 2] if at_once == 1 else [4, 2])
-    with pytest.raises(errors.CaptureError, match=r"nothing was captured.*parts of an image"):
+    with pytest.raises(errors.CaptureError, match=r"nothing was captured.*parts of it"):
         _ = maps.block_map
     assert list(maps.left_out) == ["images of text 0", "images of text 1"]
 
@@ -135,7 +135,10 @@ def test_rows_that_are_perturbed_for_guidance(images):
     ]
     for sequence, place in enumerate([*range(images, 2 * images), *numbers, *range(2 * images, 3 * images)]):
         assert_shows(maps, sequence, [(call, place) for call in calls])
-    assert all("pieces, not in the" in why for why in maps.left_out.values()) and len(maps.left_out) == 1
+    assert (
+        all("pieces (sequences x heads), but" in why for why in maps.left_out.values())
+        and len(maps.left_out) == 1
+    )
 
 
 def test_inference_mode():
@@ -228,11 +231,11 @@ def test_two_texts_of_one_length(which):
     with torch.no_grad(), attnpatch.capture(denoiser) as maps:
         denoiser(*call)
     if which == (1,):
-        assert maps.left_out == {"attention": f"attends with {TEXT} keys of a second text"}
+        assert maps.left_out == {"attention": f"it attends with {TEXT} keys of a second text"}
         return
     layer = maps.map("attention", own_grid=True).mass[0].numpy()
     assert np.abs(layer - dense[0][0].mean(0)[:, :TEXT]).max() < 1e-6
-    said = {f"attention ({TEXT} tokens)": "are of a second text: in no block"}
+    said = {f"attention ({TEXT} tokens)": "these tokens are of a second text; they are in no block"}
     assert maps.left_out == (said if 1 in which else {})
 
 
@@ -293,7 +296,7 @@ def test_positions_of_each_axis():
     for unclear in (None, positions[:2], [2, 4, 6]):
         with torch.no_grad(), attnpatch.capture(denoiser) as maps:
             denoiser(video, torch.tensor(1.0), unclear)
-        assert "in which rows and columns they lie is not said" in maps.left_out["attention"]
+        assert "the call does not say in which rows and columns they lie" in maps.left_out["attention"]
 
 
 OTHERS_ROWS = {

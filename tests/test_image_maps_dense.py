@@ -79,7 +79,7 @@ def captured(
     assert np.array_equal(made, native), "capturing changed the images"
     # The attention to an image prompt, of so many keys, is not that to the text.
     assert set(maps.left_out.values()) == (
-        {"attends a second time, to 4 keys"} if name == "image prompt" else set()
+        {"its second attention, to 4 keys, is in no map"} if name == "image prompt" else set()
     )
     if name in ("flux", "flux wide", "flux even"):
         negative = None

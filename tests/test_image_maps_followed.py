@@ -79,11 +79,11 @@ def tiled(x):
 
 
 INDEX = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
-OTHERS = "its keys are those of other sequences or windows than its queries"
+OTHERS = "its keys belong to other sequences or windows than its queries"
 FUNCTIONS = {
-    "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are made inside it"),
+    "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are computed inside the module"),
     "in another order": (lambda a, x: a.attend(x[:, INDEX], x[:, INDEX]), "its queries are not all tokens"),
-    "keys moved": (lambda a, x: a.attend(x, x.roll(3, 1)), "its keys are made inside it"),
+    "keys moved": (lambda a, x: a.attend(x, x.roll(3, 1)), "its keys are computed inside the module"),
     "keys of the first image": (lambda a, x: a.attend(x, x[:1].expand(2, -1, -1)), OTHERS),
     "keys of the first image by an index": (lambda a, x: a.attend(x, x[[0, 0]]), OTHERS),
     "keys of the other image": (lambda a, x: a.attend(x, x.flip(0)), OTHERS),
@@ -95,7 +95,7 @@ FUNCTIONS = {
         lambda a, x: (2 * (x @ x.mT).softmax(-1)) @ x,
         "its rows sum to 2 to 2",
     ),
-    "no softmax": (lambda a, x: a.to_q(x) @ (a.to_k(x).mT @ x), "its probabilities were not seen"),
+    "no softmax": (lambda a, x: a.to_q(x) @ (a.to_k(x).mT @ x), "attnpatch did not see its probabilities"),
 }
 
 
@@ -123,32 +123,35 @@ def in_squares(attention, tokens):
 
 
 THROUGH = {
-    "columns before rows": (by_columns, "its tokens, or sequences, were put into another order (views)"),
+    "columns before rows": (by_columns, "its tokens or sequences were put into another order (views)"),
     "squares one after the other": (
         in_squares,
-        "its tokens, or sequences, were put into another order (views)",
+        "its tokens or sequences were put into another order (views)",
     ),
-    "rows of the image": (rows_apart, "attends in 8 sequences, the denoiser is given 2"),
+    "rows of the image": (rows_apart, "it attends in 8 sequences, and the denoiser is given 2"),
     "two of a row as one": (
         lambda attention, tokens: attention(tokens.unflatten(1, (-1, 2)).mean(2)),
-        "attends with 12 queries of which it is not known",
+        "it attends with 12 queries that are not known",
     ),
     "two of a row as one, by views": (
         lambda attention, tokens: attention(tokens.unflatten(1, (-1, 2)).flatten(2)[..., :CHANNELS]),
-        "attends with image tokens in 4 x 3, where the image has 3 x 4",
+        "it attends with image tokens in 4 x 3, but the image has 3 x 4",
     ),
     "a row more": (
         lambda attention, tokens: attention(nn.functional.pad(tokens, (0, 0, 0, 4))),
-        "attends with 28 queries of which it is not known",
+        "it attends with 28 queries that are not known",
     ),
     "stacked in another order": (
         lambda attention, tokens: attention(torch.stack(tokens.unbind(1)[::-1], 1)),
-        "its tokens, or sequences, come from stack",
+        "its tokens or sequences come from stack",
     ),
-    "twice": (lambda attention, tokens: attention(attention(tokens)), "is called several times in one call"),
+    "twice": (
+        lambda attention, tokens: attention(attention(tokens)),
+        "it is called several times in one call",
+    ),
     "one image after the other": (
         lambda attention, tokens: torch.cat([attention(one) for one in tokens.split(1)]),
-        "attends in 1 sequences, the denoiser is given 2",
+        "it attends in 1 sequences, and the denoiser is given 2",
     ),
 }
 
@@ -219,9 +222,9 @@ def of_both_images(features):
 IMAGE, VIDEO, CUT = (
     (2, 4, 8, 8),
     (2, 4, 2, 4, 6),
-    "attends with image tokens whose rows, columns or frames were cut",
+    "it attends with image tokens whose rows, columns or frames were cut",
 )
-ORDER = "its tokens, or sequences, were put into another order (views)"
+ORDER = "its tokens or sequences were put into another order (views)"
 SHAPES = {
     "a corner": (lambda x: by_token(x[:, :, :2, :3]), (2, 4, 4, 6), CUT),
     "padded": (lambda x: by_token(nn.functional.pad(x, (0, 2, 0, 2))), IMAGE, CUT),
@@ -231,7 +234,7 @@ SHAPES = {
     "half as high": (
         lambda x: by_token(nn.functional.avg_pool2d(x, (2, 1))),
         (2, 4, 4, 6),
-        "attends with image tokens in 2 x 6",
+        "it attends with image tokens in 2 x 6",
     ),
     "some frames": (lambda x: by_token(x[:, :, :2]), (2, 4, 4, 4, 6), CUT),
     "frames last": (lambda x: by_token(x.permute(0, 1, 3, 4, 2)), VIDEO, ORDER),

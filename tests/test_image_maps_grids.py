@@ -71,7 +71,7 @@ def test_tiles_of_another_shape_than_the_call_says():
     """4 x 4 has as many tokens as 2 frames of 4 x 2, and is not their shape."""
     said = {"num_frames": 2, "height": 4, "width": 2}
     _, maps = captured(ltx(), ltx_inputs(**said), blocks=Blocks.tiles(4, 4, 2))
-    assert maps.left_out and all("show no image of the size" in why for why in maps.left_out.values())
+    assert maps.left_out and all("fit no image of this one's shape" in why for why in maps.left_out.values())
 
 
 def test_tiles_of_another_shape_than_the_latents():
@@ -147,7 +147,7 @@ def test_channels_last():
     assert maps.block_map.metadata["query_tiles"] == [2, 4, 6]
     with torch.no_grad(), attnpatch.capture(denoiser) as maps:
         denoiser(numbers(1, 1, 16, 4, 6, 16), 5)  # frames or channels first
-    assert "in which rows and columns they lie is not said" in maps.left_out["attention"]
+    assert "the call does not say in which rows and columns they lie" in maps.left_out["attention"]
 
 
 def test_an_image_that_looks_at_text_which_does_not_look():
@@ -173,7 +173,7 @@ def test_an_image_that_looks_at_text_which_does_not_look():
     expected = probabilities[0][0].mean(0)[:, 5].reshape(4, 4)
     assert np.abs(maps.heat_map(5) - expected).max() < 1e-6
     assert maps.left_out == {
-        "attention (3 tokens)": "are not known to be the image's or the text's: in no block"
+        "attention (3 tokens)": "these tokens are not known to be the image's or the text's; they are in no block"
     }
     beside = probabilities[0][0].mean(0)[:, TEXT : TEXT + 3].sum(1)
     assert np.abs(maps.block_map.unassigned_mass[0].numpy() - beside).max() < 1e-6
@@ -268,7 +268,7 @@ def test_tokens_that_are_not_all_of_the_image(case):
     with torch.no_grad(), attnpatch.capture(denoiser, blocks=Blocks.tiles(8, 8, 2)) as maps:
         denoiser(numbers(1, 1, 4, 16, 16), 5)
     side = "keys" if "keys" in case else "queries"
-    told = f"attends with 16 {side} of which it is not known what they are"
+    told = f"it attends with 16 {side} that are not known to be the image's or the text's"
     followed = {"merged": "(gather)", "keys pooled in a row": told}
     assert list(maps.left_out) == ["attention"]
     assert followed.get(case, "come from a slice or an index") in maps.left_out["attention"]

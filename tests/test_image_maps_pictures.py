@@ -113,7 +113,9 @@ def test_positions_that_are_no_rows(case):
     """No map, whatever the number of tokens would fit."""
     sites, maps = captured(flux(), flux_inputs(UNORDERED[case](positions((4, 6)))))
     assert set(maps.left_out) == set(sites)
-    assert all("in which rows and columns they lie is not said" in why for why in maps.left_out.values())
+    assert all(
+        "the call does not say in which rows and columns they lie" in why for why in maps.left_out.values()
+    )
     with pytest.raises(errors.CaptureError, match="nothing was captured"):
         maps.keys()
 
@@ -229,7 +231,9 @@ def test_shapes_that_are_not_the_tokens():
     denoiser = Denoiser().eval()
     with torch.no_grad(), attnpatch.capture(denoiser) as maps:
         denoiser(**inputs)
-    assert maps.left_out == {"attention": "attends with 64 image tokens, the pictures it is given have 16"}
+    assert maps.left_out == {
+        "attention": "it attends with 64 image tokens, and the pictures that it is given have 16"
+    }
 
 
 def test_pictures_among_the_tokens_of_text():
@@ -255,4 +259,6 @@ def test_pictures_among_the_tokens_of_text():
     assert len(maps.block_map.layers) == 2
     for name, layer in zip(maps.block_map.layers, maps.block_map.mass.numpy(), strict=True):
         assert np.abs(layer - sites[name][0].mean(0)[before:, before:]).max() < 1e-6
-    assert set(maps.left_out.values()) == {"are not known to be the image's or the text's: in no block"}
+    assert set(maps.left_out.values()) == {
+        "these tokens are not known to be the image's or the text's; they are in no block"
+    }

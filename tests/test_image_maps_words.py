@@ -238,7 +238,7 @@ def test_a_prompt_that_is_the_negative_of_another():
         sample(pipe, **call)
     known = maps["cross"].metadata["sequences"]
     assert [each["role"] for each in known] == [""] * 4
-    with pytest.raises(errors.CaptureError, match="which is the prompt's is not known"):
+    with pytest.raises(errors.CaptureError, match="not known which is the prompt's"):
         maps.heat_map("red")
     rows = [place for place, each in enumerate(known) if each["text"] == "a red cube"]
     for sequence, row in zip(rows, (1, 2), strict=True):

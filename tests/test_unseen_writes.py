@@ -325,6 +325,6 @@ def test_padding_that_is_zeros_is_no_token_that_is_lost():
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, :5] = 0
     assert not captured(model.eval(), lambda: model(ids, mask)).left_out
-    with pytest.warns(Warning, match="code that cannot be followed"):
+    with pytest.warns(Warning, match="code that attnpatch cannot follow"):
         maps = captured(model, lambda: model(ids, mask.float()))
     assert sorted(maps.left_out) == ["layers.0", "layers.1"]

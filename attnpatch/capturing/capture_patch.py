@@ -90,7 +90,11 @@ def warn_of(left_out: dict[str, str], deep: int = 0) -> None:
     if left_out:
         name, reason = next(iter(left_out.items()))
         more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
-        warnings.warn(f"attnpatch: in no map: {name}: {reason}{more}", AttnpatchWarning, stacklevel=4 + deep)
+        warnings.warn(
+            f"attnpatch: in no map: {name or '(model)'}: {reason}{more}",
+            AttnpatchWarning,
+            stacklevel=4 + deep,
+        )
 
 
 def innermost(patch: Patch) -> list[str]:

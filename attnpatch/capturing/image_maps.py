@@ -257,15 +257,17 @@ class ImageMaps:
     def _run(self, which: int) -> Run:
         runs = [run for run in self._sampling.runs if any(run.records.values())]
         if not runs:
-            left_out = "".join(f"; {site} {why}" for site, why in list(self.left_out.items())[:3])
+            left_out = "".join(f"; {site}: {why}" for site, why in list(self.left_out.items())[:3])
             raise CaptureError(
-                "nothing was captured: call the pipeline or its denoiser inside the with block, not compiled, and see "
-                f"attnpatch.report() for what its attention sites did{left_out}"
+                "nothing was captured: call the pipeline or its denoiser inside the with block, and uncompiled; "
+                f"attnpatch.report() says what its attention sites did{left_out}"
             )
         try:
             return runs[which]
         except IndexError:
-            raise CaptureError(f"run={which}: {len(runs)} were captured; give a number below that") from None
+            raise CaptureError(
+                f"run={which}: {len(runs)} runs were captured; give a number below that"
+            ) from None
 
     def _kinds(self, run: Run) -> dict[str, list[str]]:
         kinds: dict[str, list[str]] = {}
@@ -282,7 +284,9 @@ class ImageMaps:
             return list(range(count)) if self._steps == "all" else []
         outside = [step for step in self._steps if not -count <= step < count]
         if outside:
-            raise CaptureError(f"steps={list(self._steps)!r}: there were {count}; give numbers below {count}")
+            raise CaptureError(
+                f"steps={list(self._steps)!r}: there were {count} steps; give numbers below {count}"
+            )
         return [step % count for step in self._steps]
 
     def _showing(self, sites: str | None, run: int) -> list[BlockMap]:
@@ -310,12 +314,14 @@ class ImageMaps:
         if sequence is None:
             if known[0]["role"] != "prompt" and len({entry["text_number"] for entry in known}) > 1:
                 raise CaptureError(
-                    f"{len(known)} sequences with different texts were captured, and which is the prompt's is not known; "
+                    f"{len(known)} sequences with different texts were captured, and it is not known which is the prompt's; "
                     "give sequence=... (with guidance the last half is usually the prompt's)"
                 )
             return 0
         if not 0 <= sequence < len(known):
-            raise CaptureError(f"sequence={sequence}: there are {len(known)}; give a number below that")
+            raise CaptureError(
+                f"sequence={sequence}: there are {len(known)} sequences; give a number below that"
+            )
         return sequence
 
 

@@ -130,7 +130,7 @@ class Maps:
         found = self._recorder.captured()
         keys = dict.fromkeys(key for calls in found for key in self._of_quietly(calls))
         lines = [f"Maps({len(found)} sequences{', ' + ', '.join(keys) if keys else ''})"]
-        lines += [f"  left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += [f"  left out: {name or '(model)'}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
     def _of_quietly(self, calls: Calls) -> list[str]:

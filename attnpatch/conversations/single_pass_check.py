@@ -107,13 +107,13 @@ def _difference(
     """Why two maps ``[layers, blocks, blocks]`` differ, or None; the first ``first`` blocks had nothing before them."""
     least, most = bounds
     if apart.shape != whole.shape:
-        return f"{name} has another number of attention layers through its cache than in a single pass"
+        return f"{name} runs another number of attention layers with its cache than in a single pass"
     off = (whole - apart).abs().amax((0, 2)).nan_to_num(nan=torch.inf)
     rounding, later = off[:first].max().item(), off[first:].max().item()
     if rounding > most:
         return f"tokens attend to later tokens in {name}: the text after a message changes its map by {rounding:.2g}"
     if later > max(least, min(_TIMES * rounding, most)):
-        return f"a short text has another map through the cache of {name} than in a single pass (off by {later:.2g})"
+        return f"with the cache of {name}, a short text has another map than in a single pass (off by {later:.2g})"
     return None
 
 

@@ -171,7 +171,7 @@ class _Site(Site):
         if self.counts["fused"]:
             return "a fused kernel holds no scores"
         if self.obstacles:
-            return f"kept from a fused kernel by {', '.join(self.obstacles)}"
+            return f"not fused, because of {', '.join(self.obstacles)}"
         if self.seen.reason is not None:
             reason = self.seen.reason
         elif policy.mode != "auto":
@@ -179,7 +179,7 @@ class _Site(Site):
         elif self.seen.most_rows <= policy.min_tokens:
             reason = policy.reason(self.seen.most_rows, 0, 0)
         else:
-            reason = "attnpatch saw no product that can be scores"
+            reason = "attnpatch saw no product of queries and keys"
         whole = ", ".join(self.operations)
         return f"{reason}; {whole} needs the whole matrix" if whole else reason
 

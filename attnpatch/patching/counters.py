@@ -25,8 +25,8 @@ REASONS = {
     "one row": "one query row",
     "nested": "nested tensors",
     "transform": "inside vmap or torch.func.grad",
-    "kind": "tensors of another kind, whose elements do not say all",
-    "passed": "code of attnpatch failed",
+    "kind": "tensors of another kind (quantised, distributed)",
+    "passed": "attnpatch's own code failed",
     "unseen": "a kernel outside torch, or a product that attnpatch does not follow",
 }
 # Reasons why a call was not watched at all.

@@ -9,7 +9,10 @@ import torch
 
 from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
 
-NOT_SEEN = "its probabilities were not seen: a kernel of its own, nested tensors, no softmax over keys, or one key beside a learned sink"
+NOT_SEEN = (
+    "attnpatch did not see its probabilities: it uses a kernel outside torch, nested tensors, no softmax over keys, or one "
+    "key beside a learned sink; with such a kernel, choose torch's attention (attn_implementation='sdpa' in transformers)"
+)
 
 # Tolerance for the sum of a map's rows, which should be 1; the second if the GPU kernel has summed them (it has a check
 # of its own).
@@ -93,27 +96,29 @@ def relation_of(layout: Layout, facts: AttentionCallInfo, before: int | None) ->
         kept = sum(piece.length for piece in keys[:-count])
         if not facts.has_cache:
             raise Unknown(
-                f"its keys begin with {kept} that it keeps itself (a cache of its own, learned tokens)"
+                f"the module keeps its first {kept} keys itself (a cache of its own, or learned tokens)"
             )
         if facts.past is None and kept:
             raise Unknown(
-                f"its keys begin with {kept} tokens of a cache that the model fills inside its call: which tokens they are "
-                "is not known"
+                f"its first {kept} keys come from a cache that the model fills during its call, so it is not known which "
+                "tokens they are"
             )
         past = facts.past or 0
         if kept > past:
-            raise Unknown(f"its keys begin with {kept} tokens, its cache held {past}")
+            raise Unknown(
+                f"its first {kept} keys are older tokens, but its cache held {past} before the call"
+            )
         if kept < past and kept not in facts.windows:
             raise Unknown(evicted(kept, past))
         return Relation(False, past, past - kept, kept, tokens)
     if len(keys) == 1:
         return _of_one(layout, facts, before, queries, keys[0])
     kinds = (
-        "tokens of several of its inputs"
+        "tokens of several inputs"
         if KEPT not in {k.kind for k in keys}
-        else "joined with what it keeps"
+        else "tokens and keys that the module keeps"
     )
-    raise Unknown(f"its keys are {kinds}, which no blocks of one sequence can name")
+    raise Unknown(f"its keys are {kinds}, but blocks describe one sequence")
 
 
 def _of_one(
@@ -132,7 +137,7 @@ def _of_one(
             )
         if not facts.has_cache or past + layout.q_len > key.length:
             raise Unknown(
-                "its keys lie in a memory of fixed size of its own; which tokens it holds is not known"
+                "its keys lie in a buffer of fixed size that the module keeps, and it is not known which tokens they are"
             )
         return Relation(False, past, 0, past, past + layout.q_len)
     if key.kind == INPUT:
@@ -147,14 +152,14 @@ def _of_one(
         return Relation(False, facts.past, 0, facts.past, key.length)
     if facts.has_cache and before == key.length:
         return Relation(True, facts.past or 0, 0, None, key.length)
-    raise Unknown(f"its {key.length} keys come from where they cannot be followed")
+    raise Unknown(f"its {key.length} keys come from an operation that attnpatch cannot follow")
 
 
 def evicted(kept: int, total: int) -> str:
     """The reason to leave a site out if it is not known which tokens its cache keeps."""
     return (
-        f"its cache keeps {kept} of {total} tokens and is no sliding window: which tokens it keeps (evicted, compressed, "
-        "written over) is not known; capture without that"
+        f"its cache keeps {kept} of {total} tokens and is no sliding window, so it is not known which tokens were evicted, "
+        "compressed or overwritten; capture with a cache that keeps all tokens"
     )
 
 
@@ -175,8 +180,8 @@ def check_sums(sums: torch.Tensor, expected: torch.Tensor, off: float, may_lack:
     lacks = not may_lack and bool((totals < 1 - off).any())
     if lacks or not bool((totals <= 1 + off).all()):
         raise Unknown(
-            f"its rows sum to {float(totals.min()):.4g} to {float(totals.max()):.4g}, not to 1: these are no attention "
-            "probabilities, or some rows look at nothing"
+            f"its rows sum to {float(totals.min()):.4g} to {float(totals.max()):.4g} instead of 1: they are no "
+            "attention probabilities, or some rows attend to no key"
         )
 
 
@@ -205,8 +210,8 @@ def real_tokens(
     batch, total = layout.batch, relation.past + layout.q_len
     if facts.batches is not None and batch not in facts.batches:
         raise Unknown(
-            f"it is called with {batch} sequences, the model with {', '.join(map(str, sorted(facts.batches)))}: windows, "
-            "or rows of an image"
+            f"it is called with {batch} sequences and the model with {', '.join(map(str, sorted(facts.batches)))}, so they "
+            "may be windows, or rows of an image"
         )
     _check_length(layout.q_len, total, facts.lengths)
     seen = opened(relation.own)
@@ -233,7 +238,7 @@ def real_tokens(
     if seen is not None:
         own = seen[:, relation.own : relation.own + layout.q_len]
         if bool(seen[:, relation.tokens :].any()) and layout.keys[-1].kind == SLOTS:
-            raise Unknown("attention is open to places of its cache that hold no token yet")
+            raise Unknown("its mask opens places of its cache that hold no token yet")
     said = _said(facts.query_mask, batch, total)
     earlier = known if known is not None and known.shape == (batch, relation.past) else None
     if earlier is None:
@@ -258,7 +263,7 @@ def _check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> Non
         return
     given = ", ".join(map(str, sorted(lengths)))
     raise Unknown(
-        f"its sequence has {total} tokens, the model was given {given}: pooled tokens, or some that the model adds"
+        f"its sequence has {total} tokens and the model was given {given}: the model pools tokens, or adds some"
     )
 
 
@@ -271,6 +276,6 @@ def _compare(found: torch.Tensor, said: torch.Tensor | None, what: str) -> None:
         return
     count = int((found != said).sum())
     raise Unknown(
-        f"its mask and the model's padding mask contradict each other on {count} of {found.numel()} {what}: which are "
-        "padding is not known"
+        f"its mask and the model's padding mask contradict each other on {count} of {found.numel()} {what}, so it is not "
+        "known which are padding"
     )

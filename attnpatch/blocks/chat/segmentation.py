@@ -41,11 +41,11 @@ _UNTOLD = (
     "the end of the first one cannot be found, because the template closes it differently when it is the last"
 )
 _NO_OPENING = (
-    "with this chat template it cannot be found where the last message ends and the assistant's next one opens; leave "
-    "out add_generation_prompt, or use Blocks.spans."
+    "with this chat template, attnpatch cannot find where the last message ends and the assistant's next one opens; "
+    "leave out add_generation_prompt, or use Blocks.spans."
 )
 _BY_PREFIXES = (
-    "sentinels change what the template writes, so messages are divided by rendering up to each of them"
+    "sentinels change what the template writes, so messages are found by rendering up to each of them"
 )
 
 

@@ -16,7 +16,7 @@ from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 # Special tokens that may follow a truncated text: the end of the text, and one after it.
 _MOST_ENDS = 2
-_CUT = "the prompt was cut off before it: the text encoder takes no more tokens"
+_CUT = "the prompt was cut off before it, because the text encoder takes no more tokens; shorten the prompt"
 
 # Token spans of the words of a text, their labels, and the ids.
 _Words = tuple[Sequence[tuple[int, int]], Sequence[str], list[int]]

@@ -57,8 +57,8 @@ def why_pages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if not any(hasattr(kind, "free_blocks") and hasattr(kind, "update") for kind in kinds):
         return None
     return (
-        "its cache keeps pages of several requests, and one row of the call tokens of all of them (continuous batching): which "
-        "are whose is not known; capture model.generate(...) with one request"
+        "its cache keeps pages of several requests, and one row of the call holds tokens of all of them (continuous "
+        "batching), so it is not known whose tokens they are; capture model.generate(...) with one request"
     )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from attnpatch.errors import AnalysisError, MissingExtraError, first_line
 
 ENCODER_DECODER = (
-    "{} has an encoder and a decoder, and here a conversation is one sequence; give a decoder-only model, or see both "
-    "sides of this one by attnpatch.capture(model, blocks=...)"
+    "{} has an encoder and a decoder, but a conversation is one sequence; give a decoder-only model, or see both "
+    "sides of this one with attnpatch.capture(model, blocks=...)"
 )
 
 

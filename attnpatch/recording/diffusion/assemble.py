@@ -64,7 +64,7 @@ class Reading:
             raise CaptureError(f"nothing was captured: {next(iter(self.run.unclear.values()))}")
         if not whole:
             raise CaptureError(
-                "no image was given to all of these sites at every step; choose fewer steps or sites"
+                "no image passed through all of these sites at every step; choose fewer steps or sites"
             )
         first = self._record(names[0])
         if len({self._shape(self._record(name)) for name in names}) > 1:

@@ -58,7 +58,7 @@ class Plan:
         tiles = [Tiles.of_blocks(side.image) if side.image else None for side in pair]
         if any(side.image and side.image[3] for side in pair):
             raise CaptureError(
-                "where the image begins in a sequence of text and image is found; leave start out"
+                "attnpatch finds where the image begins in a sequence of text and image; leave start out"
             )
         text = next((side for side in pair if side.image is None), None)
         kinds = [frozenset({IMAGE if is_tiled else TEXT}) for is_tiled in tiled]
@@ -160,8 +160,8 @@ class Run:
                 before.append(given)
             if len(before) > evaluations:
                 self.unclear[row[0]] = (
-                    f"the denoiser is called with one {len(before)} times in one step, each time with other latents, where the "
-                    f"sampler asks for {evaluations}: parts of an image, or another one for guidance; which is not known"
+                    f"the denoiser is called with one image {len(before)} times in one step, each time with other latents, but "
+                    f"the sampler asks for {evaluations}; it is not known whether they are parts of it, or another for guidance"
                 )
         for row in self._distinct:
             self.twins.pop(row, None)
@@ -240,8 +240,8 @@ class Sampling:
             elif found[1] < 0:
                 self.left_out.setdefault(
                     f"image {image} of text {number}",
-                    "the denoiser is called with it again in one step, with the same text and latents (guidance by a "
-                    "changed denoiser, as a rule): maps show the first call",
+                    "the denoiser is called with it again in one step, with the same text and latents (usually guidance by "
+                    "a changed denoiser); maps show the first call",
                 )
 
     def _numbers(self, text: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
@@ -304,7 +304,7 @@ class Sampling:
             self.left_out.setdefault(
                 f"words of text {number}",
                 "no text encoder of the pipeline returned its embeddings inside the with block, so its tokens have "
-                "numbers; encode the prompt there, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
+                "numbers; encode the prompt inside it, or give blocks=(Blocks.tiles(...), Blocks.words(...))",
             )
 
 
@@ -329,8 +329,8 @@ def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow
     for token, (mine, its) in enumerate(zip(assignment.tolist(), known.assignment.tolist(), strict=True)):
         if mine >= 0 and its >= 0 and labels[mine] not in words[its]:
             raise BlockError(
-                f"text token {token} is of {words[its][0]!r}, the blocks have {labels[mine]!r} there; give the words of the "
-                "text that the pipeline is given, with its tokenizer, or leave them out: they are found"
+                f"text token {token} is of {words[its][0]!r}, but the blocks have {labels[mine]!r} there; give the words of "
+                "the pipeline's own text, with its tokenizer, or leave them out: attnpatch finds them"
             )
 
 

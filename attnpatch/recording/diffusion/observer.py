@@ -24,7 +24,7 @@ from attnpatch.recording.gpu import fused_sums
 from attnpatch.sdpa_call import SdpaCall
 
 UNSAID = (
-    "in which rows and columns they lie is not said by the call (no img_ids, img_shapes, or height and width); give "
+    "the call does not say in which rows and columns they lie (no img_ids, img_shapes, or height and width); give "
     "blocks=Blocks.tiles(height, width, tile) with the rows and columns of its tokens"
 )
 
@@ -70,7 +70,7 @@ class ImageObserver(SiteObserver):
             # A second attention inside the module (an image prompt's) would be mixed with the first.
             if self.is_shown:
                 keys = f"{layout.kv_len} keys"
-                self._leave_out(f"attends a second time, to {keys}", f" ({keys})")
+                self._leave_out(f"its second attention, to {keys}, is in no map", f" ({keys})")
             return False
         self.layout = layout
         if self.name in self.recorder.sampling.run.refused:
@@ -78,7 +78,7 @@ class ImageObserver(SiteObserver):
         try:
             if self.is_again:
                 raise Unknown(
-                    "is called several times in one call of the denoiser, and which call a map would be of is not said"
+                    "it is called several times in one call of the denoiser, so it is not known which call a map shows"
                 )
             with compat.DisableTorchFunction(), torch.no_grad():
                 self.is_shown = self._begin(layout)
@@ -92,19 +92,21 @@ class ImageObserver(SiteObserver):
         whole = batch * self.recorder.num_heads.get(self.name, 0)
         if (whole and count != whole) or count % batch:
             # Only some batch rows (perturbed attention guidance), only some heads, or rows that are not images.
-            heads = f"{whole} of its batch and heads" if whole else f"{batch} of its batch"
-            raise Unknown(f"attends in {count} pieces, not in the {heads}")
+            wanted = f"the denoiser has {whole}" if whole else f"the denoiser's batch is {batch}"
+            raise Unknown(f"it attends in {count} pieces (sequences x heads), but {wanted}")
         if layout.why_not:
             raise Unknown(layout.why_not)
         if layout.batch != batch:
-            raise Unknown(f"attends in {layout.batch} sequences, the denoiser is given {batch}")
+            raise Unknown(f"it attends in {layout.batch} sequences, and the denoiser is given {batch}")
         queries = self._kinds_of(layout.queries, "queries", layout.q_len)
         keys = self._kinds_of(layout.keys, "keys", layout.kv_len)
         plan = self.recorder.sampling.plan
         if not {kind for kind, _ in queries} & plan.queries or not {kind for kind, _ in keys} & plan.keys:
             return False
         if layout.is_mixed:
-            self._leave_out("are mixed after softmax: rows of its map need not sum to 1", " (weights)")
+            self._leave_out(
+                "its weights are mixed after softmax, so rows of its map need not sum to 1", " (weights)"
+            )
         self.segments = self._segments(queries), self._segments(keys)
         for pieces in (layout.queries, layout.keys):
             self._check_sides(pieces)
@@ -125,16 +127,14 @@ class ImageObserver(SiteObserver):
             origin = self.inputs[piece.number][0] if piece.kind == INPUT else None
             if origin is not None and len(origin) > 1:
                 if sum(length or 0 for _, length in origin) != piece.length:
-                    raise Unknown(
-                        f"attends with a part of its {side}, and which tokens these are is not known"
-                    )
+                    raise Unknown(f"its {side} are only a part of the tokens, and it is not known which part")
                 found += origin
             else:
                 found.append((OTHER if origin is None else origin[0][0], piece.length))
         kinds = {kind for kind, _ in found}
         if kinds <= {OTHER, *OF_NO_BLOCK}:
             what = OF_NO_BLOCK.get(next(iter(kinds)) if len(kinds) == 1 else OTHER, UNKNOWN)
-            raise Unknown(f"attends with {count} {side} {what}")
+            raise Unknown(f"it attends with {count} {side} {what}")
         return tuple(found)
 
     def _check_sides(self, pieces: Sequence[Any]) -> None:
@@ -148,16 +148,16 @@ class ImageObserver(SiteObserver):
             grid = self.grids.get(piece.length)
             if grid is not None and sides == [0]:
                 raise Unknown(
-                    "attends with image tokens whose rows, columns or frames were cut, padded or joined to others: which part "
-                    "of the image each of them shows is not known"
+                    "it attends with image tokens whose rows, columns or frames were cut, padded or joined, so it is not known "
+                    "which part of the image each of them shows"
                 )
             if grid is None or len(sides) < 2 or origin != ((IMAGE, None),):
                 continue
             edges = [*itertools.accumulate(sides, operator.mul)]
             if grid.frames * grid.height not in edges:
                 raise Unknown(
-                    f"attends with image tokens in {' x '.join(map(str, sides))}, where the image has "
-                    f"{grid.height} x {grid.width}: which part of the image each of them shows is not known"
+                    f"it attends with image tokens in {' x '.join(map(str, sides))}, but the image has {grid.height} x "
+                    f"{grid.width}, so it is not known which part of the image each of them shows"
                 )
 
     def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
@@ -233,7 +233,7 @@ class ImageObserver(SiteObserver):
         found: list[tuple[str, int | None]] = []
         for kind, length in side:
             if kind in (each for each, _ in found if each not in (OTHER, *OF_NO_BLOCK)):
-                raise CaptureError(f"attends with tokens of the {kind} in several places of one sequence")
+                raise CaptureError(f"its sequence holds tokens of the {kind} in several places")
             rest = 0
             if kind == IMAGE:
                 image = self._image(length)
@@ -243,12 +243,12 @@ class ImageObserver(SiteObserver):
             ):
                 given = self.call.texts[0].shape[:2] if self.call.texts else (0, 0)
                 raise CaptureError(
-                    f"attends with {length} text tokens of {self.call.batch} images, the denoiser is given {given[1]} of "
-                    f"{given[0]}"
+                    f"it attends with {length} text tokens of {self.call.batch} images, and the denoiser is given {given[1]} "
+                    f"of {given[0]}"
                 )
             elif kind == OTHER or kind in OF_NO_BLOCK:
                 what = OF_NO_BLOCK.get(kind, "not known to be the image's or the text's")
-                self._leave_out(f"are {what}: in no block", f" ({length} tokens)")
+                self._leave_out(f"these tokens are {what}; they are in no block", f" ({length} tokens)")
             found += [(kind, length - rest), (OTHER, rest)] if rest else [(kind, length)]
         return tuple(found)
 
@@ -263,21 +263,21 @@ class ImageObserver(SiteObserver):
             whole = grid.tokens + sum(other.tokens for other in others)
             if tokens != whole:
                 raise CaptureError(
-                    f"attends with {tokens} image tokens, the pictures it is given have {whole}"
+                    f"it attends with {tokens} image tokens, and the pictures that it is given have {whole}"
                 )
         elif call.latents is not None:
             grid, others = Grid.fitting(tokens, call.latents), []
             if grid is None:
                 raise CaptureError(
-                    f"attends with {tokens} image tokens, which show no image of the size of this one"
+                    f"it attends with {tokens} image tokens, which fit no image of this one's shape"
                 )
         else:
             grid, others = next((each for each in tiles if each.tokens == tokens), None), []
             if grid is None:
-                raise CaptureError(f"attends with {tokens} image tokens: {UNSAID}")
+                raise CaptureError(f"it attends with {tokens} image tokens, and {UNSAID}")
         if any(Grid.fitting(grid.tokens, each) != grid for each in tiles):
             raise CaptureError(
-                f"attends with {grid.tokens} image tokens, which show no image of the size of this one"
+                f"it attends with {grid.tokens} image tokens, which fit no image of this one's shape"
             )
         run = sampling.run
         self.grids[grid.tokens] = grid
@@ -299,8 +299,8 @@ class ImageObserver(SiteObserver):
         self.before = before = self.records.get(self.name)
         if before is not None and (before.query_side, before.key_side) != (self.query_side, self.key_side):
             raise CaptureError(
-                "attends to an image of another size, or to another text, than before in one mean; capture with "
-                "steps='all'"
+                "it attends to an image of another size, or to another text, than at an earlier step of the same mean; "
+                "capture with steps='all'"
             )
 
     def _asked(self) -> frozenset[str]:

@@ -21,9 +21,9 @@ MOVED = "another row's"
 # Kinds of tokens that are known, and are neither the image's nor the text's that maps show; and what is said of others.
 OF_NO_BLOCK = {
     SECOND: "of a second text",
-    MOVED: "of rows of the batch that were picked, joined or averaged: whose they are is not known",
+    MOVED: "of rows of the batch that were picked, joined or averaged, so it is not known whose they are",
 }
-UNKNOWN = "of which it is not known what they are"
+UNKNOWN = "that are not known to be the image's or the text's"
 
 # The kinds of tokens in order, each with its length; for a tensor of a single kind the length is ``None``.
 Origin = tuple[tuple[str, int | None], ...]

@@ -85,7 +85,9 @@ def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
     if total >= history.total:
         return record
     if record.measures is not None or record.variance is not None:
-        raise Unknown("its cache was cut, and what was measured of single rows cannot be taken back")
+        raise Unknown(
+            "its cache was cut, and measures and samples of the removed rows cannot be subtracted; capture without them"
+        )
     sums, counts = record.sums.clone(), record.counts.clone()
     start = min((piece.start for piece in history.pieces), default=history.total)
     assignment = record.query.assignment
@@ -98,7 +100,7 @@ def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
             if first < total:
                 raise Unknown(
                     f"its cache was cut at token {total}, inside a block and inside a call of more than {MOST_ROWS} "
-                    "tokens; cut at the border of a block"
+                    "tokens; cut it at the edge of a block"
                 )
             sums[b, :, block], counts[b, block] = 0, 0
         for piece in history.pieces:

@@ -15,10 +15,10 @@ from attnpatch.recording.text.cache_history import cut
 from attnpatch.recording.text.sequences import Marks, Sequence, reference
 
 _OTHERS_PLACES = (
-    "rows of the batch took others' places between calls (beam search, contrastive search), and which of them is returned is "
-    "not known; capture one call with the sequences that are returned"
+    "rows of the batch changed places between calls (beam search, contrastive search), so it is not known which of them is "
+    "returned; capture one call with the sequences that are returned"
 )
-_NOT_READ = "its cache cannot be read, and whether rows of the batch changed places there is not known; capture one sequence at a time"
+_NOT_READ = "its cache cannot be read, so it is not known whether rows of the batch changed places; capture one sequence at a time"
 
 
 class HostCall(Protocol):
@@ -188,4 +188,4 @@ class CacheFollower:
                 elif held is None and past:
                     self._check_rows(sequence, cache)
             except Exception as error:
-                self._leave_all_out(sequence, f"what its cache holds at the end cannot be read: {error}")
+                self._leave_all_out(sequence, f"its cache cannot be read at the end: {error}")

@@ -14,13 +14,14 @@ from attnpatch.recording.text.recorder import Recorder
 from attnpatch.recording.text.sequences import Calls
 
 _NOTHING = (
-    "nothing was captured: call the model inside the with block, not compiled (a graph of torch.compile shows nothing), "
-    "and see attnpatch.report(model) for what its attention sites did"
+    "nothing was captured: call the model inside the with block, and uncompiled (torch.compile's graphs are not captured); "
+    "attnpatch.report(model) says what its attention sites did"
 )
 # The message if the model has been called.
 _NONE = (
-    "nothing was captured: no attention was seen in {0}. None of its modules takes softmax of a product of queries and keys, "
-    "or what does is compiled (a graph of torch.compile shows nothing); attnpatch.report(model) says what its modules did"
+    "nothing was captured: no attention was seen in {0}. None of its modules computes softmax of a product of queries and "
+    "keys, or the one that does is compiled (torch.compile's graphs are not captured); attnpatch.report(model) says what its "
+    "modules did"
 )
 
 
@@ -30,7 +31,7 @@ def nothing(recorder: Recorder) -> CaptureError:
         return CaptureError(_NONE.format(recorder.model_name) if recorder.sequences else _NOTHING)
     reasons = list(recorder.left_out.items())
     more = f" (and {len(reasons) - 3} more in maps.left_out)" if len(reasons) > 3 else ""
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons[:3])
+    told = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in reasons[:3])
     return CaptureError(f"no attention could be mapped. {told}{more}")
 
 

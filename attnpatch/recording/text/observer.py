@@ -113,8 +113,8 @@ class TextObserver(SiteObserver):
         self.width_asked = self.width(layout.heads)
         if old is not None and old.sums.shape[:2] != (layout.batch, self.width_asked):
             raise Unknown(
-                f"it went on with {layout.batch} sequences of {self.width_asked} heads after {old.sums.shape[0]} of "
-                f"{old.sums.shape[1]}; capture calls of one batch size at a time"
+                f"this call has {layout.batch} sequences of {self.width_asked} heads, and the call before had "
+                f"{old.sums.shape[0]} of {old.sums.shape[1]}; capture calls of one batch size at a time"
             )
         self.real = queries, keys
         self._renew(query, key)
@@ -284,7 +284,7 @@ class TextObserver(SiteObserver):
         total = self.past + self.layout.q_len
         record.history = history.with_call(rows, total, self.known, keys, self.facts.has_cache)
         if self.layout.is_mixed:
-            record.notes = ("weights are mixed after softmax: their rows need not sum to 1",)
+            record.notes = ("weights are mixed after softmax, so their rows need not sum to 1",)
         self.records[self.name] = _joined(self.records.get(self.name), record)
 
     def _from_sample(self, record: SiteSums) -> None:
@@ -312,7 +312,7 @@ class TextObserver(SiteObserver):
         )
         closed = record.sums[..., -1].sum() / record.sums.sum().clamp(min=1e-9)
         if covers and float(closed) > self.off:
-            raise Unknown(f"{float(closed):.4g} of its attention is on keys that its mask closes")
+            raise Unknown(f"a share of {float(closed):.4g} of its attention is on keys that its mask closes")
         share = self.layout.heads if self.recorder.heads == "mean" else 1
         expected = record.counts[:, None] * share - self.closed
         check_sums(record.sums, expected, self.off, self.layout.drops_keys)

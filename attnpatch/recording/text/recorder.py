@@ -118,8 +118,8 @@ class Recorder(CacheFollower):
         found = self.sequence_of(call)
         if self.is_evicted(call, found):
             call.problem = (
-                f"its cache holds {call.past} tokens, and not those that were seen there: which tokens they are (evicted, "
-                "compressed, written over) is not known; capture without that"
+                f"its cache holds {call.past} tokens, but not the ones that were seen there, so it is not known which tokens "
+                "were evicted, compressed or overwritten; capture with a cache that keeps all tokens"
             )
         if found is None:
             joins = state.last is not None and state.last.is_partial

@@ -77,10 +77,12 @@ class _Reading:
             return self._of_made(*whole, side)
         origins = [self.sources.origin(leaf) for leaf in found]
         if any(origin is None for origin in origins):
-            raise Unknown(f"its {side} are made inside it (pooled, learned or mixed), not tokens of an input")
+            raise Unknown(
+                f"its {side} are computed inside the module (pooled, learned or mixed) and are no tokens of an input"
+            )
         numbers = {origin[0] for origin in origins if origin is not None}
         if len(numbers) != 1:
-            raise Unknown(f"its {side} are tokens of {len(numbers)} of its inputs at once")
+            raise Unknown(f"its {side} combine tokens of {len(numbers)} inputs in one dimension")
         (number,) = numbers
         dims = self.sources.inputs[number]
         places = tuple(dict.fromkeys(origin[1] for origin in origins if origin is not None))
@@ -89,7 +91,7 @@ class _Reading:
             self.key_batch = whole[0]  # several pictures per sequence, one sequence after the other
         elif list(found) != whole:
             raise Unknown(
-                f"its {side} are a part of the tokens, or in another order: its sequence is cut into windows"
+                f"its {side} are some tokens of an input, or all of them in another order (windows, for example)"
             )
         return [(Piece(INPUT, number, math.prod(leaf.size for leaf in found)), places)]
 
@@ -97,7 +99,7 @@ class _Reading:
         if made.has is not None:
             inside = self.tokens(leaves(made.has), side) if leaves(made.has) else [(Piece(INPUT, -1, 1), ())]
             if len(inside) != 1:
-                raise Unknown(f"its {side} are joined in a memory of fixed size")
+                raise Unknown(f"its {side} were concatenated and then written to a buffer of fixed size")
             return [(Piece(SLOTS, inside[0][0].number, leaf.size), inside[0][1])]
         memory = self._made(made.of) if made.of is not None else None
         if (
@@ -110,7 +112,7 @@ class _Reading:
             return [(piece, places)]
         if made.of is not None:
             raise Unknown(
-                f"its {side} are a part of the tokens only ({leaf.size} of {made.of.size}): windows, chunks, pooled or cut off"
+                f"its {side} are only {leaf.size} of {made.of.size} tokens (windows, chunks, pooled or cut off)"
             )
         pieces: list[tuple[Piece, tuple[int, ...]]] = []
         for dim, size in made.parts:
@@ -174,12 +176,12 @@ def layout_of(
 
 def _followed(entries: Sequence[Entry], side: str) -> list[Axis]:
     if any(dim is None for _, dim in entries):
-        raise Unknown(f"its {side} come from where they cannot be followed")
+        raise Unknown(f"its {side} come from an operation that attnpatch cannot follow")
     found = [leaf for _, dim in entries for leaf in leaves(dim or ())]
     if any(leaf.made_by is not None for leaf in found):
         raise Unknown(
-            f"its {side} were written to by {UNSEEN}: a scripted function, another thread, an operator, or through their "
-            "address"
+            f"its {side} were overwritten by {UNSEEN}: a scripted function, another thread, a C++ operator, or a write "
+            "through their address"
         )
     return found
 
@@ -190,11 +192,11 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
     if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
         raise Unknown(
-            "its keys are those of other sequences or windows than its queries: of one for all, or in another order"
+            "its keys belong to other sequences or windows than its queries (one for all, or in another order)"
         )
     token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
     if any(map(read.is_head, token_axes)):
-        raise Unknown("its query rows are tokens and heads at once")
+        raise Unknown("its query rows combine tokens and heads in one dimension")
     kept = [size for size, dim in keys if dim is None]
     key_axes = [] if kept else _followed(keys, "keys")
     is_head = [read.is_head(leaf) for leaf in outer]
@@ -219,19 +221,19 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     _check_order(read, [*((number, place) for place in batch_places), *tokens])
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
         # An input with a dimension of heads is expected only if queries and keys are separate inputs.
-        raise Unknown("it attends along one of three dimensions of its input: rows of an image, or heads")
+        raise Unknown("it attends along one dimension of three, which may be rows of an image, or heads")
     dims = read.sources.inputs[number]
     own_batch = [leaf for place in batch_places for leaf in leaves(dims[place])]
     own_heads = [leaf for place in head_places for leaf in leaves(dims[place])]
     if any(leaf not in own_batch and leaf not in own_heads for leaf in batch_axes):
         raise Unknown(
-            "it attends apart along more than one dimension of its input: windows, or rows of an image"
+            "it attends separately along several dimensions of its input (windows, or rows of an image)"
         )
     if [leaf for leaf in outer if leaf in own_batch] != own_batch:
-        raise Unknown("its sequences are not told apart in its heads, or repeated")
+        raise Unknown("its batch dimension does not hold each sequence once and in order")
     batch = math.prod(leaf.size for leaf in own_batch)
     if read.key_batch is not None and read.key_batch.size != batch:
-        raise Unknown("its keys are a part of the tokens: its sequence is cut into windows")
+        raise Unknown("its keys are only some of the tokens (windows, for example)")
     for piece, places in key_pieces:
         if (
             piece.number != number
@@ -240,7 +242,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
             and read.key_batch is None
             and batch > 1
         ):
-            raise Unknown("its keys are those of all sequences at once")
+            raise Unknown("its keys are the tokens of all sequences together")
     return Layout(
         batch,
         math.prod(leaf.size for leaf in outer) // batch,
@@ -267,28 +269,28 @@ def _query_input(
     """The input whose tokens the queries are (the first of several), with its dimensions of sequences and of heads."""
     own = [(piece.number, places) for piece, places in queries if piece.kind == INPUT and piece.number >= 0]
     if not own and queries:
-        raise Unknown("its queries are tokens that it keeps itself, not those of an input")
+        raise Unknown("its queries are kept by the module (learned, or cached) and are no tokens of an input")
     leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
     # If the tokens come from several inputs, take the one whose sequences are followed.
     led = {number for number, _, _ in leads}
     first = next((pair for pair in own if pair[0] in led), own[0] if own else None)
     number, places = first or (leads[0][0] if leads else 0, ())
     if number >= len(read.sources.inputs):
-        raise Unknown("it is called with no tensor of tokens")
+        raise Unknown("none of its arguments is a tensor of tokens")
     for other, there in own:
         if other != number and _pattern(read, other, there, None) is None:
-            raise Unknown("its queries are joined of dimensions that are not tokens")
+            raise Unknown("its queries are concatenated along dimensions that are not known to be tokens")
     given = tuple(dict.fromkeys(place for at, place, _ in leads if at == number))
     found = _pattern(read, number, places, given)
     if found is None:
         if not places and queries == []:
             raise Unknown(
-                "its queries are not all tokens of an input in their order: pooled, sorted, moved, learned or mixed"
+                "its queries are not all tokens of an input in order (pooled, sorted, moved, learned or mixed)"
             )
         shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
         raise Unknown(
-            f"of its input of {shape} the queries are dimension {', '.join(map(str, places)) or 'none'}, which may be "
-            "channels, windows or rows of an image"
+            f"its queries lie along dimension {', '.join(map(str, places)) or 'none'} of its input of shape {shape}, which "
+            "may be channels, windows or rows of an image"
         )
     return (number, *found)
 
@@ -320,7 +322,7 @@ def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]],
             continue
         if piece.kind == INPUT and places and _pattern(read, piece.number, places, None) is None:
             raise Unknown(
-                "its keys are a dimension of an input that may be channels, windows or rows of an image"
+                "its keys lie along a dimension of an input that may be channels, windows or rows of an image"
             )
 
 
@@ -330,13 +332,13 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
     name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
     if name in IN_ANOTHER_ORDER:
         raise Unknown(
-            f"its tokens, or sequences, were put into another order ({name}) before it was called: which of the model's "
-            "they are is not known"
+            f"its tokens or sequences were put into another order ({name}) before it was called, so it is not known which of "
+            "the model's tokens they are"
         )
     if name is not None:
         raise Unknown(
-            f"its tokens, or sequences, come from {name}, after which it is not known which of the model's they are, and "
-            "were not added to tokens in order since"
+            f"its tokens or sequences come from {name}, and no tokens in order were added afterwards, so it is not known "
+            "which of the model's tokens they are"
         )
 
 

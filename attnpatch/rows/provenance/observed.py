@@ -189,7 +189,7 @@ def _layout(
 ) -> Layout:
     if sources is None:
         sizes = (math.prod(axis.size for axis in side) for side in (leads, rows, keys))
-        return Layout(1, *sizes, why_not="its inputs were not followed")
+        return Layout(1, *sizes, why_not="attnpatch did not follow its inputs")
     names = {axis: _renamed(node, axis) for axis in (*leads, *rows, *keys)}
     found = {axis: _source(sources, name) for axis, name in names.items()}
     if is_mixed:
@@ -311,7 +311,7 @@ def of_call(call: SdpaCall, sources: Sources | None) -> Layout:
     query, key, q_len, kv_len = call.query, call.key, call.q_len, call.kv_len
     lead = query.shape[:-2]
     if sources is None:
-        return Layout(1, math.prod(lead), q_len, kv_len, why_not="its inputs were not followed")
+        return Layout(1, math.prod(lead), q_len, kv_len, why_not="attnpatch did not follow its inputs")
     known = sources.recall(query, key)
     if known is not None:
         return known

@@ -22,7 +22,7 @@ from attnpatch.rows.provenance.tensors import tensors_in
 EXPOSING = frozenset(
     "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ to_dlpack __cuda_array_interface__".split()
 )
-UNSEEN = "code that cannot be followed"
+UNSEEN = "code that attnpatch cannot follow"
 # Tensors of other classes must not be asked for their version or base.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bytes that are summed at a time.

@@ -35,7 +35,7 @@ _SETTING = frozenset(
     "select_scatter slice_scatter diagonal_scatter".split()
 )
 # How a reason names functions that have no name of their own.
-IN_WORDS = {"__getitem__": "a slice or an index", "__setitem__": "writing at places"}
+IN_WORDS = {"__getitem__": "a slice or an index", "__setitem__": "a write at an index"}
 IN_ANOTHER_ORDER = ORDERED | {"views", "an index"}
 # Functions that leave torch, and functions that come back.
 LEAVING_TORCH = frozenset("numpy tolist __array__".split())

@@ -46,7 +46,7 @@ class TokenTensors:
         """True if a tensor may hold tokens from the model's inputs.
 
         A tensor that no torch function has made inside the model's call is either a constant of the model, or was made
-        from tokens by code that cannot be followed (another library's, scripted).
+        from tokens by code that attnpatch cannot follow (another library's, scripted).
         """
         if type(tensor) is torch.nn.Parameter:
             return False
