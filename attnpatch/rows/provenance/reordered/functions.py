@@ -169,7 +169,7 @@ class Turned(TokenTensors):
         self._mark(name, before, own, results)
         self._merge(name, given, first, results[0])
         if is_elementwise(name):
-            sums.settle(self, name, own, results[0], given[1])
+            sums.choose_axes(self, name, own, results[0], given[1])
         elif name in element_places.JOINING:
             sums.beside(self, own, results[0])
 

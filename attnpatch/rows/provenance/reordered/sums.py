@@ -33,7 +33,7 @@ def adds(
     )
 
 
-def settle(
+def choose_axes(
     tokens: TokenTensors, name: str, own: list[torch.Tensor], result: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
     """Choose the axes of an elementwise result among the operands that have all of its tokens.
