@@ -20,8 +20,8 @@ The entry knows which class's replacement serves it, so that ``super().forward()
 instance has a copied entry, which registers itself with the class. A pickle names the class, and the entry registers
 itself when it is loaded.
 
-If a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), that slot
-is swapped, too, because its forward may never call the class's. The slot gets a ``partial``, as accelerate itself uses
+If a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), this
+attribute is swapped, too, because its forward may never call the class's. It gets a ``partial``, as accelerate itself uses
 one: it is copied and pickled with its module. Whichever of the two is called first serves.
 
 A module is swapped once. Further patches put their site on top of the present one, and the top one serves.
@@ -54,7 +54,7 @@ from attnpatch.patching.class_forward import (
 )
 
 STATE = "_attnpatch"
-_SLOTS = (compat.ACCELERATE_FORWARD, "forward")
+_ATTRIBUTES = (compat.ACCELERATE_FORWARD, "forward")
 
 
 class Entry:
@@ -125,7 +125,7 @@ def _arrived(site: Any, module: Any, name: str) -> Entry:
 
 
 def _forward_of_slot(self: nn.Module, previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The function in an instance's slot; ``previous`` is the slot's former content."""
+    """The function in an instance's attribute; ``previous`` is the attribute's former content."""
     entry = self.__dict__.get(STATE)
     site = None if entry is None else entry.site
     if site is None or is_recorded():
@@ -165,16 +165,16 @@ def put_in(module: nn.Module, site: Any) -> None:
             return
         site.below = None
         values[STATE] = Entry(site, type(module))
-        slot = next((name for name in _SLOTS if name in values), None)
-        if slot is not None:
-            previous = values[slot]
+        attribute = next((name for name in _ATTRIBUTES if name in values), None)
+        if attribute is not None:
+            previous = values[attribute]
             if _is_of_slot(previous):
                 previous = previous.args[
                     1
                 ]  # a shallow copy of a module whose patch was taken out has it still
             # Hosts (generate) read the signature of a forward; a partial takes it from ``__wrapped__``.
             ours = functools.partial(_forward_of_slot, module, previous)
-            values[slot] = functools.update_wrapper(ours, previous, updated=())
+            values[attribute] = functools.update_wrapper(ours, previous, updated=())
 
 
 def take_out(module: nn.Module, site: Any) -> None:
@@ -192,12 +192,12 @@ def take_out(module: nn.Module, site: Any) -> None:
         if site.below is not None:
             entry.site = site.below
             return
-        # Without an entry, a slot calls its former content.
+        # Without an entry, an attribute calls its former content.
         del values[STATE]
         entry.leave()
-        for slot in _SLOTS:
-            if slot in values:
-                values[slot] = _given_back(values[slot], module)
+        for attribute in _ATTRIBUTES:
+            if attribute in values:
+                values[attribute] = _given_back(values[attribute], module)
 
 
 def _given_back(value: Any, module: nn.Module) -> Any:

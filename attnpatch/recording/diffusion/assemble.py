@@ -54,7 +54,7 @@ class Reading:
         order = {"prompt": 0, "": 1, "negative": 2}
         rows = sorted(
             (row for row in self.run.rows if row[0] not in self.run.unclear),
-            key=lambda row: (row in self.run.twins, order[self.run.texts[row[0]].role]),
+            key=lambda row: (row in self.run.duplicates, order[self.run.texts[row[0]].role]),
         )
         values = {
             row: [[self._site(step, row, name) for name in names] for step in steps or [0]] for row in rows
@@ -165,9 +165,9 @@ class Reading:
     def _described(self, row: Row) -> dict[str, Any]:
         text = self.run.texts[row[0]]
         found = {"role": text.role, "text": text.text, "text_number": row[0], "image": row[1]}
-        if row in self.run.twins:
+        if row in self.run.duplicates:
             # Some guidance methods run a changed denoiser on the same image and text again.
-            found |= {"image": self.run.twins[row][1], "again": True}
+            found |= {"image": self.run.duplicates[row][1], "again": True}
         steps = sorted(self.run.rows[row])
         # Guidance may end before the sampler does, and a prompt may be replaced in between.
         return found if len(steps) == len(self.run.timesteps) else {**found, "steps": steps}

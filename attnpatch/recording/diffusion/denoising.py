@@ -103,7 +103,7 @@ class Run:
         timesteps: The sampled image's timesteps, in order; one step may call the denoiser several times.
         texts: Every text that batch rows were given.
         rows: Every batch row, with its steps.
-        twins: Rows with the same text and latents as another row of their batch at every step, and that other row.
+        duplicates: Rows with the same text and latents as another row of their batch at every step, and that other row.
         unclear: Texts for whose rows it is not known what they show, with the reason.
         image: The grid of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
@@ -114,7 +114,7 @@ class Run:
         self.timesteps: list[float | None] = []
         self.texts: list[TextRow] = []
         self.rows: dict[Row, set[int]] = {}
-        self.twins: dict[Row, Row] = {}
+        self.duplicates: dict[Row, Row] = {}
         self.unclear: dict[int, str] = {}
         self.image: Grid | None = None
         self.refused: set[str] = set()
@@ -149,11 +149,11 @@ class Run:
         """
         found, first = [], {}
         for row, given in zip(rows, latents, strict=True):
-            twin = first.setdefault((row[0], given), row)
-            if twin == row or self.twins.get(row, twin) != twin:
+            duplicate = first.setdefault((row[0], given), row)
+            if duplicate == row or self.duplicates.get(row, duplicate) != duplicate:
                 self._distinct.add(row)
             elif row not in self._distinct:
-                self.twins[row] = twin
+                self.duplicates[row] = duplicate
             before = self._latents.setdefault(row, [])
             found.append((row[0], -1 - row[1]) if given in before else row)
             if given not in before:
@@ -164,7 +164,7 @@ class Run:
                     f"the sampler asks for {evaluations}; it is not known whether they are parts of it, or another for guidance"
                 )
         for row in self._distinct:
-            self.twins.pop(row, None)
+            self.duplicates.pop(row, None)
         return tuple(found)
 
 

@@ -19,7 +19,7 @@ from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
 from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.recording.diffusion.denoising import KEY_TILES, QUERY_TILES, ImageRecord, Side, tiles_of
-from attnpatch.recording.diffusion.token_provenance import IMAGE, OF_NO_BLOCK, OTHER, TEXT, UNKNOWN, Origin
+from attnpatch.recording.diffusion.token_provenance import IMAGE, OF_NO_BLOCK, OTHER, TEXT, UNKNOWN, Kinds
 from attnpatch.recording.gpu import fused_sums
 from attnpatch.sdpa_call import SdpaCall
 
@@ -49,7 +49,7 @@ class ImageObserver(SiteObserver):
         name: str,
         call: Any,
         records: dict[str, Any],
-        inputs: list[tuple[Origin | None, list[int]]],
+        inputs: list[tuple[Kinds | None, list[int]]],
         is_again: bool = False,
         is_candidate: bool = False,
     ) -> None:
@@ -116,7 +116,7 @@ class ImageObserver(SiteObserver):
         self._open()
         return True
 
-    def _kinds_of(self, pieces: Sequence[Any], side: str, count: int) -> Origin:
+    def _kinds_of(self, pieces: Sequence[Any], side: str, count: int) -> Kinds:
         """The kinds of tokens of the queries or of the keys, in order, each with its length.
 
         Raises:
@@ -124,13 +124,13 @@ class ImageObserver(SiteObserver):
         """
         found: list[tuple[str, int | None]] = []
         for piece in pieces:
-            origin = self.inputs[piece.number][0] if piece.kind == INPUT else None
-            if origin is not None and len(origin) > 1:
-                if sum(length or 0 for _, length in origin) != piece.length:
+            own_kinds = self.inputs[piece.number][0] if piece.kind == INPUT else None
+            if own_kinds is not None and len(own_kinds) > 1:
+                if sum(length or 0 for _, length in own_kinds) != piece.length:
                     raise Unknown(f"its {side} are only a part of the tokens, and it is not known which part")
-                found += origin
+                found += own_kinds
             else:
-                found.append((OTHER if origin is None else origin[0][0], piece.length))
+                found.append((OTHER if own_kinds is None else own_kinds[0][0], piece.length))
         kinds = {kind for kind, _ in found}
         if kinds <= {OTHER, *OF_NO_BLOCK}:
             what = OF_NO_BLOCK.get(next(iter(kinds)) if len(kinds) == 1 else OTHER, UNKNOWN)
@@ -144,14 +144,14 @@ class ImageObserver(SiteObserver):
             Unknown: They do not agree.
         """
         for piece in pieces:
-            origin, sides = self.inputs[piece.number] if piece.kind == INPUT else (None, [])
+            own_kinds, sides = self.inputs[piece.number] if piece.kind == INPUT else (None, [])
             grid = self.grids.get(piece.length)
             if grid is not None and sides == [0]:
                 raise Unknown(
                     "it attends with image tokens whose rows, columns or frames were cut, padded or joined, so it is not known "
                     "which part of the image each of them shows"
                 )
-            if grid is None or len(sides) < 2 or origin != ((IMAGE, None),):
+            if grid is None or len(sides) < 2 or own_kinds != ((IMAGE, None),):
                 continue
             edges = [*itertools.accumulate(sides, operator.mul)]
             if grid.frames * grid.height not in edges:
@@ -224,7 +224,7 @@ class ImageObserver(SiteObserver):
     def _leave_out(self, reason: str, part: str = "") -> None:
         self.recorder.sampling.left_out.setdefault(self.name + part, reason)
 
-    def _segments(self, side: Origin) -> Origin:
+    def _segments(self, side: Kinds) -> Kinds:
         """The kinds of tokens with their lengths; of several pictures only the first counts as the image.
 
         Raises:
@@ -310,7 +310,7 @@ class ImageObserver(SiteObserver):
     def _texts(self) -> list[TextRow]:
         return [self.recorder.sampling.run.texts[number] for number, _ in self.recorder.rows]
 
-    def _side(self, segments: Origin, kinds: frozenset[str], most: int) -> tuple[Partition, Side]:
+    def _side(self, segments: Kinds, kinds: frozenset[str], most: int) -> tuple[Partition, Side]:
         sampling = self.recorder.sampling
         texts = self._texts()
         has_text = TEXT in kinds and any(kind == TEXT for kind, _ in segments)

@@ -16,7 +16,7 @@ from attnpatch.recording.accumulator import SiteObserver
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 from attnpatch.recording.diffusion.denoising import Sampling
 from attnpatch.recording.diffusion.observer import ImageObserver
-from attnpatch.recording.diffusion.token_provenance import IMAGE, SECOND, TEXT, Origins
+from attnpatch.recording.diffusion.token_provenance import IMAGE, SECOND, TEXT, TokenKinds
 from attnpatch.recording.options import CaptureOptions
 
 
@@ -91,11 +91,11 @@ class ImageRecorder:
         self.call = call
         key = (step if sampling.is_kept_apart else 0, self.rows)
         self.records = sampling.run.records.setdefault(key, {})
-        self.origins = self._stack.enter_context(Origins(call.batch))
+        self.token_kinds = self._stack.enter_context(TokenKinds(call.batch))
         kinds = (IMAGE, call.images), (TEXT, call.texts[:1]), (SECOND, call.texts[1:])
         for kind, tensors in kinds:
             for tensor in tensors:
-                self.origins.mark(tensor, kind)
+                self.token_kinds.mark(tensor, kind)
 
     def end_call(self) -> None:
         self._stack.close()
@@ -115,7 +115,9 @@ class ImageRecorder:
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """The observer for a site's call that is about to begin."""
-        inputs = [(self.origins.of(each), self.sides_of(each)) for each in self.inputs_among(args, kwargs)]
+        inputs = [
+            (self.token_kinds.of(each), self.sides_of(each)) for each in self.inputs_among(args, kwargs)
+        ]
         is_again = site.name in self.called
         self.called.add(site.name)
         name = self.prefix + site.name

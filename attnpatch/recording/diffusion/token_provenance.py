@@ -26,7 +26,7 @@ OF_NO_BLOCK = {
 UNKNOWN = "that are not known to be the image's or the text's"
 
 # The kinds of tokens in order, each with its length; for a tensor of a single kind the length is ``None``.
-Origin = tuple[tuple[str, int | None], ...]
+Kinds = tuple[tuple[str, int | None], ...]
 
 _JOINING = frozenset([torch.cat, torch.concat, torch.concatenate])
 # Products, with the index of the argument whose rows are the result's rows.
@@ -59,7 +59,7 @@ _LIKE = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
 _WRITING = frozenset(["__setitem__", "copy_", "index_put_", "index_copy_", "scatter_", "masked_scatter_"])
 
 
-class Origins(TorchFunctionMode):
+class TokenKinds(TorchFunctionMode):
     """A mode that tracks tokens while it is active.
 
     Args:
@@ -72,14 +72,14 @@ class Origins(TorchFunctionMode):
     def __init__(self, batch: int = 1) -> None:
         super().__init__()
         self.batch = batch
-        self.joined: dict[int, Origin] = {}
+        self.joined: dict[int, Kinds] = {}
         self._known: Any = WeakIdKeyDictionary()
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
         """Note that all tokens of a tensor are of one kind."""
         self._known[tensor] = ((kind, None),)
 
-    def of(self, tensor: torch.Tensor) -> Origin | None:
+    def of(self, tensor: torch.Tensor) -> Kinds | None:
         """The kinds of a tensor's tokens; ``None`` if they are not known."""
         return self._known.get(tensor)
 
@@ -99,15 +99,15 @@ class Origins(TorchFunctionMode):
             return result
         source = self._source(func, args, kwargs)
         if source is not None:
-            origin = self._known[source]
+            kinds = self._known[source]
             for one in [result] if isinstance(result, torch.Tensor) else result:
-                is_kept = len(origin) > 1 or not _loses_order(func, args, source, one)
+                is_kept = len(kinds) > 1 or not _loses_order(func, args, source, one)
                 if not isinstance(one, torch.Tensor) or one is source:
                     continue
                 if self._loses_rows(source, one):
                     self._known[one] = ((MOVED, None),)
                 elif is_kept:
-                    self._hand_on(origin, source, one)
+                    self._hand_on(kinds, source, one)
         return result
 
     def _source(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -159,16 +159,16 @@ class Origins(TorchFunctionMode):
         else:
             self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
 
-    def _hand_on(self, origin: Origin, source: torch.Tensor, result: torch.Tensor) -> None:
+    def _hand_on(self, kinds: Kinds, source: torch.Tensor, result: torch.Tensor) -> None:
         """Note the kinds of a result. Of a concatenated source, its length tells which part it is."""
-        if len(origin) == 1 or sum(length for _, length in origin) in result.shape:
-            self._known[result] = origin
+        if len(kinds) == 1 or sum(length for _, length in kinds) in result.shape:
+            self._known[result] = kinds
             return
-        cut = _cut(origin, source, result)
+        cut = _cut(kinds, source, result)
         if cut:
             self._known[result] = cut if len(cut) > 1 else ((cut[0][0], None),)
             return
-        parts = [kind for kind, length in origin if length in result.shape]
+        parts = [kind for kind, length in kinds if length in result.shape]
         if len(set(parts)) > 1:
             # Several kinds have this length: a view of the first kind begins where its source does.
             shares = result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
@@ -178,9 +178,9 @@ class Origins(TorchFunctionMode):
             self._known[result] = ((parts[0], None),)
 
 
-def _cut(origin: Origin, source: torch.Tensor, result: torch.Tensor) -> Origin:
+def _cut(kinds: Kinds, source: torch.Tensor, result: torch.Tensor) -> Kinds:
     """The kinds in a slice of a concatenated sequence; empty if it is not a slice, or cuts through a kind."""
-    count, dims = sum(length or 0 for _, length in origin), range(source.dim())
+    count, dims = sum(length or 0 for _, length in kinds), range(source.dim())
     differ = [dim for dim in dims if result.dim() == source.dim() and source.shape[dim] != result.shape[dim]]
     shares = source.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
     if (
@@ -192,7 +192,7 @@ def _cut(origin: Origin, source: torch.Tensor, result: torch.Tensor) -> Origin:
         return ()
     first = (result.storage_offset() - source.storage_offset()) // source.stride(differ[0])
     last, place, found = first + result.shape[differ[0]], 0, []
-    for kind, length in origin:
+    for kind, length in kinds:
         if first <= place and place + (length or 0) <= last:
             found.append((kind, length))
         place += length or 0

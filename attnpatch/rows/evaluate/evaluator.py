@@ -23,7 +23,7 @@ class Evaluator(StepMemory):
         root: The node to compute.
         bound: Tensors of input nodes that hold none (a graph that was kept for a backward pass).
         wanted: Nodes that need gradients: their tiles are detached from autograd's graph and recorded in ``parts``.
-        lines: Nodes whose lines run across tiles and whose gradients are summed in slots (``graph/lines.py``).
+        lines: Nodes whose lines run across tiles and whose gradients are summed first (``LineSum``).
     """
 
     def __init__(

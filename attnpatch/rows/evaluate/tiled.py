@@ -259,10 +259,10 @@ class TiledEvaluation:
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
         steps = lines.found_in(self.node, lambda: set(self._tileable(Evaluator(self.node, bound))))
-        # Values that an earlier sweep has computed from the scores get no gradient: it goes to the scores, by slots.
+        # Values that an earlier sweep has computed from the scores get no gradient: it goes to the scores, by the ``LineSum``.
         past = {node for step in steps for node in step.past}
-        for slots in lines.levels(self.node, steps):
-            bound = {**bound, **self._sweep(grad, bound, slots, steps)}
+        for sums in lines.levels(self.node, steps):
+            bound = {**bound, **self._sweep(grad, bound, sums, steps)}
         found = self._sweep(grad, bound, [node for node in wanted if node not in past], steps)
         return [found[node].to(node.dtype) if node in found else None for node in wanted]
 

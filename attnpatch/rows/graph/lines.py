@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attnpatch.rows.evaluate.evaluator import Evaluator
 
 
-class Slot(InputNode):
+class LineSum(InputNode):
     """Memory in which a backward pass keeps a sum over each line; zeros until then."""
 
     def __init__(self, dims: Dims, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class LineNode(OpNode):
         return [self.children[i] for i in self.given]
 
     @property
-    def slot(self) -> Node:
+    def line_sum(self) -> Node:
         return self.children[self.given[-1] + 1]
 
 
@@ -71,9 +71,9 @@ class NormalisedNode(LineNode):
     given = (1, 2)
 
     def __init__(self, scores: Node, highest: InputNode, total: InputNode, is_log: bool, of: OpNode) -> None:
-        slot = Slot(total.dims, total.shape, total.dtype, of.device)
+        line_sum = LineSum(total.dims, total.shape, total.dtype, of.device)
         super().__init__(
-            normalised, (scores, highest, total, slot, is_log, of.dtype), {}, of.dims, of.dtype, of.device
+            normalised, (scores, highest, total, line_sum, is_log, of.dtype), {}, of.dims, of.dtype, of.device
         )
         self.context = of.context
 
@@ -89,7 +89,7 @@ def normalised(
     scores: torch.Tensor,
     highest: torch.Tensor,
     total: torch.Tensor,
-    slot: torch.Tensor,
+    line_sum: torch.Tensor,
     is_log: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -99,7 +99,7 @@ def normalised(
 
 
 class _Normalised(torch.autograd.Function):
-    """``normalised``; backward reads each line's sum from the slot, and gives the slot this tile's part of that sum."""
+    """``normalised``; backward reads each line's sum from ``line_sum``, and gives ``line_sum`` this tile's part of that sum."""
 
     @staticmethod
     def forward(
@@ -107,23 +107,23 @@ class _Normalised(torch.autograd.Function):
         scores: torch.Tensor,
         highest: torch.Tensor,
         total: torch.Tensor,
-        slot: torch.Tensor,
+        line_sum: torch.Tensor,
         is_log: bool,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        value = normalised(scores, highest, total, slot, is_log, total.dtype)
-        ctx.save_for_backward(value, slot)
+        value = normalised(scores, highest, total, line_sum, is_log, total.dtype)
+        ctx.save_for_backward(value, line_sum)
         ctx.is_log, ctx.dtype = is_log, scores.dtype
         return value.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        value, slot = ctx.saved_tensors
+        value, line_sum = ctx.saved_tensors
         probabilities = value.exp() if ctx.is_log else value
         own = grad.to(value.dtype) if ctx.is_log else grad * value
-        to_slot = own.sum_to_size(slot.shape) if ctx.needs_input_grad[3] else None
-        to_scores = (own - probabilities * slot).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return to_scores, None, None, to_slot, None, None
+        to_line_sum = own.sum_to_size(line_sum.shape) if ctx.needs_input_grad[3] else None
+        to_scores = (own - probabilities * line_sum).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return to_scores, None, None, to_line_sum, None, None
 
 
 # Gradients of a tile's scores. Arguments: the scores; the reduced value of each line and the gradient of that value,
@@ -150,8 +150,8 @@ class FigureNode(LineNode):
     given = (1,)
 
     def __init__(self, scores: Node, figure: InputNode, of: OpNode, positions: set[int]) -> None:
-        slot = Slot(figure.dims, figure.shape, figure.dtype, of.device)
-        super().__init__(known, (scores, figure, slot), {}, of.dims, of.dtype, of.device)
+        line_sum = LineSum(figure.dims, figure.shape, figure.dtype, of.device)
+        super().__init__(known, (scores, figure, line_sum), {}, of.dims, of.dtype, of.device)
         self.context = of.context
         self.name, self.positions = of.func.__name__, tuple(sorted(positions))
         self.count = math.prod(scores.shape[i] for i in positions)
@@ -168,37 +168,37 @@ class FigureNode(LineNode):
         return _Figure.apply(*values, self.name, self.positions, self.count)
 
 
-def known(scores: torch.Tensor, figure: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+def known(scores: torch.Tensor, figure: torch.Tensor, line_sum: torch.Tensor) -> torch.Tensor:
     """The result of the reduction, which an earlier sweep has computed."""
     return figure
 
 
 class _Figure(torch.autograd.Function):
-    """The reduced values; backward reads a line's gradient from the slot, and gives the slot this tile's part of it."""
+    """The reduced values; backward reads a line's gradient from ``line_sum``, and gives ``line_sum`` this tile's part of it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         scores: torch.Tensor,
         figure: torch.Tensor,
-        slot: torch.Tensor,
+        line_sum: torch.Tensor,
         name: str,
         positions: tuple[int, ...],
         count: int,
     ) -> torch.Tensor:
-        ctx.save_for_backward(scores, figure, slot)
+        ctx.save_for_backward(scores, figure, line_sum)
         ctx.name, ctx.positions, ctx.count = name, positions, count
         return figure.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scores, figure, slot = ctx.saved_tensors
-        to_slot = grad.to(slot.dtype) if ctx.needs_input_grad[2] else None
+        scores, figure, line_sum = ctx.saved_tensors
+        to_line_sum = grad.to(line_sum.dtype) if ctx.needs_input_grad[2] else None
         to_scores = None
         if ctx.needs_input_grad[0]:
-            figure, of_line = (_laid(value, ctx.positions, scores.dim()) for value in (figure, slot))
+            figure, of_line = (_laid(value, ctx.positions, scores.dim()) for value in (figure, line_sum))
             to_scores = _DERIVATIVES[ctx.name](scores, figure, of_line, ctx.count).to(scores.dtype)
-        return to_scores, None, to_slot, None, None, None
+        return to_scores, None, to_line_sum, None, None, None
 
 
 def _laid(figure: torch.Tensor, positions: tuple[int, ...], dims: int) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _laid(figure: torch.Tensor, positions: tuple[int, ...], dims: int) -> torch.
 
 
 def found_in(root: Node, axes: Callable[[], set[Axis]]) -> frozenset[Node]:
-    """The line nodes of a graph whose gradients can be summed in their slots.
+    """The line nodes of a graph whose gradients can be summed over each line.
 
     Each element of their scores has to be in exactly one tile, once.
 
@@ -233,7 +233,7 @@ def found_in(root: Node, axes: Callable[[], set[Axis]]) -> frozenset[Node]:
 
 
 def levels(root: Node, lines: frozenset[Node]) -> list[list[Node]]:
-    """Slots of the line nodes, in the order in which they can be summed: first those that need no other slot's sum."""
+    """The ``LineSum``s of the line nodes, in the order in which they can be summed: first those that need no other."""
     level = {root: 0}
     for node in reversed(list(walk(root))):
         if node not in level or node.stops_gradient:
@@ -243,5 +243,5 @@ def levels(root: Node, lines: frozenset[Node]) -> list[list[Node]]:
             level[child] = max(level.get(child, 0), level[node] + (node in lines))
     found: dict[int, list[Node]] = {}
     for node in lines & level.keys():
-        found.setdefault(level[node], []).append(node.slot)
+        found.setdefault(level[node], []).append(node.line_sum)
     return [found[number] for number in sorted(found)]
