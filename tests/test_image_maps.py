@@ -65,7 +65,7 @@ READING = {
     "several kinds": (lambda maps: maps.block_map, r"several kinds.*maps\['self'\] or maps\['cross'\]"),
     "unknown site": (lambda maps: maps["attn7"], "nothing was captured at 'attn7'.*'self', 'cross'"),
     "sites of two kinds": (lambda maps: maps["*mid_block*"], "sites of several kinds match.*'self', 'cross'"),
-    "unknown run": (lambda maps: maps.map("cross", run=1), "run=1: 1 were captured"),
+    "unknown run": (lambda maps: maps.map("cross", run=1), "run=1: 1 runs were captured"),
     "unknown sequence": (lambda maps: maps.heat_map("red", sequence=2), "sequence=2: there are 2"),
     "steps averaged": (
         lambda maps: maps.heat_map("red", step=1),

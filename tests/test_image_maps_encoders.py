@@ -259,8 +259,8 @@ def test_words_that_the_tokenizer_does_not_know():
 @pytest.mark.parametrize(
     ("name", "tokenizer", "text", "said"),
     [
-        ("sd15", "tokenizer", "a blue cube", "text token 2 is of 'red', the blocks have 'blue' there"),
-        ("flux", "tokenizer", PROMPT, "text token 1 is of 'red', the blocks have 'a' there"),
+        ("sd15", "tokenizer", "a blue cube", "text token 2 is of 'red', but the blocks have 'blue' there"),
+        ("flux", "tokenizer", PROMPT, "text token 1 is of 'red', but the blocks have 'a' there"),
     ],
 )
 def test_words_that_are_not_there(name, tokenizer, text, said):

@@ -81,15 +81,15 @@ def tiled(x):
 INDEX = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
 OTHERS = "its keys belong to other sequences or windows than its queries"
 FUNCTIONS = {
-    "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are computed inside the module"),
+    "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are computed inside it"),
     "in another order": (lambda a, x: a.attend(x[:, INDEX], x[:, INDEX]), "its queries are not all tokens"),
-    "keys moved": (lambda a, x: a.attend(x, x.roll(3, 1)), "its keys are computed inside the module"),
+    "keys moved": (lambda a, x: a.attend(x, x.roll(3, 1)), "its keys are computed inside it"),
     "keys of the first image": (lambda a, x: a.attend(x, x[:1].expand(2, -1, -1)), OTHERS),
     "keys of the first image by an index": (lambda a, x: a.attend(x, x[[0, 0]]), OTHERS),
     "keys of the other image": (lambda a, x: a.attend(x, x.flip(0)), OTHERS),
     "of one image only": (
         lambda a, x: torch.cat([a.attend(*[x.chunk(2)[0]] * 2), x[1:]]),
-        "of its input of",
+        "its queries lie along dimension",
     ),
     "no probabilities": (
         lambda a, x: (2 * (x @ x.mT).softmax(-1)) @ x,

@@ -164,11 +164,11 @@ LOST = {
     "between batch and tokens": (between_batch_and_tokens, "views"),
     "half of them twice": (lambda x: x[:, :12].repeat_interleave(2, 1), "repeat_interleave"),
     "one for all": (lambda x: x[:, :1].expand(-1, 24, -1), "expand"),
-    "numpy": (lambda x: torch.from_numpy(x.numpy()[:, ::-1].copy()), "code that cannot be followed"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy()[:, ::-1].copy()), "code that attnpatch cannot follow"),
     "lists": (lambda x: torch.tensor([row[::-1] for row in x.tolist()]), "tensor"),
-    "scripted": (scripted, "code that cannot be followed"),
+    "scripted": (scripted, "code that attnpatch cannot follow"),
     "an operator by its overload": (lambda x: torch.ops.aten.flip.default(x, [1]), "flip"),
-    "vmap": (lambda x: torch.vmap(lambda one: one[ORDER])(x), "code that cannot be followed"),
+    "vmap": (lambda x: torch.vmap(lambda one: one[ORDER])(x), "code that attnpatch cannot follow"),
     "slices stacked": (lambda x: torch.stack([x[:, :12], x[:, 12:]], 2).flatten(1, 2), "stack"),
 }
 

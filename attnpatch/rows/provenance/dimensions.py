@@ -78,7 +78,7 @@ class _Reading:
         origins = [self.sources.origin(leaf) for leaf in found]
         if any(origin is None for origin in origins):
             raise Unknown(
-                f"its {side} are computed inside the module (pooled, learned or mixed) and are no tokens of an input"
+                f"its {side} are computed inside it (pooled, learned or mixed), not tokens of an input"
             )
         numbers = {origin[0] for origin in origins if origin is not None}
         if len(numbers) != 1:
