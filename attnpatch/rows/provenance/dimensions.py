@@ -78,7 +78,7 @@ class _Reading:
         origins = [self.sources.origin(leaf) for leaf in found]
         if any(origin is None for origin in origins):
             raise Unknown(
-                f"its {side} are computed inside it (pooled, learned or mixed), not tokens of an input"
+                f"its {side} are computed inside it (pooled, learned, mixed), not tokens of an input"
             )
         numbers = {origin[0] for origin in origins if origin is not None}
         if len(numbers) != 1:
@@ -192,7 +192,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
     if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
         raise Unknown(
-            "its keys belong to other sequences or windows than its queries (one for all, or in another order)"
+            "its keys belong to other sequences or windows than its queries, or lie in another order"
         )
     token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
     if any(map(read.is_head, token_axes)):
