@@ -79,7 +79,7 @@ def tiled(x):
 
 
 INDEX = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
-OTHERS = "its keys belong to other sequences or windows than its queries"
+OTHERS = "its keys are of other sequences or windows than its queries"
 FUNCTIONS = {
     "in squares": (lambda a, x: a.attend(tiled(x), tiled(x)), "its queries are computed inside it"),
     "in another order": (lambda a, x: a.attend(x[:, INDEX], x[:, INDEX]), "its queries are not all tokens"),

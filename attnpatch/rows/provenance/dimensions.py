@@ -77,9 +77,7 @@ class _Reading:
             return self._of_made(*whole, side)
         origins = [self.sources.origin(leaf) for leaf in found]
         if any(origin is None for origin in origins):
-            raise Unknown(
-                f"its {side} are computed inside it (pooled, learned, mixed), not tokens of an input"
-            )
+            raise Unknown(f"its {side} are computed inside it (pooled, learned or mixed), not given to it")
         numbers = {origin[0] for origin in origins if origin is not None}
         if len(numbers) != 1:
             raise Unknown(f"its {side} combine tokens of {len(numbers)} inputs in one dimension")
@@ -191,9 +189,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     head_rows = tuple(i for i, own in enumerate(inner) if own and all(map(read.is_head, own)))
     outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
     if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
-        raise Unknown(
-            "its keys belong to other sequences or windows than its queries, or lie in another order"
-        )
+        raise Unknown("its keys are of other sequences or windows than its queries, or in another order")
     token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
     if any(map(read.is_head, token_axes)):
         raise Unknown("its query rows combine tokens and heads in one dimension")
