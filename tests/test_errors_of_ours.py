@@ -22,6 +22,7 @@ from attnpatch.patching import calls
 from attnpatch.patching import site as patching
 from attnpatch.patching.patch import Patch
 from attnpatch.patching.recognition import Watch
+from attnpatch.recording.diffusion.observer import ImageObserver
 from attnpatch.recording.text.observer import TextObserver
 from attnpatch.recording.text.recorder import Recorder
 from attnpatch.rows.autograd.native_tape import NativeTape
@@ -347,3 +348,80 @@ def test_a_pipeline_goes_on(step, monkeypatch):
     ):
         got = pipelines.run(pipe, "sd15")
     assert (got == native).all()
+
+
+def broken_at(name, step):
+    """``step`` of the observers, which fails for one site at its second tile or call."""
+
+    def failing(self, *args):
+        if self.name.startswith(name):
+            failing.count += 1
+        if self.name.startswith(name) and failing.count == failing.at:
+            raise KeyError("put in by the test")
+        return step(self, *args)
+
+    failing.count, failing.at = 0, 1
+    return failing
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+def test_what_an_error_cut_short_is_left_out(step, implementation, monkeypatch):
+    """A site has no map without what the error has lost; the other sites have theirs."""
+    model, inputs = llama(implementation)
+    monkeypatch.setattr(
+        TextObserver, step, broken_at("model.layers.1.self_attn", getattr(TextObserver, step))
+    )
+    with (
+        pytest.warns(AttnpatchWarning, match="put in by the test"),
+        torch.no_grad(),
+        attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(8)) as maps,
+    ):
+        model(*inputs)
+    assert list(maps.left_out) == ["model.layers.1.self_attn"]
+    assert "attnpatch failed while it observed" in maps.left_out["model.layers.1.self_attn"]
+    assert maps.block_map.layers == (0,)
+
+
+@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+def test_a_step_of_generation_that_an_error_cut_short(step, monkeypatch):
+    """The map of the tokens before it would be of rows that lack some."""
+    model, (ids,) = llama("sdpa")
+    failing = broken_at("model.layers.1.self_attn", getattr(TextObserver, step))
+    failing.at = 3
+    monkeypatch.setattr(TextObserver, step, failing)
+    with (
+        pytest.warns(AttnpatchWarning, match="put in by the test"),
+        torch.no_grad(),
+        attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(8)) as maps,
+    ):
+        model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert list(maps.left_out) == ["model.layers.1.self_attn"] and maps.block_map.layers == (0,)
+
+
+@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+def test_gradients_that_an_error_cut_short(step, monkeypatch):
+    model, (ids,) = llama("sdpa")
+    monkeypatch.setattr(
+        TextObserver, step, broken_at("model.layers.1.self_attn", getattr(TextObserver, step))
+    )
+    with (
+        pytest.warns(AttnpatchWarning, match="put in by the test"),
+        attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(8), weighting="gradient") as maps,
+    ):
+        model(ids).logits.sum().backward()
+    assert list(maps.left_out) == ["model.layers.1.self_attn"] and maps.block_map.layers == (0,)
+
+
+@pytest.mark.parametrize("step", ["_begin", "_observe", "end"])
+def test_an_image_that_an_error_cut_short(step, monkeypatch):
+    pipe = pipe_of("sd15")
+    native, name = pipelines.run(pipe, "sd15"), "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    failing = broken_at(name, getattr(ImageObserver, step))
+    failing.at = 2  # the second step of the sampler, or a tile
+    monkeypatch.setattr(ImageObserver, step, failing)
+    with pytest.warns(AttnpatchWarning, match="put in by the test"), attnpatch.capture(pipe) as maps:
+        got = pipelines.run(pipe, "sd15")
+    assert (got == native).all()
+    assert "attnpatch failed while it observed" in maps.left_out[name]
+    assert name not in maps["cross"].layers and len(maps["cross"].layers) > 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.errors import AttnpatchError
 from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
 
 NOT_SEEN = (
@@ -19,8 +20,19 @@ NOT_SEEN = (
 OFF, OFF_FUSED = 1e-4, 1e-2
 
 
+# The reason if the error that stopped an observer is one of attnpatch's own code.
+FAILED = (
+    "attnpatch failed while it observed this attention (a warning says where), so a map would lack some of it"
+)
+
+
 class Unknown(Exception):
     """A fact that a map depends on is not known; the message says which."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if an error says why there is no map; False if attnpatch's own code is wrong."""
+    return isinstance(error, (Unknown, AttnpatchError))
 
 
 @dataclasses.dataclass

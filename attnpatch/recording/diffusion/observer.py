@@ -13,10 +13,10 @@ import torch
 from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
-from attnpatch.errors import AttnpatchError, CaptureError
+from attnpatch.errors import CaptureError
 from attnpatch.observing import INPUT, Layout, TileInfo
 from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
-from attnpatch.recording.call_facts import NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums
+from attnpatch.recording.call_facts import FAILED, NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums, is_refusal
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.recording.diffusion.denoising import KEY_TILES, QUERY_TILES, ImageRecord, Side, tiles_of
 from attnpatch.recording.diffusion.token_provenance import IMAGE, OF_NO_BLOCK, OTHER, TEXT, UNKNOWN, Kinds
@@ -59,7 +59,8 @@ class ImageObserver(SiteObserver):
         self.is_candidate = is_candidate
         self.before: Any = None
         self.layout: Layout | None = None
-        self.is_shown = False
+        # Whether its tiles are shown; whether some of them are still to come.
+        self.is_shown = self.is_open = False
         # Tolerance for the sums of rows; whether some rows see no key.
         self.off, self.has_closed = OFF, False
         self.grids: dict[int | None, Grid] = {}
@@ -81,9 +82,11 @@ class ImageObserver(SiteObserver):
                     "it is called several times in one call of the denoiser, so it is not known which call a map shows"
                 )
             with compat.DisableTorchFunction(), torch.no_grad():
-                self.is_shown = self._begin(layout)
-        except (Unknown, AttnpatchError) as reason:
-            self._refuse(str(reason))
+                self.is_shown = self.is_open = self._begin(layout)
+        except Exception as error:
+            self._refuse(str(error) if is_refusal(error) else FAILED)
+            if not is_refusal(error):
+                raise
         return self.is_shown
 
     def _begin(self, layout: Layout) -> bool:
@@ -199,18 +202,20 @@ class ImageObserver(SiteObserver):
     def end(self) -> None:
         """All tiles were shown: check that every row sums to 1, except rows that see no key."""
         record, layout = self.record, self.layout
-        if record is None or layout is None or layout.is_mixed:
-            return
-        share = layout.heads if self.recorder.heads == "mean" else 1
-        may_lack = self.has_closed or layout.drops_keys
-        try:
-            check_sums(record.sums, record.counts[:, None] * share, self.off, may_lack)
-        except Unknown as reason:
-            self._refuse(str(reason))
+        if record is not None and layout is not None and not layout.is_mixed:
+            share = layout.heads if self.recorder.heads == "mean" else 1
+            may_lack = self.has_closed or layout.drops_keys
+            try:
+                check_sums(record.sums, record.counts[:, None] * share, self.off, may_lack)
+            except Unknown as reason:
+                self._refuse(str(reason))
+        self.is_open = False
 
     def finish(self) -> None:
         """Called when the site's call has ended."""
-        if self.layout is None and not self.is_candidate:
+        if self.is_open:
+            self._refuse(FAILED)
+        elif self.layout is None and not self.is_candidate:
             self._refuse(NOT_SEEN)
 
     def _refuse(self, reason: str) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from attnpatch import compat
 from attnpatch.blocks.partition import Partition
-from attnpatch.errors import AttnpatchError
 from attnpatch.observing import TileInfo
 from attnpatch.recording.accumulator import SiteObserver, SiteSums, heads_as_leads
 from attnpatch.recording.block_sums import key_sums
 from attnpatch.recording.call_facts import (
+    FAILED,
     NOT_SEEN,
     OFF,
     OFF_FUSED,
@@ -24,6 +24,7 @@ from attnpatch.recording.call_facts import (
     Unknown,
     check_sums,
     evicted,
+    is_refusal,
     real_tokens,
     relation_of,
 )
@@ -83,8 +84,10 @@ class TextObserver(SiteObserver):
         try:
             with compat.DisableTorchFunction(), torch.no_grad():
                 self._begin(layout, opened)
-        except (Unknown, AttnpatchError) as reason:
-            self._leave_out(str(reason))
+        except Exception as error:
+            self._leave_out(str(error) if is_refusal(error) else FAILED)
+            if not is_refusal(error):
+                raise
             return False
         self.is_shown = True
         return True
@@ -253,6 +256,9 @@ class TextObserver(SiteObserver):
 
     def finish(self) -> None:
         """Called when the site's call has ended."""
+        if self.is_shown:
+            # Only some of its tiles were shown.
+            self._leave_out(FAILED)
         if not (self.seen or self.is_candidate or self.is_of_gradient):
             self.name = self.site
             self._leave_out(NOT_SEEN)
@@ -268,8 +274,10 @@ class TextObserver(SiteObserver):
         self.is_shown, record = False, self.record
         try:
             self._end(record)
-        except Unknown as reason:
-            self._leave_out(str(reason))
+        except Exception as error:
+            self._leave_out(str(error) if is_refusal(error) else FAILED)
+            if not is_refusal(error):
+                raise
 
     def _end(self, record: SiteSums) -> None:
         rows = None

@@ -117,13 +117,18 @@ class _Steps:
             self.numbers = torch.arange(math.prod(axis.size for axis in leads))
 
     def rows_of(self, sequence: int, low: int, high: int) -> torch.Tensor:
-        """Rows ``low:high`` of a sequence's first head: ``[rows, kv_len]``."""
+        """Rows ``low:high`` of a sequence's first head: ``[rows, kv_len]``.
+
+        Of heads that are mixed after softmax, the largest value: a key is closed if it is closed in all of them.
+        """
         tile = self._head(sequence)
         if len(self.rows) == 1:
             tile[self.rows[0]] = (low, high)
         value = self._value(tile)
         order = [axis for axis in (*self.leads, *self.rows, *self.keys) if axis in self.axes]
-        value = value.permute([self.axes.index(axis) for axis in order])
+        mixed = [place for place, axis in enumerate(self.axes) if axis not in order]
+        value = value.permute([*mixed, *(self.axes.index(axis) for axis in order)])
+        value = value.flatten(0, len(mixed) - 1).amax(0) if mixed else value
         count = math.prod(value.shape[i] for i, axis in enumerate(order) if axis in self.rows)
         value = value.reshape(count, -1)[:, : self.layout.kv_len]
         return value[low:high] if len(self.rows) != 1 and count > 1 else value

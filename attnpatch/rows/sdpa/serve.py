@@ -148,9 +148,19 @@ def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> N
         return
     site.counters.count("captured")
     site.counters.summed("torch (gradients)")
-    _show(call, site, None, grad)
     assert site.observer is not None
-    guard.attempted(site.observer.end, name="finishing observed attention", counters=site.counters)
+    if not guard.attempted(
+        _is_gradient_shown, call, site, grad, name="showing gradients", counters=site.counters
+    ):
+        # It is left out: its tiles have not ended.
+        guard.attempted(site.observer.finish, name="the end of a captured call", counters=site.counters)
+
+
+def _is_gradient_shown(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> bool:
+    assert site.observer is not None
+    _show(call, site, None, grad)
+    site.observer.end()
+    return True
 
 
 def _show(

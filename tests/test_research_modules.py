@@ -1,0 +1,93 @@
+"""Modules in the structure of published research code: the map is that of their own probabilities, or there is none."""
+
+import pytest
+import torch
+from test_known_facts import reduced
+from torch import nn
+
+import attnpatch
+from attnpatch import Blocks
+
+WIDTH, HEADS, TOKENS, BLOCK = 16, 2, 21, 4
+
+
+def numbers(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padding(kind):
+    """``[2, tokens]``: True for real tokens."""
+    found = torch.ones(2, TOKENS, dtype=torch.bool)
+    if kind == "right":
+        found[0, -6:] = found[1, -2:] = False
+    elif kind == "left":
+        found[0, :6] = found[1, :2] = False
+    elif kind == "holes":
+        found[0, 3:6] = found[0, 12] = found[1, 7:9] = False
+    return found
+
+
+def blocks_of(mask):
+    """The positions of each block of one sequence: real tokens are counted, padding is not."""
+    real = mask.nonzero().flatten().tolist()
+    return [real[start : start + BLOCK] for start in range(0, len(real), BLOCK)]
+
+
+def captured(model, *given):
+    with torch.no_grad(), attnpatch.capture(model, blocks=Blocks.fixed(BLOCK)) as maps:
+        model.eval()(*given)
+    return maps
+
+
+class Model(nn.Module):
+    """Calls its attention, whose input may be prepared."""
+
+    def __init__(self, attention, prepare=lambda x: x):
+        super().__init__()
+        self.attention, self.prepare = attention, prepare
+
+    def forward(self, x, *rest):
+        return self.attention(self.prepare(x), *rest)
+
+
+class TalkingHeads(nn.Module):
+    """Heads are mixed before softmax, after it, or both (CaiT)."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.mask_value = nn.Linear(WIDTH, 3 * WIDTH), float("-inf")
+        self.before = nn.Linear(HEADS, HEADS) if before else None
+        self.after = nn.Linear(HEADS, HEADS) if after else None
+
+    def mixed(self, by, scores):
+        return scores if by is None else by(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def weights(self, query, key, mask):
+        scores = self.mixed(self.before, query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1))
+        scores = scores.masked_fill(~mask[:, None, None], self.mask_value)
+        return self.mixed(self.after, scores.softmax(-1))
+
+    def projected(self, x):
+        return self.project(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, mask):
+        query, key, value = self.projected(x)
+        return (self.weights(query, key, mask) @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("before", [False, True])
+def test_padding_of_heads_that_are_mixed_after_softmax(before, value, kind):
+    attention, x, mask = TalkingHeads(before, True), numbers(2, TOKENS, WIDTH), padding(kind)
+    attention.mask_value = value
+    maps = captured(Model(attention), x, mask)
+    with torch.no_grad():
+        query, key, _ = attention.projected(x)
+        weights = attention.weights(query, key, mask)
+    assert not maps.left_out
+    for row, probabilities, real in zip(maps.block_map.mass, weights, mask, strict=True):
+        expected = reduced(probabilities, blocks_of(real), blocks_of(real)).double()
+        found = row[0, : len(expected), : len(expected)].double()
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
