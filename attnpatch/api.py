@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -15,7 +15,7 @@ from attnpatch.hosts.diffusers.components import compiled_in, parts_of
 from attnpatch.patching.model_patches import not_patched, parts_in, put_in_place
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
-from attnpatch.patching.selection import Sites
+from attnpatch.patching.selection import Sites, checked
 from attnpatch.policy import Policy
 from attnpatch.reporting import Report, joined, report_of
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 Model = TypeVar("Model")
 
 
-def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
+def apply(
+    model: Model, sites: Sites | None = None, layers: Sequence[int] | None = None, **policy: Any
+) -> Model:
     """Run the attention of a model by rows when memory is short, and change nothing else.
 
     Args:
@@ -34,10 +36,14 @@ def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
             every component with attention (``unet`` or ``transformer``, ``vae``, text encoders, ...) is patched.
         sites: Which modules are patched. ``"auto"``: modules whose class name says attention, modules that ``register``
             names, and modules that compute softmax of a product of their inputs in their first call.
-            ``"registered"``: only modules that ``register`` names. A list of module paths, such as
-            ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``, otherwise ``"auto"``.
+            ``"registered"``: only modules that ``register`` names. A pattern, such as ``"model.layers.*.self_attn"``
+            (``explain`` prints them) or ``"decoder.*"``: the attention modules that match. A list of patterns and of
+            module paths, such as ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``,
+            otherwise ``"auto"``.
+        layers: Only attention in these layers, by the model's own numbers, as ``capture`` takes them. Negative numbers
+            count layers with attention from the last one. ``None``: all.
         **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, also that of a
-            component that was patched on its own. If other ``sites`` are given, it replaces the sites too, and their
+            component that was patched on its own. If other ``sites`` or ``layers`` are given, it replaces the sites too, and their
             counts restart at 0.
 
     Returns:
@@ -45,11 +51,12 @@ def apply(model: Model, sites: Sites | None = None, **policy: Any) -> Model:
 
     Raises:
         PolicyError: A field is unknown or its value is invalid; the model is unchanged.
-        PatchError: No attention is recognised in the model, or a part of the model is patched on its own.
+        PatchError: No attention is recognised in the model, a pattern matches nothing in it, or a part of the model is
+            patched on its own.
     """
-    rule = Policy.of(policy)
+    rule, chosen = Policy.of(policy), checked(sites, layers)
     with contextlib.ExitStack() as undo:
-        patches = put_in_place(model, rule, undo, sites, replaces=True)
+        patches = put_in_place(model, rule, undo, chosen, replaces=True)
         undo.pop_all()
     for patch in patches:
         patch.policy = rule
@@ -79,21 +86,23 @@ def remove(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, sites: Sites | None = None, **policy: Any) -> Iterator[Model]:
+def patched(
+    model: Model, sites: Sites | None = None, layers: Sequence[int] | None = None, **policy: Any
+) -> Iterator[Model]:
     """Patch a model inside a ``with`` block only. The patch is removed at the end, also after an exception.
 
     If the model is patched already, the given policy holds inside the block and the old one afterwards; its sites stay.
 
     Args:
         model: A module or a pipeline, as ``apply`` takes it.
-        sites, **policy: As ``apply`` takes them.
+        sites, layers, **policy: As ``apply`` takes them.
 
     Raises:
         PolicyError, PatchError: As ``apply``.
     """
-    rule = Policy.of(policy)
+    rule, chosen = Policy.of(policy), checked(sites, layers)
     with contextlib.ExitStack() as undo:
-        for patch in put_in_place(model, rule, undo, sites):
+        for patch in put_in_place(model, rule, undo, chosen):
             undo.callback(setattr, patch, "policy", patch.policy)
             patch.policy = rule
         yield model

@@ -345,7 +345,7 @@ def test_asked_for():
     assert [(site.name, site.why) for site in report.sites] == [("encoder.1", "asked for")]
     with pytest.raises(attnpatch.errors.PatchError, match=r"no module 'encodr\.1'.*'encoder\.1'"):
         attnpatch.apply(model, sites=["encodr.1"])
-    for wrong in ("all", [], [1], 3):
+    for wrong in ("", [], [1], 3):
         with pytest.raises(attnpatch.errors.PatchError, match="not accepted"):
             attnpatch.apply(model, sites=wrong)
 
@@ -364,7 +364,7 @@ def test_applied_again():
     run(model, x())
     assert attnpatch.report(model).totals["by_rows"] == 2
     with (
-        pytest.raises(attnpatch.errors.PatchError, match="leave sites out"),
+        pytest.raises(attnpatch.errors.PatchError, match="leave sites and layers out"),
         attnpatch.patched(model, sites=["0"]),
     ):
         pass

@@ -28,6 +28,7 @@ from attnpatch.patching.calls import most_rows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
+from attnpatch.patching.selection import AUTO
 from attnpatch.patching.site import Site
 from attnpatch.policy import Policy
 from attnpatch.rows.attention_call import AttentionCall
@@ -221,7 +222,7 @@ class RehearsalPatch(Patch):
     def __init__(self, model: nn.Module, policy: Policy, ledger: Ledger, free: int, is_fixed: bool) -> None:
         self.ledger, self._room = ledger, _Room(ledger, free, is_fixed)
         patch = patch_of(model)
-        chosen = "auto" if patch is None else patch.chosen
+        chosen = AUTO if patch is None else patch.chosen
         super().__init__(model, policy, on_top=True, chosen=chosen)
 
     def innermost(self) -> list[_Site]:

@@ -11,24 +11,25 @@ from attnpatch.errors import PatchError
 from attnpatch.hosts.diffusers.components import parts_of
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.registry import is_attention
-from attnpatch.patching.selection import Sites, checked, choose
+from attnpatch.patching.selection import AUTO, Chosen, choose
 from attnpatch.policy import Policy
 
 
 def put_in_place(
-    model: Any, rule: Policy, undo: contextlib.ExitStack, sites: Sites | None = None, replaces: bool = False
+    model: Any,
+    rule: Policy,
+    undo: contextlib.ExitStack,
+    chosen: Chosen | None = None,
+    replaces: bool = False,
 ) -> list[Patch]:
     """The patches of a model or of a pipeline's components, made where there are none; ``undo`` takes out the new ones.
 
     If a patch has other sites than are asked for, it is replaced (``replaces``) or a PatchError is raised.
     """
     parts = parts_in(model)
-    chosen = None if sites is None else checked(sites)
     if "" not in parts:
-        if isinstance(chosen, tuple):
-            raise PatchError(
-                "a list of sites names modules of one model; give a component, such as pipe.unet"
-            )
+        if chosen is not None and (isinstance(chosen.sites, tuple) or chosen.layers is not None):
+            raise PatchError(f"{chosen} names modules of one model; give a component, such as pipe.unet")
         attending = {
             name: part
             for name, part in parts.items()
@@ -49,14 +50,14 @@ def put_in_place(
         if patch is not None and chosen not in (None, patch.chosen):
             if not replaces:
                 raise PatchError(
-                    f"this model is patched with sites={patch.chosen!r}; leave sites out, or attnpatch.remove() it first"
+                    f"this model is patched with {patch.chosen}; leave sites and layers out, or attnpatch.remove() it first"
                 )
             choose(part, chosen)  # before the old patch goes
             patch.take_out(part)
             patch = None
         if patch is None:
             try:
-                patch = Patch(part, rule, chosen=chosen or "auto")
+                patch = Patch(part, rule, chosen=chosen or AUTO)
             except PatchError as error:
                 raise PatchError(f"{name}: {error}" if name else str(error)) from error
             if left is not None:

@@ -16,7 +16,7 @@ from attnpatch.memory import FreeMemoryCache
 from attnpatch.patching.calls import calls_here
 from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out
 from attnpatch.patching.registry import is_attention, why
-from attnpatch.patching.selection import CANDIDATE, RECOGNISED, Sites, choose
+from attnpatch.patching.selection import AUTO, CANDIDATE, RECOGNISED, Chosen, choose
 from attnpatch.patching.site import Site
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import checkpoints
@@ -58,7 +58,7 @@ class Patch:
         automatic: bool = False,
         on_top: bool = False,
         first_call: Callable[[Patch, nn.Module], None] | None = None,
-        chosen: Sites = "auto",
+        chosen: Chosen = AUTO,
     ) -> None:
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []

@@ -1,58 +1,141 @@
-"""Chooses which modules of a model are its attention sites, each with the reason."""
+"""Chooses a model's attention modules, each with the reason."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from attnpatch.errors import PatchError
+from attnpatch.errors import CaptureError, PatchError
 from attnpatch.patching.code_names import names_of_class
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_registered, why
+from attnpatch.recording.layers import chosen_sites, pattern_of
 
 Sites = str | Sequence[str]
 CANDIDATE = "candidate"
 RECOGNISED = "recognised: softmax of a product"
+ASKED_FOR = "asked for"
+# How many paths or patterns an error message lists.
+_LISTED = 8
 
 
-def checked(sites: Any) -> Sites:
-    """The value of ``sites=``, checked.
+class Chosen(NamedTuple):
+    """Which modules are sites, as ``apply`` takes it.
+
+    Attributes:
+        sites: ``"auto"``, ``"registered"``, or paths and patterns.
+        layers: Layer numbers, or ``None`` for all.
+    """
+
+    sites: str | tuple[str, ...] = "auto"
+    layers: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        given = [f"sites={list(self.sites) if isinstance(self.sites, tuple) else self.sites!r}"]
+        return ", ".join(given + ([] if self.layers is None else [f"layers={list(self.layers)}"]))
+
+
+AUTO = Chosen()
+
+
+def checked(sites: Any, layers: Any = None) -> Chosen | None:
+    """The values of ``sites=`` and ``layers=``, checked; ``None`` if neither is given.
 
     Raises:
-        PatchError: It is neither ``"auto"``, ``"registered"`` nor a list of paths.
+        PatchError: ``sites`` is neither a path or pattern, a list of those, ``"auto"`` nor ``"registered"``; or
+            ``layers`` is no list of numbers.
     """
-    if isinstance(sites, str) and sites in ("auto", "registered"):
-        return sites
+    if sites is None and layers is None:
+        return None
+    if isinstance(sites, str) and sites and sites not in ("auto", "registered"):
+        sites = (sites,)
     if isinstance(sites, (list, tuple)) and sites and all(isinstance(name, str) for name in sites):
-        return tuple(sites)
-    raise PatchError(
-        f"sites={sites!r} is not accepted; give 'auto', 'registered' or a list of module paths such as ['encoder.mixer']"
-    )
+        sites = tuple(sites)
+    elif sites not in (None, "auto", "registered"):
+        raise PatchError(
+            f"sites={sites!r} is not accepted; give 'auto', 'registered', a pattern such as 'model.layers.*.self_attn', or a "
+            "list of module paths such as ['encoder.mixer']"
+        )
+    if layers is not None:
+        if not isinstance(layers, Iterable) or isinstance(layers, str) or not _are_numbers(list(layers)):
+            raise PatchError(f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1]")
+        layers = tuple(layers)
+    return Chosen(sites or "auto", layers)
 
 
-def choose(model: nn.Module, sites: Sites) -> dict[str, str]:
+def _are_numbers(layers: list[Any]) -> bool:
+    return bool(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+
+
+def choose(model: nn.Module, chosen: Chosen = AUTO) -> dict[str, str]:
     """Paths of attention modules, each with its reason; ``CANDIDATE`` if its first call has to tell.
 
     Raises:
-        PatchError: A path names no module, or nothing was found.
+        PatchError: A path or pattern matches no module, there is no such layer, or nothing was found.
     """
     modules = dict(model.named_modules())
+    sites = chosen.sites
     if sites == "registered":
         found = {name: "registered" for name, module in modules.items() if is_registered(module)}
     elif sites == "auto":
         found = _automatic(model, modules)
     else:
-        found = {_path(name, model, modules): "asked for" for name in sites}
+        known = _automatic(model, modules) if any(map(_is_pattern, sites)) else {}
+        found = {name: reason for site in sites for name, reason in _matching(site, model, modules, known)}
     if not found:
         raise PatchError(
             f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
             "attnpatch.register(MyAttention), or the modules with attnpatch.apply(model, sites=[...])"
         )
-    order = list(modules)
-    return {name: found[name] for name in sorted(found, key=order.index)}
+    if chosen.layers is not None:
+        found = _of_layers(found, chosen.layers)
+    order = {name: i for i, name in enumerate(modules)}
+    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+
+
+def _of_layers(found: dict[str, str], layers: tuple[int, ...]) -> dict[str, str]:
+    try:
+        kept = chosen_sites(pattern_of(list(found)), list(found), layers, None)
+    except CaptureError as error:
+        raise PatchError(str(error)) from None
+    return {name: reason for name, reason in found.items() if name in kept}
+
+
+def _is_pattern(site: str) -> bool:
+    return any(sign in site for sign in "*?[")
+
+
+def _matching(
+    site: str, model: nn.Module, modules: dict[str, nn.Module], known: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """The modules that a path or pattern stands for, each with its reason.
+
+    A pattern stands for the attention modules among those that match. If there are none, it stands for the modules that
+    it matches part by part, so that ``blocks.*`` does not stand for everything inside the blocks.
+    """
+    if not _is_pattern(site):
+        yield _path(site, model, modules), ASKED_FOR
+        return
+    found = {name: reason for name, reason in known.items() if fnmatch.fnmatchcase(name, site)}
+    if not found:
+        found = {name: ASKED_FOR for name in modules if name and _matches_by_parts(name, site)}
+    if not found:
+        there = sorted({group for group, _ in pattern_of(list(known)).values()})
+        listed = ", ".join(name or "the model itself" for name in there[:_LISTED])
+        listed += f", ... {len(there)} in all" if len(there) > _LISTED else ""
+        raise PatchError(
+            f"sites: no module of {type(model).__name__} matches {site!r}; its attention modules are: {listed or 'none'}"
+        )
+    yield from found.items()
+
+
+def _matches_by_parts(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
