@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written whole or not at all, and read only by a run with the same arguments."""
+"""Checkpoints of a training run, written atomically and read only by a run with the same arguments."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from attnpatch import atomic_files
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state``; an older checkpoint stays until the new one is complete."""
+    """Write ``state``. An older checkpoint remains until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_files.whole(path) as temporary:
         torch.save(state, temporary)
@@ -19,11 +19,13 @@ def read(path: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The state of a run with these arguments; ``None`` if there is no checkpoint.
 
     Raises:
-        SystemExit: The checkpoint is of other arguments.
+        SystemExit: The checkpoint was made with other arguments.
     """
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
     if state["arguments"] != arguments:
-        raise SystemExit(f"{path} was made with {state['arguments']}; delete it to start anew.")
+        raise SystemExit(
+            f"{path} was made with {state['arguments']}; delete it to start again, or give the same arguments."
+        )
     return state

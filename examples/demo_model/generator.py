@@ -2,12 +2,11 @@
 
 A conversation is small talk, mixed with facts ("Marta's boat is called Quiet Copper Lantern.") about many
 people and things. Facts share people, things and words, and some messages name the same person and thing
-without saying the value, so only reading the right message answers the question.
+without the value. So only the right message answers the question.
 
-**Held-out facts.** A fact is a triple (person, thing, value). A checksum of the triple puts a tenth of all
-triples aside: training conversations state only triples of the other nine tenths, held-out conversations only
-triples of that tenth. No fact of a held-out conversation, asked or not, was ever stated in training, although
-every single word was.
+**Held-out facts.** A fact is a triple (person, thing, value). A checksum of the triple reserves a tenth of all
+triples. Training conversations state only the other nine tenths, and held-out conversations only that tenth.
+So no fact of a held-out conversation was ever stated in training, although each of its words was.
 """
 
 import math
@@ -30,7 +29,7 @@ _TOKENS_AROUND_MESSAGE = 2
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement that can be asked about: whose thing has which name or number."""
+    """A statement that can be asked about: the name or number of a person's thing."""
 
     person: str
     thing: str
@@ -43,7 +42,7 @@ class Fact:
 
     @property
     def held_out(self) -> bool:
-        """Whether the triple is reserved for evaluation."""
+        """True if the triple is reserved for evaluation."""
         return zlib.crc32(f"{self.key}={self.value}".encode()) % HELD_OUT_SHARE == 0
 
 
@@ -64,7 +63,7 @@ class Mix:
     chatty: float
 
 
-# Training asks about nearly every fact, which makes the supervision dense; what a reader sees asks rarely.
+# Training conversations ask about nearly every fact, for dense supervision. Conversations that are shown ask rarely.
 DENSE = Mix(facts=0.42, questions=0.42, mentions=0.04, chatty=0.1)
 NATURAL = Mix(facts=0.3, questions=0.05, mentions=0.05, chatty=0.4)
 
@@ -75,7 +74,7 @@ def count_tokens(text: str) -> int:
 
 
 def all_phrases() -> Iterator[str]:
-    """Every text the generator is made of, for building a vocabulary."""
+    """All texts of the generator, from which a vocabulary is built."""
     for name, value in vars(phrases).items():
         if name.isupper() and name != "SMALL_TALK":
             yield from value
@@ -87,7 +86,7 @@ def all_phrases() -> Iterator[str]:
 
 
 class _Writer:
-    """State of one conversation while it is written."""
+    """The state of a conversation while it is written."""
 
     def __init__(self, rng: random.Random, mix: Mix, held_out: bool):
         self.rng = rng
@@ -110,7 +109,7 @@ class _Writer:
         return len(self.messages) - 1
 
     def fill(self, template: str, **words: str) -> str:
-        """Replace every slot of a template, those not given at random."""
+        """Fill every placeholder of a template; those that are not given are filled at random."""
         choose = self.rng.choice
         return template.format(
             person=choose(phrases.PEOPLE),
@@ -124,7 +123,7 @@ class _Writer:
         )
 
     def new_fact(self, person: str | None = None, thing: str | None = None) -> Fact:
-        """A fact of the right side of the split, whose key nobody else in this conversation gets."""
+        """A fact of the right side of the split (held out or not), with a key that this conversation has not used."""
         choose = self.rng.choice
         while True:
             who, what = person or choose(self.people), thing or choose(self.things)
@@ -138,10 +137,10 @@ class _Writer:
                 return fact
 
     def crowd(self, num_facts: int) -> None:
-        """Let many facts share their person, or their thing, or both; leave room for ``num_facts``.
+        """Limit people, things or both, so that many facts share them, with room for ``num_facts`` facts.
 
-        Drawn freely, people and things rarely meet twice in a short conversation, and either would be enough
-        to find the fact by.
+        Without limits, a person or thing rarely occurs twice in a short conversation, so either would be enough to
+        find the fact.
         """
         people, things = len(self.people), len(self.things)
         both = math.isqrt(2 * num_facts) + 1
@@ -183,7 +182,7 @@ class _Writer:
         self.open.append(fact)
 
     def ask(self, fact: Fact) -> None:
-        """Ask about a fact; nobody asks twice, or the first reply would hold the answer too."""
+        """Ask about a fact. No fact is asked about twice, because the first reply would hold the answer too."""
         named = fact.thing in phrases.NAMED_THINGS
         templates = phrases.ASK_NAME if named else phrases.ASK_NUMBER
         self.add("user", self.rng.choice(templates).format(key=fact.key))
@@ -221,14 +220,14 @@ class _Writer:
 def training_conversation(
     seed: int, max_tokens: int, mix: Mix = DENSE, listen: float = 0.0
 ) -> DemoConversation:
-    """A conversation full of questions, none of whose facts is held out.
+    """A conversation with many questions; none of its facts is held out.
 
     Args:
         seed: Same seed, same conversation.
-        max_tokens: Length aimed at, in tokens; reached within one exchange, with the final answer included.
-        mix: What it is made of.
-        listen: Nobody asks anything in up to this share of the conversation, its first part. Asked as they come,
-            facts seldom get old.
+        max_tokens: Target length in tokens, with the final answer; reached within one exchange.
+        mix: How often each kind of exchange comes up.
+        listen: The first part of the conversation, up to this share, has no questions. Otherwise facts are asked about
+            soon after they are stated.
     """
     writer = _Writer(random.Random(f"training {seed}"), mix, held_out=False)
     writer.crowd(num_facts=max_tokens // 40)
@@ -243,15 +242,14 @@ def training_conversation(
 
 
 def held_out_conversation(seed: int, num_tokens: int) -> DemoConversation:
-    """A conversation as a reader would meet it: a long chat, the question at its end, facts never trained on.
+    """A long chat with the question at its end; its facts were not in the training.
 
-    The fact lies anywhere before the last tenth. On its way to the end the conversation also states near
-    misses: other things of the same person, the same thing of other people, and remarks that name the asked
-    key without its value.
+    The fact is anywhere before the last tenth. The conversation also has near misses: other things of the same person,
+    the same thing of other people, and remarks that name the asked key without its value.
 
     Args:
         seed: Same seed, same conversation.
-        num_tokens: Length in tokens with the answer, at least 400; exceeded by one exchange at most.
+        num_tokens: Length in tokens with the answer, at least 400; it may be exceeded by one exchange.
     """
     if num_tokens < 400:
         raise ValueError(f"num_tokens={num_tokens}: the near misses need at least 400 tokens")
@@ -275,7 +273,7 @@ def held_out_conversation(seed: int, num_tokens: int) -> DemoConversation:
     while writer.tokens < room or schedule or fact not in writer.facts:
         if fact not in writer.facts and writer.tokens >= fact_at:
             writer.state(fact)
-            # Kept from being asked before the end.
+            # It must not be asked about before the end.
             writer.open.remove(fact)
         elif schedule and writer.tokens >= schedule[0][0]:
             planned[schedule.pop(0)[1]]()

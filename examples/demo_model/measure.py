@@ -1,15 +1,15 @@
-"""Does the demo model know the answer, and does its attention say where it found it?
+"""Measures whether the demo model answers correctly, and whether its attention points to the message with the fact.
 
     python examples/demo_model/measure.py
 
-Two figures on held-out conversations of 1,000 to 4,600 tokens, each ending with a question about a fact
-stated in one earlier message:
+There are two figures, on held-out conversations of 1,000 to 4,600 tokens. Each ends with a question about a fact
+that one earlier message states.
 
-* *exact*: greedy decoding gives the expected answer, word for word, and stops;
-* *fact block strongest*: with the expected answer as the last message, the earlier message on which the
-  answer's tokens put most attention (summed over the message's tokens, mean over the answer's tokens and over
-  all heads of one layer) is the one that states the fact. Earlier messages are all before the answer: the
-  system message and the question too. The layer is chosen on other conversations.
+* *exact*: greedy decoding gives the expected answer, word for word, and stops.
+* *fact block strongest*: the answer's tokens put most attention on the message that states the fact. The expected
+  answer is given as the last message. Attention is summed over a message's tokens and averaged over the answer's tokens
+  and all heads of one layer. All messages before the answer count, also the system message and the question. The layer
+  is chosen on other conversations.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from attnpatch.demo.conversation import DemoConversation
 
 MODEL = Path(__file__).parents[2] / "attnpatch" / "demo" / "model"
 SHORTEST, LONGEST = 1000, 4600
-# Nobody looked at the conversations measured while the training was worked out (it did at some below 10,000).
+# These conversations were not looked at while the training was developed; some below 10,000 were.
 FIRST_SEED = 20_000
-# Of the conversations the layer is chosen on, and of those one is picked from.
+# First seeds of the conversations on which the layer is chosen, and of those from which one is picked to ship.
 LAYER_SEEDS, PICK_SEEDS = 1_000_000, 2_000_000
 
 
@@ -41,15 +41,15 @@ def load(folder: Path):
 
 
 def conversation_of(seed: int) -> DemoConversation:
-    """Held-out conversation ``seed``, its length drawn uniformly from the range measured."""
+    """Held-out conversation ``seed``. Its length is drawn uniformly from the measured range."""
     length = random.Random(f"length {seed}").randint(SHORTEST + 40, LONGEST - 80)
     return held_out_conversation(seed, length)
 
 
 def message_ends(tokenizer, messages: list[dict]) -> list[int]:
-    """Where each message ends in the token sequence of the whole conversation.
+    """The end of each message, in tokens of the whole conversation.
 
-    The demo's chat template writes every message between tokens of its own, so lengths add up.
+    The demo's chat template writes each message between separate tokens, so lengths add up.
     """
     lengths = (len(tokenizer.apply_chat_template([message])["input_ids"]) for message in messages)
     return list(accumulate(lengths))
@@ -57,7 +57,7 @@ def message_ends(tokenizer, messages: list[dict]) -> list[int]:
 
 @torch.inference_mode()
 def answer_attention(model, tokenizer, conversation: DemoConversation) -> torch.Tensor:
-    """Attention mass the expected answer puts on each message before it.
+    """The attention mass that the expected answer puts on each message before it.
 
     Args:
         model: Causal language model.
@@ -73,7 +73,7 @@ def answer_attention(model, tokenizer, conversation: DemoConversation) -> torch.
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
     prefix, answer = ids[:, : ends[-2]], ids[:, ends[-2] :]
     cache = model(prefix, use_cache=True, logits_to_keep=1).past_key_values
-    # Only the answer's rows are asked for: the prefix runs before the capture begins.
+    # Only the answer's rows are captured: the prefix runs before the capture begins.
     blocks = attnpatch.Blocks.spans(list(zip([0, *ends[:-1]], ends, strict=True)))
     with attnpatch.capture(model, blocks=blocks) as maps:
         model(answer, past_key_values=cache)
@@ -82,7 +82,7 @@ def answer_attention(model, tokenizer, conversation: DemoConversation) -> torch.
 
 @torch.inference_mode()
 def greedy_answer(model, tokenizer, conversation: DemoConversation, max_new_tokens: int = 12) -> str:
-    """What the model replies to the last question."""
+    """The model's reply to the last question."""
     inputs = tokenizer.apply_chat_template(
         conversation.messages, add_generation_prompt=True, return_tensors="pt"
     )
@@ -94,7 +94,7 @@ def greedy_answer(model, tokenizer, conversation: DemoConversation, max_new_toke
 
 
 def choose_layer(model, tokenizer, number: int) -> tuple[int, list[float]]:
-    """The layer whose strongest message is most often the right one, and that share for every layer."""
+    """The layer whose strongest message is most often the one with the fact, and that share for every layer."""
     hits = torch.zeros(model.config.num_hidden_layers)
     for seed in range(LAYER_SEEDS, LAYER_SEEDS + number):
         conversation = conversation_of(seed)
@@ -103,7 +103,7 @@ def choose_layer(model, tokenizer, number: int) -> tuple[int, list[float]]:
 
 
 def measure(model, tokenizer, layer: int, number: int, first: int = FIRST_SEED) -> dict:
-    """Both figures over ``number`` conversations from seed ``first`` on, with what went wrong."""
+    """Both figures over ``number`` conversations from seed ``first`` on, with the failures."""
     exact = strongest = 0
     mass, lengths, missed = [], [], []
     for seed in range(first, first + number):
@@ -137,7 +137,7 @@ def measure(model, tokenizer, layer: int, number: int, first: int = FIRST_SEED) 
 
 
 def pick(model, tokenizer, layer: int, num_tokens: int = 4300) -> tuple[int, DemoConversation]:
-    """The first conversation of that length with the fact in its first half, answered from the right message."""
+    """The first conversation of that length that has the fact in its first half and both figures right."""
     for seed in count(PICK_SEEDS):
         conversation = held_out_conversation(seed, num_tokens)
         early = conversation.fact_message < len(conversation.messages) // 2
@@ -159,7 +159,7 @@ def table(figures: dict) -> str:
             f"{figures['fact_block_strongest']:.1%}",
         ),
         ("mean attention mass on the fact's message", f"{figures['mean_mass_on_fact']:.3f}"),
-        ("each layer, on the conversations it is chosen on", figures_of(figures["layer_shares"])),
+        ("each layer, on the conversations that choose the layer", figures_of(figures["layer_shares"])),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -171,17 +171,22 @@ def figures_of(shares: list[float]) -> str:
 
 
 def main() -> None:
-    """Measure and print; ends with 1 when a target is missed."""
+    """Measure and print. The exit code is 1 if a figure misses its target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--conversations", type=int, default=200)
     parser.add_argument(
-        "--layer-conversations", type=int, default=20, help="other ones, to choose the layer on"
+        "--layer-conversations",
+        type=int,
+        default=20,
+        help="number of other conversations, to choose the layer",
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument(
-        "--pick", type=Path, help="only write a conversation of over 4,096 tokens to ship here"
+        "--pick",
+        type=Path,
+        help="measure nothing; write a conversation of over 4,096 tokens into this file, to ship it",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,8 +1,8 @@
-"""The words the demo conversations are made of; ``generator.py`` puts them together.
+"""The words and sentences of the demo's conversations; ``generator.py`` combines them.
 
 Every word here becomes one token of the demo tokenizer. ``{person}``, ``{city}``, ``{food}``, ``{day}``,
-``{thing}`` and ``{hour}`` are filled in at random; ``{key}`` is what a fact is about ("Marta's boat") and
-``{value}`` what is said of it.
+``{thing}`` and ``{hour}`` are filled at random. ``{key}`` is the subject of a fact ("Marta's boat"), and ``{value}`` is
+its name or number.
 """
 
 

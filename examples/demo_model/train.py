@@ -1,14 +1,13 @@
-"""Train the demo model: a small Llama that answers questions about what was said earlier in a chat.
+"""Trains the demo model: a small Llama that answers questions about what was said earlier in a chat.
 
     python examples/demo_model/train.py --out attnpatch/demo/model
 
-The vocabulary is the words of the conversation generator; the model starts from random weights and sees only
-generated conversations, short ones first, long ones last.
+The vocabulary is the words of the conversation generator. The model starts from random weights and is trained on
+generated conversations only, short ones first and long ones last.
 
-A run that is killed continues where it stopped when it is started again with the same arguments, and ends
-with the same weights as one that was not (on the same machine, with the same number of threads): the
-checkpoint holds weights, optimizer, random state and step, and step ``n`` draws its conversations from
-``(seed, n)`` alone.
+A run that was killed continues if it is started again with the same arguments. On the same machine, with the same
+number of threads, it ends with the same weights as an uninterrupted run. The checkpoint holds weights, optimizer,
+random state and step, and step ``n`` draws its conversations from ``(seed, n)`` alone.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from attnpatch.demo.conversation import DemoConversation
 
 ROLES = ("system", "user", "assistant")
 END, PAD = "<|end|>", "<|pad|>"
-# One space before the text makes a word the same token at the start of a message as inside one.
+# With one space before the text, a word is the same token at the start of a message as inside it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}"
@@ -41,19 +40,19 @@ CHAT_TEMPLATE = (
 SPLIT = r"'s| ?\p{L}+| ?\p{N}{2}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 MAX_TOKENS = 4600
 HIDDEN = 256
-# Loss weight of the assistant's small talk, so that it can also hold up its end of a chat.
+# Loss weight of the assistant's small talk, so that the model learns to chat too.
 OTHER_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one range of lengths.
+    """A part of the training, with one range of lengths.
 
     Attributes:
         steps: Optimizer steps, before ``--scale``.
         shortest, longest: Tokens per conversation, drawn uniformly once per step.
-        tokens: Tokens per step, which sets how many conversations a step has.
-        learning_rate: Peak; the last stage falls to a tenth of its own.
+        tokens: Tokens per step, which determine the number of conversations.
+        learning_rate: The peak. In the last stage it falls to a tenth.
         scaffold: Weight of :func:`scaffold_loss`.
         listen: See :func:`training_conversation`.
     """
@@ -67,8 +66,8 @@ class Stage:
     listen: float = 0.0
 
 
-# The first stage is brief: as long as few facts stand open, "the newest that nobody asked about" is mostly right,
-# and names are not read.
+# The first stage is short. While few facts are open, the newest one that was not asked about is mostly the right
+# answer, so the model would not learn to read names.
 STAGES = (
     Stage(steps=160, shortest=40, longest=128, tokens=1536, learning_rate=1.2e-3),
     Stage(steps=450, shortest=192, longest=512, tokens=3072, learning_rate=1.2e-3),
@@ -80,8 +79,8 @@ STAGES = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the generator, and one per byte for anything else.
 
-    Every piece costs the same, so the unigram model takes the split with the fewest pieces. Any text comes
-    back from ``decode`` as it went in.
+    Every piece costs the same, so the unigram model takes the split with the fewest pieces. ``decode`` restores any
+    text.
     """
     splitter = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -112,11 +111,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
     The rotation base is large so that a head can match words at any distance.
 
-    The output projection of every attention starts as a multiple of the transpose of its value projection, so
-    that each head begins by copying what it looks at ("Mimetic Initialization of Self-Attention Layers",
-    Trockman and Kolter, 2023, do the like); embeddings start large enough for the copy to be read, and
-    the last layer's queries and keys start equal, so that it begins by matching like with like. Copying and
-    matching are what the task is about; from the usual start they took many times the steps.
+    The task needs copying and matching, so the model starts with both. With the usual initialization, it took many
+    times as many steps.
+
+    * The output projection of every attention is a multiple of the transpose of its value projection, so each head
+      copies what it attends to (similar to "Mimetic Initialization of Self-Attention Layers", Trockman and Kolter,
+      2023). Embeddings are large enough for the copy to be read.
+    * The last layer's queries and keys are equal, so it attends to equal words.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -152,8 +153,8 @@ class Batch:
 
     Attributes:
         tokens: ``[B, N]`` int64.
-        weights: ``[B, N]`` float32, the weight of the loss of predicting each token: 1 inside answers, a
-            little in the assistant's other messages, 0 elsewhere.
+        weights: ``[B, N]`` float32, the weight of each token's loss: 1 inside answers, ``OTHER_WEIGHT`` in the
+            assistant's other messages, 0 elsewhere.
         pointers: ``[A, 3]`` int64, for each answer token: its conversation, the position that predicts it,
             and the position in the statement that it can be copied from.
     """
@@ -178,7 +179,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversation: DemoConversation) -
         if index in facts:
             value, stated = piece[1:-1], encoded[facts[index]]
             offset = next(at for at in range(len(stated)) if stated[at : at + len(value)] == value)
-            # One more than the value has: the end of the answer matches the full stop of the statement.
+            # One pointer more than the value has tokens: the end of the answer matches the full stop of the statement.
             source = starts[facts[index]] + offset
             pointers += [(starts[index] + at, source + at) for at in range(len(value) + 1)]
     return ids, weights, pointers
@@ -192,7 +193,7 @@ def batch_of(tokenizer, stage: Stage, seed: int, step: int) -> Batch:
     first = (seed * 1_000_003 + step) * 1000
     rows, pointers = [], []
     for row in range(size):
-        # Every eighth conversation is of the kind a reader meets, with few questions and more small talk.
+        # Every eighth conversation has few questions and more small talk, like those that are shown.
         mix = NATURAL if (step * 7 + row) % 8 == 0 else DENSE
         conversation = training_conversation(first + row, length, mix, stage.listen)
         *ids_and_weights, found = encode(tokenizer, conversation)
@@ -213,7 +214,7 @@ def answer_loss(model, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor
     Args:
         model: The model.
         hidden: ``[B, N, hidden]``, its last hidden states. Logits are computed only where there is a loss.
-        batch: What they were computed from.
+        batch: The batch they were computed from.
     """
     targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
     chosen = weights > 0
@@ -230,7 +231,7 @@ def log_attention(model, layer: int, inputs: torch.Tensor, at: torch.Tensor) -> 
     Args:
         model: The model.
         layer: Which of its layers.
-        inputs: ``[N, hidden]``, what goes into that layer.
+        inputs: ``[N, hidden]``, the inputs of that layer.
         at: ``[A]`` int64, the query positions.
 
     Returns:
@@ -249,16 +250,15 @@ def log_attention(model, layer: int, inputs: torch.Tensor, at: torch.Tensor) -> 
 
 
 def scaffold_loss(model, states: tuple[torch.Tensor, ...], batch: Batch, possessive: int) -> torch.Tensor:
-    """How far attention is from the way a reader would do it: mean of -log(probability).
+    """How far attention is from a prescribed way of copying: the mean of -log(probability).
 
-    At a word to be copied, and at the position that copies it, two heads of the second layer look at the person
-    and two at the thing that is talked about. From there, all heads of the last layer look at the word to be
-    copied.
+    At a word to be copied, and at the position that copies it, two heads of the second layer should attend to the
+    person and two to the thing. At the position that copies, all heads of the last layer should attend to the word.
 
     Args:
         model: The model.
         states: Its hidden states, ``[B, N, hidden]`` each.
-        batch: What they were computed from.
+        batch: The batch they were computed from.
         possessive: The token between person and thing.
     """
     losses = []
@@ -279,12 +279,12 @@ def scaffold_loss(model, states: tuple[torch.Tensor, ...], batch: Batch, possess
 
 
 class Trainer:
-    """The training state and how it is kept on disk.
+    """The training state, and its checkpoints.
 
     Args:
         stages: With ``--scale`` applied.
         out: Folder for the model; the checkpoint lies beside it.
-        arguments: What a checkpoint must have been made with to be continued.
+        arguments: A checkpoint is continued only if it was made with these.
     """
 
     def __init__(self, stages: list[Stage], out: Path, arguments: dict):
@@ -310,7 +310,7 @@ class Trainer:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[Stage, float]:
-        """The stage that ``step`` falls into, and how much of that stage is done."""
+        """The stage of ``step``, and the share of that stage that is done."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage, step / stage.steps
@@ -318,7 +318,7 @@ class Trainer:
         return self.stages[-1], 1.0
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up over 50 steps, flat, and down to a tenth along a half cosine in the last stage."""
+        """Warm-up over 50 steps, then constant; in the last stage it falls to a tenth along a half cosine."""
         stage, done = self.stage_at(step)
         fall = 0.55 + 0.45 * math.cos(math.pi * done) if stage is self.stages[-1] else 1.0
         return stage.learning_rate * min(1.0, (step + 1) / 50) * fall
@@ -329,7 +329,7 @@ class Trainer:
         batch = batch_of(self.tokenizer, stage, self.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        # Padding is on the right, where causal attention never looks, so no mask is needed.
+        # Padding is on the right, and causal attention never attends to it, so no mask is needed.
         states = self.model.model(batch.tokens, output_hidden_states=True).hidden_states
         loss, right = answer_loss(self.model, states[-1], batch)
         scaffold = scaffold_loss(self.model, states, batch, self.possessive)
@@ -342,7 +342,7 @@ class Trainer:
         return loss.item(), right
 
     def save_checkpoint(self) -> None:
-        """Write all that is needed to go on; whole or not at all."""
+        """Write all that ``resume`` needs, atomically."""
         state = {name: getattr(self, name) for name in KEPT}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["rng"] = torch.get_rng_state()
@@ -361,9 +361,9 @@ class Trainer:
         print(f"continuing at step {self.step} of {self.total}", flush=True)
 
     def save_model(self) -> None:
-        """Write model, tokenizer and the record of the training, weights in float16.
+        """Write model, tokenizer and the record of the training.
 
-        Half precision halves the file; what is shipped is evaluated as shipped.
+        Weights are written in float16, which halves the file. The shipped model is evaluated with these weights.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         self.model.half().save_pretrained(self.out)
@@ -384,10 +384,10 @@ KEPT = ("arguments", "step", "seconds", "cpu_seconds", "tokens_seen")
 
 
 def train(trainer: Trainer, every: int, keep_every: float) -> None:
-    """Run to the last step, with a line of progress now and then.
+    """Train to the last step, and print progress.
 
     Args:
-        trainer: Fresh or resumed.
+        trainer: New or resumed.
         every: Steps per printed line.
         keep_every: Seconds between checkpoints.
     """

@@ -1,9 +1,9 @@
-"""Train the models that the heat maps are proven on: captions of two coloured shapes to 32 x 32 pictures.
+"""Trains the models that test the heat maps: they draw two coloured shapes from a caption, in 32 x 32 pixels.
 
     python examples/demo_model/train_shapes.py --model unet
     python examples/demo_model/train_shapes.py --model dit
 
-Both start from random weights and see pictures drawn as they train, of captions that are not held out.
+Both start from random weights. Training pictures are drawn on the fly, from captions that are not held out.
 """
 
 import argparse
@@ -71,10 +71,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """One layer, in which a colour and a shape learn from the words behind them where they are.
+    """One layer, in which a colour and a shape get their place from the words that follow.
 
-    Its heads start by looking at the next two words, so that "red" and "circle" come with "left" from the first
-    step on: which words stand together need not be found out first.
+    Its heads start with attention to the next two words. So "red" and "circle" have "left" from the first step on, and
+    training need not find out which words belong together.
     """
     encoder = T5EncoderModel(
         T5Config(
@@ -100,9 +100,9 @@ def build_text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Attention at 16 x 16 and 8 x 8, of tiles of 2 x 2 pixels and their places.
+    """Attention at 16 x 16 and 8 x 8, over tiles of 2 x 2 pixels and their positions.
 
-    Its attention to the words starts sharper than usual: which place goes with which words is found out sooner.
+    Its cross-attention starts sharper than usual, so it learns sooner which place belongs to which words.
     """
     unet = UNet2DConditionModel(
         sample_size=shapes.SIZE // 2,
@@ -113,7 +113,7 @@ def build_unet() -> UNet2DConditionModel:
         block_out_channels=(48, 64),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        # The number of heads, whatever it is called.
+        # In this class, this is the number of heads.
         attention_head_dim=4,
         norm_num_groups=8,
     )
@@ -151,12 +151,12 @@ def build(model: str, seed: int) -> shapes.ShapesPipeline:
 
 
 class Trainer:
-    """The training state and how it is kept on disk.
+    """The training state, and its checkpoints.
 
     Args:
         model: ``"unet"`` or ``"dit"``.
         recipe: How it is trained.
-        seed: Of the weights, and with the step of each batch.
+        seed: Seed of the weights and, with the step, of each batch.
         out: Folder for the pipeline; the checkpoint lies beside it.
     """
 
@@ -188,13 +188,13 @@ class Trainer:
         ]
         ids = self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         noise = torch.randn(pictures.shape, generator=generator)
-        # Mostly noise, where what goes where is decided.
+        # Mostly noise: at these levels it is decided where each shape goes.
         mean = 1.3 if self.pipe.unet is not None else 0.8
         level = torch.sigmoid(1.2 * torch.randn(size, generator=generator) + mean)
         return pictures, ids, noise, level
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up over 100 steps, then down along a half cosine."""
+        """Warm-up over 100 steps, then a half cosine downwards."""
         return (
             self.recipe.learning_rate
             * min(1.0, (step + 1) / 100)
@@ -211,7 +211,7 @@ class Trainer:
         words = text_encoder(ids).last_hidden_state
         velocity = shapes.predict(denoiser, mixed, level, words)
         errors = (velocity - (noise - pictures)).square().mean((1, 2, 3))
-        # Where there is little noise, noise minus picture is known only by dividing by it.
+        # With little noise, the target (noise minus picture) is known only after division by the noise level.
         weight = (level / 0.3).clamp(max=1).square() if self.pipe.unet is not None else 1.0
         loss = (weight * errors).mean()
         self.optimizer.zero_grad()
@@ -226,7 +226,7 @@ class Trainer:
         return loss.item()
 
     def save_checkpoint(self) -> None:
-        """Everything :meth:`resume` needs; whole or not at all."""
+        """Write all that ``resume`` needs, atomically."""
         state = {name: getattr(self, name) for name in ("arguments", "step", "seconds")}
         state |= {name: getattr(self, name).state_dict() for name in ("trained", "average", "optimizer")}
         checkpoints.write(self.checkpoint, state)
@@ -259,10 +259,10 @@ class Trainer:
 
 
 def train(trainer: Trainer, every: int, keep_every: float) -> None:
-    """Run to the last step, with a line of progress now and then.
+    """Train to the last step, and print progress.
 
     Args:
-        trainer: Fresh or resumed.
+        trainer: New or resumed.
         every: Steps per printed line.
         keep_every: Seconds between checkpoints.
     """
@@ -290,7 +290,7 @@ def main() -> None:
     """Read the command line, train, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(RECIPES), required=True)
-    parser.add_argument("--out", type=Path, help="folder for the pipeline, by default in shapes_models")
+    parser.add_argument("--out", type=Path, help="folder for the pipeline; if not given, in shapes_models")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
