@@ -36,7 +36,7 @@ def page(target: Path) -> None:
         file = write_page(load_maps(out)[0], out / "page.html")
         with sync_playwright() as playwright:
             chromium = playwright.chromium.launch(executable_path=browser)
-            opened = chromium.new_page(viewport={"width": 1280, "height": 820}, device_scale_factor=1.25)
+            opened = chromium.new_page(viewport={"width": 1280, "height": 780}, device_scale_factor=1.25)
             opened.goto(file.as_uri())
             wait(opened, "document.documentElement.dataset.shown")
             left, top = opened.evaluate(
@@ -68,7 +68,7 @@ def heat_map(target: Path) -> None:
 
 
 def pictures(arguments: list[str]) -> None:
-    """Make both."""
+    """Make both pictures."""
     page(DOCS / "page.png")
     heat_map(DOCS / "heat_map.png")
     print(f"written: page.png and heat_map.png in {DOCS.relative_to(ROOT)}")

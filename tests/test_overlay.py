@@ -160,7 +160,7 @@ def test_one_panel_per_word_after_the_image(plot):
     assert [axes.get_title() for axes in panels] == ["image", *heats]
     assert [axes.get_xlabel() for axes in panels] == ["", "max 0.031", "max 250", "max 0"]
     assert figure.get_suptitle() == "a circle"
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["0", "its max"]
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["0", "max"]
     assert len(overlay.overlay(photo(), {"one": spot(0, 0)}).axes) == 3
 
 

@@ -210,7 +210,7 @@ def _draw_bar(figure: "Figure", grid: _Grid, palette: np.ndarray, top: float | N
     axes.yaxis.tick_right()
     axes.tick_params(labelsize=7.5)
     if top is None:
-        axes.set_yticks([0, 1], ["0", "its max"])
+        axes.set_yticks([0, 1], ["0", "max"])
     else:
         axes.yaxis.set_major_formatter(lambda value, _: _short(value, 3))
 
