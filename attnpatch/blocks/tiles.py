@@ -16,7 +16,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """One axis of an image, divided: ``length`` in any unit, cut every ``step``; the last piece may be shorter."""
+    """One axis of an image, of ``length`` in any unit, cut every ``step``. The last piece may be shorter."""
 
     length: int
     step: int
@@ -36,7 +36,7 @@ class Edges:
 
         Returns:
             int64 ``[tokens]``, the cell of each token; and float64 ``[count, cells]``, the overlap of each piece with
-            each cell, in units such that the axis is ``length * tokens`` long.
+            each cell. The unit of the overlap is such that the whole axis has the length ``length * tokens``.
         """
         pieces = (torch.arange(self.count + 1) * self.step).clamp(max=self.length) * tokens
         edges = torch.arange(tokens + 1) * self.length

@@ -37,7 +37,7 @@ def capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOptio
         is_pipeline = "" not in whole
         evaluations = functools.partial(denoiser.evaluations_in, model)
         known = {"find_texts": prompts.find, "evaluations": evaluations} if is_pipeline else {}
-        sampling = Sampling(plan, options.is_kept_apart, **known)
+        sampling = Sampling(plan, options.is_per_step, **known)
         if is_pipeline:
             undo.enter_context(prompts.watching())
             undo.enter_context(_runs(model, sampling, prompts))

@@ -126,8 +126,8 @@ class ImageMaps:
             word: A word of the prompt, ignoring case and punctuation (all its occurrences), or its number among the
                 words. For several words, the mean of their heat maps.
             sequence: Which of the map's sequences; the first image of the prompt when left out.
-            step: A step of the sampler if steps were kept apart, or ``"mean"``.
-            head: A head's number, if heads were kept apart.
+            step: A step of the sampler if steps were kept separate, or ``"mean"``.
+            head: A head's number, if heads were kept separate.
             sites: Pattern of the sites to average; all when left out.
             size: Height and width to which the map is enlarged by linear interpolation.
             run: Which run of the sampler, if there were several.
@@ -231,11 +231,11 @@ class ImageMaps:
             path: ``.png``, ``.svg`` or ``.pdf`` to write; when left out the figure is returned.
 
         Raises:
-            CaptureError: Steps were not kept apart; otherwise as ``heat_map``.
+            CaptureError: Steps were not kept separate; otherwise as ``heat_map``.
             MissingExtraError: matplotlib is not installed.
         """
         run = self._run(heat_map.get("run", -1))
-        if not self._sampling.is_kept_apart:
+        if not self._sampling.is_per_step:
             raise CaptureError("steps were averaged; capture with steps='all'")
         steps = self._chosen_steps(run)
         heats = self._heats([(word, step) for step in steps], heat_map)

@@ -18,7 +18,7 @@ class Maps:
 
     Args:
         recorder: Collects the sums.
-        steps: Numbers of the steps to show; ``None``: all that were kept apart.
+        steps: Numbers of the steps to show; ``None``: all that were kept separate.
     """
 
     def __init__(self, recorder: Recorder, steps: Sequence[int] | None = None) -> None:
@@ -97,7 +97,7 @@ class Maps:
             float32 tensors by name, with the batch as first dimension if there are several sequences:
             ``"received"`` ``[layers, tokens]``: the attention that each token receives, summed over query tokens and
             averaged over heads (the score by which H2O evicts; Zhang et al. 2023); ``[layers, heads, tokens]`` if heads
-            are kept apart;
+            are kept separate;
             ``"entropy"`` ``[layers, heads]``: mean over query tokens of ``-sum p log p``, in nats;
             ``"sink"`` ``[layers, heads]``: mean mass on the first token (attention sinks; Xiao et al. 2023).
 

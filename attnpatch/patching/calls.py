@@ -81,7 +81,7 @@ class CountersOfMasks:
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward of torch's own, changed to run under a mode as it would without; any other forward unchanged."""
+    """A forward of a torch module, changed so that a mode does not alter its path. Other forwards are unchanged."""
     # A function made by exec may have no ``__module__``.
     if not (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules."):
         return forward
@@ -91,7 +91,7 @@ def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Around:
-    """Contexts of attnpatch's own around a forward of the host, which runs on even if one of them fails.
+    """attnpatch's contexts around a forward of the host, which runs on even if one of them fails.
 
     Attributes:
         entered: The contexts whose ``__enter__`` has succeeded.

@@ -67,7 +67,7 @@ def names_of_instance(module: nn.Module) -> set[str]:
 
 
 def names_of_methods(module: nn.Module, owner: type[nn.Module]) -> set[str]:
-    """Names in the code of methods of ``module`` that its owner calls instead of its forward."""
+    """The names in the code of those methods of ``module`` that its owner calls (instead of its forward)."""
     kind, called = type(module), names_of_class(owner, 1)
     if kind not in _methods:
         own = {name for base in kind.__mro__ if not is_torch(base) for name in vars(base)}
@@ -236,7 +236,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _modules(func: types.FunctionType, names: Iterable[str]) -> list[types.ModuleType]:
-    """Python modules that a function's code names, of any project but torch.
+    """The Python modules that a function's code names, except those of torch.
 
     A module that is imported inside the function is found, too, once it has been imported somewhere.
     """

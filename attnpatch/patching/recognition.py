@@ -102,7 +102,7 @@ class Watch(TorchFunctionMode):
 
     Args:
         inputs: The arguments of the candidate's call.
-        failed: Called with an error of attnpatch's own, which does not end the call.
+        failed: Called with an error in attnpatch's own code, which does not end the call.
 
     Attributes:
         found: True if all three were seen.

@@ -156,8 +156,8 @@ def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str
 def _held_as(name: str, modules: dict[str, nn.Module]) -> str:
     """The name of the attribute that holds a module, directly or in a container.
 
-    A parent whose forward uses that name may read the module's weights and compute the attention itself. The module's
-    own forward is then never called, so it must not keep the parent from being a candidate.
+    A parent whose forward uses that name may read the module's weights and compute the attention itself. Then the
+    module's own forward is never called, and the parent must be a candidate in spite of it.
     """
     parent, _, last = name.rpartition(".")
     while parent and isinstance(modules.get(parent), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):

@@ -96,7 +96,7 @@ class Site(SiteCounters):
         return self.why == CANDIDATE
 
     def failed(self, where: str, error: Exception) -> None:
-        """Count and warn about an error of attnpatch's own, which must not end a forward of the host.
+        """Count and warn about an error in attnpatch's own code, which must not end a forward of the host.
 
         Raises:
             AttnpatchError: The error is a refusal, meant for the user.
@@ -191,7 +191,7 @@ class Site(SiteCounters):
                 self._tell(recorder.end_call, "the end of a captured call")
 
     def _tell(self, listener: Callable[..., Any], where: str, *args: Any) -> bool:
-        """Call a function of attnpatch's own; False if it failed."""
+        """Call a function of attnpatch; False if it failed."""
         try:
             listener(*args)
         except Exception as error:

@@ -35,7 +35,7 @@ class SiteSums:
         query, key: The blocks of queries and of keys.
         sums: float64 ``[batch, heads or 1, query_blocks, key_blocks + 1]``; the last column is for keys in no block.
         counts: float64 ``[batch, query_blocks]``: number of query tokens that were summed.
-        num_heads: Number of heads, summed into one or kept apart.
+        num_heads: Number of heads, summed into one or kept separate.
         variance: The variance of ``sums``, if only a sample of the rows was summed.
         measures: Further statistics that were asked for.
         notes: Remarks for the map's metadata, such as that weights are mixed after softmax.
@@ -146,7 +146,7 @@ class SiteObserver(Observer):
         return SiteSums(query, key, sums, counts, num_heads)
 
     def width(self, num_heads: int) -> int:
-        """Number of heads that are kept apart; 1 if all are summed together."""
+        """Number of heads that are kept separate; 1 if all are summed together."""
         return 1 if self.recorder.heads == "mean" else len(self.recorder.head_numbers(num_heads))
 
     def of_sequences(

@@ -63,13 +63,13 @@ class CaptureOptions:
         return self.weighting == "gradient"
 
     @property
-    def is_kept_apart(self) -> bool:
-        """True if steps are kept apart."""
+    def is_per_step(self) -> bool:
+        """True if each step has its own map."""
         return self.steps != "mean"
 
     @property
     def chosen_steps(self) -> Sequence[int] | None:
-        """Numbers of the steps to show; ``None``: all that are kept apart."""
+        """Numbers of the steps to show; ``None``: all that are kept separate."""
         return None if isinstance(self.steps, str) else self.steps
 
     @property

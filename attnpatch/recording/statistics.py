@@ -19,11 +19,11 @@ class Measures:
 
     Attributes:
         received: ``[batch, 1 or kept heads, tokens]``: attention that each token receives, summed over rows, and over
-            heads if none is kept apart.
+            heads if none is kept separate.
         entropy: ``[batch, heads]``: entropy of the rows, in nats.
         sink: ``[batch, heads]``: mass on the first token of the sequence.
         rows: ``[batch]``: number of rows.
-        apart: Numbers of the heads that are kept apart; ``None`` if none is.
+        apart: Numbers of the heads that are kept separate; ``None`` if none is.
     """
 
     received: torch.Tensor
@@ -34,7 +34,7 @@ class Measures:
 
     @classmethod
     def empty(cls, batch: int, num_heads: int, tokens: int, apart: Sequence[int] | None = None) -> Measures:
-        """Zeros; ``apart``: the heads that are kept apart."""
+        """Zeros; ``apart``: the heads that are kept separate."""
         places = 1 if apart is None else len(apart)
         sizes = ((batch, places, tokens), (batch, num_heads), (batch, num_heads), (batch,))
         zeros = (torch.zeros(size, dtype=torch.float64) for size in sizes)

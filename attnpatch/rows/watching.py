@@ -1,4 +1,4 @@
-"""The base of both modes: sees torch functions, answers some of them, and lets no error of attnpatch's own out."""
+"""The base of both modes: sees torch functions, answers some of them, and lets no error in attnpatch's own code escape."""
 
 from __future__ import annotations
 

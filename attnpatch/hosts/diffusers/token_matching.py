@@ -221,7 +221,7 @@ def _shares(
 
     Returns:
         The encodings; bool ``[rows]``: which rows are such a sum; bool ``[rows, encodings]``: which encodings
-        contribute. ``None`` if it cannot be told.
+        contribute. ``None`` if it cannot be determined.
     """
     offset, length = piece.offset, len(piece.encoded.ids)
     alike = [e for e in encodings if len(e.ids) == length and len(e.states) > piece.state][-_MOST_MIXED:]

@@ -176,12 +176,12 @@ def why_other_tokens(model: nn.Module) -> str | None:
         return None  # inside ``disable_adapter()``
     return (
         f"{config.num_virtual_tokens} virtual tokens of its {type(config).__name__} come before the text, which blocks do not "
-        "know; capture model.get_base_model(), whose sequence begins with them"
+        "count; capture model.get_base_model(), whose sequence begins with them"
     )
 
 
 def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Batch size and tokens per sequence of an attention module's call; ``None`` if they cannot be told."""
+    """Batch size and tokens per sequence of an attention module's call; ``None`` if they cannot be determined."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() in (3, 4):
             # Four dimensions: an image with channels last.

@@ -191,7 +191,7 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
-    """A function from a mask's number of elements to the bytes that the host holds for it, in its attention, too.
+    """A function that estimates the bytes that the host holds for a mask and its attention, from the mask's size.
 
     A bool mask is converted to an additive one: by eager attention beforehand, by torch's fused kernels inside. Eager
     attention then holds three tensors of scores for every head.

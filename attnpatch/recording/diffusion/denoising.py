@@ -173,7 +173,7 @@ class Sampling:
 
     Args:
         plan: Which blocks the capture has.
-        is_kept_apart: True if steps are kept apart.
+        is_per_step: True if steps are kept separate.
         find_texts: Finds the text of each batch row; ``None``: not known.
         evaluations: Maps a timestep to the number of times that the sampler calls the denoiser there; ``None``: not
             known, and every call counts as the sampler's.
@@ -182,11 +182,11 @@ class Sampling:
     def __init__(
         self,
         plan: Plan,
-        is_kept_apart: bool = False,
+        is_per_step: bool = False,
         find_texts: Callable[[torch.Tensor], list[TextRow | None]] | None = None,
         evaluations: Callable[[float | None], int] | None = None,
     ) -> None:
-        self.plan, self.is_kept_apart, self.find_texts = plan, is_kept_apart, find_texts
+        self.plan, self.is_per_step, self.find_texts = plan, is_per_step, find_texts
         self.evaluations = evaluations
         self.runs: list[Run] = []
         self.left_out: dict[str, str] = {}

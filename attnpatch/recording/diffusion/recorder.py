@@ -89,7 +89,7 @@ class ImageRecorder:
             sampling.left_out.setdefault(f"step {step}", str(error))
             return
         self.call = call
-        key = (step if sampling.is_kept_apart else 0, self.rows)
+        key = (step if sampling.is_per_step else 0, self.rows)
         self.records = sampling.run.records.setdefault(key, {})
         self.token_kinds = self._stack.enter_context(TokenKinds(call.batch))
         kinds = (IMAGE, call.images), (TEXT, call.texts[:1]), (SECOND, call.texts[1:])
@@ -106,7 +106,7 @@ class ImageRecorder:
         return self.call is not None and name in self.wanted
 
     def head_numbers(self, num_heads: int) -> list[int]:
-        """The heads that are kept apart.
+        """The heads that are kept separate.
 
         Raises:
             CaptureError: A head that was asked for does not exist.

@@ -46,7 +46,7 @@ class Shape:
         rows, keys: The most tokens of a query tile and of a key tile.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         key_tiles: The most key tiles of a program.
-        scratch: Bytes for results on the device, one number per query tile, key tile and head that is kept apart; more
+        scratch: Bytes for results on the device, one number per query tile, key tile and head that is kept separate; more
             if that is too little for one query tile.
     """
 
@@ -138,7 +138,7 @@ def block_sums(
         lse: float32 ``[batch, heads, q_len]``, natural logarithm; not finite for rows that see no key.
         query_blocks, key_blocks: int64 ``[batch, q_len]`` and ``[batch, kv_len]`` on the CPU, -1 for none.
         counts: Numbers of query blocks and of key blocks.
-        heads: Query heads to keep apart; ``None``: all are summed.
+        heads: Query heads to keep separate; ``None``: all are summed.
         shape: Launch parameters; ``None``: ``shape_for`` chooses.
 
     Returns:

@@ -51,7 +51,7 @@ class History:
     def with_call(
         self, rows: Rows | None, total: int, known: torch.Tensor, keys: int | None, follows_cache: bool
     ) -> History:
-        """The history after one more call; ``rows`` is ``None`` if its rows were not kept apart."""
+        """The history after one more call; ``rows`` is ``None`` if its rows were not kept separate."""
         pieces = (*self.pieces, rows) if rows is not None else ()
         if len({piece.sums.shape[:2] for piece in pieces}) > 1:
             pieces = pieces[-1:]
@@ -92,7 +92,7 @@ def cut(record: SiteSums, total: int, partitions: Any) -> SiteSums:
     start = min((piece.start for piece in history.pieces), default=history.total)
     assignment = record.query.assignment
     for b in range(len(sums)):
-        # Rows that were not kept apart can be removed only with their whole block.
+        # Rows that were not kept separate can be removed only with their whole block.
         gone = assignment[b, total : max(total, start)]
         gone = gone[gone >= 0].unique()
         for block in gone.tolist():

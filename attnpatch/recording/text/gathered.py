@@ -83,7 +83,7 @@ def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.T
 
 
 def _records(calls: Calls) -> tuple[dict[str, SiteSums], list[dict[str, SiteSums]]]:
-    """The records of a sequence, and those of each of its calls if calls are kept apart."""
+    """The records of a sequence, and those of each of its calls if calls are kept separate."""
     apart = [call for call in calls.apart if call]
     return {**calls, **together(apart)}, apart
 

@@ -64,7 +64,7 @@ class Recorder(CacheFollower):
     ) -> None:
         super().__init__(host)
         self.query_blocks, self.key_blocks = options.pair
-        self.heads, self.measures, self.is_kept_apart = options.heads, options.measures, options.is_kept_apart
+        self.heads, self.measures, self.is_per_step = options.heads, options.measures, options.is_per_step
         self.sample_rows, self.seed = options.sample_rows, options.seed
         self.is_of_gradient = options.is_of_gradient
         self.places = pattern_of(names)
@@ -129,7 +129,7 @@ class Recorder(CacheFollower):
                 found.cache = reference(call.cache)
         found.is_partial = is_part and (found.is_partial or not found.has_records())
         state.sequence = state.last = found
-        if self.is_kept_apart and not is_part:
+        if self.is_per_step and not is_part:
             for calls in found.calls:
                 calls.apart.append({})
 
@@ -204,7 +204,7 @@ class Recorder(CacheFollower):
             sequence.cache = reference(facts.cache)
 
     def _calls(self, state: _State, name: str, facts: AttentionCallInfo) -> Calls:
-        """The records to which a site's call adds: its second call within one call of the model is another sequence."""
+        """The records that a site's call adds to. A second call within one call of the model has records of its own."""
         number, sequence = state.times[name], state.sequence
         state.times[name] += 1
         assert sequence is not None
@@ -228,7 +228,7 @@ class Recorder(CacheFollower):
             calls = Calls()
             calls.apart = [{} for _ in sequence.calls[0].apart]
             sequence.calls.append(calls)
-        if self.is_kept_apart and not state.is_part:
+        if self.is_per_step and not state.is_part:
             for calls in sequence.calls:
                 if not calls.apart:
                     calls.apart.append({})
@@ -288,11 +288,11 @@ class Recorder(CacheFollower):
         return (f"{kind}:{number}" if number else kind), layer
 
     def captured(self) -> list[Calls]:
-        """The records of every sequence, in order; repeated calls of a module within one model call are kept apart."""
+        """The records of every sequence, in order; repeated calls of a module within one model call are kept separate."""
         return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
 
     def head_numbers(self, num_heads: int) -> list[int]:
-        """The heads that are kept apart.
+        """The heads that are kept separate.
 
         Raises:
             CaptureError: A head that was asked for does not exist.

@@ -1,4 +1,4 @@
-"""Samples the query rows of each block, each exactly over all keys: cheaper, unbiased, with a standard error.
+"""Samples query rows of each block. The estimate is cheaper than a map, unbiased, and has a standard error.
 
 Of the ``n`` rows of a block in a call, ``m`` are drawn. The block is cut into ``m`` equal parts, and one row is drawn
 uniformly from each. So all rows are equally likely, and every part of the block is covered (stratified sampling;
@@ -81,7 +81,7 @@ class RowSample:
 
     Args:
         drawn: The drawn rows of each sequence.
-        heads: Number of heads that are kept apart; 1 if all are summed together.
+        heads: Number of heads that are kept separate; 1 if all are summed together.
         bins: Number of key blocks, plus one for keys in no block.
     """
 

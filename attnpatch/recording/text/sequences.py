@@ -29,7 +29,7 @@ def reference(cache: Any) -> Callable[[], Any]:
 
 
 class Calls(dict[str, SiteSums]):
-    """The records of one sequence by site; if calls are kept apart, ``apart`` has those of each call."""
+    """The records of one sequence by site; if calls are kept separate, ``apart`` has those of each call."""
 
     def __init__(self) -> None:
         super().__init__()

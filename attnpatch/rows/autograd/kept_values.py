@@ -114,7 +114,7 @@ def memory_of(tensor: torch.Tensor) -> int:
         # vmap's tensors have no storage of their own.
         tensor = compat.unwrapped(tensor)
     storage = tensor.untyped_storage()
-    # In a dry run tensors have no data, so they are told apart by their storage object.
+    # In a dry run tensors have no data, so they are distinguished by their storage object.
     return storage.data_ptr() if ledger_of(tensor) is None else storage._cdata
 
 

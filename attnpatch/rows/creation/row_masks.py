@@ -128,7 +128,7 @@ def answers(error: RuntimeError, device: torch.device) -> bool:
 
 
 def failed(where: str, error: Exception) -> None:
-    """Count and warn about an error of attnpatch's own, after which the host made its mask."""
+    """Count and warn about an error in attnpatch's own code. The host has made its own mask instead."""
     if here.model_call is not None:
         here.model_call.counters.count("failed")
     warn_once(where, error)

@@ -192,7 +192,7 @@ class Handle:
     def passes_by(self) -> torch.Tensor | None:
         """The real tensor that an in-place write has made of this one, if the write has added to the autograd history.
 
-        Its gradient is the deferred tensor's own. ``None`` if there was no such write: one under no_grad adds nothing.
+        Its gradient is the deferred tensor's own. ``None`` if there was no such write; one under no_grad does not count.
         """
         return self.written if self._has_adopted else None
 

@@ -269,7 +269,7 @@ class SliceNode(Node):
 def within(
     run: Evaluator, node: Node, position: int, axis: Axis, span: tuple[int, int], tile: Tile, step: int = 1
 ) -> torch.Tensor:
-    """The value of ``node`` inside ``tile``, with the range ``span`` of ``axis``, its dimension ``position``."""
+    """The value of ``node`` inside ``tile``, cut to the range ``span`` of ``axis``, which is dimension ``position``."""
     low, high = span
     first, last = widened(low, high, axis)
     value = run.value(node, {**tile, axis: (first, last)})

@@ -52,7 +52,7 @@ def written(target: DeferredTensor, index: Any, value: Any, accumulate: str | No
 
 
 def _items(target: DeferredTensor, index: Any) -> list[Any] | None:
-    """One item per dimension: a slice, an integer, an index tensor, or a mask (with ``...`` for its further ones)."""
+    """One item per dimension: a slice, an integer, an index tensor, or a mask; ``...`` for a mask's further dimensions."""
     given = list(index) if isinstance(index, tuple) else [index]
     found: list[Any] = []
     taken = 0

@@ -2,8 +2,8 @@
 
 While a sequence is generated, each call of an attention module runs the same functions on tensors of the same shapes;
 only the number of keys grows. ``RepeatedSources`` records what a call does up to its SDPA call: functions, which tensor
-goes where, numbers. If an earlier call did the same, and the numbers that differ are those that grew before, all by the
-same amount, the earlier call's layout is reused. Otherwise the recorded functions are followed.
+goes where, numbers. The layout of an earlier call is reused if that call did the same. Numbers may differ only if they
+grew before, all by the same amount (the number of keys). Otherwise the recorded functions are followed.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Attend(Node):
 
     @property
     def score_width(self) -> int:
-        """Scores per row, for all heads that are always computed together; no node of the graph has them."""
+        """The number of scores in a row, over all heads that are always computed together; they are in no other node."""
         return self.kv_len * self.group
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:

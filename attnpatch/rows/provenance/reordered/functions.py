@@ -245,7 +245,7 @@ class Turned(TokenTensors):
     def _padded(
         self, dims: Dims, first: torch.Tensor, result: torch.Tensor, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        """Treat padding with a constant like a piece that was concatenated to the tokens."""
+        """Treat constant padding like tokens that were concatenated."""
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
         amounts = list(args[1] if len(args) > 1 else kwargs.get("pad", ()))
         if mode != "constant" or len(amounts) > 2 * len(dims):

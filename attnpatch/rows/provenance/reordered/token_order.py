@@ -113,8 +113,8 @@ class Order:
     def _in_order(self, origins: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         """Those origins whose order matters: not parts of channels.
 
-        Parts of channels may be between rows and columns (pixel shuffle). They are parts without their dimension's
-        first part, or parts of the last dimension beside a whole other one.
+        Parts of channels may be between rows and columns (pixel shuffle). A part counts as channels in two cases: the
+        first part of its dimension is missing, or it is of the last dimension and another dimension is complete.
         """
         inputs, counts = self._sources.inputs, Counter(found[:2] for found in origins)
         whole = {(n, place) for n, place in counts if counts[n, place] == len(leaves(inputs[n][place]))}
