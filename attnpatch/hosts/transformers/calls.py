@@ -52,7 +52,7 @@ class ModelCall:
     is_single: bool = False
 
     def past_of(self, handed: list[Any]) -> int | None:
-        """Tokens that the first known cache in ``handed`` held when the model was called; ``None`` if none is known."""
+        """The tokens in the first known cache of ``handed`` when the model was called; ``None`` if no cache is known."""
         return next((self.pasts[id(cache)] for cache in handed if id(cache) in self.pasts), None)
 
 

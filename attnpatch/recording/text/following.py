@@ -129,7 +129,7 @@ class CacheFollower:
         return None, None
 
     def _check_rows(self, sequence: Sequence, cache: Any) -> None:
-        """For a cache that cannot be read: leave its batch out if rows were, or may have been, reordered."""
+        """Leave the batch of an unreadable cache out if its rows were reordered, or may have been."""
         if not sequence.is_batch():
             return
         moved = self.rows_have_moved(cache)

@@ -55,7 +55,7 @@ class Node:
         marks: What happened to the node (hooked, overwritten); shared with the twin.
         twin: A copy that holds no tensors, for backward passes to keep.
         reached: Input tensors that receive its gradients.
-        saved: Tensors that autograd edges up to and including its own have saved for the backward pass.
+        saved: The tensors that its autograd edge, and the edges before it, have saved for the backward pass.
         native: The torch function that the host called and its arguments after the first, if ``compute`` differs.
         copies_layout: True if the native result is laid out in memory as a copy of the first child would be.
         laid_as: The node whose native strides it has, if they do not follow from its own operation (a write in place).

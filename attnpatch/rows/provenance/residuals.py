@@ -78,7 +78,7 @@ def summand(
 
 
 class Residuals(Origins):
-    """The origins of one call, which tell the operands that determine the positions of a result's tokens.
+    """The origins of one call. It knows which operands determine the positions of a result's tokens.
 
     Args:
         inputs: The tensors that the module is called with, in order, each once.
@@ -98,8 +98,8 @@ class Residuals(Origins):
     ) -> list[Dims]:
         """The operands that determine the positions of a result's tokens.
 
-        If an operand is reordered: for a sum, operands in order that are visible in it (a residual); otherwise that
-            one.
+        All operands, unless one is reordered. Then it is that one, or, in a sum, the operands in order that are visible
+        in the sum (a residual).
         """
         lost = [tensor for tensor, own in known if tensor.shape == shape and self._earliest(own)[1]]
         if not lost:
