@@ -131,7 +131,8 @@ def _same(value: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def said(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    """The error's type, and the beginning of its message without the part that all refusals share."""
+    text = str(error).strip().removeprefix("no attention could be mapped. (model): ").splitlines()
     return f"{type(error).__name__}: {text[0][:90] if text else ''}"
 
 
