@@ -81,7 +81,7 @@ class TokenTensors:
         self.sources.give(tensor, lost(tensor.shape, IN_WORDS.get(name, name)))
 
     def is_plain(self, tensor: torch.Tensor) -> bool:
-        """True for plain tensors. Subclasses make plain tensors unseen, and must not be asked for their base."""
+        """True for plain tensors. A subclass may make plain tensors unseen, and must not be asked for its base."""
         is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         self._has_others |= not is_plain
         return is_plain
