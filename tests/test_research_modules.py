@@ -91,3 +91,98 @@ def test_padding_of_heads_that_are_mixed_after_softmax(before, value, kind):
         expected = reduced(probabilities, blocks_of(real), blocks_of(real)).double()
         found = row[0, : len(expected), : len(expected)].double()
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def weights(self, x):
+        query, key, value = self.project(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1), value
+
+    def forward(self, x):
+        weights, value = self.weights(x)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class OfPieces(Model):
+    """Calls its attention with pieces of its input: windows, chunks, rows or columns of a picture, frames."""
+
+    def __init__(self, prepare):
+        super().__init__(Attention(), prepare)
+        self.patches, self.first = nn.Conv2d(3, WIDTH, 1), nn.Parameter(torch.ones(1, 1, WIDTH))
+
+    def forward(self, x):
+        return self.attention(self.prepare(self, x))
+
+
+def windows(model, x):
+    """SAM's, three by three, of a picture of 3 x 9 patches."""
+    x = model.patches(x).permute(0, 2, 3, 1)
+    x = x.view(len(x), 1, 3, 3, 3, WIDTH).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, 9, WIDTH)
+
+
+def windows_in_order(model, x):
+    x = model.patches(x).permute(0, 2, 3, 1)
+    return x.reshape(-1, 9, WIDTH)
+
+
+def chunks(model, x):
+    return x.reshape(-1, 2, WIDTH)
+
+
+def chunks_behind_a_token(model, x):
+    return torch.cat([model.first.expand(len(x), -1, -1), x], 1).reshape(-1, 2, WIDTH)
+
+
+def columns(model, x):
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def patches_over_frames(model, x):
+    """TimeSformer's attention over time: a patch of every frame is a sequence."""
+    patches = model.patches(x.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+# There are as many of these as a model may have sequences: channels, frames or tokens of each element of its batch.
+PIECES = {
+    windows: (2, 3, 3, 9),
+    windows_in_order: (2, 3, 9, 3),
+    chunks: (2, 8, WIDTH),
+    chunks_behind_a_token: (2, 7, WIDTH),
+    columns: (2, 5, 5, WIDTH),
+    patches_over_frames: (2, 6, 3, 2, 3),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("prepare", PIECES, ids=lambda prepare: prepare.__name__)
+def test_pieces_that_are_as_many_as_sequences_could_be(prepare, batch):
+    maps = captured(OfPieces(prepare), numbers(batch, *PIECES[prepare][1:]))
+    assert list(maps.left_out) == ["attention"] and len(maps.sequences) == 0
+
+
+def frames(model, x):
+    return x.flatten(0, 1)
+
+
+def frames_joined(model, x):
+    return x.flatten(1, 2)
+
+
+@pytest.mark.parametrize("prepare", [frames, frames_joined])
+def test_pictures_of_a_batch_are_sequences(prepare):
+    model, x = OfPieces(prepare), numbers(2, 3, 9, WIDTH)
+    maps = captured(model, x)
+    with torch.no_grad():
+        weights, _ = model.attention.weights(prepare(model, x))
+    assert not maps.left_out
+    everything = torch.ones(weights.shape[-1])
+    for row, probabilities in zip(maps.block_map.mass, weights, strict=True):
+        expected = reduced(probabilities, blocks_of(everything), blocks_of(everything)).double()
+        torch.testing.assert_close(row[0].double(), expected, atol=2e-6, rtol=0)

@@ -25,7 +25,7 @@ class Order:
     def why(self, dims: Dims) -> dict[int, str]:
         """By dimension whose elements are in another order than before, or in an unknown one: the cause."""
         found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
-        if self._is_spread(dims) or self._is_of_batch(dims):
+        if self._is_spread(dims) or self._is_of_batch(dims) or self._is_of_parts(dims):
             found |= {place: "views" for place in range(len(dims)) if place not in found}
         return found
 
@@ -73,6 +73,29 @@ class Order:
             if any(number in batches and place for number, place, _ in origins):
                 return True
         return False
+
+    def _is_of_parts(self, dims: Dims) -> bool:
+        """True if a sequence is a part of one of the model's (a window, a chunk), or a column of its pictures.
+
+        The number of sequences does not always tell: there may be as many windows as channels.
+        """
+        batch, tokens = set(leaves(dims[0])), {leaf for dim in dims[1:-1] for leaf in leaves(dim)}
+        if any(batch & own and tokens & own for own in (set(leaves((axis,))) for axis in self._sources.made)):
+            return True
+        for given in self._sources.inputs:
+            wholes = [set(leaves(whole)) for whole in given[1:]]
+            if any(whole & batch and whole & tokens for whole in wholes):
+                return True
+        of_batch, of_tokens = (
+            {found[:2] for leaf in side if (found := self._sources.origin(leaf)) is not None}
+            for side in (batch, tokens)
+        )
+        inner = {found for found in of_batch if found[1] > 0}
+        # Tokens may come before the batch as a whole.
+        is_transposed = any(place == 0 for _, place in of_tokens) and len(of_batch) == len(inner)
+        if not inner or is_transposed:
+            return False
+        return any(place > 0 and (number, place) < max(inner) for number, place in of_tokens)
 
     def _is_spread(self, dims: Dims) -> bool:
         """True if a dimension was split and its parts are in several dimensions, in another order than before."""
