@@ -53,6 +53,25 @@ def test_by_labels(heads, tmp_path):
     assert merged.block_map.query_sizes.tolist() == sizes.tolist()
 
 
+def test_blocks_without_tokens_in_some_conversations(tmp_path):
+    """A row that is not there is no row of zeros, and a block that is there once stays."""
+    maps = [random_map(THREE, seed) for seed in range(5)]
+    sizes = [[3, 0, 9], [1, 0, 0], [2, 0, 4], [5, 1, 0], [4, 0, 0]]
+    maps = [
+        dataclasses.replace(one, query_sizes=torch.tensor(own), key_sizes=torch.tensor(own))
+        for one, own in zip(maps, sizes, strict=True)
+    ]
+    merged = merge_folder(write(tmp_path, maps)).block_map
+    for row in range(3):
+        rows = [
+            one.mass.double().numpy()[:, row] for one, own in zip(maps, sizes, strict=True) if own[row] > 0
+        ]
+        np.testing.assert_allclose(merged.mass[:, row], np.mean(rows, 0), atol=1e-7)
+        spread = np.std(rows, 0, ddof=1) if len(rows) > 1 else np.full_like(rows[0], np.nan)
+        np.testing.assert_allclose(merged.spread[:, row], spread, atol=1e-7)
+    assert merged.query_sizes.tolist() == [3, 1, 3] and merged.key_sizes.tolist() == [3, 1, 3]
+
+
 def test_by_role(tmp_path):
     maps = [random_map(labels, seed) for seed, labels in enumerate([FIVE, THREE, FIVE, THREE, THREE])]
     merged = merge_folder(write(tmp_path, maps), "role")

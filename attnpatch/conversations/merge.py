@@ -17,6 +17,7 @@ from attnpatch.conversations.results_folder import SUFFIX
 from attnpatch.errors import AnalysisError, AttnpatchError, in_one_line
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.fields import over_rows
 
 By = Literal["labels", "role"]
 # The label of a message's block, as ``render`` makes it.
@@ -140,11 +141,17 @@ def _by_labels(paths: list[Path], damaged: list[str]) -> tuple[BlockMap, int]:
     first = None
     for one in _loaded(paths, damaged):
         first = one if first is None else first
-        spread.add(one.mass)
+        # A block may have no tokens in some conversations: its row there is empty, not a row of zeros.
+        spread.add(
+            one.mass, over_rows(one.query_sizes > 0, one.mass[..., 0])[..., None].expand(one.mass.shape)
+        )
         queries, keys, read = queries + one.query_sizes.double(), keys + one.key_sizes.double(), read + 1
     if first is None:
         raise AnalysisError(f"none of the results can be read: {damaged[0]}")
-    sizes = {"query_sizes": (queries / read).round().long(), "key_sizes": (keys / read).round().long()}
+    sizes = {
+        name: torch.maximum((total / read).round(), (total > 0).double()).long()
+        for name, total in (("query_sizes", queries), ("key_sizes", keys))
+    }
     return _made(first, spread, {"by": "labels", "sizes": "mean over conversations"}, read, **sizes), read
 
 
