@@ -89,6 +89,9 @@ class Observer:
         """
         raise NotImplementedError
 
+    def cannot_show(self, reason: str) -> None:
+        """An attention of the site cannot be shown; ``reason`` says why."""
+
     def restart(self) -> None:
         """Discard the tiles of this attention: it ran out of memory and starts again."""
 

@@ -167,6 +167,14 @@ def test_pieces_that_are_as_many_as_sequences_could_be(prepare, batch):
     assert list(maps.left_out) == ["attention"] and len(maps.sequences) == 0
 
 
+def test_gradients_of_a_softmax_that_is_written_by_hand():
+    """They are captured of torch's attention function alone, which must be said."""
+    model = Model(Attention())
+    with attnpatch.capture(model, blocks=Blocks.fixed(BLOCK), weighting="gradient") as maps:
+        model(numbers(2, TOKENS, WIDTH)).sum().backward()
+    assert "written by hand" in maps.left_out["attention"] and "sdpa" in maps.left_out["attention"]
+
+
 def frames(model, x):
     return x.flatten(0, 1)
 

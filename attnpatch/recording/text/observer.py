@@ -166,6 +166,11 @@ class TextObserver(SiteObserver):
 
     # ------------------------------------------------------------------------------------------ what is shown
 
+    def cannot_show(self, reason: str) -> None:
+        """Leave the site out, whichever of its attentions it is."""
+        self.name = self.site
+        self._leave_out(reason)
+
     def rows(self, lead_count: int, q_len: int, kv_len: int) -> torch.Tensor | None:
         """The query rows that need to be shown, ascending; ``None``: all."""
         if self.sample is None or self.layout.q_len != q_len:

@@ -29,6 +29,11 @@ from attnpatch.sdpa_call import SdpaCall
 # Functions between softmax and the product with the values that do not change the probabilities.
 _AFTER_SOFTMAX = CASTS | {"clone"}
 
+NO_GRADIENT = (
+    "its softmax is written by hand, and gradients are captured of scaled_dot_product_attention alone; use "
+    "attn_implementation='sdpa', if the model has it"
+)
+
 
 @dataclasses.dataclass
 class Scored:
@@ -97,7 +102,7 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
         site: The attention call.
     """
     observer = site.observer
-    if observer is None or observer.is_of_gradient:
+    if observer is None:
         return None
     node = probabilities
     while (
@@ -113,6 +118,9 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
     normalised = {leaf for step in walk(node) for leaf in leaves(step.whole)}
     axes = [leaf for dim in node.dims for leaf in leaves(dim)]
     if not normalised or len(set(axes)) != len(axes):
+        return None
+    if observer.is_of_gradient:
+        observer.cannot_show(NO_GRADIENT)
         return None
     if site.sources is not None:
         if any(node is other for other in site.sources.shown):
