@@ -8,6 +8,8 @@ from attnpatch.conversations import drawing
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import NORMALIZATIONS
+from attnpatch.maps.meaning import meaning
+from attnpatch.viewing.page import _described
 
 GRADIENT = {"weighting": "gradient"}
 # Rows and columns whose sums are 0, negative and positive, and one of zeros.
@@ -45,6 +47,17 @@ def test_a_file_that_was_divided_by_signed_sums_is_so_no_more(tmp_path):
 def test_what_is_of_probabilities_is_refused():
     with pytest.raises(CaptureError, match="weighted by gradients"):
         _ = signed().unassigned_mass
+
+
+@pytest.mark.parametrize("normalization", ["none", "row", "column", "density"])
+def test_negative_weights_that_are_no_gradients(normalization, tmp_path):
+    """Weights that are mixed after softmax (talking heads, differences): no gradient is spoken of."""
+    one = signed(metadata={"notes": ["weights are mixed after softmax"]}).normalize(normalization)
+    assert "gradient" not in meaning(one) and "gradient" in meaning(signed().normalize(normalization))
+    with pytest.raises(CaptureError, match="negative weights, as those that are mixed after softmax"):
+        _ = one.unassigned_mass
+    described = _described("map", one)
+    assert described["signed"] and not described["gradient"] and _described("map", signed())["gradient"]
 
 
 @pytest.mark.parametrize("scale", ["sqrt", "linear"])

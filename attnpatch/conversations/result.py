@@ -15,6 +15,7 @@ from attnpatch.conversations import drawing
 from attnpatch.errors import AnalysisError, BlockMapFileError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.meaning import why_signed
 from attnpatch.plotting import map_figure
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Analysis:
 
     def _square(self, what: str) -> Tensor:
         if self.block_map.is_signed:
-            raise AnalysisError(f"{what} needs probabilities, and this map is weighted by gradients")
+            raise AnalysisError(f"{what} needs probabilities, and {why_signed(self.block_map)}")
         one = self.block_map.select(step="mean")
         mass = one.mass if not one.steps else one.mass[0]
         if one.query_labels != one.key_labels:

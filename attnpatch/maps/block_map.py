@@ -87,6 +87,11 @@ class BlockMap:
         return is_signed(self.mass, self.metadata)
 
     @property
+    def is_of_gradient(self) -> bool:
+        """Whether probabilities were multiplied by their gradients."""
+        return self.metadata.get("weighting") == "gradient"
+
+    @property
     def values(self) -> Tensor:
         """The normalised mass, shaped like ``mass``. 0 / 0 gives 0."""
         if self.normalization == "none":
@@ -107,10 +112,10 @@ class BlockMap:
             ``[(batch,) (steps,) layers, (heads,) query_blocks]`` float32; 0 for a query block without tokens.
 
         Raises:
-            CaptureError: The map is weighted by gradients, whose rows have no fixed sum.
+            CaptureError: The map is weighted by gradients or has negative weights: its rows have no fixed sum.
         """
         if self.is_signed:
-            raise CaptureError("unassigned_mass needs probabilities, and this map is weighted by gradients")
+            raise CaptureError(f"unassigned_mass needs probabilities, and {meaning.why_signed(self)}")
         rest = (1 - self.mass.double().sum(-1)).float()
         return rest.masked_fill(over_rows(self.query_sizes == 0, rest), 0)
 

@@ -25,10 +25,24 @@ GRADIENT = {
     "absolute column": "probability x gradient, share of the key block's absolute sum",
 }
 
+# Weights that are mixed after softmax may be negative, too.
+MIXED = {
+    **PROBABILITY,
+    "absolute row": "weight after mixing, share of the query block's absolute sum",
+    "absolute column": "weight after mixing, share of the key block's absolute sum",
+}
+
+
+def why_signed(one: BlockMap) -> str:
+    """Why the numbers of a map are no probabilities."""
+    if one.is_of_gradient:
+        return "this map is weighted by gradients"
+    return "this map has negative weights, as those that are mixed after softmax"
+
 
 def meaning(one: BlockMap) -> str:
     """What a number in ``values`` means."""
-    return (GRADIENT if one.is_signed else PROBABILITY)[one.normalization]
+    return (GRADIENT if one.is_of_gradient else MIXED if one.is_signed else PROBABILITY)[one.normalization]
 
 
 def uncertainty(one: BlockMap) -> str:

@@ -110,6 +110,7 @@ def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
         "name": name,
         "normalization": block_map.normalization.removeprefix("absolute "),
         "signed": block_map.is_signed,
+        "gradient": block_map.is_of_gradient,
         "layers": _with_mean(block_map.layers),
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
         "steps": _with_mean(block_map.steps or (_MEAN,)),

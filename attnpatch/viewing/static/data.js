@@ -114,7 +114,9 @@ const SIGNED_MEANING = {
   column: "probability \u00d7 gradient, share of the column's absolute sum",
 };
 
-const meaningOf = (kind, signed) => (signed ? SIGNED_MEANING : MEANING)[kind];
+// Numbers with signs that are no gradients are weights that were mixed after softmax.
+const named = (text) => (theMap().gradient ? text : text.replace("probability \u00d7 gradient", "weight after mixing"));
+const meaningOf = (kind, signed) => (signed ? named(SIGNED_MEANING[kind]) : MEANING[kind]);
 
 // Three significant digits.
 function shown(value) {

@@ -132,9 +132,9 @@ function openMap(index) {
   const map = maps[index];
   Object.assign(state, { map: index, sequence: 0, row: null, cursor: null, hover: null });
   for (const option of byId("normalization").options) {
-    option.textContent = (map.signed ? SIGNED_NUMBERS : NUMBERS)[option.value];
+    option.textContent = map.signed ? named(SIGNED_NUMBERS[option.value]) : NUMBERS[option.value];
   }
-  byId("signed-help").hidden = !map.signed;
+  byId("signed-help").hidden = !map.gradient;
   setChoice("normalization", map.normalization);
   for (const axis of AXES) {
     const count = map[axisOf[axis]].length;
