@@ -299,15 +299,15 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 def test_sums_of_mps_become_float64_where_they_are_kept():
-    tile = torch.rand(1, 2, 12, 8)
-    rows, keys = torch.arange(12)[None] // 5, torch.arange(8)[None] // 4
+    tile = torch.rand(2, 12, 8)
+    rows, keys = torch.arange(12) // 5, torch.arange(8) // 4
     found = []
     for inner in (tile, OnMps(tile)):
-        sums, kept = (torch.zeros(*shape, dtype=torch.float64) for shape in ((1, 1, 3, 2), (2, 3)))
+        sums, kept = (torch.zeros(*shape, dtype=torch.float64) for shape in ((1, 12, 3), (2, 12, 3)))
         with Mps():
-            block_sums.accumulate_block_mass(sums, inner, rows, keys)
-            block_sums.add_run(kept, inner[0], keys[0])
-            found.append((sums, kept, block_sums.key_sums(sums[0], inner[0], keys[0])))
+            block_sums.add_tile(sums, inner, rows, keys)
+            block_sums.add_tile(kept, inner, torch.arange(12), keys)
+            found.append((sums, kept, block_sums.key_sums(sums, inner, keys)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -365,7 +365,7 @@ def broken_at(name, step):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+@pytest.mark.parametrize("step", ["_begin", "add_sequence", "_end"])
 def test_what_an_error_cut_short_is_left_out(step, implementation, monkeypatch):
     """A site has no map without what the error has lost; the other sites have theirs."""
     model, inputs = llama(implementation)
@@ -383,7 +383,7 @@ def test_what_an_error_cut_short_is_left_out(step, implementation, monkeypatch):
     assert maps.block_map.layers == (0,)
 
 
-@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+@pytest.mark.parametrize("step", ["_begin", "add_sequence", "_end"])
 def test_a_step_of_generation_that_an_error_cut_short(step, monkeypatch):
     """The map of the tokens before it would be of rows that lack some."""
     model, (ids,) = llama("sdpa")
@@ -399,7 +399,7 @@ def test_a_step_of_generation_that_an_error_cut_short(step, monkeypatch):
     assert list(maps.left_out) == ["model.layers.1.self_attn"] and maps.block_map.layers == (0,)
 
 
-@pytest.mark.parametrize("step", ["_begin", "_observe", "_end"])
+@pytest.mark.parametrize("step", ["_begin", "add_sequence", "_end"])
 def test_gradients_that_an_error_cut_short(step, monkeypatch):
     model, (ids,) = llama("sdpa")
     monkeypatch.setattr(
@@ -413,7 +413,7 @@ def test_gradients_that_an_error_cut_short(step, monkeypatch):
     assert list(maps.left_out) == ["model.layers.1.self_attn"] and maps.block_map.layers == (0,)
 
 
-@pytest.mark.parametrize("step", ["_begin", "_observe", "end"])
+@pytest.mark.parametrize("step", ["_begin", "add_sequence", "end"])
 def test_an_image_that_an_error_cut_short(step, monkeypatch):
     pipe = pipe_of("sd15")
     native, name = pipelines.run(pipe, "sd15"), "unet.mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -10,7 +10,7 @@ from test_blocks import make_tokenizer, real
 import attnpatch
 from attnpatch import Blocks
 from attnpatch.errors import BlockError
-from attnpatch.recording.block_sums import accumulate_block_mass
+from attnpatch.recording.block_sums import add_tile
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
 
@@ -53,12 +53,12 @@ def test_mass_of_tiles():
     """A tile is no run of tokens; its mass is still the sum over its tokens."""
     partition = Blocks.tiles(3, 5, 2).resolve(real(15, 15))
     probabilities = torch.softmax(torch.randn(2, 3, 15, 15, generator=torch.Generator().manual_seed(0)), -1)
-    count, assignment = partition.num_blocks, partition.assignment.expand(2, -1)
-    sums = accumulate_block_mass(
-        torch.zeros(2, 3, count, count, dtype=torch.float64), probabilities, assignment, assignment
-    )
+    count, assignment = partition.num_blocks, partition.assignment[0]
+    sums = torch.zeros(2, 3, count, count + 1, dtype=torch.float64)
+    for each, tile in zip(sums, probabilities, strict=True):
+        add_tile(each, tile, assignment, assignment)
     np.testing.assert_allclose(
-        sums / partition.sizes[0][:, None], dense_of(probabilities, partition), atol=1e-6
+        sums[..., :-1] / partition.sizes[0][:, None], dense_of(probabilities, partition), atol=1e-6
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,21 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch import compat
+from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.partition import Partition
 from attnpatch.observing import Observer, TileInfo
-from attnpatch.recording.block_sums import accumulate_block_mass, add_rows, add_run
+from attnpatch.recording.block_sums import add_tile
+from attnpatch.recording.call_facts import OFF, OFF_FUSED
 from attnpatch.recording.statistics import Measures
 from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
     from attnpatch.recording.diffusion.recorder import ImageRecorder
     from attnpatch.recording.text.recorder import Recorder
-
-# A run is a range of adjacent rows in one block. If a tile's runs are shorter than this on average, one product sums
-# all.
-_SHORT_RUN = 8
-# If they are shorter than this, there is little to sum over rows: keys are summed into blocks first.
-_SINGLE_RUN = 4
 
 
 @dataclasses.dataclass
@@ -81,54 +76,75 @@ class SiteObserver(Observer):
 
     Attributes:
         record: The sums; ``None`` if there are none yet.
+        layout: The layout of the attention that is shown.
         past: Number of tokens before the first query.
+        is_shown: True while an attention is shown.
+        off: Tolerance for the sum of its rows.
+        rows_apart: The sums of its rows, kept apart for the history.
     """
 
     def __init__(self, recorder: Recorder | ImageRecorder, name: str) -> None:
         self.recorder, self.name, self.is_of_gradient = recorder, name, recorder.is_of_gradient
         self.record: SiteSums | None = None
+        self.layout: Any = None
         self.past = 0
+        self.is_shown, self.off = False, OFF
+        self.rows_apart: torch.Tensor | None = None
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
+        if not self.is_shown:
+            return
         # Sums are products with ones, which autocast would compute in half precision; modes must not see them.
         with torch.autocast(probabilities.device.type, enabled=False), compat.DisableTorchFunction():
-            self._observe(probabilities, passing)
+            if passing.q_len != self.layout.q_len:
+                probabilities, passing = heads_as_leads(probabilities, passing)
+            if self.layout.numbers is not None:
+                passing = dataclasses.replace(passing, leads=self.layout.numbers[passing.leads])
+            self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
+            for sequence in self.of_sequences(probabilities, passing, self.layout.heads):
+                self.add_sequence(*sequence, passing)
 
-    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
+    def add_sequence(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
+    ) -> None:
+        """Add the part of a tile that belongs to sequence ``b``, as ``of_sequences`` has it."""
         raise NotImplementedError
 
-    def sums_of(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None, num_heads: int) -> str | None:
-        """Add a whole attention call to the record at once, if the kernel of ``gpu/`` supports it.
+    def why_tiles(self) -> str | None:
+        """Why the observer needs tiles, in a few words; ``None`` if sums of the whole call are enough."""
+        return None
 
-        Args:
-            call: The call.
-            lse: ``[batch, heads, q_len]``, the logsumexp of its rows.
-            workspace: Bytes that may be held on the device; ``None``: the default.
-            num_heads: Number of heads.
-
-        Returns:
-            ``None`` if it was added; otherwise the reason in a few words, and nothing is added.
-        """
+    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
+        """See ``Observer.take``: sums by the kernel of ``gpu/`` if it supports the call; otherwise nothing is added."""
         from attnpatch.recording.gpu import fused_sums
 
-        record, q_len = self.record, call.q_len
+        record, layout = self.record, self.layout
+        is_plain = call.query.shape[:3] == (layout.batch, layout.heads, layout.q_len)
+        reason = fused_sums.why_not(call) or self.why_tiles()
+        if reason is None and (not is_plain or layout.numbers is not None):
+            reason = "another layout"
+        if reason is not None:
+            return reason
         assert record is not None
-        heads = None if self.recorder.heads == "mean" else self.recorder.head_numbers(num_heads)
-        query = record.query.assignment[:, self.past : self.past + q_len]
+        query = record.query.assignment[:, self.past : self.past + call.q_len]
         num_blocks = record.sums.shape[-2], record.sums.shape[-1]
+        heads = self.kept_heads(layout.heads)
         found = fused_sums.checked_sums(call, lse, query, self._columns, num_blocks, heads, workspace)
         if isinstance(found, str):
             return found
         record.sums += found[0]
         record.counts += found[1]
+        self.rows_apart = None
+        # The kernel has its own check, with bfloat16's accuracy.
+        self.off = max(self.off, OFF_FUSED)
         return None
 
-    def place(self, query: Partition, key: Partition, kv_len: int, first_key: int) -> None:
-        """Set the bins that queries and keys are summed into.
+    def place(self, key: Partition, kv_len: int, first_key: int) -> None:
+        """Set the bins that keys are summed into.
 
         Args:
-            query, key: The blocks of queries and of keys.
+            key: The blocks of keys.
             kv_len: Number of keys of the call; keys beyond the partition are in no block.
             first_key: Index in the partition of the first key.
         """
@@ -136,7 +152,6 @@ class SiteObserver(Observer):
         # The last bin takes the keys in no block, so that no key has to be left out of a sum.
         columns = torch.nn.functional.pad(assignment, (0, kv_len - assignment.shape[1]), value=-1)
         self._columns = torch.where(columns < 0, key.num_blocks, columns)
-        self._runs = [_runs_of(row) for row in query.assignment]
 
     def empty(self, query: Partition, key: Partition, num_heads: int) -> SiteSums:
         """Sums of zero."""
@@ -145,9 +160,18 @@ class SiteObserver(Observer):
         counts = torch.zeros(batch, query.num_blocks, dtype=torch.float64)
         return SiteSums(query, key, sums, counts, num_heads)
 
+    def kept_heads(self, num_heads: int) -> list[int] | None:
+        """The heads that are kept separate; ``None`` if all are summed together.
+
+        Raises:
+            CaptureError: A head that was asked for does not exist.
+        """
+        heads = self.recorder.heads
+        return None if heads == "mean" else chosen_heads(heads, num_heads)
+
     def width(self, num_heads: int) -> int:
         """Number of heads that are kept separate; 1 if all are summed together."""
-        return 1 if self.recorder.heads == "mean" else len(self.recorder.head_numbers(num_heads))
+        return len(self.kept_heads(num_heads) or [0])
 
     def of_sequences(
         self, probabilities: torch.Tensor, passing: TileInfo, num_heads: int
@@ -167,12 +191,13 @@ class SiteObserver(Observer):
 
     def places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
         """Pairs of slices: heads of the sums, and the heads of the tile that are added to them."""
-        if self.recorder.heads == "mean":
+        kept = self.kept_heads(num_heads)
+        if kept is None:
             yield slice(0, 1), slice(None)
         elif self.recorder.heads == "all" and numbers[-1] - numbers[0] == len(numbers) - 1:
             yield slice(numbers[0], numbers[-1] + 1), slice(None)
         else:
-            for place, head in enumerate(self.recorder.head_numbers(num_heads)):
+            for place, head in enumerate(kept):
                 if head in numbers:
                     i = numbers.index(head)
                     yield slice(place, place + 1), slice(i, i + 1)
@@ -182,37 +207,14 @@ class SiteObserver(Observer):
     ) -> None:
         """Add ``[heads, rows, kv_len]``, the query tokens ``low:high`` of sequence ``b``."""
         assert self.record is not None
-        sums, columns = self.record.sums[b, place], self._columns[b, : tile.shape[-1]]
-        runs = self._runs[b]
-        first = bisect.bisect_right(runs, low, key=lambda run: run[1])
-        last = bisect.bisect_left(runs, high, key=lambda run: run[0])
-        if (last - first) * _SHORT_RUN <= high - low:
-            for start, stop, block in runs[first:last]:
-                rows = slice(max(start, low) - low, min(stop, high) - low)
-                add_run(sums[:, block], tile[:, rows], columns, None if weights is None else weights[:, rows])
-            return
-        query = self.record.query.assignment[b : b + 1, low:high]
-        if (last - first) * _SINGLE_RUN > high - low:
-            add_rows(sums, tile, query[0], columns, weights)
-            return
-        if weights is not None:
-            tile = tile * weights.unsqueeze(-1)
-        accumulate_block_mass(sums[None], tile[None], query, columns[None])
+        query, columns = self.record.query.assignment[b, low:high], self._columns[b, : tile.shape[-1]]
+        add_tile(self.record.sums[b, place], tile, query, columns, weights)
 
     def count(self, b: int, low: int, high: int) -> None:
         """Count the query tokens ``low:high`` of a sequence as summed."""
         assert self.record is not None
         block = self.record.query.assignment[b, low:high]
         self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
-
-
-def _runs_of(assignment: torch.Tensor) -> list[tuple[int, int, int]]:
-    """``(start, stop, block)`` of every run of adjacent tokens in one block."""
-    changes = (assignment[1:] != assignment[:-1]).nonzero().flatten() + 1
-    bounds = [0, *changes.tolist(), len(assignment)]
-    blocks = assignment[bounds[:-1]].tolist() if len(assignment) else []
-    runs = zip(bounds[:-1], bounds[1:], blocks, strict=False)
-    return [(start, stop, block) for start, stop, block in runs if block >= 0]
 
 
 def heads_as_leads(probabilities: torch.Tensor, passing: TileInfo) -> tuple[torch.Tensor, TileInfo]:

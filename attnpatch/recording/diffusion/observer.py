@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
@@ -15,13 +14,11 @@ from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
 from attnpatch.errors import CaptureError
 from attnpatch.observing import INPUT, Layout, TileInfo
-from attnpatch.recording.accumulator import SiteObserver, heads_as_leads
-from attnpatch.recording.call_facts import FAILED, NOT_SEEN, OFF, OFF_FUSED, Unknown, check_sums, is_refusal
+from attnpatch.recording.accumulator import SiteObserver
+from attnpatch.recording.call_facts import FAILED, NOT_SEEN, Unknown, check_sums, is_refusal
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.recording.diffusion.denoising import KEY_TILES, QUERY_TILES, ImageRecord, Side, tiles_of
 from attnpatch.recording.diffusion.token_provenance import IMAGE, OF_NO_BLOCK, OTHER, TEXT, UNKNOWN, Kinds
-from attnpatch.recording.gpu import fused_sums
-from attnpatch.sdpa_call import SdpaCall
 
 UNSAID = (
     "the call does not say in which rows and columns they lie (no img_ids, img_shapes, or height and width); give "
@@ -58,11 +55,8 @@ class ImageObserver(SiteObserver):
         self.call, self.records, self.inputs, self.is_again = call, records, inputs, is_again
         self.is_candidate = is_candidate
         self.before: Any = None
-        self.layout: Layout | None = None
-        # Whether its tiles are shown; whether some of them are still to come.
-        self.is_shown = self.is_open = False
-        # Tolerance for the sums of rows; whether some rows see no key.
-        self.off, self.has_closed = OFF, False
+        # Whether some tiles are still to come; whether some rows see no key.
+        self.is_open = self.has_closed = False
         self.grids: dict[int | None, Grid] = {}
 
     def begin(self, layout: Layout, opened: Any) -> bool:
@@ -113,8 +107,7 @@ class ImageObserver(SiteObserver):
         self.segments = self._segments(queries), self._segments(keys)
         for pieces in (layout.queries, layout.keys):
             self._check_sides(pieces)
-        if self.recorder.heads != "mean":
-            self.recorder.head_numbers(layout.heads)
+        self.kept_heads(layout.heads)
         self._check_before()
         self._open()
         return True
@@ -163,36 +156,16 @@ class ImageObserver(SiteObserver):
                     f"{grid.width}, so it is not known which part of the image each of them shows"
                 )
 
-    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
-        """Add a whole attention call at once; see ``sums_of``."""
-        reason = fused_sums.why_not(call)
-        if reason is not None:
-            return reason
-        layout = self.layout
-        assert layout is not None
-        is_plain = call.query.shape[:3] == (layout.batch, layout.heads, layout.q_len)
-        if not is_plain or layout.numbers is not None:
-            return "another layout"
-        # The kernel has a check of its own.
-        self.off = OFF_FUSED
-        return self.sums_of(call, lse, workspace, layout.heads)
-
-    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
-        layout = self.layout
-        if not self.is_shown or layout is None:
-            return
-        if passing.q_len != layout.q_len:
-            probabilities, passing = heads_as_leads(probabilities, passing)
-        if layout.numbers is not None:
-            passing = dataclasses.replace(passing, leads=layout.numbers[passing.leads])  # type: ignore[type-var]
-        self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
-        for b, numbers, tile, weights in self.of_sequences(probabilities, passing, layout.heads):
-            self.has_closed |= weights is not None and bool((weights == 0).any())
-            if 0 in numbers:
-                self.count(b, *passing.rows)
-            for place, chosen in self.places(numbers, layout.heads):
-                some = None if weights is None else weights[chosen]
-                self.add(b, place, tile[chosen], some, *passing.rows)
+    def add_sequence(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
+    ) -> None:
+        """See ``SiteObserver.add_sequence``."""
+        self.has_closed |= weights is not None and bool((weights == 0).any())
+        if 0 in numbers:
+            self.count(b, *passing.rows)
+        for place, chosen in self.places(numbers, self.layout.heads):
+            some = None if weights is None else weights[chosen]
+            self.add(b, place, tile[chosen], some, *passing.rows)
 
     def restart(self) -> None:
         """Forget the tiles of this call."""
@@ -339,8 +312,7 @@ class ImageObserver(SiteObserver):
     def _open(self) -> None:
         """Make the sums that this call is added to."""
         query, key = self.partitions
-        assert self.layout is not None
-        self.place(query, key, self.layout.kv_len, 0)
+        self.place(key, self.layout.kv_len, 0)
         record = self.empty(query, key, self.layout.heads)
         old = self.before
         if old is not None:

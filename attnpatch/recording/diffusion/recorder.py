@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attnpatch.blocks.heads import chosen_heads
 from attnpatch.errors import AttnpatchError
 from attnpatch.recording.accumulator import SiteObserver
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
@@ -104,14 +103,6 @@ class ImageRecorder:
     def wants(self, name: str) -> bool:
         """True if a site was asked for and the denoiser is being called."""
         return self.call is not None and name in self.wanted
-
-    def head_numbers(self, num_heads: int) -> list[int]:
-        """The heads that are kept separate.
-
-        Raises:
-            CaptureError: A head that was asked for does not exist.
-        """
-        return chosen_heads(self.heads, num_heads)
 
     def observer(self, site: Any, args: Any, kwargs: Any) -> SiteObserver:
         """The observer for a site's call that is about to begin."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,12 @@ import torch
 from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.observing import TileInfo
-from attnpatch.recording.accumulator import SiteObserver, SiteSums, heads_as_leads
+from attnpatch.recording.accumulator import SiteObserver, SiteSums
 from attnpatch.recording.block_sums import key_sums
 from attnpatch.recording.call_facts import (
     FAILED,
     NOT_SEEN,
     OFF,
-    OFF_FUSED,
     AttentionCallInfo,
     Layout,
     Opened,
@@ -30,7 +28,6 @@ from attnpatch.recording.call_facts import (
 )
 from attnpatch.recording.statistics import Measures
 from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
-from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
     from attnpatch.recording.text.recorder import Recorder
@@ -68,9 +65,7 @@ class TextObserver(SiteObserver):
         self.site, self.facts, self.records, self.before = name, facts, records, before
         self.is_out, self.is_candidate = is_out, is_candidate
         self.seen = 0
-        self.is_shown = False
         self.sample: RowSample | None = None
-        self.rows_apart: torch.Tensor | None = None
 
     # ------------------------------------------------------------------------------------------ what is known
 
@@ -111,7 +106,7 @@ class TextObserver(SiteObserver):
             self.recorder.tells_tokens(self.site, queries)
         self.known = queries
         query, key = self.recorder.partitions(queries, keys if relation.is_cross else None)
-        self.place(query, key, layout.kv_len, relation.first)
+        self.place(key, layout.kv_len, relation.first)
         self.key_blocks = key.assignment
         self.width_asked = self.width(layout.heads)
         if old is not None and old.sums.shape[:2] != (layout.batch, self.width_asked):
@@ -156,7 +151,7 @@ class TextObserver(SiteObserver):
         tokens = max(self.real[1].shape[1], self.layout.kv_len)
         old = self.records.get(self.name)
         if old is None or old.measures is None:
-            apart = None if self.recorder.heads == "mean" else self.recorder.head_numbers(self.layout.heads)
+            apart = self.kept_heads(self.layout.heads)
             return Measures.empty(self.layout.batch, self.layout.heads, tokens, apart)
         return old.measures.grown(tokens)
 
@@ -177,64 +172,37 @@ class TextObserver(SiteObserver):
             return None
         return self.sample.positions() - self.past
 
-    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None = None) -> str | None:
-        """See ``Observer.take``: sums by the GPU kernel if it supports the call; otherwise nothing is added."""
-        from attnpatch.recording.gpu import fused_sums
+    def why_tiles(self) -> str | None:
+        """Measures need every row's keys, and a sample only some rows."""
+        return "measures" if self.recorder.measures else "some rows" if self.sample is not None else None
 
-        reason = fused_sums.why_not(call) or ("measures" if self.recorder.measures else None)
-        if reason is not None:
-            return reason
-        layout = self.layout
-        batch, num_heads, q_len, _ = call.query.shape
-        is_plain = (batch, num_heads, q_len) == (layout.batch, layout.heads, layout.q_len)
-        if not is_plain or self._numbers is not None:
-            return "another layout"
-        if self.sample is not None:
-            return "some rows"
-        reason = self.sums_of(call, lse, workspace, num_heads)
-        if reason is not None:
-            return reason
-        self.rows_apart = None
-        # The kernel has its own check, with bfloat16's accuracy.
-        self.off = max(self.off, OFF_FUSED)
-        return None
-
-    @property
-    def _numbers(self) -> torch.Tensor | None:
-        return getattr(self.layout, "numbers", None)
-
-    def _observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
-        if not self.is_shown:
-            return
-        layout, record = self.layout, self.record
+    def add_sequence(
+        self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
+    ) -> None:
+        """See ``SiteObserver.add_sequence``."""
+        record, heads = self.record, self.layout.heads
         assert record is not None
-        if passing.q_len != layout.q_len:
-            probabilities, passing = heads_as_leads(probabilities, passing)
-        if self._numbers is not None:
-            passing = dataclasses.replace(passing, leads=self._numbers[passing.leads])  # type: ignore[type-var]
-        self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
         rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
         rows = rows + self.past
         low, high = self.past + passing.rows[0], self.past + passing.rows[1]
-        for b, numbers, tile, weights in self.of_sequences(probabilities, passing, layout.heads):
-            if record.measures is not None:
-                self._measure(b, numbers, tile, weights, rows)
-            if 0 in numbers and self.sample is None:
-                self.count(b, low, high)
-            for place, chosen in self.places(numbers, layout.heads):
-                some = None if weights is None else weights[chosen]
-                if some is not None and self.sample is None and bool((some == 0).any()):
-                    self._count_closed(b, place, some, low, high)
-                if self.sample is None and self.rows_apart is None:
-                    self.add(b, place, tile[chosen], some, low, high)
-                    continue
-                columns = self._columns[b, : tile.shape[-1]]
-                bins = key_sums(record.sums[b, place], tile[chosen], columns, some)
-                if self.sample is not None:
-                    self.sample.add(b, place, bins, rows)
-                else:
-                    assert self.rows_apart is not None
-                    self.rows_apart[b, place, low - self.past : high - self.past] += bins
+        if record.measures is not None:
+            self._measure(b, numbers, tile, weights, rows)
+        if 0 in numbers and self.sample is None:
+            self.count(b, low, high)
+        for place, chosen in self.places(numbers, heads):
+            some = None if weights is None else weights[chosen]
+            if some is not None and self.sample is None and bool((some == 0).any()):
+                self._count_closed(b, place, some, low, high)
+            if self.sample is None and self.rows_apart is None:
+                self.add(b, place, tile[chosen], some, low, high)
+                continue
+            columns = self._columns[b, : tile.shape[-1]]
+            bins = key_sums(record.sums[b, place], tile[chosen], columns, some)
+            if self.sample is not None:
+                self.sample.add(b, place, bins, rows)
+            else:
+                assert self.rows_apart is not None
+                self.rows_apart[b, place, low - self.past : high - self.past] += bins
 
     def _count_closed(self, b: int, place: slice, weights: torch.Tensor, low: int, high: int) -> None:
         """Count rows that see no key: they have no probabilities, as they add nothing to the result of attention."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import CaptureError
 from attnpatch.recording.call_facts import AttentionCallInfo
@@ -290,14 +289,6 @@ class Recorder(CacheFollower):
     def captured(self) -> list[Calls]:
         """The records of every sequence, in order; repeated calls of a module within one model call are kept separate."""
         return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
-
-    def head_numbers(self, num_heads: int) -> list[int]:
-        """The heads that are kept separate.
-
-        Raises:
-            CaptureError: A head that was asked for does not exist.
-        """
-        return chosen_heads(self.heads, num_heads)
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
