@@ -174,9 +174,7 @@ WRONG = {
     "bits": (["--use-4bit", "--use-8bit"], "choose one"),
     "methods": (["--use-chunked", "--single-pass"], "choose one"),
     "rows": (["--sample-rows", "4"], "without --use-sampling"),
-    "no_rows": (["--use-sampling", "--sample-rows", "0"], "--sample-rows 0"),
     "piece": (["--chunk-size", "4"], "without --use-chunked"),
-    "head_chunk": (["--head-chunk-size", "0"], "--head-chunk-size 0"),
     "gradient": (["--weighting", "gradient", "--use-chunked"], "needs a single pass"),
     "demo": (["--mode", "demo", "--json", "{two}"], "--mode demo brings"),
     "device": (["--device-map", "nonsense"], "nonsense"),
@@ -206,6 +204,10 @@ def test_usage_errors(two):
         ["--mode", "other"],
         ["--normalize", "best"],
         ["--sample-rows", "x"],
+        ["--sample-rows", "0"],
+        ["--chunk-size", "0"],
+        ["--head-chunk-size", "0"],
+        ["--max-tokens", "0"],
         ["--truncate", "up"],
     ):
         result = analyze(*arguments)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,36 +11,6 @@ from attnpatch.errors import AnalysisError
 from attnpatch.policy import parse_size
 
 EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
-
-
-class Mode(enum.StrEnum):
-    """What is analysed."""
-
-    real = "real"
-    demo = "demo"
-
-
-class Side(enum.StrEnum):
-    """Which end of a too long conversation is cut off."""
-
-    left = "left"
-    right = "right"
-
-
-class Weighting(enum.StrEnum):
-    """What each attention probability is multiplied by (``probability``: nothing)."""
-
-    probability = "probability"
-    gradient = "gradient"
-
-
-class Normalization(enum.StrEnum):
-    """How the maps are normalised."""
-
-    row = "row"
-    none = "none"
-    density = "density"
-    column = "column"
 
 
 def analyze(
@@ -55,8 +24,9 @@ def analyze(
         "attention_maps"
     ),
     mode: Annotated[
-        Mode, typer.Option(help="demo: use the small model and the conversation that attnpatch ships.")
-    ] = (Mode.real),
+        Literal["real", "demo"],
+        typer.Option(help="demo: use the small model and the conversation that attnpatch ships."),
+    ] = "real",
     resume: Annotated[bool, typer.Option("--resume", help="Continue in DIR; skip what is done.")] = False,
     use_4bit: Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")] = False,
     use_8bit: Annotated[bool, typer.Option("--use-8bit", help="Weights in 8 bits (bitsandbytes).")] = False,
@@ -71,14 +41,15 @@ def analyze(
         bool, typer.Option("--use-sampling", help="Measure only a sample of each block's query rows.")
     ] = False,
     sample_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="With --use-sampling: rows per block; 16 if not given.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --use-sampling: rows per block; 16 if not given."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
     use_chunked: Annotated[
         bool, typer.Option("--use-chunked", help="Run chunks of one size instead of one message at a time.")
     ] = False,
     chunk_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens per chunk; 2048 if not given.")
+        int | None, typer.Option(metavar="N", min=1, help="Tokens per chunk; 2048 if not given.")
     ] = None,
     single_pass: Annotated[
         bool,
@@ -92,21 +63,23 @@ def analyze(
         str, typer.Option(metavar="LIST", help="mean, all (each head kept), or a list such as 0,5,-1.")
     ] = "mean",
     head_chunk_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Heads per step when attention runs by rows.")
+        int | None, typer.Option(metavar="N", min=1, help="Heads per step when attention runs by rows.")
     ] = None,
     normalize: Annotated[
-        Normalization | None,
+        Literal["row", "none", "density", "column"] | None,
         typer.Option(help="How to normalise maps; if not given: row, or none with gradients."),
     ] = None,
     weighting: Annotated[
-        Weighting, typer.Option(help="gradient: multiply by the gradient of the answer's log-probability.")
-    ] = Weighting.probability,
+        Literal["probability", "gradient"],
+        typer.Option(help="gradient: multiply by the gradient of the answer's log-probability."),
+    ] = "probability",
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Longest conversation; the model's own limit if not given."),
+        typer.Option(metavar="N", min=1, help="Longest conversation; the model's own limit if not given."),
     ] = None,
     truncate: Annotated[
-        Side | None, typer.Option(help="Cut longer conversations at this end; refused if not given.")
+        Literal["left", "right"] | None,
+        typer.Option(help="Cut longer conversations at this end; refused if not given."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -130,9 +103,9 @@ def analyze(
 
     accelerate launch -m attnpatch analyze ... divides the conversations among processes.
     """
-    if mode is Mode.demo and (model is not None or json is not None):
+    if mode == "demo" and (model is not None or json is not None):
         raise AnalysisError("--mode demo brings its model and conversation; leave out --model and --json")
-    if mode is Mode.real and (model is None or json is None):
+    if mode == "real" and (model is None or json is None):
         missing = "--model" if model is None else "--json"
         raise AnalysisError(f"{missing} is missing; give --model PATH --json FILE, or --mode demo")
     if use_4bit and use_8bit:
@@ -142,25 +115,14 @@ def analyze(
         raise AnalysisError("--sample-rows is given without --use-sampling; add it")
     if chunk_size is not None and not use_chunked:
         raise AnalysisError("--chunk-size is given without --use-chunked; add it")
-    for option, value in (
-        ("--sample-rows", sample_rows),
-        ("--chunk-size", chunk_size),
-        ("--head-chunk-size", head_chunk_size),
-        ("--max-tokens", max_tokens),
-    ):
-        if value is not None and value < 1:
-            raise AnalysisError(f"{option} {value}: give a whole number of at least 1")
-    if truncate is None and max_tokens is None:
-        longest = {}
-    else:
-        longest = {"max_tokens": max_tokens, "truncate": None if truncate is None else str(truncate)}
     options: dict[str, Any] = {
         "blocks": _blocks(blocks),
         "layers": layers if layers in ("all", "last") else _numbers("--layers", layers, "all, last"),
         "heads": heads if heads in ("all", "mean") else _numbers("--heads", heads, "mean, all"),
-        "weighting": str(weighting),
+        "weighting": weighting,
         "seed": seed,
-        **longest,
+        "max_tokens": max_tokens,
+        "truncate": truncate,
     }
     if use_sampling:
         options["sample_rows"] = 16 if sample_rows is None else sample_rows
@@ -177,16 +139,16 @@ def analyze(
     }
     from attnpatch.cli.run_analyze import Task, run_task
 
-    task = Task(model, json, out, method, normalize and str(normalize), resume, pictures, loading, options)
+    task = Task(model, json, out, method, normalize, resume, pictures, loading, options)
     code = run_task(task)
     if code:
         raise typer.Exit(code)
 
 
-def _method(use_chunked: bool, single_pass: bool, weighting: Weighting) -> str:
+def _method(use_chunked: bool, single_pass: bool, weighting: str) -> str:
     if use_chunked and single_pass:
         raise AnalysisError("--use-chunked and --single-pass were both given; choose one")
-    if weighting is Weighting.gradient:
+    if weighting == "gradient":
         if use_chunked:
             raise AnalysisError("--weighting gradient needs a single pass; leave out --use-chunked")
         return "single pass"

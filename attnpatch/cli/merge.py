@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
 _MOST = 12
 
 
-class By(enum.StrEnum):
-    """How blocks of different conversations are matched."""
-
-    labels = "labels"
-    role = "role"
-
-
 def merge(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that attnpatch analyze wrote.")],
     out: Annotated[
@@ -33,11 +25,11 @@ def merge(
         typer.Option(metavar="FILE", help="A safetensors file; DIR/merged/BY.safetensors if not given."),
     ] = None,
     by: Annotated[
-        By,
+        Literal["labels", "role"],
         typer.Option(
             help="labels: merge conversations with the same blocks; role: merge all, with one block per role."
         ),
-    ] = By.labels,
+    ] = "labels",
 ) -> None:
     """Write the mean map of many conversations, and its spread: the standard deviation over conversations."""
     from rich.console import Console
@@ -48,7 +40,7 @@ def merge(
     path = folder / "merged" / f"{by}.safetensors" if out is None else out
     if path.suffix != ".safetensors":
         raise AnalysisError(f"--out {path}: give the name of a .safetensors file")
-    merged = merge_folder(folder, by.value)
+    merged = merge_folder(folder, by)
     try:
         if out is None:
             path.parent.mkdir(exist_ok=True)

@@ -7,7 +7,9 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from attnpatch.errors import AnalysisError, MissingExtraError
+import torch.distributed as dist
+
+from attnpatch.errors import AnalysisError
 
 # Processes finish at different times; each waits for the last one before the summary is printed.
 _PATIENCE = timedelta(days=7)
@@ -21,7 +23,6 @@ class Processes:
 
     Raises:
         AnalysisError: ``RANK`` or ``WORLD_SIZE`` is not a number, or the two do not fit together.
-        MissingExtraError: There are several processes, and accelerate is not installed.
     """
 
     def __init__(self) -> None:
@@ -31,16 +32,10 @@ class Processes:
                 f"RANK={self.rank} and WORLD_SIZE={self.count} do not fit; leave them to the launcher"
             )
         self.local_rank = _number("LOCAL_RANK", 0)
-        self._state = None
-        if self.count > 1 and "MASTER_ADDR" in os.environ:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise MissingExtraError(
-                    'several processes need accelerate: pip install "attnpatch[all]"'
-                ) from error
+        self._are_joined = self.count > 1 and "MASTER_ADDR" in os.environ
+        if self._are_joined:
             # Only a few numbers are exchanged. gloo is enough for that, and takes no GPU memory.
-            self._state = PartialState(cpu=True, timeout=_PATIENCE)
+            dist.init_process_group("gloo", timeout=_PATIENCE)
 
     @property
     def is_main(self) -> bool:
@@ -49,10 +44,8 @@ class Processes:
 
     def gathered(self, own: Any) -> list[Any] | None:
         """Every process's ``own``, after waiting for the last process; None if a process ended before that."""
-        if self._state is None:
+        if not self._are_joined:
             return [own]
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(found, own)
@@ -62,9 +55,9 @@ class Processes:
 
     def leave(self) -> None:
         """Leave the process group, if there is one."""
-        if self._state is not None:
+        if self._are_joined:
             with contextlib.suppress(RuntimeError, AssertionError):
-                self._state.destroy_process_group()
+                dist.destroy_process_group()
 
 
 def _number(variable: str, default: int) -> int:

@@ -4,7 +4,6 @@
 JSON. ``measure`` runs all cases one after the other and compares their logits; ``show_runs`` prints a table.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -28,6 +27,8 @@ from safetensors.torch import load_file, save_file
 import attnpatch
 from attnpatch.demo.conversation import DemoConversation
 from attnpatch.errors import AttnpatchError
+from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
+from attnpatch.hosts.transformers.quiet import quieten
 from attnpatch.memory import PeakMeter
 
 # Native comes first, because the run by rows is compared with it.
@@ -66,17 +67,11 @@ class Measured:
     identical: bool
 
 
-def load(folder: Path, implementation: str) -> tuple[Any, Any]:
-    """Load the model in float32 and its tokenizer, from the folder only."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=implementation, local_files_only=True
-    )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def load(folder: Path | str, implementation: str) -> tuple[Any, Any]:
+    """Load the model in float32 and its tokenizer."""
+    quieten()
+    name = str(folder)
+    return load_model(name, dtype=torch.float32, attention=implementation), load_tokenizer(name)
 
 
 def measure(
@@ -181,7 +176,7 @@ def _in_fresh_process(*arguments: object) -> dict[str, Any]:
 
 @torch.inference_mode()
 def run_here(
-    model_folder: Path, conversation_file: Path, implementation: str, way: str, logits_file: Path
+    model_folder: str, conversation_file: str, implementation: str, way: str, logits_file: str
 ) -> dict[str, Any]:
     """Run one case in this process and save its logits; returns seconds, peak bytes and counts."""
     messages = DemoConversation.load(conversation_file).with_answer()
@@ -203,26 +198,5 @@ def run_here(
     return {"seconds": min(times), "peak": meter.peak, "counts": counts}
 
 
-def main() -> None:
-    """Read the command line, run the case, print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("conversation", type=Path)
-    parser.add_argument("implementation", choices=("eager", "sdpa"))
-    parser.add_argument("way", choices=("native", "rows"))
-    parser.add_argument("logits", type=Path)
-    print(json.dumps(run_here(**_named(parser.parse_args()))))
-
-
-def _named(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "model_folder": options.model,
-        "conversation_file": options.conversation,
-        "implementation": options.implementation,
-        "way": options.way,
-        "logits_file": options.logits,
-    }
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run_here(*sys.argv[1:])))
