@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.util
 import operator
@@ -37,8 +38,9 @@ from attnpatch.hosts.transformers.quiet import quieten
 from attnpatch.policy import size_text
 
 SOME_FAILED = 3
-# Seconds between progress lines where there is no terminal for a progress bar.
-_SAY_EVERY = 30.0
+# Seconds between progress lines where there is no terminal for a progress bar, and the seconds over which the rate is a
+# mean: one conversation may take minutes.
+_SAY_EVERY, _PERIOD = 30.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -166,65 +168,39 @@ def _loaded(task: Task) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(console: Console, total: int, processes: Processes) -> Iterator[Any]:
-    """Yields a function to call after each conversation; it shows the progress."""
+    """Yields a function to call after each conversation; it shows the progress, by lines where there is no terminal.
+
+    Conversations that were done before take no time, and do not count.
+    """
     if not processes.is_main:
         yield lambda step: None
         return
     what = f"process 1 of {processes.count}" if processes.count > 1 else "conversations"
-    if console.is_terminal:
-        columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=console, transient=True) as bar:
-            pace = _Pace(total)
-            task = bar.add_task(what, total=total, rate="")
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, **shown, speed_estimate_period=_PERIOD) as bar:
+        bar.add_task(what, total=total, rate="")
+        (task,) = bar.tasks
+        said = time.monotonic()
 
-            def advance(step: Step) -> None:
-                pace.count(step)
-                bar.update(task, advance=1, rate=pace.rate)
+        def advance(step: Step) -> None:
+            nonlocal said
+            if step.outcome == "skipped":
+                bar.update(task.id, total=task.total - 1)
+                return
+            bar.advance(task.id)
+            each = 1 / task.speed if task.speed else 0.0
+            rate = f"{1 / each:.1f}/s" if 0 < each < 1 else f"{each:.1f} s each"
+            bar.update(task.id, rate=rate if each else "")
+            if not console.is_terminal and time.monotonic() - said >= _SAY_EVERY:
+                said = time.monotonic()
+                left = datetime.timedelta(seconds=int(each * task.remaining))
+                say(console, f"{what}: {task.completed} of {task.total}, {rate}, {left} left")
 
-            yield advance
-        return
-    pace = _Pace(total)
-    said = time.monotonic()
-
-    def tell(step: Step) -> None:
-        nonlocal said
-        pace.count(step)
-        if time.monotonic() - said >= _SAY_EVERY:
-            said = time.monotonic()
-            say(console, f"{what}: {pace.seen} of {total}, {pace.rate}, {pace.left} left")
-
-    yield tell
-
-
-class _Pace:
-    """Conversations per second and the time left. Skipped conversations take no time and do not count."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.seen, self.worked = total, 0, 0
-        self._start = time.monotonic()
-
-    def count(self, step: Step) -> None:
-        self.seen += 1
-        if step.outcome == "skipped" and not self.worked:
-            self._start = time.monotonic()
-        self.worked += step.outcome != "skipped"
-
-    @property
-    def _each(self) -> float:
-        return (time.monotonic() - self._start) / max(1, self.worked)
-
-    @property
-    def rate(self) -> str:
-        each = self._each
-        return f"{1 / each:.1f}/s" if 0 < each < 1 else f"{each:.1f} s each"
-
-    @property
-    def left(self) -> str:
-        seconds = int(self._each * (self.total - self.seen))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        yield advance
 
 
 def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> None:
