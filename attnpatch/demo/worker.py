@@ -1,11 +1,10 @@
 """The demo's measurements: a forward pass over a conversation, with a separate process for each case.
 
 ``python -m attnpatch.demo.worker MODEL CONVERSATION eager|sdpa native|rows LOGITS`` runs one case and prints a line of
-JSON. ``measure`` runs all cases one after the other and compares their logits; ``show_runs`` prints a table.
+JSON. ``measure_all`` runs all cases one after the other and compares their logits; ``show_runs`` prints a table.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,52 +72,36 @@ def load(folder: Path | str, implementation: str) -> tuple[Any, Any]:
     return load_model(name, dtype=torch.float32, attention=implementation), load_tokenizer(name)
 
 
-def measure(
-    model_folder: Path, conversation_file: Path, on_start: Callable[[str, str], None] = lambda *case: None
-) -> list[Measured]:
-    """Run every case in a fresh process.
+def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
+    """Run every case in a fresh process, with a progress bar if the output is a terminal.
 
     Args:
+        console: Where to print.
         model_folder: Folder of the model and its tokenizer.
         conversation_file: A file that ``DemoConversation.save`` wrote.
-        on_start: Called with implementation and way before each case.
 
     Raises:
         DemoError: A process failed.
     """
     found = []
     native: dict[str, torch.Tensor] = {}
-    with tempfile.TemporaryDirectory(prefix="attnpatch_demo_") as temporary:
-        for implementation, way in CASES:
-            on_start(implementation, way)
+    columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        tempfile.TemporaryDirectory(prefix="attnpatch_demo_") as temporary,
+    ):
+        task = bar.add_task("starting", total=len(CASES))
+        for number, (implementation, way) in enumerate(CASES):
+            bar.update(task, completed=number, description=f"{implementation}, {_NAMES[way]}")
             # Each case has its own file, because loaded tensors are views of the file of their case.
             logits_file = Path(temporary) / f"{implementation}_{way}.safetensors"
             figures = _in_fresh_process(model_folder, conversation_file, implementation, way, logits_file)
             logits = load_file(logits_file)["logits"]
             before = native.setdefault(implementation, logits)
-            found.append(
-                Measured(
-                    implementation,
-                    way,
-                    **figures,
-                    difference=float((logits - before).abs().max()),
-                    identical=torch.equal(logits, before),
-                )
-            )
+            difference = float((logits - before).abs().max())
+            is_same = torch.equal(logits, before)
+            found.append(Measured(implementation, way, **figures, difference=difference, identical=is_same))
     return found
-
-
-def measure_all(console: Console, model_folder: Path, conversation_file: Path) -> list[Measured]:
-    """Run ``measure``, with a progress bar if the output is a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<16}"), BarColumn(), TimeElapsedColumn())
-    started = itertools.count()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=len(CASES))
-
-        def on_start(implementation: str, way: str) -> None:
-            bar.update(task, completed=next(started), description=f"{implementation}, {_NAMES[way]}")
-
-        return measure(model_folder, conversation_file, on_start)
 
 
 def show_runs(console: Console, runs: list[Measured]) -> None:
