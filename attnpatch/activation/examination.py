@@ -15,7 +15,7 @@ from typing import Any
 
 from attnpatch import compat
 from attnpatch.activation import settings
-from attnpatch.activation.launcher import is_installed, site_folders
+from attnpatch.activation.launcher import startup_folder
 from attnpatch.errors import PolicyError
 from attnpatch.policy import FREE_MEMORY, Policy
 
@@ -111,9 +111,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _activation(found: Findings, environment: Mapping[str, str]) -> None:
-    found.folder = next(
-        (folder for folder in site_folders() if os.path.isfile(os.path.join(folder, "attnpatch.pth"))), None
-    )
+    found.folder = startup_folder()
     session = sys.modules.get("attnpatch.activation.session")
     found.is_active = session is not None and session._session is not None
     found.variables = {
@@ -121,7 +119,7 @@ def _activation(found: Findings, environment: Mapping[str, str]) -> None:
         for name, value in sorted(environment.items())
         if name == settings.SWITCH or name.startswith(settings.PREFIX)
     }
-    found.is_seen = is_installed() and _fresh_interpreter_is_active(environment)
+    found.is_seen = found.folder is not None and _fresh_interpreter_is_active(environment)
     if not found.folder:
         found.wrong.append(
             ("the start-up file is not installed, so ATTNPATCH=1 does nothing",

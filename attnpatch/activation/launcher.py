@@ -59,14 +59,15 @@ def environment(
     if blocks is not None:
         variables[BLOCKS] = str(BLOCKS_FORM.of("--blocks ", blocks))
     Settings.of_environment(variables)
-    if not is_installed():
+    if startup_folder() is None:
         variables["PYTHONPATH"] = os.pathsep.join(_search_path(variables.get("PYTHONPATH")))
     return variables
 
 
-def is_installed() -> bool:
-    """Whether interpreters of this environment run the start-up file."""
-    return any(os.path.isfile(os.path.join(folder, "attnpatch.pth")) for folder in site_folders())
+def startup_folder() -> str | None:
+    """The folder of the start-up file, which interpreters of this environment run; ``None`` if it is not installed."""
+    found = (folder for folder in site_folders() if os.path.isfile(os.path.join(folder, "attnpatch.pth")))
+    return next(found, None)
 
 
 def site_folders() -> list[str]:

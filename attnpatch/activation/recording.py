@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from attnpatch.activation.files import Folder
@@ -25,7 +24,6 @@ from attnpatch.recording.text.gathered import maps_of, nothing
 from attnpatch.recording.text.observer import TextObserver
 from attnpatch.recording.text.recorder import Recorder
 from attnpatch.recording.text.sequences import reference
-from attnpatch.sdpa_call import SdpaCall
 
 
 def _nothing() -> None:
@@ -225,9 +223,14 @@ class _Guarded(Observer):
     """Wraps an observer: its errors end the capture of the sequence instead of the model's call."""
 
     def __init__(self, recorder: ThreadRecorder, observer: TextObserver) -> None:
-        self.recorder, self.observer = recorder, observer
+        self.recorder = recorder
+        # What each method returns when the capture was given up.
+        otherwise = {"begin": False, "take": "given up"}
+        for name in ("begin", "observe", "take", "restart", "end", "finish"):
+            step = functools.partial(self._attempted, getattr(observer, name), otherwise.get(name))
+            setattr(self, name, step)
 
-    def _attempted(self, step: Callable[..., Any], *args: Any, otherwise: Any = None) -> Any:
+    def _attempted(self, step: Callable[..., Any], otherwise: Any, *args: Any) -> Any:
         if self.recorder.is_out:
             return otherwise
         try:
@@ -237,26 +240,6 @@ class _Guarded(Observer):
                 raise
             self.recorder.fail(error)
             return otherwise
-
-    def begin(self, layout: Any, opened: Any) -> bool:
-        found: bool = self._attempted(self.observer.begin, layout, opened, otherwise=False)
-        return found
-
-    def observe(self, probabilities: Any, passing: Any) -> None:
-        self._attempted(self.observer.observe, probabilities, passing)
-
-    def take(self, call: SdpaCall, lse: torch.Tensor, workspace: int | None) -> str | None:
-        found: str | None = self._attempted(self.observer.take, call, lse, workspace, otherwise="given up")
-        return found
-
-    def restart(self) -> None:
-        self._attempted(self.observer.restart)
-
-    def end(self) -> None:
-        self._attempted(self.observer.end)
-
-    def finish(self) -> None:
-        self._attempted(self.observer.finish)
 
 
 class AutomaticRecorder:

@@ -176,12 +176,9 @@ def _automatic_roots(model: Any) -> list[Patch]:
 def _leave(model: Any) -> None:
     """Remove automatic patches from a model that could not be patched as a whole."""
     try:
-        from attnpatch.patching.forward_swap import sites_of, take_out
+        from attnpatch.patching.forward_swap import take_out_all
 
-        for module in model.modules():
-            for site in list(sites_of(module)):
-                if site.patch.automatic:
-                    take_out(module, site)
+        take_out_all(model, lambda patch: patch.automatic)
     except Exception:
         # Nothing more can be done, and the error must not reach the script.
         return

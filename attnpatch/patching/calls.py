@@ -16,7 +16,6 @@ from attnpatch.memory import FreeMemoryCache
 from attnpatch.observing import NullObserver
 from attnpatch.patching.recognition import Watch
 from attnpatch.policy import Policy
-from attnpatch.rows.attention_call import Counters
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.sdpa.encoder_fast_paths import opened
 
@@ -58,26 +57,14 @@ class CountersOfMasks:
     def __init__(self, root: Site) -> None:
         self.root = root
 
-    def count(self, what: str) -> None:
-        self._site().count(what)
-
-    def materialised(self, operation: str) -> None:
-        self._site().materialised(operation)
-
-    def not_fused(self, step: str) -> None:
-        self._site().not_fused(step)
-
-    def summed(self, by: str) -> None:
-        self._site().summed(by)
-
     def left_native(self, reason: str, *numbers: int) -> None:
         """Does nothing: a mask that the host makes does not mean that attention stayed native."""
 
-    def made(self, size: int) -> None:
-        self._site().made(size)
-
-    def _site(self) -> Counters:
-        return self.root if calls_here.mode is None else calls_here.mode.call.counters
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy that is being made has no site yet
+            raise AttributeError(name)
+        site = self.root if calls_here.mode is None else calls_here.mode.call.counters
+        return getattr(site, name)
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -200,6 +200,14 @@ def take_out(module: nn.Module, site: Any) -> None:
                 values[attribute] = _given_back(values[attribute], module)
 
 
+def take_out_all(model: nn.Module, is_gone: Callable[[Any], bool]) -> None:
+    """Undo ``put_in`` for the sites of every patch in a model for which ``is_gone`` is true."""
+    for module in model.modules():
+        for site in list(sites_of(module)):
+            if is_gone(site.patch):
+                take_out(module, site)
+
+
 def _given_back(value: Any, module: nn.Module) -> Any:
     """The callable that would be there if the module had not been patched; also applied to its ``__wrapped__``."""
     if _is_of_slot(value):

@@ -14,7 +14,7 @@ from attnpatch.hosts.class_methods import changing
 from attnpatch.hosts.transformers import masks
 from attnpatch.memory import FreeMemoryCache
 from attnpatch.patching.calls import calls_here
-from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out
+from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out, take_out_all
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.selection import AUTO, CANDIDATE, RECOGNISED, Chosen, choose
 from attnpatch.patching.site import Site
@@ -75,9 +75,14 @@ class Patch:
         if automatic:
             # No user has asked for this patch, so it does not try candidates.
             reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
-        taken = [name for name, module in model.named_modules() if not all(_gives_way(module))]
+        taken = [
+            name
+            for name, module in model.named_modules()
+            if not all(site.patch.automatic for site in sites_of(module))
+        ]
         if automatic and "" not in taken:
-            self._absorb(model)
+            # This patch serves the parts of the model, too.
+            take_out_all(model, lambda patch: patch.automatic)
             reasons = {name: reason for name, reason in reasons.items() if name not in taken}
         elif taken and not on_top:
             raise PatchError(
@@ -104,13 +109,6 @@ class Patch:
             site = self.site_class(self, name, module, module is model, reason)
             self.sites.append(site)
             put_in(module, site)
-
-    def _absorb(self, model: nn.Module) -> None:
-        """Take out the automatic patches of a model's parts: this patch serves those, too."""
-        for module in model.modules():
-            for site in list(sites_of(module)):
-                if site.patch.automatic:
-                    take_out(module, site)
 
     @property
     def was_used(self) -> bool:
@@ -185,10 +183,7 @@ class Patch:
 
     def take_out(self, model: nn.Module) -> None:
         """Take out every site of this patch."""
-        for module in model.modules():
-            for site in list(sites_of(module)):
-                if site.patch is self:
-                    take_out(module, site)
+        take_out_all(model, lambda patch: patch is self)
 
 
 def _asks_for_modes(module: nn.Module, is_site: bool) -> bool:
@@ -199,10 +194,6 @@ def _asks_for_modes(module: nn.Module, is_site: bool) -> bool:
     if isinstance(module, nn.TransformerEncoder):
         return True
     return not is_site and isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
-
-
-def _gives_way(module: nn.Module) -> list[bool]:
-    return [site.patch.automatic for site in sites_of(module)]
 
 
 def patch_of(model: nn.Module) -> Patch | None:
