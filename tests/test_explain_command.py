@@ -34,12 +34,12 @@ def test_command():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["empty", "--seq-len", "9"], "empty: no config.json there"),
-        (["./none", "--seq-len", "9"], "./none: no such folder"),
-        (["some/model", "--seq-len", "9"], "some/model: no such folder, and not on the hub"),
+        (["empty", "--seq-len", "9"], "model 'empty' has no config.json"),
+        (["./none", "--seq-len", "9"], "model './none': there is no such folder"),
+        (["some/model", "--seq-len", "9"], "model 'some/model' is no folder, and not on the hub"),
         (["model", "--seq-len", "0"], "seq_len=0"),
         (["model", "--seq-len", "9", "--dtype", "int7"], "dtype='int7' is not accepted"),
-        (["model", "--seq-len", "9", "--attention", "nix"], "a model cannot be built of its config"),
+        (["model", "--seq-len", "9", "--attention", "nix"], "model 'model' cannot be built of its config"),
         (["model", "--seq-len", "9", "--mode", "fast"], "--mode 'fast' is not accepted"),
         (["model", "--seq-len", "9", "--device", "abacus"], "device='abacus'"),
     ],

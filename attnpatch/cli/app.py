@@ -193,7 +193,7 @@ def explain(
     """Predict how a model's attention would run at a length and what memory it takes, without loading the model."""
     fields = vars(Policy.of_texts(policy))
     import attnpatch
-    from attnpatch.hosts.transformers.calls import built_on_meta
+    from attnpatch.hosts.transformers.loading import built_on_meta
 
     built = built_on_meta(model, dtype, attention)
     typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))

@@ -1,7 +1,7 @@
-"""Reads padding, caches and cross-attention from the arguments of a transformers model's call; builds models on meta.
+"""Reads padding, caches and cross-attention from the arguments of a transformers model's call.
 
-Reading a call imports nothing: it uses argument names that the models have had for years. (A cache's name has changed;
-``caches.py`` recognises caches by their methods.) Building a model imports transformers.
+Nothing is imported for it: it uses argument names that the models have had for years. (A cache's name has changed;
+``caches.py`` recognises caches by their methods.)
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import inspect
 import itertools
 import math
 import operator
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnpatch.errors import ExplainError, MissingExtraError, first_line
 from attnpatch.hosts.transformers import caches
 
 
@@ -224,45 +222,3 @@ def made_up_inputs(model: nn.Module, seq_len: int, batch: int) -> dict[str, torc
     config = getattr(model, "config", None)
     two_sided = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names
     return {"input_ids": ids, **({"decoder_input_ids": ids} if two_sided else {})}
-
-
-def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Module:
-    """The model of a config, on device meta and so without weights.
-
-    Args:
-        name: A folder with a ``config.json``, or a model's name on the hub.
-        dtype: A name such as ``"bfloat16"``; ``None``: as the config says, else float32.
-        attention: transformers' attention implementation; ``None``: its own choice.
-
-    Raises:
-        ExplainError: There is no such config, or no model can be built from it.
-        MissingExtraError: transformers is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError('this needs transformers: pip install "attnpatch[transformers]"') from error
-    folder = pathlib.Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ExplainError(f"{name}: no config.json there; give a folder with one, or a name on the hub")
-    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ExplainError(f"{name}: no such folder; give one with a config.json, or a name on the hub")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        what = "its config cannot be read" if folder.exists() else "no such folder, and not on the hub"
-        raise ExplainError(f"{name}: {what}: {first_line(error)}") from error
-    # A quantised checkpoint's config says how to load it. The shapes are those of the model before quantisation.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kind = next((getattr(transformers, each, None) for each in config.architectures or []), None)
-    wanted = dtype or getattr(config, "dtype", None) or torch.float32
-    exact = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(exact, torch.dtype) or not exact.is_floating_point:
-        raise ExplainError(f"dtype={dtype!r} is not accepted; give float32, bfloat16 or float16")
-    try:
-        with torch.device("meta"):
-            build = kind._from_config if kind is not None else transformers.AutoModel.from_config
-            return build(config, dtype=exact, **({"attn_implementation": attention} if attention else {}))
-    except (ValueError, ImportError, AttributeError) as error:
-        raise ExplainError(f"{name}: a model cannot be built of its config: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Loads models and tokenizers from folders or the hub."""
+"""Loads models and tokenizers from folders or the hub, and builds models of their configs on meta."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.errors import AnalysisError, MissingExtraError, first_line
+from attnpatch.errors import AnalysisError, AttnpatchError, ExplainError, MissingExtraError, first_line
 
 ENCODER_DECODER = (
     "{} has an encoder and a decoder, but a conversation is one sequence; give a decoder-only model, or see both "
@@ -110,21 +110,55 @@ def load_tokenizer(name: str) -> Any:
         ) from error
 
 
-def _check_folder(name: str) -> None:
+def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Module:
+    """The model of a config, on device meta and so without weights.
+
+    Args:
+        name: A folder with a ``config.json``, or a model's name on the hub.
+        dtype: A name such as ``"bfloat16"``; ``None``: as the config says, else float32.
+        attention: transformers' attention implementation; ``None``: its own choice.
+
+    Raises:
+        ExplainError: There is no such config, or no model can be built from it.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = _transformers()
+    _check_folder(name, ExplainError)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        is_there = pathlib.Path(name).exists()
+        what = "has a config that cannot be read" if is_there else "is no folder, and not on the hub"
+        raise ExplainError(f"model {name!r} {what}: {first_line(error)}") from error
+    # A quantised checkpoint's config says how to load it. The shapes are those of the model before quantisation.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = next((getattr(transformers, each, None) for each in config.architectures or []), None)
+    wanted = dtype or getattr(config, "dtype", None) or torch.float32
+    exact = _dtype(wanted, ExplainError)
+    try:
+        with torch.device("meta"):
+            build = kind._from_config if kind is not None else transformers.AutoModel.from_config
+            return build(config, dtype=exact, **({"attn_implementation": attention} if attention else {}))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ExplainError(f"model {name!r} cannot be built of its config: {first_line(error)}") from error
+
+
+def _check_folder(name: str, failure: type[AttnpatchError] = AnalysisError) -> None:
     folder = pathlib.Path(name)
     if folder.is_file():
-        raise AnalysisError(f"model {name!r} is a file; give the folder that save_pretrained wrote")
+        raise failure(f"model {name!r} is a file; give the folder that save_pretrained wrote")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise AnalysisError(f"model {name!r} has no config.json; give the folder that save_pretrained wrote")
+        raise failure(f"model {name!r} has no config.json; give the folder that save_pretrained wrote")
     looks_like_path = folder.is_absolute() or name.startswith(".") or name.count("/") > 1
     if not folder.exists() and looks_like_path:
-        raise AnalysisError(f"model {name!r}: there is no such folder; give one, or a name on the hub")
+        raise failure(f"model {name!r}: there is no such folder; give one, or a name on the hub")
 
 
-def _dtype(dtype: Any) -> torch.dtype:
+def _dtype(dtype: Any, failure: type[AttnpatchError] = AnalysisError) -> torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise AnalysisError(f"torch_dtype={dtype!r} is not accepted; give float32, bfloat16 or float16")
+        raise failure(f"dtype={dtype!r} is not accepted; give float32, bfloat16 or float16")
     return found
 
 
