@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Container
 
 from attnpatch.patching.counters import TOTALS
 from attnpatch.patching.patch import Patch
@@ -85,14 +86,8 @@ class Report:
             if not any(row[at] for row in body):
                 for row in [header, *body]:
                     del row[at]
-        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
         lines = [f"{self.model}: {self.policy or 'its components have different policies'}"]
-        for row in [header, *body]:
-            cells = [
-                cell.rjust(width) if 2 <= i < 2 + len(shown) else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines += aligned([header, *body], range(2, 2 + len(shown)))
         obstacles: Counter[str] = Counter()
         for site in self.sites:
             obstacles.update(site.not_fused)
@@ -112,6 +107,17 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def aligned(rows: list[list[str]], right: Container[int]) -> list[str]:
+    """The lines of a table; ``right``: the columns whose cells stand on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        found = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in cells]
+        lines.append("  ".join(found).rstrip())
+    return lines
 
 
 def _is_inside(name: str, outer: str) -> bool:

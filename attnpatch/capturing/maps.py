@@ -128,10 +128,7 @@ class Maps:
 
     def __repr__(self) -> str:
         found = self._recorder.captured()
-        keys = dict.fromkeys(key for calls in found for key in self._of_quietly(calls))
+        keys = dict.fromkeys(key for calls in found for key in maps_of(self._recorder, calls)[0])
         lines = [f"Maps({len(found)} sequences{', ' + ', '.join(keys) if keys else ''})"]
         lines += [f"  left out: {name or '(model)'}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
-
-    def _of_quietly(self, calls: Calls) -> list[str]:
-        return list(maps_of(self._recorder, calls)[0])

@@ -14,6 +14,7 @@ from attnpatch.api import capture, patched
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.spec import Blocks
 from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
+from attnpatch.conversations.passes import text_config
 from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import RunFolder
@@ -174,9 +175,7 @@ def check(analyzer: BlockAttentionAnalyzer, method: str) -> None:
         raise AnalysisError("weighting='gradient' needs a single pass; give method='single pass'")
     with patched(model, **analyzer.policy), capture(model, Blocks.fixed(1), **options.of_capture):
         pass
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    num_heads = getattr(config, "num_attention_heads", None)
+    num_heads = getattr(text_config(model), "num_attention_heads", None)
     if isinstance(num_heads, int) and options.heads not in ("mean", "all"):
         chosen_heads(options.heads, num_heads)
 

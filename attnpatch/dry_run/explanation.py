@@ -23,6 +23,7 @@ from attnpatch.hosts.transformers import calls as host
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy, size_text
 from attnpatch.recording.layers import pattern_of
+from attnpatch.reporting import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +96,10 @@ class Explanation:
             f"{self.policy}",
         ]
         header = ["sites", "count", "kernel", "native holds", "now", "now holds", "rows x heads"]
-        body = [_cells(group) for group in self.groups]
-        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        for row, group in zip([header, *body], [None, *self.groups], strict=True):
-            cells = [
-                cell.rjust(width) if i in (1, 3, 5, 6) else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-            if group is not None:
-                lines.append(f"  {group.kind}: {group.reason}")
+        head, *body = aligned([header, *map(_cells, self.groups)], (1, 3, 5, 6))
+        lines.append(head)
+        for line, group in zip(body, self.groups, strict=True):
+            lines += [line, f"  {group.kind}: {group.reason}"]
         lines.append(
             f"peak beyond parameters and inputs: native {size_text(self.native_peak)}, under the policy "
             f"{size_text(self.peak)}"
@@ -139,9 +134,9 @@ def explanation_of(
         inputs, said = _made_up(model, seq_len, batch)
     every = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
     where = _device_of(list(every), device)
-    parameters = sum(map(_bytes, every))
+    parameters = sum(tensor.nbytes for tensor in every)
     # A model on meta must be loaded before it runs, so its parameters reduce the free memory.
-    missing = sum(_bytes(tensor) for tensor in every if tensor.device != where)
+    missing = sum(tensor.nbytes for tensor in every if tensor.device != where)
     free = memory.free_bytes(where)
     is_fixed = bool(os.environ.get(memory.OVERRIDE))
     left = free if is_fixed else max(0, free - missing)
@@ -196,16 +191,12 @@ def _said(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
     """The device: the given one, else the one with most parameters, else the accelerator, else the CPU."""
     if device is None:
         sizes: Counter[torch.device] = Counter()
         for tensor in tensors:
-            sizes[tensor.device] += _bytes(tensor)
+            sizes[tensor.device] += tensor.nbytes
         most = sizes.most_common(1)
         if most and most[0][0].type != "meta":
             return most[0][0]

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.patching.code_names import is_torch, names_of_class, names_of_instance, names_of_methods
 from attnpatch.patching.registry import is_attention
+from attnpatch.rows.provenance.tensors import tensors_in
 
 _COMPLETE = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
 _PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ linalg_matmul bmm mm baddbmm einsum".split())
@@ -121,7 +122,7 @@ class Watch(TorchFunctionMode):
             self.marks[tensor] = INPUT
 
     def mark(self, value: Any, as_what: int = INPUT) -> None:
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             self.marks[tensor] = as_what
             if as_what == SCORES:
                 self._shapes.add(tensor.shape)
@@ -135,7 +136,7 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         try:
             # Read the marks before the call: an in-place function changes them.
-            given = [(tensor, self._what_is(tensor, name)) for tensor in _tensors((args, kwargs))]
+            given = [(tensor, self._what_is(tensor, name)) for tensor in tensors_in((args, kwargs))]
         except Exception as error:
             self._failed(error)
             given = []
@@ -220,16 +221,6 @@ def _is_mixed(given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> 
     """True if the result has as many elements as its input: only heads were mixed, and keys are still there."""
     source = next(tensor for tensor, mark in given if mark == most)
     return isinstance(result, torch.Tensor) and result.numel() == source.numel()
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def _tensors_within(value: Any, depth: int) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from attnpatch.hosts.diffusers.prompt_rows import Placed, Word, placed, row_of
 from attnpatch.hosts.diffusers.token_matching import Encoded, pieces_of
 from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoiser_call import TextRow
+from attnpatch.rows.provenance.tensors import tensors_in
 
 # Number of latest encodings that are kept per encoder: a prompt may consist of several, and a text encoder that
 # generates (prompt enhancement) returns one for every token.
@@ -86,7 +87,7 @@ class Prompts:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return
-        states = [state for state in _tensors(output) if state.dim() == 3 and state.shape[:2] == ids.shape]
+        states = [state for state in tensors_in(output) if state.dim() == 3 and state.shape[:2] == ids.shape]
         kept = self.encoded[part]
         for row, each in enumerate(ids.tolist()):
             is_masked = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
@@ -112,14 +113,3 @@ class Prompts:
             if pieces:
                 found.append(placed(pieces, self.texts, words))
         return row_of(found, words, len(given)) if found else None
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
