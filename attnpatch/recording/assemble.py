@@ -76,16 +76,15 @@ def block_map(
     if first.variance is not None and not apart:
         errors = [dataclasses.replace(record, sums=record.variance.sqrt()) for record in records]
         error = _stacked([_mean(record, record, heads) for record in errors], heads)
-    one = slice(None) if mass.shape[0] > 1 else 0
     return BlockMap(
-        mass=mass[one],
+        mass=mass,
         layers=layers,
-        query_labels=first.query.labels[one],
-        key_labels=first.key.labels[one],
-        query_sizes=first.counts[one].long(),
-        key_sizes=first.key.sizes[one],
+        query_labels=first.query.labels,
+        key_labels=first.key.labels,
+        query_sizes=first.counts.long(),
+        key_sizes=first.key.sizes,
         heads="mean" if heads == "mean" else chosen_heads(heads, first.num_heads),
-        error=None if error is None else error[one],
+        error=error,
         steps=range(len(apart)),
         metadata={**metadata, "tokens": int(first.key.assignment.shape[1])},
     )

@@ -86,14 +86,13 @@ class Reading:
             sizes[name] = torch.stack(
                 [torch.nn.functional.pad(each, (0, count - len(each))) for _, each in found]
             )
-        one = len(whole) == 1
         return BlockMap(
-            mass=(mass if steps else mass[:, 0])[0 if one else slice(None)].float(),
+            mass=(mass if steps else mass[:, 0]).float(),
             layers=names,
-            query_labels=labels["query"][0] if one else labels["query"],
-            key_labels=labels["key"][0] if one else labels["key"],
-            query_sizes=sizes["query"][0] if one else sizes["query"],
-            key_sizes=sizes["key"][0] if one else sizes["key"],
+            query_labels=labels["query"],
+            key_labels=labels["key"],
+            query_sizes=sizes["query"],
+            key_sizes=sizes["key"],
             heads="mean" if self.heads == "mean" else chosen_heads(self.heads, first.num_heads),
             steps=steps,
             metadata={
