@@ -245,14 +245,11 @@ def test_frames_of_a_video(plot, as_array):
     assert corners == sorted(set(corners))  # each its own image
     assert bar.get_ylim() == pytest.approx((0, 1.6))
     assert hottest(panel_pixels(figure, panels[-1]))[1] == pytest.approx(3.5 / 6, abs=0.05)
-    named = overlay.frames(video[:2], torch.from_numpy(heats[:2]), ["a", "b"])
-    assert [axes.get_title() for axes in named.axes[:-1]] == ["a", "b"]
 
 
 WRONG = {
     "no words": (lambda: overlay.overlay(photo(), {}), "there are no words"),
     "no words to write": (lambda: overlay.write_overlays(photo(), {}, "x"), "there are no words"),
-    "no mapping": (lambda: overlay.overlay(photo(), [spot(1, 1)]), "a list of 1; give a dict"),
     "no image": (lambda: overlay.overlay("x", {"a": spot(1, 1)}), "the image is of type str"),
     "shape": (lambda: overlay.overlay(photo(), {"a": np.zeros(3)}), r"heat of 'a' is numpy \[3\] float64"),
     "empty": (lambda: overlay.overlay(photo(), {"a": np.zeros((0, 3))}), r"numpy \[0, 3\]"),
@@ -262,13 +259,7 @@ WRONG = {
         "'a' .*negative or not finite",
     ),
     "negative": (lambda: overlay.overlay(photo(), {"a": spot(1, 1, value=-1)}), "'a' .*negative"),
-    "columns": (lambda: overlay.overlay(photo(), {"a": spot(1, 1)}, columns=0), "columns is 0"),
-    "half columns": (lambda: overlay.overlay(photo(), {"a": spot(1, 1)}, columns=1.5), "columns is 1.5"),
-    "no steps": (lambda: overlay.steps(photo(), [], []), "0 labels for heats of 0 steps"),
-    "labels": (lambda: overlay.steps(photo(), [spot(1, 1)], ["a", "b"]), "2 labels for heats of 1 steps"),
-    "no list": (lambda: overlay.steps(photo(), None, ["a"]), "the heats are of type NoneType"),
-    "images": (lambda: overlay.frames([photo()] * 3, [spot(1, 1)] * 2), "3 images and 2 labels .*2 frames"),
-    "no frames": (lambda: overlay.frames([], []), "0 images"),
+    "images": (lambda: overlay.frames([photo()] * 3, [spot(1, 1)] * 2), "3 images for heats of 2 frames"),
     "generator": (
         lambda: overlay.frames(iter([photo()]), [spot(1, 1)]),
         "the images are of type list_iterator",
@@ -306,13 +297,6 @@ def test_panels_and_words_have_room(plot, count, shape):
     width, height = figure.get_size_inches()
     assert max(width, height) < 16
     assert all(axes.get_title() for axes in figure.axes[:-1])
-
-
-@pytest.mark.parametrize("columns", [1, 3, 99])
-def test_columns_can_be_chosen(plot, columns):
-    figure = overlay.overlay(photo(), {str(i): spot(1, 1) for i in range(6)}, columns=columns)
-    lefts = {round(axes.get_position().x0, 4) for axes in figure.axes[:-1]}
-    assert len(lefts) == min(columns, 7)
 
 
 def test_a_small_image_is_drawn_large_and_pixel_by_pixel(plot):

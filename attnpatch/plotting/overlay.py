@@ -4,7 +4,6 @@ import contextlib
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,7 @@ _FILE_PIXELS = 512
 _LONGEST_NAME = 40
 
 
-def overlay(
-    image: Any, heats: Mapping[str, np.ndarray], *, title: str | None = None, columns: int | None = None
-) -> "Figure":
+def overlay(image: Any, heats: Mapping[str, np.ndarray], *, title: str | None = None) -> "Figure":
     """Draw the image, then one panel per word: the word's heat over the image in grey.
 
     Every panel has its own scale, from 0 to the largest heat of its word, which is printed below it.
@@ -39,17 +36,14 @@ def overlay(
         image: Anything that ``as_image`` accepts.
         heats: By word, ``[h, w]`` of any resolution, not negative.
         title: Title of the figure.
-        columns: Panels side by side; None chooses.
 
     Raises:
-        CaptureError: There are no words, or the image, a heat or ``columns`` cannot be used.
+        CaptureError: There are no words, or the image or a heat cannot be used.
         MissingExtraError: matplotlib is not installed.
     """
     pixels, heats = as_image(image), _by_word(heats)
-    if columns is not None and (not isinstance(columns, Integral) or columns < 1):
-        raise CaptureError(f"columns is {columns!r}; give a whole number of at least 1, or None.")
     panels = [Panel(word, pixels, heat, float(heat.max())) for word, heat in heats.items()]
-    return panel_grid.draw([Panel("image", pixels), *panels], title, columns)
+    return panel_grid.draw([Panel("image", pixels), *panels], title)
 
 
 def steps(
@@ -64,49 +58,32 @@ def steps(
         title: Title of the figure.
 
     Raises:
-        CaptureError: There are no steps, their number differs from that of the labels, or the image or a heat is
-            invalid.
+        CaptureError: The image or a heat is invalid.
         MissingExtraError: matplotlib is not installed.
     """
     pixels = as_image(image)
-    count, names = _count("heats", heats), _count("labels", labels)
-    if count == 0 or count != names:
-        raise CaptureError(
-            f"{names} labels for heats of {count} steps; give one label per step, and at least one step."
-        )
-    chosen = _spread(count, MOST_STEPS)
+    chosen = _spread(len(heats), MOST_STEPS)
     return _on_one_scale([pixels] * len(chosen), heats, labels, chosen, title)
 
 
-def frames(
-    images: Sequence[Any],
-    heats: np.ndarray,
-    labels: Sequence[str] | None = None,
-    *,
-    title: str | None = None,
-) -> "Figure":
+def frames(images: Sequence[Any], heats: np.ndarray, *, title: str | None = None) -> "Figure":
     """Draw the heat of one word in a video: at most 8 frames, evenly spaced, on one scale.
 
     Args:
         images: One per frame, each anything that ``as_image`` accepts; also as one array, or as a batch of one video.
         heats: ``[frames, h, w]``.
-        labels: One per frame; None numbers them from 0.
         title: Title of the figure.
 
     Raises:
-        CaptureError: There are no frames, the numbers of images, labels and frames differ, or one of them is invalid.
+        CaptureError: The numbers of images and frames differ, or one of them is invalid.
         MissingExtraError: matplotlib is not installed.
     """
-    count = _count("heats", heats)
-    if _count("images", images) == 1 and count > 1:
+    count = len(heats)
+    if _count(images) == 1 and count > 1:
         images = images[0]
-    labels = [f"frame {number}" for number in range(count)] if labels is None else labels
-    found, names = _count("images", images), _count("labels", labels)
-    if count == 0 or not count == found == names:
-        raise CaptureError(
-            f"{found} images and {names} labels for heats of {count} frames; give one of each per frame, "
-            "and at least one frame."
-        )
+    if _count(images) != count:
+        raise CaptureError(f"{_count(images)} images for heats of {count} frames; give one image per frame.")
+    labels = [f"frame {number}" for number in range(count)]
     chosen = _spread(count, MOST_FRAMES)
     return _on_one_scale([as_image(images[number]) for number in chosen], heats, labels, chosen, title)
 
@@ -147,18 +124,16 @@ def write_overlays(image: Any, heats: Mapping[str, np.ndarray], folder: str | os
 
 
 def _by_word(heats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if not isinstance(heats, Mapping):
-        raise CaptureError(f"the heats are {described(heats)}; give a dict from words to [h, w].")
     if not heats:
         raise CaptureError("there are no words to draw; give the heat of at least one.")
     return {str(word): as_heat(word, heat) for word, heat in heats.items()}
 
 
-def _count(what: str, given: Any) -> int:
+def _count(images: Any) -> int:
     try:
-        return len(given)
+        return len(images)
     except TypeError as error:
-        raise CaptureError(f"the {what} are {described(given)}; give a sequence.") from error
+        raise CaptureError(f"the images are {described(images)}; give a sequence.") from error
 
 
 def _spread(count: int, most: int) -> list[int]:

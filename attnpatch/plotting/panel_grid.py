@@ -80,15 +80,12 @@ def colours() -> np.ndarray:
     return map_figure.load_matplotlib().colormaps["inferno"](np.linspace(0.2, 1, 256))[:, :3]
 
 
-def draw(
-    panels: Sequence[Panel], title: str | None, columns: int | None = None, top: float | None = None
-) -> "Figure":
+def draw(panels: Sequence[Panel], title: str | None, top: float | None = None) -> "Figure":
     """Draw the panels in reading order.
 
     Args:
         panels: At least one.
         title: Title of the page.
-        columns: Panels side by side; None chooses.
         top: The end of the scale that all panels share; None if each has its own scale.
 
     Raises:
@@ -98,7 +95,7 @@ def draw(
     height, width = panels[0].image.shape[:2]
     # Panels that share a scale are a sequence in time, so they are laid out as a strip.
     shape = _SHAPE if top is None else _STRIP_SHAPE
-    grid = _grid(len(panels), width / height, columns, shape)
+    grid = _grid(len(panels), width / height, shape)
     across, down = grid.page
     line = int(9 * across)
     title = textwrap.fill(map_figure.shorten(_visible(title), 2 * line), line) if title else ""
@@ -126,10 +123,8 @@ def png(pixels: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def _grid(count: int, ratio: float, columns: int | None, shape: float) -> _Grid:
+def _grid(count: int, ratio: float, shape: float) -> _Grid:
     """Panels as large as the page allows, in as many columns as fill it and bring it near its shape."""
-    if columns is not None:
-        return _sized(count, ratio, min(columns, count))
 
     def strangeness(grid: _Grid) -> float:
         across, down = grid.page
