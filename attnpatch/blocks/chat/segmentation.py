@@ -29,8 +29,8 @@ from typing import Any
 from attnpatch.blocks.chat.closing_patterns import Closings, Special
 from attnpatch.blocks.chat.message_boundaries import Ends
 from attnpatch.blocks.chat.prefix_boundaries import ends_of_prefixes
-from attnpatch.blocks.chat.sentinel_search import Places, locate
-from attnpatch.blocks.chat.sentinels import CONTENT, Marked, Marker, came_out
+from attnpatch.blocks.chat.sentinel_search import locate
+from attnpatch.blocks.chat.sentinels import CONTENT, Marker, came_out
 from attnpatch.errors import BlockError
 
 Render = Callable[..., str]
@@ -126,23 +126,22 @@ def divide(
     marked, places = located
     if opening and any(found[-1][0] > len(text) - len(opening) for found in places.values()):
         raise BlockError(_NO_OPENING)
-    work = _Work(render, whole, messages, text, len(text) - len(opening), marked, places, strict, written)
+    stop = len(text) - len(opening)
+    work = _Work(render, messages, text, stop, marked, places, strict, written, whole=whole)
     return replace(work.divided(), opening=opening)
 
 
 @dataclass
-class _Work:
-    """State while one conversation is divided."""
+class _Work(Ends):
+    """Divides one conversation: finds where its messages end, and what the template did to them.
 
-    render: Render
-    whole: Render
-    messages: Sequence[Mapping]
-    text: str
-    stop: int
-    marked: Marked
-    places: Places
-    strict: bool
-    written: Closings
+    Attributes:
+        whole: Renders the conversation as it is divided, with the opening of the assistant's next message if that was
+            requested.
+        notes: What the template did to messages, in words.
+    """
+
+    whole: Render = field(kw_only=True)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -155,13 +154,10 @@ class _Work:
                 "the chat template gives no text for any of these messages; use another template."
             )
         self._check_order()
-        work = Ends(
-            self.render, self.messages, self.text, self.stop, self.marked, self.places, self.strict, self.written
-        )  # fmt: skip
-        ends = work.found()
+        ends = self.found()
         absent = self._absent(ends)
         if self.strict:
-            self._check_own_text(ends, absent, work.otherwise)
+            self._check_own_text(ends, absent)
         contents = tuple(self._content(index, absent) for index in range(len(self.messages)))
         pieces: list[Segment] = []
         members: list[int] = []
@@ -183,7 +179,7 @@ class _Work:
             if len(piece.messages) > 1:
                 names = " and ".join(self._name(index) for index in piece.messages)
                 first = piece.messages[0]
-                why = _UNTOLD if self._is_untold(first, work.otherwise) else "the template joins them"
+                why = _UNTOLD if self._is_untold(first) else "the template joins them"
                 self.notes.append(f"{names} are one block: {why}")
         return Division(self.text, tuple(pieces), contents, tuple(self.notes))
 
@@ -195,11 +191,6 @@ class _Work:
             f"{self._name(index)} has no text of its own: the chat template {does} it; leave it out or join it with "
             "its neighbour, or use Blocks.spans."
         )
-
-    def _region(self, index: int) -> tuple[int, int]:
-        """Characters between the first and the last mark of a message."""
-        found = self.places[index]
-        return found[0][0], found[-1][0]
 
     def _check_order(self) -> None:
         for index, found in self.places.items():
@@ -213,21 +204,21 @@ class _Work:
                 rest = [region for region in regions if region[0] != one]
                 self._refuse(one if all(a[2] <= b[1] for a, b in pairwise(rest)) else other, "moves")
 
-    def _is_untold(self, index: int, otherwise: Mapping[int, str]) -> bool:
+    def _is_untold(self, index: int) -> bool:
         """Whether a message without a known end is closed somewhere before the next one, rather than joined with it."""
         after = next((other for other in sorted(self.places) if other > index), None)
-        if index not in otherwise or after is None:
+        if index not in self.otherwise or after is None:
             return False
         (_, base), (limit, last) = self._region(index), self._region(after)
-        is_deferred = after < len(self.messages) - 1 and self.text.startswith(otherwise[index], last)
+        is_deferred = after < len(self.messages) - 1 and self.text.startswith(self.otherwise[index], last)
         return bool(self.written.special.tags(self.text[base:limit])) and not is_deferred
 
-    def _check_own_text(self, ends: list[int | None], absent: set[int], otherwise: Mapping[int, str]) -> None:
+    def _check_own_text(self, ends: list[int | None], absent: set[int]) -> None:
         for index, end in enumerate(ends):
             lost = index not in self.places and self.placed.get(index, set()) - {"blank"}
             if index in absent or lost:
                 self._refuse(index, "drops")
-            if end is None and self._is_untold(index, otherwise):
+            if end is None and self._is_untold(index):
                 raise BlockError(
                     f"the end of {self._name(index)} cannot be found: the chat template closes it differently when it "
                     "is the last; use Blocks.spans."
