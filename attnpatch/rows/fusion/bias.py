@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 
 from attnpatch.observing import Layout, Opened
@@ -136,11 +137,8 @@ class _Steps:
     def _head(self, sequence: int) -> Tile:
         """The tile of a sequence's first head."""
         at = int((self.numbers == sequence * self.layout.heads).nonzero()[0])
-        tile: Tile = {}
-        for axis in reversed(self.leads):
-            tile[axis] = (at % axis.size, at % axis.size + 1)
-            at //= axis.size
-        return tile
+        places = map(int, numpy.unravel_index(at, [axis.size for axis in self.leads]))
+        return {axis: (place, place + 1) for axis, place in zip(self.leads, places, strict=True)}
 
     def _value(self, tile: Tile) -> torch.Tensor:
         """The bias inside a tile, with one dimension per axis."""

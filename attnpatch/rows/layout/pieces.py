@@ -60,11 +60,8 @@ def iterate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 def split(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """``split`` and ``chunk`` as slices."""
     source = args[0]
-    count = (
-        args[1]
-        if len(args) > 1
-        else kwargs.get("split_size", kwargs.get("split_size_or_sections", kwargs.get("chunks")))
-    )
+    named = kwargs.get("split_size_or_sections", kwargs.get("chunks"))
+    count = argument(args, kwargs, 1, "split_size", named)
     dim = argument(args, kwargs, 2, "dim", 0)
     if not isinstance(dim, int) or (name == "chunk" and not isinstance(count, int)):
         return NotImplemented

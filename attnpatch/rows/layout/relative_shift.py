@@ -261,11 +261,6 @@ def cut(node: Node, position: int, start: int, stop: int) -> Node:
     return SliceNode(node, position, start, stop)
 
 
-def has_rows(node: Node, position: int) -> bool:
-    """True if a dimension has a row axis, so that tensors can be joined along it without computing all rows."""
-    return any(axis.kind == ROW for axis in leaves(node.dims[position]))
-
-
 def joined(pieces: Sequence[Node], position: int) -> Strided:
     """Tensors concatenated along a dimension with rows; they share the axes of their other dimensions."""
     after = len(pieces[0].dims) - position - 1

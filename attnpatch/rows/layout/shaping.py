@@ -23,17 +23,6 @@ LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
 Native = tuple[Callable[..., Any], Any, dict[str, Any]]
 
 
-def _result(source: DeferredTensor, node: Node, native: Native) -> DeferredTensor:
-    """A deferred tensor that shares memory with ``source``, as torch's own views do.
-
-    Args:
-        source: The tensor that is viewed.
-        node: The view's graph: nodes of one child each on top of the source's.
-        native: The torch function and its arguments after the first.
-    """
-    return views.view(source, node, native)
-
-
 def _or_copy(source: DeferredTensor, node: Node | None, native: Native) -> Any:
     """The result of a function that returns its operand, a view or a copy of it, depending on the strides."""
     func, args, kwargs = native
@@ -44,7 +33,7 @@ def _or_copy(source: DeferredTensor, node: Node | None, native: Native) -> Any:
     if result is memory_layout.shadow(own):
         return source
     if memory_layout.is_view(result, own):
-        return _result(source, node, native)
+        return views.view(source, node, native)
     return wrap(sharing.of_function(node, own, native), source.handle.call)
 
 
@@ -99,8 +88,7 @@ def view_as(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 @op("flatten", is_layout=True, is_view=True)
 def flatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    start = args[1] if len(args) > 1 else kwargs.get("start_dim", 0)
-    end = args[2] if len(args) > 2 else kwargs.get("end_dim", -1)
+    start, end = argument(args, kwargs, 1, "start_dim", 0), argument(args, kwargs, 2, "end_dim", -1)
     shape = list(source.shape)
     start, end = start % len(shape), end % len(shape)
     flat = [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]]
@@ -115,8 +103,7 @@ def ravel(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 @op("unflatten", is_layout=True, is_view=True)
 def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    sizes = args[2] if len(args) > 2 else kwargs.get("sizes")
+    dim, sizes = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "sizes")
     if not isinstance(dim, int) or not isinstance(sizes, (list, tuple)):
         return NotImplemented
     shape, sizes = list(source.shape), list(sizes)
@@ -129,36 +116,36 @@ def unflatten(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, 
 @op("unsqueeze", is_layout=True, is_view=True)
 def unsqueeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node
-    dim = (args[1] if len(args) > 1 else kwargs["dim"]) % (len(node.dims) + 1)
+    dim = argument(args, kwargs, 1, "dim") % (len(node.dims) + 1)
     dims = (*node.dims[:dim], (), *node.dims[dim:])
-    return _result(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
+    return views.view(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
 
 
 @op("squeeze", is_layout=True, is_view=True)
 def squeeze(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node
-    asked = args[1] if len(args) > 1 else kwargs.get("dim")
+    asked = argument(args, kwargs, 1, "dim")
     if asked is None:
         asked = range(len(node.dims))
     elif isinstance(asked, int):
         asked = [asked]
     gone = {dim % len(node.dims) for dim in asked}
     dims = tuple(dim for i, dim in enumerate(node.dims) if i not in gone or size_of(dim) != 1)
-    return _result(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
+    return views.view(args[0], ViewNode(node, dims), (func, args[1:], kwargs))
 
 
 def _permuted(source: DeferredTensor, order: list[int]) -> DeferredTensor:
     node = source.handle.node
     dims = tuple(node.dims[i] for i in order)
     call = OpNode(torch.permute, (node, order), {}, dims, node.dtype, node.device)
-    return _result(source, call, (torch.permute, (order,), {}))
+    return views.view(source, call, (torch.permute, (order,), {}))
 
 
 @op("transpose", "swapaxes", "swapdims", is_layout=True, is_view=True)
 def transpose(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
-    first = args[1] if len(args) > 1 else kwargs.get("dim0", kwargs.get("axis0"))
-    second = args[2] if len(args) > 2 else kwargs.get("dim1", kwargs.get("axis1"))
+    first = argument(args, kwargs, 1, "dim0", kwargs.get("axis0"))
+    second = argument(args, kwargs, 2, "dim1", kwargs.get("axis1"))
     if not isinstance(first, int) or not isinstance(second, int):
         return NotImplemented
     order = list(range(count))
@@ -223,9 +210,10 @@ def expand(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
         if size_of(own) != 1 and size not in (-1, size_of(own)):
             return NotImplemented
         dims.append(own if size_of(own) != 1 or size == -1 else new)
-    return _result(source, ViewNode(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
+    return views.view(source, ViewNode(node, tuple(dims), expand=True), (torch.Tensor.expand, (shape,), {}))
 
 
+@op("clone", is_layout=True)
 @op("contiguous", "alias", "positive", "real", "data", "detach", is_layout=True, is_view=True)
 def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Functions that return the operand, or a view of all of it."""
@@ -237,11 +225,6 @@ def same(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any])
     found.is_detached = found.stops_gradient = name in ("detach", "data")
     found.forgets_versions = name == "data"
     return _or_copy(source, found, (func, args[1:], kwargs))
-
-
-@op("clone", is_layout=True)
-def clone(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return same(name, func, args, kwargs)
 
 
 @op("cpu", is_layout=True, is_view=True)
@@ -273,4 +256,4 @@ def as_strided(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str,
     own = memory_layout.shadow(args[0].handle.node)
     if node is None or own is None or not own.is_contiguous() or own.storage_offset():
         return NotImplemented
-    return _result(args[0], node, (func, args[1:], kwargs))
+    return views.view(args[0], node, (func, args[1:], kwargs))

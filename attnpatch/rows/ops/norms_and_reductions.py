@@ -42,15 +42,11 @@ def _named(position: int, default: Any = None, keyword: str = "dim") -> Which:
     return lambda args, kwargs, count: argument(args, kwargs, position, keyword, default)
 
 
-def _last(position: int, keyword: str) -> Which:
-    """The last dimensions, as many as an argument gives sizes."""
-
-    def which(args: Any, kwargs: dict[str, Any], count: int) -> Any:
-        sizes = argument(args, kwargs, position, keyword)
-        length = 1 if isinstance(sizes, int) else len(sizes)
-        return list(range(count - length, count))
-
-    return which
+def _normalized(args: Any, kwargs: dict[str, Any], count: int) -> Any:
+    """The last dimensions, as many as ``normalized_shape`` has sizes."""
+    sizes = argument(args, kwargs, 1, "normalized_shape")
+    length = 1 if isinstance(sizes, int) else len(sizes)
+    return list(range(count - length, count))
 
 
 def _always(*dims: int) -> Which:
@@ -73,8 +69,8 @@ WITHIN: dict[str, Which] = {
     "fliplr": _always(1),
     "flipud": _always(0),
     "roll": _named(2, keyword="dims"),
-    "layer_norm": _last(1, "normalized_shape"),
-    "rms_norm": _last(1, "normalized_shape"),
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
     "argsort": _named(1, -1),
     "msort": _always(0),
     # Functions that remove the dimensions, or make them 1.
@@ -142,12 +138,20 @@ def complete_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[
         return NotImplemented
     if any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i])):
         return _of_rows(name, source, args, kwargs, dims)
+    return _with(source, func, args[1:], kwargs, positions)
+
+
+def _with(
+    source: DeferredTensor, func: Callable[..., Any], rest: Any, kwargs: dict[str, Any], positions: list[int]
+) -> Any:
+    """The result of a function that needs some dimensions complete, whatever axes they have."""
+    node = source.handle.node
     shape = [size if i in positions else 1 for i, size in enumerate(node.shape)]
     if math.prod(shape) > _MOST_ASKED:
         return NotImplemented
     with torch.no_grad():
-        told = func(torch.ones(shape, dtype=node.dtype, device=node.device), *args[1:], **kwargs)
-    return becoming(source, func, args[1:], kwargs, positions, told)
+        told = func(torch.ones(shape, dtype=node.dtype, device=node.device), *rest, **kwargs)
+    return becoming(source, func, rest, kwargs, positions, told)
 
 
 def _of_rows(name: str, source: DeferredTensor, args: Any, kwargs: dict[str, Any], dims: Any) -> Any:
@@ -237,15 +241,6 @@ def extreme(name: str, func: Callable[..., Any], source: DeferredTensor) -> Any:
     return func(figures.handle.reduced()) if isinstance(figures, DeferredTensor) else func(figures)
 
 
-def _dims_of(node: Node, dim: Any) -> list[int] | None:
-    """Positions named by a ``dim`` argument, or ``None`` if it names none."""
-    if isinstance(dim, int) and not isinstance(dim, bool):
-        dim = [dim]
-    if not isinstance(dim, (list, tuple)) or not dim or not all(isinstance(d, int) for d in dim):
-        return None
-    return [d % len(node.dims) for d in dim]
-
-
 def _mark_keys(node: Node, axes: list[Axis]) -> None:
     """Mark the axes along which a softmax runs as keys, and all others that were taken for keys as rows."""
     for dim in node.dims:
@@ -259,7 +254,7 @@ def _mark_keys(node: Node, axes: list[Axis]) -> None:
 @op(*ALONG)
 def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
-    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
+    positions = _positions(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
     if mixes_figures(node, positions):
@@ -283,7 +278,7 @@ def mixes_figures(node: Node, positions: list[int]) -> bool:
 @op(*REDUCING)
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
-    positions = _dims_of(node, argument(args, kwargs, 1, "dim")) if node is not None else None
+    positions = _positions(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
     if node is not None and len(args) == 1 and not kwargs and name in _EXTREMES:
         return extreme(name, func, args[0])
     if node is None or positions is None:
@@ -313,20 +308,5 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return extreme(name, func, args[0])
     node = args[0].handle.node
     dim = argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
-    positions = _dims_of(node, dim)
-    if positions is None:
-        return NotImplemented
-    position = positions[0]
-    replaced: list[Dim] = [node.dims[position]]
-    if name == "topk":
-        replaced = [(Axis(argument(args, kwargs, 1, "k"), KEY),)]
-    elif name != "sort":
-        replaced = [()] if argument(args, kwargs, 2, "keepdim", False) else []
-    dims = (*node.dims[:position], *replaced, *node.dims[position + 1 :])
-    whole = node.dims[position] + tuple(axis for dim in replaced for axis in dim)
-    call = OpNode(func, (node, *args[1:]), kwargs, dims, node.dtype, node.device, whole)
-    results = tuple(
-        wrap(OutputNode(call, i, dims, dtype), args[0].handle.call)
-        for i, dtype in enumerate((node.dtype, torch.int64))
-    )
-    return getattr(torch.return_types, name)(results)
+    positions = _positions(dim, len(node.dims))
+    return NotImplemented if positions is None else _with(args[0], func, args[1:], kwargs, positions)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
+import numpy
 import torch
 
 from attnpatch import compat
@@ -108,8 +109,8 @@ def _show(
         return
     # With few rows (one per generated token), a tile has several key heads.
     together = max(1, min(outer[-1], elements // (group * count * kv_len)))
-    for number, first_head in itertools.product(range(math.prod(outer[:-1])), range(0, outer[-1], together)):
-        at = _places(number, outer[:-1])
+    places_of_batch = enumerate(itertools.product(*map(range, outer[:-1])))
+    for (number, at), first_head in itertools.product(places_of_batch, range(0, outer[-1], together)):
         heads = slice(first_head, min(first_head + together, outer[-1]))
         begin = number * outer[-1]
         leads = torch.arange((begin + heads.start) * group, (begin + heads.stop) * group)
@@ -145,15 +146,6 @@ def _spans(
         low = high
 
 
-def _places(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    """A flat index as one index per dimension."""
-    at: list[int] = []
-    for size in reversed(sizes):
-        at.insert(0, number % size)
-        number //= size
-    return tuple(at)
-
-
 def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
     """``rows(number, low, high)``, which returns rows of a call's mask; ``number`` is a flat index of batch and head."""
     lead, group = call.query.shape[:-2] or (1,), call.group
@@ -161,7 +153,7 @@ def mask_rows(call: SdpaCall) -> Callable[[int, int, int], torch.Tensor]:
     masks = _Masks(call.attn_mask, tuple(lead), call.q_len, call.kv_len, group)
 
     def rows(number: int, low: int, high: int) -> torch.Tensor:
-        *at, head = _places(number // group, outer)
+        *at, head = numpy.unravel_index(number // group, outer)
         found = masks.rows(tuple(at), slice(head, head + 1), low, high)
         assert found is not None
         return found[0, number % group]
