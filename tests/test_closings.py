@@ -331,6 +331,6 @@ def test_an_opening_that_changes_what_is_before_it_is_refused():
         "{{ 'a' if add_generation_prompt else 'bc' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     for call in (render, Blocks.messages):
-        with pytest.raises(BlockError, match="cannot be found") as raised:
+        with pytest.raises(BlockError, match="cannot find where") as raised:
             call(make_tokenizer(template), [said("user", "red")], add_generation_prompt=True)
         assert len(str(raised.value).splitlines()) == 1
