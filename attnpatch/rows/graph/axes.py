@@ -10,7 +10,7 @@ to the axis and not to a position.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -38,7 +38,7 @@ class Axis:
             such function, or if nothing keeps track.
     """
 
-    __slots__ = ("_alias", "_parts", "kind", "made_by", "size")
+    __slots__ = ("_alias", "_parts", "kind", "made_by", "part_of", "size")
 
     def __init__(self, size: int, kind: str = LEAD) -> None:
         self.size = size
@@ -46,6 +46,7 @@ class Axis:
         self.made_by: str | None = None
         self._alias: Axis | None = None
         self._parts: tuple[Axis, Axis] | None = None
+        self.part_of: Axis | None = None
 
     def __repr__(self) -> str:
         return f"{self.kind}:{self.size}"
@@ -63,7 +64,14 @@ class Axis:
         """Cut this leaf into ``outer`` x (size / outer)."""
         self._parts = (Axis(outer, self.kind), Axis(self.size // outer, self.kind))
         for part in self._parts:
-            part.made_by = self.made_by
+            part.made_by, part.part_of = self.made_by, self
+
+    def wholes(self) -> Iterator[Axis]:
+        """This axis, and those that it was split from, innermost first."""
+        axis: Axis | None = self
+        while axis is not None:
+            yield axis
+            axis = axis.part_of
 
     def unify_with(self, other: Axis) -> None:
         """Make this leaf another name of the leaf ``other``."""

@@ -12,17 +12,31 @@ from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, s
 from attnpatch.rows.graph.strides import single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
 from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.origins import Made
-from attnpatch.rows.provenance.residuals import Residuals
+from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
+from attnpatch.rows.provenance.origins import Made, Origins
+from attnpatch.rows.provenance.residuals import shows, shows_all, summand
 from attnpatch.rows.provenance.tensors import share_memory
 from attnpatch.rows.provenance.unseen_writes import Notes
 
 
-class FunctionResults(Residuals):
-    """The dimensions of the tensors of one call; see ``Residuals`` for the arguments."""
+class FunctionResults(Origins):
+    """The dimensions of the tensors of one call.
 
-    def __init__(self, inputs: Sequence[torch.Tensor], notes: Notes) -> None:
-        super().__init__(inputs, notes)
+    Args:
+        inputs: The tensors that the module is called with, in order, each once.
+        notes: The notes that hold the dimensions of tensors.
+        hidden: The answers to which tensors hide some of their tokens; ``None``: the caller decides about sums.
+
+    Attributes:
+        reads_values: Whether what is known depends on the values of tensors, and not only on what was done with them.
+    """
+
+    def __init__(
+        self, inputs: Sequence[torch.Tensor], notes: Notes, hidden: HiddenTokens | None = None
+    ) -> None:
+        super().__init__(inputs)
+        self._known, self.hidden = notes, hidden
+        self.reads_values = False
         # For views with a single element of a dimension: which element.
         self._singles: Any = WeakIdKeyDictionary()
 
@@ -44,11 +58,7 @@ class FunctionResults(Residuals):
         if first is not operands[0]:
             # The first operand is not known: parameters, for example, that have the shape of an input.
             is_made_of_all = element_places.is_of(name, element_places.OF_ALL)
-            return (
-                self._elementwise(self._summands(name, known, result.shape), result.shape, name)
-                if is_made_of_all
-                else None
-            )
+            return self._elementwise(known, result.shape, name) if is_made_of_all else None
         if first.dtype == result.dtype and share_memory(first, result):
             return self._viewed(dims, first, result)
         return self._of_first(name, args, kwargs, known, result)
@@ -77,7 +87,7 @@ class FunctionResults(Residuals):
                 (dim if size_of(dim) == size else fresh([size])[0])
                 for dim, size in zip(dims[2:], result.shape[2:], strict=True)
             ]
-            return (dims[0], *fresh(result.shape[1:2]), *spatial)
+            return self._mixed((dims[0], *fresh(result.shape[1:2]), *spatial), dims, dims[1])
         if name == "_transform_bias_rescale_qkv":
             return (dims[0], *fresh(result.shape[1:2]), dims[1], *fresh(result.shape[3:4]))
         if name == "embedding":
@@ -89,9 +99,9 @@ class FunctionResults(Residuals):
         if result.dim() < len(dims):
             return self._reduced(dims, args, kwargs, result, name)
         if element_places.is_of(name, element_places.OF_ALL):
-            return self._elementwise(self._summands(name, known, result.shape), result.shape, name)
+            return self._elementwise(known, result.shape, name)
         if element_places.is_of(name, element_places.OF_FIRST):
-            return self._elementwise([dims], result.shape)
+            return self._elementwise(known[:1], result.shape)
         return self._unknown(result, dims)
 
     def _picked(self, source: torch.Tensor, dims: Dims, index: Any, result: torch.Tensor) -> Dims:
@@ -105,20 +115,86 @@ class FunctionResults(Residuals):
         own = self._viewed(dims, source, view)
         return self._lost((*own[:at], *fresh([result.shape[at]]), *own[at + 1 :]), dims)
 
-    def _elementwise(self, known: list[Dims], shape: Sequence[int], name: str = "") -> Dims:
+    def _elementwise(
+        self, known: list[tuple[torch.Tensor, Dims]], shape: Sequence[int], name: str = ""
+    ) -> Dims:
         """For each dimension the axes of an operand that has it; earlier inputs win (later ones are positions).
 
         Reordered tokens still belong to their input, and do not get the axes of other tokens.
         """
+        is_sum = element_places.is_of(name, element_places.ADDING)
+        whole = [tensor for tensor, _ in known if tensor.shape == shape]
+        return self._by_place(known, shape, whole, beside=True if is_sum else None)
+
+    def _by_place(
+        self,
+        known: list[tuple[torch.Tensor, Dims]],
+        shape: Sequence[int],
+        whole: list[torch.Tensor],
+        beside: bool | None,
+    ) -> Dims:
+        """The axes of a result that has each element from operands' elements at the same position.
+
+        Along a dimension in which an operand is reordered, its axis is the result's, unless another one is in order and
+        its tokens are visible (a residual).
+
+        Args:
+            known: The operands whose dimensions are known.
+            shape: The result's shape.
+            whole: Those of them that have all of the result's tokens.
+            beside: True if operands are added, False if they are concatenated along channels, ``None`` otherwise: then
+                none is visible beside a reordered one.
+        """
         if len(known) > 1:
-            known = sorted(known, key=self._earliest)
-        dims: list[Dim] = []
-        for back, size in zip(range(len(shape), 0, -1), shape, strict=True):
-            found = [own[-back] for own in known if back <= len(own) and size_of(own[-back]) == size != 1]
-            if element_places.is_of(name, element_places.CHOOSING):
-                found.sort(key=lambda dim: not self._losses.keys().isdisjoint(leaves(dim)), reverse=True)
-            dims.append(found[0] if found else fresh([size])[0])
-        return tuple(dims)
+            known = sorted(known, key=lambda one: self._earliest(one[1]))
+        found: list[Dim] = []
+        for place, size in enumerate(shape):
+            back = len(shape) - place
+            here = [
+                (t, own[-back]) for t, own in known if back <= len(own) and size_of(own[-back]) == size != 1
+            ]
+            there = [(t, dim) for t, dim in here if any(t is one for one in whole)]
+            lost = [(t, dim) for t, dim in there if self._has_losses(dim)]
+            clean = [
+                (t, dim) for t, dim in there if lost and not self._has_losses(dim) and beside is not None
+            ]
+            value = lost[0][0] if lost and beside else None
+            shown = (one for one in clean if self._shows(one[0], value, place))
+            choice = next(shown, None) or next(iter(lost or here), None)
+            found.append(fresh([size])[0] if choice is None else choice[1])
+        # A dimension that no operand has holds one token of theirs at all positions.
+        before = tuple(dim for _, own in known for dim in own)
+        return self._lost(tuple(found), before) or tuple(found)
+
+    def _has_losses(self, dim: Dim) -> bool:
+        """True if a dimension holds tokens at unknown positions."""
+        return any(self._loss(leaf) is not None for leaf in leaves(dim))
+
+    def _shows(self, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
+        """True if the tokens of a tensor in order are visible along a dimension of a sum; for channels: along all."""
+        self.reads_values = True
+        if self.hidden is not None and self.hidden.has(tensor):
+            return False
+        if place == tensor.dim() - 1:
+            return shows_all(tensor, beside)
+        return shows(tensor, beside, place)
+
+    def _shows_in_place(
+        self, name: str, result: torch.Tensor, operands: list[torch.Tensor], kwargs: dict[str, Any]
+    ) -> bool:
+        """True if tokens are still visible after others were added to them in place."""
+        if not element_places.is_of(name, element_places.OF_ALL):
+            return True
+        for one in operands:
+            own = self._known.get(one) if one is not result and one.shape == result.shape else None
+            if own is not None and any(map(self._has_losses, own)):
+                self.reads_values = True
+                if self.hidden is not None and self.hidden.has(result):
+                    return False
+                before = summand(result, name, one, result, kwargs)
+                is_sum = element_places.is_of(name, element_places.ADDING)
+                return is_sum and shows_all(before, one)
+        return True
 
     def _of_product(self, name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> Dims | None:
         product = parse(name, args, kwargs)
@@ -132,12 +208,37 @@ class FunctionResults(Residuals):
                 if size_of(dim) > 1:
                     axes.setdefault(label, []).append(dim)
         sizes = zip(product.result, result.shape, strict=True)
-        return tuple(
-            min(found, key=self._rank)
-            if (found := [dim for dim in axes.get(label, []) if size_of(dim) == size])
+        before = tuple(dim for dims in axes.values() for dim in dims)
+        summed = [
+            axis for label, dims in axes.items() if label not in product.result for d in dims for axis in d
+        ]
+        found = tuple(
+            min(fitting, key=self._rank)
+            if (fitting := [dim for dim in axes.get(label, []) if size_of(dim) == size])
             else fresh([size])[0]
             for label, size in sizes
         )
+        return self._mixed(found, before, summed)
+
+    def _mixed(self, found: Dims, before: Dims, summed: Sequence[Axis]) -> Dims:
+        """The dimensions of a product; if tokens were summed over, its new axes hold them at unknown positions."""
+        return self._lost(found, before) or found if self._has_tokens_along(leaves(summed)) else found
+
+    def _has_tokens_along(self, axes: Sequence[Axis]) -> bool:
+        """True if an axis is one of an input's dimensions before the last, which is channels."""
+        for leaf in axes:
+            origin, made = self.origin(leaf), self.made.get(leaf, Made())
+            inside = [
+                *(part for part, _ in made.parts if part),
+                *([(made.of,)] if made.of is not None else []),
+            ]
+            if self._loss(leaf) is not None or (
+                origin is not None and origin[1] < len(self.inputs[origin[0]]) - 1
+            ):
+                return True
+            if any(self._has_tokens_along(leaves(dim)) for dim in inside):
+                return True
+        return False
 
     def _viewed(self, dims: Dims, source: torch.Tensor, result: torch.Tensor) -> Dims:
         found = viewed(dims, source, result)
@@ -167,16 +268,17 @@ class FunctionResults(Residuals):
         pieces = [
             piece for piece in pieces if piece.numel() and piece.dim() == result.dim() - (name == "stack")
         ]
-        known = [own for piece in pieces if (own := self._known.get(piece)) is not None]
+        known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
         if not known:
             return None
+        whole = [piece for piece, _ in known]
         if name == "stack":
-            return self._elementwise([(*own[:place], (), *own[place:]) for own in known], result.shape)
-        if place == result.dim() - 1:
-            known = self._seen_beside(pieces)
+            stacked = [(piece, (*own[:place], (), *own[place:])) for piece, own in known]
+            return self._by_place(stacked, result.shape, whole, None)
+        others = [(piece, (*own[:place], (), *own[place + 1 :])) for piece, own in known]
         shape = list(result.shape)
         shape[place] = 1
-        dims = list(self._elementwise([(*own[:place], (), *own[place + 1 :]) for own in known], shape))
+        dims = list(self._by_place(others, shape, whole, False if place == result.dim() - 1 else None))
         parts = [(self._along(piece, place), piece.shape[place]) for piece in pieces]
         dims[place] = self._one(parts)
         return tuple(dims)

@@ -113,10 +113,14 @@ class Origins:
         rank = min(map(self._rank, own), default=none)
         axes = all_leaves(own)
         # A tensor that unseen code has written to may hold tokens of any input.
-        losses = [
-            0 if leaf.made_by else self._losses[leaf] for leaf in axes if leaf.made_by or leaf in self._losses
-        ]
+        losses = [loss for leaf in axes if (loss := self._loss(leaf)) is not None]
         return min([rank, *losses]), bool(losses)
+
+    def _loss(self, leaf: Axis) -> int | None:
+        """The number of the input whose elements an axis holds at unknown positions; ``None`` if it does not."""
+        if leaf.made_by:
+            return 0
+        return next((self._losses[axis] for axis in leaf.wholes() if axis in self._losses), None)
 
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
         """The dimensions of a result, with its new axes noted as holding an input's elements at unknown positions."""

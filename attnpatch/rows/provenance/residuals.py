@@ -8,10 +8,6 @@ from typing import Any
 import torch
 
 from attnpatch import compat
-from attnpatch.rows.graph.axes import Dims
-from attnpatch.rows.provenance import element_places
-from attnpatch.rows.provenance.origins import Origins
-from attnpatch.rows.provenance.unseen_writes import Notes
 
 
 def shows(
@@ -75,68 +71,3 @@ def summand(
     with compat.DisableTorchFunction(), torch.no_grad():
         added = value * kwargs.get("alpha", 1)
         return result + added if "sub" in name else result - added
-
-
-class Residuals(Origins):
-    """The origins of one call. It knows which operands determine the positions of a result's tokens.
-
-    Args:
-        inputs: The tensors that the module is called with, in order, each once.
-        notes: The notes that hold the dimensions of tensors.
-
-    Attributes:
-        reads_values: Whether what is known depends on the values of tensors, and not only on what was done with them.
-    """
-
-    def __init__(self, inputs: Sequence[torch.Tensor], notes: Notes) -> None:
-        super().__init__(inputs)
-        self._known = notes
-        self.reads_values = False
-
-    def _summands(
-        self, name: str, known: list[tuple[torch.Tensor, Dims]], shape: Sequence[int]
-    ) -> list[Dims]:
-        """The operands that determine the positions of a result's tokens.
-
-        All operands, unless one is reordered. Then it is that one, or, in a sum, the operands in order that are visible
-        in the sum (a residual).
-        """
-        lost = [tensor for tensor, own in known if tensor.shape == shape and self._earliest(own)[1]]
-        if not lost:
-            return [own for _, own in known]
-        is_sum = element_places.is_of(name, element_places.ADDING)
-        return [
-            own
-            for tensor, own in known
-            if tensor.shape != shape
-            or any(tensor is one for one in lost)
-            or (is_sum and self._shows_all(tensor, lost[0]))
-        ]
-
-    def _seen_beside(self, pieces: Sequence[torch.Tensor]) -> list[Dims]:
-        """For pieces concatenated along channels, those that determine the positions of tokens, as in a sum."""
-        known = [(piece, own) for piece in pieces if (own := self._known.get(piece)) is not None]
-        is_lost = [self._earliest(own)[1] for _, own in known]
-        return [
-            own
-            for (piece, own), lost in zip(known, is_lost, strict=True)
-            if lost or not any(is_lost) or self._shows_all(piece, None)
-        ]
-
-    def _shows_in_place(
-        self, name: str, result: torch.Tensor, operands: list[torch.Tensor], kwargs: dict[str, Any]
-    ) -> bool:
-        """True if tokens are still visible after others were added to them in place."""
-        if not element_places.is_of(name, element_places.OF_ALL):
-            return True
-        for one in operands:
-            own = self._known.get(one) if one is not result and one.shape == result.shape else None
-            if own is not None and self._earliest(own)[1]:
-                before = summand(result, name, one, result, kwargs)
-                is_sum = element_places.is_of(name, element_places.ADDING)
-                return is_sum and self._shows_all(before, one)
-        return True
-
-    def _shows_all(self, tensor: torch.Tensor, beside: torch.Tensor | None) -> bool:
-        self.reads_values = True
-        return shows_all(tensor, beside)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from attnpatch.observing import Layout
-from attnpatch.rows.graph.axes import Axis, Dims, fresh
+from attnpatch.rows.graph.axes import Axis, Dims, all_leaves, fresh, leaves
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.function_results import FunctionResults
+from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import Made, lost
 from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
@@ -39,7 +40,7 @@ class Sources(FunctionResults):
         moved: dict[int, dict[int, str]] | None = None,
         notes: Notes | None = None,
     ) -> None:
-        super().__init__(inputs, Notes(_strayed) if notes is None else notes)
+        super().__init__(inputs, notes or Notes(_strayed), HiddenTokens() if notes is None else None)
         self.outer, self.moved = outer, moved or {}
         # Products of queries and keys (``observed.Scored``).
         self.scores: list[Any] = []
@@ -98,6 +99,7 @@ class Sources(FunctionResults):
             self._known.wrote(one)
         if operands and is_write:
             self._written(name, operands, args)
+        with_tokens = [t for t in operands if self.hidden is not None and self._has_tokens(t)]
         for one in results:
             if id(one) not in own:
                 found = self._found(name, args, given, operands, one)
@@ -110,6 +112,20 @@ class Sources(FunctionResults):
                 and not (element_places.keeps(name) and self._shows_in_place(name, one, operands, given))
             ):
                 self._forget(one)  # in place
+        if self.hidden is not None:
+            written = operands[:1] if is_write else [t for t in results if id(t) in own]
+            self.hidden.follow(name, args, given, with_tokens, results or written)
+            for one in written:
+                self.hidden.spread(one, self._sharing)
+
+    def _sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The other known tensors that share the memory of one."""
+        return [one for one, _ in self._known.items() if one is not tensor and share_memory(one, tensor)]
+
+    def _has_tokens(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor is known to come from others, and is not new."""
+        dims = self._known.get(tensor)
+        return dims is not None and not self._blank.issuperset(all_leaves(dims))
 
     def _written(self, name: str, operands: list[torch.Tensor], args: Any) -> None:
         """Follow a write into an existing tensor."""
@@ -129,7 +145,8 @@ class Sources(FunctionResults):
                 self._forget(target)
                 return
             view = target[place]
-            if not share_memory(target, view):
+            is_elsewhere = dims is not None and self._is_of_another(target, place, view, value)
+            if is_elsewhere or not share_memory(target, view):
                 self._forget(target)
                 return
             own = self._viewed(own, target, view)
@@ -142,6 +159,28 @@ class Sources(FunctionResults):
         is_told = self._take_places(own, dims) if dims is not None else sum(n > 1 for n in value.shape) < 2
         if not is_told:
             self._forget(target)
+
+    def _is_of_another(
+        self, target: torch.Tensor, index: Any, view: torch.Tensor, value: torch.Tensor
+    ) -> bool:
+        """True if an index picks single tokens or sequences, and those written there may be others.
+
+        Axes do not say which element a dimension of size 1 is, so it is read off the memory that values are a view of.
+        """
+        given = index if isinstance(index, tuple) else (index,)
+        if not any(type(one) is int for one in given) and view.dim() == target.dim():
+            narrowed = [place for place, size in enumerate(target.shape) if view.shape[place] == 1 < size]
+            if all(leaves(self._known[target][place]) == [] for place in narrowed):
+                return False
+        start = view.storage_offset() - target.storage_offset()
+        return not any(
+            dims is not None
+            and (one.shape, one.stride()) == (target.shape, target.stride())
+            and value.stride() == view.stride()
+            and value.storage_offset() - one.storage_offset() == start
+            and share_memory(one, value)
+            for one, dims in self._known.items()
+        )
 
     def _forget(self, target: torch.Tensor) -> None:
         """Note that a tensor, and all tensors in its memory, hold other elements than before."""

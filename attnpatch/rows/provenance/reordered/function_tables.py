@@ -37,6 +37,8 @@ _SETTING = frozenset(
 # How a reason names functions that have no name of their own.
 IN_WORDS = {"__getitem__": "a slice or an index", "__setitem__": "a write at an index"}
 IN_ANOTHER_ORDER = ORDERED | {"views", "an index"}
+# Functions whose second operand only gives a shape or a dtype.
+LIKE = frozenset("expand_as view_as reshape_as type_as".split())
 # Functions that leave torch, and functions that come back.
 LEAVING_TORCH = frozenset("numpy tolist __array__".split())
 ENTERING_TORCH = frozenset("from_numpy tensor as_tensor asarray".split())

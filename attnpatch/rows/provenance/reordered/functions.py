@@ -26,6 +26,7 @@ from attnpatch.rows.provenance.reordered.function_tables import (
     EXPANDING,
     IN_WORDS,
     LEAVING_TORCH,
+    LIKE,
     MIXING,
     ORDERED,
     SPATIAL,
@@ -75,7 +76,7 @@ class Turned(TokenTensors):
             for one in written_by(func, args, kwargs):
                 self.is_bare.lose(one)
         before = [self.why(one) or self.why(base(one)) for one in written]
-        own = [tensor for tensor in tensors if self.has_tokens(tensor)]
+        own = [one for one in (tensors[:1] if name in LIKE else tensors) if self.has_tokens(one)]
         for one in results:
             if one not in self.is_bare or any(one is other for other in given_out):
                 self.is_bare[one] = False
@@ -87,7 +88,10 @@ class Turned(TokenTensors):
             writes.follow_write(self, name, args, kwargs, tensors, results)
         elif any(map(is_wide, results)):
             self._follow(name, func, (args, kwargs), own, results, result)
+        if own and not all(map(self.is_bare.get, results or written)):
+            self.hidden.follow(name, args, kwargs, own, results or written)
         for one, reasons in zip(written, before, strict=True):
+            self.hidden.spread(one, self.sharing)
             writes.spread(self, one, reasons)
 
     def through(self, given: Sequence[torch.Tensor], result: Any, inside: Sources | None) -> None:
@@ -105,6 +109,8 @@ class Turned(TokenTensors):
             is_new = one not in self.is_bare
             if is_new:
                 self.is_bare[one] = False
+                for source in given[:1]:
+                    self.hidden.same(source, one)
             if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
                 continue
             alike = next((each for each in given if each.shape[:-1] == one.shape[:-1]), None)

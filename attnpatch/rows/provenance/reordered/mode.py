@@ -2,8 +2,8 @@
 
 A site is followed from its own inputs (``sources.py``), whose tokens are taken for the model's. That is wrong if the
 model rolls, flips or sorts its tokens, or the sequences of its batch, between sites. So functions that do this are
-looked for, and their results are followed; views, sums and writes are followed by ``functions.py``. A sum with a tensor that was not reordered (a residual) has that tensor's
-order.
+looked for, and their results are followed; views, sums and writes are followed by ``functions.py``. A sum with a tensor
+that was not reordered (a residual) has that tensor's order.
 """
 
 from __future__ import annotations

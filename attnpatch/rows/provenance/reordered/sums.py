@@ -26,6 +26,7 @@ def adds(
         and has_tokens_of(tensor, result)
         # The last dimension is channels, whose order does not matter.
         and not any(place < tensor.dim() - 1 for place in tokens.why(tensor))
+        and not tokens.hidden.has(tensor)
         and all(
             _shows(tokens, residuals.summand(tensor, name, moved, result, kwargs), moved, place)
             for place in range(result.dim() - 1)
@@ -57,7 +58,8 @@ def choose_axes(
             clean = [
                 one
                 for one in clean
-                if _shows(tokens, residuals.summand(one[0], name, value, result, kwargs), value, place)
+                if not tokens.hidden.has(one[0])
+                and _shows(tokens, residuals.summand(one[0], name, value, result, kwargs), value, place)
             ]
         found.append(next(iter(clean + other if is_sum else other + clean))[1])
     tokens.sources.give(result, tuple(found))
@@ -75,7 +77,8 @@ def beside(tokens: TokenTensors, own: list[torch.Tensor], result: torch.Tensor) 
         clean = (
             dims[place]
             for one, dims, why in choices
-            if place not in why and not (is_other and not _shows(tokens, one, None, place))
+            if place not in why
+            and not (is_other and (tokens.hidden.has(one) or not _shows(tokens, one, None, place)))
         )
         found[place] = next(clean, found[place])
     tokens.sources.give(result, tuple(found))

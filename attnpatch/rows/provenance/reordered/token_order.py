@@ -49,8 +49,11 @@ class Order:
 
     def _reason(self, dim: Dim) -> str | None:
         found = leaves(dim)
-        reason = next((why for leaf in found if (why := self._made_by(leaf)) is not None), None)
-        return reason or ("views" if self._is_out_of_order(found) else None)
+        # Axes that were joined from pieces may have been split since.
+        joined = [whole for leaf in found for whole in leaf.wholes() if whole in self._sources.made]
+        reason = next((why for leaf in [*found, *joined] if (why := self._made_by(leaf)) is not None), None)
+        is_moved = self._is_out_of_order(found) or any(self._is_out_of_order([whole]) for whole in joined)
+        return reason or ("views" if is_moved else None)
 
     def _made_by(self, leaf: Axis, depth: int = 0) -> str | None:
         if leaf.made_by is not None or depth > 16:

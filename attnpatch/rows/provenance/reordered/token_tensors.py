@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import lost
 from attnpatch.rows.provenance.reordered.function_tables import IN_WORDS
 from attnpatch.rows.provenance.reordered.token_order import Order
@@ -30,6 +31,7 @@ class TokenTensors:
         is_bare: For tensors whose origin was seen: True if they hold no tokens (new ones, or made from parameters
             alone).
         of_tokens: Integer inputs of the model with one element per token: ids, padding masks.
+        hidden: The answers to which tensors hide some of their tokens.
     """
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
@@ -38,6 +40,7 @@ class TokenTensors:
         self._look = Order(self.sources)
         self.is_bare = Notes(self._strayed)
         self.of_tokens: list[torch.Tensor] = []
+        self.hidden = HiddenTokens(self.of_tokens)
         self._constants: frozenset[int] | None = None
         self._has_others = False
         self._see(given)

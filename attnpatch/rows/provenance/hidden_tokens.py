@@ -1,0 +1,226 @@
+"""Tells which tensors may have lost sight of some of their tokens, whatever was added since.
+
+A residual that was multiplied by 0, masked out or drowned by other numbers has the shape of tokens in order, and once
+positions are added it also looks like them. So the functions that can hide tokens are examined when they are called,
+and the answer follows the tensor. It is a tensor itself, and is read only where tokens in order meet reordered ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnpatch import compat
+from attnpatch.rows.op_table import CASTS
+from attnpatch.rows.provenance import element_places
+from attnpatch.rows.provenance.residuals import shows, summand
+from attnpatch.rows.provenance.tensors import tensors_in
+
+_DIVIDING = frozenset("div divide true_divide __truediv__".split())
+_DROPOUT = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
+_FILLING = frozenset("zero fill".split())
+# Functions that leave every token of an embedding visible.
+_KEEPING = element_places.IN_ORDER | CASTS | frozenset("clone layer_norm rms_norm dropout".split())
+# Numbers below this may make tokens so small that positions drown them.
+_LEAST = 1e-3
+
+
+class HiddenTokens:
+    """The answers for the tensors of one call.
+
+    Args:
+        masks: Integer tensors ``[batch, tokens]`` among the model's inputs; see ``residuals.shows``.
+    """
+
+    def __init__(self, masks: Sequence[torch.Tensor] = ()) -> None:
+        self._masks = masks
+        # For tensors of tokens that may be hidden: a bool tensor without dimensions.
+        self._hidden: Any = WeakIdKeyDictionary()
+        # Tensors made of embeddings, whose tokens are there even if they are equal, or zero (padding).
+        self._embedded: Any = WeakIdKeyDictionary()
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """True if some token of a tensor may be hidden."""
+        found = self._hidden.get(tensor)
+        return found is not None and bool(found)
+
+    def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
+        """Note that the tokens of ``copy`` are those of ``tensor``."""
+        if tensor in self._hidden and copy is not tensor:
+            self._hidden[copy] = self._hidden[tensor]
+
+    def follow(
+        self,
+        name: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        own: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+    ) -> None:
+        """Called after a torch function.
+
+        Args:
+            name: Its name.
+            args, kwargs: Its arguments, without ``out``.
+            own: The tensors among them that hold tokens.
+            results: Its results.
+        """
+        if not own or not results or results[0].is_meta or compat.is_transformed():
+            return
+        one = results[0]
+        whole = [tensor for tensor in own if tensor.shape == one.shape] or list(own)
+        answers = [self._hidden.get(tensor) for tensor in whole]
+        known = [answer for answer in answers if answer is not None]
+        has_all = _has_all(name, args, kwargs, one)
+        # The functions called here are attnpatch's own: no mode must see them.
+        with compat.DisableTorchFunction(), torch.no_grad():
+            found = None
+            if known and (len(known) == len(answers) or not has_all):
+                found = functools.reduce(torch.logical_and if has_all else torch.logical_or, known)
+            if one.dim() > 1 and one.is_floating_point():
+                for new in self._newly(name, args, kwargs, whole, one):
+                    found = new if found is None else found | new.to(found.device)
+        is_embedded = name == "embedding" or (
+            len(whole) == 1 and whole[0] in self._embedded and self._keeps(name, args)
+        )
+        for result in results:
+            self._hidden.pop(result, None)
+            if found is not None:
+                self._hidden[result] = found
+            self._embedded.pop(result, None)
+            if is_embedded:
+                self._embedded[result] = True
+
+    def spread(self, written: torch.Tensor, sharing: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+        """Note a write for the tensors that share the memory; ``sharing`` returns them."""
+        found = self._hidden.get(written)
+        if found is not None:
+            with compat.DisableTorchFunction(), torch.no_grad():
+                for one in sharing(written):
+                    before = self._hidden.get(one)
+                    self._hidden[one] = found if before is None else before | found
+
+    @staticmethod
+    def _keeps(name: str, args: Any) -> bool:
+        is_scaled = element_places.is_of(name, element_places.MULTIPLYING) and any(
+            isinstance(one, (int, float)) and abs(one) > _LEAST for one in args
+        )
+        return is_scaled or name in _KEEPING or element_places.is_of(name, element_places.ADDING)
+
+    def _newly(
+        self, name: str, args: Any, kwargs: dict[str, Any], whole: list[torch.Tensor], result: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """The answers that rest on what a function itself does to tokens."""
+        for dead in _dead(name, args, kwargs, whole, result):
+            if isinstance(dead, bool):
+                if dead:
+                    yield torch.tensor(True)
+            elif dead.dim() <= result.dim():
+                yield self._some(dead, result)
+            else:
+                yield torch.tensor(True)
+        if not element_places.is_of(name, element_places.OF_ALL):
+            return
+        others = [
+            tensor for tensor in tensors_in((args, kwargs)) if all(tensor is not each for each in whole)
+        ]
+        beside = next((one for one in others if _varies(one, result)), None)
+        if beside is None or any(tensor in self._embedded for tensor in whole):
+            return
+        is_sum = element_places.is_of(name, element_places.ADDING)
+        other = beside.expand(result.shape) if is_sum else None
+        for tensor in whole:
+            before = tensor if other is None else summand(tensor, name, other, result, kwargs)
+            if before.shape == result.shape and all(
+                shows(before, other, place, self._masks) for place in range(result.dim() - 1)
+            ):
+                return
+        yield torch.tensor(True)
+
+    def _some(self, dead: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """True if some token is dead in all channels, which are the last dimension, or the second of an image."""
+        dead = dead.reshape((1,) * (result.dim() - dead.dim()) + dead.shape)
+        tokens = dead.all(-1)
+        if result.dim() == 3:
+            for mask in self._masks:
+                if mask.shape == result.shape[:2]:
+                    mask = mask.to(dead.device)
+                    is_mask = (mask.min() >= 0) & (mask.max() <= 1)
+                    tokens = tokens & ~(is_mask & (mask == 0))
+        found = tokens.any()
+        return found | dead.all(1).any() if result.dim() > 3 else found
+
+
+def _dead(
+    name: str, args: Any, kwargs: dict[str, Any], whole: list[torch.Tensor], result: torch.Tensor
+) -> Iterator[torch.Tensor | bool]:
+    """Where a function makes nothing of tokens: bool tensors that can be broadcast to the result, or one answer."""
+
+    def is_own(one: Any) -> bool:
+        return any(one is each for each in whole)
+
+    def at(place: int, key: str) -> Any:
+        return args[place] if len(args) > place else kwargs.get(key)
+
+    if element_places.is_of(name, element_places.MULTIPLYING):
+        yield from (_is(one, 0) for one in args if not is_own(one))
+    elif element_places.is_of(name, _DIVIDING) and not is_own(at(1, "other")):
+        yield _is(at(1, "other"), float("inf"))
+    elif element_places.is_of(name, _FILLING):
+        yield True
+    elif name.rstrip("_") == "masked_fill":
+        yield at(1, "mask")
+    elif name.rstrip("_") == "index_fill":
+        yield True
+    elif name in ("__setitem__", "index_put_") and is_own(args[0]) and not is_own(args[2]):
+        yield _is_set(args[1], result)
+    elif name == "where":
+        # As a function the condition comes first, as a method it comes second.
+        is_first = next(one for one in args if getattr(one, "dtype", None) == torch.bool)
+        first, second = (is_own(one) for one in args if one is not is_first)
+        if first != second:
+            yield ~is_first if first else is_first
+    elif name.rstrip("_") == "lerp" and sum(map(is_own, args[:2])) == 1:
+        yield _is(at(2, "weight"), 0 if is_own(args[1]) else 1)
+    elif name.rstrip("_") == "addcmul" and not is_own(args[0]):
+        yield from (_is(one, 0) for one in args[1:3] if not is_own(one))
+    elif name.rstrip("_") in _DROPOUT and at(1, "p") != 0 and at(2, "training") in (True, None):
+        yield result == 0
+    elif name in ("pow", "__pow__", "pow_") and not isinstance(at(1, "exponent"), torch.Tensor):
+        yield at(1, "exponent") == 0
+
+
+def _is(value: Any, number: float) -> torch.Tensor | bool:
+    """Where a factor is some number."""
+    return value == number if isinstance(value, (torch.Tensor, int, float)) else False
+
+
+def _has_all(name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> bool:
+    """True if each token of a result is made of the operands' tokens at its position, so that one of them is enough."""
+    if name in element_places.JOINING:
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        return isinstance(dim, int) and dim % max(1, result.dim()) == result.dim() - 1
+    return element_places.is_of(name, element_places.OF_ALL) and not element_places.is_of(
+        name, element_places.CHOOSING
+    )
+
+
+def _is_set(index: Any, result: torch.Tensor) -> torch.Tensor | bool:
+    """Where something that is no token is written at an index."""
+    (index,) = index if isinstance(index, tuple) and len(index) == 1 else (index,)
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+        return index.reshape(*index.shape, *(1,) * (result.dim() - index.dim()))
+    return True
+
+
+def _varies(tensor: torch.Tensor, result: torch.Tensor) -> bool:
+    """True if a tensor that is broadcast to a result differs between its tokens, not only between its channels."""
+    sizes = (1,) * (result.dim() - tensor.dim()) + tuple(tensor.shape)
+    if result.dim() < 4:
+        return sizes[-2] > 1
+    # Of an image, the second dimension or the last one is channels.
+    return sum(size > 1 for size in sizes[1:]) > 1
