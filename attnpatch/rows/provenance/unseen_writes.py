@@ -2,13 +2,14 @@
 
 Scripted functions, other threads and C++ operators write without a mode seeing it, but torch counts these writes in the
 tensor's version. Writes through an address, or through a numpy array that shares the memory, are not counted. So once
-code has asked for the address, the memory's contents are compared before a note is used. In ``torch.inference_mode``
-tensors have no version.
+code has asked for the address, the memory's contents are compared before a note is used. Tensors made in
+``torch.inference_mode`` have no version: of their memory a sample is compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,14 +28,21 @@ UNSEEN = "code that attnpatch cannot follow"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bytes that are summed at a time.
 _CHUNK = 1 << 23
+# A sample has about this many words of 4 bytes, and every 61st at least, so that a row of a tensor is hardly missed.
+_SAMPLE = 1 << 16
+_STEPS = (1, 7, 31, 61)
 
 
 @dataclasses.dataclass(slots=True)
 class _Memory:
-    """The state of memory that some tensors share: its last known version, and the number of unseen writes."""
+    """The state of memory that some tensors share: its last known version, and the number of unseen writes.
+
+    Its address is kept for a tensor without a version, since ``set_`` exchanges it where no mode sees it.
+    """
 
     version: int
     strays: int = 0
+    address: int = 0
 
 
 class Notes:
@@ -52,7 +60,8 @@ class Notes:
         # By id of a tensor that others are views of: a reference to it, and its memory.
         self._bases: dict[int, tuple[weakref.ref[torch.Tensor], _Memory]] = {}
         self._strayed = strayed
-        self._counts = strayed is not None and not torch.is_inference_mode_enabled()
+        # By address of the memory of tensors without a version: a checksum of a sample.
+        self._samples: dict[int, int] = {}
         # By address of memory that code outside torch may write to: a checksum of its contents.
         self._exposed: dict[int, tuple[int, int]] = {}
 
@@ -77,8 +86,7 @@ class Notes:
         if found is None or found[1] is None:
             return None
         _, note, memory, strays = found
-        if self._exposed:
-            self._compare(tensor)
+        self._compare(tensor)
         version = self._version(tensor)
         if memory.version != version:
             memory.version = version
@@ -100,8 +108,7 @@ class Notes:
             memory,
             memory.strays,
         )
-        if self._exposed:
-            self._look(tensor)
+        self._look(tensor)
 
     def wrote(self, tensor: torch.Tensor) -> None:
         """Called when a function that was seen has written to a tensor once."""
@@ -110,8 +117,7 @@ class Notes:
         version = self._version(tensor)
         memory.strays += version > memory.version + 1
         memory.version = version
-        if self._exposed:
-            self._look(tensor)
+        self._look(tensor)
 
     def lose(self, tensor: torch.Tensor) -> None:
         """Called when an unknown function has written to a tensor."""
@@ -130,8 +136,7 @@ class Notes:
         found = self._found(tensor)
         if found is not None:
             found[2].version = self._version(tensor)
-            if self._exposed:
-                self._look(tensor)
+            self._look(tensor)
 
     def expose(self, tensor: torch.Tensor) -> None:
         """Called when code outside torch may write to a tensor's memory from now on."""
@@ -161,21 +166,29 @@ class Notes:
         return memory
 
     def _version(self, tensor: torch.Tensor) -> int:
-        if not self._counts or type(tensor) not in _PLAIN:
+        if self._strayed is None or type(tensor) not in _PLAIN or tensor.is_inference():
             return 0
-        try:
-            return tensor._version
-        except RuntimeError:
-            return 0  # made in inference mode
+        return tensor._version
+
+    def _is_sampled(self, tensor: torch.Tensor) -> bool:
+        return self._strayed is not None and type(tensor) in _PLAIN and tensor.is_inference()
 
     def _compare(self, tensor: torch.Tensor) -> None:
-        """Look for writes to memory whose address code outside torch has."""
-        place = _place(tensor)
-        if place not in self._exposed:
-            return
-        now = _sum(tensor)
-        if now != self._exposed[place]:
+        """Look for writes to memory whose address code outside torch has, or whose tensors have no version."""
+        is_sampled = self._is_sampled(tensor)
+        place = _place(tensor) if self._exposed or is_sampled else 0
+        is_changed = False
+        if place in self._exposed:
+            now = _sum(tensor)
+            is_changed = now != self._exposed[place]
             self._exposed[place] = now
+        elif place and is_sampled:
+            part, memory = _sum_of_sample(tensor), self._notes[id(tensor)][2]
+            is_changed = part != self._samples.get(place, part)
+            self._samples[place] = part
+            memory.strays += memory.address != place
+            memory.address = place
+        if is_changed:
             for memory in {id(found[2]): found[2] for found in self._at(place)}.values():
                 memory.strays += 1
 
@@ -186,9 +199,15 @@ class Notes:
 
     def _look(self, tensor: torch.Tensor) -> None:
         """Accept the present contents of such memory."""
-        place = _place(tensor)
+        is_sampled = self._is_sampled(tensor)
+        place = _place(tensor) if self._exposed or is_sampled else 0
         if place in self._exposed:
             self._exposed[place] = _sum(tensor)
+        elif place and is_sampled:
+            self._samples[place] = _sum_of_sample(tensor)
+            found = self._found(tensor)
+            if found is not None:
+                found[2].address = place
 
 
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -213,6 +232,23 @@ def _place(tensor: torch.Tensor) -> int:
         return 0
 
 
+def _sum_of_sample(tensor: torch.Tensor) -> int:
+    """A checksum of a part of a tensor's memory, spread over all of it."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    words = flat[: len(flat) // 4 * 4].view(torch.int32) if len(flat) > 3 else flat
+    step = next((step for step in _STEPS if len(words) <= step * _SAMPLE), _STEPS[-1])
+    part = words[::step]
+    return int((part * _keys(len(part), part.device)).sum())
+
+
+@functools.lru_cache(16)
+def _keys(count: int, device: torch.device) -> torch.Tensor:
+    """Pseudo-random odd factors of 64 bits."""
+    with torch.inference_mode(False):
+        keys = torch.arange(1, count + 1, device=device).mul_(-0x61C8864680B583EB).bitwise_or_(1)
+        return keys.bitwise_xor_(keys >> 29).bitwise_or_(1)
+
+
 def _sum(tensor: torch.Tensor) -> tuple[int, int]:
     """A checksum of a tensor's whole memory, which also depends on the order of its contents."""
     memory = tensor.untyped_storage()
@@ -221,8 +257,6 @@ def _sum(tensor: torch.Tensor) -> tuple[int, int]:
     words = flat[: len(flat) - rest].view(torch.int64)
     total = 0
     for part in words.split(_CHUNK // 8):
-        # Pseudo-random odd factors; the checksum is 64 bits of a sum of products.
-        keys = torch.arange(1, len(part) + 1, device=part.device).mul_(-0x61C8864680B583EB).bitwise_or_(1)
-        keys.bitwise_xor_(keys >> 29)
-        total = (total * 31 + int((part * keys.bitwise_or_(1)).sum())) % (1 << 64)
+        # The checksum is 64 bits of a sum of products.
+        total = (total * 31 + int((part * _keys(len(part), part.device)).sum())) % (1 << 64)
     return total, int.from_bytes(bytes(flat[len(flat) - rest :].tolist()), "little")
