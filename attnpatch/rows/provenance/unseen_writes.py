@@ -29,7 +29,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bytes that are summed at a time.
 _CHUNK = 1 << 23
 # A sample has about this many words of 4 bytes, and every 61st at least, so that a row of a tensor is hardly missed.
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 13
 _STEPS = (1, 7, 31, 61)
 
 
