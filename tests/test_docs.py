@@ -41,3 +41,9 @@ def test_files_that_the_design_names_exist():
     assert [
         name for name in named if not ((ROOT / "attnpatch" / name).exists() or (ROOT / name).exists())
     ] == []
+
+
+def test_points_below_points_are_nested():
+    """The pages' Markdown nests a list by four spaces; with fewer, its points become points of the outer list."""
+    for path in (ROOT / "docs").glob("*.md"):
+        assert re.findall(r"^ {1,3}[*-] .*", path.read_text(encoding="utf-8"), re.MULTILINE) == [], path.name
