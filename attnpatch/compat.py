@@ -9,6 +9,7 @@ release has other names, attnpatch does not know what they would say; the commen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -174,6 +175,14 @@ ACCELERATE_HOOK, ACCELERATE_FORWARD = "_hf_hook", "_old_forward"
 COMPILED_MODULE = "_orig_mod"
 # ``torch.compile`` of a function: the original function. If the name is missing, a compiled forward is called as it is.
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+# ``nn.Module``: what a call runs if it is set (``Module.compile`` sets it), and what it runs otherwise. If the names are
+# missing, ``ATTNPATCH=1`` patches only models of transformers and diffusers, and says so. Without the interpreter's lock
+# too: the first name is read twice, and may be set in between.
+COMPILED_CALL, PLAIN_CALL = "_compiled_call_impl", "_call_impl"
+HAS_CALL_ATTRIBUTE = (
+    all(hasattr(torch.nn.Module, name) for name in (COMPILED_CALL, PLAIN_CALL))
+    and getattr(sys, "_is_gil_enabled", lambda: True)()
+)
 # The schema of an operator. If the name is missing, the operator counts as one that writes to no argument.
 OPERATOR_SCHEMA = "_schema"
 # transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are

@@ -149,6 +149,9 @@ BAD = {
     "ATTNPATCH_REPORT": ("yes", "1 or 0"),
     "ATTNPATCH_CAPTURE": ("script.py", "a folder that can be written to"),
     "ATTNPATCH_BLOCKS": ("0", "a whole number of tokens of at least 1"),
+    "ATTNPATCH_MODULES": ("vggt.VGGT", "classes such as package.module:Class, with commas between them"),
+    "ATTNPATCH_SITES": ("a..b c", "auto, registered, or paths and patterns such as model.layers.*.self_attn"),
+    "ATTNPATCH_QUIET": ("yes", "1 or 0"),
     "ATTNPATCH_FREE_MEMORY": ("lots", "a size such as 2GB"),
     "ATTNPATCH_MIN_FRE": ("8GB", "did you mean ATTNPATCH_MIN_FREE?"),
 }
@@ -165,6 +168,16 @@ def test_a_bad_value_stops_with_one_line(shared, tmp_path, name):
     (line,) = lines(done.stderr)
     assert line.startswith(f"attnpatch: {name}") and accepted in line
     assert value in line or "did you mean" in line
+
+
+def test_classes_and_sites_are_lists():
+    given = {"ATTNPATCH_MODULES": "vggt.models:VGGT, __main__:Net.Inner", "ATTNPATCH_QUIET": "1"}
+    for text, sites in {"auto": "auto", "a.*.b,c[01]": ("a.*.b", "c[01]")}.items():
+        found = Settings.of_environment({**given, "ATTNPATCH_SITES": text})
+        assert found == Settings(modules=("vggt.models:VGGT", "__main__:Net.Inner"), sites=sites, quiet=True)
+    for name, text in {"ATTNPATCH_MODULES": "a.b:C,", "ATTNPATCH_SITES": "a,,b"}.items():
+        with pytest.raises(PolicyError, match=re.escape(f"{name}={text!r} is not accepted; give ")):
+            Settings.of_environment({name: text})
 
 
 def test_an_empty_value_counts_as_not_set():
@@ -287,6 +300,7 @@ def test_the_report_at_exit(routes):
     tail = [line for line in lines(said) if line.startswith("attnpatch: ") and "Policy" not in line]
     maps = routes[1][2] / "maps"
     assert tail == [
+        "attnpatch: active; patched LlamaForCausalLM x4 (2 attention modules each)",
         "attnpatch: 1 model built and never called: LlamaForCausalLM",
         f"attnpatch: 5 sequences captured in {maps}",
     ]

@@ -48,7 +48,7 @@ def active(monkeypatch, tmp_path):
     """A session that sees every model of this process, as the start-up file would begin it."""
 
     def begin(**settings):
-        session = Session(Settings(**settings))
+        session = Session(Settings(**{"quiet": True, **settings}))
         original = PreTrainedModel.post_init
 
         def post_init(self):

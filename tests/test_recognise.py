@@ -47,6 +47,15 @@ class CallsAFunction(Mixer):
         return self.join(attend(*self.split(x), self.scale))
 
 
+class CastsWeights(Mixer):
+    """As ComfyUI's and many norms: a weight in the dtype of the input is no product with it."""
+
+    def split(self, x):
+        weight, bias = self.qkv.weight.to(x), self.qkv.bias.type_as(x)
+        rows = F.linear(x, weight, bias).chunk(3, -1)
+        return (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in rows)
+
+
 class HoldsSoftmax(Mixer):
     """As in vision models by hand: ``self.attend = nn.Softmax(dim=-1)``."""
 
@@ -168,7 +177,7 @@ class Bilinear(nn.Module):
         return x + torch.matmul(shares.unsqueeze(1), self.prototypes.weight.t())
 
 
-FOUND = [Mixer, CallsAFunction, HoldsSoftmax, ByHand, Fused, Talking, Layer]
+FOUND = [Mixer, CallsAFunction, CastsWeights, HoldsSoftmax, ByHand, Fused, Talking, Layer]
 NOT = [Head, Router, Recurrent, Kernelised, Contrast, Bilinear]
 
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from attnpatch.activation.kinds import added_up
+from attnpatch.activation.stderr import seen_in_words
 from attnpatch.reporting import report_of
 
 if TYPE_CHECKING:
     from attnpatch.activation.session import Session
+    from attnpatch.patching.patch import Patch
 
 
 def closing_lines(session: Session) -> Iterator[str]:
     """The report of every model that ran, and a line for each other kind of event (models never called, ...)."""
-    used = [(patch, 1) for patch in session.patches.values() if patch.was_used]
-    for patch, number in (*session.gone.values(), *used):
+    used = [patch for patch in session.patches.values() if patch.was_used]
+    # A script may call the layers of a model one by one; each is then a model of its own.
+    alike: dict[Any, tuple[Patch, int]] = {}
+    for patch in used:
+        if patch in session.plain.patches:
+            added_up(alike, patch)
+    apart = [(patch, 1) for patch in used if patch not in session.plain.patches]
+    for patch, number in (*session.gone.values(), *apart, *alike.values()):
         if number > 1:
             yield f"attnpatch: {number} models of this kind, added up:"
         yield f"attnpatch: {report_of(patch)}"
@@ -25,7 +34,8 @@ def closing_lines(session: Session) -> Iterator[str]:
         kinds = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in idle.items())
         yield f"attnpatch: {_counted(idle.total(), 'model')} built and never called: {kinds}"
     elif not used and not session.gone:
-        yield "attnpatch: no model with attention was built"
+        yield session.nothing_seen
+    yield from seen_in_words(session.plain.seen, session.plain.parts)
     if session.counts["without"]:
         yield f"attnpatch: {_counted(session.counts['without'], 'model')} without attention"
     if session.counts["unpatched"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
 import sys
@@ -11,8 +10,12 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from attnpatch.activation.kinds import added_up
+from attnpatch.activation.plain_models import PlainModels
 from attnpatch.activation.settings import Settings
-from attnpatch.hosts.building import is_imported, when_built
+from attnpatch.activation.stderr import NOTHING_SEEN, Lines, is_first_process, is_users_script
+from attnpatch.errors import PatchError
+from attnpatch.hosts.building import when_built, when_imported
 
 if TYPE_CHECKING:
     from attnpatch.activation.recording import AutomaticRecorder
@@ -26,7 +29,8 @@ def begin(settings: Settings) -> None:
     global _session
     if _session is None:
         _session = Session(settings)
-        when_built(_session.built, functools.partial(_session.warn, "no model is patched"))
+        when_built(_session.built, functools.partial(_session.lines.warn, "no model is patched"))
+        when_imported("torch", _session.tell_of_first_calls)
         atexit.register(_session.end)
 
 
@@ -51,6 +55,9 @@ class Session:
         patches: Patches of models that still exist, by id.
         gone: Patches of freed models, added up by kind of model, each with the number of models.
         counts: Other events to report at exit: models without attention, not patched, calls not captured.
+        plain: Looks at modules that no host builds.
+        lines: Prints.
+        is_of_script: Whether the process runs a file of the user's.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,37 +67,102 @@ class Session:
         self.gone: dict[Any, tuple[Patch, int]] = {}
         self.counts: Counter[str] = Counter()
         self.never_called: Counter[str] = Counter()
+        self.plain, self.lines = PlainModels(self), Lines(settings.quiet)
+        self.is_of_script = False
         self._folder: Any = None
         self._waiting: list[AutomaticRecorder] = []
-        self._said: set[str] = set()
 
     @property
     def written(self) -> int:
         """Number of sequences captured."""
         return 0 if self._folder is None else self._folder.written
 
-    def built(self, model: Any) -> None:
-        """Patch a model that was just built; its patch replaces those of models inside it."""
+    def tell_of_first_calls(self, _: Any) -> None:
+        """Look at every module at its first call; called when torch was imported."""
+        # Python forgets the name of the script's file before it calls what ends a session.
+        self.is_of_script = is_users_script()
         try:
+            from attnpatch.activation.first_calls import install
+
+            if not install(self.plain.told):
+                self.lines.say(
+                    "attnpatch: this torch tells of no first call: only models of hosts are patched"
+                )
+        except Exception as error:
+            self.lines.warn("only models of hosts are patched", error)
+
+    def is_asked_for(self, kind: type[Any]) -> bool:
+        """True if models of a class are patched: any, unless ATTNPATCH_MODULES names some."""
+        return not self.settings.modules or self.is_named(kind)
+
+    def is_named(self, kind: type[Any]) -> bool:
+        """True if ATTNPATCH_MODULES names a class or one of its bases."""
+        return any(f"{base.__module__}:{base.__qualname__}" in self.settings.modules for base in kind.__mro__)
+
+    def chosen(self, model: Any) -> Any:
+        """Which modules of a model are sites; of several patterns, those that match something in this model."""
+        from attnpatch.patching.selection import AUTO, checked, matching
+
+        chosen = checked(self.settings.sites)
+        return AUTO if chosen is None else matching(model, chosen)
+
+    def built(self, model: Any) -> None:
+        """Patch a model that a host has just built; its patch replaces those of models inside it."""
+        try:
+            from attnpatch.activation.first_calls import settle
             from attnpatch.patching.patch import Patch, patch_of
             from attnpatch.patching.registry import is_attention
 
-            if patch_of(model) is not None:
+            if patch_of(model) is not None or not self.is_asked_for(type(model)):
                 return
-            if not any(is_attention(module) for module in model.modules()):
+            # Others are looked at in their first call.
+            if self.settings.sites is None and not any(is_attention(module) for module in model.modules()):
                 self.counts["without"] += 1
                 return
             inner = _automatic_roots(model)
             kind = type(model)
-            patch = Patch(model, self.settings.policy, automatic=True, first_call=first_call)
+            policy, chosen = self.settings.policy, self.chosen(model)
+            try:
+                patch = Patch(model, policy, automatic=True, first_call=first_call, chosen=chosen)
+            except PatchError:
+                if self.settings.sites is None:
+                    raise
+                return  # a part of the model that the pattern names, or another model
             for other in inner:
                 if not other.was_used:
                     self.patches.pop(id(other), None)
             self._adopt(patch, model, kind)
+            settle(model)
         except Exception as error:
-            self.counts["unpatched"] += 1
-            self.warn(f"{type(model).__name__} is left as it is", error)
+            self.not_patched(model, error)
             _leave(model)
+
+    def not_patched(self, model: Any, error: Exception) -> None:
+        """A model could not be patched."""
+        self.counts["unpatched"] += 1
+        self.lines.warn(f"{type(model).__name__} is left as it is", error)
+
+    def patched(self, module: Any, reasons: dict[str, str]) -> Patch:
+        """Patch a module that is about to be called for the first time; parts that are patched stay so."""
+        from attnpatch.patching.patch import Patch
+
+        patch = Patch(
+            module,
+            self.settings.policy,
+            automatic=True,
+            first_call=first_call,
+            chosen=self.chosen(module),
+            reasons=reasons,
+        )
+        self._adopt(patch, module, type(module))
+        self.plain.patches.add(patch)
+        return patch
+
+    def forget(self, patch: Patch) -> None:
+        """A patch was taken out: nothing in its model was attention."""
+        self.patches.pop(id(patch), None)
+        self._waiting += _automatic(patch)
+        patch.recorders = ()
 
     def called(self, patch: Patch, model: Any) -> None:
         """An automatically patched model, or a copy of one, is about to be called for the first time."""
@@ -98,8 +170,13 @@ class Session:
             patch.complete(model)
             if id(patch) not in self.patches:
                 self._adopt(patch, model, type(model))
+            self.announce()
         except Exception as error:
-            self.warn(f"{type(model).__name__} is patched in part", error)
+            self.lines.warn(f"{type(model).__name__} is patched in part", error)
+
+    def announce(self) -> None:
+        """Say which models are patched, those that were not named before."""
+        self.lines.announce(list(self.patches.values()))
 
     def _adopt(self, patch: Patch, model: Any, kind: type[Any]) -> None:
         self._finish(self._waiting)
@@ -118,7 +195,7 @@ class Session:
 
     def _not_captured(self, kind: str, error: Exception) -> None:
         self.counts["not captured"] += 1
-        self.warn(f"a call of {kind} is not captured", error)
+        self.lines.warn(f"a call of {kind} is not captured", error)
 
     def _fold(self, patch: Patch) -> None:
         """A model was freed: add its counts to those of other freed models of its kind."""
@@ -130,22 +207,7 @@ class Session:
         if not patch.was_used:
             self.never_called[patch.model_kind] += 1
             return
-        key = (patch.model_kind, patch.policy, tuple(site.name for site in patch.sites))
-        kept, number = self.gone.get(key, (None, 0))
-        if kept is None:
-            kept = patch
-        else:
-            for mine, other in zip(kept.sites, patch.sites, strict=True):
-                mine.add(other)
-        self.gone[key] = (kept, number + 1)
-
-    def warn(self, what: str, error: Exception) -> None:
-        """Print one line on stderr; the same line is printed only once."""
-        line = " ".join(f"attnpatch: {what}: {type(error).__name__}: {error}".split())
-        if line not in self._said and sys.stderr is not None:
-            self._said.add(line)
-            with contextlib.suppress(OSError, ValueError):
-                print(line, file=sys.stderr)
+        added_up(self.gone, patch)
 
     def _finish(self, recorders: list[AutomaticRecorder]) -> None:
         while recorders:
@@ -153,17 +215,34 @@ class Session:
 
     def end(self) -> None:
         """The script has ended: finish the captures and print the report."""
-        if not is_imported() or os.getpid() != self.pid:
+        if "torch" not in sys.modules or os.getpid() != self.pid:
             return
         try:
             self._finish(self._waiting)
             self._finish([each for patch in self.patches.values() for each in _automatic(patch)])
+            self.announce()
             if self.settings.report and sys.stderr is not None:
                 from attnpatch.activation.closing import closing_lines
 
                 print("\n".join(closing_lines(self)), file=sys.stderr)
+            elif not self.has_patched and (self.plain.was_called or self.is_of_script) and is_first_process():
+                self.lines.say(self.nothing_seen)
         except Exception as error:
-            self.warn("no report", error)
+            self.lines.warn("no report", error)
+
+    @property
+    def has_patched(self) -> bool:
+        """True if any model was patched."""
+        return bool(self.patches or self.gone or self.never_called)
+
+    @property
+    def nothing_seen(self) -> str:
+        """The line for a process that patched nothing, with the variables that may be why."""
+        settings = self.settings
+        sites = (settings.sites,) if isinstance(settings.sites, str) else settings.sites
+        given = {"ATTNPATCH_MODULES": settings.modules, "ATTNPATCH_SITES": sites}
+        of = " and ".join(f"{name}={','.join(value)}" for name, value in given.items() if value)
+        return NOTHING_SEEN + (f" that {of} asks for" if of else "; ATTNPATCH_REPORT=1 says why not")
 
 
 def _automatic_roots(model: Any) -> list[Patch]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from attnpatch.errors import PolicyError
 from attnpatch.policy import FREE_MEMORY, TEXTS, Policy, TextForm, read_switch, read_whole
@@ -13,8 +16,9 @@ from attnpatch.policy import FREE_MEMORY, TEXTS, Policy, TextForm, read_switch, 
 SWITCH = "ATTNPATCH"
 PREFIX = "ATTNPATCH_"
 REPORT, CAPTURE, BLOCKS = "ATTNPATCH_REPORT", "ATTNPATCH_CAPTURE", "ATTNPATCH_BLOCKS"
+MODULES, SITES, QUIET = "ATTNPATCH_MODULES", "ATTNPATCH_SITES", "ATTNPATCH_QUIET"
 FIELDS = {PREFIX + field.upper(): field for field in TEXTS}
-KNOWN = (*FIELDS, REPORT, CAPTURE, BLOCKS, FREE_MEMORY)
+KNOWN = (*FIELDS, REPORT, CAPTURE, BLOCKS, MODULES, SITES, QUIET, FREE_MEMORY)
 DEFAULT_BLOCK = 128
 
 
@@ -25,7 +29,26 @@ def _read_tokens(text: str) -> int:
     return tokens
 
 
+def _read_list(form: str, text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(re.fullmatch(form, part) for part in found):
+        raise ValueError(text)
+    return found
+
+
+def _read_sites(text: str) -> str | tuple[str, ...]:
+    return text if text in ("auto", "registered") else _read_list(r"[\w.*?\[\]!-]+", text)
+
+
 SWITCH_FORM = TextForm(read_switch, "1 or 0")
+MODULES_FORM = TextForm(
+    functools.partial(_read_list, r"\w+(\.\w+)*:\w+(\.\w+)*"),
+    "classes such as package.module:Class, with commas between them",
+)
+SITES_FORM = TextForm(
+    _read_sites,
+    "auto, registered, or paths and patterns such as model.layers.*.self_attn, with commas between them",
+)
 BLOCKS_FORM = TextForm(_read_tokens, "a whole number of tokens of at least 1")
 
 
@@ -48,12 +71,18 @@ class Settings:
         report: Whether the report is printed at exit.
         capture: Absolute path of the folder for block maps, or ``None``.
         blocks: Tokens per block.
+        modules: Classes whose models are patched, ``"package.module:Class"``; empty: all.
+        sites: Which modules of a model are patched, as ``apply`` takes it, or ``None``.
+        quiet: Whether only errors are printed, and the report if it is asked for.
     """
 
     policy: Policy = dataclasses.field(default_factory=Policy)
     report: bool = False
     capture: str | None = None
     blocks: int = DEFAULT_BLOCK
+    modules: tuple[str, ...] = ()
+    sites: str | tuple[str, ...] | None = None
+    quiet: bool = False
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -71,11 +100,18 @@ class Settings:
         fields = {FIELDS[name]: (f"{name}=", value) for name, value in given.items() if name in FIELDS}
         if FREE_MEMORY in given:
             TEXTS["min_free"].of(f"{FREE_MEMORY}=", given[FREE_MEMORY])
+
+        def read(name: str, read: Callable[[str, str], Any], otherwise: Any) -> Any:
+            return read(f"{name}=", given[name]) if name in given else otherwise
+
         return cls(
             Policy.of_texts(fields),
-            SWITCH_FORM.of(f"{REPORT}=", given[REPORT]) if REPORT in given else False,
-            writable_folder(f"{CAPTURE}=", given[CAPTURE]) if CAPTURE in given else None,
-            BLOCKS_FORM.of(f"{BLOCKS}=", given[BLOCKS]) if BLOCKS in given else DEFAULT_BLOCK,
+            read(REPORT, SWITCH_FORM.of, False),
+            read(CAPTURE, writable_folder, None),
+            read(BLOCKS, BLOCKS_FORM.of, DEFAULT_BLOCK),
+            read(MODULES, MODULES_FORM.of, ()),
+            read(SITES, SITES_FORM.of, None),
+            read(QUIET, SWITCH_FORM.of, False),
         )
 
 

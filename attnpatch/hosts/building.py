@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,11 @@ TRANSFORMERS = "transformers.modeling_utils"
 DIFFUSERS = "diffusers.models.modeling_utils"
 
 
-def is_imported() -> bool:
-    """True if transformers' or diffusers' models were imported, so that this process may have built one."""
-    return TRANSFORMERS in sys.modules or DIFFUSERS in sys.modules
+def when_imported(name: str, callback: Callable[[Any], None]) -> None:
+    """Call ``callback`` with a module once it is imported; it must not raise."""
+    import wrapt
+
+    wrapt.register_post_import_hook(callback, name)
 
 
 def when_built(callback: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:

@@ -146,7 +146,8 @@ def behind_gate(function: Any) -> Any:
 
 def _as_function(found: Any) -> types.FunctionType:
     """The entry of a class's namespace as a plain function of the instance and the arguments."""
-    if isinstance(found, types.FunctionType):
+    # Not ``isinstance``: a function that wrapt decorates says it is one, and must be bound to know its instance.
+    if type(found) is types.FunctionType:
         return found
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -51,6 +51,8 @@ _methods: weakref.WeakKeyDictionary[type[nn.Module], dict[str, frozenset[str]]] 
 
 def names_of_class(kind: type[nn.Module], depth: int = _DEPTH) -> frozenset[str]:
     """Names used by the forward of a class and by the functions that it calls; read once per class."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return frozenset()  # its forward is in no class; see ``names_of_instance``
     found = _classes.setdefault(kind, {})
     if depth not in found:
         found[depth] = frozenset([*_torch_bases(kind), *_Reader(kind).names(kind.forward, depth)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -33,6 +33,7 @@ class Patch:
         on_top: True to put this patch on top of any other, for a while.
         first_call: Called with the patch and the model before the model's first call, and again for a copy of it.
         chosen: Which modules are its sites, as in ``apply``.
+        reasons: Its sites with their reasons, if they are known. Patches of parts of the model then stay in place.
 
     Attributes:
         left_alone: Paths of candidates whose first call was not attention.
@@ -59,6 +60,7 @@ class Patch:
         on_top: bool = False,
         first_call: Callable[[Patch, nn.Module], None] | None = None,
         chosen: Chosen = AUTO,
+        reasons: dict[str, str] | None = None,
     ) -> None:
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []
@@ -68,47 +70,62 @@ class Patch:
         self.first_call, self.was_called = first_call, False
         self.model_kind = type(model).__name__
         self.sites: list[Site] = []
-        reasons = choose(model, chosen)
-        self.is_watched = not any(
-            _asks_for_modes(module, name in reasons) for name, module in model.named_modules()
-        )
-        if automatic:
-            # No user has asked for this patch, so it does not try candidates.
-            reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
-        taken = [
+        if reasons is None:
+            reasons, taken = self._chosen(model, on_top)
+        else:
+            taken = {name for name, _ in served_in(model)}
+        self._put_in(model, self._modules(model, reasons, taken if automatic else set()))
+
+    def _chosen(self, model: nn.Module, on_top: bool) -> tuple[dict[str, str], set[str]]:
+        """The sites of this patch with their reasons, and the modules that other patches keep."""
+        reasons = choose(model, self.chosen)
+        taken = {
             name
             for name, module in model.named_modules()
             if not all(site.patch.automatic for site in sites_of(module))
-        ]
-        if automatic and "" not in taken:
+        }
+        if self.automatic:
+            # No user has asked for this patch of a host's model, so it does not try candidates.
+            reasons = {name: reason for name, reason in reasons.items() if reason != CANDIDATE}
+        if self.automatic and "" not in taken:
             # This patch serves the parts of the model, too.
             take_out_all(model, lambda patch: patch.automatic)
             reasons = {name: reason for name, reason in reasons.items() if name not in taken}
         elif taken and not on_top:
+            first = next(name for name, _ in model.named_modules() if name in taken)
             raise PatchError(
-                f"{taken[0] or type(model).__name__!r} is patched already, as a part of another model; "
+                f"{first or type(model).__name__!r} is patched already, as a part of another model; "
                 "call attnpatch.remove() on that model first, or patch only the outer one"
             )
+        return reasons, taken
+
+    def _modules(
+        self, model: nn.Module, reasons: dict[str, str], taken: set[str]
+    ) -> dict[str, tuple[nn.Module, str | None]]:
+        """The modules to patch, each with the reason that it is attention: the model, makers of masks, attention."""
         modules = dict(model.named_modules())
+        self.is_watched = not any(
+            _asks_for_modes(module, name in reasons or name in taken) for name, module in modules.items()
+        )
         scripted = [name for name in reasons if not can_swap(modules[name])]
         if scripted:
             raise PatchError(
                 f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
         parts = [name for name, module in modules.items() if masks.makes_masks(module) and can_swap(module)]
-        if automatic:
-            parts = [name for name in parts if name not in taken]
-        self._put_in(
-            model,
-            {"": (model, reasons.pop("", None))}
-            | {name: (modules[name], reasons.get(name)) for name in [*parts, *reasons] if name},
-        )
+        names = [*(name for name in parts if name not in taken), *reasons]
+        found = {name: (modules[name], reasons.get(name)) for name in names if name}
+        return {"": (model, reasons.get(""))} | found
 
     def _put_in(self, model: nn.Module, modules: dict[str, tuple[nn.Module, str | None]]) -> None:
-        for name, (module, reason) in modules.items():
-            site = self.site_class(self, name, module, module is model, reason)
-            self.sites.append(site)
-            put_in(module, site)
+        try:
+            for name, (module, reason) in modules.items():
+                site = self.site_class(self, name, module, module is model, reason)
+                self.sites.append(site)
+                put_in(module, site)
+        except BaseException:
+            self.take_out(model)
+            raise
 
     @property
     def was_used(self) -> bool:
@@ -121,7 +138,9 @@ class Patch:
         return next((each for each in reversed(self.recorders) if each.is_mine()), None)
 
     def complete(self, model: nn.Module) -> None:
-        """Patch attention modules that were added to the model since."""
+        """Patch attention modules that were added to the model since, unless its sites were chosen."""
+        if self.chosen != AUTO:
+            return
         new = {
             name: (module, why(module))
             for name, module in model.named_modules()
@@ -194,6 +213,17 @@ def _asks_for_modes(module: nn.Module, is_site: bool) -> bool:
     if isinstance(module, nn.TransformerEncoder):
         return True
     return not is_site and isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+
+
+def served_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that patches of parts of a model serve, and the modules inside these parts."""
+    parts: list[str] = []
+    for name, module in model.named_modules():
+        sites = list(sites_of(module))
+        if any(site.is_root for site in sites):
+            parts.append(name)
+        if sites or any(name.startswith(part + ".") for part in parts):
+            yield name, module
 
 
 def patch_of(model: nn.Module) -> Patch | None:

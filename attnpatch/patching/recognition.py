@@ -30,6 +30,9 @@ _WEIGHINGS = frozenset("mul mul_ multiply __mul__ __rmul__".split())
 # These sum over their input, so their result is no longer scores, unless only heads were mixed.
 _LAYERS = frozenset("linear conv1d conv2d conv3d addmm mv dot addbmm tensordot inner bilinear".split())
 
+# The result holds the first tensor; the second gives only its dtype, its device or its shape.
+_LIKENESSES = frozenset("to type_as expand_as view_as reshape_as".split())
+
 # Names as they occur in code: ``FusedSoftmax``, ``matmul1``, ``xsoftmax``; ``contract`` is opt_einsum's.
 _SOFTMAX_NAMES = re.compile(r"soft_?(max|min)|sparsemax|entmax", re.IGNORECASE)
 _PRODUCT_NAMES = re.compile(r"mat_?mul|(^|_|add|b)mm_?$|einsum|tensordot|^contract$", re.IGNORECASE)
@@ -75,6 +78,19 @@ def _look(
         is_part = not is_own or next(module.parameters(), None) is None
         seen[module] = frozenset(own if is_part else ()), frozenset(every)
     return seen[module]
+
+
+def scripted_attention(model: nn.Module) -> list[str]:
+    """Paths of the TorchScript modules in a model whose graph has a softmax and a product, without those inside others."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not any(
+            not outer or name.startswith(outer + ".") for outer in found
+        ):
+            names = names_of_instance(module)
+            if _names_attention(names, names):
+                found.append(name)
+    return found
 
 
 _NOTHING: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
@@ -152,6 +168,8 @@ class Watch(TorchFunctionMode):
         self.failed("watching an operation of a candidate", error)
 
     def _note(self, name: str, given: list[tuple[torch.Tensor, int]], args: Any, result: Any) -> None:
+        if name in _LIKENESSES:
+            given = given[:1]
         most = max((mark for _, mark in given), default=0)
         if most:
             what = INPUT if self.is_paused else self._became(name, given, result, most)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnpatch.errors import PatchError
@@ -46,6 +47,8 @@ def is_registered(module: nn.Module) -> bool:
 
 def why(module: nn.Module) -> str | None:
     """``"name"`` or ``"registered"`` if ``module`` counts as attention without being looked at; otherwise ``None``."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # cannot be patched, and its class has no forward to ask for
     # diffusers' processors for image prompts are modules without a forward: their owner's forward runs.
     if type(module).forward is nn.Module.forward:
         return None

@@ -11,7 +11,7 @@ from torch import nn
 
 from attnpatch.errors import CaptureError, PatchError
 from attnpatch.patching.code_names import names_of_class
-from attnpatch.patching.recognition import candidates
+from attnpatch.patching.recognition import candidates, scripted_attention
 from attnpatch.patching.registry import is_registered, why
 from attnpatch.recording.layers import chosen_sites, pattern_of
 
@@ -87,6 +87,12 @@ def choose(model: nn.Module, chosen: Chosen = AUTO) -> dict[str, str]:
         known = _automatic(model, modules) if any(map(_is_pattern, sites)) else {}
         found = {name: reason for site in sites for name, reason in _matching(site, model, modules, known)}
     if not found:
+        if scripted := scripted_attention(model):
+            where = f"in {', '.join(scripted[:3])} " if scripted[0] else ""
+            name = getattr(model, "original_name", type(model).__name__)
+            raise PatchError(
+                f"the attention of {name} {where}is TorchScript, which cannot be patched; use the eager model"
+            )
         raise PatchError(
             f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
             "attnpatch.register(MyAttention), or the modules with attnpatch.apply(model, sites=[...])"
@@ -95,6 +101,20 @@ def choose(model: nn.Module, chosen: Chosen = AUTO) -> dict[str, str]:
         found = _of_layers(found, chosen.layers)
     order = {name: i for i, name in enumerate(modules)}
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+
+
+def matching(model: nn.Module, chosen: Chosen) -> Chosen:
+    """The paths and patterns of ``chosen`` that match something in a model; all of them if none does."""
+
+    def is_there(site: str) -> bool:
+        try:
+            return bool(choose(model, Chosen((site,))))
+        except PatchError:
+            return False
+
+    if not isinstance(chosen.sites, tuple):
+        return chosen
+    return chosen._replace(sites=tuple(filter(is_there, chosen.sites)) or chosen.sites)
 
 
 def _of_layers(found: dict[str, str], layers: tuple[int, ...]) -> dict[str, str]:

@@ -45,7 +45,7 @@ def compiled_in(model: Any) -> tuple[str, ...]:
             forward = vars(module).get("forward")
             is_one = (
                 compat.COMPILED_MODULE in module._modules
-                or module._compiled_call_impl is not None
+                or bool(getattr(module, compat.COMPILED_CALL, None))
                 or is_compiled(forward)
                 or is_compiled(getattr(forward, "__wrapped__", None))  # under ours
             )

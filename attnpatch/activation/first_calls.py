@@ -1,0 +1,88 @@
+"""Tells of the first call of every module, however it was built; later calls cost nothing.
+
+``nn.Module.__call__`` reads the attribute that ``Module.compile()`` sets, and calls what is there unless it is ``None``.
+``FirstCalls`` is put there as an attribute of the class ``nn.Module``, so every module finds it: also one that was
+copied, unpickled or made without ``__init__``. Once a module was seen, the module's own attribute is ``None``
+(``settle``), and calls run as without attnpatch. ``__getstate__`` of ``nn.Module`` leaves the attribute out, so a copy is
+a module that was not seen.
+
+Alternatives, and why not: a wrapper of ``nn.Module.__call__`` costs every call of every layer; so does a global
+hook, which also makes ``torch.compile`` warn and compile again. An attribute that each new module gets misses those that
+no ``__init__`` made, and TorchScript refuses to compile a module that has it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from attnpatch import compat
+
+_PREPARE = "__prepare_scriptable__"
+
+
+class FirstCalls:
+    """Stands where a compiled module has its call.
+
+    Args:
+        told: Called with a module before its first call. It must not raise. It returns ``None`` or a function that is
+            called after the first call, unless that raises.
+    """
+
+    def __init__(self, told: Callable[[nn.Module], Callable[[], None] | None]) -> None:
+        self.told = told
+
+    def __bool__(self) -> bool:
+        """False: PEFT takes a module for a compiled one if this attribute is true."""
+        return False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The caller is ``nn.Module.__call__``. A function would be bound to the module, but a bound function is true.
+        module = sys._getframe(1).f_locals["self"]
+        after = self.told(module)
+        result = getattr(module, compat.PLAIN_CALL)(*args, **kwargs)
+        if after is not None:
+            after()
+        return result
+
+
+def install(told: Callable[[nn.Module], Callable[[], None] | None]) -> bool:
+    """Tell of the first calls of this process's modules from now on; False if this torch has no place for it."""
+    if not compat.HAS_CALL_ATTRIBUTE:
+        return False
+    setattr(nn.Module, compat.COMPILED_CALL, FirstCalls(told))
+    setattr(nn.Module, _PREPARE, _without_mark)
+    return True
+
+
+def uninstall() -> None:
+    """Undo ``install``; modules that were seen keep their mark, which changes nothing."""
+    if isinstance(getattr(nn.Module, compat.COMPILED_CALL, None), FirstCalls):
+        setattr(nn.Module, compat.COMPILED_CALL, None)
+        delattr(nn.Module, _PREPARE)
+
+
+def settle(module: nn.Module) -> None:
+    """Tell of no further call of a module, nor of the modules inside it."""
+    for each in nn.Module.modules(module):
+        settle_alone(each)
+
+
+def settle_alone(module: nn.Module) -> None:
+    """Tell of no further call of a module itself."""
+    # A module that was compiled keeps its own call.
+    vars(module).setdefault(compat.COMPILED_CALL, None)
+
+
+def is_settled(module: nn.Module) -> bool:
+    return compat.COMPILED_CALL in vars(module)
+
+
+def _without_mark(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` calls first: it takes every attribute of a module for a part of its type."""
+    if vars(module).get(compat.COMPILED_CALL, module) is None:
+        del vars(module)[compat.COMPILED_CALL]
+    return module

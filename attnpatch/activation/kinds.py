@@ -1,0 +1,20 @@
+"""Patches of models of one kind, added up for the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnpatch.patching.patch import Patch
+
+
+def added_up(kinds: dict[Any, tuple[Patch, int]], patch: Patch) -> None:
+    """Add the counts of a patch to those of others of its kind, which ``kinds`` holds with their number."""
+    key = (patch.model_kind, patch.policy, tuple(site.name for site in patch.sites))
+    kept, number = kinds.get(key, (None, 0))
+    if kept is None:
+        kept = patch
+    else:
+        for mine, other in zip(kept.sites, patch.sites, strict=True):
+            mine.add(other)
+    kinds[key] = (kept, number + 1)
