@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnpatch import errors
-    from attnpatch.api import apply, capture, explain, patched, register, remove, report
+    from attnpatch.api import apply, by_rows, capture, explain, patched, register, remove, report
     from attnpatch.blocks.spec import Blocks
     from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
     from attnpatch.maps.block_map import BlockMap
@@ -20,6 +20,7 @@ __all__ = [
     "Blocks",
     "Policy",
     "apply",
+    "by_rows",
     "capture",
     "errors",
     "explain",
@@ -35,7 +36,7 @@ _HOMES = {
     "Policy": "attnpatch.policy",
     "errors": "attnpatch.errors",
     **dict.fromkeys(
-        ("apply", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"
+        ("apply", "by_rows", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"
     ),
 }
 

@@ -12,6 +12,7 @@ from torch import nn
 from attnpatch.capturing.capture import capture
 from attnpatch.errors import PatchError
 from attnpatch.hosts.diffusers.components import compiled_in, parts_of
+from attnpatch.patching.functions import ByRows, by_rows
 from attnpatch.patching.model_patches import not_patched, parts_in, put_in_place
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
@@ -111,11 +112,13 @@ def patched(
 def report(model: Any) -> Report:
     """What each attention site did since the model was patched; prints as a table.
 
-    Given a pipeline, one table covers all components; a site's name begins with its component's name.
+    Given a pipeline, one table covers all components; a site's name begins with its component's name. A function that
+    ``by_rows`` wraps can be given, too.
 
     Raises:
         PatchError: The model is not patched.
     """
+    model = model.module if isinstance(model, ByRows) else model
     patches = {name: patch for name, part in parts_in(model).items() if (patch := patch_of(part)) is not None}
     if not patches:
         raise not_patched(model)
@@ -179,4 +182,4 @@ def _one_model(model: Any) -> nn.Module:
     )
 
 
-__all__ = ["apply", "capture", "explain", "patched", "register", "remove", "report"]
+__all__ = ["apply", "by_rows", "capture", "explain", "patched", "register", "remove", "report"]
