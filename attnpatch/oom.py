@@ -9,6 +9,8 @@ from typing import NoReturn, TypeVar
 
 import torch
 
+from attnpatch.releases.python import add_note
+
 T = TypeVar("T")
 # CUDA and XPU raise a type of their own; MPS, CPU and the libraries below them can be told only by their messages.
 _WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
@@ -16,7 +18,7 @@ _WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
@@ -43,7 +45,7 @@ class Attempts:
     def give_up(self) -> NoReturn:
         """Raise the first error, with what was tried in its notes."""
         assert self.error is not None
-        self.error.add_note(f"attnpatch tried, and had no memory for: {', then '.join(self.tried)}")
+        add_note(self.error, f"attnpatch tried, and had no memory for: {', then '.join(self.tried)}")
         raise self.error from None
 
 

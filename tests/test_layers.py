@@ -13,6 +13,7 @@ ROOT = pathlib.Path(attnpatch.__file__).parent
 # A module may import from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
+    {"releases"},
     {"atomic_files", "failures", "compat", "oom"},
     {"policy"},
     {"memory", "sdpa_call"},

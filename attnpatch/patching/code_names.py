@@ -22,11 +22,11 @@ from torch import nn
 
 # Depth of calls that are followed; number of items of a list or dict that are read; depth of nested containers.
 _DEPTH, _ITEMS, _NESTED = 3, 32, 3
-_OPERATION = dis.opmap["BINARY_OP"]
+# The two bytes of each matrix product: one operation for all operators since Python 3.11, operations of their own before.
 _MATMULS = frozenset(
-    step.arg
+    (step.opcode, step.arg or 0)
     for step in dis.get_instructions(compile("a @ b; a @= b", "", "exec"))
-    if step.opcode == _OPERATION
+    if step.opname == "BINARY_OP" or "MATRIX_MULTIPLY" in step.opname
 )
 _OPERATOR = re.compile(r"aten::(\w+)")
 _WRAPPERS = (
@@ -229,8 +229,7 @@ def _wrapped(value: Any) -> list[Any]:
 def _names(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     yield from code.co_freevars
-    steps, given = code.co_code[::2], code.co_code[1::2]
-    if any(given[i] in _MATMULS for i in range(len(steps)) if steps[i] == _OPERATION):
+    if not _MATMULS.isdisjoint(zip(code.co_code[::2], code.co_code[1::2], strict=True)):
         yield "__matmul__"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

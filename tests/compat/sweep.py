@@ -243,7 +243,7 @@ def _caller() -> str:
     """The innermost function of the model that runs."""
     for frame, _ in traceback.walk_stack(None):
         if "transformers" in frame.f_code.co_filename:
-            return frame.f_code.co_qualname
+            return getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
     return "?"
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from attnpatch import compat
+from attnpatch.releases.python import add_note
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.autograd import checkpoints, edges, kept_values
@@ -43,9 +44,10 @@ _NO_MEMORY = ("Cannot access data pointer", "its data is not allocated")
 def note_no_memory(error: Exception) -> None:
     """Add a note to an error that may come from handing deferred scores to code outside torch."""
     if any(words in str(error) for words in _NO_MEMORY):
-        error.add_note(
+        add_note(
+            error,
             "attnpatch: attention scores by rows have no memory. If code outside torch (a C++ extension, DLPack) reads "
-            "them, leave this module out (name the others in sites=[...] of apply), or use mode='never'."
+            "them, leave this module out (name the others in sites=[...] of apply), or use mode='never'.",
         )
 
 
