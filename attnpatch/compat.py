@@ -9,6 +9,7 @@ release has other names, attnpatch does not know what they would say; the commen
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,8 +73,9 @@ transformer_encoder_layer = torch._transformer_encoder_layer_fwd
 transform_bias_rescale_qkv = torch._transform_bias_rescale_qkv
 masked_softmax = torch._masked_softmax
 addmm_activation = torch._addmm_activation
-# Softmax that gives 0 where a row has no key; SDPA's dense math uses it.
-safe_softmax = torch.ops.aten._safe_softmax.default
+# Softmax that gives 0 where a row has no key; SDPA's dense math uses it since torch 2.5. Where torch has no such operator,
+# none runs.
+safe_softmax = getattr(getattr(torch.ops.aten, "_safe_softmax", None), "default", None)
 # ``torch.einsum`` without its search for an order of operands.
 einsum_in_order = torch._VF.einsum  # type: ignore[attr-defined]
 # True if ``torch.bmm`` multiplies narrow matrices into float32 (torch 2.8, on CUDA).
@@ -85,9 +87,26 @@ efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
 cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator of this machine, or ``None`` if it has none (a build for CUDA may find no device)."""
+    module = getattr(torch, "accelerator", None)
+    if module is not None:  # since torch 2.6
+        return module.current_accelerator() if module.is_available() else None
+    kinds = (kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available())
+    return next((torch.device(kind) for kind in kinds), None)
+
+
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     """The number of the kernel that SDPA would use for such a call; 0 is dense math. Some devices do not support it."""
     return torch._fused_sdp_choice(*args, **kwargs)
+
+
+@functools.cache
+def takes_any_mask() -> bool:
+    """Whether torch's fused kernel on the CPU takes a mask whose keys do not lie side by side; torch 2.6 does not."""
+    with DisableTorchFunction(), without_dispatch_modes():
+        query, mask = torch.empty(1, 1, 16, 8, device="cpu"), torch.empty(16, 16, device="cpu")
+        return fused_sdp_choice(query, query, query, mask.T) == fused_sdp_choice(query, query, query, mask)
 
 
 def is_transformed() -> bool:
@@ -132,9 +151,41 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_noted_hooks: Callable[[], list[Any]] = list
+
+
 def saved_tensor_hooks() -> Any:
     """The active saved-tensor hooks of autograd (checkpoints and offloading set them), or ``None``."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if _top_hooks is not None:
+        return _top_hooks(False)
+    noted = _noted_hooks()
+    return noted[-1] if noted else None
+
+
+def note_saved_tensor_hooks(noted: Callable[[], list[Any]]) -> None:
+    """Note the hooks of each thread where torch does not tell which are active (until 2.6); elsewhere do nothing.
+
+    Args:
+        noted: Returns this thread's list of hooks, innermost last. torch's two functions that begin and end hooks are
+            replaced by ones that also keep this list.
+    """
+    global _noted_hooks
+    if _top_hooks is not None:
+        return
+    _noted_hooks, functions = noted, torch._C._autograd
+    begin, end = functions._push_saved_tensors_default_hooks, functions._pop_saved_tensors_default_hooks
+
+    def push(pack: Any, unpack: Any) -> None:
+        begin(pack, unpack)
+        noted().append((pack, unpack))
+
+    def pop() -> None:
+        end()
+        if noted():  # they may have begun before attnpatch was imported
+            noted().pop()
+
+    functions._push_saved_tensors_default_hooks, functions._pop_saved_tensors_default_hooks = push, pop
 
 
 def has_dispatch_modes() -> bool:
@@ -188,8 +239,19 @@ OPERATOR_SCHEMA = "_schema"
 # transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are
 # missing, the cache's content is unknown, and calls that cut or reordered it are left out of maps.
 QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
-# transformers: the forward hook that collects attention weights. If it is missing, the model's own code returns them.
-OUTPUT_HOOK = "output_capturing_hook"
+# transformers: what collects attention weights. Since 5.2 a context variable names what is collected, by a forward hook;
+# from 4.53 to 5.1 it is a function in the place of a module's forward. If they are missing, weights are what the model's
+# own code returns: none under SDPA.
+OUTPUT_COLLECTOR, OUTPUT_HOOK, OUTPUT_WRAPPER = (
+    "_active_collector",
+    "output_capturing_hook",
+    "wrapped_forward",
+)
+# transformers: the table of mask functions by attention implementation, and the functions that masks by rows call.
+MASK_TABLE, MASK_FUNCTIONS = "ALL_MASK_ATTENTION_FUNCTIONS", ("sdpa_mask", "eager_mask")
+# transformers: the argument with the positions of a mask's rows, until 5.3. If it is missing and no number of rows is
+# given either, masks are whole.
+MASK_POSITIONS = "cache_position"
 
 
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import memory
+from attnpatch import compat, memory
 from attnpatch.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -200,7 +200,7 @@ def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
         most = sizes.most_common(1)
         if most and most[0][0].type != "meta":
             return most[0][0]
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = compat.accelerator() or "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

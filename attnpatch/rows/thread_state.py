@@ -38,6 +38,7 @@ class ThreadState(threading.local):
         model_call: The model's call whose masks are deferred, if any (``creation/row_masks.py``).
         positions: The mode that defers a model's computations on positions before attention
             (``creation/positions.py``).
+        hooks: The active hooks for saved tensors, where torch does not tell them (``autograd/checkpoints.py``).
         order: Tracks which tensors of a model's call hold its tokens in another order (``provenance/reordered/mode.py``).
     """
 
@@ -53,6 +54,7 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.pending: weakref.WeakSet[Handle] = weakref.WeakSet()
         self.real: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self.hooks: list[Any] = []
         self.kept: dict[int, weakref.WeakSet[Kept]] = {}
 
 

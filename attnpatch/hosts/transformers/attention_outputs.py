@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,15 +18,34 @@ _KIND = "attentions"
 
 def are_asked_for(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """True if a transformers module is called by a model that was asked for attention weights."""
-    host = sys.modules.get(_MODULE)
-    if host is None:
-        return False
-    collector = host._active_collector.get()
+    collector = _collector()
     if collector and any(_KIND in key for key in collector):
+        return True
+    if "forward" in vars(module) and any(_KIND in key for key, _ in _wrapped(module)):
         return True
     return bool(kwargs.get("output_attentions")) and (type(module).__module__ or "").startswith(
         "transformers"
     )
+
+
+def _collector() -> Any:
+    """What transformers collects now, by name; ``None`` if nothing, or if this release keeps it elsewhere."""
+    active = getattr(sys.modules.get(_MODULE), compat.OUTPUT_COLLECTOR, None)
+    return None if active is None else active.get()
+
+
+def _wrapped(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """What functions in the place of a module's forward collect of its result, and at which place of it.
+
+    transformers 4.53 to 5.1 put them there during a model's call.
+    """
+    forward = vars(module).get("forward")
+    while getattr(getattr(forward, "__code__", None), "co_name", "") == compat.OUTPUT_WRAPPER:
+        inside = compat.closed_over(forward)
+        if not {"key", "index", "orig_forward"} <= inside.keys():
+            return
+        yield inside["key"], inside["index"]
+        forward = inside["orig_forward"]
 
 
 def put_in(
@@ -60,7 +80,7 @@ def put_in(
 
 def _places(module: nn.Module) -> list[int]:
     """The indices in a module's result from which transformers collects attention weights."""
-    found = []
+    found = [index for key, index in _wrapped(module) if _KIND in key]
     for hook in module._forward_hooks.values():
         if getattr(hook, "__name__", "") == compat.OUTPUT_HOOK:
             inside = compat.closed_over(hook)

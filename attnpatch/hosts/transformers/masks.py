@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch import compat
 from attnpatch.policy import Policy
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
@@ -24,7 +25,6 @@ from attnpatch.rows.creation import positions, row_masks
 from attnpatch.rows.deferred.tensor import DeferredTensor
 
 _MODULE = "transformers.masking_utils"
-_NAMES = ("sdpa_mask", "eager_mask")
 # Arguments that let the function skip a mask that is not needed. Off for single rows: their mask is known to be needed.
 _SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
@@ -42,8 +42,8 @@ class _Table:
             self._users += 1
             if self._users > 1:
                 return
-            known = {id(getattr(module, name, None)): name for name in _NAMES}
-            table = module.ALL_MASK_ATTENTION_FUNCTIONS
+            known = {id(getattr(module, name, None)) for name in compat.MASK_FUNCTIONS}
+            table = getattr(module, compat.MASK_TABLE)
             for mapping in (table._global_mapping, table._local_mapping):
                 for key, function in mapping.items():
                     if id(function) in known:
@@ -70,7 +70,7 @@ _table = _Table()
 def by_rows(call: AttentionCall) -> Iterator[None]:
     """Inside the block, defer transformers' masks if the policy of ``call`` says so."""
     module = sys.modules.get(_MODULE)
-    if module is None or call.policy.mode == "never" or not hasattr(module, "ALL_MASK_ATTENTION_FUNCTIONS"):
+    if module is None or call.policy.mode == "never" or not hasattr(module, compat.MASK_TABLE):
         # Also switch off the deferring for a patched model around this one.
         with row_masks.of_call(None):
             yield
@@ -120,13 +120,12 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def mask(*args: Any, **kwargs: Any) -> Any:
-        # A static cache gives its position as a tensor: its masks are prepared once for many calls.
-        places = [kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("q_offset", 0)]
-        if torch.compiler.is_compiling() or args or any(type(number) is not int for number in places):
+        count = _count(kwargs)
+        if torch.compiler.is_compiling() or args or count is None:
             return original(*args, **kwargs)
         failure = None
         try:
-            if "mask_function" in kwargs and row_masks.may_defer(kwargs["q_length"]):
+            if "mask_function" in kwargs and row_masks.may_defer(count):
                 return _asked(original, kwargs)
         except Exception as error:
             if guard.passes(error):
@@ -140,6 +139,28 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return mask
 
 
+def _count(given: dict[str, Any]) -> int | None:
+    """The number of rows that a mask is asked for; ``None`` if a number is not known, or is said in an unknown way.
+
+    transformers names a number of rows and the first one; until 5.3 it gave the positions of the rows as a tensor.
+    """
+    if type(given.get("kv_length")) is not int:
+        return None
+    positions = given.get(compat.MASK_POSITIONS)
+    if "q_length" not in given and isinstance(positions, torch.Tensor) and positions.dim() == 1:
+        return len(positions)
+    # A static cache gives its first row as a tensor: its masks are prepared once for many calls.
+    places = given.get("q_length"), given.get("q_offset", 0)
+    return places[0] if all(type(number) is int for number in places) else None
+
+
+def _place(given: dict[str, Any], low: int, high: int) -> dict[str, Any]:
+    """The arguments that ask for rows ``low:high`` of a mask."""
+    if "q_length" in given:
+        return {"q_length": high - low, "q_offset": given.get("q_offset", 0) + low}
+    return {compat.MASK_POSITIONS: given[compat.MASK_POSITIONS][low:high]}
+
+
 def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """The mask: deferred, or the host's own, as the policy says."""
     try:
@@ -150,7 +171,7 @@ def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         found = original(**kwargs)
         if found is not None and not isinstance(found, DeferredTensor):
             held = _temporaries(original, kwargs)(found.numel())
-            row_masks.left_whole(f"a mask that reads a {unknown}", kwargs["q_length"], held, found)
+            row_masks.left_whole(f"a mask that reads a {unknown}", found.shape[-2], held, found)
         return found
 
 
@@ -173,7 +194,8 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     Raises:
         row_masks.Unknown: The mask function refers to an object that cannot be copied.
     """
-    q_len, kv_len, offset = given["q_length"], given["kv_length"], given.get("q_offset", 0)
+    q_len, kv_len = _count(given), given["kv_length"]
+    assert q_len is not None
     try:
         # The host decides if it needs a mask: it returns ``None``, or calls its mask function, which raises ``_Asked``.
         if original(**{**given, "mask_function": _ask}) is None:
@@ -184,7 +206,7 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     rest.update(_SKIPS)
 
     def rows(low: int, high: int) -> torch.Tensor:
-        return original(**{**rest, "q_length": high - low, "q_offset": offset + low})
+        return original(**{**rest, **_place(rest, low, high)})
 
     found = row_masks.deferred(rows, q_len, kv_len, _temporaries(original, given))
     return NotImplemented if found is None else found

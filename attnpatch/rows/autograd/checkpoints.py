@@ -17,6 +17,9 @@ import torch
 
 from attnpatch import compat
 from attnpatch.rows.graph.axes import all_leaves
+from attnpatch.rows.thread_state import here
+
+compat.note_saved_tensor_hooks(lambda: here.hooks)
 
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
 # By checkpoint and deferred tensor from outside it: the kinds of its axes at first use; ``None`` if it was computed

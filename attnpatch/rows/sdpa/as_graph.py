@@ -7,6 +7,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.rows.deferred.tensor import DeferredTensor
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import RowGranularity, of_fused
@@ -79,6 +80,8 @@ class Attend(Node):
         self.dtype, self.device = call.dtype, call.device
         self.rest = {"dropout_p": call.dropout_p, "scale": call.given_scale, "enable_gqa": call.enable_gqa}
         self.is_causal = call.is_causal
+        # The fused kernel serves every step of a call that it serves as a whole, however rows of the mask come out.
+        self.packs_mask = fused and self.device.type == "cpu" and not compat.takes_any_mask()
         self.is_learned = call.attn_mask is not None and call.attn_mask.requires_grad
         # On CPU a mask costs a third more than merging two parts; on other devices this was not measured.
         self.merges = self.is_causal and self.device.type == "cpu" and keeps_lse(call)
@@ -102,6 +105,8 @@ class Attend(Node):
         with self.context.enter(), contextlib.ExitStack() as stack:
             if not self.is_causal or (low == 0 and high == self.row_count()):
                 attn_mask = mask[0] if mask else None
+                if self.packs_mask and attn_mask is not None and attn_mask.stride(-1) not in (0, 1):
+                    attn_mask = attn_mask.contiguous()
                 if self.is_learned and not attn_mask.requires_grad:
                     # No fused kernel takes a mask that needs a gradient: make torch choose the same for computed rows.
                     attn_mask = attn_mask.detach().requires_grad_()
