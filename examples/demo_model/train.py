@@ -147,6 +147,20 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
+def name_for_older_releases(folder: Path) -> None:
+    """Add what transformers 4 reads under other names: the rotation base, the dtype, special tokens, the template."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(rope_theta=config["rope_parameters"]["rope_theta"], torch_dtype=config["dtype"])
+    path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass
 class Batch:
     """The conversations of one step, padded on the right.
@@ -368,6 +382,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self.model.half().save_pretrained(self.out)
         self.tokenizer.save_pretrained(self.out)
+        name_for_older_releases(self.out)
         record = {
             **self.arguments,
             "threads": torch.get_num_threads(),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from attnpatch import compat
+from attnpatch.releases.tested import is_at_least
 
 # Names of a cache parameter, for models without annotations.
 _NAMES = ("cache", "past_key_values")
@@ -187,6 +188,9 @@ def _takes_cache(hint: Any) -> bool:
 
 def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
     """An empty KV cache for a transformers model; with ``offloaded``, layers not running wait in CPU memory."""
-    from transformers import DynamicCache
+    import transformers
 
-    return DynamicCache(config=model.config, offloading=offloaded)
+    if is_at_least("transformers", "4.56"):
+        return transformers.DynamicCache(config=model.config, offloading=offloaded)
+    # Before, every layer of it keeps all tokens, also of a sliding window; the models' masks hide those.
+    return transformers.OffloadedCache() if offloaded else transformers.DynamicCache()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attnpatch.errors import AnalysisError, AttnpatchError, ExplainError, MissingExtraError, first_line
+from attnpatch.releases.tested import is_at_least
 
 ENCODER_DECODER = (
     "{} has an encoder and a decoder, but a conversation is one sequence; give a decoder-only model, or see both "
@@ -43,14 +44,15 @@ def load_model(
     transformers = _transformers()
     if load_in_4bit and load_in_8bit:
         raise AnalysisError("load_in_4bit and load_in_8bit were both given; choose one")
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else _dtype(dtype)}
+    chosen = "auto" if dtype is None else _dtype(dtype)
+    options: dict[str, Any] = {_dtype_argument(): chosen}
     if device_map is not None or max_memory is not None:
         options["device_map"] = device_map or "auto"
     if max_memory is not None:
         options["max_memory"] = max_memory
     if load_in_4bit or load_in_8bit:
         _needs("bitsandbytes", "quantization")
-        compute = torch.float32 if options["dtype"] == "auto" else options["dtype"]
+        compute = torch.float32 if chosen == "auto" else chosen
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, bnb_4bit_compute_dtype=compute,
             bnb_4bit_quant_type="nf4",
@@ -59,8 +61,10 @@ def load_model(
         _needs("accelerate", "all")
     _check_folder(name)
     try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        _check_rope(name, config)
         # Loaded as a decoder only, such a checkpoint would lack weights, which would be drawn at random.
-        if getattr(transformers.AutoConfig.from_pretrained(name), "is_encoder_decoder", False):
+        if getattr(config, "is_encoder_decoder", False):
             raise AnalysisError(f"model {name!r}: {ENCODER_DECODER.format('it')}")
         try:
             model, about = transformers.AutoModelForCausalLM.from_pretrained(
@@ -79,6 +83,27 @@ def load_model(
         raise AnalysisError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     _check_weights(name, model, about["missing_keys"])
     return model.eval()
+
+
+def _dtype_argument() -> str:
+    """The name of the argument for a model's dtype: ``dtype`` since transformers 4.56."""
+    return "dtype" if is_at_least("transformers", "4.56") else "torch_dtype"
+
+
+def _check_rope(name: str, config: Any) -> None:
+    """Refuse a checkpoint whose positions this release of transformers would read wrongly.
+
+    transformers 5 saves the base of rotary positions in ``rope_parameters``. An older release does not read that, and
+    takes 10,000 for it without a word.
+    """
+    saved = getattr(config, "rope_parameters", None)
+    if is_at_least("transformers", "5.0") or not isinstance(saved, dict):
+        return
+    if saved.get("rope_theta") not in (None, getattr(config, "rope_theta", None)):
+        raise AnalysisError(
+            f"model {name!r} was saved by transformers 5, and this release does not read its rope_parameters; install "
+            '"transformers>=5", or write its rope_theta into config.json'
+        )
 
 
 def _check_weights(name: str, model: nn.Module, missing: Any) -> None:
@@ -134,12 +159,13 @@ def built_on_meta(name: str, dtype: str | None, attention: str | None) -> nn.Mod
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kind = next((getattr(transformers, each, None) for each in config.architectures or []), None)
-    wanted = dtype or getattr(config, "dtype", None) or torch.float32
+    wanted = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     exact = _dtype(wanted, ExplainError)
     try:
         with torch.device("meta"):
             build = kind._from_config if kind is not None else transformers.AutoModel.from_config
-            return build(config, dtype=exact, **({"attn_implementation": attention} if attention else {}))
+            more = {"attn_implementation": attention} if attention else {}
+            return build(config, **{_dtype_argument(): exact}, **more)
     except (ValueError, ImportError, AttributeError) as error:
         raise ExplainError(f"model {name!r} cannot be built of its config: {first_line(error)}") from error
 
