@@ -45,6 +45,10 @@ def show(console: Console, found: Findings) -> None:
     console.print(table)
     if found.kernels:
         console.print(_kernels(found))
+    for note in found.notes:
+        console.print(f"[bold yellow]note[/]  {escape(note)}", highlight=False)
+    for feature in found.off:
+        console.print(f"[bold yellow]off[/]  {escape(feature)}", highlight=False)
     if not found.wrong:
         console.print("[bold green]nothing is wrong[/]")
     for wrong, fix in found.wrong:

@@ -18,12 +18,12 @@ from attnpatch.activation import settings
 from attnpatch.activation.launcher import startup_folder
 from attnpatch.errors import PolicyError
 from attnpatch.policy import FREE_MEMORY, Policy
+from attnpatch.releases import tested
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "peft", "wrapt")
 CALLS = ("no mask", "causal", "mask", "grouped heads", "heads of 60")
 # torch.nn.attention.SDPBackend by number.
 _KERNELS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
-_PYTHON = ((3, 11), (3, 14))
 _PROBE = (
     "import sys; m = sys.modules.get('attnpatch.activation.session'); sys.exit(0 if m and m._session else 3)"
 )
@@ -43,6 +43,8 @@ class Findings:
         is_active: Whether this process is active.
         variables: The ``ATTNPATCH*`` variables of this process.
         policy: The policy that the variables define, or ``None`` if a variable is invalid.
+        notes: What is not wrong and good to know: releases that are newer than tested.
+        off: Features that the installed releases of the hosts do not have the names for, and which releases have them.
         wrong: Problems, each with its fix.
     """
 
@@ -55,6 +57,8 @@ class Findings:
     is_active: bool = False
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
     policy: Policy | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    off: list[str] = dataclasses.field(default_factory=list)
     wrong: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -71,29 +75,41 @@ def examination() -> Findings:
         )
     else:
         _devices(found, torch)
+        _features(found)
         _kernels(found, torch)
     return found
 
 
 def _versions(found: Findings) -> None:
     least = _declared()
-    found.versions["python"] = (platform.python_version(), ".".join(map(str, _PYTHON[0])))
-    if not _PYTHON[0] <= sys.version_info[:2] < _PYTHON[1]:
+    oldest, newest = tested.TESTED["python"]
+    found.versions["python"] = (platform.python_version(), oldest)
+    if tested.older_than_tested("python"):
         found.wrong.append(
-            (f"Python {platform.python_version()} is not a tested version", "use 3.11 to 3.13")
+            (f"Python {platform.python_version()} is older than {oldest}", f"use {oldest} to {newest}")
         )
+    found.notes += [words for name in tested.TESTED if (words := tested.newer_than_tested(name))]
     for name in PACKAGES:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             installed = None
         found.versions[name] = (installed, least.get(name, ""))
+        if name in tested.TESTED:
+            least[name] = tested.TESTED[name][0]
+            found.versions[name] = (installed, least[name])
         if installed is None and name in ("torch", "wrapt"):
             found.wrong.append((f"{name} is not installed", f"pip install {name}"))
         elif installed is not None and name in least and _numbers(installed) < _numbers(least[name]):
             found.wrong.append(
                 (f"{name} {installed} is older than {least[name]}", f'pip install "{name}>={least[name]}"')
             )
+
+
+def _features(found: Findings) -> None:
+    from attnpatch.hosts import features
+
+    found.off = [str(feature) for feature in features.off()]
 
 
 def _declared() -> dict[str, str]:

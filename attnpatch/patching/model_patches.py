@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from attnpatch.errors import PatchError
+from attnpatch.hosts import features
 from attnpatch.hosts.diffusers.components import parts_of
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.selection import AUTO, Chosen, choose
 from attnpatch.policy import Policy
+from attnpatch.releases.tested import warn_of_old_ones
 
 
 def put_in_place(
@@ -26,6 +28,8 @@ def put_in_place(
 
     If a patch has other sites than are asked for, it is replaced (``replaces``) or a PatchError is raised.
     """
+    warn_of_old_ones()
+    features.warn_of_missing_names()
     parts = parts_in(model)
     if "" not in parts:
         if chosen is not None and (isinstance(chosen.sites, tuple) or chosen.layers is not None):

@@ -1,0 +1,125 @@
+"""What attnpatch reads of torch and its hosts under names that they may change, and whether the installed releases have
+those.
+
+If a host has another name, its feature is off: the model's own code does that work, and nothing else changes. ``apply``
+warns of it once, and ``attnpatch doctor`` says which releases have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import re
+import sys
+import warnings
+
+from attnpatch import compat
+from attnpatch.errors import AttnpatchWarning
+from attnpatch.releases.tested import TESTED, installed, is_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """A feature that reads names of a host.
+
+    Attributes:
+        name: What is off without them, in words.
+        package, since: The host, and its first release with these names.
+        places: Where the names are: a module of the host, and words that must all occur in it. One place is enough.
+    """
+
+    name: str
+    package: str
+    since: str
+    places: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def is_there(self) -> bool | None:
+        """Whether the installed host has the names; ``None`` if its sources cannot be read."""
+        found = [(names_in(module), wanted) for module, wanted in self.places]
+        if any(names is None for names, _ in found):
+            return None
+        return any(names is not None and names.issuperset(wanted) for names, wanted in found)
+
+    def __str__(self) -> str:
+        newest = TESTED.get(self.package, ("", "the newest"))[1]
+        return f"{self.name} ({self.package} {self.since} to {newest})"
+
+
+def features() -> tuple[Feature, ...]:
+    """Every feature that depends on names of a host."""
+    masks, tables = "transformers.masking_utils", (compat.MASK_TABLE, *compat.MASK_FUNCTIONS)
+    compiled = (compat.COMPILED_MODULE, compat.COMPILED_FUNCTION)
+    return (
+        Feature(
+            "masks by rows", "transformers", "4.53",
+            ((masks, (*tables, "q_length")), (masks, (*tables, compat.MASK_POSITIONS))),
+        ),
+        Feature(
+            "attention weights under SDPA", "transformers", "4.53",
+            (
+                ("transformers.utils.output_capturing", (compat.OUTPUT_COLLECTOR, compat.OUTPUT_HOOK)),
+                ("transformers.utils.generic", (compat.OUTPUT_WRAPPER,)),
+            ),
+        ),
+        Feature(
+            "maps of a generation with a quantised cache", "transformers", "4.57",
+            (("transformers.cache_utils", (compat.QUANTIZED_KEYS,)),),
+        ),
+        Feature(
+            "maps of beam search with a quantised cache", "transformers", "5.20",
+            (("transformers.cache_utils", (compat.PENDING_BEAMS,)),),
+        ),
+        Feature(
+            "modules offloaded by accelerate", "accelerate", "1.0",
+            (("accelerate.hooks", (compat.ACCELERATE_HOOK, compat.ACCELERATE_FORWARD)),),
+        ),
+        Feature("compiled modules in a model", "torch", "2.6", (("torch._dynamo.eval_frame", compiled),)),
+        Feature(
+            "operators of others that write to an argument", "torch", "2.6",
+            (("torch._ops", (compat.OPERATOR_SCHEMA,)),),
+        ),
+    )  # fmt: skip
+
+
+@functools.cache
+def names_in(module: str) -> frozenset[str] | None:
+    """Every word in a module's source, which is not run; ``None`` if its package's sources cannot be read."""
+    package, *parts = module.split(".")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
+    if folder is None or not (pathlib.Path(folder) / "__init__.py").is_file():
+        return None
+    path = pathlib.Path(folder, *parts)
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return frozenset(re.findall(r"\w+", file.read_text(encoding="utf-8", errors="replace")))
+    return frozenset()
+
+
+def off() -> list[Feature]:
+    """Features that are off with the installed hosts."""
+    return [each for each in features() if installed(each.package) and each.is_there is False]
+
+
+_said: set[str] = set()
+
+
+def warn_of_missing_names() -> None:
+    """Warn once of each feature that is off although the imported host's release should have it."""
+    for each in features():
+        if each.package not in sys.modules or each.name in _said:
+            continue
+        _said.add(each.name)
+        if is_at_least(each.package, each.since) and each.is_there is False:
+            warnings.warn(
+                f"attnpatch: off with {each.package} {installed(each.package)}: {each}. The model's own code runs there; "
+                "attnpatch doctor says more.",
+                AttnpatchWarning,
+                stacklevel=4,
+            )
