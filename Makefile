@@ -43,6 +43,12 @@ $(LATEST)/$(LATEST_VERSION): $(STAMP)
 		transformers==$(LATEST_VERSION)
 	touch $@
 
+.PHONY: test-versions
+# Every feature with the releases that are supported: the rows of tests/versions/rows.py, one environment after the other.
+# ROW="5.0 newest" runs those whose name has such a word in it.
+test-versions:
+	$(PYTHON) -m tests.versions $(ROW)
+
 .PHONY: test-hosts test-hosts-full
 # The hosts' own common tests on small models, unpatched and with every attention by rows. HOSTS="-k Llama" runs some.
 test-hosts: venv

@@ -232,7 +232,7 @@ def build(name, text="eager"):
     pipe = {**CASES, **MORE}[name][0]()
     for name, part in modules(pipe).items():
         part.eval()
-        if name.startswith("text_encoder"):
+        if name.startswith("text_encoder") and hasattr(part, "set_attn_implementation"):  # transformers 4.49
             part.set_attn_implementation(text)
     pipe.set_progress_bar_config(disable=True)
     return pipe

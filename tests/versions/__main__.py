@@ -1,0 +1,90 @@
+"""``python -m tests.versions [WORD ...]``: the rows whose name has a word in it, one environment after the other.
+
+Each environment is made, used and deleted. Exit code 1 if a row did otherwise than it says.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from .rows import ROWS, Row
+
+ROOT = pathlib.Path(__file__).parents[2]
+ALWAYS = (
+    "accelerate", "safetensors", "wrapt", "psutil", "matplotlib", "pandas", "typer", "rich", "einops", "pytest",
+    "pytest-timeout", "hypothesis",
+)  # fmt: skip
+
+
+def interpreter(version: str) -> str | None:
+    """An interpreter of this release: on the path, or one of pyenv's; ``None`` if there is none."""
+    folders = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv"), "versions")
+    found = [str(path) for path in sorted(folders.glob(f"{version}.*/bin/python"), reverse=True)]
+    found += [path for path in (shutil.which(f"python{version}"),) if path]
+    code = f"import sys; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
+    for path in found:
+        if subprocess.run([path, "-c", code], capture_output=True, check=False).returncode == 0:
+            return path
+    return None
+
+
+def installed(row: Row, folder: pathlib.Path) -> str:
+    """The interpreter of a new environment with a row's packages and attnpatch."""
+    base = interpreter(row.python)
+    if base is None:
+        raise SystemExit(f"{row.name}: there is no Python {row.python} here")
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    pinned = {requirement.partition("=")[0] for requirement in row.packages}
+    wanted = [*row.packages, *(name for name in ALWAYS if name not in pinned)]
+    uv = shutil.which("uv")
+    install = (
+        [uv, "pip", "install", "--python", python]
+        if uv
+        else [python, "-m", "pip", "install", "--no-cache-dir"]
+    )
+    quiet = ["--quiet"] if uv else ["--quiet", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([*install, *quiet, *wanted], check=True)
+    # Without what it asks for: a row has what it says, and nothing else. With its start-up file.
+    subprocess.run([*install, *quiet, "--no-deps", "-e", str(ROOT)], check=True)
+    return python
+
+
+def run(row: Row) -> bool:
+    """Whether a row did what it says."""
+    began = time.monotonic()
+    print(f"== {row.name}: Python {row.python}, {', '.join(row.packages)}", flush=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="attnpatch_row_") as folder:
+        python = installed(row, pathlib.Path(folder))
+        smoke = [python, "-W", "ignore", "-m", "tests.versions.smoke", "--expect", *row.off]
+        tests = [python, "-m", "pytest", "-q", "-m", "not long", *(f"tests/{name}" for name in row.tests)]
+        codes = [
+            subprocess.run(each, cwd=ROOT, env=environment, check=False).returncode for each in (smoke, tests)
+        ]
+    for reason in dict.fromkeys(row.off.values()):
+        print(f"off: {', '.join(name for name, why in row.off.items() if why == reason)}: {reason}")
+    words = " and ".join(name for name, code in zip(("smoke", "tests"), codes, strict=True) if code)
+    print(
+        f"== {row.name}: {f'{words} failed' if words else 'ok'}, {(time.monotonic() - began) / 60:.0f} min",
+        flush=True,
+    )
+    return not words
+
+
+def main() -> int:
+    chosen = [row for row in ROWS if not sys.argv[1:] or any(word in row.name for word in sys.argv[1:])]
+    if not chosen:
+        raise SystemExit(f"no such row; there are: {', '.join(row.name for row in ROWS)}")
+    found = [run(row) for row in chosen]
+    return int(not all(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

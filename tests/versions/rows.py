@@ -1,0 +1,63 @@
+"""The releases that attnpatch is run with: one environment for each row, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+WHOLE_MASKS = (
+    "masks by rows: Llama, sdpa",
+    "masks by rows: Mistral, eager",
+    "masks by rows: Bert, sdpa",
+)
+# Tests of what attnpatch itself computes: they need torch, and of the hosts little or nothing.
+CORE = (
+    "test_operators.py", "test_spellings.py", "test_biases.py", "test_dense.py", "test_sdpa_call.py", "test_edges.py",
+    "test_indexing.py", "test_views.py", "test_steps.py", "test_shortage.py", "test_blocks.py", "test_block_map.py",
+)  # fmt: skip
+# Tests that build models of transformers from configs of the newest releases.
+HOSTS = (
+    "test_exact.py", "test_gradients.py", "test_masks.py", "test_deferred_weights.py", "test_capture.py",
+    "test_activation_session.py",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One set of releases.
+
+    Attributes:
+        name: What the row stands for.
+        python: The interpreter, such as ``"3.10"``.
+        packages: Pinned releases, as pip takes them.
+        off: Features of the smoke that fail there, and the change of the host that is the reason.
+        tests: Test files that run after the smoke.
+    """
+
+    name: str
+    python: str
+    packages: tuple[str, ...]
+    off: dict[str, str] = dataclasses.field(default_factory=dict)
+    tests: tuple[str, ...] = CORE
+
+
+_BEFORE_MASKING_UTILS = (
+    "transformers 4.53 brought functions that make a mask for some rows; before, each model writes its own"
+)
+_OLD = dict.fromkeys(WHOLE_MASKS, _BEFORE_MASKING_UTILS)
+
+ROWS = (
+    Row(
+        "pins of research code", "3.10",
+        ("torch==2.6.0", "transformers==4.46.3", "diffusers==0.31.0", "numpy==1.26.4"),
+        off=_OLD,
+    ),
+    Row(
+        "the oldest torch", "3.11",
+        ("torch==2.5.1", "transformers==4.57.6", "diffusers==0.35.2", "numpy==2.2.6", "wrapt==1.16.0"),
+    ),
+    Row("transformers 5.0", "3.12", ("torch==2.9.1", "transformers==5.0.0", "diffusers==0.36.0", "numpy==2.2.6")),
+    Row(
+        "the newest of everything", "3.13", ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1"),
+        tests=(*CORE, *HOSTS),
+    ),
+)  # fmt: skip
