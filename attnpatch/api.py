@@ -35,17 +35,17 @@ def apply(
     Args:
         model: Any ``torch.nn.Module`` with attention in it, or a pipeline of diffusers or transformers. Of a pipeline,
             every component with attention (``unet`` or ``transformer``, ``vae``, text encoders, ...) is patched.
-        sites: Which modules are patched. ``"auto"``: modules whose class name says attention, modules that ``register``
-            names, and modules that compute softmax of a product of their inputs in their first call.
-            ``"registered"``: only modules that ``register`` names. A pattern, such as ``"model.layers.*.self_attn"``
-            (``explain`` prints them) or ``"decoder.*"``: the attention modules that match. A list of patterns and of
-            module paths, such as ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``,
-            otherwise ``"auto"``.
+        sites: Which modules are patched. ``"auto"``: modules whose class name contains Attention or Attn, registered
+            modules, and modules that compute softmax of a product of their inputs in their first call.
+            ``"registered"``: only registered modules. A pattern, such as ``"model.layers.*.self_attn"`` (``explain``
+            prints them) or ``"decoder.*"``: the attention modules that match. A list of patterns and of module paths,
+            such as ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``, otherwise
+            ``"auto"``.
         layers: Only attention in these layers, by the model's own numbers, as ``capture`` takes them. Negative numbers
             count layers with attention from the last one. ``None``: all.
         **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, also that of a
-            component that was patched on its own. If other ``sites`` or ``layers`` are given, it replaces the sites too, and their
-            counts restart at 0.
+            component that was patched on its own. If other ``sites`` or ``layers`` are given, the sites are replaced
+            too, and their counts restart at 0.
 
     Returns:
         The same model.
@@ -162,7 +162,7 @@ def explain(
         PolicyError, PatchError: As ``apply``.
     """
     patch = patch_of(_one_model(model))
-    Policy.of(policy)  # names an unknown field before the fields are merged
+    Policy.of(policy)  # an unknown field raises a PolicyError here, and a TypeError in the next line
     rule = Policy(**{**(vars(patch.policy) if patch is not None else {}), **policy})
     from attnpatch.dry_run.explanation import explanation_of  # imported on first use
 

@@ -260,7 +260,7 @@ class AutomaticRecorder:
             setattr(self, name, functools.partial(self._told, name))
 
     def is_mine(self) -> bool:
-        """Whether this recorder captures the running thread's calls: always, it captures every thread's."""
+        """Always true, because this recorder captures the calls of every thread."""
         return True
 
     def _told(self, name: str, *args: Any) -> Any:

@@ -39,7 +39,7 @@ class TokenizedChat:
             ``"assistant (next)"`` for the generation prompt.
         texts: The text of each block: its messages' content as rendered, and tool calls.
         members: The indices of each block's messages.
-        tokens: The text of each token. If a character has several tokens, the first one has it.
+        tokens: The text of each token. A character of several tokens is in the text of the first one.
         template: ``"chat template"``, or ``"plain"`` if the tokenizer has none.
         notes: One line for each thing that a reader may not expect.
         truncated: What was cut off; None if nothing was.

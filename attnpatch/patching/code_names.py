@@ -60,7 +60,7 @@ def names_of_class(kind: type[nn.Module], depth: int = _DEPTH) -> frozenset[str]
 
 
 def names_of_instance(module: nn.Module) -> set[str]:
-    """Names in the code of functions, processors and containers of those that a module holds beside its submodules."""
+    """Names in the code that a module holds beside its submodules: functions, processors, and containers of these."""
     if isinstance(module, torch.jit.ScriptModule):
         return set(_operators(module, "inlined_graph"))
     reader = _Reader(type(module), names_of_class(type(module)))
@@ -104,8 +104,8 @@ class _Reader:
 
     Args:
         kind: The class in which methods are looked up.
-        called: Method names by which objects that are found may be called.
-        seen: Code that was read, with the depth of calls to which it was followed.
+        called: Names of methods that may be called on an object.
+        seen: What was read already, and how many calls deep it was followed.
     """
 
     def __init__(

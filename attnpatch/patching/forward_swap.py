@@ -17,12 +17,12 @@ not:
   The replacement is a plain function with the globals of the original, which TorchScript and FX read.
 
 The entry knows which class's replacement serves it, so that ``super().forward()`` is not served a second time. A copied
-instance has a copied entry, which registers itself with the class. A pickle names the class, and the entry registers
-itself when it is loaded.
+instance has a copied entry, which registers itself with the class. A pickled entry stores the name of the class, and
+registers itself when it is loaded.
 
 If a tool has put a forward into the instance already (accelerate keeps the module's own in ``_old_forward``), this
-attribute is swapped, too, because its forward may never call the class's. It gets a ``partial``, as accelerate itself uses
-one: it is copied and pickled with its module. Whichever of the two is called first serves.
+attribute is swapped, too, because the tool's forward may never call the class's. The attribute becomes a ``partial``,
+as accelerate's own is: it is copied and pickled with its module. Whichever of the two is called first serves.
 
 A module is swapped once. Further patches put their site on top of the present one, and the top one serves.
 """
@@ -93,7 +93,7 @@ class Entry:
         if forward is not None:
             forward.add(self)
             if not forward.is_in_place:
-                # The garbage collector came between, let the last one go that it was there for, and took it out.
+                # The garbage collector has just freed the last patched instance, so the replacement was taken out.
                 forward = forward_of(kind)
                 forward.add(self)
         return forward
@@ -169,9 +169,7 @@ def put_in(module: nn.Module, site: Any) -> None:
         if attribute is not None:
             previous = values[attribute]
             if _is_of_slot(previous):
-                previous = previous.args[
-                    1
-                ]  # a shallow copy of a module whose patch was taken out has it still
+                previous = previous.args[1]  # left in a shallow copy of a module that was unpatched later
             # Hosts (generate) read the signature of a forward; a partial takes it from ``__wrapped__``.
             ours = functools.partial(_forward_of_slot, module, previous)
             values[attribute] = functools.update_wrapper(ours, previous, updated=())

@@ -143,7 +143,7 @@ class Site(SiteCounters):
     def _enter(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """The call of a model, in which its sites are called."""
+        """Serve the call of a model; its sites are called inside."""
         outer = calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded
         contexts: list[contextlib.AbstractContextManager[Any]] = []
         try:
@@ -266,14 +266,15 @@ class Site(SiteCounters):
         except Exception as error:
             self.failed("computing a small result", error)
         if self.counts.total() == before[0]:
-            # Native scores are not counted when they are made, since any product may be one; so count the call here.
+            # Native scores are not counted when they are made (any product may be scores), so count the call here.
             self.counts["passed"] += 1
             if self.reasons.total() == before[1]:
                 self.reasons["unseen"] += 1
         if call.observer is not None:
             self._tell(call.observer.finish, "the end of a captured attention call")
         if call.weights:
-            # The weights refer to the call. Break the cycle, or keys would live until the garbage collector runs.
+            # The weights and the call refer to each other. Break the cycle, or keys would live until garbage is
+            # collected.
             made, call.weights = call.weights, None
             try:
                 return attention_outputs.put_in(module, args, kwargs, result, made)
@@ -330,7 +331,7 @@ class Site(SiteCounters):
         return watch.inside
 
     def _in_checkpoint(self, observer: Any) -> Any:
-        """The observer inside a checkpoint; an observed one is recomputed the same way, even after the capture."""
+        """The observer inside a checkpoint; a checkpoint that was observed is recomputed so, even after the capture."""
         frame = checkpoints.current()
         if frame is None:
             return observer

@@ -53,7 +53,7 @@ def block_map(
 
     Args:
         records: The sums, one per layer.
-        apart: The same for every call of the sequence, which are the steps; empty if steps are not kept separate.
+        apart: For each step (each call of the sequence) its sums, one per layer; empty if steps are not kept separate.
         layers: The layers' numbers.
         heads: As in ``capture``.
         metadata: Further metadata.

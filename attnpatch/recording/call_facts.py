@@ -20,7 +20,7 @@ NOT_SEEN = (
 OFF, OFF_FUSED = 1e-4, 1e-2
 
 
-# The reason if the error that stopped an observer is one of attnpatch's own code.
+# The reason for a missing map if attnpatch's own code failed in an observer.
 FAILED = (
     "attnpatch failed while it observed this attention (a warning says where), so a map would lack some of it"
 )
@@ -185,7 +185,7 @@ def check_sums(sums: torch.Tensor, expected: torch.Tensor, off: float, may_lack:
         may_lack: True if a row may sum to less: some tokens see no key, or keys are dropped.
 
     Raises:
-        Unknown: Some row does not.
+        Unknown: Some row does not sum to 1.
     """
     totals = sums.sum(-1) / expected.clamp(min=1)
     totals = totals[(expected > 0).expand_as(totals)]

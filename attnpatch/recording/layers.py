@@ -16,9 +16,8 @@ def pattern_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
     """The group and the layer number of each site.
 
     Sites of one group differ only in numbers: ``model.layers.3.self_attn`` is layer 3 of ``model.layers.*.self_attn``,
-        even
-    if layers 0 to 2 have no attention. Two attentions of one layer (``attn1``, ``attn2``) are two groups. In a group's
-    name the first number of the path is a star; other numbers are only if they vary.
+    even if layers 0 to 2 have no attention. Two attentions of one layer (``attn1``, ``attn2``) are two groups. In a
+    group's name the first number of the path is a star; other numbers are stars only if they vary.
 
     The layer number is the first number of the path that differs from site to site (that of ``block`` in
     ``encoder.block.3.layer.0.SelfAttention``). If more than one number is needed to tell sites apart, as in

@@ -1,8 +1,8 @@
 """The thread-local state of ``rows/``: what one thread defers, watches or hides does not affect another thread.
 
-Every field is declared here, with the file that reads and writes it. Two thread states are kept elsewhere, because
-``rows/`` must not know what they hold: ``patching/calls.py`` has the running model call and the sites that are serving;
-each capture (``recording/``) has the calls that it sees, by thread, in an object of its own.
+Every field is declared here, with the file that reads and writes it. Two other thread-local states are kept elsewhere,
+because ``rows/`` must not know what they hold. ``patching/calls.py`` has the running model call and the sites that are
+serving. Each capture (``recording/``) has an object of its own with the calls that it sees, by thread.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class _ClosingPattern:
         self.seen += 1
 
     def end_of(self, gap: str) -> int | None:
-        """Where the message before ``gap`` ends in it, if the gap matches the pattern; otherwise None."""
+        """The position in ``gap`` where the message before it ends, if the gap matches the pattern; otherwise None."""
         usual = not self.odd and self.seen >= _HABIT and self.closing.strip() and self.header.strip()
         return len(gap) - len(self.header) if usual and gap.endswith(self.closing + self.header) else None
 
@@ -92,7 +92,8 @@ class Ends:
     closings: dict[Any, set[str]] = field(default_factory=dict)
     # Headers of messages by role, taken after messages whose end is known.
     headers: dict[Any, set[str]] = field(default_factory=dict)
-    # Texts between messages that rendering up to there cannot divide: it is refused, or changes the closing.
+    # Texts between messages that cannot be divided by rendering up to there: the template refuses it, or closes the
+    # message in another way.
     open: set[tuple] = field(default_factory=set)
     # Messages that close differently when they are last, and how they close then.
     otherwise: dict[int, str] = field(default_factory=dict)
@@ -248,11 +249,10 @@ class Ends:
         return len(gap) - len(header) if header else self._seam(run)
 
     def _seam(self, run: _Run) -> int | None:
-        """Where a message ends that is in one turn with the next message.
+        """The end of a message that the template writes into one turn with the next message.
 
-        Qwen3 writes the results of several tools into one turn. The closing of the first result is the beginning of the
-        closing of a last message; the opening of the second is the end of a first message's header. Only white space is
-        between them.
+        Qwen3 writes the results of several tools into one turn. The text between two results begins like the closing of
+        a last message, and ends like the header of a first message. Only white space is between these parts.
         """
         gap, closing = self.text[run.base : run.limit], self.closed_when_last.get(run.key, "")
         after = run.members[0] + 1
@@ -279,7 +279,7 @@ class Ends:
         return max((header for header in both if gap.endswith(header)), key=len, default="")
 
     def _with_white_space(self, run: _Run, end: int) -> int:
-        """The end of a message, including white space that the next message's header does not begin with elsewhere."""
+        """The end of a message, with white space after it that known headers of the next role do not begin with."""
         after = run.members[0] + 1
         header = self.text[run.base + end : run.limit]
         white = len(header) - len(header.lstrip())

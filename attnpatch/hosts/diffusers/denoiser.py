@@ -70,8 +70,8 @@ def evaluations_in(pipeline: Any, timestep: float | None) -> int:
 
     Args:
         pipeline: A pipeline whose schedulers know the number of steps already.
-        timestep: The denoiser's timestep. If the schedulers use another unit, the largest count of any timestep is
-            returned.
+        timestep: The denoiser's timestep. If no schedule contains it (schedulers may use another unit), the largest
+            count of all timesteps is returned.
     """
     schedules = (getattr(each, "timesteps", None) for each in components_of(pipeline).values())
     runs = [

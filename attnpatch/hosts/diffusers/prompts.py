@@ -73,7 +73,7 @@ class Prompts:
         self.encoded = {part: [e for e in kept if not e.is_own] for part, kept in self.encoded.items()}
 
     def _normed(self, part: nn.Module, norm: nn.Module, args: Any, output: Any) -> None:
-        """Record the final norm of an earlier layer's states, which a pipeline with ``clip_skip`` computes itself."""
+        """Record the final norm of an earlier layer's states, because a pipeline with ``clip_skip`` calls that norm."""
         if part in self._running or not args or not isinstance(output, torch.Tensor):
             return
         for row, state in zip(args[0].detach(), output.detach(), strict=True):

@@ -36,7 +36,7 @@ class ModelCall:
         pasts: For every cache that was passed, by its id: the tokens in it when the call began. Ids are valid during
             the call.
         problem: Why the blocks of the capture do not fit this call, or ``None``.
-        is_single: True if the call has one token of one sequence, and no other input that has an order.
+        is_single: True if the call has one token of one sequence, and no other input whose order matters.
     """
 
     mask: torch.Tensor | None = None

@@ -25,7 +25,8 @@ from attnpatch.rows.creation import positions, row_masks
 from attnpatch.rows.deferred.tensor import DeferredTensor
 
 _MODULE = "transformers.masking_utils"
-# Arguments that let the function skip a mask that is not needed. Off for single rows: their mask is known to be needed.
+# Arguments that let the function skip a mask that is not needed. They are off when some rows are made, because the mask
+# is known to be needed then.
 _SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
@@ -71,7 +72,7 @@ def by_rows(call: AttentionCall) -> Iterator[None]:
     """Inside the block, defer transformers' masks if the policy of ``call`` says so."""
     module = sys.modules.get(_MODULE)
     if module is None or call.policy.mode == "never" or not hasattr(module, compat.MASK_TABLE):
-        # Also switch off the deferring for a patched model around this one.
+        # ``None`` also stops a patched model around this one from deferring masks here.
         with row_masks.of_call(None):
             yield
         return
@@ -215,7 +216,7 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
     """A function that estimates the bytes that the host holds for a mask and its attention, from the mask's size.
 
-    A bool mask is converted to an additive one: by eager attention beforehand, by torch's fused kernels inside. Eager
+    A bool mask is converted to an additive one: before eager attention, or inside torch's fused kernels. Eager
     attention then holds three tensors of scores for every head.
     """
     itemsize = getattr(given.get("dtype"), "itemsize", 4)

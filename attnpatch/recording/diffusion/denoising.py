@@ -104,7 +104,7 @@ class Run:
         texts: Every text that batch rows were given.
         rows: Every batch row, with its steps.
         duplicates: Rows with the same text and latents as another row of their batch at every step, and that other row.
-        unclear: Texts for whose rows it is not known what they show, with the reason.
+        unclear: Texts with rows of which it is not known what they show, each with the reason.
         image: The grid of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
         records: Sums by step and batch rows, then by site.

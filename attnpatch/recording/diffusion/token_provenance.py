@@ -18,7 +18,7 @@ from attnpatch.observing import MAKING
 IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
 # Tokens that may be of another row of the batch than the one that they are in.
 MOVED = "another row's"
-# Kinds of tokens that are known, and are neither the image's nor the text's that maps show; and what is said of others.
+# Known kinds of tokens that belong to no block, each in the words of a reason. ``UNKNOWN`` is said of all others.
 OF_NO_BLOCK = {
     SECOND: "of a second text",
     MOVED: "of rows of the batch that were picked, joined or averaged, so it is not known whose they are",
@@ -63,7 +63,7 @@ class TokenKinds(TorchFunctionMode):
     """A mode that tracks tokens while it is active.
 
     Args:
-        batch: Rows of the batch that the model is called with; 1: whose row tokens are of is no question.
+        batch: Rows of the batch that the model is called with. If there is only one, all tokens belong to it.
 
     Attributes:
         joined: By length, the kinds in the latest sequence of that length that was concatenated from several kinds.
@@ -121,12 +121,12 @@ class TokenKinds(TorchFunctionMode):
             args, kwargs = [a for a in args if isinstance(a, (torch.Tensor, str))], {}
             args = args[_ROWS_OF.get(name, 0) :][:1]
         known = [each for each in _tensors((*args, *kwargs.values())) if each in self._known]
-        # Added to tokens in their own rows, those of others change nothing.
+        # If tokens of other rows are added to tokens in their own rows, the result has the kinds of the latter.
         in_place = (each for each in known if self._known[each] != ((MOVED, None),))
         return next(in_place, known[0] if known else None)
 
     def _loses_rows(self, source: torch.Tensor, result: torch.Tensor) -> bool:
-        """Whether a result has other rows of the batch than its source, which has them all: some, their mean, repeated ones."""
+        """True if a result does not have its source's rows of the batch: some were picked, averaged or repeated."""
         if self.batch == 1 or source.dim() < 2 or source.shape[0] != self.batch:
             return False
         return result.shape[:1] != source.shape[:1] and result.numel() != source.numel()
@@ -160,7 +160,7 @@ class TokenKinds(TorchFunctionMode):
             self._known[result] = self.joined[result.shape[dim]] = tuple(segments)
 
     def _hand_on(self, kinds: Kinds, source: torch.Tensor, result: torch.Tensor) -> None:
-        """Note the kinds of a result. Of a concatenated source, its length tells which part it is."""
+        """Note the kinds of a result. If it is a part of a concatenation, its length tells which part."""
         if len(kinds) == 1 or sum(length for _, length in kinds) in result.shape:
             self._known[result] = kinds
             return

@@ -28,7 +28,7 @@ class HostCall(Protocol):
         cache: The cache that was passed, or ``None``.
         past: Tokens in it when the call began.
         problem: Why the call cannot be mapped, or ``None``.
-        is_single: True if it has one token of one sequence, and no other input that has an order.
+        is_single: True if the call has one token of one sequence, and no other input whose order matters.
     """
 
     cache: Any

@@ -208,7 +208,7 @@ class Recorder(CacheFollower):
         state.times[name] += 1
         assert sequence is not None
         if number and facts.is_part:
-            # Known only at the second part: the first one was not a sequence, either.
+            # Only the second part shows this. The first part was no sequence either, so it is dropped, too.
             self.leave_out(
                 name,
                 f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",

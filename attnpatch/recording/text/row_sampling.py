@@ -99,7 +99,7 @@ class RowSample:
         return torch.where(is_there, self.drawn[b].weights[found], 0.0) if len(found) else found.double()
 
     def add(self, b: int, place: slice, bins: torch.Tensor, positions: torch.Tensor) -> None:
-        """Add those of some rows that were drawn; their keys are summed into bins already: ``[heads, rows, bins]``."""
+        """Add rows ``[heads, rows, bins]``, whose keys are summed into bins; rows that were not drawn are ignored."""
         found, is_there = self._find(b, positions)
         if bool(is_there.any()):
             kept = is_there.nonzero().flatten()
@@ -109,8 +109,8 @@ class RowSample:
         """Estimates for sequence ``b``: the sum over all rows of each block, its variance, and the block's size.
 
         Returns:
-            float64 ``[heads, blocks, bins]`` twice, and ``[blocks]``. The variance is NaN if one of several rows was
-            drawn.
+            The sum and its variance, each float64 ``[heads, blocks, bins]``, and the size, float64 ``[blocks]``. The
+            variance is NaN if only one of several rows was drawn.
         """
         one, rows = self.drawn[b], self.rows[b]
         taken, sizes = one.taken[:, None], one.sizes[:, None]

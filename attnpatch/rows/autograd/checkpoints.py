@@ -56,8 +56,9 @@ def _found() -> tuple[Any, Any]:
 def is_to_be_pending(handle: Any) -> bool:
     """True if a deferred tensor from outside was uncomputed when this checkpoint first used it, and has to be so again.
 
-    It may have been computed since; then it would be saved, which its graph was not. Its row axes may count as keys
-    since (a softmax along them has followed), which changes what is deferred: the kinds of its axes are restored.
+    It may have been computed since. Then the tensor would be saved, although its graph was not. A softmax along its row
+    axes may also have followed, and these count as keys now. That changes what is deferred, so the kinds of its axes
+    are restored.
     """
     frame, again = _found()
     if frame is None:

@@ -1,8 +1,8 @@
 """Deferred tensors in autograd's graph: each has an edge (``grad_fn``) of its own, so gradients flow as natively.
 
-The ``grad_fn`` of a deferred tensor is a ``_TiledFunction``; its inputs are the deferred and real tensors from which
-the step was made. In the backward pass the product with the values computes the gradients of query, key and value at
-once, tile by tile, and passes nothing to the edges in between. The gradient of scores or probabilities themselves is
+The ``grad_fn`` of a deferred tensor is a ``_TiledFunction``; its inputs are the deferred and real tensors that the
+tensor is computed from. In the backward pass the product with the values computes the gradients of query, key and value
+at once, tile by tile, and passes nothing to the edges in between. The gradient of scores or probabilities themselves is
 computed, whole as natively, only if it is asked for (a hook, ``retain_grad``, ``torch.autograd.grad``).
 
 The tensors that a graph reads are saved once, by the first edge that reads them, through autograd. So checkpointing and
@@ -158,8 +158,8 @@ def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
 class _Fork(torch.autograd.Function):
     """A result that was computed in another way than its graph says (a fused kernel), with the history of that way.
 
-    The gradient takes that way, too. Only if the gradient of scores or probabilities is asked for does it take the
-    graph, since only the graph has them.
+    The gradient takes that way, too. It goes through the graph only if the gradient of scores or probabilities is asked
+    for, because only the graph has them.
     """
 
     @staticmethod
@@ -240,7 +240,7 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvalu
     Args:
         tensor: A deferred tensor without history.
         node: Its graph.
-        again: Returns the evaluation that computes gradients, given a graph without tensors.
+        again: Given a graph without tensors, returns the evaluation that computes its gradients.
     """
     node.carrier, node.needs_grad = weakref.ref(tensor), False
     if not torch.is_grad_enabled():
@@ -305,7 +305,7 @@ def _planned(
 
 
 def _below(root: Node) -> tuple[list[Node], list[InputNode]]:
-    """The nearest deferred tensors below a step that have gradients, and the input nodes reached without them."""
+    """The nearest deferred tensors with gradients below a node, and the input nodes reached without passing any."""
     parents: list[Node] = []
     direct: list[InputNode] = []
     seen: set[Node] = set()

@@ -58,7 +58,7 @@ class Kept:
     def leave(self) -> None:
         """Nothing that is overwritten from now on matters."""
         if self._registry is not here.kept:
-            return  # another thread's, which looks through it; what is empty there goes when that grows
+            return  # it belongs to another thread, which drops empty entries itself when it grows
         for storage in self._storages:
             known = self._registry.get(storage)
             if known is not None:

@@ -1,7 +1,8 @@
 """Selective checkpoints (``create_selective_checkpoint_contexts``), which count operators and keep results of some.
 
-Attention by rows runs other operators than natively; they overwrite each other's results, and may differ in a
-recomputation. So such a checkpoint sees the host's operators but not attnpatch's: attention by rows is recomputed.
+Attention by rows runs other operators than native attention. They overwrite each other's results, and a recomputation
+may run different ones. So such a checkpoint sees the host's operators but not attnpatch's: attention by rows is
+recomputed.
 """
 
 from __future__ import annotations

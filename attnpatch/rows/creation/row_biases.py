@@ -67,7 +67,7 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
 
 
 def _are_opposite(one: torch.Tensor, other: torch.Tensor, row: int, key: int) -> bool:
-    """True if one tensor has rows and no keys, and the other keys and no rows."""
+    """True if one tensor varies along the rows only, and the other along the keys only."""
     sizes = [tuple(t.shape[at] if t.dim() >= -at else 1 for at in (row, key)) for t in (one, other)]
     (a, b), (c, d) = sizes
     return (min(a, d) > 1 and max(b, c) == 1) or (min(b, c) > 1 and max(a, d) == 1)

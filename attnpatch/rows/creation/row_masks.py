@@ -169,7 +169,8 @@ def keeping(value: Any, seen: dict[int, Any] | None = None) -> Any:
     beside the mask.
 
     Raises:
-        Unknown: It refers to something other than numbers, tensors, containers of those and such functions.
+        Unknown: The function refers to something that cannot be copied: anything but numbers, tensors, containers and
+            functions.
     """
     seen = {} if seen is None else seen
     if id(value) in seen:

@@ -184,7 +184,7 @@ class Handle:
         elif self.written is not None:
             value = self.written
         if value is self._values and self._version is not None and self._values._version == self._version:
-            return  # not written to: a custom function has returned it, whose history it has now
+            return  # not written to: its new history comes from a custom function that has returned it
         if value is not None and value.grad_fn is not self._begun_with(value):
             self.is_written(value)
 
@@ -207,7 +207,7 @@ class Handle:
 
 
 def _untransformed() -> contextlib.AbstractContextManager[Any]:
-    """Leave ``torch.func``'s transforms for a while: a deferred tensor that is read in one was made before it."""
+    """Leave ``torch.func``'s transforms: a deferred tensor that is read inside a transform was made before it."""
     is_inside = compat.is_transformed()
     return temporarily_clear_interpreter_stack() if is_inside else contextlib.nullcontext()
 
@@ -224,7 +224,7 @@ def after_write() -> None:
 
 
 def secure_escaped() -> None:
-    """Secure the inputs of all deferred tensors that are left when a site returns, since they outlive it."""
+    """Secure the inputs of deferred tensors that outlive their site, because they are not computed when it returns."""
     for handle in list(here.pending):
         for leaf in tensors_of(handle.node):
             leaf.secure()
@@ -255,7 +255,7 @@ def has_other_history(tensor: DeferredTensor) -> bool:
 
 
 def _is_of_outer_checkpoint(handle: Handle) -> bool:
-    """True if it was made in another checkpoint than the running one; recomputed, it has torch's history."""
+    """True if a tensor was made in another checkpoint than the running one: recomputing gives it torch's history."""
     if handle.checkpoint is None:
         return False
     current = checkpoints.current()

@@ -1,4 +1,4 @@
-"""The result of a site: deferred tensors in it that are as small as an output are computed."""
+"""The result of a site: deferred tensors in it that are no longer rows x keys are computed."""
 
 from __future__ import annotations
 

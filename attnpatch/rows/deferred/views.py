@@ -43,7 +43,7 @@ def into_native_views(handle: Handle) -> None:
             (member for member in memory.members if not member.path and member.tensor is not None), None
         )
         if root is not None:
-            # Its history stays, since gradients of earlier results flow there, too.
+            # The whole tensor keeps its history, because gradients of earlier results flow there, too.
             real = root.reduced()
             root.stands_for(real)
         else:

@@ -56,7 +56,7 @@ class RowGranularity:
             step += self.multiple
 
     def tight(self, size: int, most: int) -> list[tuple[int, int]]:
-        """Steps of about ``most`` rows, fewer than the kernel takes at a time, in which every row keeps its bits.
+        """Steps of about ``most`` rows, which may be smaller than the kernel's blocks. Every row keeps its bits.
 
         The kernel processes 32 or more rows at a time. A remainder of fewer than 32 rows at the end of the call keeps
         its bits only if it stays in one step with the kernel's last full block; otherwise its rounding depends on the

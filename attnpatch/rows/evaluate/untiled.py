@@ -90,7 +90,7 @@ def gradients(
     """Gradients of nodes of a graph that holds no tensors itself, in one piece."""
     run, parts = Plain(bound), []
     for node in wanted:
-        # Each in an evaluation of its own, so that no intermediate value without history is kept.
+        # Not in ``run``: it would keep intermediate values that have no history, and gradients would end there.
         part = Plain(bound).value(node, {}).detach().requires_grad_()
         parts.append(part)
     run.values.update(zip(wanted, parts, strict=True))

@@ -28,8 +28,8 @@ def above(steps: list[Node], roots: set[int]) -> set[int]:
 def opened_by(node: Node, keys: list[Axis], leads: list[Axis], rows: list[Axis], layout: Layout) -> Opened:
     """A function that finds the keys that attention may see.
 
-    They follow from what is added before softmax, and from what the weights are multiplied with after it. If softmax is
-    written by hand, keys whose weight is 0 are hidden.
+    These keys follow from what is added before softmax, and from what the weights are multiplied with after it. If
+    softmax is written by hand, keys whose weight is 0 are hidden.
 
     Args:
         node: The probabilities.

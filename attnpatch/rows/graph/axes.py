@@ -20,10 +20,10 @@ ROW, KEY, LEAD = "row", "key", "lead"
 # A tile has at least this many elements of an axis, and is cut at multiples of it. With fewer rows, or a single head,
 # matrix libraries choose another kernel, which rounds differently. They have further kernels for the rows left over and
 # for memory that begins at another alignment. Measured over layouts, sizes, dtypes and heads by `python -m benchmarks
-# rounding`, on processors of two makers: products of up to 15 rows differed, products of 16 never did. The same numbers
-# hold for a slice of the keys, which is a narrower product.
+# rounding`, on processors of two makers: products of up to 15 rows differed, products of 16 never did. A slice of the
+# keys is cut at the same numbers, because it makes a narrower product.
 LEAST = {ROW: LEAST_ROWS, LEAD: 2, KEY: 16}
-# The number of rows where memory has no room for LEAST_ROWS: so few round differently, in some layouts only.
+# The number of rows if memory has no room for LEAST_ROWS: so few rows round differently, but only in some layouts.
 FEWEST_ROWS = 4
 
 

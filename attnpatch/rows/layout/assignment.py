@@ -1,6 +1,7 @@
 """``target[index] = value`` on a deferred tensor: by slices, by index tensors, under a mask.
 
-The write becomes a node of the graph (``rows/layout/regions.py``). The values are never computed whole for it.
+The write becomes a node of the graph (``rows/layout/regions.py``). Neither the target nor the value is computed whole
+for it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def fuses(function: Fuse) -> Fuse:
     return function
 
 
-# A table of positions has a row per key, or one per distance: twice the number of keys, plus these differences.
+# A table of positions has one row per key, or one per distance. The number of distances is twice the number of keys,
+# plus a number in this range.
 _DISTANCES = (-2, 1)
 
 
@@ -189,7 +190,7 @@ def _call(
 
 
 def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Ones of at most two elements per dimension; with one, torch may not call the operator that autocast casts for."""
+    """Ones, at most two per dimension: with only one, torch may not call the operator that autocast casts for."""
     if tensor is None:
         return None
     return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)

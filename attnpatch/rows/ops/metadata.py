@@ -44,7 +44,7 @@ def _stand_in(value: Any) -> Any:
 def asked(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The call on stand-ins: it reads no values."""
     if len(deferred_in(args[1:], kwargs)) and name in ("new_tensor", "new"):
-        return NotImplemented  # the data of the new tensor is deferred: its values are needed
+        return NotImplemented  # the new tensor gets values of a deferred one, so they are needed
     return func(*map_structure(args, _stand_in), **map_structure(kwargs, _stand_in))
 
 

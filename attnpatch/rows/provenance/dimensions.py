@@ -127,7 +127,7 @@ class _Reading:
 def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
     """A dimension of sequences or heads that queries and keys share, with the queries' axes.
 
-    A new axis if the keys belong to other sequences: those of the first for all, or in another order.
+    If the keys belong to other sequences (all to the first one, or in another order), it has a new axis instead.
     """
     if key is None:
         return query
@@ -339,7 +339,7 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
 
 
 def _numbers(outer: list[Axis], batch: list[Axis]) -> torch.Tensor | None:
-    """For each flat leading index, its number if sequences came first; ``None`` if they do."""
+    """For each flat leading index, the index it would have if sequences came first; ``None`` if they do come first."""
     order = [*batch, *(leaf for leaf in outer if leaf not in batch)]
     if order == outer or not outer:
         return None

@@ -1,4 +1,4 @@
-"""Remembers the layouts of a module's calls, by what each call did and by its numbers, of which some grow."""
+"""Remembers the layouts of a module's calls. The key is what a call did, and its numbers, some of which grow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.observing import Layout
 
-# The most different calls of one module that are remembered, as batch and cache change.
+# At most this many different calls of one module are remembered (batch and cache may change).
 _MOST_WAYS = 16
 
 

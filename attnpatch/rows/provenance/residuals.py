@@ -22,8 +22,8 @@ def shows(
         tensor: The summand, which has tokens in order along a dimension.
         beside: The other summand, of the same shape; ``None``: the tensors are concatenated along channels instead.
         place: The dimension.
-        masks: Integer tensors ``[batch, tokens]`` among the model's inputs. One of only 0 and 1 is a padding mask; many
-            models set padding tokens to zero, so these need not be visible.
+        masks: Integer tensors ``[batch, tokens]`` among the model's inputs. If one has only the values 0 and 1, it is a
+            padding mask: tokens where it is 0 need not be visible, because many models set padding to zero.
     """
     if tensor.is_meta or tensor.shape[place] < 2:
         return True

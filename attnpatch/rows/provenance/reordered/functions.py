@@ -162,7 +162,8 @@ class Turned(TokenTensors):
             self.sources.give(results[0], (*dims[:-1], *fresh(results[0].shape[-1:])))
             return
         if name in element_places.IN_ORDER and dims is not None and results[0].numel() == first.numel():
-            # Row-major order, whatever the memory layout: adjacent dimensions that are merged become one dimension.
+            # Elements stay in row-major order, whatever the memory layout, so adjacent dimensions can be merged into
+            # one.
             grouped = regroup(dims, results[0].shape)
             if grouped is not None:
                 self.sources.give(results[0], grouped)

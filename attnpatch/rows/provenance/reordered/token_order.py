@@ -23,7 +23,7 @@ class Order:
         self._sources = sources
 
     def why(self, dims: Dims) -> dict[int, str]:
-        """By dimension whose elements are in another order than before, or in an unknown one: the cause."""
+        """The cause, for each dimension whose elements are in another order than before or in an unknown one."""
         found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
         if self._is_spread(dims) or self._is_of_batch(dims) or self._is_of_parts(dims):
             found |= {place: "views" for place in range(len(dims)) if place not in found}
@@ -137,7 +137,7 @@ class Order:
         return any(own != sorted(own) for own in by_number)
 
     def _in_order(self, origins: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """Those origins whose order matters: not parts of channels.
+        """The origins whose order matters; parts of channels are left out.
 
         Parts of channels may be between rows and columns (pixel shuffle). A part counts as channels in two cases: the
         first part of its dimension is missing, or it is of the last dimension and another dimension is complete.
