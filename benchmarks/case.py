@@ -150,6 +150,52 @@ def overhead(kind: str, pairs: int = 200, is_patched: bool = True) -> Found:
     return {"native": statistics.median(first), "patched": statistics.median(second), "ratio": ratio}
 
 
+def activation(pairs: int = 200, width: int = 64, is_active: bool = True) -> Found:
+    """Calls of an MLP of 100 layers by turns: while ``ATTNPATCH=1`` looks at first calls, and while it does not.
+
+    The layers are small, so that what a call of a module costs counts. The first calls are over when anything is timed.
+
+    Args:
+        pairs: How many, of 20 calls each.
+        width: Of the layers.
+        is_active: Otherwise nothing ever looks: what differs then is the machine.
+
+    Returns:
+        Median seconds of both, and the ratio of the medians.
+    """
+    from attnpatch.activation import first_calls
+    from attnpatch.activation.plain_models import PlainModels
+    from attnpatch.activation.session import Session
+    from attnpatch.activation.settings import Settings
+    from attnpatch.compat import COMPILED_CALL
+
+    torch.manual_seed(0)
+    layers = (each for _ in range(100) for each in (torch.nn.Linear(width, width), torch.nn.ReLU()))
+    model, x = torch.nn.Sequential(*layers).eval(), torch.randn(32, width)
+    told = PlainModels(Session(Settings(quiet=True))).told
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with torch.inference_mode():
+        for number in range(pairs + 5):
+            for active in (False, True) if number % 2 else (True, False):
+                if active and is_active:
+                    first_calls.install(told)
+                for _ in range(3):
+                    model(x)
+                assert all(
+                    (COMPILED_CALL in vars(each)) is (active and is_active) for each in model.modules()
+                )
+                start = time.perf_counter()
+                for _ in range(20):
+                    model(x)
+                if number >= 5:
+                    times[active].append((time.perf_counter() - start) / 20)
+                first_calls.uninstall()
+                for module in model.modules():
+                    vars(module).pop(COMPILED_CALL, None)
+    native, patched = (statistics.median(times[active]) for active in (False, True))
+    return {"native": native, "patched": patched, "ratio": patched / native}
+
+
 def _timed(model: torch.nn.Module, prompt: torch.Tensor, kind: str, cache: object) -> float:
     if kind == "decode":
         model(prompt, past_key_values=cache)
@@ -215,6 +261,9 @@ CASES: dict[str, Case] = {
     "decode": Case(
         {"pairs": lambda: overhead("decode"), "unpatched": lambda: overhead("decode", is_patched=False)},
         rounds=1, time=1.01,
+    ),
+    "activation": Case(
+        {"pairs": activation, "unpatched": lambda: activation(is_active=False)}, rounds=1, time=1.002,
     ),
     "capture decode": Case({"pairs": capture_decode}),
     "vae": Case({"native": vae, "by rows": lambda: vae(**BY_ROWS)}, "", 3, 1.0, 1 / 8),
