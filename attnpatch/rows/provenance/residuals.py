@@ -33,7 +33,7 @@ def shows(
         seen = tensor != 0
         if beside is not None and tensor.is_floating_point():
             # A value below the last bit of the other summand is rounded away.
-            seen = tensor.abs() > beside.abs() * (torch.finfo(tensor.dtype).eps / 2)
+            seen = tensor.abs() > beside.to(tensor.dtype).abs() * (torch.finfo(tensor.dtype).eps / 2)
         within = [at for at in range(1, tensor.dim()) if at != place]
         is_there = seen.any(tuple(within)) if within else seen
         # Sequences of a batch may be equal.

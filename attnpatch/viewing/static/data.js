@@ -115,8 +115,8 @@ const SIGNED_MEANING = {
 };
 
 // Numbers with signs that are no gradients are weights that were mixed after softmax.
-const named = (text) => (theMap().gradient ? text : text.replace("probability \u00d7 gradient", "weight after mixing"));
-const meaningOf = (kind, signed) => (signed ? named(SIGNED_MEANING[kind]) : MEANING[kind]);
+const weightNamed = (text) => (theMap().gradient ? text : text.replace("probability \u00d7 gradient", "weight after mixing"));
+const meaningOf = (kind, signed) => (signed ? weightNamed(SIGNED_MEANING[kind]) : MEANING[kind]);
 
 // Three significant digits.
 function shown(value) {

@@ -132,7 +132,7 @@ function openMap(index) {
   const map = maps[index];
   Object.assign(state, { map: index, sequence: 0, row: null, cursor: null, hover: null });
   for (const option of byId("normalization").options) {
-    option.textContent = map.signed ? named(SIGNED_NUMBERS[option.value]) : NUMBERS[option.value];
+    option.textContent = map.signed ? weightNamed(SIGNED_NUMBERS[option.value]) : NUMBERS[option.value];
   }
   byId("signed-help").hidden = !map.gradient;
   setChoice("normalization", map.normalization);
