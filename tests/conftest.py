@@ -76,7 +76,7 @@ def _host_interfaces():
     ):
         module = sys.modules.get(module_name)
         if module is not None:
-            found[table] = dict(getattr(module, table).items())
+            found[table] = dict(getattr(module, table, {}).items())
     return found
 
 
