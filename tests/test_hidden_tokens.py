@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from test_known_facts import captured, cuts, reduced, same, tokens
-from test_moved_tokens import ORDER, SQUARE, Model, MovedInside
+from test_known_facts import captured, tokens
+from test_moved_tokens import ORDER, SQUARE, Model, MovedInside, is_mapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,12 +69,31 @@ GONE = {
     "a view of it, zeroed": lambda x: (y := x.clone(), y[:, 3].zero_())[0],
     "filled at an index": lambda x: x.index_fill(1, torch.tensor([0, 4]), 0.0),
     "product and sum": lambda x: torch.addcmul(PLACES.expand_as(x), x, gate(x)),
+    "by keyword, a gate": lambda x: torch.mul(x, other=gate(x)),
+    "by keyword, both factors": lambda x: torch.mul(input=x, other=gate(x)),
+    "by keyword, the number 0": lambda x: x.mul(other=0),
+    "by keyword, divided": lambda x: torch.div(x, other=torch.full((32,), torch.inf)),
+    "by keyword, masked": lambda x: x.masked_fill(mask=all_of(x), value=0),
+    "by keyword, exchanged": lambda x: torch.where(all_of(x), input=PLACES.expand_as(x), other=x),
+    "by keyword, all exchanged": lambda x: torch.where(
+        condition=all_of(x), input=PLACES.expand_as(x), other=x
+    ),
+    "by keyword, the method": lambda x: x.where(condition=~all_of(x), other=torch.zeros(())),
+    "by keyword, written over": lambda x: x.clone().index_put_(
+        indices=(EVERY_OTHER[:, 0].expand(2, 24) == 0,), values=torch.zeros(())
+    ),
+    "by keyword, between two": lambda x: torch.lerp(PLACES.expand_as(x), end=x, weight=0.0),
+    "by keyword, product and sum": lambda x: torch.addcmul(PLACES.expand_as(x), tensor1=x, tensor2=gate(x)),
+    "by keyword, filled": lambda x: x.index_fill(dim=1, index=torch.tensor([0, 4]), value=0.0),
+    "by keyword, dropped": lambda x: F.dropout(x, p=1.0, training=True),
+    "by keyword, to the power of 0": lambda x: torch.pow(x, exponent=0),
 }
 HIDDEN = {name: (lambda x, make=make: make(x) + PLACES + x.flip(1)) for name, make in GONE.items()}
 HIDDEN |= {
     "places first": lambda x: PLACES + x * gate(x) + x.flip(1),
     "the moved first": lambda x: x.flip(1) + (x * gate(x) + PLACES),
     "only a bias": lambda x: x * EVERY_OTHER + BIAS + x.flip(1),
+    "sums by keyword": lambda x: torch.add(input=(x * gate(x)).add(other=PLACES), other=x.flip(1)),
     "in place": lambda x: (x * gate(x)).add_(PLACES).add_(x.flip(1)),
     "beside them": lambda x: torch.cat([x * gate(x) + PLACES, x.flip(1)], 2) @ torch.ones(64, 32),
     "picked": lambda x: x * SCALAR + PLACES + x[:, ORDER],
@@ -154,25 +173,12 @@ VISIBLE = {
 @pytest.mark.parametrize("name", VISIBLE)
 @torch.no_grad()
 def test_tokens_that_can_be_seen_are_mapped(name, is_inside):
-    change, ids, seen = VISIBLE[name], torch.cat([tokens(24), tokens(24, 2)]), []
+    change = VISIBLE[name]
     model = Model((lambda x: x) if is_inside else change).eval()
     if is_inside:
         for i in range(2):
             model.layers[i] = MovedInside(change)
-    made = [type(layer).split for layer in model.layers]
-
-    def look(layer, given):
-        q, k, _ = made[0](layer, given[0].clone())
-        seen.append((q @ k.mT / 8**0.5).softmax(-1))
-
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
-    model(ids)
-    for hook in hooks:
-        hook.remove()
-    maps = captured(model, lambda: model(ids))
-    assert not maps.left_out, maps.left_out
-    for b in range(2):
-        same(maps.block_map.mass[b], torch.stack([reduced(p[b], cuts(24), cuts(24)) for p in seen]))
+    is_mapped(model, torch.cat([tokens(24), tokens(24, 2)]))
 
 
 class Placed(Model):

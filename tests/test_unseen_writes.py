@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_known_facts import captured, cuts, reduced, same, tokens
-from test_moved_tokens import BACK, ORDER, SQUARE, Model, MovedInside
+from test_known_facts import captured, tokens
+from test_moved_tokens import BACK, ORDER, SQUARE, Model, MovedInside, is_mapped
 
 import attnpatch
 
@@ -252,26 +252,12 @@ def test_what_is_only_read_or_seen_is_mapped(name, is_inside, mode):
 
 
 def mapped_if_read_or_seen(name, is_inside):
-    change, ids, seen = SEEN[name], torch.cat([tokens(24), tokens(24, 2)]), []
+    change = SEEN[name]
     model = Model((lambda x: x) if is_inside else change).eval()
     if is_inside:
         for i in range(2):
             model.layers[i] = MovedInside(change)
-    made = [type(layer).split for layer in model.layers]
-
-    def look(layer, given):
-        q, k, _ = made[0](layer, given[0].clone())
-        seen.append((q @ k.mT / 8**0.5).softmax(-1))
-
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
-    model(ids)
-    for hook in hooks:
-        hook.remove()
-    with attnpatch.capture(model, attnpatch.Blocks.fixed(8)) as maps:
-        model(ids)
-    assert not maps.left_out, maps.left_out
-    for b in range(2):
-        same(maps.block_map.mass[b], torch.stack([reduced(p[b], cuts(24), cuts(24)) for p in seen]))
+    is_mapped(model, torch.cat([tokens(24), tokens(24, 2)]))
 
 
 ALPHA = torch.zeros(2, 24, 32)

@@ -100,7 +100,11 @@ def _versions(found: Findings) -> None:
             found.versions[name] = (installed, least[name])
         if installed is None and name in ("torch", "wrapt"):
             found.wrong.append((f"{name} is not installed", f"pip install {name}"))
-        elif installed is not None and name in least and _numbers(installed) < _numbers(least[name]):
+        elif (
+            installed is not None
+            and name in least
+            and tested.numbers(installed, 3) < tested.numbers(least[name], 3)
+        ):
             found.wrong.append(
                 (f"{name} {installed} is older than {least[name]}", f'pip install "{name}>={least[name]}"')
             )
@@ -120,10 +124,6 @@ def _declared() -> dict[str, str]:
         return {}
     found = [re.match(r"([\w.-]+)[^;]*>=\s*([\d.]+)", line) for line in lines]
     return {match.group(1): match.group(2) for match in found if match}
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3]]
 
 
 def _activation(found: Findings, environment: Mapping[str, str]) -> None:

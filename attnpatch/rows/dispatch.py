@@ -30,7 +30,7 @@ from attnpatch.rows.deferred.tensor import (
 from attnpatch.rows.graph.nodes import map_structure, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.guard import native
-from attnpatch.rows.op_table import ALIASES, TO_WHOLE, called, lookup
+from attnpatch.rows.op_table import ALIASES, TO_WHOLE, called, first_in_place, lookup
 from attnpatch.rows.ops import out_argument
 
 # Operators that write to their first operand although their name does not end in a single ``_``, and the plain
@@ -55,8 +55,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         if is_write and given and isinstance(given[0], DeferredTensor):
             return _write(name, func, given, kwargs)
         return native(func, args, kwargs)
-    if not args and "input" in kwargs and name != "where":
-        args, kwargs = (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
+    args, kwargs = first_in_place(name, args, kwargs)
     if kwargs.get("out") is None:
         if is_write and args and is_pending(args[0]):
             return _in_place(name, func, args, kwargs, flag)

@@ -142,6 +142,16 @@ for _place, _names in {
 _VALUES = frozenset("data real imag".split())
 
 
+def first_in_place(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a torch function with its first operand at position 0, also if it was given by keyword.
+
+    ``where`` stays as it is, since its first argument is the condition.
+    """
+    if args or "input" not in kwargs or name == "where":
+        return args, kwargs
+    return (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+
+
 def called(func: Any) -> str:
     """The name under which the op table has a torch function.
 

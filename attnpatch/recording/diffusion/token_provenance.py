@@ -89,7 +89,7 @@ class TokenKinds(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in _WRITING:
-            self._write(args)
+            self._write((*args, *kwargs.values()))
         if torch.compiler.is_compiling() or not isinstance(result, (torch.Tensor, tuple, list)):
             return result
         if isinstance(result, torch.Size):

@@ -25,6 +25,17 @@ _DROPOUT = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d drop
 _FILLING = frozenset("zero fill".split())
 # Functions that leave every token of an embedding visible.
 _KEEPING = element_places.IN_ORDER | CASTS | frozenset("clone layer_norm rms_norm dropout".split())
+# The parameters of functions that can hide tokens, where their places matter.
+_PARAMETERS = {
+    "masked_fill": ("input", "mask"),
+    "where": ("condition", "input", "other"),
+    "index_put": ("input", "indices", "values"),
+    "lerp": ("input", "end", "weight"),
+    "addcmul": ("input", "tensor1", "tensor2"),
+    "pow": ("input", "exponent"),
+    **dict.fromkeys(("div", "divide", "true_divide"), ("input", "other")),
+    **dict.fromkeys(_DROPOUT, ("input", "p", "training")),
+}
 # Numbers below this may make tokens so small that positions drown them.
 _LEAST = 1e-3
 
@@ -163,35 +174,38 @@ def _dead(
     def is_own(one: Any) -> bool:
         return any(one is each for each in whole)
 
-    def at(place: int, key: str) -> Any:
-        return args[place] if len(args) > place else kwargs.get(key)
-
+    plain = name.strip("_")
+    first, second, third = (*_by_parameter(plain, args, kwargs), None, None, None)[:3]
     if element_places.is_of(name, element_places.MULTIPLYING):
-        yield from (_is(one, 0) for one in args if not is_own(one))
-    elif element_places.is_of(name, _DIVIDING) and not is_own(at(1, "other")):
-        yield _is(at(1, "other"), float("inf"))
+        yield from (_is(one, 0) for one in (*args, *kwargs.values()) if not is_own(one))
+    elif element_places.is_of(name, _DIVIDING) and not is_own(second):
+        yield _is(second, float("inf"))
     elif element_places.is_of(name, _FILLING):
         yield True
-    elif name.rstrip("_") == "masked_fill":
-        yield at(1, "mask")
-    elif name.rstrip("_") == "index_fill":
+    elif plain == "masked_fill":
+        yield second
+    elif plain == "index_fill":
         yield True
-    elif name in ("__setitem__", "index_put_") and is_own(args[0]) and not is_own(args[2]):
-        yield _is_set(args[1], result)
-    elif name == "where":
-        # As a function the condition comes first, as a method it comes second.
-        is_first = next(one for one in args if getattr(one, "dtype", None) == torch.bool)
-        first, second = (is_own(one) for one in args if one is not is_first)
-        if first != second:
-            yield ~is_first if first else is_first
-    elif name.rstrip("_") == "lerp" and sum(map(is_own, args[:2])) == 1:
-        yield _is(at(2, "weight"), 0 if is_own(args[1]) else 1)
-    elif name.rstrip("_") == "addcmul" and not is_own(args[0]):
-        yield from (_is(one, 0) for one in args[1:3] if not is_own(one))
-    elif name.rstrip("_") in _DROPOUT and at(1, "p") != 0 and at(2, "training") in (True, None):
+    elif plain in ("setitem", "index_put") and is_own(first) and not is_own(third):
+        yield _is_set(second, result)
+    elif plain == "where" and is_own(second) != is_own(third):
+        yield ~first if is_own(second) else first
+    elif plain == "lerp" and is_own(first) != is_own(second):
+        yield _is(third, 0 if is_own(second) else 1)
+    elif plain == "addcmul" and not is_own(first):
+        yield from (_is(one, 0) for one in (second, third) if not is_own(one))
+    elif plain in _DROPOUT and second != 0 and third in (True, None):
         yield result == 0
-    elif name in ("pow", "__pow__", "pow_") and not isinstance(at(1, "exponent"), torch.Tensor):
-        yield at(1, "exponent") == 0
+    elif plain == "pow" and not isinstance(second, torch.Tensor):
+        yield second == 0
+
+
+def _by_parameter(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """A function's arguments in the order of its parameters; ``None`` for one that is not given."""
+    is_method = name == "where" and bool(args) and args[0].dtype != torch.bool
+    names = ("input", "condition", "other") if is_method else _PARAMETERS.get(name, ())
+    found = [*args, *(kwargs.get(key) for key in names[len(args) :])]
+    return [found[1], found[0], *found[2:]] if is_method else found
 
 
 def _is(value: Any, number: float) -> torch.Tensor | bool:

@@ -15,6 +15,7 @@ import torch
 
 from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Axis, Dims, all_leaves, fresh, leaves
+from attnpatch.rows.op_table import first_in_place
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.function_results import FunctionResults
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
@@ -82,6 +83,7 @@ class Sources(FunctionResults):
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
         name = element_places.name_of(func)
+        args, kwargs = first_in_place(name, args, kwargs)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if is_plain(t)]
         if name.startswith("torch._ops."):
             for one in written_by(func, args, kwargs):

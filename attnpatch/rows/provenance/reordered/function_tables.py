@@ -77,8 +77,8 @@ def begins(name: str, first: torch.Tensor, result: torch.Tensor) -> bool:
     return name in element_places.IN_ORDER and first.shape[:-1] != result.shape[:-1]
 
 
-def is_nothing(name: str, args: Any) -> bool:
+def is_nothing(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """True for a multiplication by the number 0."""
     return element_places.is_of(name, element_places.MULTIPLYING) and any(
-        isinstance(one, (int, float)) and one == 0 for one in args
+        isinstance(one, (int, float)) and one == 0 for one in (*args, *kwargs.values())
     )

@@ -82,7 +82,7 @@ class Turned(TokenTensors):
                 self.is_bare[one] = False
         if name in LEAVING_TORCH:
             self._has_left_torch |= any(tensor.is_floating_point() and is_wide(tensor) for tensor in own)
-        elif not own or name.startswith(MAKING) or is_nothing(name, args):
+        elif not own or name.startswith(MAKING) or is_nothing(name, args, kwargs):
             self._without_tokens(name, results)
         elif is_set:
             writes.follow_write(self, name, args, kwargs, tensors, results)

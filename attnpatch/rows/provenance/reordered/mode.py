@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch import compat
 from attnpatch.rows import guard
+from attnpatch.rows.op_table import first_in_place
 from attnpatch.rows.provenance.element_places import CONVOLUTIONS, name_of
 from attnpatch.rows.provenance.reordered import sums
 from attnpatch.rows.provenance.reordered.function_tables import is_setting
@@ -67,6 +68,7 @@ class Moved(TorchFunctionMode):
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = name_of(func)
+        args, kwargs = first_in_place(name, args, kwargs)
         if (
             self._found
             or name == "embedding"
@@ -113,10 +115,8 @@ class Moved(TorchFunctionMode):
             self._found[one] = name, order if is_there else None
 
     def _follow(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if not args:
-            return
-        if name in _TAKING or name == "__setitem__":
-            self._take(name, args)
+        if args and (name in _TAKING or name == "__setitem__"):
+            self._take(name, args, kwargs)
             return
         tensors = [value for value in _flat((args, list(kwargs.values()))) if isinstance(value, torch.Tensor)]
         if not tensors:
@@ -144,9 +144,10 @@ class Moved(TorchFunctionMode):
             return
         self._keep(self._found[moved[0]], moved[0], result)
 
-    def _take(self, name: str, args: Any) -> None:
+    def _take(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """Take over the order of written values, if all of a tensor was overwritten."""
-        target, value = args[0], args[-1]
+        target, *rest = (*args, *kwargs.values())
+        value = next((one for one in reversed(rest) if isinstance(one, torch.Tensor)), None)
         index = args[1] if name == "__setitem__" else ...
         is_whole = all(one is ... or one == slice(None) for one in index) if isinstance(index, tuple) else (
             index is ... or (isinstance(index, slice) and index == slice(None))

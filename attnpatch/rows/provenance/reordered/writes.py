@@ -79,7 +79,9 @@ def spread(tokens: TokenTensors, written: torch.Tensor, before: dict[int, str]) 
 
 def _value_of(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """The tensor that is written; ``None`` if it is a number."""
-    named = [kwargs.get(key) for key in ("src", "source", "values", "value")]
+    named = [kwargs.get(key) for key in ("src", "source", "values", "value", "other")]
+    if args and isinstance(args[-1], bool):
+        args = args[:-1]  # whether to wait, or to accumulate
     at = 1 if name in ("select_scatter", "slice_scatter", "diagonal_scatter") else -1
     given = [*named, *(args[at:][:1] if len(args) > 1 else ())]
     return next((one for one in given if isinstance(one, torch.Tensor)), None)
