@@ -38,10 +38,12 @@ class Feature:
     @property
     def is_there(self) -> bool | None:
         """Whether the installed host has the names; ``None`` if its sources cannot be read."""
-        found = [(names_in(module), wanted) for module, wanted in self.places]
-        if any(names is None for names, _ in found):
+        found = [(source_of(module), wanted) for module, wanted in self.places]
+        if any(source is None for source, _ in found):
             return None
-        return any(names is not None and names.issuperset(wanted) for names, wanted in found)
+        return any(
+            all(re.search(rf"\b{name}\b", source or "") for name in wanted) for source, wanted in found
+        )
 
     def __str__(self) -> str:
         newest = TESTED.get(self.package, ("", "the newest"))[1]
@@ -85,8 +87,8 @@ def features() -> tuple[Feature, ...]:
 
 
 @functools.cache
-def names_in(module: str) -> frozenset[str] | None:
-    """Every word in a module's source, which is not run; ``None`` if its package's sources cannot be read."""
+def source_of(module: str) -> str | None:
+    """A module's source, which is not run; empty if there is none, ``None`` if its package cannot be read."""
     package, *parts = module.split(".")
     try:
         spec = importlib.util.find_spec(package)
@@ -98,8 +100,8 @@ def names_in(module: str) -> frozenset[str] | None:
     path = pathlib.Path(folder, *parts)
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file():
-            return frozenset(re.findall(r"\w+", file.read_text(encoding="utf-8", errors="replace")))
-    return frozenset()
+            return file.read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def off() -> list[Feature]:
@@ -116,7 +118,7 @@ def warn_of_missing_names() -> None:
         if each.package not in sys.modules or each.name in _said:
             continue
         _said.add(each.name)
-        if is_at_least(each.package, each.since) and each.is_there is False:
+        if each.is_there is False and is_at_least(each.package, each.since):
             warnings.warn(
                 f"attnpatch: off with {each.package} {installed(each.package)}: {each}. The model's own code runs there; "
                 "attnpatch doctor says more.",

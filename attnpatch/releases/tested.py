@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import sys
@@ -29,6 +30,7 @@ def numbers(version: str, count: int = 2) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:count])
 
 
+@functools.cache
 def installed(name: str) -> str | None:
     """The version of an installed package, or of this Python; ``None`` if it is not installed."""
     if name == "python":
