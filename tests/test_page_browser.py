@@ -1,5 +1,6 @@
 """The page in a browser: headless Chromium of the system, one for all tests; without one they skip and say so."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -464,6 +465,17 @@ def test_colours_are_those_of_the_legend(opened, scale):
     assert ticks[-1] == "1"
     middle = {"sqrt": "0.25", "linear": "0.5", "log": "0.01"}
     assert ticks[2] == middle[scale]
+
+
+@pytest.mark.parametrize("metadata", [{}, {"weighting": "gradient"}], ids=["mixed", "gradients"])
+def test_controls_of_numbers_with_signs_lie_inside_their_frame(opened, metadata):
+    """Their menu has the longest texts."""
+    page = opened(dataclasses.replace(signed_map(SIGNED), metadata=metadata), viewport=PHONE)
+    frame, *controls = (
+        page.locator(name).evaluate_all("all => all.map(one => one.getBoundingClientRect().right)")
+        for name in ("#controls", "#controls select", "#controls input")
+    )
+    assert max(right for found in controls for right in found) < frame[0]
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])

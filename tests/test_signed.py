@@ -53,6 +53,7 @@ def test_what_is_of_probabilities_is_refused():
 def test_negative_weights_that_are_no_gradients(normalization, tmp_path):
     """Weights that are mixed after softmax (talking heads, differences): no gradient is spoken of."""
     one = signed(metadata={"notes": ["weights are mixed after softmax"]}).normalize(normalization)
+    assert "weight after mixing" in meaning(one)
     assert "gradient" not in meaning(one) and "gradient" in meaning(signed().normalize(normalization))
     with pytest.raises(CaptureError, match="negative weights, as those that are mixed after softmax"):
         _ = one.unassigned_mass

@@ -27,9 +27,7 @@ GRADIENT = {
 
 # Weights that are mixed after softmax may be negative, too.
 MIXED = {
-    **PROBABILITY,
-    "absolute row": "weight after mixing, share of the query block's absolute sum",
-    "absolute column": "weight after mixing, share of the key block's absolute sum",
+    kind: words.replace("probability x gradient", "weight after mixing") for kind, words in GRADIENT.items()
 }
 
 
