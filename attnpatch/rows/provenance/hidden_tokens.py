@@ -23,6 +23,10 @@ from attnpatch.rows.provenance.tensors import tensors_in
 _DIVIDING = frozenset("div divide true_divide __truediv__".split())
 _DROPOUT = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
 _FILLING = frozenset("zero fill".split())
+# Functions that replace values beyond a bound by the bound, or by a number.
+_BOUNDING = frozenset(
+    "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold hardshrink softshrink maximum minimum fmax fmin".split()
+)
 # Functions that leave every token of an embedding visible.
 _KEEPING = element_places.IN_ORDER | CASTS | frozenset("clone layer_norm rms_norm dropout".split())
 # The parameters of functions that can hide tokens, where their places matter.
@@ -198,6 +202,8 @@ def _dead(
         yield result == 0
     elif plain == "pow" and not isinstance(second, torch.Tensor):
         yield second == 0
+    elif plain in _BOUNDING:
+        yield _is_bound(args, kwargs, whole[0], result)
 
 
 def _by_parameter(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
@@ -211,6 +217,19 @@ def _by_parameter(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 def _is(value: Any, number: float) -> torch.Tensor | bool:
     """Where a factor is some number."""
     return value == number if isinstance(value, (torch.Tensor, int, float)) else False
+
+
+def _is_bound(
+    args: Any, kwargs: dict[str, Any], before: torch.Tensor, result: torch.Tensor
+) -> torch.Tensor | bool:
+    """Where a function has replaced a value by a bound; computed in place, also where the value was the bound."""
+    if before is not result:
+        return result != before if before.shape == result.shape else False
+    given = (one for one in (*args, *kwargs.values()) if one is not before)
+    bounds = [
+        one for one in given if isinstance(one, (torch.Tensor, int, float)) and not isinstance(one, bool)
+    ]
+    return functools.reduce(torch.logical_or, (result == bound for bound in bounds), result == 0)
 
 
 def _has_all(name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> bool:
