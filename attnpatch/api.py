@@ -43,8 +43,8 @@ def apply(
             ``"auto"``.
         layers: Only attention in these layers, by the model's own numbers, as ``capture`` takes them. Negative numbers
             count layers with attention from the last one. ``None``: all.
-        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, also that of a
-            component that was patched on its own. If other ``sites`` or ``layers`` are given, the sites are replaced
+        **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, even that of a
+            component that was patched separately. If other ``sites`` or ``layers`` are given, the sites are replaced
             too, and their counts restart at 0.
 
     Returns:

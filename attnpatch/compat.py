@@ -3,8 +3,8 @@
 torch may change these in any release. If one is missing, most fail here, when attnpatch is imported, and not during a
 user's forward; for the others a comment says what happens. ``tests/test_layers.py`` checks that no other file uses one.
 
-The names of transformers, accelerate and torch's compiler, at the end, are looked up on objects that exist already. If a
-release has other names, attnpatch does not know what they would say; the comment says what it does then.
+The names of transformers, accelerate and torch's compiler, at the end, are looked up on objects that exist already. If
+a release lacks one, attnpatch goes on without it, as the comment says.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Contexts that switch off ``__torch_function__``: the first of tensor subclasses, the second of modes too.
+# Contexts that switch off ``__torch_function__``: the first one for tensor subclasses, the second one for modes too.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 DisableTorchFunction = torch._C.DisableTorchFunction
 without_dispatch_modes = _disable_current_modes
@@ -226,9 +226,9 @@ ACCELERATE_HOOK, ACCELERATE_FORWARD = "_hf_hook", "_old_forward"
 COMPILED_MODULE = "_orig_mod"
 # ``torch.compile`` of a function: the original function. If the name is missing, a compiled forward is called as it is.
 COMPILED_FUNCTION = "_torchdynamo_orig_callable"
-# ``nn.Module``: what a call runs if it is set (``Module.compile`` sets it), and what it runs otherwise. If the names are
-# missing, ``ATTNPATCH=1`` patches only models of transformers and diffusers, and says so. Without the interpreter's lock
-# too: the first name is read twice, and may be set in between.
+# ``nn.Module``: what a call runs if it is set (``Module.compile`` sets it), and what it runs otherwise. If the names
+# are missing, ``ATTNPATCH=1`` patches only models of transformers and diffusers, and says so. The same holds without
+# the interpreter's lock, because ``nn.Module`` reads the first name twice and it may be set in between.
 COMPILED_CALL, PLAIN_CALL = "_compiled_call_impl", "_call_impl"
 HAS_CALL_ATTRIBUTE = (
     all(hasattr(torch.nn.Module, name) for name in (COMPILED_CALL, PLAIN_CALL))
@@ -239,9 +239,9 @@ OPERATOR_SCHEMA = "_schema"
 # transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are
 # missing, the cache's content is unknown, and calls that cut or reordered it are left out of maps.
 QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
-# transformers: what collects attention weights. Since 5.2 a context variable names what is collected, by a forward hook;
-# from 4.53 to 5.1 it is a function in the place of a module's forward. If they are missing, weights are what the model's
-# own code returns: none under SDPA.
+# transformers: what collects attention weights. Since 5.2 a context variable names what is collected, by a forward
+# hook; from 4.53 to 5.1 it is a function in the place of a module's forward. If they are missing, the weights are those
+# that the model's own code returns: none under SDPA.
 OUTPUT_COLLECTOR, OUTPUT_HOOK, OUTPUT_WRAPPER = (
     "_active_collector",
     "output_capturing_hook",

@@ -9,8 +9,8 @@ import torch
 
 from attnpatch.sdpa_call import SdpaCall
 
-# Functions whose names begin like this allocate a new tensor. It may have the shape of a tensor of tokens, but it holds
-# no tokens; code that follows tokens through torch functions relies on that.
+# Functions whose names begin like this allocate a new tensor. The tensor may have the shape of a tensor of tokens, but
+# it holds no tokens; code that follows tokens through torch functions relies on that.
 MAKING = tuple("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_".split())
 # A function that returns the keys an attention may reach; see ``Observer.begin``.
 Opened = Callable[[int | None], torch.Tensor | None]
@@ -46,7 +46,8 @@ class Observer:
     attentions; ``finish`` is called after the last one.
 
     Attributes:
-        is_of_gradient: Whether the observer wants each probability times its gradient, in the backward pass, instead.
+        is_of_gradient: True if the observer wants, in the backward pass, each probability times its gradient instead of
+            the probability.
     """
 
     is_of_gradient: bool = False

@@ -217,7 +217,7 @@ class TextForm:
     meaning: str = ""
 
     def of(self, shown: str, text: str, check: Callable[[Any], Any] | None = None) -> Any:
-        """The value of a text.
+        """The value that a text stands for.
 
         Args:
             shown: The variable or option, such as ``"ATTNPATCH_MIN_FREE="`` or ``"--min-free "``; used in the message.

@@ -150,7 +150,8 @@ def report_of(patch: Patch) -> Report:
         elif site.is_entry and site not in known and did:
             masks.append(found)
     most = max((site.counts["largest"] for site in sites), default=0)
-    # A row for masks that were made whole, with enough memory, is shown only if no tensor of a site is larger.
+    # Masks that were made whole because memory was enough get a row only if they are larger than every tensor of the
+    # sites.
     sites = [site for site in masks if _went_otherwise(site) or site.counts["largest"] > most] + sites
     left_alone = tuple(patch.left_alone)
     return Report(

@@ -1,4 +1,4 @@
-"""Tells of the first call of every module, however it was built; later calls cost nothing.
+"""Reports the first call of every module, however it was built; later calls cost nothing.
 
 ``nn.Module.__call__`` reads the attribute that ``Module.compile()`` sets, and calls what is there unless it is ``None``.
 ``FirstCalls`` is put there as an attribute of the class ``nn.Module``, so every module finds it: also one that was
@@ -25,7 +25,7 @@ _PREPARE = "__prepare_scriptable__"
 
 
 class FirstCalls:
-    """Stands where a compiled module has its call.
+    """Takes the place where a compiled module keeps its call.
 
     Args:
         told: Called with a module before its first call. It must not raise. It returns ``None`` or a function that is
@@ -40,7 +40,8 @@ class FirstCalls:
         return False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The caller is ``nn.Module.__call__``. A function would be bound to the module, but a bound function is true.
+        # The caller is ``nn.Module.__call__``. A plain function here would be bound to the module, but a bound function
+        # is true.
         module = sys._getframe(1).f_locals["self"]
         after = self.told(module)
         result = getattr(module, compat.PLAIN_CALL)(*args, **kwargs)
@@ -50,7 +51,7 @@ class FirstCalls:
 
 
 def install(told: Callable[[nn.Module], Callable[[], None] | None]) -> bool:
-    """Tell of the first calls of this process's modules from now on; False if this torch has no place for it."""
+    """Report the first call of every module of this process from now on; False if this torch has no place to hook in."""
     if not compat.HAS_CALL_ATTRIBUTE:
         return False
     setattr(nn.Module, compat.COMPILED_CALL, FirstCalls(told))
@@ -66,13 +67,13 @@ def uninstall() -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Tell of no further call of a module, nor of the modules inside it."""
+    """Do not report the first call of a module, nor those of the modules inside it."""
     for each in nn.Module.modules(module):
         settle_alone(each)
 
 
 def settle_alone(module: nn.Module) -> None:
-    """Tell of no further call of a module itself."""
+    """Do not report the first call of this one module."""
     # A module that was compiled keeps its own call.
     vars(module).setdefault(compat.COMPILED_CALL, None)
 
@@ -82,7 +83,7 @@ def is_settled(module: nn.Module) -> bool:
 
 
 def _without_mark(module: nn.Module) -> nn.Module:
-    """What ``torch.jit.script`` calls first: it takes every attribute of a module for a part of its type."""
+    """Called first by ``torch.jit.script``, which takes every attribute of a module as a part of its type."""
     if vars(module).get(compat.COMPILED_CALL, module) is None:
         del vars(module)[compat.COMPILED_CALL]
     return module

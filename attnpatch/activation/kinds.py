@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def added_up(kinds: dict[Any, tuple[Patch, int]], patch: Patch) -> None:
-    """Add the counts of a patch to those of others of its kind, which ``kinds`` holds with their number."""
+    """Add a patch's counts to the sum for its kind; ``kinds`` maps a kind to this sum and the number of its patches."""
     key = (patch.model_kind, patch.policy, tuple(site.name for site in patch.sites))
     kept, number = kinds.get(key, (None, 0))
     if kept is None:

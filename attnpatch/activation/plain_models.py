@@ -1,9 +1,9 @@
-"""Patches any other module at its first call: what no host builds (a paper's code, a plain ``nn.Module``).
+"""Patches models that no host builds (a paper's code, a plain ``nn.Module``) at their first call.
 
-Nothing tells when such a model is complete, so its first call does. The outermost module that is called counts: the
-model, or the part of it that a script calls by itself (the image encoder of SAM, the denoiser inside a
-``LatentDiffusion``, whose own methods call it). Modules inside it are never asked again; one that is added later or kept
-in a plain list is a model of its own.
+Nothing tells when such a model is complete, so it is patched when it is first called. The outermost module that is
+called counts: the model, or the part of it that a script calls by itself (the image encoder of SAM, the denoiser inside
+a ``LatentDiffusion``, whose own methods call it). Modules inside it are not looked at again; one that is added later or
+kept in a plain list is a model of its own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PlainModels:
         kind = type(module)
         self.was_called = True
         if not module._modules and kind.__module__.startswith("torch.nn."):
-            # No attention of torch's is without parts. Some code makes such modules in every call.
+            # All attention modules of torch have modules inside. Some code makes such modules in every call.
             self.parts[kind.__name__] += 1
             first_calls.settle_alone(module)
             return None
@@ -95,7 +95,7 @@ class PlainModels:
         return functools.partial(self._after_the_first_call, patch, module)
 
     def _is_patched(self, module: nn.Module) -> bool:
-        """True if a patch serves a module already; a patch of the script's own may be taken out later."""
+        """True if some patch already serves a module; a patch that the script made itself may be removed later."""
         from attnpatch.activation import first_calls
         from attnpatch.patching.patch import patch_of, patches_in
 

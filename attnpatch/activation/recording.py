@@ -123,7 +123,7 @@ class ThreadRecorder:
     def wants(self, name: str) -> bool:
         """Whether a site is captured now."""
         if self.is_out and not self._is_inside and not self._is_out_in_part:
-            # A part is called after a whole call that failed: a new sequence begins.
+            # A part is called after a failed call of the whole model: a new sequence begins.
             self.is_out = False
         if self.is_out:
             return False

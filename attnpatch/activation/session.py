@@ -79,7 +79,7 @@ class Session:
 
     def tell_of_first_calls(self, _: Any) -> None:
         """Look at every module at its first call; called when torch was imported."""
-        # Python forgets the name of the script's file before it calls what ends a session.
+        # Python forgets the name of the script's file before it runs the code that ends a session.
         self.is_of_script = is_users_script()
         try:
             from attnpatch.activation.first_calls import install
@@ -175,13 +175,13 @@ class Session:
             self.lines.warn(f"{type(model).__name__} is patched in part", error)
 
     def announce(self) -> None:
-        """Say which models are patched, those that were not named before."""
+        """Name the models that are patched, unless they were named before."""
         self.lines.announce(list(self.patches.values()))
 
     def _adopt(self, patch: Patch, model: Any, kind: type[Any]) -> None:
         self._finish(self._waiting)
         self.patches[id(patch)] = patch
-        # Do not run at exit, where the report must come first.
+        # This must not run at exit, where the report must come first.
         weakref.finalize(model, self._fold, patch).atexit = False
         if self.settings.capture is not None and not patch.recorders:
             from attnpatch.activation.files import Folder

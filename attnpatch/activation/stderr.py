@@ -1,4 +1,4 @@
-"""What an active process prints: one line each on stderr, that a model is patched, that something failed, how it ended."""
+"""Messages of an active process, one line each on stderr: a model was patched, something failed, or how the run ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Lines:
         self._print(f"attnpatch: {what}: {type(error).__name__}: {in_one_line(error)}")
 
     def say(self, what: str) -> None:
-        """Say something that is no error."""
+        """Print a message that is not an error."""
         if not self.is_quiet and is_first_process() and os.getpid() == self.pid:
             self._print(what)
 

@@ -39,8 +39,8 @@ def capture(
 ) -> Iterator[Any]:
     """Reduce the attention of a model to block maps while it runs inside the ``with`` block.
 
-    No N x N matrix is held. Hand-written attention goes by rows, and its probabilities are summed as they pass. Beside
-    fused attention they are recomputed a few rows at a time.
+    No N x N matrix is held. Hand-written attention runs by rows, and its probabilities are summed on the way. For a
+    fused kernel they are computed again, a few rows at a time.
 
     In a diffusers pipeline the denoiser is captured (``unet`` or ``transformer``). Every call of the pipeline is one
     image, or one batch of images, with the steps of its sampler. Batch rows with another text (guidance) are kept
@@ -111,7 +111,9 @@ def capture(
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
-    """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter; pictures where tiles are."""
+    """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter, and pictures where the tiles
+    are.
+    """
     read_call = recorder.read_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
     # Shapes from the vision tower's latest calls: one for images, one for videos.

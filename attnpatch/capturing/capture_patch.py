@@ -22,7 +22,7 @@ _lock = threading.RLock()
 
 
 def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
-    """The patch of a model. If captures have made it, the last of them takes it out (each thread may have one)."""
+    """The patch of a model. If it was made for captures (each thread may have one), the last of them takes it out."""
     with _lock:
         known = patch_of(part)
         if known is not None and not known.captures and not known.is_leaving:

@@ -17,8 +17,8 @@ OPTIONS = {field: "--" + field.replace("_", "-") for field in TEXTS}
 def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command one option per field of ``Policy``.
 
-    The command gets the given options as its first argument, as ``Policy.of_texts`` reads them: by field name, a pair
-    of the option's name (with a space after it) and the typed text.
+    The command gets these options as its first argument, in the form that ``Policy.of_texts`` reads: for each field's
+    name, the option's name (with a space after it) and the typed text.
     """
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     added = [

@@ -22,7 +22,8 @@ from attnpatch.patching.patch import patch_of
 SINGLE_PASS = "in a single pass: "
 # Tokens of the short text, and the limit for a longer one (see tokens_to_try).
 _SHORT, _LONGEST = 40, 8192
-# Words in the names of config fields whose number is a length from which attention, or the cache, works differently.
+# Words that occur in the names of config fields which hold a length, such as a window: attention or the cache may work
+# differently beyond it.
 _COUNTED = ("window", "chunk", "topk", "top_k", "local", "compress", "block_size", "stride")
 _BLOCKS = 64  # most blocks of the compared maps
 _TEXT = (
@@ -31,8 +32,8 @@ _TEXT = (
 )
 # With fewer different tokens than this, the loss of a state might not show.
 _DIFFERENT = 12
-# Rows computed in another shape differ by rounding. The size of that is measured on the first piece, which has nothing
-# before it. The sample is small, so the true maximum may be this many times the largest difference seen.
+# Rows computed in another shape differ by rounding. The size of this difference is measured on the first piece, which
+# has nothing before it. The sample is small, so the true maximum may be this many times the largest difference seen.
 _TIMES = 16
 # A difference below the first bound is always rounding, and one above the second never is.
 _BOUNDS = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-5, 1e-3), torch.float16: (1e-3, 1.6e-2)}

@@ -244,8 +244,8 @@ def on_shapes(model: nn.Module, shapes: Shapes, device: torch.device) -> Iterato
     """Give a model fake parameters and buffers on ``device``; at the end every attribute is restored.
 
     That includes attributes that a forward pass writes, because whatever it caches here has no data. Hooks of
-    accelerate are bypassed, because they would load weights. A module without attention that branches on values
-    (experts that look up which of them are needed) is assumed to return a tensor shaped like its input.
+    accelerate are bypassed, because they would load weights. If a module without attention branches on values (experts
+    that look up which of them are needed), it is assumed to return a tensor shaped like its input.
 
     Yields:
         The classes of such modules, and how often they were called.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-# Reentrant: during a change the garbage collector may free the last user of a method, which makes another change.
+# Reentrant: the garbage collector may free the last user of a method during a change, and so start another change.
 changing = threading.RLock()
 
 

@@ -1,7 +1,7 @@
-"""What attnpatch reads of torch and its hosts under names that they may change, and whether the installed releases have
-those.
+"""Features that depend on names in torch and its hosts, which releases may change; and whether the installed releases
+have these names.
 
-If a host has another name, its feature is off: the model's own code does that work, and nothing else changes. ``apply``
+If a host lacks the name, the feature is off: the model's own code does the work, and nothing else changes. ``apply``
 warns of it once, and ``attnpatch doctor`` says which releases have it.
 """
 

@@ -33,7 +33,7 @@ def shortened(items: Sequence) -> str:
 
 
 def position(wanted: Any, among: Sequence, what: str) -> int:
-    """The index of ``wanted`` in ``among``: as an entry, or as a position if entries are strings or it is negative."""
+    """The index of ``wanted`` in ``among``, which is an entry, or a position if entries are strings or it is negative."""
     if wanted in among and not isinstance(wanted, bool):
         return among.index(wanted)
     counted = isinstance(wanted, Integral) and not isinstance(wanted, bool)

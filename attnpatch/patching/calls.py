@@ -34,8 +34,8 @@ class _Calls(threading.local):
         is_calm: True if the call has only short inputs and nothing in it has gone by rows.
         is_recorded: True if a capture has been told of the call.
         watch: The mode that watches the running candidate.
-        served: Sites that are being served by an instance's attribute: if their class's forward is reached, it must not
-            serve them again.
+        served: Sites that are being served through an attribute of the instance; if the forward of their class is
+            reached, it must not serve them again.
     """
 
     mode: RowsMode | None = None

@@ -95,7 +95,7 @@ def closure({free}):
 
 @functools.cache
 def _gate_code(free: tuple[str, ...]) -> types.CodeType:
-    """The gate's code, with the free variables of the original, which torch's compiler relies on."""
+    """The gate's code, with the free variables of the original, because torch's compiler relies on them."""
     module = compile(_LINES_ABOVE + _GATE.format(free=", ".join(free)), __file__, "exec")
     (outer,) = (each for each in module.co_consts if isinstance(each, types.CodeType))
     return next(each for each in outer.co_consts if isinstance(each, types.CodeType))
@@ -168,7 +168,7 @@ def forward_of(kind: type[Any]) -> ForwardOfClass | None:
 
 
 def renew() -> None:
-    """Swap again, on top, where a tool has given a class another forward since it was patched."""
+    """If a tool has given a class another forward since the class was patched, swap that forward, too."""
     with changing:
         for forward in list(_in_use):
             for entry in [each() for each in list(forward.entries)]:

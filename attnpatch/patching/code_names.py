@@ -22,7 +22,8 @@ from torch import nn
 
 # Depth of calls that are followed; number of items of a list or dict that are read; depth of nested containers.
 _DEPTH, _ITEMS, _NESTED = 3, 32, 3
-# The two bytes of each matrix product: one operation for all operators since Python 3.11, operations of their own before.
+# How the byte code writes ``@`` and ``@=``, as operation and argument: one operation for all operators since Python
+# 3.11, an operation for each before.
 _MATMULS = frozenset(
     (step.opcode, step.arg or 0)
     for step in dis.get_instructions(compile("a @ b; a @= b", "", "exec"))
@@ -138,7 +139,7 @@ class _Reader:
             if isinstance(value, type):
                 yield from self._in_class(value, depth)
         elif isinstance(value, nn.Module):
-            # In a plain list, or in the globals of a file.
+            # The module is in a plain list, or in the globals of a file.
             for part in itertools.islice(value.modules(), _ITEMS):
                 yield from self._in_class(type(part), depth)
         elif is_torch(type(value)):
@@ -161,7 +162,7 @@ class _Reader:
                 yield from self.names(item, depth - 1)
 
     def _is_read(self, what: Any, depth: int) -> bool:
-        """True if something was followed to this depth already; otherwise it is noted as followed."""
+        """True if something was already followed this deep; otherwise record that it was."""
         if self.seen.get(what, -1) >= depth:
             return True
         self.seen[what] = depth

@@ -54,7 +54,7 @@ class ByRows:
         return self if instance is None else types.MethodType(self, instance)
 
     def __reduce__(self) -> Any:
-        """By name if the function's name leads here, as that of a decorated function does."""
+        """Pickle it by name if the function's name leads here, as the name of a decorated function does."""
         function = self.module.function
         name = getattr(function, "__qualname__", "")
         try:

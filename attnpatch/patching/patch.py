@@ -42,7 +42,7 @@ class Patch:
         sites: Every swapped module, in order; the model itself first.
         recorders: The captures that record; each sees the calls of its own threads, the latest one first.
         captures: Number of captures for which this patch was put in place; the last one to end takes it out.
-        watched: Checkpoints whose attention a capture has observed: recomputed in the backward pass by the same path.
+        watched: Checkpoints whose attention a capture has observed; the backward pass recomputes them in the same way.
         is_leaving: True if the last capture has ended and only such checkpoints keep the patch in place.
         was_called: True if the model has been called.
 

@@ -159,7 +159,9 @@ def _matches_by_parts(name: str, pattern: str) -> bool:
 
 
 def _automatic(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Modules known by name or ``register``, and candidates that are not inside one of those (it would serve them)."""
+    """Modules known by name or ``register``, and candidates outside of them. A candidate with a known module inside
+    must name that module's attribute in its code.
+    """
     found = {name: reason for name, module in modules.items() if (reason := why(module))}
     known = frozenset(found)
     guesses = candidates(model)

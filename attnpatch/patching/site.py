@@ -212,7 +212,7 @@ class Site(SiteCounters):
         except Exception as error:
             self.failed("switching modes off for attention", error)
             context = order = pause = None
-        # The innermost mode is switched off first, since a mode below another one cannot be.
+        # Modes are switched off from the innermost one outwards, since a mode below another one cannot be switched off.
         contexts = [each for each in (pause, context, calls_here.watch and paused(calls_here.watch)) if each]
         if not contexts:
             return attend(forward, module, first, args, kwargs)
@@ -331,7 +331,9 @@ class Site(SiteCounters):
         return watch.inside
 
     def _in_checkpoint(self, observer: Any) -> Any:
-        """The observer inside a checkpoint; a checkpoint that was observed is recomputed so, even after the capture."""
+        """The observer to use inside a checkpoint. A checkpoint that was observed once is recomputed as an observed
+        one, even after the capture has ended.
+        """
         frame = checkpoints.current()
         if frame is None:
             return observer

@@ -160,7 +160,8 @@ def _of_one(
         and facts.past is not None
         and key.length == facts.past + layout.q_len
     ):
-        # As many keys as the cache counts, although a kernel that cannot be followed has made them.
+        # There are as many keys as the cache counts, so they are its tokens, even if a kernel that cannot be followed
+        # has made them.
         return Relation(False, facts.past, 0, facts.past, key.length)
     if facts.has_cache and before == key.length:
         return Relation(True, facts.past or 0, 0, None, key.length)

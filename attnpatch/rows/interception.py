@@ -141,9 +141,9 @@ _INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.back
 
 
 def _differentiated(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``backward`` and ``grad``, called without deferred arguments: they need histories, not values.
+    """``backward`` and ``grad``, which need the histories of deferred tensors and not their values.
 
-    Deferred tensors are replaced by stand-ins with the same history. So the call itself is a native one, and
+    So deferred tensors are replaced by stand-ins with the same history. The call itself is then a native one, and
     checkpointed layers that it recomputes can defer as they did before.
     """
 

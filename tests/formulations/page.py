@@ -16,19 +16,23 @@ from .trying import Tried, try_out
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "formulations.md"
 _HEADER = """# Attention that others formulate
 
-`make formulations` re-writes this page: {count} formulations of attention, each re-written small from its paper or from
-what is said about it, natively and by rows (`tests/formulations`).
+`make formulations` writes this page: {count} formulations of attention, natively and by rows (`tests/formulations`). Each is
+written again in a small form, from its paper or from descriptions of it.
 
 {counts}
 
 * **float32**, **bf16**, **autocast** (to bfloat16): results without gradients. `bits`: the native ones to the last bit;
   `rounding`: no farther from float64 than {factor:g} times the native pass.
-* **gradients**: results and all gradients in float32, plain; under a checkpoint around the module that is not reentrant;
-  and under one that is. Gradients of keys and values are summed over steps, so their last bits differ. One word stands for
-  all three where they agree.
+* **gradients**: results and all gradients in float32, in three ways: without a checkpoint, and with a checkpoint
+  around the module, non-reentrant and reentrant. Gradients of keys and values are summed over steps, so their last bits
+  differ. If all three agree, one word is shown.
 * **report**: what `attnpatch.report` counts for a forward pass.
-* **map**: `as dense`: the block map is that of the probabilities which the unpatched module computes; `captured`: its rows
-  sum to 1, or to what the formulation's do; `mixed`: the weights are no longer rows of one softmax, and the map says so; `refused`: there is none, and the error says why; `wrong` otherwise.
+* **map**: what the block map is.
+    * `as dense`: equal to a map that is made from the unpatched module's probabilities.
+    * `captured`: its rows sum to 1, or to the same as the formulation's own rows.
+    * `mixed`: the weights are no longer rows of one softmax, and the map says so.
+    * `refused`: there is no map, and the error says why.
+    * `wrong`: anything else.
 * **largest**: the largest tensor that an operator returned, by rows and natively, in MB at {longer} tokens (unless a
   formulation needs another number) with 32 rows a step. **Bold** where it has rows x keys elements all the same.
 
@@ -88,11 +92,11 @@ def counts(found: list[tuple[Formulation, Tried]]) -> str:
     refused = sum(one.captured.startswith("refused") for one in served)
     small = sum(not one.is_held for one in served)
     lines = [
-        f"{len(tried)} formulations: {by_rows} by rows, {len(tried) - len(served)} in which nothing is recognised.",
+        f"{len(tried)} formulations: {by_rows} run by rows; in {len(tried) - len(served)} no attention is recognised.",
         f"Results: {equal} of {len(served)} with the native bits in float32, bfloat16 and under autocast.",
         f"Gradients: {right} of {len(served)} right, plain and under both kinds of checkpoints.",
         f"Maps: {dense} as dense, {captured} captured, {refused} refused.",
-        f"Largest tensor: {small} of {len(served)} without one of rows x keys elements.",
+        f"Largest tensor: {small} of {len(served)} allocate no tensor of rows x keys elements.",
         f"Wrong or raising: {len(wrong)}"
         + (": " + "; ".join(one.name for one in wrong) if wrong else "")
         + ".",

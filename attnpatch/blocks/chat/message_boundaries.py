@@ -95,7 +95,7 @@ class Ends:
     # Texts between messages that cannot be divided by rendering up to there: the template refuses it, or closes the
     # message in another way.
     open: set[tuple] = field(default_factory=set)
-    # Messages that close differently when they are last, and how they close then.
+    # Messages that close differently when they are last, each with the closing it then has.
     otherwise: dict[int, str] = field(default_factory=dict)
     # The same, by the text between messages of the same roles.
     closed_when_last: dict[tuple, str] = field(default_factory=dict)
@@ -190,7 +190,8 @@ class Ends:
                 return None
             closing = followed
         elif not closing.strip() and self.text[run.base : run.limit].strip():
-            # Nothing closes the message when it is last. If it is closed in the middle, the next header shows where.
+            # If the message is last, nothing closes it. If it is closed in the middle, the next header shows where it
+            # ends.
             header = self._header_at_end(run)
             closing = self.text[run.base : run.limit - len(header)] if header else closing
         self._learn_closing(index, closing)
@@ -227,7 +228,7 @@ class Ends:
             self.headers.setdefault(self.messages[after].get("role"), set()).add(header)
 
     def _closed_as_others(self, run: _Run) -> int | None:
-        """The end of a message that rendering up to it does not show.
+        """The end of a message, if rendering the conversation up to that message does not show it.
 
         It is found by a known closing (of its role, or of any role), or by a known header of the next message's role.
         """

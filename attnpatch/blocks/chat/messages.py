@@ -58,7 +58,9 @@ def message_spans(
 
 
 def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, text: str, end: int) -> int:
-    """The token at which the last message ends if the assistant's next one follows; ``end`` if it closes the same."""
+    """The token at which the last message ends if the assistant's next message follows; ``end`` if that makes no
+    difference.
+    """
     try:
         prompted = template_of(tokenizer, options)(messages, add_generation_prompt=True)
         return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options)[1]

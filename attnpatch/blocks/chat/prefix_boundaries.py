@@ -58,8 +58,8 @@ def _prefix_end(render: Any, messages: Sequence[Mapping], count: int, text: str,
         ) from error
     if text.startswith(prefix):
         return len(prefix)
-    # Templates such as Qwen3's drop the reasoning of all turns but the last, so the prefix differs from the text. The
-    # text after the message's content still shows how the message closes.
+    # Templates such as Qwen3's drop the reasoning of all turns but the last, so this rendering is no prefix of the
+    # text. The text after the message's content still shows how the message closes.
     in_text = _changed_region(render, messages, count - 1, text, at_end=True)
     in_prefix = _changed_region(render, messages[:count], count - 1, prefix, at_end=True)
     if in_text is None or in_prefix is None or not text.startswith(prefix[in_prefix[1] :], in_text[1]):

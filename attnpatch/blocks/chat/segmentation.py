@@ -106,7 +106,7 @@ def divide(
     """
     whole = partial(render, add_generation_prompt=True) if prompt else render
     if isinstance(also, Mapping) and also.get("continue_final_message"):
-        # The option leaves only the conversation's last message open, not the last one of each rendering.
+        # With this option only the conversation's last message is left open, not the last message of each rendering.
         render = partial(render, continue_final_message=False)
     written = Closings(render, messages, special or Special())
     try:

@@ -49,7 +49,7 @@ def locate(
 def _add_what_fits(
     layouts: dict[int, Layout], indexes: list[int], layout: Layout, check: Callable[[dict[int, Layout]], Any]
 ) -> list[int]:
-    """Use a layout for all messages that pass the check with it. Halving the list of messages finds them.
+    """Use a layout for all messages that pass ``check`` with it. Halving the list of messages finds them.
 
     Returns:
         The messages that do not pass, or were not tested before the limit of renderings was reached.

@@ -44,7 +44,9 @@ def _is_given(value: Any) -> bool:
 
 
 def _first(value: Mapping, keys: tuple[str, ...]) -> str | None:
-    """Of several keys for the same thing, the first with a value; a key with an empty value only if none has more."""
+    """The key to read, of several keys for the same thing: the first one with a value. A key whose value is empty is
+    used only if no other has one.
+    """
     there = [key for key in keys if _is_given(value.get(key))]
     full = [key for key in there if not isinstance(value[key], str | list) or value[key]]
     return next(iter(full or there), None)

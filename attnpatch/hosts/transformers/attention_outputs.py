@@ -35,9 +35,10 @@ def _collector() -> Any:
 
 
 def _wrapped(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """What functions in the place of a module's forward collect of its result, and at which place of it.
+    """What is collected from a module's result by functions that replace its forward: the kind of output and its index
+    in the result.
 
-    transformers 4.53 to 5.1 put them there during a model's call.
+    transformers 4.53 to 5.1 puts such functions in place during a model's call.
     """
     forward = vars(module).get("forward")
     while getattr(getattr(forward, "__code__", None), "co_name", "") == compat.OUTPUT_WRAPPER:

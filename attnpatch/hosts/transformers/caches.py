@@ -192,5 +192,6 @@ def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
 
     if is_at_least("transformers", "4.56"):
         return transformers.DynamicCache(config=model.config, offloading=offloaded)
-    # Before, every layer of it keeps all tokens, also of a sliding window; the models' masks hide those.
+    # In older releases every layer of the cache keeps all tokens, even with a sliding window; the models' masks hide
+    # the old ones.
     return transformers.OffloadedCache() if offloaded else transformers.DynamicCache()

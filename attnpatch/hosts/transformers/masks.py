@@ -141,7 +141,7 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(given: dict[str, Any]) -> int | None:
-    """The number of rows that a mask is asked for; ``None`` if a number is not known, or is said in an unknown way.
+    """The number of rows that a mask is asked for; ``None`` if a number is not known, or is given in an unknown form.
 
     transformers names a number of rows and the first one; until 5.3 it gave the positions of the rows as a tensor.
     """

@@ -103,8 +103,10 @@ class Run:
         timesteps: The sampled image's timesteps, in order; one step may call the denoiser several times.
         texts: Every text that batch rows were given.
         rows: Every batch row, with its steps.
-        duplicates: Rows with the same text and latents as another row of their batch at every step, and that other row.
-        unclear: Texts with rows of which it is not known what they show, each with the reason.
+        duplicates: Rows that have the same text and latents as another row of their batch at every step, each with that
+            other row.
+        unclear: Texts for which several calls in one step cannot be told apart (parts of the image, or guidance), each
+            with the reason.
         image: The grid of the image; known when the first site has run.
         refused: Sites that are in no map of this run.
         records: Sums by step and batch rows, then by site.

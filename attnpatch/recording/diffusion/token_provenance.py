@@ -18,7 +18,8 @@ from attnpatch.observing import MAKING
 IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
 # Tokens that may be of another row of the batch than the one that they are in.
 MOVED = "another row's"
-# Known kinds of tokens that belong to no block, each in the words of a reason. ``UNKNOWN`` is said of all others.
+# Known kinds of tokens that belong to no block, each in the words of a reason. ``UNKNOWN`` is the reason for all
+# others.
 OF_NO_BLOCK = {
     SECOND: "of a second text",
     MOVED: "of rows of the batch that were picked, joined or averaged, so it is not known whose they are",
@@ -132,7 +133,7 @@ class TokenKinds(TorchFunctionMode):
         return result.shape[:1] != source.shape[:1] and result.numel() != source.numel()
 
     def _write(self, args: Any) -> None:
-        """After a write of tokens of another kind, the kinds of the target are no longer known."""
+        """If tokens of another kind are written into a tensor, the kinds of its tokens are no longer known."""
         target, values = args[0], [each for each in args[1:] if isinstance(each, torch.Tensor)]
         if values and target in self._known and self._known.get(values[-1]) != self._known[target]:
             del self._known[target]
@@ -170,7 +171,8 @@ class TokenKinds(TorchFunctionMode):
             return
         parts = [kind for kind, length in kinds if length in result.shape]
         if len(set(parts)) > 1:
-            # Several kinds have this length: a view of the first kind begins where its source does.
+            # If several kinds have this length, the memory decides: a view of the first kind begins where its source
+            # begins.
             shares = result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
             is_first = shares and result.storage_offset() == source.storage_offset()
             parts = parts[:1] if is_first else parts[-1:] if shares else []

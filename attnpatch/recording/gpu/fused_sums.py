@@ -30,8 +30,8 @@ MOST_WIDTH = 256
 _PROGRAMS = 8
 # Tolerance for the sum of probabilities, on average over the rows of a block.
 _OFF = 1e-2
-# A row with a logsumexp below this sees no key: an additive mask hides all with a very low number (finfo.min, -1e9).
-# Beside such a number the scores of the row, and the logarithm of the number of keys, are lost in rounding.
+# A row with a logsumexp below this sees no key: an additive mask hides all with a very low number (finfo.min, -1e9). If
+# such a number is added, the scores of the row and the logarithm of the number of keys are lost in rounding.
 _CLOSED = -256.0
 
 # Triton's failures in this process, by kind of call: compiling again for every layer would take time and fail again.

@@ -82,8 +82,8 @@ def sum_tiles(
 ):  # fmt: skip
     """One query tile and ``KEY_TILES`` key tiles, all heads in sequence: no atomics, so the sums are deterministic.
 
-    ``FULL_FIRST``: full key tiles come before the others. ``EVEN``: also, each begins where the previous one ends. Full
-    tiles come in the order of their keys; so do all tiles without ``FULL_FIRST``.
+    ``FULL_FIRST``: full key tiles come before the others. ``EVEN``: besides, each of them begins where the previous one
+    ends. Full tiles come in the order of their keys; so do all tiles without ``FULL_FIRST``.
     """
     query_tile, place = tl.program_id(0), tl.program_id(2)
     first_tile = tl.program_id(1) * KEY_TILES

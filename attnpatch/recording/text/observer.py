@@ -162,7 +162,7 @@ class TextObserver(SiteObserver):
     # ------------------------------------------------------------------------------------------ what is shown
 
     def cannot_show(self, reason: str) -> None:
-        """Leave the site out, whichever of its attentions it is."""
+        """One attention of the site cannot be shown: leave the whole site out."""
         self.name = self.site
         self._leave_out(reason)
 
@@ -173,7 +173,7 @@ class TextObserver(SiteObserver):
         return self.sample.positions() - self.past
 
     def why_tiles(self) -> str | None:
-        """Measures need every row's keys, and a sample only some rows."""
+        """Why the observer needs tiles: measures need the keys of every row, and a sample needs only some rows."""
         return "measures" if self.recorder.measures else "some rows" if self.sample is not None else None
 
     def add_sequence(
@@ -205,7 +205,7 @@ class TextObserver(SiteObserver):
                 self.rows_apart[b, place, low - self.past : high - self.past] += bins
 
     def _count_closed(self, b: int, place: slice, weights: torch.Tensor, low: int, high: int) -> None:
-        """Count rows that see no key: they have no probabilities, as they add nothing to the result of attention."""
+        """Count rows that see no key: they have no probabilities, and add nothing to the result of attention."""
         assert self.record is not None
         block = self.record.query.assignment[b, low:high]
         closed = (weights == 0).double().cpu()

@@ -208,7 +208,8 @@ class Recorder(CacheFollower):
         state.times[name] += 1
         assert sequence is not None
         if number and facts.is_part:
-            # Only the second part shows this. The first part was no sequence either, so it is dropped, too.
+            # Only a later call shows that each call has a part of the sequence. So the first one had only a part too,
+            # and its sums are dropped.
             self.leave_out(
                 name,
                 f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",

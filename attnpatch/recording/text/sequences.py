@@ -89,7 +89,8 @@ class Sequence:
         return any(len(record.sums) > 1 for each in held for record in each.values())
 
     def order_of(self, found: torch.Tensor | None, position: int) -> list[int] | None:
-        """For each batch row of a cache, the row of this sequence that it is; ``None`` if some row is not its own.
+        """For each batch row of a cache, the row of this sequence that has the same token at a position; ``None`` if
+        some row matches none.
 
         Args:
             found: ``[batch, numbers]``: the cache's fingerprints of one token; ``None``: not known.

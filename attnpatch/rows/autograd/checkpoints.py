@@ -22,8 +22,8 @@ from attnpatch.rows.thread_state import here
 compat.note_saved_tensor_hooks(lambda: here.hooks)
 
 _decisions: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-# By checkpoint and deferred tensor from outside it: the kinds of its axes at first use; ``None`` if it was computed
-# then.
+# For each checkpoint and each deferred tensor from outside it: the kinds of the tensor's axes at its first use there;
+# ``None`` if it was computed by then.
 _used: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -54,11 +54,12 @@ def _found() -> tuple[Any, Any]:
 
 
 def is_to_be_pending(handle: Any) -> bool:
-    """True if a deferred tensor from outside was uncomputed when this checkpoint first used it, and has to be so again.
+    """True if a deferred tensor from outside was uncomputed when this checkpoint first used it, and so must be
+    uncomputed again.
 
     It may have been computed since. Then the tensor would be saved, although its graph was not. A softmax along its row
-    axes may also have followed, and these count as keys now. That changes what is deferred, so the kinds of its axes
-    are restored.
+    axes may also have followed, and then these axes count as keys now. That would change what is deferred, so the
+    former kinds of the axes are restored.
     """
     frame, again = _found()
     if frame is None:

@@ -6,8 +6,8 @@ at once, tile by tile, and passes nothing to the edges in between. The gradient 
 computed, whole as natively, only if it is asked for (a hook, ``retain_grad``, ``torch.autograd.grad``).
 
 The tensors that a graph reads are saved once, by the first edge that reads them, through autograd. So checkpointing and
-offloading of saved tensors work as for any operation. An edge finds tensors that earlier edges have saved through its
-``next_functions``, which live as long as the edge itself.
+offloading of saved tensors work as for any operation. An edge reaches the tensors that earlier edges have saved through
+its ``next_functions``; those live as long as the edge itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Plan:
 
 
 class _TiledFunction(torch.autograd.Function):
-    """Forward: computes the tensor by tiles, or nothing. Backward: recomputes tiles, with a small graph for each."""
+    """Forward: returns the result, which is computed by tiles or stays deferred. Backward: recomputes tiles, with a
+    small graph for each.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor) -> torch.Tensor:
@@ -156,10 +158,11 @@ def _unpacked(edge: Any) -> tuple[torch.Tensor, ...]:
 
 
 class _Fork(torch.autograd.Function):
-    """A result that was computed in another way than its graph says (a fused kernel), with the history of that way.
+    """A result that was not computed by its graph but in another way (a fused kernel), with the autograd history of
+    that other way.
 
-    The gradient takes that way, too. It goes through the graph only if the gradient of scores or probabilities is asked
-    for, because only the graph has them.
+    Its gradient takes that other way, too. Only if the gradient of scores or probabilities is asked for does it go
+    through the graph, because only the graph has them.
     """
 
     @staticmethod
@@ -269,7 +272,9 @@ def record(
 
 
 def fork(node: Node, out: torch.Tensor, again: Callable[[Node], TiledEvaluation]) -> torch.Tensor:
-    """``out``, the result of ``node`` computed in another way, with an additional edge to the scores of ``node``."""
+    """``out``, with an additional edge to the scores of ``node``; ``out`` is the result of ``node``, computed in
+    another way.
+    """
     if not out.requires_grad or not any(parent.needs_grad for parent in _below(node)[0]):
         return out
     found = _planned(node, lambda: out, again)

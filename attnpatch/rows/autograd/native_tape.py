@@ -210,7 +210,7 @@ class NativeTape:
         made[key] = _Made(step, index, tensor, gone)
 
     def _forget(self, *written: torch.Tensor) -> None:
-        """Drop tensors that were made from an overwritten one: they cannot be computed again."""
+        """Drop tensors that were made from an overwritten tensor, because they cannot be computed again."""
         storages = {tensor.untyped_storage().data_ptr() for tensor in written}
         for key, made in list(self._made.items()):
             if made.storage in storages or made.step.reads & storages:

@@ -1,4 +1,5 @@
-"""Graphs that begin with combined masks, with a table of biases, or with each query against each key by element.
+"""Graphs that begin with combined masks, with a table of biases, or with an elementwise function of each query and each
+key.
 
 Each has one or more elements per query and key, and is made from smaller tensors: a mask for all heads and a padding
 mask of keys; a table of biases and indices into it; queries and keys of a few channels.
@@ -20,7 +21,7 @@ from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dims, fresh
 from attnpatch.rows.graph.nodes import InputNode
 from attnpatch.rows.graph.operations import OpNode
 
-# With fewer rows or keys it is something else: heads, channels, the words of a prompt.
+# A tensor with fewer rows or keys than this is no bias: its dimensions are heads, channels, or the words of a prompt.
 FEWEST = 32
 # Positions x frequencies (rotary embeddings) have at most this many columns.
 WIDEST_HEAD = 512
@@ -34,7 +35,8 @@ _WHOLE = (torch.int64, torch.int32)
 
 
 def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """An elementwise function of two tensors: masks combined, or each query against each key; deferred by size.
+    """An elementwise function of two tensors (masks combined, or each query with each key); deferred if its size goes
+    by rows.
 
     Returns:
         The deferred tensor, or ``NotImplemented``.
@@ -100,7 +102,8 @@ def _is_padding(line: torch.Tensor, narrowest: int) -> bool:
 
 
 def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: AttentionCall) -> Any:
-    """A table looked up by an index tensor that has one or more elements per query and key; deferred by size.
+    """A table looked up by an index tensor that has one or more elements per query and key; deferred if its size goes
+    by rows.
 
     Returns:
         The deferred tensor, or ``NotImplemented``.

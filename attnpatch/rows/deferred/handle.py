@@ -190,7 +190,8 @@ class Handle:
 
     @property
     def passes_by(self) -> torch.Tensor | None:
-        """The real tensor that an in-place write has made of this one, if the write has added to the autograd history.
+        """The real tensor that replaces this one after an in-place write, if that write has added to the autograd
+        history.
 
         Its gradient is the deferred tensor's own. ``None`` if there was no such write; one under no_grad does not count.
         """

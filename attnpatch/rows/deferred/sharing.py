@@ -83,7 +83,9 @@ def steps_between(node: Node, own: Node) -> list[Node] | None:
 
 
 def of_function(node: Node, source: Node, native: Native) -> Node:
-    """``node``, marked as the result of a torch function on ``source``; a new node even if that does nothing."""
+    """``node``, marked as the result of a torch function on ``source``; it is a new node even if the function does
+    nothing.
+    """
     if node is source:
         node = ViewNode(node, node.dims)
     if node.children and node.children[0] is source:
@@ -96,7 +98,7 @@ def of_function(node: Node, source: Node, native: Native) -> Node:
 
 
 def followed(path: Sequence[Node], graph: Node) -> list[Node]:
-    """The graph of a memory, followed by the graph after each view of ``path``."""
+    """The graph of a memory, then the graphs after each of the views in ``path``, in order."""
     nodes = [graph]
     for step in path:
         nodes.append(renewed(step, nodes[-1]))

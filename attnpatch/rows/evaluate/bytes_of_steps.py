@@ -25,7 +25,9 @@ def scores(run: Evaluator, row: Axis | None) -> frozenset[Node]:
 
 
 def held_inside(run: Evaluator, steps: TilePlan, result: Node) -> int:
-    """Bytes of scores that are not the value of a node: those inside SDPA; or of the whole result, if it has keys."""
+    """Bytes of scores that a step holds although no node has them as its value (those inside SDPA); or those of the
+    whole result, if it has keys.
+    """
     tile: Tile = dict(steps.lead[0])
     if steps.row is not None:
         tile[steps.row] = (0, steps.largest()[0])

@@ -92,7 +92,9 @@ class Evaluator(StepMemory):
         return row is None or any(axis is row or axis in self.renamed for axis in self._axes[node])
 
     def works(self, row: Axis | None) -> list[int]:
-        """Multiplications per head of each product that a row step makes smaller; not if rows act as further heads."""
+        """Multiplications per head of each product that has fewer rows in a step; products whose rows act as further
+        heads are left out.
+        """
         return [
             node.work
             for node in self.nodes
@@ -187,7 +189,7 @@ class Evaluator(StepMemory):
         if key in self._kept:
             return self._kept[key]
         if shared:
-            # Keep it for one sequence at a time, if sequences are cut.
+            # If sequences are cut, keep it for one sequence at a time.
             self._kept.pop(self._of_rows.get(node, key), None)
             self._of_rows[node] = key
         value = self._computed(node, own)
@@ -202,7 +204,8 @@ class Evaluator(StepMemory):
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
         value = self._made(node, tile)
         if node in self.scores and isinstance(value, torch.Tensor):
-            # A view counts as no more than its storage (expanded) and no more than itself (a slice).
+            # A view counts by its own size (a slice) or by the size of its storage (an expanded tensor), whichever is
+            # smaller.
             size = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
             self.largest = max(self.largest, size)
         return value
@@ -246,7 +249,9 @@ class Evaluator(StepMemory):
     def with_wide_gradients(
         self, node: OpNode, shared: list[int], values: list[torch.Tensor], tile: Tile, result: torch.Tensor
     ) -> torch.Tensor:
-        """``result`` of a product of ``values``, whose ``shared`` operands get their gradient of a tile in float32."""
+        """``result``, which is a product of ``values``; operands in ``shared`` get this tile's part of their gradient
+        in float32.
+        """
         assert node.letters is not None
         for i in shared:
             leaf = wide_sums.stand_in(values[i])

@@ -24,7 +24,7 @@ MOST_CPU_ROWS = 256
 # packing the keys (`python -m benchmarks sweep`).
 LONG_ROW_BYTES = 128 * 2**10
 # A step may be larger than the cache if it reads much beside its rows (the keys of a wide head are scaled and packed
-# again in every step). Then it has at most one part in this many of all scores.
+# again in every step). Then a step has at most one part in ``MOST_SHARE`` of all scores.
 MOST_SHARE = 16
 # Below NATIVE_LOOP multiplications per head torch's CPU bmm uses a loop of its own, which rounds differently (aten
 # LinearAlgebra.cpp, bmm_out_or_baddbmm_). For slightly larger products the matrix library uses another kernel (measured
@@ -138,7 +138,8 @@ def one_row(tileable: list[Axis]) -> TilePlan:
 def products_grain(
     works: list[int], tileable: list[Axis], device: torch.device, narrow: bool
 ) -> RowGranularity:
-    """The granularity with which no step's product is so small that another kernel computes it than the whole one.
+    """The granularity that keeps every product of a step large enough to be computed by the kernel of the whole
+    product.
 
     Args:
         works: Multiplications per head of each product of the graph.
@@ -147,7 +148,8 @@ def products_grain(
         narrow: True if any tensor has a narrow dtype.
     """
     row, _ = row_and_lead(tileable)
-    # A vector register full of rows: if keys come before queries, softmax treats a remainder with another kernel.
+    # At least as many rows as fill a vector register: if keys come before queries, softmax treats a remainder with
+    # another kernel.
     unit = LEAST[ROW] * (2 if narrow else 1)
     if row is None or device.type != "cpu":
         return RowGranularity(unit, unit=unit)

@@ -259,7 +259,8 @@ class TiledEvaluation:
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
         steps = lines.found_in(self.node, lambda: set(self._tileable(Evaluator(self.node, bound))))
-        # Values that an earlier sweep has computed from the scores get no gradient: it goes to the scores, by the ``LineSum``.
+        # Values that an earlier sweep has computed from the scores get no gradient of their own: the ``LineSum`` passes
+        # it to the scores.
         past = {node for step in steps for node in step.past}
         for sums in lines.levels(self.node, steps):
             bound = {**bound, **self._sweep(grad, bound, sums, steps)}

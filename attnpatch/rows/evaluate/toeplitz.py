@@ -27,7 +27,7 @@ _FEWEST = 4
 
 
 def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
-    """Nodes that depend on two axes only by their difference, with those axes.
+    """Nodes that depend on two axes only through the difference of their positions, each with these two axes.
 
     Args:
         nodes: The nodes of a graph, children before parents.

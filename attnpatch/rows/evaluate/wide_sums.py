@@ -49,7 +49,7 @@ class _WithGradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(other)
         ctx.letters, ctx.operand, ctx.shape = letters, operand, leaf.shape
-        # Said to be written to, so that autograd takes it for a result and not for a view.
+        # Marked as written to, so that autograd takes it for a result and not for a view.
         ctx.mark_dirty(result)
         return result
 

@@ -100,7 +100,7 @@ class Added:
         assert part is not None
         if ledger_of(part) is not None:
             return (self(masks, tile, run) if is_split else part), *everything
-        # Other masks may add to this one, but nothing that matters beside LOWEST.
+        # Other masks may be added to this one, but beside LOWEST none of them makes a difference.
         low, high = self._window(part, LOWEST if is_split else HIDDEN)
         if not is_split:
             return (part if part.shape[-1] == 1 else part[..., low:high]), low, high

@@ -94,7 +94,9 @@ def _is_masked_after(node: Node, softmax: Node) -> bool:
 
 
 class _Steps:
-    """The result of attention's own steps if all scores, or all weights, are one value; by rows of one head."""
+    """The result of attention's own steps when all scores, or all weights, have one value; computed by rows of one
+    head.
+    """
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class _Steps:
             value = torch.full((), number, dtype=step.dtype, device=step.device)
             self.run.fix(step, value.expand(step.shape))
         self.axes = [leaf for dim in before.dims for leaf in leaves(dim)]
-        # With a sink's column, softmax has other axes for these keys, which come first.
+        # If a sink's column was added, softmax has other axes for these keys, and they come before the sink.
         self.keys = keys if all(key in self.axes for key in keys) else leaves(before.dims[-1])
         self.numbers = layout.numbers
         if self.numbers is None:
@@ -120,7 +122,7 @@ class _Steps:
     def rows_of(self, sequence: int, low: int, high: int) -> torch.Tensor:
         """Rows ``low:high`` of a sequence's first head: ``[rows, kv_len]``.
 
-        Of heads that are mixed after softmax, the largest value: a key is closed if it is closed in all of them.
+        If heads are mixed after softmax, this is their largest value: a key is closed if it is closed in all of them.
         """
         tile = self._head(sequence)
         if len(self.rows) == 1:

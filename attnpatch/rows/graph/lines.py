@@ -36,7 +36,7 @@ class LineNode(OpNode):
 
     Attributes:
         given: Indices of the children that were computed by an earlier sweep. Gradients flow to the scores through this
-            node, not through them.
+            node, not through those children.
     """
 
     given: tuple[int, ...] = ()

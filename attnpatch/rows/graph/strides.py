@@ -102,7 +102,7 @@ def _dim(
 
 
 def single(dims: Dims, source: torch.Tensor, result: torch.Tensor, place: int) -> Part | None:
-    """The one element of dimension ``place`` that a view of size 1 there has; ``None`` if it is not known."""
+    """The one element that a view of size 1 has of dimension ``place``; ``None`` if it is not known."""
     if result.dim() != source.dim() or result.shape[place] != 1 or source.shape[place] == 1:
         return None
     parts = leaves(dims[place])

@@ -151,7 +151,9 @@ def _copy(target: DeferredTensor) -> DeferredTensor:
 
 
 def _with_ones(source: Node, missing: list[bool]) -> Node:
-    """``source`` with a dimension of size 1 for each missing one; its own align with the others from the right."""
+    """``source`` with a dimension of size 1 for each missing one; its own dimensions align with the others from the
+    right.
+    """
     if not any(missing):
         return source
     own = list(source.dims)

@@ -83,7 +83,9 @@ def _along(node: Node, position: int, tile: Tile) -> tuple[Tile, tuple[int, int]
 
 @op("cat", "concat", "concatenate")
 def concatenate(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """``cat``: along keys (a sink's column beside scores) they must be complete; rows and heads can still be cut."""
+    """``cat``: if it joins along keys (a sink's column beside scores), the keys must be complete; rows and heads can
+    still be cut.
+    """
     pieces = argument(args, kwargs, 0, "tensors")
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", 0))
     if not isinstance(pieces, (tuple, list)) or not isinstance(dim, int) or len(args) > 2:

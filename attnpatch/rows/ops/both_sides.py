@@ -19,7 +19,7 @@ from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import PAIRS
 
 # Reductions whose result is one of the line's own elements. A host compares elements with it (mutual nearest
-# neighbours); but the same element, computed by a step that is cut along the other side, differs in the last bit.
+# neighbours), but a step that is cut along the other side computes the same element with another last bit.
 _CHOSEN = frozenset(
     "max min amax amin aminmax sort topk kthvalue median nanmedian mode quantile nanquantile cummax cummin".split()
 )

@@ -271,7 +271,9 @@ _EXTREMES = frozenset("max min amax amin any all".split())
 
 
 def mixes_figures(node: Node, positions: list[int]) -> bool:
-    """True if a function needs all rows of a tensor with one value per row: small, so the tensor is computed first."""
+    """True if a function needs all rows of a tensor with one value per row; such a tensor is small, so it is computed
+    first.
+    """
     return has_no_keys([node]) and any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i]))
 
 

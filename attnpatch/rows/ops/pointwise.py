@@ -65,7 +65,7 @@ def broadcast(nodes: list[Node], shapes: list[torch.Size]) -> Dims | None:
             elif not unify(found, own):
                 return None
         if not found and shape[-back] != 1:
-            # Values per row, broadcast against a real row vector: a new axis for its columns.
+            # Values per row are broadcast against a real row vector, whose columns get a new axis.
             found = (Axis(shape[-back], KEY if back == 1 and has_no_keys(nodes) else LEAD),)
         dims.append(found)
     return tuple(dims)

@@ -216,7 +216,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
     ]
     _check_order(read, [*((number, place) for place in batch_places), *tokens])
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
-        # An input with a dimension of heads is expected only if queries and keys are separate inputs.
+        # An input may have a dimension of heads only if queries and keys are separate inputs.
         raise Unknown("it attends along one dimension of three, which may be rows of an image, or heads")
     dims = read.sources.inputs[number]
     own_batch = [leaf for place in batch_places for leaf in leaves(dims[place])]

@@ -31,7 +31,8 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d
 OF_ALL = ELEMENTWISE | {"lerp", "copy", "fill", "zero", "complex", "polar"}
 ADDING = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
 MULTIPLYING = frozenset("mul multiply __mul__ __rmul__".split())
-# Functions that choose one operand's element at each position; all may come from an operand that was reordered.
+# Functions that choose one operand's element at each position; if an operand was reordered, all elements may come from
+# it.
 CHOOSING = frozenset(["where", "lerp"])
 # Functions whose every element is computed from the first operand's at the same position, or in the same channel row.
 OF_FIRST = CASTS | frozenset(

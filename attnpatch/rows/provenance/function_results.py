@@ -25,7 +25,7 @@ class FunctionResults(Origins):
     Args:
         inputs: The tensors that the module is called with, in order, each once.
         notes: The notes that hold the dimensions of tensors.
-        hidden: The answers to which tensors hide some of their tokens; ``None``: the caller decides about sums.
+        hidden: Tells which tensors may hide some of their tokens; ``None``: this is not examined.
 
     Attributes:
         reads_values: Whether what is known depends on the values of tensors, and not only on what was done with them.
@@ -135,15 +135,15 @@ class FunctionResults(Origins):
     ) -> Dims:
         """The axes of a result that has each element from operands' elements at the same position.
 
-        Along a dimension in which an operand is reordered, its axis is the result's, unless another one is in order and
-        its tokens are visible (a residual).
+        If an operand is reordered along a dimension, the result takes its axis from that operand. It takes it from
+        another operand, which is in order, if the tokens of that one are visible (a residual).
 
         Args:
             known: The operands whose dimensions are known.
             shape: The result's shape.
             whole: Those of them that have all of the result's tokens.
-            beside: True if operands are added, False if they are concatenated along channels, ``None`` otherwise: then
-                none is visible beside a reordered one.
+            beside: True if operands are added, False if they are concatenated along channels, ``None`` otherwise; then
+                no operand counts as visible beside a reordered one.
         """
         if len(known) > 1:
             known = sorted(known, key=lambda one: self._earliest(one[1]))
@@ -162,7 +162,7 @@ class FunctionResults(Origins):
             shown = (one for one in clean if self._shows(one[0], value, place))
             choice = next(shown, None) or next(iter(lost or here), None)
             found.append(fresh([size])[0] if choice is None else choice[1])
-        # A dimension that no operand has holds one token of theirs at all positions.
+        # If no operand has a dimension, all positions along it hold the same token.
         before = tuple(dim for _, own in known for dim in own)
         return self._lost(tuple(found), before) or tuple(found)
 
@@ -171,7 +171,9 @@ class FunctionResults(Origins):
         return any(self._loss(leaf) is not None for leaf in leaves(dim))
 
     def _shows(self, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
-        """True if the tokens of a tensor in order are visible along a dimension of a sum; for channels: along all."""
+        """True if the tokens of ``tensor``, which are in order, are visible in a sum along a dimension; for channels,
+        along all dimensions.
+        """
         self.reads_values = True
         if self.hidden is not None and self.hidden.has(tensor):
             return False

@@ -1,8 +1,9 @@
-"""Tells which tensors may have lost sight of some of their tokens, whatever was added since.
+"""Tells which tensors may no longer show some of their tokens, whatever was added to them since.
 
-A residual that was multiplied by 0, masked out or drowned by other numbers has the shape of tokens in order, and once
-positions are added it also looks like them. So the functions that can hide tokens are examined when they are called,
-and the answer follows the tensor. It is a tensor itself, and is read only where tokens in order meet reordered ones.
+A residual may have been multiplied by 0, masked out or drowned by other numbers. It still has the shape of tokens in
+order, and once positions are added it also looks like them. So functions that can hide tokens are examined when they
+are called, and the answer is kept for all that is made from their results. An answer is a tensor, which is read only
+where tokens in order are combined with reordered ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BOUNDING = frozenset(
 )
 # Functions that leave every token of an embedding visible.
 _KEEPING = element_places.IN_ORDER | CASTS | frozenset("clone layer_norm rms_norm dropout".split())
-# The parameters of functions that can hide tokens, where their places matter.
+# The parameters, in order, of functions that can hide tokens, if it matters which argument is which.
 _PARAMETERS = {
     "masked_fill": ("input", "mask"),
     "where": ("condition", "input", "other"),
@@ -45,7 +46,7 @@ _LEAST = 1e-3
 
 
 class HiddenTokens:
-    """The answers for the tensors of one call.
+    """Keeps, for the tensors of one call, whether some of their tokens may be hidden.
 
     Args:
         masks: Integer tensors ``[batch, tokens]`` among the model's inputs; see ``residuals.shows``.
@@ -53,9 +54,9 @@ class HiddenTokens:
 
     def __init__(self, masks: Sequence[torch.Tensor] = ()) -> None:
         self._masks = masks
-        # For tensors of tokens that may be hidden: a bool tensor without dimensions.
+        # For tensors whose tokens may be hidden: the answer, a bool tensor without dimensions.
         self._hidden: Any = WeakIdKeyDictionary()
-        # Tensors made of embeddings, whose tokens are there even if they are equal, or zero (padding).
+        # Tensors made from embeddings: their tokens count as visible even if they are all equal, or zero (padding).
         self._embedded: Any = WeakIdKeyDictionary()
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -129,7 +130,7 @@ class HiddenTokens:
     def _newly(
         self, name: str, args: Any, kwargs: dict[str, Any], whole: list[torch.Tensor], result: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """The answers that rest on what a function itself does to tokens."""
+        """Whether the function itself hides tokens: bool tensors without dimensions, one for each way in which it may."""
         for dead in _dead(name, args, kwargs, whole, result):
             if isinstance(dead, bool):
                 if dead:
@@ -157,7 +158,7 @@ class HiddenTokens:
         yield torch.tensor(True)
 
     def _some(self, dead: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """True if some token is dead in all channels, which are the last dimension, or the second of an image."""
+        """True if some token has lost all of its channels; these are the last dimension, or the second one of an image."""
         dead = dead.reshape((1,) * (result.dim() - dead.dim()) + dead.shape)
         tokens = dead.all(-1)
         if result.dim() == 3:
@@ -173,7 +174,9 @@ class HiddenTokens:
 def _dead(
     name: str, args: Any, kwargs: dict[str, Any], whole: list[torch.Tensor], result: torch.Tensor
 ) -> Iterator[torch.Tensor | bool]:
-    """Where a function makes nothing of tokens: bool tensors that can be broadcast to the result, or one answer."""
+    """Where a function erases what its operands hold: bool tensors that can be broadcast to the result, or one bool for
+    all of it.
+    """
 
     def is_own(one: Any) -> bool:
         return any(one is each for each in whole)
@@ -215,14 +218,16 @@ def _by_parameter(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _is(value: Any, number: float) -> torch.Tensor | bool:
-    """Where a factor is some number."""
+    """Where ``value`` equals a number; False if it is neither a number nor a tensor."""
     return value == number if isinstance(value, (torch.Tensor, int, float)) else False
 
 
 def _is_bound(
     args: Any, kwargs: dict[str, Any], before: torch.Tensor, result: torch.Tensor
 ) -> torch.Tensor | bool:
-    """Where a function has replaced a value by a bound; computed in place, also where the value was the bound."""
+    """Where a function has replaced a value by a bound. If it works in place, this includes values that equalled the
+    bound before.
+    """
     if before is not result:
         return result != before if before.shape == result.shape else False
     given = (one for one in (*args, *kwargs.values()) if one is not before)
@@ -233,7 +238,9 @@ def _is_bound(
 
 
 def _has_all(name: str, args: Any, kwargs: dict[str, Any], result: torch.Tensor) -> bool:
-    """True if each token of a result is made of the operands' tokens at its position, so that one of them is enough."""
+    """True if every token of the result is made from all operands' tokens at its position, so that one operand that
+    shows them is enough.
+    """
     if name in element_places.JOINING:
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         return isinstance(dim, int) and dim % max(1, result.dim()) == result.dim() - 1
@@ -255,5 +262,5 @@ def _varies(tensor: torch.Tensor, result: torch.Tensor) -> bool:
     sizes = (1,) * (result.dim() - tensor.dim()) + tuple(tensor.shape)
     if result.dim() < 4:
         return sizes[-2] > 1
-    # Of an image, the second dimension or the last one is channels.
+    # In an image, channels are the second dimension or the last one.
     return sum(size > 1 for size in sizes[1:]) > 1

@@ -230,14 +230,14 @@ def _renamed(node: Node, axis: Axis) -> Axis:
             ):
                 first = leaves(joined.children[0].dims[step.position])
                 if any(_has_product(other) for other in joined.children[1:]):
-                    return axis  # the other part are keys as well, whose values are multiplied elsewhere
+                    return axis  # the other part is keys as well; their values are multiplied elsewhere
                 if len(first) == 1 and first[0].size == axis.size:
                     return first[0]
     return axis
 
 
 def _is_whole_cut(node: Node, axis: Axis) -> bool:
-    """True if no slice that has made this axis left anything out."""
+    """True if every slice that has made this axis took all elements."""
     return all(
         step.axis.size == step.children[0].shape[step.position]
         for step in walk(node)
@@ -250,9 +250,10 @@ def _has_product(node: Node) -> bool:
 
 
 def _is_mixed(node: Node, keys: set[Axis]) -> bool:
-    """True if the weights combine several softmaxes, or one with itself, so that their rows are no softmax's own.
+    """True if the weights combine several softmaxes, or one with itself, so that a row of them is no longer a row of
+    one softmax.
 
-    A factor per row (their sum) does not count.
+    An operand with one value per row (such as their sum) does not count.
     """
     steps = list(walk(node))
     softmaxes = {id(s) for s in steps if isinstance(s, OpNode) and getattr(s.func, "__name__", "") in SOFTMAX}

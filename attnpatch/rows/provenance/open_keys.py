@@ -9,8 +9,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 # A key is closed if its bias is this far below the highest of its row. Hosts use -1000, -10000, -1e9 or a dtype's
-# lowest number, and some divide it by the root of the head width. A bias by distance (ALiBi) may be as low, but then
-# for a whole row, so only the difference within a row counts.
+# lowest number, and some divide it by the root of the head width. A bias by distance (ALiBi) may be as low, but then a
+# whole row is, so only the difference within a row counts.
 _CLOSED = -500.0
 # A row that is at or below this everywhere sees no key.
 _LOWEST = -9000.0

@@ -13,7 +13,7 @@ from attnpatch.rows.graph.strides import Part
 
 
 class Pieces:
-    """The pieces that were written along one dimension of such memory."""
+    """The pieces that were written along one dimension of memory that is filled piece by piece."""
 
     def __init__(self) -> None:
         self._written: dict[int, tuple[Dim, int]] = {}
@@ -94,7 +94,9 @@ class Origins:
         self._ranks: dict[Axis, int] = {}
 
     def origin(self, leaf: Axis) -> tuple[int, int, int] | None:
-        """The number of the input, its dimension, and the part of that dimension that an axis is; ``None`` if none."""
+        """Which part of the inputs an axis is: the number of the input, its dimension, and the part of that dimension;
+        ``None`` if it belongs to no input.
+        """
         for number, dims in enumerate(self.inputs):
             for place, dim in enumerate(dims):
                 parts = leaves(dim)
@@ -125,7 +127,8 @@ class Origins:
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
         """The dimensions of a result, with its new axes noted as holding an input's elements at unknown positions."""
         before, rank = all_leaves(dims), self._earliest(dims)[0]
-        # Tokens that the module kept (a cache) are joined to no input's while a single token is generated.
+        # A single generated token has no axis, so the tokens that the module kept (a cache) are joined with no input's
+        # axis.
         if found is not None and (rank < len(self.inputs) or any(leaf in self.made for leaf in before)):
             for leaf in all_leaves(found):
                 if leaf not in before and leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
@@ -202,7 +205,7 @@ class Origins:
         return True
 
     def _blank_part(self, place: list[Axis]) -> tuple[Axis, Part] | None:
-        """The blank axis that a place is a part of, and the part; ``None`` if there is none."""
+        """The blank axis that a place is part of, and which part of it the place is; ``None`` if there is no such axis."""
         made = self.made.get(place[0], Made()) if len(place) == 1 else Made()
         if made.of is None or made.part is None or made.part.step != 1 or made.of not in self._blank:
             return None

@@ -3,7 +3,8 @@
 While a sequence is generated, each call of an attention module runs the same functions on tensors of the same shapes;
 only the number of keys grows. ``RepeatedSources`` records what a call does up to its SDPA call: functions, which tensor
 goes where, numbers. The layout of an earlier call is reused if that call did the same. Numbers may differ only if they
-grew before, all by the same amount (the number of keys). Otherwise the recorded functions are followed.
+are the ones that grew between earlier calls, and only by the same amount each (the number of keys). Otherwise the
+recorded functions are followed.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class RepeatedSources(Sources):
             self._waiting.append((func, args, kwargs, result))
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
-        """The layout of attention of these, if an earlier call was the same; otherwise ``None``."""
+        """The layout of the attention of ``query`` and ``key``, if an earlier call did the same; otherwise ``None``."""
         if not self._is_written:
             # A second attention in the same call: only the first one was recorded.
             self._is_lost |= self._is_answered

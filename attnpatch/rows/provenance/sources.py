@@ -63,7 +63,7 @@ class Sources(FunctionResults):
         return tensor not in self._known or self._known.knows_writes(tensor)
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
-        """The remembered layout of attention of these; ``None``: it has to be determined."""
+        """The remembered layout of the attention of ``query`` and ``key``; ``None``: it has to be determined."""
         return None
 
     def remember(self, layout: Layout) -> None:
@@ -167,7 +167,8 @@ class Sources(FunctionResults):
     ) -> bool:
         """True if an index picks single tokens or sequences, and those written there may be others.
 
-        Axes do not say which element a dimension of size 1 is, so it is read off the memory that values are a view of.
+        Axes do not tell which element a dimension of size 1 holds, so this is read from the memory that the written
+        values are a view of.
         """
         given = index if isinstance(index, tuple) else (index,)
         if not any(type(one) is int for one in given) and view.dim() == target.dim():

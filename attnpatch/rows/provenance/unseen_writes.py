@@ -3,7 +3,7 @@
 Scripted functions, other threads and C++ operators write without a mode seeing it, but torch counts these writes in the
 tensor's version. Writes through an address, or through a numpy array that shares the memory, are not counted. So once
 code has asked for the address, the memory's contents are compared before a note is used. Tensors made in
-``torch.inference_mode`` have no version: of their memory a sample is compared.
+``torch.inference_mode`` have no version, so a sample of their memory is compared.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ class Attend(Node):
                 if self.packs_mask and attn_mask is not None and attn_mask.stride(-1) not in (0, 1):
                     attn_mask = attn_mask.contiguous()
                 if self.is_learned and not attn_mask.requires_grad:
-                    # No fused kernel takes a mask that needs a gradient: make torch choose the same for computed rows.
+                    # No fused kernel takes a mask that needs a gradient. The computed rows must need one, too, so that
+                    # torch makes the same choice.
                     attn_mask = attn_mask.detach().requires_grad_()
                 return F.scaled_dot_product_attention(
                     query, key, value, attn_mask=attn_mask, is_causal=self.is_causal, **self.rest

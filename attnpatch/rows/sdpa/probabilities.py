@@ -229,8 +229,8 @@ class _Heads:
 
     An additive mask may hide all keys of a row with one very low number (``finfo.min``, -1e30). The scores are then
     lost in rounding, so softmax makes the row uniform. The same happens here, because terms are added in the kernel's
-    order and units: first the mask, then the logsumexp or maximum is subtracted. Without an additive mask the product
-    of query and key itself subtracts the logsumexp.
+    order and in its units (natural logarithms): first the mask is added, then the logsumexp or maximum is subtracted.
+    Without an additive mask the product of query and key itself subtracts the logsumexp.
 
     Args:
         query: ``[heads, group, q_len, head_dim]``.

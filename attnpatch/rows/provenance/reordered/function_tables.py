@@ -39,7 +39,7 @@ IN_WORDS = {"__getitem__": "a slice or an index", "__setitem__": "a write at an 
 IN_ANOTHER_ORDER = ORDERED | {"views", "an index"}
 # Functions whose second operand only gives a shape or a dtype.
 LIKE = frozenset("expand_as view_as reshape_as type_as".split())
-# Functions that leave torch, and functions that come back.
+# Functions that pass a tensor out of torch, and functions that bring one into torch.
 LEAVING_TORCH = frozenset("numpy tolist __array__".split())
 ENTERING_TORCH = frozenset("from_numpy tensor as_tensor asarray".split())
 

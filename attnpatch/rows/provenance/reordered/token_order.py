@@ -167,7 +167,7 @@ class Order:
 
 
 def _piece(parts: list[Part], piece: Part) -> list[Part]:
-    """A slice of a sequence of parts."""
+    """The parts that a slice takes from a sequence of parts."""
     if piece.step != 1:
         return [piece]
     found, place = [], 0

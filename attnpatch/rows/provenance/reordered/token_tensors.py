@@ -31,7 +31,7 @@ class TokenTensors:
         is_bare: For tensors whose origin was seen: True if they hold no tokens (new ones, or made from parameters
             alone).
         of_tokens: Integer inputs of the model with one element per token: ids, padding masks.
-        hidden: The answers to which tensors hide some of their tokens.
+        hidden: Tells which tensors may hide some of their tokens.
     """
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
