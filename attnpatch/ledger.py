@@ -25,7 +25,8 @@ def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = No
     return out.masked_fill_(torch.all(torch.isneginf(scores), dim, keepdim=True), 0.0)
 
 
-# Operators whose temporaries do not show when they run on shapes, spelled out so that these are counted.
+# Operators whose temporaries do not show when they run on shapes. They are written out in steps, so that the
+# temporaries are counted.
 _STEPS: dict[Any, Callable[..., Any]] = {compat.safe_softmax: _safe_softmax}
 
 
@@ -35,7 +36,7 @@ class Span:
 
     Attributes:
         entry: Bytes held when it began.
-        peak: Most bytes held at once during it.
+        peak: The most bytes held at once during it.
         exit: Bytes held when it ended.
         operators: Names of the operators that ran.
     """
@@ -57,7 +58,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         live: Bytes held now.
-        peak: Most bytes held at once.
+        peak: The most bytes held at once.
     """
 
     def __init__(self) -> None:
@@ -119,8 +120,8 @@ class Ledger(TorchDispatchMode):
     def fused_choice(self, call: SdpaCall) -> int:
         """What ``torch._fused_sdp_choice`` would return for real tensors like these, as 0 (dense math) or 1 (fused).
 
-        That function always returns 0 for tensors without data. The call itself does choose its kernel by their device,
-        so the call is made and the operators that it runs are read.
+        That function always returns 0 for tensors without data. The call itself does choose its kernel by the device of
+        the tensors. So the call is made, and the operators that it runs are read.
         """
         spans, self._spans, self._is_paused = self._spans, [], True
         try:

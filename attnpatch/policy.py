@@ -73,8 +73,8 @@ class Policy:
         min_tokens: A call with this many query rows or fewer stays native.
         min_free: A call runs by rows when less memory than this is free; bytes, or a string such as ``"2GB"``.
         headroom: A call also runs by rows when its native temporaries would exceed this share of free memory.
-        workspace: Most bytes that one attention call may hold beside its inputs and output; ``None`` chooses by free
-            memory and, on CPU, by the size of the processor's cache.
+        workspace: The most bytes that one attention call may hold beside its inputs and output; ``None`` chooses by
+            free memory and, on CPU, by the size of the processor's cache.
         rows: Query rows per step; ``None`` chooses. Steps are of about equal size, begin at multiples of 16 rows and
             have at least 16 rows (32 in narrow dtypes), because fewer rows round differently. A smaller number is
             raised to that, with one warning.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def closing_lines(session: Session) -> Iterator[str]:
     """The report of every model that ran, and a line for each other kind of event (models never called, ...)."""
     used = [patch for patch in session.patches.values() if patch.was_used]
-    # A script may call the layers of a model one by one; each is then a model of its own.
+    # A script may call the layers of a model one by one; then each layer counts as a separate model.
     alike: dict[Any, tuple[Patch, int]] = {}
     for patch in used:
         if patch in session.plain.patches:

@@ -34,7 +34,7 @@ class Findings:
     """What was found.
 
     Attributes:
-        versions: By package: the installed version (``None``: not installed) and the lowest allowed one.
+        versions: For each package, the installed version (``None``: not installed) and the lowest allowed one.
         devices: Name, free bytes, total bytes.
         kernels: Device, dtype, and the kernel for each of ``CALLS``.
         disabled: SDPA backends that are switched off.

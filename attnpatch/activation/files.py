@@ -33,7 +33,7 @@ class Folder:
         """Reserve a number that no file has and no other process gets.
 
         The claim is a hidden file, created with ``O_EXCL``. Another process may have finished a number and removed its
-        claim since the folder was listed, so the folder is listed again once the claim is made.
+        claim after the folder was listed. So the folder is listed again once the claim is made.
         """
         number = max(self._taken(), default=0)
         while True:

@@ -1,14 +1,14 @@
 """Reports the first call of every module, however it was built; later calls cost nothing.
 
-``nn.Module.__call__`` reads the attribute that ``Module.compile()`` sets, and calls what is there unless it is ``None``.
-``FirstCalls`` is put there as an attribute of the class ``nn.Module``, so every module finds it: also one that was
-copied, unpickled or made without ``__init__``. Once a module was seen, the module's own attribute is ``None``
-(``settle``), and calls run as without attnpatch. ``__getstate__`` of ``nn.Module`` leaves the attribute out, so a copy is
-a module that was not seen.
+``nn.Module.__call__`` reads the attribute that ``Module.compile()`` sets, and calls its value unless that is ``None``.
+``FirstCalls`` is put there as an attribute of the class ``nn.Module``, so it is found by every module, even by one that
+was copied, unpickled or made without ``__init__``. Once a module was seen, the module's own attribute is ``None``
+(``settle``), and calls run as without attnpatch. ``nn.Module.__getstate__`` leaves this attribute out, so a copy counts
+as a module that was not seen.
 
-Alternatives, and why not: a wrapper of ``nn.Module.__call__`` costs every call of every layer; so does a global
-hook, which also makes ``torch.compile`` warn and compile again. An attribute that each new module gets misses those that
-no ``__init__`` made, and TorchScript refuses to compile a module that has it.
+Alternatives, and why not: a wrapper of ``nn.Module.__call__`` costs every call of every layer; so does a global hook,
+which also makes ``torch.compile`` warn and compile again. If each new module got an attribute, modules that no
+``__init__`` made would be missed, and TorchScript refuses to compile a module that has one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class FirstCalls:
     """Takes the place where a compiled module keeps its call.
 
     Args:
-        told: Called with a module before its first call. It must not raise. It returns ``None`` or a function that is
-            called after the first call, unless that raises.
+        told: Called with a module before its first call. It must not raise. If it returns a function, that is called
+            after the first call, unless the call raises.
     """
 
     def __init__(self, told: Callable[[nn.Module], Callable[[], None] | None]) -> None:

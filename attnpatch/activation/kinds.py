@@ -1,4 +1,4 @@
-"""Patches of models of one kind, added up for the report."""
+"""Adds up patches of models of one kind, for the report."""
 
 from __future__ import annotations
 

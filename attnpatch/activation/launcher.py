@@ -1,8 +1,8 @@
 """``attnpatch run``: sets the ``ATTNPATCH_*`` variables and replaces itself by ``python script.py``.
 
-The script runs in a fresh interpreter, so ``__main__``, tracebacks, exit codes and child processes are as without
-attnpatch. Where the start-up file is not installed, PYTHONPATH is set so that the interpreter and its children import
-a ``sitecustomize`` that does the same.
+The script runs in a fresh interpreter, so ``__main__``, tracebacks, exit codes and child processes are the same as
+without attnpatch. Where the start-up file is not installed, PYTHONPATH is set so that the interpreter and its children
+import a ``sitecustomize`` that does the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def environment(
     """The environment for the script: this process's variables, with those given here replaced.
 
     Args:
-        texts: Policy fields as ``Policy.of_texts`` takes them.
+        texts: Policy fields, in the form that ``Policy.of_texts`` takes.
         report: Print the report at exit.
         capture: Folder for block maps.
         blocks: Tokens per block.
@@ -79,7 +79,7 @@ def _search_path(before: str | None) -> list[str]:
     paths = [str(BOOT)]
     root = str(BOOT.parents[2])
     if root not in site_folders():
-        # attnpatch runs from a checkout: the script's interpreter would not find the package otherwise.
+        # attnpatch runs from a checkout, and without this the script's interpreter would not find the package.
         paths.append(root)
     return [*paths, before] if before else paths
 

@@ -1,9 +1,9 @@
 """Patches models that no host builds (a paper's code, a plain ``nn.Module``) at their first call.
 
 Nothing tells when such a model is complete, so it is patched when it is first called. The outermost module that is
-called counts: the model, or the part of it that a script calls by itself (the image encoder of SAM, the denoiser inside
-a ``LatentDiffusion``, whose own methods call it). Modules inside it are not looked at again; one that is added later or
-kept in a plain list is a model of its own.
+called is patched: the model, or a part of it that a script calls by itself (the image encoder of SAM, the denoiser
+inside a ``LatentDiffusion``, whose own methods call it). Modules inside it are not looked at again; a module that is
+added later or kept in a plain list counts as a separate model.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class PlainModels:
         Returns:
             ``None``, or a function that looks at the result of the first call.
         """
-        # Imports torch, which the script has imported by now.
+        # This imports torch, which the script has imported by now.
         from attnpatch.activation import first_calls
 
         try:
-            # Another thread may call the same module.
+            # Another thread may be calling the same module.
             with changing:
                 return None if first_calls.is_settled(module) else self._looked_at(module)
         except Exception as error:
@@ -111,7 +111,7 @@ class PlainModels:
         return patch is not None
 
     def _sites(self, module: nn.Module) -> tuple[str, dict[str, str]]:
-        """Why a module is not patched, in words; and the attention in it that no patch serves, with reasons."""
+        """In words, why a module is not patched; and the attention in it that no patch serves, with reasons."""
         from attnpatch import compat
         from attnpatch.patching.patch import served_in
         from attnpatch.patching.recognition import scripted_attention
@@ -153,5 +153,5 @@ class PlainModels:
 
 
 def _name(module: Any) -> str:
-    """The name of a module's class; of a scripted module, the name that its class had."""
+    """The name of a module's class; for a scripted module, the name that its class had before."""
     return getattr(module, "original_name", None) or type(module).__name__

@@ -116,7 +116,8 @@ class ThreadRecorder:
             self._drop()
         if not self.is_out:
             self._is_dirty = True
-            # A part, such as an encoder, is written together with the model's calls that follow.
+            # A part, such as an encoder, has run alone: its file is written together with the calls of the model that
+            # follow.
             if not self._is_part and (self._number is None or self._number[0] != os.getpid()):
                 self._write()
 
@@ -184,7 +185,9 @@ class ThreadRecorder:
 
     @staticmethod
     def _maps(inner: Recorder) -> dict[str, BlockMap]:
-        """The captured maps by group; a module called several times in one call has one map per time, numbered."""
+        """The captured maps by group; if a module is called several times in one call, each time has its own map, with
+        a number.
+        """
         found: dict[str, BlockMap] = {}
         for calls in inner.captured():
             maps, _ = maps_of(inner, calls)
@@ -224,7 +227,7 @@ class _Guarded(Observer):
 
     def __init__(self, recorder: ThreadRecorder, observer: TextObserver) -> None:
         self.recorder = recorder
-        # What each method returns when the capture was given up.
+        # What each method returns once the capture was given up.
         otherwise = {"begin": False, "take": "given up"}
         for name in ("begin", "observe", "take", "restart", "end", "finish"):
             step = functools.partial(self._attempted, getattr(observer, name), otherwise.get(name))

@@ -37,7 +37,8 @@ def begin(settings: Settings) -> None:
 def first_call(patch: Patch, model: Any) -> None:
     """Called by an automatic patch before its model's first call.
 
-    A copied patch calls it too. A patch unpickled in a process that is not active is only completed.
+    A copied patch calls it too. A patch unpickled in a process that is not active is only
+    completed.
     """
     if _session is None:
         patch.complete(model)
@@ -53,7 +54,7 @@ class Session:
     Attributes:
         settings: What the environment asks for.
         patches: Patches of models that still exist, by id.
-        gone: Patches of freed models, added up by kind of model, each with the number of models.
+        gone: The patches of freed models, added up by kind of model, each with the number of these models.
         counts: Other events to report at exit: models without attention, not patched, calls not captured.
         plain: Looks at modules that no host builds.
         lines: Prints.
@@ -78,7 +79,7 @@ class Session:
         return 0 if self._folder is None else self._folder.written
 
     def tell_of_first_calls(self, _: Any) -> None:
-        """Look at every module at its first call; called when torch was imported."""
+        """Look at every module at its first call; this is called when torch has been imported."""
         # Python forgets the name of the script's file before it runs the code that ends a session.
         self.is_of_script = is_users_script()
         try:
@@ -100,7 +101,9 @@ class Session:
         return any(f"{base.__module__}:{base.__qualname__}" in self.settings.modules for base in kind.__mro__)
 
     def chosen(self, model: Any) -> Any:
-        """Which modules of a model are sites; of several patterns, those that match something in this model."""
+        """Which modules of a model are sites; if several patterns are given, only those that match something in this
+        model.
+        """
         from attnpatch.patching.selection import AUTO, checked, matching
 
         chosen = checked(self.settings.sites)

@@ -48,8 +48,8 @@ def capture(
     image.
 
     Args:
-        model: A model or a pipeline, patched or not. Afterwards it is as it was before, as soon as the activation
-            checkpoints of calls inside the block are gone (a backward pass recomputes those).
+        model: A model or a pipeline, patched or not. Afterwards it is as it was before, once the activation checkpoints
+            of calls inside the block are gone (a backward pass recomputes such calls).
         blocks: What a block is; a pair for queries and keys if they differ (cross-attention). For an image
             ``Blocks.tiles(height, width, tile)``, in any unit: tiles attending to tiles, or in a pair with words.
             ``None`` for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.

@@ -38,8 +38,8 @@ from attnpatch.hosts.transformers.quiet import quieten
 from attnpatch.policy import size_text
 
 SOME_FAILED = 3
-# Seconds between progress lines where there is no terminal for a progress bar, and the seconds over which the rate is a
-# mean: one conversation may take minutes.
+# Two times in seconds. The first is between progress lines, where there is no terminal for a progress bar. Over the
+# second the rate is averaged, because one conversation may take minutes.
 _SAY_EVERY, _PERIOD = 30.0, 3600.0
 
 

@@ -166,7 +166,7 @@ class BlockAttentionAnalyzer:
         Args:
             messages: The conversation so far.
             normalize, **options: As ``analyze_conversation``.
-            max_new_tokens: Most tokens to generate.
+            max_new_tokens: The largest number of tokens to generate.
             steps: Keep a map for every step; the first one is of the prompt.
             generate: More arguments for the model's ``generate``.
 

@@ -52,7 +52,7 @@ class Summary:
         done, skipped: How many were analysed in this run, and in earlier ones.
         failed: One line ``"file record: reason"`` per failure.
         tokens, seconds: Totals of the conversations that were done in this run.
-        peak_bytes: Most bytes that one of them took.
+        peak_bytes: The most bytes that any of them took.
     """
 
     done: int = 0

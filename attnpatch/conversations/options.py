@@ -27,7 +27,7 @@ class Options:
         weighting: ``"probability"``, or ``"gradient"``: probability times the gradient of the log-probability of
             ``target`` (single pass only).
         target: ``"answer"`` (the assistant's last message), or positions of tokens.
-        max_tokens: Most tokens that a conversation may have; ``None``: the model's limit.
+        max_tokens: The largest number of tokens that a conversation may have; ``None``: the model's limit.
         truncate: Which end of a longer conversation is cut off, ``"left"`` or ``"right"``; ``None``: it is refused.
         chunk_size: Tokens per chunk of ``analyze_conversation_chunked``.
         template_options: Arguments for the chat template.

@@ -111,7 +111,7 @@ class Analysis:
 
         Args:
             path: File to write, ``.png``, ``.svg`` or ``.pdf``. ``None`` returns the figure.
-            most: Most layers to draw; they are evenly spaced and include the first and the last.
+            most: The largest number of layers to draw; they are evenly spaced and include the first and the last.
         """
         return map_figure.write(drawing.layers(self.block_map, most), path)
 

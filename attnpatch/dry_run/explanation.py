@@ -36,7 +36,7 @@ class Group:
         count: Number of sites.
         kernel: What computes the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
             (SDPA without a fused kernel), ``"hand-written"``, or ``"unknown"``.
-        temporaries: Most bytes that one native call holds beside its inputs, its output and a cache.
+        temporaries: The most bytes that one native call holds beside its inputs, its output and a cache.
         decision: ``"native"``, ``"by rows"``, or ``"fused"`` if ``fuse=True`` runs hand-written attention with a fused
             kernel.
         reason: The reason for the decision, in words.
@@ -69,7 +69,7 @@ class Explanation:
         is_loaded: Whether the parameters are on the device already (not so for a model on ``meta``).
         policy: The policy that was assumed.
         groups: Attention sites, similar ones grouped.
-        native_peak: Most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
+        native_peak: The most bytes that tensors hold at once beyond parameters and inputs, without attnpatch.
         peak: The same under the policy. Neither includes free memory that an allocator keeps for later (on CPU in
             blocks below 32 MiB, on CUDA in its cache).
         assumed: Classes of modules that branch on values (experts), and how often they were called. Their memory beside

@@ -47,7 +47,7 @@ class Seen:
 
     Attributes:
         calls: Number of calls.
-        temporaries: Most bytes that a call held beside its inputs, its output and a cache.
+        temporaries: The most bytes that a call held beside its inputs, its output and a cache.
         fused: Name of the fused kernel that ran, or None.
         is_dense: Whether SDPA ran its dense math.
         is_product: Whether matrices were multiplied.

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def judge(
     site: Site, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """The first call of a candidate: served as attention, which changes nothing if it turns out to be none."""
+    """The first call of a candidate. It is served as attention; if the candidate turns out to be none, that changes
+    nothing.
+    """
     if site.waits_for is not None:
         return _as_judged(site, forward, module, first, args, kwargs)
     try:

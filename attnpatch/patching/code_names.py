@@ -124,7 +124,7 @@ class _Reader:
                 yield from self.names(item, depth)
         elif isinstance(value, (list, tuple, dict)):
             for item in _items(value, _NESTED):
-                # A class in a container is not called here: transformers lists classes whose outputs it collects.
+                # A class in a container does not count as called: transformers lists classes whose outputs it collects.
                 if not isinstance(item, type):
                     yield from self.names(item, depth)
         elif isinstance(value, types.MethodType):

@@ -124,7 +124,9 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def _grid(count: int, ratio: float, shape: float) -> _Grid:
-    """Panels as large as the page allows, in as many columns as fill it and bring it near its shape."""
+    """Makes panels as large as the page allows; the number of columns is chosen so that they fill the page and bring it
+    near its shape.
+    """
 
     def strangeness(grid: _Grid) -> float:
         across, down = grid.page

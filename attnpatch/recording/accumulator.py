@@ -48,7 +48,7 @@ class SiteSums:
     history: Any = None
 
     def of_rows(self, order: list[int]) -> SiteSums:
-        """The sums with the batch rows ``order``: beams that went on, or some of them."""
+        """The sums of the batch rows in ``order``, such as the beams that continue."""
         changes: dict[str, Any] = {
             name: value[order]
             for name in ("sums", "counts", "variance")

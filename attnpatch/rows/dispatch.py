@@ -82,7 +82,7 @@ def apply(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 def _counted(name: str, result: Any) -> Any:
     """``result``, computed if a cast has made integers of scores: these are counts or indices, not scores.
 
-    They go to functions that cannot take deferred tensors (block masks for a compiled FlexAttention).
+    Such results go to functions that cannot take deferred tensors (block masks for a compiled FlexAttention).
     """
     if name not in TO_WHOLE or not isinstance(result, DeferredTensor):
         return result

@@ -86,7 +86,7 @@ class Ends:
     places: Places
     strict: bool
     written: Closings
-    # Ends of a run's messages, relative to its base, by the run's text and roles.
+    # For each run's text and roles: where its messages end, relative to the run's base.
     learnt: dict[tuple, list[int | None]] = field(default_factory=dict)
     # Closings of messages by role, for templates that refuse to render the conversation up to some message.
     closings: dict[Any, set[str]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Ends:
     open: set[tuple] = field(default_factory=set)
     # Messages that close differently when they are last, each with the closing it then has.
     otherwise: dict[int, str] = field(default_factory=dict)
-    # The same, by the text between messages of the same roles.
+    # The same, for each text between messages of the same roles.
     closed_when_last: dict[tuple, str] = field(default_factory=dict)
 
     def found(self) -> list[int | None]:
@@ -144,7 +144,7 @@ class Ends:
                 self.learnt[run.key] = self._ends_in(run)
 
     def _ends_in(self, run: _Run) -> list[int | None]:
-        """Ends of a run's messages, relative to its base."""
+        """Where a run's messages end, relative to the run's base."""
         ends: list[int | None] = []
         last = run.base
         for index in run.members:

@@ -80,8 +80,8 @@ def template_of(tokenizer: Any, options: dict) -> Callable[..., str]:
 def token_counts(offsets: Sequence[Span], ends: Sequence[int]) -> list[int]:
     """Tokens of each piece of text; pieces end at ``ends``, and a token belongs to the piece in which it begins."""
     edges = torch.tensor(ends)
-    # Byte-level tokenizers trim white space off offsets. A token of white space only has an empty span at its own
-    # end, which is the first character of the next piece; it is moved back by one.
+    # Byte-level tokenizers trim white space off offsets. If a token is white space only, its span is empty and lies at
+    # its own end, where the next piece begins; so it is moved back by one.
     begins = torch.tensor([start if start < end else max(end - 1, 0) for start, end in offsets])
     piece = torch.searchsorted(edges, begins, right=True).cummax(0).values if len(offsets) else begins
     return torch.bincount(piece.clamp(max=len(ends) - 1), minlength=len(ends)).tolist()

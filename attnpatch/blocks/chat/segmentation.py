@@ -35,7 +35,7 @@ from attnpatch.errors import BlockError
 
 Render = Callable[..., str]
 
-# Most messages without text that are removed one by one to see whether the template uses them.
+# At most this many messages without text are removed one by one, to see whether the template uses them.
 _LEFT_OUT = 64
 _UNTOLD = (
     "the end of the first one cannot be found, because the template closes it differently when it is the last"

@@ -8,7 +8,7 @@ from attnpatch.blocks.chat.sentinels import Layout, Marked, Marker
 # For each rendered message, the positions of its sentinels in the text, and their kinds.
 Places = dict[int, list[tuple[int, str]]]
 
-# Most renderings for finding the messages that cannot have sentinels at both ends.
+# At most this many renderings are spent on finding the messages that cannot have sentinels at both ends.
 _SEARCH = 48
 
 

@@ -58,7 +58,8 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
     Args:
         pieces: Which tokens the rows are.
         texts: Pairs of role and text.
-        words: Words by text and number. The found text's words are added; if another encoder has added them, only rows.
+        words: Words by text and number. The words of the found text are added; if another encoder has added them
+            already, only their rows are added.
     """
     tokenizer = pieces[0].encoded.tokenizer
     tokens = _tokens(pieces)

@@ -14,7 +14,7 @@ import torch
 
 # Number of features that are compared first, before all of them.
 _FIRST = 16
-# The most encodings that one mixture may consist of, and the share of a row below which an encoding is not part of it.
+# The largest number of encodings in one mixture, and the share of a row below which an encoding is not part of it.
 _MOST_MIXED, _SHARE = 6, 0.02
 CHANGED = "its embedding, like most of the prompt's, was changed to one that no text encoder returned"
 OTHER = "its place holds the embedding of another token"

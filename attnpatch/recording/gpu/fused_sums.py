@@ -45,7 +45,7 @@ class Shape:
     Attributes:
         rows, keys: The most tokens of a query tile and of a key tile.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
-        key_tiles: The most key tiles of a program.
+        key_tiles: The largest number of key tiles in a program.
         scratch: Bytes for results on the device, one number per query tile, key tile and head that is kept separate; more
             if that is too little for one query tile.
     """

@@ -19,7 +19,7 @@ class Cut:
         table: int32 ``[batch, tiles, 2]``: start and number of tokens of each tile; 0 tokens: no more tiles.
         blocks: int64 ``[batch, tiles]``: the block of each tile; 0 if there is no tile.
         order: int32 ``[batch, tokens]``: the token at each position after sorting by block; ``None``: not sorted.
-        size: The most tokens of a tile.
+        size: The largest number of tokens in a tile.
         is_full_first: True if full tiles come before the others.
         is_even: True if, in addition, each full tile begins where the previous one ends.
     """
@@ -37,7 +37,7 @@ def cut(assignment: torch.Tensor, most: int) -> Cut:
 
     Args:
         assignment: int64 ``[batch, tokens]``, block of each token, -1 for none.
-        most: The most tokens of a tile.
+        most: The largest number of tokens in a tile.
     """
     runs = [_runs(row) for row in assignment]
     size, work = _size(runs, most)

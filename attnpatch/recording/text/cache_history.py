@@ -10,7 +10,7 @@ import torch
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.call_facts import Unknown
 
-# The most rows of a call, and the most numbers of a site, that are kept row by row.
+# At most this many rows of a call, and this many numbers of a site, are kept row by row.
 MOST_ROWS = 256
 _MOST_NUMBERS = 1 << 18
 
@@ -62,7 +62,7 @@ class History:
         return History(total, known, keys, follows_cache, pieces)
 
     def of_rows(self, order: list[int]) -> History:
-        """The history with the batch rows ``order``: beams that went on."""
+        """The history of the batch rows in ``order``, such as the beams that continue."""
         pieces = tuple(
             dataclasses.replace(piece, sums=piece.sums[order], blocks=piece.blocks[order])
             for piece in self.pieces

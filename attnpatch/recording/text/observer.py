@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from attnpatch.recording.text.recorder import Recorder
     from attnpatch.recording.text.row_sampling import RowSample
 
-# The most numbers of a call that are kept row by row.
+# At most this many numbers of a call are kept row by row.
 _MOST_NUMBERS = 1 << 16
 
 

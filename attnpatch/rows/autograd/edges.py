@@ -3,7 +3,7 @@
 The ``grad_fn`` of a deferred tensor is a ``_TiledFunction``; its inputs are the deferred and real tensors that the
 tensor is computed from. In the backward pass the product with the values computes the gradients of query, key and value
 at once, tile by tile, and passes nothing to the edges in between. The gradient of scores or probabilities themselves is
-computed, whole as natively, only if it is asked for (a hook, ``retain_grad``, ``torch.autograd.grad``).
+computed only if it is asked for (a hook, ``retain_grad``, ``torch.autograd.grad``), and then whole, as natively.
 
 The tensors that a graph reads are saved once, by the first edge that reads them, through autograd. So checkpointing and
 offloading of saved tensors work as for any operation. An edge reaches the tensors that earlier edges have saved through

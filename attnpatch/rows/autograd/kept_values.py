@@ -56,7 +56,7 @@ class Kept:
         self.leave()
 
     def leave(self) -> None:
-        """Nothing that is overwritten from now on matters."""
+        """From now on, saved tensors may be overwritten without being copied first."""
         if self._registry is not here.kept:
             return  # it belongs to another thread, which drops empty entries itself when it grows
         for storage in self._storages:

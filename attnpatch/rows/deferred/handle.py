@@ -256,7 +256,9 @@ def has_other_history(tensor: DeferredTensor) -> bool:
 
 
 def _is_of_outer_checkpoint(handle: Handle) -> bool:
-    """True if a tensor was made in another checkpoint than the running one: recomputing gives it torch's history."""
+    """True if a tensor was made in another checkpoint than the running one; recomputation gives such a tensor torch's
+    own history.
+    """
     if handle.checkpoint is None:
         return False
     current = checkpoints.current()

@@ -103,7 +103,7 @@ class Evaluator(StepMemory):
 
     @functools.cached_property
     def _distances(self) -> dict[Node, toeplitz.Pair]:
-        # Not under autograd, where gradients of copied rows would have to be summed.
+        # This is not used under autograd, where the gradients of copied rows would have to be summed.
         return {} if self.wanted or torch.is_grad_enabled() else toeplitz.found_in(self.nodes)
 
     @functools.cached_property

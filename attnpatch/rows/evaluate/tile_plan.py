@@ -120,7 +120,7 @@ def choose(
 
 
 def _ceiling(held: int, policy: Policy, free: int | None) -> int:
-    """The most scores that one step may hold, given ``held`` bytes for each, by the workspace and by free memory."""
+    """How many scores one step may hold, given ``held`` bytes for each, by the workspace and by free memory."""
     limits = [sys.maxsize if free is None else free // 2]
     if policy.workspace_bytes is not None:
         limits.append(policy.workspace_bytes)

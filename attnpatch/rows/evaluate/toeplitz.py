@@ -35,7 +35,8 @@ def found_in(nodes: Sequence[Node]) -> dict[Node, Pair]:
     found: dict[Node, Pair] = {}
     multiplied = _multiplied(nodes)
     for node in nodes:
-        # Not operands of products, whose rounding depends on memory layout, nor expanded views, which are no copies.
+        # Operands of products are left out, because their rounding depends on memory layout. So are expanded views,
+        # which are no copies.
         if (
             node in multiplied
             or type(node) not in (OpNode, ViewNode)
@@ -105,7 +106,7 @@ def spread(
     if rows < _FEWEST:
         return None
     low, high = tile.get(row, (0, row.size))
-    # Cloned, since the second computation may overwrite the first one's memory.
+    # It is cloned, since the second computation may overwrite the memory of the first one.
     first = compute({**tile, row: (low, low + 1)}).clone()
     last = compute({**tile, row: (high - 1, high)})
     row_at, key_at = (_places(node)[axis] for axis in (row, key))

@@ -90,7 +90,8 @@ def gradients(
     """Gradients of nodes of a graph that holds no tensors itself, in one piece."""
     run, parts = Plain(bound), []
     for node in wanted:
-        # Not in ``run``: it would keep intermediate values that have no history, and gradients would end there.
+        # This is not part of ``run``, which would keep intermediate values that have no history, so that gradients
+        # would end there.
         part = Plain(bound).value(node, {}).detach().requires_grad_()
         parts.append(part)
     run.values.update(zip(wanted, parts, strict=True))

@@ -225,7 +225,7 @@ class ViewNode(Node):
         """This view of a tensor, in a shape."""
         value = value.expand(shape) if self.expand else value.reshape(shape)
         if self.is_detached:
-            # Last, since torch does not treat a detached tensor as a view.
+            # Detaching comes last, since torch does not treat a detached tensor as a view.
             value = value.data if self.forgets_versions else value.detach()
         return value
 

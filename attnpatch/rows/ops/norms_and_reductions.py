@@ -230,7 +230,7 @@ def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[D
 def extreme(name: str, func: Callable[..., Any], source: DeferredTensor) -> Any:
     """``max()``, ``any()`` and the like over all elements: first over the keys, then over the resulting value per row.
 
-    Not under autograd, where equal elements share the gradient.
+    This is not used under autograd, where equal elements share the gradient.
     """
     node = source.handle.node
     keys = [i for i, dim in enumerate(node.dims) if any(axis.kind == KEY for axis in leaves(dim))]

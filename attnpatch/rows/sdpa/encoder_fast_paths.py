@@ -131,7 +131,7 @@ def encoder_layer(
     x, _ = multihead(
         x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, False, mask_type
     )  # fmt: skip
-    # In place, since under autocast ``x`` has a narrower dtype than ``src`` and must keep it.
+    # This is done in place, since under autocast ``x`` has a narrower dtype than ``src`` and must keep it.
     x = x.add_(src)
     if not norm_first:
         x = norm(x, norm_weight_1, norm_bias_1)
