@@ -14,7 +14,7 @@ import torch
 from attnpatch.policy import FREE_MEMORY as OVERRIDE
 from attnpatch.policy import parse_size
 
-# By version of control groups: the root folder, the file with the limit and the file with the usage.
+# For each version of control groups: the root folder, the file with the limit and the file with the usage.
 _CGROUPS = {
     2: ("/sys/fs/cgroup", "memory.max", "memory.current"),
     1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

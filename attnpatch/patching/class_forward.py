@@ -146,7 +146,8 @@ def behind_gate(function: Any) -> Any:
 
 def _as_function(found: Any) -> types.FunctionType:
     """The entry of a class's namespace as a plain function of the instance and the arguments."""
-    # Not ``isinstance``: a function that wrapt decorates says it is one, and must be bound to know its instance.
+    # ``isinstance`` is not used: a function that wrapt decorates claims to be a plain one, but must be bound to know
+    # its instance.
     if type(found) is types.FunctionType:
         return found
 

@@ -286,7 +286,8 @@ class Site(SiteCounters):
         """The AttentionCall for a call that is watched; otherwise why it is not: see ``stays_native``."""
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
-        # A checkpointed layer is recomputed in the backward pass by the same path; its attention was observed already.
+        # A checkpointed layer is recomputed in the backward pass on the same path, and its attention was observed
+        # already.
         again = compat.is_in_backward()
         observer = None
         if recorder is not None:

@@ -64,7 +64,9 @@ class Prompts:
             self.encoded = {part: [] for part in self.encoders}
 
     def begin(self, texts: list[tuple[str, str]]) -> None:
-        """A pipeline is called with these texts and roles; earlier encodings are kept: they may be passed to it."""
+        """A pipeline is called with these texts and roles. Earlier encodings are kept, because they may be passed to
+        the call.
+        """
         self.texts, self._is_called = texts, True
 
     def end(self) -> None:

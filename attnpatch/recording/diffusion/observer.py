@@ -88,7 +88,8 @@ class ImageObserver(SiteObserver):
         count, batch = layout.batch * layout.heads, self.call.batch
         whole = batch * self.recorder.num_heads.get(self.name, 0)
         if (whole and count != whole) or count % batch:
-            # Only some batch rows (perturbed attention guidance), only some heads, or rows that are not images.
+            # The attention covers only some batch rows (perturbed attention guidance), only some heads, or rows that
+            # are not images.
             wanted = f"the denoiser has {whole}" if whole else f"the denoiser's batch is {batch}"
             raise Unknown(f"it attends in {count} pieces (sequences x heads), but {wanted}")
         if layout.why_not:

@@ -35,7 +35,8 @@ _ROWS_OF = {"addmm": 1, "baddbmm": 1, "addbmm": 1, "einsum": 1}
 _PRODUCTS = frozenset(
     ["matmul", "__matmul__", "bmm", "mm", "linear", "scaled_dot_product_attention", *_ROWS_OF]
 )
-# Functions that reorder tokens or pick some; that slice; that combine several along one axis.
+# Functions that reorder tokens or pick some of them; functions that slice; functions that combine several tensors along
+# one axis.
 _PICKING = frozenset(
     [
         "gather",

@@ -1,4 +1,5 @@
-"""The Triton kernel behind ``fused_sums.py``: block sums from query, key and logsumexp. Only imported with Triton.
+"""The Triton kernel behind ``fused_sums.py``: block sums from query, key and logsumexp. This file is imported only
+where Triton is installed.
 
 With a row's logsumexp its probabilities are ``exp(q k - lse)``, as in FlashAttention's backward pass (Dao et al. 2022).
 So each row is read once, and nothing is as wide as the keys. A tile lies in one query block and one key block, so it is

@@ -161,8 +161,8 @@ class _Fork(torch.autograd.Function):
     """A result that was not computed by its graph but in another way (a fused kernel), with the autograd history of
     that other way.
 
-    Its gradient takes that other way, too. Only if the gradient of scores or probabilities is asked for does it go
-    through the graph, because only the graph has them.
+    Its gradient takes that other way, too. It goes through the graph only if the gradient of scores or probabilities is
+    asked for, because only the graph has them.
     """
 
     @staticmethod

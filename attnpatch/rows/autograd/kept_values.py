@@ -68,7 +68,8 @@ class Kept:
 
 
 class Packed(Kept):
-    """Tensors that hooks have saved in their own way (a checkpoint, an offload): not held, only copied before a write.
+    """Tensors that hooks have saved in their own way (a checkpoint, an offload). They are not held here, only copied
+    before a write.
 
     A checkpoint saves the tensors of its recomputation, and no hook sees if they are overwritten later in that run.
     """

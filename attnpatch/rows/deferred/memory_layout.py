@@ -71,7 +71,7 @@ def overlaps(node: Node) -> bool:
 
 
 def laid(value: torch.Tensor, node: Node, gaps: bool = False) -> torch.Tensor:
-    """``value`` with the strides of the native result: itself or a copy.
+    """``value`` with the strides of the native result: ``value`` itself, or a copy.
 
     Args:
         value: The result.

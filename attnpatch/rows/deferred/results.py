@@ -76,7 +76,7 @@ def _computed(value: DeferredTensor, is_counted: bool) -> Any:
     is_normalised = any(KEY in _kinds((step.whole,)) for step in steps)
     # A view of scores (their diagonal) shares their memory, so it is not small. A result with keys and no rows is as
     # small as an output (values per row, scattered by the host's index). But a sum over the rows of a matrix needs the
-    # whole matrix, and possibly nothing reads it: it stays deferred.
+    # whole matrix, and possibly nothing reads the sum, so it stays deferred.
     is_small = not _kinds((*memory.dims, *node.dims)) >= _MATRIX
     holds_all = any(
         ROW in _kinds((step.whole,)) and any(_kinds(child.dims) >= _MATRIX for child in step.children)

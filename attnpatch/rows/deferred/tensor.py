@@ -127,7 +127,9 @@ def counters_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
 
 
 def natively(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The host's own call on computed tensors, after ours has failed; as little of attnpatch as possible runs."""
+    """The host's own call on computed tensors, after attnpatch's own code has failed; as little of attnpatch as
+    possible runs.
+    """
     name = getattr(func, "__name__", str(func))
     target = args[0] if args and isinstance(args[0], DeferredTensor) else None
     # A write under no_grad leaves the history as it is.
@@ -159,8 +161,9 @@ def materialize(value: Any, operation: str) -> Any:
 def site_of(tensors: Sequence[torch.Tensor]) -> AttentionCall:
     """The attention call to which an operation on some deferred tensors belongs.
 
-    It is the running one if one of the tensors is its own. Otherwise it is the first one that made any of them, a
-    model's call for masks coming last: a mask serves many sites, and a layer may hand its bias on to the next (WavLM).
+    It is the running one if one of the tensors is its own. Otherwise it is the first call that made any of them. A
+    model's call for masks comes last, because a mask serves many sites, and a layer may hand its bias on to the next
+    (WavLM).
     """
     calls = [tensor.handle.call for tensor in tensors if isinstance(tensor, DeferredTensor)]
     own = [call for call in calls if call is here.site] or [call for call in calls if not call.is_of_masks]

@@ -108,7 +108,9 @@ class Evaluator(StepMemory):
 
     @functools.cached_property
     def tiled(self) -> list[Node]:
-        """Nodes of which a step computes all its rows; not those that ``toeplitz`` computes for two rows and copies."""
+        """Nodes of which a step computes all its rows; nodes that ``toeplitz`` computes for two rows and copies are
+        left out.
+        """
         read = {child for node in self.nodes if node not in self._distances for child in node.children}
         return [node for node in self.nodes if node is self.nodes[-1] or node in read]
 
@@ -217,8 +219,8 @@ class Evaluator(StepMemory):
             if found is not None:
                 return found
         value = node.compute(tile, self)
-        # Made under no_grad, or detached: no gradient passes, not even through views. Its operands are computed with
-        # their history, since other nodes may share them.
+        # If a node was made under no_grad, or is detached, no gradient passes, not even through views. Its operands are
+        # computed with their history, since other nodes may share them.
         return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value
 
     def operands(self, node: OpNode, tile: Tile) -> list[Any]:

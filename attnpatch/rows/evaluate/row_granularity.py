@@ -20,7 +20,7 @@ from attnpatch.policy import LEAST_ROWS
 from attnpatch.rows.graph.axes import FEWEST_ROWS, LEAST, ROW
 from attnpatch.sdpa_call import SdpaCall
 
-# By dtype: the fewest query rows and keys for packing, and how often a packed key must be used.
+# For each dtype: the fewest query rows and keys for packing, and how often a packed key must be used.
 _PACKED = {torch.bfloat16: (64, 4), torch.float16: (16, 1)}
 _BLOCKS = ((768, 256), (192, 64), (0, 32))
 

@@ -207,8 +207,8 @@ class TiledEvaluation:
     def _halve(self) -> bool:
         """Make the step smaller; ``False`` if it cannot be smaller.
 
-        First within the limits that keep results bit-identical, then down to a single row: a result that differs by
-        rounding is better than none.
+        The step shrinks first within the limits that keep results bit-identical, then down to a single row: a result
+        that differs by rounding is better than none.
         """
         run = Evaluator(self.node)
         now = math.prod(self._steps(run).largest())
@@ -296,7 +296,9 @@ class TiledEvaluation:
     def differentiable_gradients(
         self, grad: torch.Tensor, bound: dict[Node, torch.Tensor], wanted: list[Node]
     ) -> list[torch.Tensor | None]:
-        """Gradients that can be differentiated again; computed in one piece, with as much memory as natively."""
+        """Gradients that can be differentiated again; they are computed in one piece, and take as much memory as
+        natively.
+        """
         run = Evaluator(self.node, bound)
         asked = []
         for node in wanted:

@@ -176,7 +176,7 @@ def _is_mild(mask: Node) -> bool:
 
 
 def _can_slice(mask: Node, row: Axis, keys: Axis) -> bool:
-    """True if a mask can be computed for some keys only; not if a part without rows is kept for all rows."""
+    """True if a mask can be computed for some keys only. This is false if a part without rows is kept for all rows."""
     for node in walk(mask):
         axes = all_leaves(node.dims)
         if keys in leaves(node.whole) or (

@@ -34,7 +34,8 @@ def bits_of(node: Dropout | GumbelSoftmax, tile: Tile) -> torch.Tensor:
         where = take(torch.arange(size, dtype=torch.int32, device=node.device), (dim,), tile)
         where = _mix(where.add_(position * 40503 + 1).mul_(-1640531527))
         bits = bits ^ where.reshape([-1] + [1] * (len(node.dims) - position - 1))
-        # Mixed after each dimension: otherwise the mask of one row would be a permutation of another row's.
+        # The bits are mixed after each dimension: otherwise the mask of one row would be a permutation of another
+        # row's.
         bits = _mix(bits)
     return bits
 

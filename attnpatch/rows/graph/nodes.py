@@ -222,7 +222,7 @@ class ViewNode(Node):
         return self.of(run.value(self.children[0], tile), local_shape(self.dims, tile))
 
     def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
-        """This view of a tensor, in a shape."""
+        """This view, taken of ``value``, in a shape."""
         value = value.expand(shape) if self.expand else value.reshape(shape)
         if self.is_detached:
             # Detaching comes last, since torch does not treat a detached tensor as a view.
@@ -261,7 +261,7 @@ class SliceNode(Node):
         )
 
     def of(self, value: torch.Tensor) -> torch.Tensor:
-        """This slice of a whole tensor."""
+        """This slice, taken from a whole tensor."""
         stop = self.start + (self.axis.size - 1) * self.step + 1
         return _every(value, self.position, self.start, stop, self.step)
 

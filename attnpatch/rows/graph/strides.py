@@ -1,4 +1,6 @@
-"""Which elements of a tensor a view of it has: read from the strides, so it holds for any function that makes views."""
+"""Tells which elements of a tensor a view has. They are read from the strides, so this holds for any function that
+makes views.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Strided(Node):
         return tuple(axis for source in self.children for axis in self.middle_of(source)[1:])
 
     def heads(self) -> list[Axis]:
-        """The outermost flattened axis of each source: its rows. The result has other axes for them."""
+        """The outermost flattened axis of each source, which is its row axis. The result has other axes for them."""
         return [axes[0] for axes in map(self.middle_of, self.children) if axes]
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:

@@ -276,7 +276,7 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
     keys = leaves(summed)
     if not any(axis.kind == KEY for axis in keys):
         if not any(axis.kind == ROW for axis in keys):
-            # The product mixes heads: one more node.
+            # The product mixes heads, so it is one more node of the graph.
             return wrap(call, site)
         # If keys come first, only a normalisation along them tells keys from rows. Without one it is not attention.
         if not any(step.whole for step in walk(node)):

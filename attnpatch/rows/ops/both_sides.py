@@ -128,7 +128,9 @@ def _are_same(node: Node, one: dict[Node, Node], other: dict[Node, Node]) -> boo
 
 
 def _as_figure(node: Node, figure: Node, backward: dict[Node, Node]) -> Node:
-    """Reduced values as a step on the scores they were computed from, if its derivative is known; else unchanged."""
+    """If the derivative of a reduction is known: the reduced values as a step on the scores that they were computed
+    from. Otherwise the values, unchanged.
+    """
     dims = argument(node.args, node.kwargs, 1, "dim") if isinstance(node, OpNode) else None
     if dims is None or node.stops_gradient or not figure.tensor.requires_grad or not FigureNode.can_be(node):
         return figure

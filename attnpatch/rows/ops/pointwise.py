@@ -100,7 +100,9 @@ def elementwise(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str
 
 
 def has_no_keys(nodes: list[Node]) -> bool:
-    """True if these are one value per row (a logsumexp): small, and sigmoid rounds them by their memory layout."""
+    """True if these are one value per row (a logsumexp). They are small, and sigmoid rounds them by their memory
+    layout.
+    """
     return not any(leaf.kind == KEY for node in nodes for leaf in all_leaves(node.dims))
 
 

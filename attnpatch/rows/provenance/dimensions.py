@@ -26,7 +26,8 @@ class Unknown(Exception):
     """A fact that a map depends on is not known; the message says which."""
 
 
-# By number of an input's dimensions, the possible roles: indices of batch, tokens, heads, and channels.
+# For each number of dimensions that an input may have: the possible roles, as indices of batch, tokens, heads, and
+# channels.
 _PATTERNS: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]] = {
     2: [((), (0,), (), 1)],
     3: [((0,), (1,), (), 2), ((1,), (0,), (), 2), ((0,), (2,), (), 1)],

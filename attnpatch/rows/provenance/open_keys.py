@@ -75,7 +75,7 @@ def causal_keys(batch: int, q_len: int, kv_len: int) -> torch.Tensor:
     return (torch.arange(kv_len) < q_len).expand(batch, kv_len)
 
 
-# By mask tensor, which a model passes to all its layers: its version, and the results found for it.
+# For each mask tensor, which a model passes to all its layers: its version, and the results found for it.
 _of_masks: Any = WeakIdKeyDictionary()
 
 

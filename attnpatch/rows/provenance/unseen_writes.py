@@ -54,15 +54,15 @@ class Notes:
     """
 
     def __init__(self, strayed: Callable[[torch.Tensor], Any] | None = None) -> None:
-        # By id of a tensor: a reference to it, the note, its memory, and the number of unseen writes at the time of the
-        # note.
+        # For each tensor, by id: a reference to it, the note, its memory, and the number of unseen writes at the time
+        # of the note.
         self._notes: dict[int, tuple[weakref.ref[torch.Tensor], Any, _Memory, int]] = {}
-        # By id of a tensor that others are views of: a reference to it, and its memory.
+        # For each tensor that others are views of, by id: a reference to it, and its memory.
         self._bases: dict[int, tuple[weakref.ref[torch.Tensor], _Memory]] = {}
         self._strayed = strayed
-        # By address of the memory of tensors without a version: a checksum of a sample.
+        # For the memory of each tensor without a version, by address: a checksum of a sample.
         self._samples: dict[int, int] = {}
-        # By address of memory that code outside torch may write to: a checksum of its contents.
+        # For memory that code outside torch may write to, by address: a checksum of its contents.
         self._exposed: dict[int, tuple[int, int]] = {}
 
     def __contains__(self, tensor: torch.Tensor) -> bool:

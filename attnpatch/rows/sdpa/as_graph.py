@@ -96,7 +96,9 @@ class Attend(Node):
 
     @property
     def score_width(self) -> int:
-        """The number of scores in a row, over all heads that are always computed together; they are in no other node."""
+        """The number of scores in a row, over all heads that are always computed together; no other node shows these
+        scores.
+        """
         return self.kv_len * self.group
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:

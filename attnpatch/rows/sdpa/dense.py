@@ -25,7 +25,7 @@ def is_simple(call: SdpaCall) -> bool:
     """True if ``Dense`` can compute a call for which torch would use its dense math."""
     query, mask = call.query, call.attn_mask
     tensors = [query, call.key, call.value]
-    # Not used on CPU for causal calls (each step has fewer keys) and grouped heads (a fused kernel serves them).
+    # It is not used on CPU for causal calls (each step has fewer keys) and grouped heads (a fused kernel serves them).
     is_other = call.is_causal or call.enable_gqa
     return (
         (query.device.type == "cuda" or (query.device.type == "cpu" and not is_other))

@@ -15,7 +15,8 @@ from attnpatch.rows.sdpa import logsumexp
 from attnpatch.sdpa_call import SdpaCall
 
 MATH_KERNEL = 0
-# Devices for which torch can be asked which kernel it would choose. Not MPS, whose attention holds the scores.
+# Devices for which torch can be asked which kernel it would choose. MPS is not one of them, because its attention holds
+# the scores.
 _CHOOSERS = frozenset(["cpu", "cuda", "xpu"])
 
 

@@ -83,7 +83,8 @@ def aligned(mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (0, 8 - kv_len % 8))[..., :kv_len]
 
 
-# By device type and by the kernel that SDPA chooses (``torch.nn.attention.SDPBackend``).
+# For each device type and each kernel that SDPA chooses (``torch.nn.attention.SDPBackend``): the function that calls
+# it.
 OPERATORS: dict[tuple[str, int], Callable[[SdpaCall], tuple[torch.Tensor, torch.Tensor]]] = {
     ("cpu", 1): _flash_cpu,
     ("cuda", 1): _flash_cuda,

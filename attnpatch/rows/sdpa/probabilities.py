@@ -58,7 +58,7 @@ def show(
         elements = min(elements, workspace // (LIVE_COPIES * 4))
 
     def shown() -> None:
-        # Hidden from modes that watch the host's functions: they would follow every tile.
+        # This is hidden from modes that watch the host's functions, because they would follow every tile.
         with compat.DisableTorchFunction():
             _show(call, observer, lse, elements, grad)
 

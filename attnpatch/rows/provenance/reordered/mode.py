@@ -31,7 +31,7 @@ from attnpatch.rows.watching import without
 _MOVING = frozenset(
     "roll flip fliplr flipud rot90 sort msort gather index_select take_along_dim __getitem__".split()
 )
-# Those whose order differs from element to element, and is not examined.
+# Of these, the functions whose order differs from element to element; this order is not examined.
 _BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
 # Functions after which a tensor holds another one's elements, in that one's order.
 _TAKING = frozenset("copy_ set_ data_".split())
@@ -49,7 +49,7 @@ class Moved(TorchFunctionMode):
         self.depth = 0
         # The sources that follow the functions of the innermost one.
         self.inside: Sources | None = None
-        # By tensor: the function that reordered it, and the order.
+        # For each tensor: the function that reordered it, and the order.
         self._found: Any = WeakIdKeyDictionary()
         with compat.DisableTorchFunction():
             self._turned = Turned(module, given)
@@ -78,7 +78,9 @@ class Moved(TorchFunctionMode):
         self._turned.follow(name, func, args, kwargs, result)
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
-        """By dimension, the function that has reordered a tensor's elements; others are in the model's order."""
+        """For each dimension in which a tensor's elements were reordered, the function that did it; other dimensions
+        are in the model's order.
+        """
         found = self._found.get(tensor)
         moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
         if self.depth < 2:

@@ -65,7 +65,7 @@ class TokenTensors:
         return not is_bare
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
-        """By dimension whose elements are in another order than before, or in an unknown one: the cause."""
+        """For each dimension whose elements are in another order than before, or in an unknown one: the cause."""
         dims = self.sources.of(tensor)
         return {} if dims is None else self._look.why(dims)
 
