@@ -12,6 +12,10 @@ from attnpatch.sdpa_call import SdpaCall
 # Functions whose names begin like this allocate a new tensor. The tensor may have the shape of a tensor of tokens, but
 # it holds no tokens; code that follows tokens through torch functions relies on that.
 MAKING = tuple("zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_".split())
+# The way out if a module's tokens are not known to be those of the model.
+CAPTURE_ALONE = (
+    "; attnpatch.capture(this module) maps the tokens that it is given, in the order in which it gets them"
+)
 # A function that returns the keys an attention may reach; see ``Observer.begin``.
 Opened = Callable[[int | None], torch.Tensor | None]
 
@@ -119,7 +123,7 @@ class NullObserver(Observer):
         return False
 
 
-INPUT, KEPT, SLOTS = "input", "kept", "slots"
+INPUT, KEPT, SLOTS, PART = "input", "kept", "slots", "part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +132,18 @@ class Piece:
 
     Attributes:
         kind: ``"input"``: all tokens of an input of the module, in order; ``"kept"``: tokens that the module had before
-            the call (a cache, learned tokens); ``"slots"``: a buffer of fixed size that holds tokens of an input.
+            the call (a cache, learned tokens); ``"slots"``: a buffer of fixed size that holds tokens of an input;
+            ``"part"``: consecutive tokens of an input, which attend to each other and to no others.
         number: Index of the input.
         length: Number of tokens.
+        start, of: For a part: the first token, and the number of tokens of the input.
     """
 
     kind: str
     number: int
     length: int
+    start: int = 0
+    of: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
     """Check in every call that its tokens fit the blocks: no virtual tokens of an adapter, and pictures where the tiles
     are.
     """
-    read_call = recorder.read_call
+    read_call, site_call = recorder.read_call, recorder.site_call
     asked = [side.image for side in (recorder.query_blocks, recorder.key_blocks) if side.image is not None]
     # Shapes from the vision tower's latest calls: one for images, one for videos.
     shapes: deque[Any] = deque(maxlen=2)
@@ -130,8 +130,18 @@ def _check_tokens(recorder: Recorder, part: nn.Module) -> None:
             call.problem = next(filter(None, reasons), None)
         return call
 
+    towers = image_tokens.towers_in(part) if asked else {}
+
+    def checked_site(call: Any, name: str, args: Any, kwargs: Any) -> AttentionCallInfo:
+        facts = site_call(call, name, args, kwargs)
+        inside = (why for tower, why in towers.items() if not tower or name.startswith(tower + "."))
+        facts.problem = next(inside, None)
+        return facts
+
     if asked or hasattr(part, "get_base_model"):
         recorder.read_call = checked
+    if towers:
+        recorder.site_call = checked_site
 
 
 def _of_image(blocks: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.errors import AttnpatchError
-from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Opened
+from attnpatch.observing import CAPTURE_ALONE, INPUT, KEPT, SLOTS, Layout, Opened
 
 NOT_SEEN = (
     "attnpatch did not see its probabilities: it uses a kernel outside torch, nested tensors, no softmax over keys, or one "
@@ -49,6 +49,7 @@ class AttentionCallInfo:
         lengths: Numbers of tokens of the sequences that the model was called with; ``None``: there may be others.
         windows: Window lengths of the cache's sliding layers, in tokens.
         is_part: True if the site is called with some of the tokens of a longer tensor.
+        problem: Why the blocks of the capture do not fit this site, or ``None``.
     """
 
     query_mask: torch.Tensor | None = None
@@ -60,6 +61,7 @@ class AttentionCallInfo:
     lengths: frozenset[int] | None = None
     windows: frozenset[int] = frozenset()
     is_part: bool = False
+    problem: str | None = None
 
 
 @dataclasses.dataclass
@@ -221,17 +223,13 @@ def real_tokens(
         Unknown: The model's arguments and its attention contradict each other.
     """
     batch, total = layout.batch, relation.past + layout.q_len
-    if facts.batches is not None and batch not in facts.batches:
-        raise Unknown(
-            f"it is called with {batch} sequences and the model with {', '.join(map(str, sorted(facts.batches)))}, so they "
-            "may be windows, or rows of an image"
-        )
-    _check_length(layout.q_len, total, facts.lengths)
+    check_batch(batch, facts)
+    check_length(layout.q_len, total, facts.lengths)
     seen = opened(relation.own)
     if seen is not None and not seen.numel():
         # The softmax is hand-written: only the model's arguments tell which tokens are real.
         seen = None
-        said = facts.key_mask if relation.is_cross else _said(facts.query_mask, batch, total)
+        said = facts.key_mask if relation.is_cross else said_of(facts.query_mask, batch, total)
         if said is not None and said.shape == (batch, relation.tokens if relation.is_cross else total):
             first = 0 if relation.is_cross else relation.first
             seen = torch.nn.functional.pad(
@@ -243,8 +241,8 @@ def real_tokens(
             if seen is None
             else seen[:, : relation.tokens]
         )
-        _compare(keys, facts.key_mask, "keys")
-        queries = _said(facts.query_mask, batch, total)
+        compare(keys, facts.key_mask, "keys")
+        queries = said_of(facts.query_mask, batch, total)
         return torch.ones(batch, total, dtype=torch.bool) if queries is None else queries, keys
     assert relation.own is not None
     own = torch.ones(batch, layout.q_len, dtype=torch.bool)
@@ -252,7 +250,7 @@ def real_tokens(
         own = seen[:, relation.own : relation.own + layout.q_len]
         if bool(seen[:, relation.tokens :].any()) and layout.keys[-1].kind == SLOTS:
             raise Unknown("its mask opens places of its cache that hold no token yet")
-    said = _said(facts.query_mask, batch, total)
+    said = said_of(facts.query_mask, batch, total)
     earlier = known if known is not None and known.shape == (batch, relation.past) else None
     if earlier is None:
         earlier = (
@@ -260,11 +258,20 @@ def real_tokens(
         )
     found = torch.cat([earlier, own], 1)
     # Earlier tokens are not compared: a prepared mask does not tell which of them are real.
-    _compare(own, None if said is None else said[:, relation.past :], "tokens")
+    compare(own, None if said is None else said[:, relation.past :], "tokens")
     return found, found
 
 
-def _check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> None:
+def check_batch(batch: int, facts: AttentionCallInfo) -> None:
+    """Raise ``Unknown`` unless a site is called with as many sequences as the model may have."""
+    if facts.batches is not None and batch not in facts.batches:
+        raise Unknown(
+            f"it is called with {batch} sequences and the model with {', '.join(map(str, sorted(facts.batches)))}, so they "
+            f"may be windows, or rows of an image{CAPTURE_ALONE}"
+        )
+
+
+def check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> None:
     """Check that the queries are as many as the model's tokens, or as those of two of its inputs joined.
 
     Raises:
@@ -276,15 +283,18 @@ def _check_length(q_len: int, total: int, lengths: frozenset[int] | None) -> Non
         return
     given = ", ".join(map(str, sorted(lengths)))
     raise Unknown(
-        f"its sequence has {total} tokens and the model was given {given}: the model pools tokens, or adds some"
+        f"its sequence has {total} tokens and the model was given {given}: the model pools tokens, or adds "
+        f"some{CAPTURE_ALONE}"
     )
 
 
-def _said(mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
+def said_of(mask: torch.Tensor | None, batch: int, total: int) -> torch.Tensor | None:
+    """A padding mask among the model's arguments, if it is one of these sequences."""
     return mask if mask is not None and mask.shape == (batch, total) else None
 
 
-def _compare(found: torch.Tensor, said: torch.Tensor | None, what: str) -> None:
+def compare(found: torch.Tensor, said: torch.Tensor | None, what: str) -> None:
+    """Raise ``Unknown`` if attention itself and the model's arguments disagree on which tokens are padding."""
     if said is None or said.shape != found.shape or torch.equal(found, said):
         return
     count = int((found != said).sum())

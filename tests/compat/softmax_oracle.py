@@ -117,6 +117,25 @@ def readings(softmax: torch.Tensor, batch: int, queries: int, keys: int) -> Iter
                 yield rows.view(heads, batch, queries, keys).transpose(0, 1)
 
 
+def in_parts(found: Sequence[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    """Results of parts of one sequence, which attend to themselves, one after the other: as that of all its tokens."""
+    parts: list[torch.Tensor] = []
+    for softmax in found:
+        if softmax.shape[-1] != softmax.shape[-2] or (parts and softmax.shape[:-2] != parts[0].shape[:-2]):
+            parts = []
+            continue
+        parts.append(softmax)
+        if sum(part.shape[-1] for part in parts) == count and len(parts) > 1:
+            whole = softmax.new_zeros(*softmax.shape[:-2], count, count)
+            start = 0
+            for part in parts:
+                stop = start + part.shape[-1]
+                whole[..., start:stop, start:stop] = part
+                start = stop
+            yield whole
+            parts = []
+
+
 def without_closed(softmax: torch.Tensor, mass: torch.Tensor, width: int) -> float:
     """How far a map is off where a model pads its own tokens: those that no row looks at are in no block."""
     batch, count = len(mass), softmax.shape[-1]
@@ -169,7 +188,7 @@ def judged(one: Any, layer: int, found: list[torch.Tensor], width: int, toleranc
     verdict = Verdict("no oracle")
     if not bool(whole.any()):
         return verdict
-    for softmax in found:
+    for softmax in (*found, *(in_parts(found, keys) if queries == keys else ())):
         for rows in readings(softmax, len(mass), queries, keys):
             wanted = reduced(rows, width, first)
             if wanted.shape != mass.shape:

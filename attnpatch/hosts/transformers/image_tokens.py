@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnpatch.hosts.transformers.calls import parameter_names
+
 # Height, width, tile, start and frames, as in ``Blocks.tiles``.
 Tiles = tuple[int, int, int, int, int]
 # First token, frames, rows and columns of tokens.
@@ -43,6 +45,22 @@ def why_no_picture(
         + (f" ({frames} frames)" * (frames > 1))
         + f"; the first sequence has {', '.join(shown) or 'none'}: give Blocks.tiles(height, width, tile, start=...) of one"
     )
+
+
+def towers_in(model: nn.Module) -> dict[str, str]:
+    """The vision towers in a model whose patches may come square by square, each with the reason that tiles do not fit.
+
+    Processors of Qwen2-VL and similar put the patches next to each other that the model merges into one token.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        merge = getattr(getattr(module, "config", None), "spatial_merge_size", None)
+        if isinstance(merge, int) and merge > 1 and "grid_thw" in parameter_names(type(module)):
+            found[name] = (
+                f"its patches may come in squares of {merge} x {merge} instead of row by row, so it is not known which patches "
+                f"a tile has; Blocks.fixed({merge * merge}) has a block for each square, and Blocks.spans any others"
+            )
+    return found
 
 
 def pictures_in(

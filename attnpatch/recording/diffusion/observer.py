@@ -13,7 +13,7 @@ from attnpatch import compat
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.tiles import Grid
 from attnpatch.errors import CaptureError
-from attnpatch.observing import INPUT, Layout, TileInfo
+from attnpatch.observing import INPUT, PART, Layout, TileInfo
 from attnpatch.recording.accumulator import SiteObserver
 from attnpatch.recording.call_facts import FAILED, NOT_SEEN, Unknown, check_sums, is_refusal
 from attnpatch.recording.diffusion.denoiser_call import TextRow
@@ -121,6 +121,10 @@ class ImageObserver(SiteObserver):
         """
         found: list[tuple[str, int | None]] = []
         for piece in pieces:
+            if piece.kind == PART:
+                raise Unknown(
+                    f"its {side} are only {piece.length} of {piece.of} tokens, and it is not known which part of the image"
+                )
             own_kinds = self.inputs[piece.number][0] if piece.kind == INPUT else None
             if own_kinds is not None and len(own_kinds) > 1:
                 if sum(length or 0 for _, length in own_kinds) != piece.length:

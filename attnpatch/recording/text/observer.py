@@ -28,6 +28,7 @@ from attnpatch.recording.call_facts import (
 )
 from attnpatch.recording.statistics import Measures
 from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
+from attnpatch.recording.text.parts import Parts, part_of, real_tokens_of_part, relation_of_part
 
 if TYPE_CHECKING:
     from attnpatch.recording.text.recorder import Recorder
@@ -66,13 +67,21 @@ class TextObserver(SiteObserver):
         self.is_out, self.is_candidate = is_out, is_candidate
         self.seen = 0
         self.sample: RowSample | None = None
+        # If it attends with one part of its sequence after the other: the parts of the latest attention.
+        self.parts: Parts | None = None
 
     # ------------------------------------------------------------------------------------------ what is known
 
     def begin(self, layout: Layout, opened: Opened) -> bool:
         """True if an attention of the site is to be shown."""
-        self.name = self.site if not self.seen else f"{self.site}:{self.seen}"
-        self.seen += 1
+        piece = part_of(layout)
+        if self.parts is None or piece is None or not self.parts.takes(layout, piece):
+            self._end_parts()
+            self.name = self.site if not self.seen else f"{self.site}:{self.seen}"
+            self.seen += 1
+            self.parts = None if piece is None else Parts.begin(layout, piece)
+        if self.parts is not None and piece is not None:
+            self.parts.seen[piece.start] = piece.length
         self.is_shown, self.record, self.sample, self.rows_apart = False, None, None, None
         if self.is_out(self.name):
             return False
@@ -88,18 +97,24 @@ class TextObserver(SiteObserver):
         return True
 
     def _begin(self, layout: Layout, opened: Opened) -> None:
-        if layout.why_not:
-            raise Unknown(layout.why_not)
+        why_not = layout.why_not or self.facts.problem
+        if why_not:
+            raise Unknown(why_not)
         old = self.before(self.name)
         self.layout, self.old = layout, old
         past = self.facts.past
         if old is not None and past is not None and old.history.follows_cache and old.history.total > past:
             raise Unknown(evicted(past, old.history.total))
-        keys_before = old.history.keys if old is not None else None
-        self.relation = relation = relation_of(layout, self.facts, keys_before)
+        piece = part_of(layout)
+        if piece is not None:
+            self.relation = relation = relation_of_part(layout, piece)
+            queries = keys = real_tokens_of_part(layout, piece, self.facts, opened)
+        else:
+            keys_before = old.history.keys if old is not None else None
+            self.relation = relation = relation_of(layout, self.facts, keys_before)
+            known = old.history.known if old is not None and not relation.is_cross else None
+            queries, keys = real_tokens(relation, layout, self.facts, opened, known)
         self.past = relation.past
-        known = old.history.known if old is not None and not relation.is_cross else None
-        queries, keys = real_tokens(relation, layout, self.facts, opened, known)
         if relation.is_cross:
             queries = self._queries_of_cross(queries)
         else:
@@ -149,7 +164,8 @@ class TextObserver(SiteObserver):
 
     def _measures(self) -> Measures:
         tokens = max(self.real[1].shape[1], self.layout.kv_len)
-        old = self.records.get(self.name)
+        old = self.parts.sums if self.parts is not None else None
+        old = old or self.records.get(self.name)
         if old is None or old.measures is None:
             apart = self.kept_heads(self.layout.heads)
             return Measures.empty(self.layout.batch, self.layout.heads, tokens, apart)
@@ -227,11 +243,17 @@ class TextObserver(SiteObserver):
         if self.record is not None:
             self._renew(self.record.query, self.record.key)
 
+    def _end_parts(self) -> None:
+        """Leave the latest attention out if it was of some parts of its sequence only."""
+        if self.parts is not None and not self.parts.is_complete and not self.is_out(self.name):
+            self._leave_out(self.parts.why_incomplete)
+
     def finish(self) -> None:
         """Called when the site's call has ended."""
         if self.is_shown:
             # Only some of its tiles were shown.
             self._leave_out(FAILED)
+        self._end_parts()
         if not (self.seen or self.is_candidate or self.is_of_gradient):
             self.name = self.site
             self._leave_out(NOT_SEEN)
@@ -262,10 +284,14 @@ class TextObserver(SiteObserver):
             self._check(record)
         keys = self.real[1].shape[1] if self.relation.is_cross else None
         history = self.old.history if self.old is not None else History(0, self.known)
-        total = self.past + self.layout.q_len
+        total = self.past + self.layout.q_len if self.parts is None else self.parts.of
         record.history = history.with_call(rows, total, self.known, keys, self.facts.has_cache)
         if self.layout.is_mixed:
             record.notes = ("weights are mixed after softmax, so their rows need not sum to 1",)
+        if self.parts is not None:
+            record = self.parts.sums = _joined(self.parts.sums, record)
+            if not self.parts.is_complete:
+                return
         self.records[self.name] = _joined(self.records.get(self.name), record)
 
     def _from_sample(self, record: SiteSums) -> None:

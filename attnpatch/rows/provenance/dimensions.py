@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from attnpatch.observing import INPUT, KEPT, SLOTS, Layout, Piece
+from attnpatch.observing import CAPTURE_ALONE, INPUT, KEPT, PART, SLOTS, Layout, Piece
 from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.reordered.function_tables import IN_ANOTHER_ORDER
@@ -20,6 +20,8 @@ from attnpatch.rows.provenance.unseen_writes import UNSEEN
 
 # The size of a dimension, and the axes it comes from; ``None``: not known.
 Entry = tuple[int, Dim | None]
+# Where tokens come from, in order, each with its dimensions of the input.
+Found = list[tuple[Piece, tuple[int, ...]]]
 
 
 class Unknown(Exception):
@@ -66,7 +68,7 @@ class _Reading:
             ((axis, made) for axis, made in self.sources.made.items() if axis.leaves() == found), None
         )
 
-    def tokens(self, found: Sequence[Axis], side: str) -> list[tuple[Piece, tuple[int, ...]]]:
+    def tokens(self, found: Sequence[Axis], side: str) -> Found:
         """Find which tokens some axes hold: pieces in order, each with its dimensions of the input.
 
         Raises:
@@ -94,7 +96,7 @@ class _Reading:
             )
         return [(Piece(INPUT, number, math.prod(leaf.size for leaf in found)), places)]
 
-    def _of_made(self, leaf: Axis, made: Made, side: str) -> list[tuple[Piece, tuple[int, ...]]]:
+    def _of_made(self, leaf: Axis, made: Made, side: str) -> Found:
         if made.has is not None:
             inside = self.tokens(leaves(made.has), side) if leaves(made.has) else [(Piece(INPUT, -1, 1), ())]
             if len(inside) != 1:
@@ -110,10 +112,8 @@ class _Reading:
             ((piece, places),) = self._of_made(leaf, memory, side)
             return [(piece, places)]
         if made.of is not None:
-            raise Unknown(
-                f"its {side} are only {leaf.size} of {made.of.size} tokens (windows, chunks, pooled or cut off)"
-            )
-        pieces: list[tuple[Piece, tuple[int, ...]]] = []
+            return [self._part(leaf, made, side)]
+        pieces: Found = []
         for dim, size in made.parts:
             if dim is None or (size > 1 and all(self.is_head(one) for one in leaves(dim))):
                 pieces.append((Piece(KEPT, -1, size), ()))
@@ -124,30 +124,22 @@ class _Reading:
                 pieces += self.tokens(leaves(dim), side)
         return pieces
 
+    def _part(self, leaf: Axis, made: Made, side: str) -> tuple[Piece, tuple[int, ...]]:
+        """Some of the tokens of an input.
 
-def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
-    """A dimension of sequences or heads that queries and keys share, with the queries' axes.
+        Raises:
+            Unknown: They are not consecutive, or are parts of something else.
+        """
+        assert made.of is not None
+        ((piece, places), *others) = self.tokens(leaves((made.of,)), side)
+        if others or piece.kind not in (INPUT, PART) or made.part is None or made.part.step != 1:
+            raise Unknown(_only(leaf.size, made.of.size, side))
+        start, of = piece.start + made.part.start, piece.of or piece.length
+        return Piece(PART, piece.number, leaf.size, start, of), places
 
-    If the keys belong to other sequences (all to the first one, or in another order), it has a new axis instead.
-    """
-    if key is None:
-        return query
-    summed = {found[:2] for leaf in contracted if (found := sources.origin(leaf)) is not None}
 
-    def sequences(dim: Dim) -> list[Axis]:
-        found = ((leaf, sources.origin(leaf)) for leaf in leaves(dim))
-        return [leaf for leaf, origin in found if origin is not None and origin[:2] not in summed]
-
-    mine, its = sequences(query), sequences(key)
-    alike = [one.size for one in mine] == [one.size for one in its] and all(
-        one is other or sources.number(one) != sources.number(other)
-        for one, other in zip(mine, its, strict=True)
-    )
-    if alike or not mine:
-        return query
-    strange = Axis(math.prod(axis.size for axis in query))
-    sources.made[strange] = Made(is_of_others=True)
-    return (strange,)
+def _only(count: int, of: int, side: str) -> str:
+    return f"its {side} are only {count} of {of} tokens (windows, chunks, pooled or cut off)"
 
 
 def layout_of(
@@ -208,6 +200,7 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
         key_pieces = [(Piece(KEPT, -1, math.prod(size for size, _ in keys)), ())]
     else:
         key_pieces = read.tokens(key_axes, "keys") if key_axes else [(Piece(INPUT, number, 1), ())]
+    _check_parts(queries, key_pieces)
     _check_keys(read, key_pieces, number)
     tokens = [
         (piece.number, place)
@@ -261,10 +254,14 @@ def _named(pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> tupl
 
 
 def _query_input(
-    read: _Reading, queries: list[tuple[Piece, tuple[int, ...]]], batch_axes: list[Axis]
+    read: _Reading, queries: Found, batch_axes: list[Axis]
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """The input whose tokens the queries are (the first of several), with its dimensions of sequences and of heads."""
-    own = [(piece.number, places) for piece, places in queries if piece.kind == INPUT and piece.number >= 0]
+    own = [
+        (piece.number, places)
+        for piece, places in queries
+        if piece.kind in (INPUT, PART) and piece.number >= 0
+    ]
     if not own and queries:
         raise Unknown("its queries are kept by the module (learned, or cached) and are no tokens of an input")
     leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
@@ -312,12 +309,20 @@ def _pattern(
     return None
 
 
+def _check_parts(queries: Found, keys: Found) -> None:
+    """Raise ``Unknown`` if some tokens of an input attend to others than themselves, or the other way round."""
+    is_own = queries == keys and len(keys) == 1
+    for side, (piece, _) in (*(("queries", one) for one in queries), *(("keys", one) for one in keys)):
+        if piece.kind == PART and not is_own:
+            raise Unknown(_only(piece.length, piece.of, side))
+
+
 def _check_keys(read: _Reading, pieces: Sequence[tuple[Piece, tuple[int, ...]]], number: int) -> None:
     for piece, places in pieces:
         # Several pictures of one sequence: ``[pictures, tokens, channels]``.
         if piece.number != number and places == (0, 1) and len(read.sources.inputs[piece.number]) == 3:
             continue
-        if piece.kind == INPUT and places and _pattern(read, piece.number, places, None) is None:
+        if piece.kind in (INPUT, PART) and places and _pattern(read, piece.number, places, None) is None:
             raise Unknown(
                 "its keys lie along a dimension of an input that may be channels, windows or rows of an image"
             )
@@ -327,15 +332,12 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
     """Raise ``Unknown`` unless dimensions of inputs are known to be in the order of the model's own inputs."""
     moved = read.sources.moved
     name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
-    if name in IN_ANOTHER_ORDER:
-        raise Unknown(
-            f"its tokens or sequences were put into another order ({name}) before it was called, so it is not known which of "
-            "the model's tokens they are"
-        )
     if name is not None:
+        cause = f"were put into another order ({name}) before it was called"
+        if name not in IN_ANOTHER_ORDER:
+            cause = f"come from {name}, and no tokens in order were added afterwards"
         raise Unknown(
-            f"its tokens or sequences come from {name}, and no tokens in order were added afterwards, so it is not known "
-            "which of the model's tokens they are"
+            f"its tokens or sequences {cause}, so it is not known which of the model's tokens they are{CAPTURE_ALONE}"
         )
 
 

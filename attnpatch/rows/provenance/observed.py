@@ -22,8 +22,8 @@ from attnpatch.rows.layout.joining import Joined
 from attnpatch.rows.matmul.spellings import Product
 from attnpatch.rows.op_table import CASTS
 from attnpatch.rows.precision import in_full
-from attnpatch.rows.provenance.dimensions import layout_of, paired
-from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.dimensions import layout_of
+from attnpatch.rows.provenance.sources import Sources, paired
 from attnpatch.sdpa_call import SdpaCall
 
 # Functions between softmax and the product with the values that do not change the probabilities.

@@ -8,13 +8,14 @@ shape. If a function cannot be followed, its result is noted as unknown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from attnpatch.observing import Layout
-from attnpatch.rows.graph.axes import Axis, Dims, all_leaves, fresh, leaves
+from attnpatch.rows.graph.axes import Axis, Dim, Dims, all_leaves, fresh, leaves
 from attnpatch.rows.op_table import first_in_place
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.function_results import FunctionResults
@@ -209,3 +210,28 @@ class Sources(FunctionResults):
 def _strayed(tensor: torch.Tensor) -> Dims:
     """Dimensions for a tensor that unseen code has written to."""
     return lost(tensor.shape, UNSEEN)
+
+
+def paired(sources: Sources, query: Dim, key: Dim | None, contracted: Sequence[Axis]) -> Dim:
+    """A dimension of sequences or heads that queries and keys share, with the queries' axes.
+
+    If the keys belong to other sequences (all to the first one, or in another order), it has a new axis instead.
+    """
+    if key is None:
+        return query
+    summed = {found[:2] for leaf in contracted if (found := sources.origin(leaf)) is not None}
+
+    def sequences(dim: Dim) -> list[Axis]:
+        found = ((leaf, sources.origin(leaf)) for leaf in leaves(dim))
+        return [leaf for leaf, origin in found if origin is not None and origin[:2] not in summed]
+
+    mine, its = sequences(query), sequences(key)
+    alike = [one.size for one in mine] == [one.size for one in its] and all(
+        one is other or sources.number(one) != sources.number(other)
+        for one, other in zip(mine, its, strict=True)
+    )
+    if alike or not mine:
+        return query
+    strange = Axis(math.prod(axis.size for axis in query))
+    sources.made[strange] = Made(is_of_others=True)
+    return (strange,)
