@@ -333,12 +333,11 @@ def _check_order(read: _Reading, dims: Iterable[tuple[int, int]]) -> None:
     moved = read.sources.moved
     name = next((moved[number][place] for number, place in dims if place in moved.get(number, {})), None)
     if name is not None:
-        cause = f"were put into another order ({name}) before it was called"
-        if name not in IN_ANOTHER_ORDER:
-            cause = f"come from {name}, and no tokens in order were added afterwards"
-        raise Unknown(
-            f"its tokens or sequences {cause}, so it is not known which of the model's tokens they are{CAPTURE_ALONE}"
-        )
+        cause = f"come from {name}, and no tokens in order were added afterwards"
+        if name in IN_ANOTHER_ORDER:
+            cause = f"were put into another order ({name}) before it was called"
+        known = f"it is not known which of the model's tokens they are{CAPTURE_ALONE}"
+        raise Unknown(f"its tokens or sequences {cause}, so {known}")
 
 
 def _numbers(outer: list[Axis], batch: list[Axis]) -> torch.Tensor | None:
