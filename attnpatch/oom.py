@@ -73,6 +73,6 @@ def until_it_fits(
             if not is_out_of_memory(error):
                 raise
             attempts.failed(error, said())
-        # After the except block, where the error no longer keeps tensors alive.
+        # This comes after the except block, where the error no longer keeps tensors alive.
         if not smaller():
             attempts.give_up()

@@ -139,7 +139,7 @@ class Policy:
                 raise PolicyError(f"unknown policy field {name!r}{hint} Known fields: {', '.join(known)}")
         policy = cls(**fields)
         if policy.rows is not None and policy.rows < LEAST_ROWS:
-            # The same text and line each time, so that Python shows the warning only once.
+            # The warning has the same text and line each time, so that Python shows it only once.
             warnings.warn(
                 f"rows={policy.rows}: steps of {LEAST_ROWS} query rows are taken, because fewer round differently",
                 stacklevel=2,

@@ -43,8 +43,9 @@ class Findings:
         is_active: Whether this process is active.
         variables: The ``ATTNPATCH*`` variables of this process.
         policy: The policy that the variables define, or ``None`` if a variable is invalid.
-        notes: What is not wrong and good to know: releases that are newer than tested.
-        off: Features that the installed releases of the hosts do not have the names for, and which releases have them.
+        notes: Facts that are no problem but good to know, such as releases that are newer than tested.
+        off: Features that are off because the installed releases of the hosts lack names that they need, and the
+            releases that have these names.
         wrong: Problems, each with its fix.
     """
 

@@ -58,7 +58,7 @@ class Folder:
             block_map.save(os.path.join(self.path, f"{number:04d}{name}{SUFFIX}"))
 
     def release(self, number: int) -> None:
-        """Remove a claim: the files are written, or could not be."""
+        """Remove a claim, after the files were written or could not be written."""
         with contextlib.suppress(OSError):
             os.unlink(self._claim_file(number))
 

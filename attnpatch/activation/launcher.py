@@ -54,7 +54,7 @@ def environment(
     if report:
         variables[REPORT] = "1"
     if capture is not None:
-        # Absolute: the script's children may work in other folders.
+        # The path is absolute, because the script's children may work in other folders.
         variables[CAPTURE] = writable_folder("--capture ", capture)
     if blocks is not None:
         variables[BLOCKS] = str(BLOCKS_FORM.of("--blocks ", blocks))

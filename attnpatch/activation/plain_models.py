@@ -32,7 +32,7 @@ class PlainModels:
 
     Attributes:
         seen: How many modules were not patched, by class and reason.
-        parts: Classes of torch's own modules without parts that were called on their own.
+        parts: Classes of torch's own modules without modules inside, which were called on their own.
         patches: Patches that were made here.
         was_called: True if any module was called.
     """

@@ -93,7 +93,7 @@ class Session:
             self.lines.warn("only models of hosts are patched", error)
 
     def is_asked_for(self, kind: type[Any]) -> bool:
-        """True if models of a class are patched: any, unless ATTNPATCH_MODULES names some."""
+        """True if models of a class are patched: models of any class, unless ATTNPATCH_MODULES names some classes."""
         return not self.settings.modules or self.is_named(kind)
 
     def is_named(self, kind: type[Any]) -> bool:
@@ -146,7 +146,9 @@ class Session:
         self.lines.warn(f"{type(model).__name__} is left as it is", error)
 
     def patched(self, module: Any, reasons: dict[str, str]) -> Patch:
-        """Patch a module that is about to be called for the first time; parts that are patched stay so."""
+        """Patch a module that is about to be called for the first time; parts of it that are patched already stay
+        patched.
+        """
         from attnpatch.patching.patch import Patch
 
         patch = Patch(

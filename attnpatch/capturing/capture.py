@@ -78,7 +78,7 @@ def capture(
 
     Raises:
         CaptureError: An option does not fit the model. If something does not fit a sequence (blocks, heads), it is in
-            ``maps.left_out``, and reading the missing map raises; the model's call never does.
+            ``maps.left_out``, and reading the missing map raises an error; the model's call never raises one.
         PatchError: As ``apply``.
     """
     parts = parts_in(model)

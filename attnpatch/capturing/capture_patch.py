@@ -44,7 +44,7 @@ def patch_for(part: nn.Module, undo: contextlib.ExitStack) -> Patch:
 
 
 def _leave(patch: Patch, part: nn.Module) -> None:
-    """Take a patch out: at once, or, if observed checkpoints may still be recomputed, when the last of them is gone."""
+    """Take a patch out at once; or, if observed checkpoints may still be recomputed, when the last of them is gone."""
     waiting = list(patch.watched)
     if not waiting:
         patch.take_out(part)
@@ -62,7 +62,7 @@ def _leave(patch: Patch, part: nn.Module) -> None:
 
 
 def _change(patch: Patch, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
-    """Replace a patch's recorders, also where the garbage collector ends a capture meanwhile."""
+    """Replace a patch's recorders, even if the garbage collector ends a capture meanwhile."""
     with _lock:
         while True:
             before = patch.recorders

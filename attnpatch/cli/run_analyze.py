@@ -86,7 +86,7 @@ def run_task(task: Task) -> int:
 def _run(task: Task, processes: Processes) -> int:
     quieten()
     shown, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    # Before the model is loaded: a missing file is then reported at once.
+    # This comes before the model is loaded, so that a missing file is reported at once.
     total = sum(1 for _ in _records(task))
     own = len(range(processes.rank, total, processes.count))
     draws = total == 1 if task.pictures is None else task.pictures

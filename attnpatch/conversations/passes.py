@@ -91,8 +91,8 @@ def blocks_of(kind: str | int, rendered: TokenizedChat, grows: bool) -> tuple[Bl
     Args:
         kind: ``"messages"``, ``"words"`` or a number of tokens.
         rendered: The conversation.
-        grows: Whether an answer is generated after it. The answer is the last block; with a number of tokens, it is
-            divided into such blocks.
+        grows: Whether an answer is generated after it. The answer is the last block; if ``kind`` is a number of tokens,
+            the answer is divided into blocks of that size.
     """
     after = NEXT if grows else ""
     if kind == "messages":

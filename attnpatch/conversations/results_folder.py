@@ -222,7 +222,8 @@ def discard(folder: Path, made: Sequence[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def made_for(folder: Path) -> Iterator[None]:
-    """Create a folder for files that are written inside the block; if the block fails and it is empty, remove it.
+    """Create a folder for files that are written inside the block; if the block fails and the folder is empty, remove
+    it.
 
     Raises:
         OSError: The folder cannot be created.

@@ -137,7 +137,8 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def _in_fresh_process(*arguments: object) -> dict[str, Any]:
-    # -P, because the current folder may contain a file named like a module. attnpatch must be found all the same.
+    # ``-P`` is given, because the current folder may contain a file named like a module. attnpatch must be found all
+    # the same.
     paths = [str(Path(attnpatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-m", "attnpatch.demo.worker", *map(str, arguments)]

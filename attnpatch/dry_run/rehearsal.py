@@ -84,7 +84,7 @@ class _FewTiles(TiledEvaluation):
         if self.step is None:
             high = max((stop - start for start, stop in steps.rows), default=1)
             self.step = high, max(self._heads(tile, steps) for tile in steps.lead)
-        # At least two tiles, if there are two: while the second is computed, the result exists too.
+        # At least two tiles, if there are two, because the result exists already while the second tile is computed.
         count = 1 if len(rows) > 1 else min(2, len(steps.lead))
         return TilePlan(steps.lead[:1] * count, steps.row, rows)
 

@@ -55,7 +55,8 @@ def _watch_transformers(module: Any, callback: Callable[[Any], None]) -> None:
 
 
 def _watch_diffusers(module: Any, callback: Callable[[Any], None]) -> None:
-    """Wrap each class's own ``__init__`` when the class is created; diffusers calls nothing at the end of all of them.
+    """Wrap each class's own ``__init__`` when the class is created, because diffusers has no method that every
+    ``__init__`` calls at its end.
 
     All model classes are created after this hook runs, since they import the module that it watches.
     """

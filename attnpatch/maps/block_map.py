@@ -45,8 +45,8 @@ class BlockMap:
             ``"absolute column"``; see ``normalize``.
         metadata: Facts about the capture (model, sequence length, ...), anything JSON can hold.
         steps: Number or name of each step (of a sampler or a generation) that the map keeps separate; empty if none.
-        error: Standard error of ``mass``, same shape, if only a sample of the query rows was measured. NaN where a
-            single row of a longer block was. ``None``: every row was measured.
+        error: Standard error of ``mass``, same shape, if only a sample of the query rows was measured. NaN where only a
+            single row of a longer block was measured. ``None``: every row was measured.
         spread: Standard deviation of ``mass``, same shape, over the maps that this one is the mean of. It says how much
             conversations differ, and does not shrink with their number. NaN for a single map. ``None``: not a mean.
 
@@ -323,7 +323,8 @@ def _change(
     change: Callable[[Tensor], Tensor],
     change_error: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Apply ``change`` to mass, spread and standard error; ``change_error``, if given, to the standard error instead.
+    """Apply ``change`` to mass, spread and standard error; if ``change_error`` is given, apply that to the standard
+    error instead.
 
     A mean of spreads is an upper bound of the spread of the mean.
     """

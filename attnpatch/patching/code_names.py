@@ -22,8 +22,8 @@ from torch import nn
 
 # Depth of calls that are followed; number of items of a list or dict that are read; depth of nested containers.
 _DEPTH, _ITEMS, _NESTED = 3, 32, 3
-# How the byte code writes ``@`` and ``@=``, as operation and argument: one operation for all operators since Python
-# 3.11, an operation for each before.
+# The operation and argument that ``@`` and ``@=`` have in byte code. Since Python 3.11 all operators share one
+# operation; before, each had its own.
 _MATMULS = frozenset(
     (step.opcode, step.arg or 0)
     for step in dis.get_instructions(compile("a @ b; a @= b", "", "exec"))

@@ -115,7 +115,8 @@ _SUMMED_PRODUCTS = frozenset("baddbmm addbmm addmm baddbmm_ addbmm_ addmm_".spli
 
 
 class Watch(TorchFunctionMode):
-    """Follows the inputs of one call of a candidate to a product of two of them, its softmax, and a product with that.
+    """Follows the inputs of one call of a candidate through three steps: a product of two of them, the softmax of that
+    product, and a product with the softmax.
 
     Args:
         inputs: The arguments of the candidate's call.

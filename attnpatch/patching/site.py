@@ -167,7 +167,8 @@ class Site(SiteCounters):
             calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
             self.failed("the beginning of a model's call", error)
             return forward(*first, **kwargs)
-        # A capture tells calls of the whole model apart (``begin_call``); a part called on its own is ``begin_part``.
+        # A capture distinguishes calls of the whole model (``begin_call``) from calls of a part on its own
+        # (``begin_part``).
         recorder = self.patch.recorder
         begin = None
         if recorder is not None:
@@ -283,7 +284,9 @@ class Site(SiteCounters):
         return result
 
     def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> AttentionCall | str | int:
-        """The AttentionCall for a call that is watched; otherwise why it is not: see ``stays_native``."""
+        """The AttentionCall for a call that is watched; otherwise the reason why it is not watched, see
+        ``stays_native``.
+        """
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
         # A checkpointed layer is recomputed in the backward pass on the same path, and its attention was observed

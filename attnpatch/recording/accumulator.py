@@ -108,7 +108,7 @@ class SiteObserver(Observer):
     def add_sequence(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
     ) -> None:
-        """Add the part of a tile that belongs to sequence ``b``, as ``of_sequences`` has it."""
+        """Add the part of a tile that belongs to sequence ``b``, as ``of_sequences`` yields it."""
         raise NotImplementedError
 
     def why_tiles(self) -> str | None:
@@ -218,7 +218,7 @@ class SiteObserver(Observer):
 
 
 def heads_as_leads(probabilities: torch.Tensor, passing: TileInfo) -> tuple[torch.Tensor, TileInfo]:
-    """Undo a host's trick for decoding: for one query token it passes the query heads of a group as query rows."""
+    """Undo a trick of hosts for decoding: for one query token they pass the query heads of a group as query rows."""
     low, high = passing.rows
     leads = (passing.leads[:, None] * passing.q_len + torch.arange(low, high)).reshape(-1)
     count = passing.lead_count * passing.q_len

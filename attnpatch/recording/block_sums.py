@@ -1,8 +1,8 @@
 """Sums rows of attention probabilities by query block and key block.
 
-The order of work makes it cheap. Rows of one query block are summed first, and with them the heads (one product with
-ones at the speed of memory). Only then are columns summed into key blocks, so that one row has to be scattered instead
-of the whole run. Where nearly every row is in a block of its own, keys are summed into blocks first.
+The order of work makes it cheap. First, rows of one query block are summed, and heads with them, by one product with
+ones; this is as fast as memory can be read. Only then are columns summed into key blocks, so that one row has to be
+scattered instead of the whole run. Where nearly every row is in a block of its own, keys are summed into blocks first.
 """
 
 import torch

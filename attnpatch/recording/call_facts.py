@@ -15,8 +15,8 @@ NOT_SEEN = (
     "key beside a learned sink; with such a kernel, choose torch's attention (attn_implementation='sdpa' in transformers)"
 )
 
-# Tolerance for the sum of a map's rows, which should be 1; the second if the GPU kernel has summed them (it has a check
-# of its own).
+# Two tolerances for the sum of a map's rows, which should be 1. The second is for sums of the GPU kernel, which has a
+# check of its own.
 OFF, OFF_FUSED = 1e-4, 1e-2
 
 

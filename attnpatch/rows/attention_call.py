@@ -99,7 +99,7 @@ class AttentionCall:
         return self.policy.retry_on_oom and self.policy.mode == "auto"
 
     def is_answered(self, error: RuntimeError) -> bool:
-        """True if this error of a native call is not raised, but the call is computed by rows."""
+        """True if the call is computed by rows instead of raising this error of the native call."""
         return self.answers_shortage and is_out_of_memory(error)
 
     def answers(self, error: RuntimeError, device: torch.device) -> bool:

@@ -84,7 +84,7 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     elif name == "__repr__" and isinstance(args[0], DeferredTensor):
         return DeferredTensor.__repr__(args[0])
     result = apply(name, func, args, kwargs)
-    # Guarded on its own: the operation is done, so an error here must not run it again.
+    # This is guarded separately: the operation is done, so an error here must not run it again.
     guard.attempted(_bound, result, name, name="the depth of a graph", counters=counters_of((result,), {}))
     return result
 

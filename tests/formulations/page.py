@@ -22,7 +22,7 @@ written again in a small form, from its paper or from descriptions of it.
 {counts}
 
 * **float32**, **bf16**, **autocast** (to bfloat16): results without gradients. `bits`: the native ones to the last bit;
-  `rounding`: no farther from float64 than {factor:g} times the native pass.
+  `rounding`: at most {factor:g} times as far from float64 as the native pass.
 * **gradients**: results and all gradients in float32, in three ways: without a checkpoint, and with a checkpoint
   around the module, non-reentrant and reentrant. Gradients of keys and values are summed over steps, so their last bits
   differ. If all three agree, one word is shown.
@@ -34,7 +34,7 @@ written again in a small form, from its paper or from descriptions of it.
     * `refused`: there is no map, and the error says why.
     * `wrong`: anything else.
 * **largest**: the largest tensor that an operator returned, by rows and natively, in MB at {longer} tokens (unless a
-  formulation needs another number) with 32 rows a step. **Bold** where it has rows x keys elements all the same.
+  formulation needs another number) with 32 rows a step. **Bold** if that tensor still has rows x keys elements.
 
 | formulation | source | float32 | bf16 | autocast | gradients | report | map | largest |
 |---|---|---|---|---|---|---|---|---|

@@ -1,9 +1,9 @@
 """How a template closes a message in the middle of a conversation, if it closes the last message differently.
 
-Phi-3 and its successors write a token after the last message that belongs to no message; gpt-oss and OLMo 3 close an
-answer at the end with another token than an answer that is followed by a message. So rendering the conversation up to a
-message does not show how that message closes in the middle. Rendering it with the opening of the assistant's next
-message does, because then the message is not the last text.
+Phi-3 and its successors write a token after the last message that belongs to no message. gpt-oss and OLMo 3 close the
+last answer with another token than an answer that a message follows. So rendering the conversation up to a message does
+not show how that message closes in the middle. Rendering it with the opening of the assistant's next message does,
+because then the message is not the last text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Special:
         return cls(tuple(sorted(known, key=lambda text: (-len(text), text))), tokenizer.bos_token or "")
 
     def tags(self, text: str) -> list[tuple[int, int]]:
-        """The spans in a text of special tokens, and of text that looks like one."""
+        """The spans of special tokens in a text, and of text that looks like such a token."""
         return [match.span() for match in self._pattern.finditer(text)]
 
     @functools.cached_property

@@ -92,8 +92,8 @@ class Ends:
     closings: dict[Any, set[str]] = field(default_factory=dict)
     # Headers of messages by role, taken after messages whose end is known.
     headers: dict[Any, set[str]] = field(default_factory=dict)
-    # Texts between messages that cannot be divided by rendering up to there: the template refuses it, or closes the
-    # message in another way.
+    # Texts between messages that cannot be divided by rendering the conversation up to there, because the template
+    # refuses that or closes the message in another way.
     open: set[tuple] = field(default_factory=set)
     # Messages that close differently when they are last, each with the closing it then has.
     otherwise: dict[int, str] = field(default_factory=dict)
@@ -280,7 +280,9 @@ class Ends:
         return max((header for header in both if gap.endswith(header)), key=len, default="")
 
     def _with_white_space(self, run: _Run, end: int) -> int:
-        """The end of a message, with white space after it that known headers of the next role do not begin with."""
+        """The end of a message; white space after it is included if a known header of the next role begins after that
+        white space.
+        """
         after = run.members[0] + 1
         header = self.text[run.base + end : run.limit]
         white = len(header) - len(header.lstrip())

@@ -3,18 +3,18 @@
 **Method.** The whole conversation is rendered twice: as it is, and with sentinels, which are private-use characters at
 the beginning and the end of every message's content, reasoning and tool arguments. If the second text without the
 sentinels equals the first, character for character, then the positions of the sentinels are those of the messages.
-Nothing is searched for, so a message may quote the template or another message. Turns that the template writes
-differently when later ones follow (such as reasoning, kept only in the last turn) are found where they are. If a
-template inspects some messages and renders them differently with sentinels, these messages are found by halving, and
-their sentinels are placed elsewhere, finally only one in the middle.
+Nothing is searched for, so a message may quote the template or another message. Some turns are written differently when
+later ones follow (reasoning is kept only in the last turn); they are found where they are in the whole conversation. If
+a template inspects some messages and renders them differently with sentinels, these messages are found by halving.
+Their sentinels are placed elsewhere; in the end there is only one, in the middle.
 
 The text between two contents, such as ``<|im_end|>\n<|im_start|>user\n``, is the closing of one message and the header
 of the next. To find where the closing ends, the conversation is rendered up to that message: the text after the last
-sentinel is the closing. The same text between messages of the same roles is divided the same way, so there are as many
-renderings as different texts, not as messages. If the template closes the last message differently, three other ways
-are tried: render the opening of the assistant's next message after it, use the closings and headers of other messages,
-or render the next message alone (``attnpatch.blocks.chat.closing_patterns``). A message that is not closed at all,
-because its text is inside the next message's, is joined with it.
+sentinel is the closing. The same text between messages of the same roles is divided the same way, so the number of
+renderings is that of different texts, not that of messages. If the template closes the last message differently, three
+other ways are tried: render the opening of the assistant's next message after it, use the closings and headers of other
+messages, or render the next message alone (``attnpatch.blocks.chat.closing_patterns``). A message that is not closed at
+all, because its text is inside the next message's, is joined with it.
 
 If no placement of sentinels passes the check, the conversation is rendered up to each message (one rendering per
 message), and a message whose text is outside its part is refused.

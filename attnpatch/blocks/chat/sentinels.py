@@ -27,7 +27,8 @@ class Marked:
     """Messages with sentinels.
 
     Attributes:
-        messages: Copies of the messages with sentinels in their strings; messages without are the caller's objects.
+        messages: Copies of the messages with sentinels in their strings; messages without sentinels are the caller's
+            objects.
         owners: For each sentinel, its message and its kind. ``"start"`` and ``"end"``: of the content. ``"thought"``
             and ``"answer"``: the beginnings of reasoning and answer inside the content; if the reasoning is empty, and
             so cannot be lost, the start is ``"empty"``. ``"inner"``: the middle. ``"blank"``: a content without text.

@@ -94,7 +94,7 @@ class Prompts:
         for row, each in enumerate(ids.tolist()):
             is_masked = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
             real = int((mask[row] != 0).sum()) if is_masked else len(each)
-            # Copies, since a caller may change the returned tensors in place.
+            # They are copies, since a caller may change the returned tensors in place.
             rows = [state[row].detach().clone() for state in states]
             kept.append(Encoded(self.encoders[part], each, real, rows, self._is_called))
         del kept[: -max(_MOST, len(ids))]

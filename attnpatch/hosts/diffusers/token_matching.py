@@ -109,8 +109,8 @@ def _states(
 def _least(encoded: Encoded, rows: int) -> int:
     """The number of tokens that must be found.
 
-    More than one: a causal encoder gives every text the same values for its first token, and T5's empty text is one
-    token.
+    More than one token, because a causal encoder gives every text the same values for its first token, and T5's empty
+    text is one token.
     """
     return max(min(2, encoded.real), min(encoded.real, rows) // 2)
 

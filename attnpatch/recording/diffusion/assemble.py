@@ -50,7 +50,9 @@ class Reading:
             self.tiles = tiles_of(sampling, run, QUERY_TILES), tiles_of(sampling, run, KEY_TILES)
 
     def block_map(self, names: list[str], steps: list[int], metadata: dict[str, Any]) -> BlockMap:
-        """The block map of sites of one kind; ``steps`` are kept separate; without ``steps``, all are averaged."""
+        """The block map of sites of one kind, in which ``steps`` are kept separate; without ``steps``, all steps are
+        averaged.
+        """
         order = {"prompt": 0, "": 1, "negative": 2}
         rows = sorted(
             (row for row in self.run.rows if row[0] not in self.run.unclear),

@@ -17,7 +17,7 @@ from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall, TextRow
 from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
 
-# Default for the most tiles along either edge of an image, as queries and as keys.
+# By default, at most this many tiles along either edge of an image, as queries and as keys.
 QUERY_TILES, KEY_TILES = 32, 16
 # A batch row: the number of its text, and its index among the batch rows with that text.
 Row = tuple[int, int]

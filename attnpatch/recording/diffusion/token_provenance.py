@@ -16,7 +16,7 @@ from attnpatch.observing import MAKING
 
 # Words are found in the first text that a denoiser is given (``TEXT``).
 IMAGE, TEXT, SECOND, OTHER = "image", "text", "second text", "other"
-# Tokens that may be of another row of the batch than the one that they are in.
+# Tokens that may belong to another row of the batch than the row that holds them.
 MOVED = "another row's"
 # Known kinds of tokens that belong to no block, each in the words of a reason. ``UNKNOWN`` is the reason for all
 # others.

@@ -26,7 +26,8 @@ SCRATCH_BYTES = 16 * 2**20
 # With fewer query rows a GPU's matrix units have too little to do.
 LEAST_ROWS = 16
 MOST_WIDTH = 256
-# Programs per multiprocessor, which runs two at a time: with fewer, some would be idle at the end.
+# Programs for each multiprocessor. It runs two at a time; with fewer programs in all, some multiprocessors would be
+# idle at the end.
 _PROGRAMS = 8
 # Tolerance for the sum of probabilities, on average over the rows of a block.
 _OFF = 1e-2

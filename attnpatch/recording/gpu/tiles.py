@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 _TILE_SIZES = (16, 32, 64, 128)
-# If padding makes the work more than this many times the tokens, tokens are sorted by block first.
+# If padding makes the work more than this many times larger, tokens are sorted by block first.
 _WASTE = 1.5
 
 

@@ -65,7 +65,7 @@ class CacheFollower:
         host: Reads the model's calls and caches.
 
     Attributes:
-        left_out: By site, why it is in no map.
+        left_out: For each site that is in no map, the reason.
     """
 
     def __init__(self, host: HostReading) -> None:

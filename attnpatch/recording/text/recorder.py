@@ -30,7 +30,7 @@ class _State(threading.local):
         sequence: The sequence to which it adds.
         last: The sequence to which the previous call added.
         times: How often each site was called in the running call.
-        tokens: By self-attention site, which tokens it has found to be real.
+        tokens: For each site with self-attention, which tokens it has found to be real.
     """
 
     def __init__(self) -> None:

@@ -80,7 +80,8 @@ def outer(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: Att
         return NotImplemented
     dims = dims_of(shape)
     nodes = [InputNode.aligned(t, dims) for t in args]
-    # On one element each: torch gives the dtype, or raises what it would raise (bool tensors cannot be subtracted).
+    # This uses one element of each tensor: torch gives the dtype, or raises what it would raise (bool tensors cannot be
+    # subtracted).
     dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
     return wrap(OpNode(func, tuple(nodes), {}, dims, dtype, args[0].device), call)
 

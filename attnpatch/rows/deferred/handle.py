@@ -51,7 +51,8 @@ class Handle:
         self.checkpoint: weakref.ref[Any] | None = None
         self.values: torch.Tensor | None = None
         self.written: torch.Tensor | None = None
-        # The computed tensor attached to the deferred one's history; that history; and the ``grad_fn`` it had at first.
+        # Three things: the computed tensor, attached to the deferred tensor's history; that history; and the
+        # ``grad_fn`` that the computed tensor had at first.
         self._bridged: tuple[torch.Tensor, Any, Any] | None = None
         # The ``grad_fn`` of ``written`` that the deferred tensor has taken over last.
         self._adopted: Any = None

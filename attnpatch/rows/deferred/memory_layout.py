@@ -19,7 +19,7 @@ from attnpatch.rows.graph.nodes import Child, InputNode, Node, OutputNode, Slice
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.relative_shift import Strided
 
-# The layout of their result depends on the library that computes it, unless the input is contiguous.
+# Functions for which the layout of the result depends on the library that computes it, unless the input is contiguous.
 _UNSURE = frozenset("conv1d conv2d conv3d roll".split())
 
 

@@ -90,7 +90,8 @@ class StepMemory:
         return False
 
     def is_buffered(self, node: OpNode, row: Axis | None) -> bool:
-        # No buffer if an observer sees the tiles, nor below a slice, where one tile may need two parts of a product.
+        # There is no buffer if an observer sees the tiles, nor below a slice, where one tile may need two parts of a
+        # product.
         if self._is_watched or not self.hoist or row not in self._axes[node] or node.device.type != "cpu":
             return False
         return self._fills(node) and not torch.is_grad_enabled() and not node.context.autocast

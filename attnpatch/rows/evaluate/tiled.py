@@ -320,7 +320,9 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
 
 
 def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
-    """Memory for the whole result. Its dimensions lie in the order of a tile's, which is the order of the host's result."""
+    """Memory for the whole result. Its dimensions lie in memory in the same order as those of a tile, which is the
+    order of the host's result.
+    """
     order = list(range(value.dim()))
     if 1 not in value.shape:
         order.sort(key=value.stride, reverse=True)

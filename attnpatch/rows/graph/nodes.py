@@ -47,7 +47,8 @@ class Node:
         is_constant: True if all elements are the same number.
         is_exact: True if its rows are bit-identical to the native ones when steps have the right size.
         renames_axes: True if it computes a child under another tile than its own.
-        reads_a_run: True if a range of its dimension ``position`` is a range of the child's, under another axis.
+        reads_a_run: True if a range of its dimension ``position`` is a range of the child's dimension, which has
+            another axis.
         stops_gradient: True if its result never has an autograd history: detached, or made under no_grad.
         needs_grad: Whether its deferred tensor has an autograd history; ``None`` if there is no deferred tensor.
         carrier: That deferred tensor.

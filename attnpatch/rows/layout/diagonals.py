@@ -53,7 +53,7 @@ class Triangle(Node):
 
 
 class Diagonal(Node):
-    """The diagonal of two dimensions, as the last one.
+    """The diagonal of two dimensions, as the last dimension of the result.
 
     Args:
         child: The tensor.

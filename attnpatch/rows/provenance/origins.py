@@ -63,7 +63,7 @@ class Made:
 
 
 def lost(shape: Sequence[int], made_by: str) -> Dims:
-    """New dimensions for a tensor whose elements are not known since a function, which is named."""
+    """New dimensions for a tensor whose elements are unknown after a function; the function's name is kept."""
     dims = fresh(shape)
     for leaf in all_leaves(dims):
         leaf.made_by = made_by

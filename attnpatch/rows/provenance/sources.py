@@ -31,7 +31,8 @@ class Sources(FunctionResults):
     Args:
         inputs: The tensors that it is called with, in order, each once.
         outer: The sources of a call around this one.
-        moved: By number of an input and by dimension: the function that has reordered its elements before the call.
+        moved: For each input, by number, and each of its dimensions: the function that has reordered its elements
+            before the call.
         notes: The notes that hold the dimensions; ``None``: new notes, which watch for unseen writes.
     """
 

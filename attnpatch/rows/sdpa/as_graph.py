@@ -64,7 +64,7 @@ def _mask_node(mask: torch.Tensor, dims: Dims) -> Node:
 
 
 class Attend(Node):
-    """SDPA on some query rows, with their rows of the mask, or, for a causal call, the keys that they see."""
+    """SDPA on some query rows: with their rows of the mask or, for a causal call, with the keys that they see."""
 
     def __init__(
         self,
@@ -80,7 +80,8 @@ class Attend(Node):
         self.dtype, self.device = call.dtype, call.device
         self.rest = {"dropout_p": call.dropout_p, "scale": call.given_scale, "enable_gqa": call.enable_gqa}
         self.is_causal = call.is_causal
-        # The fused kernel serves every step of a call that it serves as a whole, however rows of the mask come out.
+        # The fused kernel must serve every step of a call that it serves as a whole, even if rows of the mask are not
+        # contiguous.
         self.packs_mask = fused and self.device.type == "cpu" and not compat.takes_any_mask()
         self.is_learned = call.attn_mask is not None and call.attn_mask.requires_grad
         # On CPU a mask costs a third more than merging two parts; on other devices this was not measured.

@@ -24,7 +24,7 @@ def fused_choice(call: SdpaCall) -> int:
     """The kernel torch would choose (0: dense math)."""
     mask = call.attn_mask
     if is_pending(mask):
-        # The choice does not depend on the mask's values: stand in with one row, expanded.
+        # The choice does not depend on the mask's values, so one row, expanded, stands in for the mask.
         row = torch.empty(
             mask.shape[-1:], dtype=mask.dtype, device=mask.device, requires_grad=mask.requires_grad
         )

@@ -152,7 +152,7 @@ def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> N
     if not guard.attempted(
         _is_gradient_shown, call, site, grad, name="showing gradients", counters=site.counters
     ):
-        # It is left out: its tiles have not ended.
+        # The attention is left out, because its tiles have not ended.
         guard.attempted(site.observer.finish, name="the end of a captured call", counters=site.counters)
 
 

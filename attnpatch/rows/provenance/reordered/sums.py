@@ -39,7 +39,7 @@ def choose_axes(
 ) -> None:
     """Choose the axes of an elementwise result among the operands that have all of its tokens.
 
-    A sum takes those of an operand in order (a residual); any other function those of an operand out of order.
+    A sum takes the axes of an operand in order (a residual); any other function takes those of an operand out of order.
     """
     known = tokens.sources.of(result)
     whole = [tensor for tensor in own if has_tokens_of(tensor, result)]
