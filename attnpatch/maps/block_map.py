@@ -323,8 +323,7 @@ def _change(
     change: Callable[[Tensor], Tensor],
     change_error: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Apply ``change`` to mass, spread and standard error; if ``change_error`` is given, apply that to the standard
-    error instead.
+    """Apply ``change`` to mass, spread and standard error, or ``change_error``, if it is given, to the error.
 
     A mean of spreads is an upper bound of the spread of the mean.
     """

@@ -284,9 +284,7 @@ class Site(SiteCounters):
         return result
 
     def _call_of(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> AttentionCall | str | int:
-        """The AttentionCall for a call that is watched; otherwise the reason why it is not watched, see
-        ``stays_native``.
-        """
+        """The AttentionCall for a watched call; otherwise the reason why it is not watched, see ``stays_native``."""
         patch = self.patch
         recorder = patch.recorder if calls_here.is_recorded else None
         # A checkpointed layer is recomputed in the backward pass on the same path, and its attention was observed

@@ -74,7 +74,7 @@ def tokens_in(cache: Any) -> int:
     try:
         count = cache.get_seq_length()
     except (ValueError, NotImplementedError):
-        # A cache of linear attention layers only holds states and does not count; no site has keys in it.
+        # If all layers have linear attention, the cache holds states and counts no tokens; no site has keys in it.
         return 0
     # Reformer's cache, which holds hashed buckets, returns None.
     return 0 if count is None else int(count)

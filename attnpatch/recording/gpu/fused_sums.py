@@ -92,7 +92,7 @@ def why_not(call: SdpaCall) -> str | None:
     if query.dim() != 4 or query.shape[:2] != (key.shape[0], key.shape[1] * call.group):
         return "another layout"
     if query.dtype == torch.bfloat16 and is_interpreted():
-        return "bfloat16 in Triton's interpreter"  # it multiplies the bits
+        return "bfloat16 in Triton's interpreter"  # which multiplies the bits as integers
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or key.dtype != query.dtype:
         return f"{query.dtype}".removeprefix("torch.")
     if query.shape[-1] > MOST_WIDTH:

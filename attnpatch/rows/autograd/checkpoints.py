@@ -57,9 +57,9 @@ def is_to_be_pending(handle: Any) -> bool:
     """True if a deferred tensor from outside was uncomputed when this checkpoint first used it, and so must be
     uncomputed again.
 
-    It may have been computed since. Then the tensor would be saved, although its graph was not. A softmax along its row
-    axes may also have followed, and then these axes count as keys now. That would change what is deferred, so the
-    former kinds of the axes are restored.
+    It may have been computed since. Then the recomputation would save the tensor, although the first run has saved
+    nothing of its graph. A softmax along its row axes may also have followed, and then these axes count as keys now.
+    That would change what is deferred, so the former kinds of the axes are restored.
     """
     frame, again = _found()
     if frame is None:

@@ -186,8 +186,8 @@ def _source(target: DeferredTensor, value: Any, dims: tuple[Dim, ...], shape: to
     """The values of a write as a node, aligned from the right with ``dims``."""
     node = target.handle.node
     if isinstance(value, (bool, int, float)):
-        # A constant node is used instead of a tensor, because autograd would save the tensor, but a checkpoint that
-        # natively saves nothing is not recomputed.
+        # A constant node is used, because autograd would save a tensor, and a checkpoint that natively saves nothing
+        # is never recomputed.
         return ConstantNode(value, (), node.dtype, node.device)
     value = _spread(value, node, shape)
     if value is None:
