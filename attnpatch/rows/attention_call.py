@@ -47,7 +47,7 @@ class AttentionCall:
         room: Free memory, cached.
         counters: Counters of the site.
         observer: Is shown the probabilities, or ``None``.
-        decisions: Whether calls of a size go by rows. The site keeps this dict between calls.
+        decisions: For each size of call, whether it goes by rows. The site keeps this dict between calls.
         again: True if a checkpointed forward pass is recomputed. It must take the same path as before, or autograd
             finds other saved tensors than it expects.
         attempts: The attempts at the present result that ran out of memory.
@@ -68,7 +68,9 @@ class AttentionCall:
     sources: Sources | None = None
 
     def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
-        """True if a call with ``q_len`` query rows and ``temporaries`` bytes natively is to be computed by rows."""
+        """True if a call with ``q_len`` query rows, which natively takes ``temporaries`` bytes, is to be computed by
+        rows.
+        """
         if self.policy.mode != "auto":
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:

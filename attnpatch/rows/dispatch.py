@@ -33,7 +33,7 @@ from attnpatch.rows.guard import native
 from attnpatch.rows.op_table import ALIASES, TO_WHOLE, called, first_in_place, lookup
 from attnpatch.rows.ops import out_argument
 
-# Operators that write to their first operand although their name does not end in a single ``_``, and the plain
+# Operators that write to their first operand although their name does not end in a single ``_``, each with its plain
 # operator.
 _PLAIN = {f"__i{name}__": f"__{name}__" for name in "and or xor lshift rshift floordiv mod".split()}
 
@@ -157,7 +157,9 @@ def _write(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
 
 
 def _state(tensor: Any) -> Any:
-    """A value that every write to a tensor changes, to recognise a call that wrote nothing; ``None``: not known."""
+    """A value that changes with every write to a tensor, so that a call that wrote nothing is recognised; ``None``: not
+    known.
+    """
     if not isinstance(tensor, torch.Tensor) or tensor.is_inference():
         return None
     where = kept_values.memory_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -221,7 +223,9 @@ def _in_place(
 
 
 def _carried(target: DeferredTensor, result: DeferredTensor) -> bool:
-    """Let a result replace the tensor written to, and that part of tensors sharing its memory; False if it cannot."""
+    """Let a result replace the tensor that was written to, and the same part of tensors that share its memory; False if
+    that is impossible.
+    """
     if result is target:
         return True
     if has_history(target) and not has_history(result):

@@ -136,8 +136,8 @@ class _Work(Ends):
     """Divides one conversation: finds where its messages end, and what the template did to them.
 
     Attributes:
-        whole: Renders the conversation as it is divided, with the opening of the assistant's next message if that was
-            requested.
+        whole: Renders the conversation in the form in which it is divided, with the opening of the assistant's next
+            message if that was requested.
         notes: What the template did to messages, in words.
     """
 

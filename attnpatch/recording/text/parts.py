@@ -30,7 +30,9 @@ class Parts:
     """The parts of one sequence that a module has attended with so far, one after the other.
 
     Attributes:
-        of, number, leads: Number of tokens of the sequence, of its input, and sequences and heads.
+        of: Number of tokens of the sequence.
+        number: Number of the input that it comes from.
+        leads: Number of sequences and number of heads.
         seen: First token and length of each part.
         sums: The sums of the parts whose attention has ended.
     """
@@ -46,7 +48,7 @@ class Parts:
         return cls(piece.of, piece.number, (layout.batch, layout.heads))
 
     def takes(self, layout: Layout, piece: Piece) -> bool:
-        """True if an attention is of a further part of the same sequence."""
+        """True if an attention belongs to another part of the same sequence."""
         mine = (self.of, self.number, self.leads)
         return mine == (piece.of, piece.number, (layout.batch, layout.heads)) and not any(
             piece.start < start + length and start < piece.start + piece.length

@@ -263,7 +263,9 @@ def connect(tensor: torch.Tensor, node: Node, again: Callable[[Node], TiledEvalu
 def record(
     node: Node, result: Callable[[], torch.Tensor], again: Callable[[Node], TiledEvaluation]
 ) -> torch.Tensor | None:
-    """``result()`` with an edge to what ``node`` is computed from; ``None`` if nothing below it needs a gradient."""
+    """``result()``, with an edge to the tensors that ``node`` is computed from; ``None`` if nothing below it needs a
+    gradient.
+    """
     found = _planned(node, result, again)
     if found is None:
         return None

@@ -51,7 +51,7 @@ class GumbelSoftmax(Node):
         if not self.hard:
             return soft
         index = soft.max(self.position, keepdim=True)[1]
-        # One where a row is largest, with the gradient of its softmax ("straight through").
+        # One where a row is largest and zero elsewhere, with the gradient of the row's softmax ("straight through").
         hard = torch.zeros_like(scores).scatter_(self.position, index, 1.0)
         return hard - soft.detach() + soft
 

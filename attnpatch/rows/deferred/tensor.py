@@ -117,7 +117,7 @@ class DeferredTensor(torch.Tensor):
 
 
 def counters_of(args: Any, kwargs: dict[str, Any]) -> Counters | None:
-    """The counters of the site that the first deferred tensor among some arguments belongs to."""
+    """The counters of the site to which the first deferred tensor among some arguments belongs."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, DeferredTensor):
             return value.handle.call.counters

@@ -78,7 +78,9 @@ class Evaluator(StepMemory):
             added[node] = found
 
     def _renamed(self) -> Iterator[Axis]:
-        """Row axes below a slice or a shift, which has another axis for them; a step still has only a range of them."""
+        """Row axes below a slice or a shift, which has other axes in their place; a step still has only a range of
+        them.
+        """
         for node in self.nodes:
             heads = getattr(node, "heads", None)
             if heads is not None:

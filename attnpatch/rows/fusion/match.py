@@ -263,7 +263,7 @@ def _own_steps(product: OpNode) -> list[Step]:
 
 
 def _step(node: OpNode, scores: Node, above: set[Node]) -> list[Step]:
-    """The operations of one node on ``scores``, its operand that comes from the product; the last one first."""
+    """The operations that one node applies to ``scores``, its operand from the product; the last one first."""
     name = _name(node)
     place = node.children.index(scores)
     first, second = _argument(node, 0, "input"), _argument(node, 1, "other")

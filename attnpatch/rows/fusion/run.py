@@ -1,8 +1,8 @@
 """Computes a graph that is scaled dot-product attention by torch's fused kernel.
 
 ``match.py`` reads the graph. What the graph adds to the product before softmax becomes the kernel's mask
-(``additive.py``). That is no mask, a causal one, or one of which a few rows at a time are computed, by the same graph
-without its product. So a call holds some rows of its masks and no scores.
+(``additive.py``). The kernel may need no mask, or a causal one. Otherwise the same graph without its product computes
+a few rows of the mask at a time. So a call holds some rows of its masks and no scores.
 """
 
 from __future__ import annotations

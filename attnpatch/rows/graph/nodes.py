@@ -223,7 +223,7 @@ class ViewNode(Node):
         return self.of(run.value(self.children[0], tile), local_shape(self.dims, tile))
 
     def of(self, value: torch.Tensor, shape: list[int]) -> torch.Tensor:
-        """This view, taken of ``value``, in a shape."""
+        """This view of ``value``, with the given shape."""
         value = value.expand(shape) if self.expand else value.reshape(shape)
         if self.is_detached:
             # Detaching comes last, since torch does not treat a detached tensor as a view.

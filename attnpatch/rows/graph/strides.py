@@ -104,7 +104,7 @@ def _dim(
 
 
 def single(dims: Dims, source: torch.Tensor, result: torch.Tensor, place: int) -> Part | None:
-    """The one element that a view of size 1 has of dimension ``place``; ``None`` if it is not known."""
+    """Which element of dimension ``place`` a view of size 1 there shows; ``None`` if it is not known."""
     if result.dim() != source.dim() or result.shape[place] != 1 or source.shape[place] == 1:
         return None
     parts = leaves(dims[place])

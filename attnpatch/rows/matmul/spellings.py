@@ -191,7 +191,7 @@ def _vecdot(args: Any, kwargs: dict[str, Any]) -> Product | None:
     labels = []
     for tensor in operands:
         own = result[depth - tensor.dim() :]
-        # In the result's last two dimensions, an operand with size 1 (broadcast) does not have that letter.
+        # An operand that has size 1 (broadcast) in one of the result's last two dimensions does not get that letter.
         ends = [
             label if size != 1 else next(free)
             for label, size in zip(own[-2:], tensor.shape[-3:-1], strict=True)

@@ -34,7 +34,8 @@ MULTIPLYING = frozenset("mul multiply __mul__ __rmul__".split())
 # Functions that choose one operand's element at each position; if an operand was reordered, all elements may come from
 # it.
 CHOOSING = frozenset(["where", "lerp"])
-# Functions whose every element is computed from the first operand's at the same position, or in the same channel row.
+# Functions that compute every element from the first operand's element at the same position, or from elements of the
+# same row of channels.
 OF_FIRST = CASTS | frozenset(
     "softmax log_softmax special_softmax layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout "
     "dropout1d dropout2d alpha_dropout feature_alpha_dropout native_dropout prelu rrelu glu expand expand_as "

@@ -211,7 +211,7 @@ def _layout(
 
 
 def _renamed(node: Node, axis: Axis) -> Axis:
-    """The axis from which a slice has made this one, if the slice is all of it, or drops only a sink's column."""
+    """The axis from which a slice has made this one, if the slice keeps all of it, or drops only a sink's column."""
     for step in walk(node):
         if isinstance(step, Joined) and len(step.children) == 1 and axis in leaves(step.dims[step.position]):
             whole = leaves(step.children[0].dims[step.position])

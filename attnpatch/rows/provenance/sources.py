@@ -194,7 +194,9 @@ class Sources(FunctionResults):
                 self._known[one] = fresh(one.shape)
 
     def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:
-        """Note tokens written into unknown memory of fixed size (a cache), along the dimension where it is longer."""
+        """Note tokens that are written into unknown memory of fixed size (a cache), along the dimension in which the
+        memory is longer than the tokens.
+        """
         place = [i for i, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
         if len(place) > 1:
             return

@@ -24,7 +24,7 @@ def materialized(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str
 
 
 def _has_rows_of(mask: DeferredTensor, call: SdpaCall) -> bool:
-    """True if a deferred mask can be cut as the call is."""
+    """True if a deferred mask can be cut at the same rows as the call."""
     scores = (*call.query.shape[:-1], call.kv_len)
     fits = mask.dim() <= len(scores) and all(
         size in (1, wanted) for size, wanted in zip(mask.shape[::-1], scores[::-1], strict=False)
