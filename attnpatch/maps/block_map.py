@@ -323,7 +323,7 @@ def _change(
     change: Callable[[Tensor], Tensor],
     change_error: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Apply ``change`` to mass, spread and standard error, or ``change_error``, if it is given, to the error.
+    """Apply ``change`` to mass, spread and standard error; for the error, ``change_error`` takes its place if given.
 
     A mean of spreads is an upper bound of the spread of the mean.
     """

@@ -162,7 +162,7 @@ class FunctionResults(Origins):
             shown = (one for one in clean if self._shows(one[0], value, place))
             choice = next(shown, None) or next(iter(lost or here), None)
             found.append(fresh([size])[0] if choice is None else choice[1])
-        # If no operand has a dimension, all positions along it hold the same token.
+        # If a dimension is in no operand, all positions along it hold the same token.
         before = tuple(dim for _, own in known for dim in own)
         return self._lost(tuple(found), before) or tuple(found)
 
