@@ -96,6 +96,12 @@ def accelerator() -> torch.device | None:
     return next((torch.device(kind) for kind in kinds), None)
 
 
+def mps_longest_buffer() -> int | None:
+    """The most bytes of one tensor on MPS; ``None`` where torch does not tell."""
+    ask = getattr(torch._C, "_mps_maxBufferLength", None)
+    return None if ask is None else ask()
+
+
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     """The number of the kernel that SDPA would use for such a call; 0 is dense math. Some devices do not support it."""
     return torch._fused_sdp_choice(*args, **kwargs)

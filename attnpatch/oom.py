@@ -12,8 +12,15 @@ import torch
 from attnpatch.releases.python import add_note
 
 T = TypeVar("T")
-# CUDA and XPU raise a type of their own; MPS, CPU and the libraries below them can be told only by their messages.
-_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+# CUDA and XPU raise a type of their own; MPS, CPU and the libraries below them can be told only by their messages. The
+# last two mean that one tensor is larger than the device takes (MPS, and Intel's own package for Arc).
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "Invalid buffer size",
+    "can NOT allocate memory block",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

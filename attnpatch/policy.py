@@ -8,16 +8,11 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnpatch.errors import PolicyError
+from attnpatch.sizes import parse_size, size_text
 
-_UNITS = {
-    "": 1, "B": 1,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 MODES = ("auto", "always", "never")
 # The fewest query rows in a step, unless the call has fewer: smaller products round differently (`rows/graph/axes.py`).
 LEAST_ROWS = 16
@@ -25,43 +20,21 @@ LEAST_ROWS = 16
 FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 
 
-def parse_size(value: int | float | str, name: str = "size") -> int:
-    """The number of bytes that ``value`` means.
-
-    Args:
-        value: A number of bytes, or a string such as ``"2GB"`` (decimal), ``"512MiB"`` (binary), ``"1.5 GB"``.
-        name: The name of the value in the error message.
-
-    Returns:
-        The size in bytes.
-
-    Raises:
-        PolicyError: The value is negative, not a size, or has an unknown unit.
-    """
-    accepted = 'a number of bytes, or a string like "2GB", "512MiB" or "1.5GB"'
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value or value < 0 or value == float("inf"):
-            raise PolicyError(f"{name}={value!r} is not a size; give {accepted}")
-        return int(value)
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        if match and match.group(2).upper() in _UNITS:
-            return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
-    raise PolicyError(f"{name}={value!r} is not a size; give {accepted}")
-
-
-def size_text(size: int | float) -> str:
-    """A number of bytes for people, in the decimal units that ``parse_size`` reads: ``1.4 GB``."""
-    for unit, least in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        # Without the factor 999.6 MB would be printed as 1000 MB.
-        if size >= 0.9995 * least:
-            return f"{size / least:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PolicyError(f"{name}={value!r} is not accepted; give a whole number of at least {least}")
+
+
+class NativeNeed(NamedTuple):
+    """What a call would take natively.
+
+    Attributes:
+        temporaries: Bytes that it would hold at once, beside its inputs and its output.
+        largest: Bytes of the largest single tensor among them, as far as it is known beforehand.
+    """
+
+    temporaries: int
+    largest: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +46,9 @@ class Policy:
         min_tokens: A call with this many query rows or fewer stays native.
         min_free: A call runs by rows when less memory than this is free; bytes, or a string such as ``"2GB"``.
         headroom: A call also runs by rows when its native temporaries would exceed this share of free memory.
+        max_allocation: A call also runs by rows when its scores (query rows x keys of all heads) would be one tensor of
+            more bytes than this, whatever is free; a step makes no larger one either. ``None``: the device's own limit,
+            if one is known: 4 GiB or the longest buffer on MPS, 4 GiB on Intel GPUs without float64 (Arc A).
         workspace: The most bytes that one attention call may hold beside its inputs and output; ``None`` chooses by
             free memory and, on CPU, by the size of the processor's cache.
         rows: Query rows per step; ``None`` chooses. Steps are of about equal size, begin at multiples of 16 rows and
@@ -94,6 +70,7 @@ class Policy:
     min_tokens: int = 1024
     min_free: int | str = "2GB"
     headroom: float = 0.5
+    max_allocation: int | str | None = None
     workspace: int | str | None = None
     rows: int | None = None
     heads: int | None = None
@@ -107,8 +84,11 @@ class Policy:
             )
         _check_count("min_tokens", self.min_tokens, 0)
         parse_size(self.min_free, "min_free")
-        if self.workspace is not None and parse_size(self.workspace, "workspace") == 0:
-            raise PolicyError("workspace=0 leaves no room for a single row; give a size like '64MB', or None")
+        for name in ("workspace", "max_allocation"):
+            if getattr(self, name) is not None and parse_size(getattr(self, name), name) == 0:
+                raise PolicyError(
+                    f"{name}=0 leaves no room for a single row; give a size like '64MB', or None"
+                )
         if (
             isinstance(self.headroom, bool)
             or not isinstance(self.headroom, (int, float))
@@ -177,15 +157,32 @@ class Policy:
     def workspace_bytes(self) -> int | None:
         return None if self.workspace is None else parse_size(self.workspace, "workspace")
 
-    def by_rows(self, q_len: int, temporaries: int, free: int) -> bool:
-        """Whether a call runs by rows, if it would natively hold ``temporaries`` bytes and ``free`` bytes are free."""
+    @property
+    def max_allocation_bytes(self) -> int | None:
+        return None if self.max_allocation is None else parse_size(self.max_allocation, "max_allocation")
+
+    def by_rows(self, q_len: int, need: NativeNeed, free: int, limit: int | None = None) -> bool:
+        """Whether a call runs by rows.
+
+        Args:
+            q_len: Its query rows.
+            need: What it would take natively.
+            free: Bytes that are free.
+            limit: The most bytes of one tensor on its device, if that is known.
+        """
         if self.mode != "auto":
             return self.mode == "always"
         if q_len <= self.min_tokens:
             return False
-        return free < self.min_free_bytes or temporaries > self.headroom * free
+        if free < self.min_free_bytes or need.temporaries > self.headroom * free:
+            return True
+        most = self._most(limit)
+        return most is not None and need.largest > most
 
-    def reason(self, q_len: int, temporaries: int, free: int) -> str:
+    def _most(self, limit: int | None) -> int | None:
+        return limit if self.max_allocation is None else self.max_allocation_bytes
+
+    def reason(self, q_len: int, need: NativeNeed, free: int, limit: int | None = None) -> str:
         """The reason for the answer of ``by_rows``, in words."""
         if self.mode != "auto":
             return f"mode is {self.mode!r}"
@@ -195,9 +192,15 @@ class Policy:
         if free < self.min_free_bytes:
             return f"{size_text(free)} free is less than min_free {least}"
         share = f"{self.headroom:g} of {size_text(free)} free"
-        if temporaries > self.headroom * free:
-            return f"temporaries of {size_text(temporaries)} exceed {share}"
-        return f"min_free {least} is free, and temporaries of {size_text(temporaries)} fit into {share}"
+        if need.temporaries > self.headroom * free:
+            return f"temporaries of {size_text(need.temporaries)} exceed {share}"
+        most = self._most(limit)
+        if most is not None and need.largest > most:
+            whose = (
+                "the device's limit of one allocation" if self.max_allocation is None else "max_allocation"
+            )
+            return f"scores of {size_text(need.largest)} exceed {whose}, {size_text(most)}"
+        return f"min_free {least} is free, and temporaries of {size_text(need.temporaries)} fit into {share}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +287,12 @@ TEXTS = {
         "a share above 0 and at most 1, such as 0.5",
         "SHARE",
         "also run by rows when a native call would take more than this share of free memory",
+    ),
+    "max_allocation": TextForm(
+        _or_none(read_size),
+        f"{_SIZE_FORM} above 0, or none",
+        "SIZE",
+        "also run by rows when the scores of a call would be one tensor of more than this; if not given, the device's limit",
     ),
     "workspace": TextForm(
         _or_none(read_size),

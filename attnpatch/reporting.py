@@ -10,7 +10,8 @@ from attnpatch.patching.counters import TOTALS
 from attnpatch.patching.patch import Patch
 from attnpatch.patching.selection import RECOGNISED
 from attnpatch.patching.site import Site
-from attnpatch.policy import Policy, size_text
+from attnpatch.policy import Policy
+from attnpatch.sizes import size_text
 
 
 @dataclasses.dataclass(frozen=True)

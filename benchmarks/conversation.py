@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attnpatch import Blocks, capture
-from attnpatch.memory import free_bytes
+from attnpatch.memory.free import free_bytes
 from benchmarks.runner import Found, StoppedError, measure, once
 
 SHAPES = {

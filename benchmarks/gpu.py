@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpatch
-from attnpatch.memory import PeakMeter
+from attnpatch.memory.peak import PeakMeter
 from attnpatch.policy import Policy
 from attnpatch.recording.gpu import fused_sums, tiles
 from attnpatch.recording.gpu.fused_sums import Shape

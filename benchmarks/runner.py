@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from attnpatch.memory import PeakMeter
+from attnpatch.memory.peak import PeakMeter
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 import attnpatch
-from attnpatch.memory import PeakMeter
+from attnpatch.memory.peak import PeakMeter
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--tokens", type=int, default=2048)

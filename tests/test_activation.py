@@ -141,6 +141,7 @@ BAD = {
     "ATTNPATCH_MIN_TOKENS": ("1_024", "a whole number such as 1024"),
     "ATTNPATCH_MIN_FREE": ("2gigs", "a size such as 2GB, 512MiB or a number of bytes"),
     "ATTNPATCH_HEADROOM": ("1.5", "a share above 0 and at most 1"),
+    "ATTNPATCH_MAX_ALLOCATION": ("0", "above 0, or none"),
     "ATTNPATCH_WORKSPACE": ("0", "above 0, or none"),
     "ATTNPATCH_ROWS": ("0", "a whole number of at least 1, or none"),
     "ATTNPATCH_HEADS": ("-1", "a whole number of at least 1, or none"),
@@ -190,6 +191,7 @@ GOOD = {
     "min_tokens": ("0", 0),
     "min_free": ("512MiB", "512MiB"),
     "headroom": (".25", 0.25),
+    "max_allocation": ("4GiB", "4GiB"),
     "workspace": ("64MB", "64MB"),
     "rows": ("7", 7),
     "heads": ("2", 2),
@@ -205,7 +207,7 @@ def test_every_field_has_a_written_form():
     assert list(TEXTS) == list(OPTIONS) == fields == list(GOOD)
     texts = {field: (f"{field}=", text) for field, (text, _) in GOOD.items()}
     assert Policy.of_texts(texts) == Policy(**{field: value for field, (_, value) in GOOD.items()})
-    for field in ("workspace", "rows", "heads"):
+    for field in ("max_allocation", "workspace", "rows", "heads"):
         assert getattr(Policy.of_texts({field: ("", "none")}), field) is None
 
 
@@ -405,7 +407,8 @@ if __name__ == "__main__":
             "boot on path": any("attnpatch" in p and p.endswith("boot") for p in sys.path)}
     if said["active"]:
         session = sys.modules["attnpatch.activation.session"]._session
-        said["policy"], said["report"], said["blocks"] = repr(session.settings.policy), session.settings.report, session.settings.blocks
+        said["policy"] = repr(session.settings.policy)
+        said["settings"] = [getattr(session.settings, name) for name in ("report", "blocks", "modules", "sites", "quiet")]
     if options.spawn:
         context = multiprocessing.get_context("spawn")
         queue = context.SimpleQueue()
@@ -439,11 +442,12 @@ def runner(request, shared, tmp_path):
 def test_run_is_as_without(runner, shared, tmp_path):
     arguments = ["echo.py", "--min-free", "3", "--spawn", "--", "-m", "--report"]
     options = [f"{OPTIONS[field]}={text}" for field, (text, _) in GOOD.items()]
-    done = runner("run", *options, "--report", "--blocks", "32", *arguments)
+    own = ["--report", "--blocks", "32", "--modules", "a.b:Net,c:D", "--sites", "layers.*.attn, x", "--quiet"]
+    done = runner("run", *options, *own, *arguments)
     plain = json.loads(shared.run(*arguments, cwd=tmp_path).stdout)
     said = json.loads(done.stdout)
     assert said.pop("policy") == repr(Policy(**{field: value for field, (_, value) in GOOD.items()}))
-    assert (said.pop("report"), said.pop("blocks")) == (True, 32)
+    assert said.pop("settings") == [True, 32, ["a.b:Net", "c:D"], ["layers.*.attn", "x"], True]
     assert (said.pop("active"), plain.pop("active")) == (True, False)
     assert (said.pop("child"), plain.pop("child")) == ([True, "__mp_main__"], [False, "__mp_main__"])
     assert said == plain
@@ -487,6 +491,12 @@ def test_run_a_module(runner, shared, tmp_path):
             ["--blocks=0", "echo.py"],
             1,
             "attnpatch: --blocks '0' is not accepted; give a whole number of tokens",
+        ),
+        (["--modules=Net", "echo.py"], 1, "attnpatch: --modules 'Net' is not accepted; give classes such as"),
+        (
+            ["--sites", "a b", "echo.py"],
+            1,
+            "attnpatch: --sites 'a b' is not accepted; give auto, registered, or",
         ),
         (["--capture", "echo.py", "echo.py"], 1, "attnpatch: --capture 'echo.py' is not accepted"),
     ],

@@ -1,6 +1,5 @@
 """What kernels of devices that are not here would be given: operators are seen and not run, devices are fake."""
 
-import contextlib
 import dataclasses
 import math
 
@@ -16,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnpatch
-from attnpatch import memory
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy
 from attnpatch.recording import block_sums
@@ -340,57 +338,3 @@ def test_nothing_is_captured_of_what_a_cuda_graph_records(monkeypatch):
         _ = maps.block_map
     attnpatch.remove(model)
     assert not torch_graphs.is_recorded()
-
-
-# --------------------------------------------------------------------------------------------------------- free memory
-
-
-def test_free_memory_of_xpu_and_mps(monkeypatch):
-    """The driver's, and what the allocator keeps for the next tensor."""
-    monkeypatch.delenv("ATTNPATCH_FREE_MEMORY", raising=False)
-    numbers = {"mem_get_info": (10, 100), "memory_reserved": 7, "memory_allocated": 3}
-    for device in ("xpu", "cuda"):
-        for name, number in numbers.items():
-            monkeypatch.setattr(getattr(torch, device), name, lambda _, number=number: number, raising=False)
-        assert memory.free_bytes(device) == 14
-    for name, number in {
-        "recommended_max_memory": 50, "current_allocated_memory": 20, "driver_allocated_memory": 30,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.mps, name, lambda number=number: number)
-    assert memory.free_bytes("mps") == 30
-
-
-GROUPS = {
-    "none": ("0::/\n", {}, []),
-    "root": ("0::/\n", {"": (100, 30, 5)}, [75]),
-    "child": ("0::/slurm/job/step\n", {"": ("max", 30, 5), "slurm/job": (80, 30, 10), "slurm/job/step": ("max", 1, 0)}, [60]),
-    "both": ("0::/user/me\n", {"user": (1000, 100, 0), "user/me": (400, 100, 50)}, [350, 900]),
-    "of a host outside": ("0::/docker/abc\n", {"": (90, 30, 0)}, [60]),
-    "older": ("9:cpu:/x\n4:cpuset,memory:/job/1\n", {"": (2**63 - 4096, 1, 0), "job/1": (70, 20, 5)}, [55]),
-    "unreadable": (None, {"": (100, 30, 5)}, [75]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_limits_of_every_control_group_count(name, tmp_path, monkeypatch):
-    membership, groups, expected = GROUPS[name]
-    version = 1 if name == "older" else 2
-    _, limit_name, used_name = memory._CGROUPS[version]
-    if membership is not None:
-        (tmp_path / "membership").write_text(membership)
-    for path, (limit, used, cache) in groups.items():
-        folder = tmp_path / "groups" / path
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / limit_name).write_text(f"{limit}\n")
-        (folder / used_name).write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
-    monkeypatch.setattr(memory, "_MEMBERSHIP", str(tmp_path / "membership"))
-    monkeypatch.setattr(
-        memory,
-        "_CGROUPS",
-        {version: (str(tmp_path / "groups"), limit_name, used_name), 3 - version: ("/no", "a", "b")},
-    )
-    assert sorted(memory._cgroup_free()) == expected
-    with contextlib.suppress(KeyError):
-        monkeypatch.delenv("ATTNPATCH_FREE_MEMORY")
-    assert memory.free_bytes("cpu") <= min([*expected, 2**60])

@@ -13,9 +13,11 @@ from test_rule import Eager, Fused, Stack
 from torch import nn
 
 import attnpatch
-from attnpatch import Policy, errors, memory
+from attnpatch import Policy, errors
 from attnpatch.ledger import Ledger
-from attnpatch.policy import size_text
+from attnpatch.memory.free import free_bytes
+from attnpatch.policy import NativeNeed
+from attnpatch.sizes import size_text
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 # Every block that is freed goes back to the system, so that the process holds what tensors hold.
@@ -189,6 +191,22 @@ REASONS = [
         "native",
         "min_free 0 B is free, and temporaries of 50.3 MB fit into 0.5 of 200 MB free",
     ),
+    (
+        "9GB",
+        Eager,
+        2048,
+        {"max_allocation": "16MB"},
+        "by rows",
+        "scores of 16.8 MB exceed max_allocation, 16 MB",
+    ),
+    (
+        "9GB",
+        Eager,
+        2048,
+        {"max_allocation": "17MB"},
+        "native",
+        "min_free 2 GB is free, and temporaries of 50.3 MB fit into 0.5 of 9 GB free",
+    ),
     ("1", Eager, 1024, {}, "native", "1024 rows are not more than min_tokens 1024"),
     ("1", Eager, 2048, {"mode": "never"}, "native", "mode is 'never'"),
     ("9GB", Eager, 64, {"mode": "always"}, "by rows", "mode is 'always'"),
@@ -206,7 +224,7 @@ def test_decision_and_reason(monkeypatch, free, kind, tokens, policy, decision, 
     assert (group.decision, group.reason, group.count) == (decision, reason, 3)
     assert group.kernel == ("hand-written" if kind is Eager else "fused: flash")
     assert (group.rows is not None) == (decision == "by rows")
-    assert said.free == memory.free_bytes("cpu")
+    assert said.free == free_bytes("cpu")
     with attnpatch.patched(model, **policy), torch.no_grad():
         model(x)
         assert (attnpatch.report(model).totals["by_rows"] == 3) == (decision == "by rows")
@@ -215,10 +233,14 @@ def test_decision_and_reason(monkeypatch, free, kind, tokens, policy, decision, 
 def test_the_reason_goes_with_the_rule():
     words = {True: ("less than", "exceed", "'always'"), False: ("not more", "fit into", "'never'")}
     for mode in ("auto", "always", "never"):
-        for rows, temporaries, free in ((9, 0, 0), (11, 0, 9), (11, 60, 110), (11, 40, 110)):
-            policy = Policy(mode=mode, min_tokens=10, min_free=10)
-            said = policy.reason(rows, temporaries, free)
-            assert any(word in said for word in words[policy.by_rows(rows, temporaries, free)]), said
+        for rows, temporaries, free, limit in (
+            (9, 0, 0, None), (11, 0, 9, None), (11, 60, 110, None), (11, 40, 110, None), (11, 40, 110, 39), (9, 40, 110, 9),
+        ):  # fmt: skip
+            for fields in ({}, {"max_allocation": 40}, {"max_allocation": 39}):
+                policy = Policy(mode=mode, min_tokens=10, min_free=10, **fields)
+                given = rows, NativeNeed(temporaries, temporaries), free, limit
+                said = policy.reason(*given)
+                assert any(word in said for word in words[policy.by_rows(*given)]), said
 
 
 def test_rows_and_heads_are_those_asked_for():

@@ -6,7 +6,7 @@ import pytest
 
 from attnpatch import failures
 from attnpatch.errors import AttnpatchWarning
-from attnpatch.memory import free_bytes
+from attnpatch.memory.free import free_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_one_warning_names_the_step_the_error_and_the_line():
     texts = [str(each.message) for each in said]
     assert len(texts) == 2
     assert all(
-        part in texts[0] for part in ("the look at memory", "RuntimeError", "memory.py, line", "report")
+        part in texts[0] for part in ("the look at memory", "RuntimeError", "memory/free.py, line", "report")
     )
 
 

@@ -15,6 +15,7 @@ LAYERS = [
     {"errors"},
     {"releases"},
     {"atomic_files", "failures", "compat", "oom"},
+    {"sizes"},
     {"policy"},
     {"memory", "sdpa_call"},
     {"ledger", "observing"},
@@ -120,7 +121,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 # Whose arguments others decide: options of a public function, of a command, an operator of torch, a kernel of Triton.
 WIDE = {
-    "capturing/capture.py: capture", "conversations/analyzer.py: __init__", "conversations/batch.py: analyze_all",
+    "capturing/capture.py: capture", "conversations/analyzer.py: __init__", "conversations/batch.py: analyze_all", "cli/app.py: run",
     "plotting/map_figure.py: draw", "cli/analyze.py: analyze", "rows/sdpa/encoder_fast_paths.py: multihead",
     "rows/sdpa/encoder_fast_paths.py: encoder_layer", "recording/gpu/kernel.py: _tile_sum",
     "recording/gpu/kernel.py: sum_tiles",

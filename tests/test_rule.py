@@ -7,14 +7,16 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnpatch
-from attnpatch import Policy, errors, memory
-from attnpatch.policy import parse_size
+from attnpatch import Policy, errors
+from attnpatch.memory import free
 from attnpatch.rows.evaluate.row_granularity import RowGranularity
 from attnpatch.rows.evaluate.tile_plan import StepWork, choose
 from attnpatch.rows.graph.axes import LEAD, LEAST, ROW, Axis
+from attnpatch.sizes import parse_size
 
 
 class Eager(nn.Module):
@@ -70,6 +72,73 @@ def test_headroom(monkeypatch):
     assert totals(monkeypatch, 2048, large, min_free=0, headroom=0.4)["by_rows"] == 3
 
 
+class Dense(nn.Module):
+    """Fused attention that no kernel serves: it holds the scores."""
+
+    def forward(self, x):
+        with sdpa_kernel(SDPBackend.MATH):
+            return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+class FastPath(nn.Module):
+    """torch's operator for attention in inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = zoo.randomise(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+attnpatch.register(Dense)
+SCORES = 1100 * 1100 * 4
+
+
+@pytest.mark.parametrize(("kind", "heads"), [(Eager, 1), (Dense, 1), (FastPath, 2)])
+def test_scores_larger_than_one_allocation_may_be(monkeypatch, kind, heads):
+    """Whatever is free; and a call of few rows stays native all the same."""
+    for fields, by_rows in (
+        ({"max_allocation": heads * SCORES - 1}, True),
+        ({"max_allocation": heads * SCORES}, False),
+        ({"max_allocation": "1kB", "min_tokens": 1100}, False),
+        ({}, False),
+    ):
+        found = totals(monkeypatch, 1100, "900GB", kind, **fields)
+        assert (found["by_rows"], found["native"]) == ((3, 0) if by_rows else (0, 3)), fields
+    assert totals(monkeypatch, 1100, "900GB", Fused, max_allocation=1)["fused"] == 3
+
+
+def test_the_limit_of_the_device_counts_where_none_is_given(monkeypatch):
+    monkeypatch.setattr(free, "allocation_limit", lambda device: SCORES - 1)
+    assert totals(monkeypatch, 1100, "900GB")["by_rows"] == 3
+    assert totals(monkeypatch, 1100, "900GB", max_allocation="1TB")["native"] == 3
+    x = zoo.floats(1, 1100, 8)
+    (group,) = attnpatch.explain(Stack(Eager), inputs=x).groups
+    assert group.reason == "scores of 4.84 MB exceed the device's limit of one allocation, 4.84 MB"
+
+
+def test_no_step_makes_a_larger_tensor(monkeypatch):
+    """Of 2048 x 2048 scores of 4 heads; a step of 16 rows and two heads takes 256 KiB."""
+    heads, rows = Axis(4, LEAD), Axis(2048, ROW)
+    work = StepWork([heads, rows], 2048, 4)
+    for device in ("cpu", "xpu"):
+        for most in (2**18, 2**20, 2**23):
+            steps = choose(work, Policy(max_allocation=most), torch.device(device))
+            low, high = steps.lead[0].get(heads, (0, 4))
+            assert (high - low) * steps.largest()[0] * 2048 * 4 <= most
+    case = zoo.BY_NAME["llama"]
+    model, ids = case.build("eager"), zoo.tokens(1100)
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "900GB")
+    with torch.no_grad():
+        native = model(ids).logits
+        with attnpatch.patched(model, max_allocation="500kB"):
+            assert torch.equal(model(ids).logits, native)
+            found = attnpatch.report(model)
+    assert found.totals["by_rows"] == 2 and found.totals["largest"] <= 500_000
+    assert "max_allocation='500kB'" in str(found)
+
+
 def test_modes(monkeypatch):
     assert totals(monkeypatch, 16, "100GB", mode="always")["by_rows"] == 3
     assert totals(monkeypatch, 2048, "1", mode="never")["native"] == 3
@@ -84,8 +153,8 @@ def test_a_fused_kernel_stays_native(monkeypatch):
 
 def test_free_memory_is_asked_once_per_model_call(monkeypatch):
     asked = []
-    real = memory.free_bytes
-    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or real(device))
+    real = free.free_bytes
+    monkeypatch.setattr(free, "free_bytes", lambda device: asked.append(device) or real(device))
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1GB")
     model = Stack(Eager)
     with attnpatch.patched(model), torch.no_grad():
@@ -170,6 +239,11 @@ def test_sizes():
         ({"headroom": "a"}, "headroom='a'"),
         ({"min_tokens": -5}, "min_tokens=-5"),
         ({"workspace": "0MB"}, "workspace"),
+        ({"max_allocation": "0"}, "max_allocation=0.*None"),
+        ({"max_allocation": 0}, "max_allocation=0.*None"),
+        ({"max_allocation": "4 gigs"}, "max_allocation='4 gigs'"),
+        ({"max_allocation": -1}, "max_allocation=-1"),
+        ({"max_allocation": True}, "max_allocation=True"),
         ({"retry_on_oom": 1}, "retry_on_oom=1"),
         ({"fuse": "yes"}, "fuse='yes'"),
     ],

@@ -25,6 +25,11 @@ CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 8"
 )
 MPS = RuntimeError("MPS backend out of memory (MPS allocated: 17.50 GB, max allowed: 18.13 GB).")
+# One tensor is larger than the device takes, whatever is free: MPS; Intel's own package for Arc.
+BUFFER = RuntimeError("Invalid buffer size: 19.38 GiB")
+BLOCK = RuntimeError(
+    "Current platform can NOT allocate memory block with size larger than 4GB! Tried to allocate 40.00 GiB"
+)
 
 
 class Shortage(TorchDispatchMode):
@@ -161,7 +166,9 @@ def test_each_allocation(case, implementation):
     assert answered
 
 
-@pytest.mark.parametrize("error", [CUDA, MPS, CPU], ids=["cuda", "mps", "cpu"])
+@pytest.mark.parametrize(
+    "error", [CUDA, MPS, CPU, BUFFER, BLOCK], ids=["cuda", "mps", "cpu", "buffer", "block"]
+)
 def test_every_device_says_it_in_its_own_way(error):
     model, inputs, native = llama("eager")
     with patched(model), Shortage(least=SCORES, at=1, error=error) as shortage, torch.no_grad():

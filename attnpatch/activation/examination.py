@@ -187,15 +187,15 @@ def _variables(found: Findings, environment: Mapping[str, str]) -> None:
 def _devices(found: Findings, torch: Any) -> None:
     import psutil
 
-    from attnpatch.memory import free_bytes
+    from attnpatch.memory import devices
+    from attnpatch.memory.free import free_bytes
 
     try:
         found.devices.append(("cpu", free_bytes("cpu"), psutil.virtual_memory().total))
-        for i in range(torch.cuda.device_count()):
-            name = f"cuda:{i} {torch.cuda.get_device_name(i)}"
-            found.devices.append((name, free_bytes(f"cuda:{i}"), torch.cuda.mem_get_info(i)[1]))
-        if torch.backends.mps.is_available():
-            found.devices.append(("mps", free_bytes("mps"), torch.mps.recommended_max_memory()))
+        for name, device in devices.present():
+            told = devices.memory_of(device)
+            if told is not None:
+                found.devices.append((name, free_bytes(device), told[1]))
     except PolicyError:
         # ATTNPATCH_FREE_MEMORY is not a size; _variables has reported that.
         pass

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from attnpatch.activation.settings import (
-    BLOCKS,
     BLOCKS_FORM,
     CAPTURE,
+    MODULES_FORM,
     PREFIX,
-    REPORT,
+    SITES_FORM,
     SWITCH,
+    SWITCH_FORM,
     Settings,
     writable_folder,
 )
@@ -28,22 +29,27 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.policy import Policy
 
 BOOT = pathlib.Path(__file__).parent / "boot"
+# The options beside those of the policy. Each has a variable, ``ATTNPATCH_REPORT`` and so on, of the same form.
+OPTIONS = {
+    "report": SWITCH_FORM.of,
+    "quiet": SWITCH_FORM.of,
+    "capture": writable_folder,
+    "blocks": BLOCKS_FORM.of,
+    "modules": MODULES_FORM.of,
+    "sites": SITES_FORM.of,
+}
 
 
 class LaunchError(AttnpatchError):
     """There is nothing to run."""
 
 
-def environment(
-    texts: Mapping[str, tuple[str, str]], report: bool, capture: str | None, blocks: str | None
-) -> dict[str, str]:
+def environment(texts: Mapping[str, tuple[str, str]], options: Mapping[str, str | None]) -> dict[str, str]:
     """The environment for the script: this process's variables, with those given here replaced.
 
     Args:
         texts: Policy fields, in the form that ``Policy.of_texts`` takes.
-        report: Print the report at exit.
-        capture: Folder for block maps.
-        blocks: Tokens per block.
+        options: The text of each of ``OPTIONS``; ``None``: not given.
 
     Raises:
         PolicyError: An option or a variable has an invalid value.
@@ -51,13 +57,11 @@ def environment(
     Policy.of_texts(texts)
     variables = {**os.environ, SWITCH: "1"}
     variables.update({PREFIX + field.upper(): text for field, (_, text) in texts.items()})
-    if report:
-        variables[REPORT] = "1"
-    if capture is not None:
-        # The path is absolute, because the script's children may work in other folders.
-        variables[CAPTURE] = writable_folder("--capture ", capture)
-    if blocks is not None:
-        variables[BLOCKS] = str(BLOCKS_FORM.of("--blocks ", blocks))
+    for name, text in options.items():
+        if text is not None:
+            read, variable = OPTIONS[name](f"--{name} ", text), PREFIX + name.upper()
+            # The path is absolute, because the script's children may work in other folders.
+            variables[variable] = str(read) if variable == CAPTURE else text
     Settings.of_environment(variables)
     if startup_folder() is None:
         variables["PYTHONPATH"] = os.pathsep.join(_search_path(variables.get("PYTHONPATH")))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from attnpatch.errors import AnalysisError
-from attnpatch.policy import parse_size
+from attnpatch.sizes import parse_size
 
 EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
 

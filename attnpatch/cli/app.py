@@ -151,6 +151,15 @@ def run(
     blocks: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens per block; 128 if not given.")
     ] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(metavar="CLASSES", help="Patch only models of these classes: package.module:Class,..."),
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(metavar="PATHS", help="Patch only these modules of a model: layers.*.self_attn,..."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say only errors.")] = False,
     module: Annotated[
         str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")
     ] = None,
@@ -161,7 +170,9 @@ def run(
     """Run a Python script with every model it builds patched, without editing it."""
     from attnpatch.activation.launcher import environment, launch
 
-    launch(script or [], module, environment(policy, report, capture, blocks))
+    options = {"capture": capture, "blocks": blocks, "modules": modules, "sites": sites}
+    switches = {name: "1" for name, is_on in (("report", report), ("quiet", quiet)) if is_on}
+    launch(script or [], module, environment(policy, {**options, **switches}))
 
 
 @app.command()

@@ -35,7 +35,7 @@ from attnpatch.conversations.results_folder import INDEX, discard
 from attnpatch.conversations.single_pass_check import SINGLE_PASS
 from attnpatch.errors import AnalysisError, MissingExtraError
 from attnpatch.hosts.transformers.quiet import quieten
-from attnpatch.policy import size_text
+from attnpatch.sizes import size_text
 
 SOME_FAILED = 3
 # Two times in seconds. The first is between progress lines, where there is no terminal for a progress bar. Over the

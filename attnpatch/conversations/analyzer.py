@@ -35,7 +35,7 @@ from attnpatch.conversations.tokenized_chat import TokenizedChat, render
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 from attnpatch.maps.fields import NORMALIZATIONS
-from attnpatch.memory import PeakMeter
+from attnpatch.memory.peak import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
 

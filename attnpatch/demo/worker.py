@@ -27,7 +27,7 @@ from attnpatch.demo.conversation import DemoConversation
 from attnpatch.errors import AttnpatchError
 from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 from attnpatch.hosts.transformers.quiet import quieten
-from attnpatch.memory import PeakMeter
+from attnpatch.memory.peak import PeakMeter
 
 # Native comes first, because the run by rows is compared with it.
 _NAMES = {"native": "native", "rows": "by rows"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch import compat, memory
+from attnpatch import compat
 from attnpatch.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,9 +21,11 @@ from attnpatch.dry_run.rehearsal import RehearsalPatch, fake_inputs, on_shapes
 from attnpatch.errors import ExplainError, first_line
 from attnpatch.hosts.transformers import calls as host
 from attnpatch.ledger import Shapes
-from attnpatch.policy import Policy, size_text
+from attnpatch.memory import free as memory
+from attnpatch.policy import Policy
 from attnpatch.recording.layers import pattern_of
 from attnpatch.reporting import aligned
+from attnpatch.sizes import size_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,14 @@ from attnpatch.compat import (
     tree_map,
 )
 from attnpatch.ledger import Ledger, Shapes, Span
-from attnpatch.memory import FreeMemoryCache
+from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import most_rows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.selection import AUTO
 from attnpatch.patching.site import Site
-from attnpatch.policy import Policy
+from attnpatch.policy import NativeNeed, Policy
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import TilePlan
@@ -104,11 +104,11 @@ class _Call(AttentionCall):
 
     counters: _Site
 
-    def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
+    def by_rows(self, q_len: int, need: NativeNeed, device: torch.device) -> bool:
         """The policy's decision; its reason is recorded."""
-        free = self.room.free(device)
-        self.counters.seen.reason = self.policy.reason(q_len, temporaries, free)
-        return self.policy.by_rows(q_len, temporaries, free)
+        free, limit = self.room.free(device), self.room.limit(device)
+        self.counters.seen.reason = self.policy.reason(q_len, need, free, limit)
+        return self.policy.by_rows(q_len, need, free, limit)
 
     @property
     def answers_shortage(self) -> bool:
@@ -178,7 +178,7 @@ class _Site(Site):
         elif policy.mode != "auto":
             reason = f"mode is {policy.mode!r}"
         elif self.seen.most_rows <= policy.min_tokens:
-            reason = policy.reason(self.seen.most_rows, 0, 0)
+            reason = policy.reason(self.seen.most_rows, NativeNeed(0, 0), 0)
         else:
             reason = "attnpatch saw no product of queries and keys"
         whole = ", ".join(self.operations)

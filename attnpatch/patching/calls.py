@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch import compat
-from attnpatch.memory import FreeMemoryCache
+from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.observing import NullObserver
 from attnpatch.patching.recognition import Watch
 from attnpatch.policy import Policy

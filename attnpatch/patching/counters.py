@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.policy import size_text
+from attnpatch.sizes import size_text
 
 TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed", "largest")
 # Reasons why a call stayed native, in words; ``left_native`` gets the numbers for the placeholders.

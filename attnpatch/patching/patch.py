@@ -12,7 +12,7 @@ from torch import nn
 from attnpatch.errors import PatchError
 from attnpatch.hosts.class_methods import changing
 from attnpatch.hosts.transformers import masks
-from attnpatch.memory import FreeMemoryCache
+from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import calls_here
 from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out, take_out_all
 from attnpatch.patching.registry import is_attention, why

@@ -15,7 +15,7 @@ from attnpatch import compat
 from attnpatch.errors import AttnpatchError
 from attnpatch.failures import warn_once
 from attnpatch.hosts.transformers import attention_outputs, masks
-from attnpatch.memory import FreeMemoryCache
+from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import (
     SEEN,
     Around,
@@ -72,7 +72,7 @@ class Site(SiteCounters):
         self.patch, self.name, self.kind = patch, name, type(module).__name__
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.is_entry = is_root or masks.makes_masks(module)
-        self.decisions: dict[tuple[int, int], bool] = {}
+        self.decisions: dict[tuple[int, ...], bool] = {}
         self.repeats = RememberedCalls()
         self.below: Site | None = None
         self.waits_for: weakref.ref[Any] | None = None

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from attnpatch.memory import FreeMemoryCache
+from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.observing import Observer
 from attnpatch.oom import Attempts, is_out_of_memory
-from attnpatch.policy import Policy
+from attnpatch.policy import NativeNeed, Policy
 from attnpatch.rows import guard
 from attnpatch.rows.autograd import checkpoints
 from attnpatch.rows.evaluate.tiled import Listeners, Look, TiledEvaluation
@@ -60,39 +60,39 @@ class AttentionCall:
     room: FreeMemoryCache
     counters: Counters
     observer: Observer | None = None
-    decisions: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
+    decisions: dict[tuple[int, ...], bool] = dataclasses.field(default_factory=dict)
     again: bool = False
     attempts: Attempts = dataclasses.field(default_factory=Attempts)
     is_of_masks: bool = False
     weights: list[torch.Tensor] | None = None
     sources: Sources | None = None
 
-    def by_rows(self, q_len: int, temporaries: int, device: torch.device) -> bool:
-        """True if a call with ``q_len`` query rows, which natively takes ``temporaries`` bytes, is to be computed by
-        rows.
-        """
+    def by_rows(self, q_len: int, need: NativeNeed, device: torch.device) -> bool:
+        """True if a call with ``q_len`` query rows that natively takes ``need`` is to be computed by rows."""
         if self.policy.mode != "auto":
             return self.policy.mode == "always"
         if q_len <= self.policy.min_tokens:
             self.counters.left_native("short", self.policy.min_tokens, q_len)
             return False
-        known, size = self._known(q_len, temporaries)
+        known, size = self._known(q_len, need)
         if not (self.again and size in known):
-            short = self.room.is_short(device)
-            known[size] = short or self.policy.by_rows(q_len, temporaries, self.room.free(device))
+            room = self.room
+            known[size] = room.is_short(device) or self.policy.by_rows(
+                q_len, need, room.free(device), room.limit(device)
+            )
         if not known[size]:
-            self.counters.left_native("memory", self.room.free(device), temporaries)
+            self.counters.left_native("memory", self.room.free(device), need.temporaries)
         return known[size]
 
-    def _known(self, q_len: int, temporaries: int) -> tuple[dict[Any, bool], Any]:
+    def _known(self, q_len: int, need: NativeNeed) -> tuple[dict[Any, bool], Any]:
         """The dict in which decisions are kept, and the key for calls of this size."""
         known = checkpoints.decisions(self.decisions)
-        size = (q_len, temporaries)
+        size = (q_len, *need)
         return known, size if known is self.decisions else (id(self.decisions), size)
 
-    def went_by_rows(self, q_len: int, temporaries: int) -> bool:
+    def went_by_rows(self, q_len: int, need: NativeNeed) -> bool:
         """True if this call is recomputed (checkpointing) and went by rows the first time."""
-        known, size = self._known(q_len, temporaries)
+        known, size = self._known(q_len, need)
         return self.again and known.get(size, False)
 
     @property
@@ -113,9 +113,9 @@ class AttentionCall:
         self.retried()
         return True
 
-    def remember(self, q_len: int, temporaries: int, by_rows: bool = True) -> None:
+    def remember(self, q_len: int, need: NativeNeed, by_rows: bool = True) -> None:
         """Keep whether a call of this size went by rows, in case a checkpointed forward pass is recomputed."""
-        known, size = self._known(q_len, temporaries)
+        known, size = self._known(q_len, need)
         known[size] = by_rows
 
     def replay(self, node: Node, watched: tuple[Node, Look] | None = None) -> torch.Tensor:

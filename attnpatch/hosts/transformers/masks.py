@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from attnpatch import compat
-from attnpatch.policy import Policy
+from attnpatch.policy import NativeNeed, Policy
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation import positions, row_masks
@@ -171,8 +171,8 @@ def _asked(original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     except row_masks.Unknown as unknown:
         found = original(**kwargs)
         if found is not None and not isinstance(found, DeferredTensor):
-            held = _temporaries(original, kwargs)(found.numel())
-            row_masks.left_whole(f"a mask that reads a {unknown}", found.shape[-2], held, found)
+            need = _need(original, kwargs)(found.numel())
+            row_masks.left_whole(f"a mask that reads a {unknown}", found.shape[-2], need, found)
         return found
 
 
@@ -209,19 +209,21 @@ def _deferred(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     def rows(low: int, high: int) -> torch.Tensor:
         return original(**{**rest, **_place(rest, low, high)})
 
-    found = row_masks.deferred(rows, q_len, kv_len, _temporaries(original, given))
+    found = row_masks.deferred(rows, q_len, kv_len, _need(original, given))
     return NotImplemented if found is None else found
 
 
-def _temporaries(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], int]:
-    """A function that estimates the bytes that the host holds for a mask and its attention, from the mask's size.
+def _need(original: Callable[..., Any], given: dict[str, Any]) -> Callable[[int], NativeNeed]:
+    """A function that estimates what the host takes for a mask and its attention, from the mask's size.
 
     A bool mask is converted to an additive one: before eager attention, or inside torch's fused kernels. Eager
     attention then holds three tensors of scores for every head.
     """
     itemsize = getattr(given.get("dtype"), "itemsize", 4)
-    scores = 3 * _heads(given.get("config")) if original.__name__ == "eager_mask" else 0
-    return lambda count: count * (1 + itemsize * (1 + scores))
+    heads = _heads(given.get("config")) if original.__name__ == "eager_mask" else 0
+    return lambda count: NativeNeed(
+        count * (1 + itemsize * (1 + 3 * heads)), count * itemsize * max(1, heads)
+    )
 
 
 def _heads(config: Any) -> int:

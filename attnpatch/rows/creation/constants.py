@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
+from attnpatch.policy import NativeNeed
 from attnpatch.rows.arguments import argument, deferred_in
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation.row_masks import ConstantNode
@@ -80,7 +81,8 @@ def _deferred(
 ) -> Any:
     if not are_defaults(kwargs, one.device):
         return NotImplemented
-    if not call.by_rows(size[-2], 3 * math.prod(size) * one.element_size(), one.device):
+    held = math.prod(size) * one.element_size()
+    if not call.by_rows(size[-2], NativeNeed(3 * held, held), one.device):
         return NotImplemented
     return wrap(node(dims_of(torch.Size(size))), call)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from attnpatch import compat
 from attnpatch.ledger import is_plain
+from attnpatch.policy import NativeNeed
 from attnpatch.rows import dispatch, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation import constants, row_biases
@@ -29,8 +30,8 @@ from attnpatch.rows.watching import Watching, without
 
 Begin = Callable[[Callable[..., Any], Any, dict[str, Any], AttentionCall], Any]
 
-# Bytes per element: int64 positions, and what a host computes from them before they are a bias.
-_TEMPORARIES = 3 * 8
+# Bytes per element: int64 positions. A host computes two more such tensors from them before they are a bias.
+_ITEMSIZE = 8
 # With fewer rows, a tensor made before attention is a padding mask made from lengths: its rows are the batch.
 FEWEST = 32
 
@@ -40,9 +41,10 @@ def _goes_by_rows(shape: torch.Size, device: torch.device, call: AttentionCall) 
         return False
     # A fused kernel is given the rows of a bias as it needs them, so the bias is always deferred.
     is_fused = call.policy.fuse and call.policy.mode == "auto" and shape[-2] > call.policy.min_tokens
-    if is_fused or call.by_rows(shape[-2], _TEMPORARIES * math.prod(shape), device):
+    size = _ITEMSIZE * math.prod(shape)
+    if is_fused or call.by_rows(shape[-2], NativeNeed(3 * size, size), device):
         return True
-    call.counters.made(8 * math.prod(shape))
+    call.counters.made(size)
     return False
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain, ledger_of
+from attnpatch.policy import NativeNeed
 from attnpatch.rows.arguments import argument
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import wrap
@@ -60,7 +61,8 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
         return NotImplemented
     rows, keys = shape[-len(ends)], shape[1 - len(ends)]
     dtype = func(*(torch.ones([1] * t.dim(), dtype=t.dtype) for t in args)).dtype
-    if min(rows, keys) < FEWEST or not call.by_rows(rows, 3 * math.prod(shape) * dtype.itemsize, one.device):
+    size = math.prod(shape) * dtype.itemsize
+    if min(rows, keys) < FEWEST or not call.by_rows(rows, NativeNeed(3 * size, size), one.device):
         return NotImplemented
     dims = (*fresh(shape[: -len(ends)]), *ends)
     return wrap(
@@ -130,7 +132,8 @@ def looked_up(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call:
     count = numbers.numel() * width
     if count < _GROWTH * table.numel() or table.device != numbers.device:
         return NotImplemented
-    if not call.by_rows(rows, 3 * count * table.dtype.itemsize, table.device):
+    size = count * table.dtype.itemsize
+    if not call.by_rows(rows, NativeNeed(3 * size, size), table.device):
         return NotImplemented
     places = (
         _flat(rows)

@@ -20,6 +20,7 @@ import torch
 from attnpatch import compat
 from attnpatch.failures import warn_once
 from attnpatch.ledger import is_plain
+from attnpatch.policy import NativeNeed
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.evaluate.evaluator import Evaluator
@@ -97,14 +98,14 @@ def may_defer(q_len: int) -> bool:
 
 
 def deferred(
-    function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, temporaries: Callable[[int], int]
+    function: Callable[[int, int], torch.Tensor], q_len: int, kv_len: int, need: Callable[[int], NativeNeed]
 ) -> DeferredTensor | None:
     """A deferred mask; ``None`` if the policy lets the host make it. Call it only if ``may_defer``.
 
     Args:
         function: ``function(low, high)`` returns rows ``low:high``, as ``[..., high - low, kv_len]``.
         q_len, kv_len: Numbers of rows and keys.
-        temporaries: Maps the mask's number of elements to the bytes that the host holds while it makes the mask.
+        need: Maps the mask's number of elements to what the host takes while it makes the mask.
     """
     call = here.model_call
     assert call is not None
@@ -113,7 +114,7 @@ def deferred(
     if few.dim() < 2 or few.shape[-2:] != (min(q_len, 4), kv_len) or not is_plain(few):
         return None
     count = math.prod(few.shape[:-2]) * q_len * kv_len
-    if not call.by_rows(q_len, temporaries(count), few.device):
+    if not call.by_rows(q_len, need(count), few.device):
         call.counters.made(count * few.element_size())
         return None
     return wrap(
@@ -134,12 +135,12 @@ def failed(where: str, error: Exception) -> None:
     warn_once(where, error)
 
 
-def left_whole(what: str, q_len: int, temporaries: int, mask: torch.Tensor) -> None:
+def left_whole(what: str, q_len: int, need: NativeNeed, mask: torch.Tensor) -> None:
     """Count a mask that the policy would defer and that cannot be deferred."""
     call = here.model_call
     if call is not None:
         call.counters.made(mask.numel() * mask.element_size())
-        if call.by_rows(q_len, temporaries, mask.device):
+        if call.by_rows(q_len, need, mask.device):
             call.counters.materialised(what)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.policy import NativeNeed
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.evaluate.evaluator import Evaluator
@@ -55,7 +56,8 @@ def empty(
     if node is None or not node.dtype.is_floating_point:
         return native()
     shape = node.shape
-    if not call.by_rows(shape[-2], 3 * math.prod(shape) * node.dtype.itemsize, node.device):
+    size = math.prod(shape) * node.dtype.itemsize
+    if not call.by_rows(shape[-2], NativeNeed(3 * size, size), node.device):
         try:
             return native()
         except RuntimeError as error:

@@ -81,7 +81,7 @@ def choose(
 
     Args:
         work: The work of a step.
-        policy: Its ``rows``, ``heads`` and ``workspace`` are respected.
+        policy: Its ``rows``, ``heads``, ``workspace`` and ``max_allocation`` are respected.
         device: The device on which it runs.
         shrink: Divides the step, even a fixed one; doubled after an out-of-memory error.
         free: Free bytes on the device, of which a step takes at most half; ``None``: no limit.
@@ -95,7 +95,7 @@ def choose(
         return TilePlan([{}], None, [])
     width, itemsize, grain = max(1, work.width), work.itemsize, work.grain
     present = math.prod(axis.size for axis in lead)
-    ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-work.held // width)), policy, free)
+    ceiling = _ceiling(max(LIVE_COPIES * itemsize, -(-work.held // width)), itemsize, policy, free)
     elements = max(1, min((CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // itemsize, ceiling) // shrink)
     heads, rows = _fixed(policy, shrink, grain.fewest)
     if heads is None:
@@ -119,12 +119,16 @@ def choose(
     return TilePlan(_lead_tiles(lead, heads), row, spans)
 
 
-def _ceiling(held: int, policy: Policy, free: int | None) -> int:
-    """How many scores one step may hold, given ``held`` bytes for each, by the workspace and by free memory."""
+def _ceiling(held: int, itemsize: int, policy: Policy, free: int | None) -> int:
+    """The most scores of one step, by the workspace, by free memory and by the largest allowed tensor.
+
+    ``held`` is the number of bytes that a step holds for each of its scores, ``itemsize`` that of one tensor of them.
+    """
     limits = [sys.maxsize if free is None else free // 2]
     if policy.workspace_bytes is not None:
         limits.append(policy.workspace_bytes)
-    return min(limits) // held
+    most = min(limits) // held
+    return most if policy.max_allocation_bytes is None else min(most, policy.max_allocation_bytes // itemsize)
 
 
 def one_row(tileable: list[Axis]) -> TilePlan:

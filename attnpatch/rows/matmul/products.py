@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnpatch.ledger import is_plain
+from attnpatch.policy import NativeNeed
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import edges
@@ -49,7 +50,7 @@ def defer(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return NotImplemented
     if not _goes_by_rows(product, call):
         if _is_large(product):
-            call.counters.made(native_size(product)[1] // 3)
+            call.counters.made(native_size(product)[1].temporaries // 3)
         return NotImplemented
     return deferred(func, product, call)
 
@@ -130,10 +131,11 @@ def _is_large(product: Product) -> bool:
     return max(_rows(product)) > 1 and product.elements() > sum(t.numel() for t in product.operands)
 
 
-def native_size(product: Product) -> tuple[int, int]:
-    """Query rows, and the bytes that the native call would hold: three tensors of the size of the scores, or more."""
-    elements = max(3 * product.elements(), product.widest_step())
-    return max(_rows(product)), elements * product.operands[0].element_size()
+def native_size(product: Product) -> tuple[int, NativeNeed]:
+    """Query rows, and what the native call would take: three tensors of the size of the scores, or more."""
+    scores, widest, itemsize = product.elements(), product.widest_step(), product.operands[0].element_size()
+    need = NativeNeed(max(3 * scores, widest) * itemsize, max(scores, widest) * itemsize)
+    return max(_rows(product)), need
 
 
 def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
@@ -144,10 +146,10 @@ def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
         return False
     if call.policy.mode == "always":
         return True
-    q_len, temporaries = native_size(product)
+    q_len, need = native_size(product)
     if q_len <= call.policy.min_tokens or not _is_large(product):
         return False
-    return call.policy.fuse or call.by_rows(q_len, temporaries, product.operands[0].device)
+    return call.policy.fuse or call.by_rows(q_len, need, product.operands[0].device)
 
 
 def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:

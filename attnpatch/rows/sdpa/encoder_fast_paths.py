@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch import compat
+from attnpatch.policy import NativeNeed
 from attnpatch.rows import autocast
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
@@ -56,10 +57,10 @@ def goes_by_rows(query: torch.Tensor, num_heads: int, call: AttentionCall) -> bo
     if call.observer is not None:
         return True
     batch, q_len = query.shape[:2]
-    temporaries = 3 * batch * num_heads * q_len * q_len * query.element_size()
-    if call.by_rows(q_len, temporaries, query.device):
+    size = batch * num_heads * q_len * q_len * query.element_size()
+    if call.by_rows(q_len, NativeNeed(3 * size, size), query.device):
         return True
-    call.counters.made(temporaries // 3)
+    call.counters.made(size)
     return False
 
 

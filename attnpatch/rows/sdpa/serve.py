@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from attnpatch import compat
 from attnpatch.oom import is_out_of_memory
+from attnpatch.policy import NativeNeed
 from attnpatch.rows import autocast, guard
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd.saved_tensors import SavedTensorBuffer
@@ -182,10 +183,10 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
             site.counters.left_native("one row")
     else:
         fused = fused_choice(call) != MATH_KERNEL
-        temporaries = DENSE_COPIES * size
+        need = NativeNeed(DENSE_COPIES * size, size)
         # A fused kernel holds no scores, so by rows is worse unless the kernel ran out of memory the first time.
         decide = site.went_by_rows if fused else functools.partial(site.by_rows, device=call.device)
-        native = not decide(q_len, temporaries)
+        native = not decide(q_len, need)
     if native:
         random = [random_state(call.device)] if call.dropout_p > 0 else []
         saved = SavedTensorBuffer()
@@ -196,14 +197,14 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
             site.counters.count("fused" if fused else "native")
             if fused:
                 site.counters.left_native("fused")
-                site.remember(q_len, temporaries, False)
+                site.remember(q_len, need, False)
             elif q_len > 1:
                 site.counters.made(size)
             return result
         except RuntimeError as error:
             if q_len < 2 or not site.answers(error, call.device):
                 raise
-        site.remember(q_len, temporaries)
+        site.remember(q_len, need)
         for state in random:
             set_random_state(state)
     site.counters.count("by_rows")
