@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from attnpatch.api import apply, by_rows, capture, explain, patched, register, remove, report
     from attnpatch.blocks.spec import Blocks
     from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
+    from attnpatch.conversations.saved import load
+    from attnpatch.maps.arithmetic import compare
     from attnpatch.maps.block_map import BlockMap
     from attnpatch.policy import Policy
 
@@ -22,8 +24,10 @@ __all__ = [
     "apply",
     "by_rows",
     "capture",
+    "compare",
     "errors",
     "explain",
+    "load",
     "patched",
     "register",
     "remove",
@@ -34,7 +38,9 @@ _HOMES = {
     "BlockMap": "attnpatch.maps.block_map",
     "Blocks": "attnpatch.blocks.spec",
     "Policy": "attnpatch.policy",
+    "compare": "attnpatch.maps.arithmetic",
     "errors": "attnpatch.errors",
+    "load": "attnpatch.conversations.saved",
     **dict.fromkeys(
         ("apply", "by_rows", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"
     ),

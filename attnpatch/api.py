@@ -28,7 +28,7 @@ Model = TypeVar("Model")
 
 
 def apply(
-    model: Model, sites: Sites | None = None, layers: Sequence[int] | None = None, **policy: Any
+    model: Model, sites: Sites | None = None, layers: str | Sequence[int] | None = None, **policy: Any
 ) -> Model:
     """Run the attention of a model by rows when memory is short, and change nothing else.
 
@@ -42,7 +42,7 @@ def apply(
             such as ``["encoder.mixer"]``: these modules. ``None``: the sites of an earlier ``apply``, otherwise
             ``"auto"``.
         layers: Only attention in these layers, by the model's own numbers, as ``capture`` takes them. Negative numbers
-            count layers with attention from the last one. ``None``: all.
+            count layers with attention from the last one, and ``"last"`` is that one. ``None`` or ``"all"``: all.
         **policy: Fields of ``Policy``, such as ``min_free="8GB"``. Applying again replaces the policy, even that of a
             component that was patched separately. If other ``sites`` or ``layers`` are given, the sites are replaced
             too, and their counts restart at 0.
@@ -88,7 +88,7 @@ def remove(model: Model) -> Model:
 
 @contextlib.contextmanager
 def patched(
-    model: Model, sites: Sites | None = None, layers: Sequence[int] | None = None, **policy: Any
+    model: Model, sites: Sites | None = None, layers: str | Sequence[int] | None = None, **policy: Any
 ) -> Iterator[Model]:
     """Patch a model inside a ``with`` block only. The patch is removed at the end, also after an exception.
 

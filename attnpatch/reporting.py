@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Container
 
 from attnpatch.patching.counters import TOTALS
 from attnpatch.patching.patch import Patch
 from attnpatch.patching.selection import RECOGNISED
 from attnpatch.patching.site import Site
+from attnpatch.plotting.text_table import aligned
 from attnpatch.policy import Policy
 from attnpatch.sizes import size_text
 
@@ -108,17 +108,6 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def aligned(rows: list[list[str]], right: Container[int]) -> list[str]:
-    """The lines of a table; ``right``: the columns whose cells stand on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        found = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in cells]
-        lines.append("  ".join(found).rstrip())
-    return lines
 
 
 def _is_inside(name: str, outer: str) -> bool:

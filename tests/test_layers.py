@@ -123,7 +123,7 @@ def test_no_files_import_each_other_in_a_circle():
 WIDE = {
     "capturing/capture.py: capture", "conversations/analyzer.py: __init__", "conversations/batch.py: analyze_all", "cli/app.py: run",
     "plotting/map_figure.py: draw", "cli/analyze.py: analyze", "rows/sdpa/encoder_fast_paths.py: multihead",
-    "rows/sdpa/encoder_fast_paths.py: encoder_layer", "recording/gpu/kernel.py: _tile_sum",
+    "maps/block_map.py: plot", "rows/sdpa/encoder_fast_paths.py: encoder_layer", "recording/gpu/kernel.py: _tile_sum",
     "recording/gpu/kernel.py: sum_tiles",
 }  # fmt: skip
 # A command is its options, each with its help; a kernel of Triton is one function. ``_layout`` is to be cut.
@@ -362,7 +362,7 @@ def test_public_names_are_what_they_are_whatever_is_imported_first(first):
         "names = {name: getattr(attnpatch, name) for name in attnpatch.__all__}\n"
         "assert set(names) <= set(dir(attnpatch))\n"
         "functions = [n for n, value in names.items() if isinstance(value, types.FunctionType)]\n"
-        "assert functions == ['apply', 'by_rows', 'capture', 'explain', 'patched', 'register', 'remove', 'report'], functions\n"
+        "assert functions == ['apply', 'by_rows', 'capture', 'compare', 'explain', 'load', 'patched', 'register', 'remove', 'report'], functions\n"
         "from attnpatch import *\n"
         "assert all(globals()[name] is value for name, value in names.items())\n"
         "assert not hasattr(attnpatch, 'nonsense')"

@@ -28,8 +28,9 @@ from attnpatch.recording.text.recorder import HostReading, Recorder
 def capture(
     model: Any,
     blocks: Blocks | tuple[Blocks, Blocks] | None = None,
+    *,
     heads: Heads = "mean",
-    layers: Sequence[int] | None = None,
+    layers: str | Sequence[int] | None = None,
     sites: str | None = None,
     steps: Steps = "mean",
     measures: Sequence[str] = (),
@@ -55,7 +56,7 @@ def capture(
             ``None`` for an image: at most 32 x 32 tiles as queries, 16 x 16 as keys, and the words of the prompt.
         heads: ``"mean"`` over heads, ``"all"`` of them, or a list of head numbers.
         layers: The model's own layer numbers, as in the map's ``layers``. Negative numbers count layers with attention
-            from the last one. ``None``: all. Not for images: use ``sites``.
+            from the last one, and ``"last"`` is that one. ``None`` or ``"all"``: all. Not for images: use ``sites``.
         sites: Pattern of module paths to capture, such as ``"decoder.*"``; ``None``: all. In a pipeline paths begin
             with the component's name, as in ``report``.
         steps: For a sampler: ``"mean"`` over steps, ``"all"`` to keep them apart, or a list of step numbers. For text
@@ -107,6 +108,7 @@ def capture(
                 yield maps
             finally:
                 recorder.finish()
+                maps.end()
         warn_of(recorder.left_out)
 
 

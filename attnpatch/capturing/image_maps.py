@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from attnpatch.capturing.by_kind import ByKind
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.plotting import map_figure, overlay
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class ImageMaps:
+class ImageMaps(ByKind):
     """Block maps of the images that were sampled inside a ``with`` block; by default methods use the last image.
 
     Args:
@@ -55,20 +56,6 @@ class ImageMaps:
     def keys(self) -> list[str]:
         """Kinds of attention that were captured: ``"cross"`` (image to text), ``"self"``, ``"joint"``, ..."""
         return list(self._kinds(self._run(-1)))
-
-    @property
-    def block_map(self) -> BlockMap:
-        """The block map, if only one kind of attention was captured.
-
-        Raises:
-            CaptureError: Nothing was captured, or there are several kinds (``maps["cross"]`` names one).
-        """
-        found = self.keys()
-        if len(found) > 1:
-            raise CaptureError(
-                f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]"
-            )
-        return self[found[0]]
 
     def __getitem__(self, sites: str) -> BlockMap:
         """The map of one kind of attention, or of the sites that match a pattern; see ``map``."""
@@ -253,6 +240,12 @@ class ImageMaps:
         return "\n".join([f"ImageMaps({said})", *_reasons(self.left_out)])
 
     # --------------------------------------------------------------------------------------------------------- inside
+
+    def _by_sequence(self) -> list[dict[str, BlockMap]]:
+        return [
+            {kind: self.map(kind, run=number) for kind in self._kinds(self._run(number))}
+            for number in range(self.num_runs)
+        ]
 
     def _run(self, which: int) -> Run:
         runs = [run for run in self._sampling.runs if any(run.records.values())]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
+from attnpatch.capturing.by_kind import ByKind
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.recording.text.gathered import maps_of, measured_of, nothing
@@ -13,8 +15,11 @@ from attnpatch.recording.text.recorder import Recorder
 from attnpatch.recording.text.sequences import Calls
 
 
-class Maps:
+class Maps(ByKind):
     """Block maps of a capture: filled while the model runs, read afterwards.
+
+    It is a mapping from kinds of attention sites (``keys()``) to the block maps of the last sequence. ``maps[0]`` and
+    ``maps[-1]`` are the maps of one sequence, as in ``sequences``.
 
     Args:
         recorder: Collects the sums.
@@ -23,24 +28,27 @@ class Maps:
 
     def __init__(self, recorder: Recorder, steps: Sequence[int] | None = None) -> None:
         self._recorder, self._steps = recorder, steps
+        # The maps and problems of each sequence, once nothing is added any more.
+        self._made: dict[int, tuple[dict[str, BlockMap], dict[str, str]]] | None = None
 
-    @property
-    def block_map(self) -> BlockMap:
-        """The block map of the last sequence, if all captured sites are of one kind.
+    def end(self) -> None:
+        """Called when the capture has ended: from now on each map is made once."""
+        self._made = {}
 
-        Raises:
-            CaptureError: Nothing was captured, or there are several kinds (``maps["decoder.*"]`` names one).
+    @overload
+    def __getitem__(self, sites: str) -> BlockMap: ...
+    @overload
+    def __getitem__(self, sites: int) -> dict[str, BlockMap]: ...
+    def __getitem__(self, sites: str | int) -> BlockMap | dict[str, BlockMap]:
+        """The block map of one kind of site (a pattern of ``maps.keys()``), from the last sequence that has it.
+
+        Given a number, the maps of that sequence by kind.
         """
-        found = self._maps()
-        if len(found) > 1:
-            raise CaptureError(
-                f"several kinds of attention were captured; choose one: maps[{'] or maps['.join(map(repr, found))}]"
-            )
-        return next(iter(found.values()))
-
-    def __getitem__(self, sites: str) -> BlockMap:
-        """The block map of one kind of site (a pattern of ``maps.keys()``), from the last sequence that has it."""
         captured = self._captured()
+        if isinstance(sites, int):
+            if not -len(captured) <= sites < len(captured):
+                raise CaptureError(f"there is no sequence {sites}; {len(captured)} were captured, from 0 on.")
+            return self._of(captured[sites])
         for calls in reversed(captured):
             found = self._of(calls)
             if sites in found:
@@ -80,12 +88,18 @@ class Maps:
         return found
 
     def _of(self, calls: Calls) -> dict[str, BlockMap]:
-        found, problems = maps_of(self._recorder, calls)
+        made = {} if self._made is None else self._made
+        if id(calls) not in made:
+            made[id(calls)] = maps_of(self._recorder, calls)
+        found, problems = made[id(calls)]
         self._problems.update(problems)
         if self._steps is None:
-            return found
+            return dict(found)
         steps = list(self._steps)
         return {sites: one.select(step=steps) if one.steps else one for sites, one in found.items()}
+
+    def _by_sequence(self) -> list[dict[str, BlockMap]]:
+        return self.sequences
 
     def measured(self, sites: str | None = None) -> dict[str, torch.Tensor]:
         """The statistics that were asked for with ``measures``, of the last sequence.
@@ -128,7 +142,8 @@ class Maps:
 
     def __repr__(self) -> str:
         found = self._recorder.captured()
-        keys = dict.fromkeys(key for calls in found for key in maps_of(self._recorder, calls)[0])
+        self._problems = {}
+        keys = dict.fromkeys(key for calls in found for key in self._of(calls))
         lines = [f"Maps({len(found)} sequences{', ' + ', '.join(keys) if keys else ''})"]
         lines += [f"  left out: {name or '(model)'}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)

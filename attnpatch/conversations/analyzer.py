@@ -99,6 +99,40 @@ class BlockAttentionAnalyzer:
         self._tried: dict[int, str | None] = {}
         self.policy = {**(policy or {}), **({} if head_chunk_size is None else {"heads": head_chunk_size})}
 
+    def analyze(
+        self,
+        messages: Sequence[Mapping],
+        method: str = "single",
+        *,
+        normalize: str | None = None,
+        **options: Any,
+    ) -> Analysis:
+        """Analyse a conversation, by the method that is named.
+
+        Args:
+            messages: ``[{"role": ..., "content": ...}, ...]``.
+            method: ``"single"``: one pass (``analyze_conversation``). ``"sequential"``: message by message through the
+                KV cache. ``"chunked"``: in chunks of ``chunk_size`` tokens. ``"generation"``: the answer that the model
+                generates is the last block.
+            normalize, **options: Those of the method.
+
+        Returns:
+            ``Analysis``. ``print(result)`` tells what the last block attends to; ``result.top()`` lists it.
+
+        Raises:
+            AnalysisError: There is no such method; otherwise as ``analyze_conversation``.
+        """
+        ways: dict[str, Any] = {
+            "single": self.analyze_conversation,
+            "sequential": self.analyze_conversation_sequential,
+            "chunked": self.analyze_conversation_chunked,
+            "generation": self.analyze_generation,
+        }
+        if method not in ways:
+            raise AnalysisError(f"method={method!r} is not accepted; give {', '.join(map(repr, ways))}")
+        given = {} if normalize is None else {"normalize": normalize}
+        return ways[method](messages, **given, **options)
+
     def analyze_conversation(
         self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
     ) -> Analysis:

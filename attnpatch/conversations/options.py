@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.recording.layers import layer_numbers
 from attnpatch.recording.statistics import checked_measures
 
 # Tokens per chunk by default.
@@ -66,7 +67,8 @@ class Options:
             raise AnalysisError(f"chunk_size={found.chunk_size!r} is not accepted; give 1 token or more")
         try:
             checked_measures(found.measures)
-        except CaptureError as error:
+            layer_numbers(found.layers)
+        except (CaptureError, ValueError) as error:
             raise AnalysisError(str(error)) from None
         return found
 
@@ -79,12 +81,9 @@ class Options:
     @property
     def of_capture(self) -> dict[str, Any]:
         """The options that are passed to ``capture``, in its form."""
-        layers = (
-            None if self.layers in (None, "all") else [-1] if self.layers == "last" else list(self.layers)
-        )  # type: ignore[arg-type]
         return {
             "heads": self.heads,
-            "layers": layers,
+            "layers": self.layers,
             "measures": self.measures,
             "sample_rows": self.sample_rows,
             "seed": self.seed,

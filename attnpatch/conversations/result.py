@@ -15,7 +15,8 @@ from attnpatch.conversations import drawing
 from attnpatch.errors import AnalysisError, BlockMapFileError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.maps.meaning import why_signed
+from attnpatch.maps.meaning import meaning, why_signed
+from attnpatch.maps.ranking import Ranking
 from attnpatch.plotting import map_figure
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _MEASURED = ("received", "entropy", "sink")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Analysis:
     """The result of one conversation's analysis.
 
@@ -58,6 +59,20 @@ class Analysis:
     def texts(self) -> list[str]:
         """The text of each block."""
         return list(self.block_map.metadata.get("texts", ()))
+
+    def top(self, n: int = 10, query: int | str = -1, own: bool = False) -> Ranking:
+        """What a block attends to most, as a table; see ``BlockMap.top``."""
+        return self.block_map.top(n, query, own)
+
+    def __str__(self) -> str:
+        """What the last block attends to, and what a reader may not expect."""
+        facts, one = self.block_map.metadata, self.block_map
+        how = f"{facts.get('model', 'a model')}, {facts.get('method', 'one pass')}: {len(one.query_labels)} blocks"
+        lines = [f"{how}, {len(one)} layers, {self.seconds:.1f} s", meaning(one), str(self.top(5))]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
     def lookback(self) -> Tensor:
         """The lookback ratio (Chuang et al. 2024) of blocks: the share of attention on earlier blocks.

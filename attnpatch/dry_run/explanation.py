@@ -22,9 +22,9 @@ from attnpatch.errors import ExplainError, first_line
 from attnpatch.hosts.transformers import calls as host
 from attnpatch.ledger import Shapes
 from attnpatch.memory import free as memory
+from attnpatch.plotting.text_table import aligned
 from attnpatch.policy import Policy
 from attnpatch.recording.layers import pattern_of
-from attnpatch.reporting import aligned
 from attnpatch.sizes import size_text
 
 

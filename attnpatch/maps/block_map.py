@@ -1,5 +1,7 @@
 """BlockMap: which block attends to which, with labels; saved without pickle."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,14 +14,19 @@ import torch
 from torch import Tensor
 
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
-from attnpatch.maps import io, meaning
+from attnpatch.maps import arithmetic, from_weights, io, meaning, picture, ranking
 from attnpatch.maps.fields import Labels, checked_fields, is_signed, over_rows
+from attnpatch.maps.ranking import Ranking
 from attnpatch.maps.selecting import Selecting
 from attnpatch.plotting import map_figure
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from attnpatch.blocks.spec import Blocks
 
 _TENSORS = ("mass", "query_sizes", "key_sizes", "error", "spread")
 
@@ -73,16 +80,6 @@ class BlockMap(Selecting):
             object.__setattr__(self, name, value)
 
     @property
-    def num_sequences(self) -> int:
-        """Number of sequences in the map."""
-        return self.mass.shape[0] if self.is_batch else 1
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether the fields have a batch dimension."""
-        return self.mass.ndim == 4 + (self.heads != "mean") + bool(self.steps)
-
-    @property
     def is_signed(self) -> bool:
         """Whether the numbers may be negative, as those weighted by gradients."""
         return is_signed(self.mass, self.metadata)
@@ -113,9 +110,10 @@ class BlockMap(Selecting):
             ``[(batch,) (steps,) layers, (heads,) query_blocks]`` float32; 0 for a query block without tokens.
 
         Raises:
-            CaptureError: The map is weighted by gradients or has negative weights: its rows have no fixed sum.
+            CaptureError: The map is weighted by gradients, has negative weights or was computed from other maps: its
+                rows have no fixed sum.
         """
-        if self.is_signed:
+        if self.is_signed or meaning.numbers_of(self) is not None:
             raise CaptureError(f"unassigned_mass needs probabilities, and {meaning.why_signed(self)}")
         rest = (1 - self.mass.double().sum(-1)).float()
         return rest.masked_fill(over_rows(self.query_sizes == 0, rest), 0)
@@ -126,7 +124,7 @@ class BlockMap(Selecting):
         warnings.warn("BlockMap.missing_mass is now called unassigned_mass", DeprecationWarning, stacklevel=2)
         return self.unassigned_mass
 
-    def normalize(self, normalization: str) -> "BlockMap":
+    def normalize(self, normalization: str) -> BlockMap:
         """The same map with another normalisation. The mass is kept, so any normalisation can follow any other.
 
         Args:
@@ -141,11 +139,56 @@ class BlockMap(Selecting):
         """
         return replace(self, normalization=normalization)
 
+    def top(self, n: int = 10, query: int | str = -1, own: bool = False) -> Ranking:
+        """What a block attends to most: the cells with the largest numbers (``values``), as a table.
+
+        A pair of blocks is listed once, with the layer (and head and step) where its number is largest in absolute value.
+
+        Args:
+            n: Number of rows.
+            query: Number or label of the query block; -1: the last one with tokens, such as an answer. ``"all"``: every
+                query block.
+            own: Whether a block's attention to itself is listed.
+
+        Returns:
+            ``Ranking``, a sequence of ``Cell``: layer, query, key, text of the key block, mass. ``to_dataframe()`` makes
+            a pandas table of it.
+
+        Raises:
+            CaptureError: There is no such block, or ``n`` is less than 1.
+        """
+        return ranking.top(self, n, query, own)
+
+    def __add__(self, other: BlockMap) -> BlockMap:
+        """The sum of ``values``; as ``-``."""
+        return arithmetic.combined(self, other, 1) if isinstance(other, BlockMap) else NotImplemented
+
+    def __sub__(self, other: BlockMap) -> BlockMap:
+        """The difference of ``values``: a map without normalisation whose numbers have signs.
+
+        Raises:
+            CaptureError: The maps differ in layers, heads, steps, blocks or normalisation. ``attnpatch.compare`` compares
+                what two maps share.
+        """
+        return arithmetic.combined(self, other, -1) if isinstance(other, BlockMap) else NotImplemented
+
+    def __mul__(self, factor: float) -> BlockMap:
+        """A multiple of ``values``; as ``-``."""
+        return arithmetic.multiplied(self, factor) if isinstance(factor, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> BlockMap:
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+
+    def __neg__(self) -> BlockMap:
+        return self * -1
+
     def to_numpy(self) -> np.ndarray:
         """``values``, float32: layers x [heads x] query blocks x key blocks, batch first if there is one."""
         return self.values.numpy().copy()
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pandas.DataFrame:
         """One row per cell, in pandas' long form.
 
         Columns: ``sequence`` (if there are several), ``step`` (if kept separate), ``layer``, ``head`` (if kept
@@ -159,6 +202,19 @@ class BlockMap(Selecting):
 
         return dataframe.long_form(self)
 
+    def to_xarray(self) -> xarray.DataArray:
+        """``values`` as a labelled array: ``dims`` as in the map, labels as coordinates, ``metadata`` as attributes.
+
+        In a batch, whose sequences have labels of their own, ``query`` and ``key`` are numbered, and the coordinates
+        ``query_label`` and ``key_label`` have the labels.
+
+        Raises:
+            MissingExtraError: xarray is not installed.
+        """
+        from attnpatch.maps import dataframe
+
+        return dataframe.labelled_array(self)
+
     def plot(
         self,
         path: str | os.PathLike | None = None,
@@ -168,7 +224,8 @@ class BlockMap(Selecting):
         sequence: int = 0,
         scale: Literal["sqrt", "linear"] = "sqrt",
         step: Any = "mean",
-    ) -> "Figure | Path":
+        ax: Axes | None = None,
+    ) -> Figure | Path:
         """Draw the map with its block labels and a colour bar.
 
         Args:
@@ -177,34 +234,17 @@ class BlockMap(Selecting):
             title: Title of the picture; by default model, layer and head.
             scale: Colour scale. ``"sqrt"`` gives small masses more of the colours, so that one dominant block (often
                 the first) does not hide the others; ``"linear"`` is proportional.
+            ax: Axes of a figure of yours to draw into. ``None``: a new figure.
 
         Returns:
-            The path; without a path, a matplotlib ``Figure``.
+            The path; without a path, the matplotlib ``Figure`` (with ``ax``, that of the axes).
 
         Raises:
             CaptureError: No such layer, head or sequence, or an unknown file suffix or scale.
             MissingExtraError: matplotlib is not installed.
         """
-        one = self.select(layer=layer, head=head, sequence=sequence, step=step)
-        for what, found in (("layer", one.layers), ("step", one.steps or (0,))):
-            if len(found) != 1:
-                raise CaptureError(f"{len(found)} {what}s in one picture; give one {what} or 'mean'.")
-        if title is None:
-            title = meaning.title(self, one, layer, sequence)
-        values = one.to_numpy().reshape(one.mass.shape[-2:])
-        errors = None if self.normalization != "none" else one.error if one.spread is None else one.spread
-        figure = map_figure.draw(
-            values,
-            query_labels=cast("Sequence[str]", one.query_labels),  # of one sequence
-            key_labels=cast("Sequence[str]", one.key_labels),
-            title=title,
-            colour_label=meaning.meaning(self),
-            scale=scale,
-            errors=None if errors is None else errors.reshape(values.shape).numpy(),
-            errors_are="standard error" if one.spread is None else "spread",
-            is_signed=self.is_signed,
-        )
-        return map_figure.write(figure, path)
+        chosen = {"layer": layer, "head": head, "sequence": sequence, "step": step}
+        return picture.drawn(self, chosen, title, scale, path, ax)
 
     def _repr_png_(self) -> bytes | None:
         """The picture that a notebook shows; without matplotlib None, and the notebook shows the text."""
@@ -230,7 +270,7 @@ class BlockMap(Selecting):
         return tensors, {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "BlockMap":
+    def load(cls, path: str | os.PathLike) -> BlockMap:
         """Read a file that ``save`` wrote.
 
         Raises:
@@ -251,6 +291,35 @@ class BlockMap(Selecting):
             raise BlockMapFileError(f"{path} lacks {error}; {io.AGAIN}") from error
         except (ValueError, TypeError, CaptureError) as error:
             raise BlockMapFileError(f"{path} is damaged ({error}); {io.AGAIN}") from error
+
+    @classmethod
+    def from_attentions(
+        cls,
+        attentions: Any,
+        blocks: Blocks | tuple[Blocks, Blocks],
+        *,
+        attention_mask: Tensor | None = None,
+        heads: Literal["mean", "all"] = "mean",
+        layers: Sequence[int | str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> BlockMap:
+        """The block map of attention weights that you have already.
+
+        Args:
+            attentions: ``outputs.attentions`` of a model, or of ``generate``: tensors ``[batch, heads, queries, keys]``,
+                one per layer, or one such tuple for each call. Rows sum to 1 over keys. Queries are the last tokens of
+                the keys, unless ``blocks`` is a pair.
+            blocks: What a block is; a pair for queries and keys if they differ (cross-attention).
+            attention_mask: ``[batch, keys]``, 0 for padding, which is in no block. ``None``: no padding.
+            heads: ``"mean"`` over heads, or ``"all"`` of them.
+            layers: Numbers or names of the layers; ``None``: 0, 1, 2, ...
+            metadata: Facts to keep with the map, anything JSON can hold.
+
+        Raises:
+            CaptureError: The weights are ``None`` or of another shape, or the mask does not fit them.
+            BlockError: The blocks do not fit the tokens.
+        """
+        return cls(**from_weights.fields_of(attentions, blocks, attention_mask, heads, layers, metadata))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockMap):

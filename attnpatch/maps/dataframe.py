@@ -1,9 +1,9 @@
-"""A block map as a pandas table, one row per cell."""
+"""A block map as a pandas table, one row per cell, or as an array of xarray."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from attnpatch.errors import MissingExtraError
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
 
     from attnpatch.maps.block_map import BlockMap
 
@@ -44,3 +45,31 @@ def long_form(block_map: BlockMap) -> pandas.DataFrame:
             frame["value"] = one.values.reshape(-1).numpy()
         frames.append(frame)
     return pandas.concat(frames, ignore_index=True)
+
+
+def labelled_array(one: BlockMap) -> xarray.DataArray:
+    """See ``BlockMap.to_xarray``.
+
+    Raises:
+        MissingExtraError: xarray is not installed.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise MissingExtraError('to_xarray needs xarray; pip install "attnpatch[xarray]".') from error
+    coords: dict[str, Any] = {"layer": list(one.layers)}
+    if one.steps:
+        coords["step"] = list(one.steps)
+    if one.heads != "mean":
+        coords["head"] = list(one.heads)
+    for side, axis in (("query", -2), ("key", -1)):
+        labels = getattr(one, f"{side}_labels")
+        if one.is_batch:
+            count = one.mass.shape[axis]
+            whole = [[*names, *[""] * (count - len(names))] for names in labels]
+            coords[side] = range(count)
+            coords[f"{side}_label"] = (("sequence", side), whole)
+        else:
+            coords[side] = list(labels)
+    facts = {"normalization": one.normalization, **one.metadata}
+    return xarray.DataArray(one.to_numpy(), coords=coords, dims=one.dims, name="attention", attrs=facts)

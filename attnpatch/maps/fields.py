@@ -23,8 +23,8 @@ def over_rows(per_block: Tensor, like: Tensor) -> Tensor:
 
 
 def is_signed(mass: Tensor, metadata: Mapping[str, Any]) -> bool:
-    """Whether the numbers of a map may be negative, as those weighted by gradients: its sums may be near 0."""
-    return metadata.get("weighting") == "gradient" or bool((mass < 0).any())
+    """Whether the numbers of a map may be negative, as gradients and differences: their sums may be near 0."""
+    return metadata.get("weighting") in ("gradient", "difference") or bool((mass < 0).any())
 
 
 def shortened(items: Sequence) -> str:
@@ -41,6 +41,24 @@ def position(wanted: Any, among: Sequence, what: str) -> int:
     if counted and -len(among) <= wanted < len(among):
         return int(wanted) % len(among)
     raise CaptureError(f"there is no {what} {wanted!r} in this map; there are {shortened(among)}.")
+
+
+def texts_of(metadata: Mapping[str, Any], side: str, count: int, sequence: int = 0) -> list[str] | None:
+    """The text of each block of a sequence; ``None`` unless the metadata have one for each block.
+
+    Args:
+        metadata: ``metadata`` of a map. ``texts`` has a string per block, or a list of them per sequence;
+            ``query_texts`` and ``key_texts``, if there are any, are those of one side.
+        side: ``"query"`` or ``"key"``.
+        count: Number of blocks.
+        sequence: Which sequence of a batch.
+    """
+    texts = metadata.get(f"{side}_texts", metadata.get("texts"))
+    if isinstance(texts, list) and texts and isinstance(texts[0], list):
+        texts = texts[sequence] if sequence < len(texts) else None
+    if not isinstance(texts, list) or len(texts) != count:
+        return None
+    return [str(text) for text in texts]
 
 
 def checked_fields(given: Any) -> dict[str, Any]:

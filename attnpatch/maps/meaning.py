@@ -18,29 +18,40 @@ PROBABILITY = {
     "absolute row": "share of the query block's attention mass",
     "absolute column": "share of the mass the key block receives",
 }
-GRADIENT = {
-    "none": "probability x gradient, mean over the query tokens",
-    "density": "probability x gradient per key token",
-    "absolute row": "probability x gradient, share of the query block's absolute sum",
-    "absolute column": "probability x gradient, share of the key block's absolute sum",
+# Of other numbers, named by a word.
+OTHER = {
+    "none": "{}, mean over the query tokens",
+    "density": "{} per key token",
+    "row": "{}, share of the query block's sum",
+    "column": "{}, share of the key block's sum",
+    "absolute row": "{}, share of the query block's absolute sum",
+    "absolute column": "{}, share of the key block's absolute sum",
 }
 
-# Weights that are mixed after softmax may be negative, too.
-MIXED = {
-    kind: words.replace("probability x gradient", "weight after mixing") for kind, words in GRADIENT.items()
-}
+
+def numbers_of(one: BlockMap) -> str | None:
+    """What the numbers of a map that was computed from other maps are, such as a difference; ``None`` for others."""
+    return one.metadata.get("numbers")
 
 
 def why_signed(one: BlockMap) -> str:
     """Why the numbers of a map are no probabilities."""
     if one.is_of_gradient:
         return "this map is weighted by gradients"
+    if numbers_of(one) is not None:
+        return f"this map holds the {numbers_of(one)}"
     return "this map has negative weights, as those that are mixed after softmax"
 
 
 def meaning(one: BlockMap) -> str:
     """What a number in ``values`` means."""
-    return (GRADIENT if one.is_of_gradient else MIXED if one.is_signed else PROBABILITY)[one.normalization]
+    numbers = numbers_of(one)
+    if numbers is not None and one.normalization == "none":
+        return numbers
+    if one.is_of_gradient or one.is_signed or numbers is not None:
+        word = "probability x gradient" if one.is_of_gradient else "weight after mixing"
+        return OTHER[one.normalization].format(numbers or word)
+    return PROBABILITY[one.normalization]
 
 
 def uncertainty(one: BlockMap) -> str:

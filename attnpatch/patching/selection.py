@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,7 +13,7 @@ from attnpatch.errors import CaptureError, PatchError
 from attnpatch.patching.code_names import names_of_class
 from attnpatch.patching.recognition import candidates, scripted_attention
 from attnpatch.patching.registry import is_registered, why
-from attnpatch.recording.layers import chosen_sites, pattern_of
+from attnpatch.recording.layers import chosen_sites, layer_numbers, pattern_of
 
 Sites = str | Sequence[str]
 CANDIDATE = "candidate"
@@ -47,7 +47,7 @@ def checked(sites: Any, layers: Any = None) -> Chosen | None:
 
     Raises:
         PatchError: ``sites`` is neither a path or pattern, a list of those, ``"auto"`` nor ``"registered"``; or
-            ``layers`` is no list of numbers.
+            ``layers`` is not what ``layer_numbers`` accepts.
     """
     if sites is None and layers is None:
         return None
@@ -60,15 +60,10 @@ def checked(sites: Any, layers: Any = None) -> Chosen | None:
             f"sites={sites!r} is not accepted; give 'auto', 'registered', a pattern such as 'model.layers.*.self_attn', or a "
             "list of module paths such as ['encoder.mixer']"
         )
-    if layers is not None:
-        if not isinstance(layers, Iterable) or isinstance(layers, str) or not _are_numbers(list(layers)):
-            raise PatchError(f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1]")
-        layers = tuple(layers)
-    return Chosen(sites or "auto", layers)
-
-
-def _are_numbers(layers: list[Any]) -> bool:
-    return bool(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+    try:
+        return Chosen(sites or "auto", layer_numbers(layers))
+    except ValueError as error:
+        raise PatchError(str(error)) from None
 
 
 def choose(model: nn.Module, chosen: Chosen = AUTO) -> dict[str, str]:

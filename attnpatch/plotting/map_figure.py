@@ -39,6 +39,7 @@ def draw(
     axis_labels: tuple[str, str] = ("query block (attends)", "key block (is attended to)"),
     errors_are: str = "standard error",
     is_signed: bool = False,
+    ax: "Axes | None" = None,
 ) -> "Figure":
     """Draw a heat map with query blocks as rows and key blocks as columns.
 
@@ -57,6 +58,7 @@ def draw(
         axis_labels: Labels of the vertical and of the horizontal axis.
         errors_are: What ``errors`` are, for the colour bar.
         is_signed: Whether values may be negative, even if none is: the colours are then symmetric around 0.
+        ax: Axes of a figure to draw into; ``None``: a new figure.
 
     Raises:
         CaptureError: The scale is unknown.
@@ -65,9 +67,12 @@ def draw(
     if scale not in SCALES:
         raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt' and 'linear'.")
     rows, columns = values.shape
-    figure = new_figure(*_figure_size(rows, columns))
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    axes = figure.add_subplot()
+    if ax is None:
+        figure = new_figure(*_figure_size(rows, columns))
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+        axes = figure.add_subplot()
+    else:
+        figure, axes = ax.get_figure(root=True), ax
     norm, cmap = colours(values, scale, is_signed)
     image = axes.imshow(
         np.ma.masked_where(values == 0, values),
@@ -80,7 +85,9 @@ def draw(
     _label_axis(axes, "x", key_labels)
     axes.set_ylabel(axis_labels[0])
     axes.set_xlabel(axis_labels[1])
-    if title:
+    if title and ax is not None:
+        axes.set_title(shorten(title, 60), fontsize=11, parse_math=False)
+    elif title:
         # A title of the figure, not of the axes, which are narrow for a small map.
         line = int(10 * figure.get_figwidth())
         figure.suptitle(textwrap.fill(shorten(title, 2 * line), line), fontsize=11, parse_math=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.fields import shortened
@@ -67,10 +68,31 @@ def _layer_numbers(names: list[str]) -> list[int]:
     return list(range(len(names)))
 
 
+def layer_numbers(layers: Any) -> tuple[int, ...] | None:
+    """What ``layers=`` means wherever it is an option: the numbers of layers, or ``None`` for all.
+
+    Args:
+        layers: ``None`` or ``"all"``; ``"last"``, the last layer with attention; or a list of numbers.
+
+    Raises:
+        ValueError: It is something else; the message says what is accepted.
+    """
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return None
+    if isinstance(layers, str) and layers == "last":
+        return (-1,)
+    numbers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
+    if not numbers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in numbers):
+        raise ValueError(
+            f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or 'last', or 'all'"
+        )
+    return tuple(numbers)
+
+
 def chosen_sites(
     places: Mapping[str, tuple[str, int]],
     names: Sequence[str],
-    layers: Sequence[int] | None,
+    layers: str | Sequence[int] | None,
     sites: str | None,
 ) -> set[str]:
     """The sites that a capture asks for.
@@ -78,8 +100,8 @@ def chosen_sites(
     Args:
         places: Group and layer number of each site, from ``pattern_of``.
         names: The attention sites, in order.
-        layers: Layer numbers from ``pattern_of``. Negative numbers count the sites of each group from the last, so -1
-            is the last layer with attention of that group. ``None``: all.
+        layers: As ``layer_numbers`` takes them: numbers from ``pattern_of``. Negative numbers count the sites of each
+            group from the last, so -1 is the last layer with attention of that group. ``None``: all.
         sites: Pattern (``fnmatch``) of site names; ``None``: all.
 
     Raises:
@@ -89,26 +111,26 @@ def chosen_sites(
     if not matching:
         groups = sorted({group for group, _ in places.values()})
         raise CaptureError(f"no attention site matches {sites!r}; there are: {', '.join(groups)}")
-    if layers is None:
+    try:
+        numbers = layer_numbers(layers)
+    except ValueError as error:
+        raise CaptureError(str(error)) from None
+    if numbers is None:
         return set(matching)
-    if isinstance(layers, int) or not all(isinstance(layer, int) for layer in layers):
-        raise CaptureError(
-            f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or None"
-        )
     kinds: dict[str, list[str]] = {}
     for name in matching:
         kinds.setdefault(places[name][0], []).append(name)
     found: set[str] = set()
     unknown = []
-    for layer in layers:
+    for layer in numbers:
         chosen = [name for members in kinds.values() for name in _of_layer(members, places, layer)]
         found.update(chosen)
         if not chosen:
             unknown.append(layer)
-    if unknown or not layers:
-        numbers = sorted({places[name][1] for name in matching})
+    if unknown:
+        known = sorted({places[name][1] for name in matching})
         raise CaptureError(
-            f"layers={list(layers)!r}: the layers with attention are {shortened(numbers)}; give some of these numbers, or "
+            f"layers={list(numbers)!r}: the layers with attention are {shortened(known)}; give some of these numbers, or "
             f"-1 to {-max(map(len, kinds.values()))} to count from the last"
         )
     return found

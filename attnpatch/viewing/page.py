@@ -23,6 +23,8 @@ import numpy as np
 from attnpatch.atomic_files import put, whole
 from attnpatch.errors import PageError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.fields import texts_of
+from attnpatch.maps.meaning import numbers_of
 
 _SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
 _MEAN = "mean"
@@ -105,12 +107,17 @@ def in_script(content: Any) -> str:
 def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
     """Everything that the page needs about a map, except its numbers."""
     singles = [block_map.select(sequence=i) for i in range(block_map.num_sequences)]
-    facts = {key: value for key, value in block_map.metadata.items() if key != "texts"}
+    facts = {
+        key: value
+        for key, value in block_map.metadata.items()
+        if key not in ("texts", "query_texts", "key_texts")
+    }
     return {
         "name": name,
         "normalization": block_map.normalization.removeprefix("absolute "),
         "signed": block_map.is_signed,
         "gradient": block_map.is_of_gradient,
+        "numbers": numbers_of(block_map),
         "layers": _with_mean(block_map.layers),
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
         "steps": _with_mean(block_map.steps or (_MEAN,)),
@@ -126,7 +133,7 @@ def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
         sides[side] = {
             "labels": labels,
             "sizes": getattr(one, f"{side}_sizes").tolist(),
-            "texts": _texts(one.metadata.get("texts"), index, len(labels)),
+            "texts": texts_of(one.metadata, side, len(labels), index),
         }
     return {"name": _name(one.metadata.get("sequences"), index), **sides, "profile": _profiles(one)}
 
@@ -136,15 +143,6 @@ def _name(sequences: Any, index: int) -> str:
     known = sequences[index] if isinstance(sequences, list) and index < len(sequences) else None
     role = known.get("role") if isinstance(known, dict) else None
     return f"{index} ({role})" if role else str(index)
-
-
-def _texts(texts: Any, sequence: int, blocks: int) -> list[str] | None:
-    """The text of each block of a sequence; None unless there is one for each block."""
-    if isinstance(texts, list) and texts and isinstance(texts[0], list):
-        texts = texts[sequence] if sequence < len(texts) else None
-    if not isinstance(texts, list) or len(texts) != blocks:
-        return None
-    return [str(text) for text in texts]
 
 
 def _with_mean(names: Sequence[int | str]) -> list[int | str]:

@@ -114,9 +114,13 @@ const SIGNED_MEANING = {
   column: "probability \u00d7 gradient, share of the column's absolute sum",
 };
 
-// Numbers with signs that are no gradients are weights that were mixed after softmax.
-const weightNamed = (text) => (theMap().gradient ? text : text.replace("probability \u00d7 gradient", "weight after mixing"));
-const meaningOf = (kind, signed) => (signed ? weightNamed(SIGNED_MEANING[kind]) : MEANING[kind]);
+// Numbers with signs that are no gradients are differences, or weights that were mixed after softmax.
+function weightNamed(text) {
+  const { gradient, numbers } = theMap();
+  if (numbers) return text.replace(/probability \u00d7 gradient(, mean over the row's tokens)?/, () => numbers);
+  return gradient ? text : text.replace("probability \u00d7 gradient", "weight after mixing");
+}
+const meaningOf = (kind, signed) => (signed || theMap().numbers ? weightNamed(SIGNED_MEANING[kind]) : MEANING[kind]);
 
 // Three significant digits.
 function shown(value) {

@@ -1,0 +1,34 @@
+"""``load``: reads whatever attnpatch has saved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from attnpatch.conversations.result import Analysis
+from attnpatch.errors import BlockMapFileError, PageError
+from attnpatch.maps import io
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.viewing.files import load_maps
+
+
+def load(path: str | os.PathLike) -> BlockMap | Analysis | dict[str, BlockMap]:
+    """Read a file or folder that attnpatch has written.
+
+    Args:
+        path: A file of ``BlockMap.save`` or of the analyzer, or a folder of such files, as ``maps.save`` writes.
+
+    Returns:
+        ``BlockMap``; of the analyzer's file the ``Analysis``; of a folder the maps by file name without its suffix.
+
+    Raises:
+        BlockMapFileError: The file is missing or damaged, or the folder has no block map.
+    """
+    path = Path(path)
+    if path.is_dir():
+        try:
+            found, _ = load_maps(path)
+        except PageError as error:
+            raise BlockMapFileError(str(error)) from error
+        return {name.removesuffix(".safetensors"): one for name, one in found.items()}
+    return Analysis.load(path) if "analysis" in (io.facts(path) or {}) else BlockMap.load(path)

@@ -1,0 +1,157 @@
+"""The cells of a block map with the most attention, as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from attnpatch.errors import CaptureError, MissingExtraError
+from attnpatch.maps.fields import texts_of
+from attnpatch.plotting.map_figure import shorten
+from attnpatch.plotting.text_table import aligned
+
+if TYPE_CHECKING:
+    import pandas
+
+    from attnpatch.maps.block_map import BlockMap
+
+_MOST_OF_A_TEXT = 60
+_APART = ("sequence", "step", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of a map.
+
+    Attributes:
+        layer: Number or name of the layer.
+        query, key: Labels of the blocks.
+        text: Text of the key block; its label if the map has no texts.
+        mass: The map's number (``values``) for this cell.
+        head, step, sequence: ``None`` if the map does not keep them separate.
+    """
+
+    layer: int | str
+    query: str
+    key: str
+    text: str
+    mass: float
+    head: int | None = None
+    step: int | str | None = None
+    sequence: int | None = None
+
+
+class Ranking(Sequence[Cell]):
+    """Cells with the largest numbers first; prints as a table, also in a notebook."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._cells = tuple(cells)
+
+    @overload
+    def __getitem__(self, place: int) -> Cell: ...
+    @overload
+    def __getitem__(self, place: slice) -> Ranking: ...
+    def __getitem__(self, place: int | slice) -> Cell | Ranking:
+        return Ranking(self._cells[place]) if isinstance(place, slice) else self._cells[place]
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[Cell]:
+        return iter(self._cells)
+
+    def __repr__(self) -> str:
+        header, *rows = self._rows()
+        return "\n".join(aligned([header, *rows], [header.index("mass")]))
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        header, *rows = self._rows()
+        lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
+        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per cell; a column that is nowhere known is left out.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
+        return pandas.DataFrame([dataclasses.asdict(cell) for cell in self._cells], columns=self._columns())
+
+    def _columns(self) -> list[str]:
+        """The fields that the table shows."""
+        known = [name for name in _APART if any(getattr(cell, name) is not None for cell in self._cells)]
+        return [*known, "layer", "query", "key", "text", "mass"]
+
+    def _rows(self) -> list[list[str]]:
+        columns = self._columns()
+        rows = [[getattr(cell, name) for name in columns] for cell in self._cells]
+        shown = [
+            [
+                f"{value:.4f}" if isinstance(value, float) else shorten(str(value), _MOST_OF_A_TEXT)
+                for value in row
+            ]
+            for row in rows
+        ]
+        return [columns, *shown]
+
+
+def top(one: BlockMap, count: int, query: int | str | Literal["all"], own: bool) -> Ranking:
+    """See ``BlockMap.top``."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise CaptureError(f"top({count!r}): accepted is a number of rows, 1 or more.")
+    cells = [cell for place in range(one.num_sequences) for cell in _of_sequence(one, place, query, own)]
+    return Ranking(sorted(cells, key=lambda cell: -abs(cell.mass))[:count])
+
+
+def _of_sequence(whole: BlockMap, place: int, query: int | str, own: bool) -> Iterator[Cell]:
+    """For each pair of blocks, its cell with the largest number over layers, heads and steps."""
+    one: BlockMap = whole.select(sequence=place)
+    values = one.values
+    apart = [name for name in one.dims if name in ("step", "layer", "head")]
+    names: dict[str, Sequence[Any]] = {
+        "layer": one.layers, "step": one.steps, "head": () if one.heads == "mean" else one.heads
+    }  # fmt: skip
+    flat = values.reshape(-1, *values.shape[-2:])
+    at = flat.abs().nan_to_num(-1.0).argmax(0)
+    best = flat.gather(0, at[None])[0]
+    # The labels of one sequence are strings.
+    queries, keys = [*map(str, one.query_labels)], [*map(str, one.key_labels)]
+    texts = texts_of(whole.metadata, "key", len(keys), place) or keys
+    for row in _rows_of(one, query):
+        for column, key in enumerate(keys):
+            is_own = queries == keys and row == column
+            if (is_own and not own) or not torch.isfinite(best[row, column]) or best[row, column] == 0:
+                continue
+            where = torch.unravel_index(at[row, column], values.shape[:-2])
+            found = {name: names[name][int(i)] for name, i in zip(apart, where, strict=True)}
+            number = {"sequence": place} if whole.is_batch else {}
+            yield Cell(
+                query=queries[row], key=key, text=texts[column], mass=float(best[row, column]),
+                **found, **number,
+            )  # fmt: skip
+
+
+def _rows_of(one: BlockMap, query: int | str) -> list[int]:
+    """The numbers of the query blocks that are asked for."""
+    labels = list(one.query_labels)
+    real = [i for i in range(len(labels)) if one.query_sizes[i] > 0]
+    if query == "all":
+        return real
+    if isinstance(query, str) and query in labels:
+        return [i for i in real if labels[i] == query]
+    if isinstance(query, int) and not isinstance(query, bool) and -len(labels) <= query < len(labels):
+        # The last block with tokens: a block for an answer that was not generated is empty.
+        return real[-1:] if query == -1 else [query % len(labels)]
+    raise CaptureError(
+        f"there is no query block {query!r}; accepted is a number from 0 to {len(labels) - 1}, a label, or 'all'."
+    )
