@@ -110,17 +110,16 @@ class BlockAttentionAnalyzer:
         """Analyse a conversation, by the method that is named.
 
         Args:
-            messages: ``[{"role": ..., "content": ...}, ...]``.
+            messages: As ``analyze_conversation``.
             method: ``"single"``: one pass (``analyze_conversation``). ``"sequential"``: message by message through the
-                KV cache. ``"chunked"``: in chunks of ``chunk_size`` tokens. ``"generation"``: the answer that the model
-                generates is the last block.
+                KV cache. ``"chunked"``: in chunks of tokens. ``"generation"``: the last block is generated.
             normalize, **options: Those of the method.
 
         Returns:
             ``Analysis``. ``print(result)`` tells what the last block attends to; ``result.top()`` lists it.
 
         Raises:
-            AnalysisError: There is no such method; otherwise as ``analyze_conversation``.
+            AnalysisError: There is no such method; or as ``analyze_conversation``.
         """
         ways: dict[str, Any] = {
             "single": self.analyze_conversation,
