@@ -156,7 +156,10 @@ class CacheFollower:
             # The beam that is returned is chosen only after the last call.
             self._leave_all_out(sequence, _OTHERS_PLACES)
         if past < sequence.length or moved:
+            gone = _steps_from(sequence, past)
             sequence.calls = sequence.changed(followed).calls
+            for calls in sequence.calls:
+                calls.apart = [call for i, call in enumerate(calls.apart) if i not in gone]
             sequence.marks = {at: mark for at, mark in sequence.marks.items() if at < past}
             if moved:
                 sequence.marks = {at: mark[order] for at, mark in sequence.marks.items()}
@@ -189,3 +192,16 @@ class CacheFollower:
                     self._check_rows(sequence, cache)
             except Exception as error:
                 self._leave_all_out(sequence, f"its cache cannot be read at the end: {error}")
+
+
+def _steps_from(sequence: Sequence, past: int) -> set[int]:
+    """The steps that have only tokens from position ``past`` on, if calls are kept separate: rejected drafts."""
+    gone: set[int] = set()
+    before = 0
+    for i in range(len(sequence.calls[0].apart)):
+        records = [record for calls in sequence.calls for record in calls.apart[i].values()]
+        totals = [record.history.total for record in records if record.history.follows_cache]
+        if totals and before >= past:
+            gone.add(i)
+        before = max([before, *totals])
+    return gone
