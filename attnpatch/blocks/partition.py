@@ -19,6 +19,7 @@ class Partition:
         starts: ``[batch, num_blocks]`` int64, first token of each block, not counting padding; 0 where the size is 0.
         ends: ``[batch, num_blocks]`` int64, one past the last token of each block, not counting padding.
         labels: For each sequence, the labels of its blocks.
+        texts: For each sequence, the texts of its blocks; None if they are not known.
     """
 
     assignment: Tensor
@@ -26,6 +27,7 @@ class Partition:
     starts: Tensor
     ends: Tensor
     labels: tuple[tuple[str, ...], ...]
+    texts: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -40,6 +42,7 @@ class Partition:
             self.starts[order],
             self.ends[order],
             tuple(self.labels[row] for row in order),
+            None if self.texts is None else tuple(self.texts[row] for row in order),
         )
 
     def __repr__(self) -> str:

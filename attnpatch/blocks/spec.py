@@ -1,15 +1,14 @@
 """``Blocks``: how tokens are grouped, specified before the length of the sequence is known."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from attnpatch.blocks.chat.messages import NEXT, Span, message_spans
+from attnpatch.blocks.checks import check_labels, check_spans, is_nested, whole
 from attnpatch.blocks.growing import grown, say_what_is_left_out
 from attnpatch.blocks.partition import Partition, blocks_of_tokens, tiled
 from attnpatch.blocks.words import text_spans
@@ -18,7 +17,7 @@ from attnpatch.errors import BlockError
 
 @dataclass(frozen=True, repr=False)
 class Blocks:
-    """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans``, ``messages``, ``words``,
+    """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans``, ``messages``, ``texts``, ``words``,
     ``tokens`` or ``tiles``.
 
     Blocks count the tokens of the unpadded sequence, so one object works with any padding. While a sequence grows, the
@@ -35,6 +34,7 @@ class Blocks:
     ahead: bool = False
     after: str = ""
     after_from: tuple[int, ...] = ()
+    texts_by_sequence: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -46,7 +46,7 @@ class Blocks:
         Raises:
             BlockError: ``size`` is not a positive whole number.
         """
-        size = _whole(size, "the size of a block")
+        size = whole(size, "the size of a block")
         if size < 1:
             raise BlockError(f"the size of a block is {size}; accepted is 1 token or more.")
         return cls("fixed", size=size)
@@ -75,12 +75,12 @@ class Blocks:
             BlockError: Spans are empty, negative, unsorted or overlap; labels do not match them; or both ``grows`` and
                 ``after`` were given.
         """
-        per_sequence = _is_nested(spans)
-        by_sequence = tuple(_check_spans(s) for s in (spans if per_sequence else [spans]))
+        per_sequence = is_nested(spans)
+        by_sequence = tuple(check_spans(s) for s in (spans if per_sequence else [spans]))
         if labels is None:
             named = tuple(tuple(f"{start}:{end}" for start, end in s) for s in by_sequence)
         else:
-            named = _check_labels(labels if per_sequence else [labels], by_sequence)
+            named = check_labels(labels if per_sequence else [labels], by_sequence)
         if not isinstance(after, str) or (grows and after):
             raise BlockError(
                 f"after={after!r} with grows={grows!r}; accepted is one of them: a label for the tokens after "
@@ -120,18 +120,73 @@ class Blocks:
         if isinstance(messages, Mapping | str) or not messages:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
         per_sequence = not isinstance(messages[0], Mapping)
-        spans, labels, ends = [], [], []
+        spans, labels, ends, texts = [], [], [], []
         conversations = cast("Sequence[Sequence[Mapping]]", messages if per_sequence else [messages])
         for conversation in conversations:
-            found, end = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
-            ends.append(end)
+            found = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
+            ends.append(found.end)
+            texts.append(found.texts)
             names = [f"{i} {message.get('role', '?')}" for i, message in enumerate(conversation)]
-            spans.append(_check_spans(found))
+            spans.append(check_spans(found.spans))
             labels.append((*names, NEXT) if add_generation_prompt else tuple(names))
         # The generated answer continues the opened message, or the last message if that is left open.
         grows = bool(add_generation_prompt or template_options.get("continue_final_message"))
         more = {"grows": True} if grows else {"after": NEXT, "after_from": tuple(ends)}
+        more["texts_by_sequence"] = tuple(texts)
         return cls("messages", None, tuple(spans), tuple(labels), per_sequence, **more)
+
+    @classmethod
+    def texts(
+        cls,
+        tokenizer: Any,
+        prompt: Any,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        rest: str = "question",
+        after: str = "answer",
+        **options: Any,
+    ) -> "Blocks":
+        """One block per given text of a prompt, such as the documents of a RAG prompt.
+
+        Each contiguous part of the prompt that is in no text is a block, too. The part after the last text has the
+        label ``rest``, and other parts are ``"question, before doc 1"``. Generated tokens are the block ``after``.
+        Blocks are in the order of the prompt, whatever the order of ``texts``.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            prompt: A string, chat messages (rendered with the chat template) or token ids; a list of them for a batch.
+            texts: The texts, each of them once in the prompt, without overlap; nested for a batch. White space around
+                a text may be missing in the prompt. A text that is given twice is there twice.
+            labels: One label per text, nested like ``texts``; ``"doc 1"``, ``"doc 2"``, ... by default.
+            rest: Label of the part after the last text.
+            after: Label of the block of all tokens after the prompt.
+            **options: The options that the prompt is tokenized with, such as ``add_special_tokens=False``; for
+                messages, options of ``apply_chat_template``, such as ``add_generation_prompt=True``.
+
+        Raises:
+            BlockError: A text is not in the prompt, is there more often than given, overlaps another, or begins or ends
+                inside a word or has no token of its own; or the tokenizer has no character offsets.
+        """
+        from attnpatch.blocks.texts import checked_texts, text_parts
+
+        if not all(isinstance(name, str) and name for name in (rest, after)):
+            raise BlockError(f"rest={rest!r}, after={after!r}; accepted is a label for each.")
+        per_sequence = isinstance(texts, list | tuple) and bool(texts) and isinstance(texts[0], list | tuple)
+        prompts, every, names = (prompt, texts, labels) if per_sequence else ([prompt], [texts], [labels])
+        names = [None] * len(every) if names is None else names
+        if isinstance(prompts, str) or not len(prompts) == len(every) == len(names):
+            raise BlockError(
+                "prompts, texts and labels of a batch differ in number; give one list per prompt."
+            )
+        found = [
+            text_parts(tokenizer, each, *checked_texts(*given), rest, options)
+            for each, given in zip(prompts, zip(every, names, strict=True), strict=True)
+        ]
+        spans, labelled, cut = (
+            tuple(getattr(one, name) for one in found) for name in ("spans", "labels", "texts")
+        )
+        return cls("texts", None, spans, labelled, per_sequence, after=after, texts_by_sequence=cut)
 
     @classmethod
     def words(cls, tokenizer: Any, prompt: str | Sequence[str], **tokenizer_options: Any) -> "Blocks":
@@ -165,7 +220,7 @@ class Blocks:
         if not any(spans for spans, _ in found):
             raise BlockError(f"the prompt {prompt!r} has no {kind}; give a text that has.")
         spans, labels = zip(*found, strict=True)
-        return cls(kind, None, spans, labels, per_sequence)
+        return cls(kind, None, spans, labels, per_sequence, texts_by_sequence=labels)
 
     @classmethod
     def tiles(cls, height: int, width: int, tile: int, *, start: int = 0, frames: int = 1) -> "Blocks":
@@ -184,11 +239,11 @@ class Blocks:
             BlockError: A number is not whole, or too small.
         """
         image = (
-            _whole(height, "the height of the image"),
-            _whole(width, "the width of the image"),
-            _whole(tile, "the edge of a tile"),
-            _whole(start, "the start of the image"),
-            _whole(frames, "the number of frames"),
+            whole(height, "the height of the image"),
+            whole(width, "the width of the image"),
+            whole(tile, "the edge of a tile"),
+            whole(start, "the start of the image"),
+            whole(frames, "the number of frames"),
         )
         if min(*image[:3], image[4]) < 1 or image[3] < 0:
             raise BlockError(
@@ -227,7 +282,14 @@ class Blocks:
                 starts[row, : len(sequence)], ends[row, : len(sequence)] = bounds.T
                 of_token = blocks_of_tokens(bounds, lengths[row])
                 assignment[row, valid[row]] = of_token
-        return Partition(assignment, ends - starts, starts, ends, labels)
+        return Partition(assignment, ends - starts, starts, ends, labels, self._texts_for(labels))
+
+    def _texts_for(self, labels: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...] | None:
+        """The texts of blocks with these labels; a block of generated tokens has its label as text."""
+        if not self.texts_by_sequence:
+            return None
+        known = self.texts_by_sequence if self.per_sequence else self.texts_by_sequence * len(labels)
+        return tuple((*texts, *names[len(texts) :]) for texts, names in zip(known, labels, strict=True))
 
     def _spans_for(
         self, lengths: Sequence[int]
@@ -267,59 +329,3 @@ class Blocks:
         if len(shown) > 3:
             shown = [*shown[:2], f"... {len(shown)} sequences"]
         return f"Blocks.{self.kind}({'; '.join(shown)})"
-
-
-def _whole(value: Any, what: str) -> int:
-    """``value`` as an int; unlike ``int()``, it refuses bools, floats and strings."""
-    try:
-        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise BlockError(f"{what} is {value!r}; accepted is a whole number of tokens.") from None
-
-
-def _is_nested(spans: Any) -> bool:
-    try:
-        first = spans[0]
-        return isinstance(first[0], Sequence) and not isinstance(first[0], str)
-    except (TypeError, IndexError, KeyError):
-        return False
-
-
-def _check_spans(spans: Any) -> tuple[Span, ...]:
-    try:
-        pairs = [tuple(pair) for pair in spans]
-    except TypeError:
-        raise BlockError(f"spans is {spans!r}; accepted is a list of (start, end) in tokens.") from None
-    if not pairs:
-        raise BlockError("there are no spans; give at least one (start, end) per sequence.")
-    checked = []
-    for pair in pairs:
-        if len(pair) != 2:
-            raise BlockError(f"span {pair!r} has {len(pair)} numbers; accepted is (start, end) in tokens.")
-        start, end = (_whole(edge, f"an edge of span {pair!r}") for edge in pair)
-        if start < 0 or end <= start:
-            raise BlockError(f"span ({start}, {end}) is empty or negative; accepted is 0 <= start < end.")
-        checked.append((start, end))
-    for before, after in pairwise(checked):
-        if after[0] < before[1]:
-            problem = "overlap" if after[1] > before[0] else "are not sorted"
-            raise BlockError(f"spans {before} and {after} {problem}; give them in order, without overlap.")
-    return tuple(checked)
-
-
-def _check_labels(labels: Any, spans: tuple[tuple[Span, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    counts = [len(s) for s in spans]
-    fits = (
-        isinstance(labels, Sequence)
-        and [
-            len(s)
-            for s in labels
-            if isinstance(s, list | tuple) and all(isinstance(label, str) for label in s)
-        ]
-        == counts
-    )
-    if not fits or len(labels) != len(counts):
-        raise BlockError(f"labels do not match the {counts} spans; give one string per span, nested alike.")
-    return tuple(tuple(sequence) for sequence in labels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from attnpatch.blocks.chat.closing_patterns import Special
+from attnpatch.blocks.chat.message_texts import said, text_of, with_calls
 from attnpatch.blocks.chat.messages import NEXT, Span, template_of, token_counts
 from attnpatch.blocks.chat.segmentation import Division, Segment, divide
 from attnpatch.errors import AnalysisError, BlockError
@@ -164,9 +165,9 @@ def _plain(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict)
     if options:
         notes.append(f"there is no chat template, so these options are ignored: {', '.join(sorted(options))}")
     pieces = []
-    contents = [_text_of(message) for message in messages]
+    contents = [text_of(message) for message in messages]
     lines = [
-        f"{message['role']}: {_with_calls(message, content)}\n"
+        f"{message['role']}: {with_calls(message, content)}\n"
         for message, content in zip(messages, contents, strict=True)
     ]
     end = 0
@@ -200,7 +201,7 @@ def _in_tokens(tokenizer: Any, messages: list[Mapping], division: Division, temp
         ends.append(len(text))
     counts = token_counts(encoded["offset_mapping"], ends)
     labels = [_label(messages, who) for who in members]
-    texts = [_said(messages, who, division) for who in members]
+    texts = [said(messages, who, division.contents) for who in members]
     notes = list(division.notes)
     spans, kept, begin = [], [], 0
     waiting: list[int] = []
@@ -246,32 +247,6 @@ def _texts_of_tokens(
 
 def _label(messages: list[Mapping], who: tuple[int, ...]) -> str:
     return " + ".join(f"{index} {messages[index]['role']}" for index in who) or NEXT
-
-
-def _said(messages: list[Mapping], who: tuple[int, ...], division: Division) -> str:
-    said = []
-    for index in who:
-        content = division.contents[index]
-        said.append(_with_calls(messages[index], _text_of(messages[index]) if content is None else content))
-    return "\n".join(said)
-
-
-def _text_of(message: Mapping) -> str:
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        return "".join(
-            str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content
-        )
-    return "" if content is None else str(content)
-
-
-def _with_calls(message: Mapping, content: str) -> str:
-    """A message's text, followed by its tool calls on separate lines."""
-    lines = [content] if content else []
-    for call in message.get("tool_calls") or ():
-        called = call.get("function", call) if isinstance(call, Mapping) else call
-        lines.append(json.dumps(called, ensure_ascii=False, default=str))
-    return "\n".join(lines)
 
 
 def _has_surrogate(text: str) -> bool:

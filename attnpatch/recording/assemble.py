@@ -86,8 +86,18 @@ def block_map(
         heads="mean" if heads == "mean" else chosen_heads(heads, first.num_heads),
         error=error,
         steps=range(len(apart)),
-        metadata={**metadata, "tokens": int(first.key.assignment.shape[1])},
+        metadata={**metadata, **_texts(first), "tokens": int(first.key.assignment.shape[1])},
     )
+
+
+def _texts(record: SiteSums) -> dict[str, Any]:
+    """Texts of the blocks as metadata: ``texts`` if queries and keys are the same blocks, or else those of each side."""
+    query, key = record.query, record.key
+    sides = {"query_texts": query.texts, "key_texts": key.texts}
+    if query.texts == key.texts and query.labels == key.labels:
+        sides = {"texts": key.texts}
+    found = {name: [list(each) for each in texts] for name, texts in sides.items() if texts is not None}
+    return {name: lists if len(lists) > 1 else lists[0] for name, lists in found.items()}
 
 
 def measured(records: Sequence[SiteSums], names: Sequence[str]) -> dict[str, torch.Tensor]:

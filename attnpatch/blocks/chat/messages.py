@@ -1,6 +1,7 @@
 """Finds where the messages of a conversation begin and end in tokens, by the tokenizer's chat template."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,23 @@ Span = tuple[int, int]
 NEXT = "assistant (next)"
 
 
-def message_spans(
-    tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict
-) -> tuple[list[Span], int]:
-    """Token spans of the messages of one conversation, and of the generation prompt if there is one.
+@dataclass(frozen=True)
+class MessageSpans:
+    """Where the messages of a conversation are in its tokens.
 
-    Returns:
-        The spans, and the token at which the last message ends if the assistant's next message follows.
+    Attributes:
+        spans: Token spans of the messages, and of the generation prompt if there is one.
+        end: The token at which the last message ends if the assistant's next message follows.
+        texts: The text of each message.
+    """
+
+    spans: list[Span]
+    end: int
+    texts: tuple[str, ...]
+
+
+def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options: dict) -> MessageSpans:
+    """Find the messages of one conversation in its tokens.
 
     Raises:
         BlockError: A message has no text or no token of its own. (``attnpatch.conversations.tokenized_chat`` joins such
@@ -35,6 +46,7 @@ def message_spans(
             "the tokenizer has no character offsets; load a fast tokenizer, or use Blocks.spans."
         )
     from attnpatch.blocks.chat.closing_patterns import Special  # imported on first use
+    from attnpatch.blocks.chat.message_texts import said
     from attnpatch.blocks.chat.segmentation import divide
 
     render = template_of(tokenizer, options)
@@ -52,9 +64,9 @@ def message_spans(
         )
     stops = torch.tensor(counts).cumsum(0).tolist()
     spans = list(zip([0, *stops[:-1]], stops, strict=True))
-    return spans, spans[-1][0] if prompt else _end_when_followed(
-        tokenizer, messages, options, text, stops[-1]
-    )
+    end = spans[-1][0] if prompt else _end_when_followed(tokenizer, messages, options, text, stops[-1])
+    texts = tuple(said(messages, (index,), division.contents) for index in range(len(messages)))
+    return MessageSpans(spans, end, texts)
 
 
 def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, text: str, end: int) -> int:
@@ -63,7 +75,7 @@ def _end_when_followed(tokenizer: Any, messages: list[Mapping], options: dict, t
     """
     try:
         prompted = template_of(tokenizer, options)(messages, add_generation_prompt=True)
-        return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options)[1]
+        return end if prompted.startswith(text) else message_spans(tokenizer, messages, True, options).end
     except Exception:  # the template cannot add the opening of an answer here, for any reason
         return end
 
