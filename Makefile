@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+DEMO := .venv/installed-demo
 # Tests and demos never reach for a model hub.
 export HF_HUB_OFFLINE = 1
 
 .PHONY: lines demo demo-figures test test-long fuzz formulations venv lint bench bench-against bench-peers bench-gpu coverage coverage-maps docs clean
 
-demo: venv
+demo: $(DEMO)
 	$(BIN)/attnpatch demo
 
 test: lint
@@ -64,10 +65,14 @@ test-hosts-full: venv
 
 venv: $(STAMP)
 
-# torch first and alone: with it in place nothing else pulls another build of it.
-$(STAMP): pyproject.toml constraints.txt
+# What the demo needs, and no more. torch first and alone: with it in place nothing else pulls another build of it.
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[transformers,plot,cli]"
+	touch $(DEMO)
+
+$(STAMP): $(DEMO)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
 		pytest pytest-xdist pytest-timeout hypothesis mypy ruff hatchling playwright peft hqq \
 		einops x-transformers perceiver-pytorch xarray mkdocs-material "mkdocstrings[python]"

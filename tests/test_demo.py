@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -162,7 +163,8 @@ def test_demo_from_start_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    commands = [line.strip() for line in done.stdout.splitlines() if " --" in line]
+    assert max(len(line) for line in done.stdout.splitlines() if line.strip() not in commands) <= 80
     figures = json.loads((tmp_path / "figures.json").read_text())
     check_runs(figures["runs"])
     assert figures["tokens"] >= 4096
@@ -175,6 +177,15 @@ def test_demo_from_start_to_end(tmp_path):
     block_map = attnpatch.BlockMap.load(tmp_path / "shown" / "block_map.safetensors")
     assert block_map.mass.shape[-1] == figures["messages"] + 1
     assert run.SNIPPET.splitlines()[0] in done.stdout
+    # What it proposes next can be pasted.
+    assert [line.split("attnpatch ", 1)[1].split()[0] for line in commands] == ["view", "analyze", "explain"]
+    for command in (commands[0], commands[2]):
+        again = subprocess.run(
+            [sys.executable, "-m", "attnpatch", *shlex.split(command.split("attnpatch ", 1)[1])],
+            capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        )  # fmt: skip
+        assert again.returncode == 0, again.stderr
+    assert (tmp_path / "shown" / "block_map.html").stat().st_size > 1e5
 
 
 def check_runs(runs):

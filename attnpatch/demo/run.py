@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import shutil
+import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -297,5 +299,26 @@ def close(console: Console, written: dict[str, Path]) -> None:
     for name, path in written.items():
         # A wrapped path cannot be copied.
         console.print(f"  {name:<20} {path}", markup=False, soft_wrap=True)
+    console.print("\nTo go on:", style="bold")
+    for command, what in next_commands(written):
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"      {what}", markup=False)
     console.print("\nThe same for your model:", style="bold")
     console.print(textwrap.indent(SNIPPET, "  "), markup=False, soft_wrap=True)
+
+
+def next_commands(written: dict[str, Path]) -> list[tuple[str, str]]:
+    """Commands for what to try next, as they can be pasted, each with what it does."""
+    # The demo is often run as .venv/bin/attnpatch, while the environment is not active.
+    started = sys.argv[0] if Path(sys.argv[0]).name == "attnpatch" else f"{sys.executable} -m attnpatch"
+    program = "attnpatch" if shutil.which("attnpatch") else started
+    block_map, model = written["the block map"], FOLDER / "model"
+    page = block_map.with_suffix(".html")
+    return [
+        (f"{program} view {block_map} --out {page}", "the map as a page: open it in a browser"),
+        (f"{program} analyze --mode demo --out maps", "maps of some conversations: pictures, a page, tables"),
+        (
+            f"{program} explain {model} --seq-len 32768",
+            "the memory that a model would take, before it is loaded",
+        ),
+    ]
