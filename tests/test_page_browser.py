@@ -61,7 +61,7 @@ def opened(browser, tmp_path):
     """Opens a page of maps; at the end there must have been no error, and no request but for the page itself."""
     contexts, trouble, requests = [], [], []
 
-    def open_page(maps, viewport=DESKTOP, **options):
+    def open_page(maps, viewport=DESKTOP, at_mean=False, **options):
         context = browser.new_context(viewport=viewport, **options)
         contexts.append(context)
         page = context.new_page()
@@ -73,6 +73,9 @@ def opened(browser, tmp_path):
         path = write_page(given, tmp_path / f"page{len(contexts)}.html")
         page.goto(path.as_uri())
         settled(page)
+        if at_mean:  # no cell, and the mean of the layers, wherever the page opened
+            page.evaluate("select(null, null), setAxis('layer', 0), refresh()")
+            settled(page)
         return page
 
     yield open_page
@@ -145,11 +148,80 @@ def to_position(page, slider, position):
     page.locator(slider).fill(str(position))
 
 
+def finding_map(**fields):
+    """The last row attends most to block 2 in layer 1; in layer 0, to the first block; to itself most of all."""
+    mass = torch.zeros(3, 6, 6)
+    mass[:, :, 0] = 0.5
+    mass[:, 5, 5] = torch.tensor([0.5, 0.1, 0.6])
+    mass[:, 5, 2] = torch.tensor([0.0, 0.8, 0.1])
+    mass[:, 5, 0] = torch.tensor([0.5, 0.05, 0.2])
+    return block_map(count=6, mass=mass, layers=3, **fields)
+
+
+def test_a_page_opens_on_what_the_last_row_attends_to_most(opened):
+    page = opened(finding_map())
+    assert page.evaluate("[state.row, state.cursor]") == [5, {"row": 5, "column": 2}]
+    assert page.locator("#layer-name").inner_text() == "1"
+    assert page.locator("#finding").inner_text() == (
+        "5 assistant attends most to \u201c2 user: message 2: lorem ipsum lorem ipsum lorem ipsum lorem ip\u2026\u201d "
+        "(0.800, layer 1), then \u201c0 user: message 0:\u201d (0.500, layer 0)."
+    )
+    assert page.locator("#row-title").inner_text() == "What 5 assistant attends to"
+    first = page.locator("#row-list button").first
+    assert (
+        first.locator(".name").inner_text() == "2 user" and first.locator(".number").inner_text() == "0.800"
+    )
+    assert first.locator(".words").inner_text().startswith("message 2: lorem ipsum")
+    # The second block is a button that leads to its cell.
+    page.locator("#finding button").nth(1).click()
+    settled(page)
+    assert page.evaluate("[state.cursor.column, state.layer]") == [0, 1]
+    assert page.locator("#cell-value").inner_text() == "0.500"
+    # The numbers of the sentence are those of the map, not of another normalisation.
+    page.select_option("#normalization", "column")
+    settled(page)
+    assert page.locator("#finding").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("fields", "row", "column"),
+    [
+        ({"query_sizes": torch.tensor([1, 1, 1, 1, 0, 0])}, 3, 0),  # the last blocks have no tokens
+        ({"key_labels": [f"k{i}" for i in range(6)]}, 5, 2),
+        ({"heads": range(1), "mass": finding_map().mass[:, None]}, 5, 2),
+    ],
+)
+def test_the_row_it_opens_on_has_tokens(opened, fields, row, column):
+    page = opened(dataclasses.replace(finding_map(), **fields))
+    assert page.evaluate("[state.row, state.cursor.column]") == [row, column]
+
+
+def test_a_row_over_all_layers(opened):
+    page = opened(finding_map())
+    page.select_option("#order", "layers")
+    until(page, "document.querySelectorAll('#row-list small').length > 0")
+    names = page.locator("#row-list .name").all_inner_texts()
+    assert [name.split() for name in names] == [
+        ["2", "user", "layer", "1"], ["5", "assistant", "layer", "2"], ["0", "user", "layer", "0"],
+    ]  # fmt: skip
+    assert page.locator("#row-list .number").all_inner_texts() == ["0.800", "0.600", "0.500"]
+    page.locator("#row-list button").nth(1).click()
+    settled(page)
+    assert page.evaluate("[state.cursor.column, state.layer]") == [5, 3]
+
+
+def test_a_finding_of_numbers_with_signs_is_the_largest_whatever_its_sign(opened):
+    page = opened(
+        dataclasses.replace(signed_map(SIGNED), metadata={"numbers": "difference", "weighting": "difference"})
+    )
+    said = page.locator("#finding").inner_text()
+    assert said.startswith("2 user: the largest number (difference) is at \u201c0 user\u201d (0.250)")
+
+
 def test_a_page_opens_without_errors_and_shows_what_it_holds(opened):
     page = opened(block_map())
     assert page.title() == "map.safetensors - attnpatch"
     assert "8 \u00d7 8 blocks, 3 layers" in page.locator("#shape").inner_text()
-    assert page.locator("#layer-name").inner_text() == "mean of 3"
     for absent in ("#head-field", "#step-field", "#sequence-field", "#map-field", "#trouble"):
         assert page.locator(absent).is_hidden(), absent
     page.click("#help-button")
@@ -158,7 +230,7 @@ def test_a_page_opens_without_errors_and_shows_what_it_holds(opened):
 
 
 def test_sliders_change_the_picture(opened):
-    page = opened(block_map(heads=2))
+    page = opened(block_map(heads=2), at_mean=True)
     seen = {picture(page)}
     for slider, count in (("#layer", 3), ("#head", 2)):
         for position in range(1, count + 1):
@@ -174,7 +246,7 @@ def test_sliders_change_the_picture(opened):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_hover_shows_the_number_and_both_texts(opened, normalization):
     given = block_map(heads=2).normalize(normalization)
-    page = opened(given)
+    page = opened(given, at_mean=True)
     assert page.locator("#normalization").input_value() == normalization
     for layer, head in (("mean", "mean"), (2, "mean"), ("mean", 1), (1, 0)):
         to_position(page, "#layer", 0 if layer == "mean" else layer + 1)
@@ -189,7 +261,7 @@ def test_hover_shows_the_number_and_both_texts(opened, normalization):
 
 def test_normalizations_can_be_switched(opened):
     given = block_map()
-    page = opened(given)
+    page = opened(given, at_mean=True)
     for name in NORMALIZATIONS[::-1]:
         page.select_option("#normalization", name)
         number, _ = hovered(page, 6, 3)
@@ -215,7 +287,7 @@ def test_long_texts_are_short_in_the_tooltip_and_whole_beside_it(opened):
 
 def test_a_click_shows_where_the_row_looks(opened):
     given = block_map()
-    page = opened(given)
+    page = opened(given, at_mean=True)
     assert page.locator("#row-hint").is_visible() and page.locator("#row-list").is_hidden()
     page.mouse.click(*place_of(page, 5, 2))
     assert page.locator("#row-title").inner_text() == "What 5 assistant attends to"
@@ -248,7 +320,7 @@ def test_what_a_row_lost_to_sinks_is_said(opened):
 
 def test_the_profile_follows_the_cell(opened):
     given = block_map(layers=5).normalize("column")
-    page = opened(given)
+    page = opened(given, at_mean=True)
     assert "mean over all rows" in page.locator("#profile-title").inner_text()
     assert page.locator("#profile-key li").count() == 3
     page.mouse.click(*place_of(page, 4, 1))
@@ -265,7 +337,7 @@ def test_the_profile_follows_the_cell(opened):
 
 def test_everything_can_be_done_with_keys(opened):
     given = block_map(heads=2)
-    page = opened(given)
+    page = opened(given, at_mean=True)
     page.locator("#frame").focus()
     outline = page.locator("#frame").evaluate("frame => getComputedStyle(frame).outlineStyle")
     assert outline == "solid"
@@ -298,7 +370,7 @@ def test_everything_can_be_done_with_keys(opened):
 
 
 def test_keys_in_a_control_stay_in_the_control(opened):
-    page = opened(block_map())
+    page = opened(block_map(), at_mean=True)
     page.locator("#layer").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#layer-name").inner_text() == "0"
@@ -331,7 +403,7 @@ def test_every_control_has_a_name_and_can_be_reached(opened):
 
 def test_zoom_shows_fewer_cells_and_finds_them(opened):
     given = block_map(count=30)
-    page = opened(given)
+    page = opened(given, at_mean=True)
     before = picture(page)
     page.mouse.click(*place_of(page, 20, 9))
     page.locator("#frame").focus()
@@ -366,9 +438,11 @@ def test_the_chooser_lists_all_maps(opened):
     assert page.locator("#map option").all_inner_texts() == ["<i>first</i>.safetensors", "second.safetensors"]
     page.mouse.click(*place_of(page, 6, 2))
     page.select_option("#map", "1")
+    settled(page)
     assert "5 \u00d7 5 blocks, 1 layer;" in page.locator("#shape").inner_text()
     assert page.locator("#layer-field").is_hidden()
-    assert page.evaluate("[state.row, state.cursor]") == [None, None]
+    strongest = second.mass[0, 4, :4].argmax().item()  # its own place to open on
+    assert page.evaluate("[state.row, state.cursor]") == [4, {"row": 4, "column": strongest}]
     number, _ = hovered(page, 4, 1)
     assert same_number(number, second.mass[0, 4, 1].item())
 
@@ -382,7 +456,7 @@ def test_sequences_and_steps_can_be_chosen(opened):
         mass, layers=["down", "up"], steps=[0, 40], query_labels=labels, key_labels=labels,
         query_sizes=sizes, key_sizes=sizes,
     )  # fmt: skip
-    page = opened(given)
+    page = opened(given, at_mean=True)
     number, _ = hovered(page, 2, 1)
     assert same_number(number, mass[0, :, :, 2, 1].mean().item())
     page.select_option("#sequence", "1")
@@ -536,7 +610,7 @@ def test_the_largest_mass_of_a_crowded_picture_is_seen(opened):
 
 def test_500_blocks_of_32_layers_open_and_answer(opened):
     given = block_map(count=500, layers=32, metadata={})
-    page = opened(given)
+    page = opened(given, at_mean=True)
     number, _ = hovered(page, 480, 40)
     row, column = page.evaluate("[state.hover.row, state.hover.column]")
     assert same_number(number, given.select(layer="mean").mass[0, row, column].item())

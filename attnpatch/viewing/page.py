@@ -26,8 +26,9 @@ from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import texts_of
 from attnpatch.maps.meaning import numbers_of
 
-_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "page.js", "input.js")
+_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "finding.js", "page.js", "input.js")
 _MEAN = "mean"
+_FOUND = 5  # cells of the last row that the page names when it opens
 _MOST_OF_A_FACT = 300  # most characters shown of one metadata entry
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
@@ -135,7 +136,38 @@ def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
             "sizes": getattr(one, f"{side}_sizes").tolist(),
             "texts": texts_of(one.metadata, side, len(labels), index),
         }
-    return {"name": _name(one.metadata.get("sequences"), index), **sides, "profile": _profiles(one)}
+    return {
+        "name": _name(one.metadata.get("sequences"), index),
+        **sides,
+        "profile": _profiles(one),
+        "found": _found(one),
+    }
+
+
+def _found(one: BlockMap) -> dict[str, Any] | None:
+    """What the page opens on: the last query row with tokens, and the blocks to which it attends most.
+
+    Returns:
+        ``row``, and ``cells``: ``[position of the layer slider, column, number]``, the largest first. Each column is
+        listed once, with the layer where its number is largest. Heads and steps are averaged. The row's own block is
+        left out. ``None`` if no other block has a number.
+    """
+    rows = np.flatnonzero((one.query_sizes > 0).numpy())
+    if not len(rows):
+        return None
+    row = int(rows[-1])
+    averaged = one.select(head="mean", step="mean")
+    values = averaged.values.reshape(len(one.layers), *one.mass.shape[-2:])[:, row].numpy()
+    sizes = np.where(np.isfinite(values), np.abs(values), 0)
+    if one.query_labels == one.key_labels:
+        sizes[:, row] = 0
+    if not sizes.size or not sizes.max():
+        return None
+    layers, best = sizes.argmax(0), sizes.max(0)
+    columns = [int(c) for c in np.argsort(-best, kind="stable")[:_FOUND] if best[c] > 0]
+    mean = int(len(one.layers) > 1)  # the slider begins with the mean
+    cells = [[mean + int(layers[c]), c, float(f"{values[layers[c], c]:.5g}")] for c in columns]
+    return {"row": row, "cells": cells}
 
 
 def _name(sequences: Any, index: int) -> str:

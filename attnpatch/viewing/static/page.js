@@ -35,6 +35,8 @@ async function refresh() {
   if (mine !== asked) return;
   current = one;
   const { normalization, scale } = state;
+  // Before the map, which takes the height that is left.
+  fillFinding(theMap(), theSequence(), normalization === theMap().normalization, goTo);
   drawCells(one, theSequence(), normalization, scale, state.zoom, shownNow());
   drawLegend(scale, one.signed);
   mark();
@@ -53,8 +55,14 @@ function mark() {
   const value = cursor && valueAt(current, normalization, cursor.row, cursor.column);
   drawMarks(state.zoom, state);
   fillCellPanel(value, normalization, theSequence(), cursor);
-  fillRowPanel(current, normalization, theSequence(), row, order, cursor, (column) => select({ row, column }, row));
-  profile();
+  if (order !== "layers" || row === null) fillRowPanel(current, theSequence(), state, (column) => select({ row, column }, row));
+  overLayers();
+}
+
+function goTo(row, column, layer) {
+  Object.assign(state, { row, cursor: { row, column } });
+  setAxis("layer", layer);
+  refresh().then(speak);
 }
 
 // The positions of the layer slider without the mean.
@@ -64,9 +72,12 @@ function realLayers() {
 
 let profiled = 0;
 
-async function profile() {
+const nextFrame = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+
+// What needs the numbers of all layers: the profile of the cell, and the row's largest numbers over all layers.
+async function overLayers() {
   const mine = ++profiled;
-  const { cursor, normalization } = state;
+  const { cursor, row, normalization, order } = state;
   const { signed } = theMap();
   const positions = realLayers();
   const names = positions.map((position) => String(theMap().layers[position]));
@@ -79,8 +90,16 @@ async function profile() {
     });
     return drawProfile(`Over the layers: ${signed ? "" : "mass, "}mean over all rows`, names, lines, chosen);
   }
+  // The map first: inflating all layers would delay it.
+  if (!positions.every((layer) => held.has(planeId({ ...state, layer })))) await nextFrame();
+  if (mine !== profiled) return;
   const planes = await Promise.all(positions.map((layer) => plane({ ...state, layer })));
   if (mine !== profiled) return;
+  if (order === "layers") {
+    const best = largestOverLayers(planes, normalization, row);
+    const choose = (column) => goTo(row, column, positions[best.layers[column]]);
+    fillRowPanel(current, theSequence(), { ...state, ...best, notes: best.layers.map((at) => `layer ${names[at]}`) }, choose);
+  }
   const values = planes.map((one) => valueAt(one, normalization, cursor.row, cursor.column));
   const { query, key } = theSequence();
   const name = `${shortened(oneLine(query.labels[cursor.row]), 30)} \u2192 ${shortened(oneLine(key.labels[cursor.column]), 30)}`;
@@ -142,6 +161,8 @@ function openMap(index) {
     byId(axis).max = count - 1;
     setAxis(axis, 0);
   }
+  byId("order").querySelector("[value=layers]").hidden = map.layers.length < 2;
+  if (map.layers.length < 2 && state.order === "layers") setChoice("order", "sorted");
   byId("sequence-field").hidden = map.sequences.length < 2;
   byId("sequence").replaceChildren(...map.sequences.map((one, i) => new Option(one.name, i)));
   byId("facts-box").hidden = !Object.keys(map.facts).length;
@@ -153,8 +174,15 @@ function openMap(index) {
   openSequence(0);
 }
 
+// Opens on the last query row, its strongest layer and the block that gets the most there.
 function openSequence(index) {
   Object.assign(state, { sequence: index, row: null, cursor: null, hover: null, zoom: { factor: 1, row: 0, column: 0 } });
+  const { found } = theSequence();
+  if (found) {
+    const [layer, column] = found.cells[0];
+    Object.assign(state, { row: found.row, cursor: { row: found.row, column } });
+    setAxis("layer", layer);
+  }
   current = null; // until the new numbers are inflated
   const { query, key } = theSequence();
   const layers = realLayers().length;

@@ -60,32 +60,67 @@ function fillCellPanel(value, kind, sequence, cursor) {
 
 let rowFrame = null;
 
-function fillRowPanel(one, kind, sequence, row, order, cursor, choose) {
+// The numbers of a row: {values, one per column}, and with `notes` a few words for each.
+function fillRowPanel(one, sequence, shownRow, choose) {
+  const { row, order, cursor, normalization } = shownRow;
   const [bars, list, note] = ["row-bars", "row-list", "row-note"].map((id) => document.getElementById(id));
-  const labels = sequence.key.labels;
   document.getElementById("row-hint").hidden = row !== null;
   document.getElementById("order").hidden = row === null;
-  bars.hidden = row === null || order === "sorted";
-  list.hidden = row === null || order !== "sorted";
+  bars.hidden = row === null || order !== "order";
+  list.hidden = row === null || order === "order";
   note.textContent = "";
   rowFrame = null;
   const title = row === null ? "What a row attends to" : `What ${shortened(oneLine(sequence.query.labels[row]), 60)} attends to`;
   document.getElementById("row-title").textContent = title;
   if (row === null) return list.replaceChildren();
-  const values = Array.from({ length: one.columns }, (_, column) => valueAt(one, kind, row, column));
+  const values = shownRow.values ?? Array.from({ length: one.columns }, (_, column) => valueAt(one, normalization, row, column));
   const current = cursor && cursor.row === row ? cursor.column : null;
-  const notes = [];
-  if (order === "sorted") notes.push(listLargest(list, labels, values, one.signed, current, choose));
-  else rowFrame = barChart(bars, labels.map(oneLine), values, one.signed, current);
+  const said = [];
+  if (order === "order") rowFrame = barChart(bars, sequence.key.labels.map(oneLine), values, one.signed, current);
+  else said.push(listLargest(list, sequence.key, { values, notes: shownRow.notes, signed: one.signed, current }, choose));
   const total = values.reduce((sum, value) => sum + value, 0);
-  if (kind === "none" && !one.signed && total < 0.999 && sequence.query.sizes[row] > 0) {
-    notes.push(`The row sums to ${shown(total)}: the rest of its attention is on learned sinks or on tokens outside every block.`);
+  const isOfMass = normalization === "none" && !one.signed && !theMap().numbers && !shownRow.notes;
+  if (isOfMass && total < 0.999 && sequence.query.sizes[row] > 0) {
+    said.push(`The row sums to ${shown(total)}: the rest of its attention is on learned sinks or on tokens outside every block.`);
   }
-  note.textContent = notes.filter(Boolean).join(" ");
+  note.textContent = said.filter(Boolean).join(" ");
+}
+
+// For each column the row's largest number over the layers, and the layer's position among the planes.
+function largestOverLayers(planes, kind, row) {
+  const { columns, signed } = planes[0];
+  const [values, layers] = [new Array(columns).fill(0), new Array(columns).fill(0)];
+  planes.forEach((one, layer) => {
+    for (let column = 0; column < columns; column++) {
+      const value = valueAt(one, kind, row, column);
+      if (sizeOf(value, signed) > sizeOf(values[column], signed)) [values[column], layers[column]] = [value, layer];
+    }
+  });
+  return { values, layers };
+}
+
+// One bar of the list: a block's name, its number and its text.
+function listedBar(side, column, value, most, { signed, current, notes }) {
+  const button = make("button", column === current ? "current" : "");
+  button.type = "button";
+  button.dataset.column = column;
+  const track = make("span", "track");
+  const fill = make("span", signed ? `fill ${value < 0 ? "down" : "up"}` : "fill");
+  fill.style.width = `${(100 * sizeOf(value, signed)) / most}%`;
+  track.append(fill);
+  const name = oneLine(side.labels[column]);
+  const label = make("span", "name", name);
+  label.title = name.slice(0, 200);
+  if (notes) label.append(" ", make("small", "", notes[column]));
+  button.append(label, track, make("span", "number", shown(value)));
+  const text = oneLine((side.texts?.[column] ?? "").slice(0, 400));
+  if (text && text !== name) button.append(make("span", "words", shortened(text, 120)));
+  return button;
 }
 
 // Fill the list with named bars, largest first; returns a note about the blocks that are not listed.
-function listLargest(list, labels, values, signed, current, choose) {
+function listLargest(list, side, row, choose) {
+  const { values, signed } = row;
   const sizes = values.map((value) => sizeOf(value, signed));
   const places = values.map((_, column) => column).filter((column) => sizes[column] > 0);
   places.sort((a, b) => sizes[b] - sizes[a] || a - b);
@@ -93,17 +128,7 @@ function listLargest(list, labels, values, signed, current, choose) {
   const focused = list.contains(document.activeElement) ? document.activeElement.dataset.column : null;
   const scrolled = list.scrollTop;
   const items = places.slice(0, LISTED).map((column) => {
-    const button = make("button", column === current ? "current" : "");
-    button.type = "button";
-    button.dataset.column = column;
-    const track = make("span", "track");
-    const fill = make("span", signed ? `fill ${values[column] < 0 ? "down" : "up"}` : "fill");
-    fill.style.width = `${(100 * sizes[column]) / most}%`;
-    track.append(fill);
-    const name = oneLine(labels[column]);
-    const label = make("span", "name", name);
-    label.title = name.slice(0, 200);
-    button.append(label, track, make("span", "number", shown(values[column])));
+    const button = listedBar(side, column, values[column], most, row);
     button.addEventListener("click", () => choose(column));
     const item = make("li");
     item.append(button);
@@ -114,8 +139,9 @@ function listLargest(list, labels, values, signed, current, choose) {
   if (focused !== null) list.querySelector(`[data-column="${focused}"]`)?.focus({ preventScroll: true });
   if (!places.length) return "The whole row is 0.";
   if (places.length <= LISTED) return "";
+  if (row.notes) return `The ${LISTED} largest of ${values.length} blocks.`;
   const rest = places.slice(LISTED).reduce((sum, column) => sum + values[column], 0);
-  return `The ${LISTED} largest of ${labels.length} blocks; the others sum to ${shown(rest)}.`;
+  return `The ${LISTED} largest of ${values.length} blocks; the others sum to ${shown(rest)}.`;
 }
 
 const WHOLE = {
