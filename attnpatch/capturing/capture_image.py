@@ -63,8 +63,8 @@ def _runs(pipeline: Any, sampling: Sampling, prompts: Prompts) -> contextlib.Abs
         prompts.begin(denoiser.texts_given(given))
         sampling.begin_run()
 
-    def end() -> None:
-        sampling.end_run()
+    def end(result: Any) -> None:
+        sampling.end_run(denoiser.images_in(result))
         prompts.end()
 
     return denoiser.watching(pipeline, begin, end)

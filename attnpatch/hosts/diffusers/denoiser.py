@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 
 # Arguments that hold text; the prompt's words are found in the first one that is given.
-_TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5")
+_TEXTS = ("encoder_hidden_states", "context", "txt", "encoder_hidden_states_t5", "clip_text")
+# Arguments that hold one vector for each text.
+_POOLED = ("clip_text_pooled", "pooled_projections")
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 
 
@@ -52,6 +54,7 @@ def read_denoiser_call(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         batch=images[0].shape[0] if images else 1,
         images=images,
         texts=texts,
+        pooled=next((given[name] for name in _POOLED if isinstance(given.get(name), torch.Tensor)), None),
         text_mask=(mask != 0).cpu() if mask is not None and mask.dim() == 2 else None,
         timesteps=frozenset(map(float, torch.as_tensor(timestep).flatten().unique().tolist())),
         latents=latent_grids.axes_of(given) or latent_grids.latents_grid(part, images),
@@ -86,7 +89,7 @@ def evaluations_in(pipeline: Any, timestep: float | None) -> int:
 
 @contextlib.contextmanager
 def watching(
-    pipeline: Any, begin: Callable[[dict[str, Any]], None], end: Callable[[], None]
+    pipeline: Any, begin: Callable[[dict[str, Any]], None], end: Callable[[Any], None]
 ) -> Iterator[None]:
     """Call ``begin`` and ``end`` around every call of a pipeline.
 
@@ -95,7 +98,7 @@ def watching(
     Args:
         pipeline: The pipeline. Afterwards it and its class are as they were.
         begin: Called with the arguments by name.
-        end: Called when the call returns or fails.
+        end: Called when the call returns, with its result, or fails, with ``None``.
     """
     owner = owner_of(type(pipeline), "__call__")
     if owner is None:
@@ -122,7 +125,7 @@ class _CallOfClass(Replaced):
 
     def __init__(self, owner: type[Any]) -> None:
         super().__init__(owner, "__call__")
-        self.watchers: dict[int, list[tuple[Callable[[dict[str, Any]], None], Callable[[], None]]]] = {}
+        self.watchers: dict[int, list[tuple[Callable[[dict[str, Any]], None], Callable[[Any], None]]]] = {}
         found, watchers = self.found, self.watchers
 
         @functools.wraps(found)
@@ -139,11 +142,13 @@ class _CallOfClass(Replaced):
                 _attempted(
                     begin, {**given, **given.get("kwargs", {})}, where="the beginning of a pipeline's call"
                 )
+            result = None
             try:
-                return call(*args, **kwargs)
+                result = call(*args, **kwargs)
+                return result
             finally:
                 for _, end in told:
-                    _attempted(end, where="the end of a pipeline's call")
+                    _attempted(end, result, where="the end of a pipeline's call")
 
         self.put_in(__call__)
         _watched[owner] = self
@@ -167,6 +172,13 @@ def _attempted(step: Callable[..., Any], *args: Any, where: str) -> None:
         raise
     except Exception as error:
         warn_once(where, error)
+
+
+def images_in(result: Any) -> int | None:
+    """The number of images that a pipeline's call has returned, which come first in its result; ``None``: not known."""
+    first = result[0] if isinstance(result, (tuple, list, Mapping)) and len(result) else None
+    is_batch = isinstance(first, (list, torch.Tensor)) or hasattr(first, "__array__")
+    return len(first) if is_batch and getattr(first, "shape", (1,)) else None
 
 
 def texts_given(given: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from attnpatch.blocks.tiles import Grid
+from attnpatch.errors import BlockError
 
 
 @dataclasses.dataclass
@@ -39,6 +41,23 @@ class TextRow:
         mine, its = ((e.text, e.role, e.labels, e.listed, sorted(e.missing)) for e in (self, other))
         return self.text is not None and mine == its and torch.equal(self.assignment, other.assignment)
 
+    def check_words(self, labels: Sequence[str], assignment: torch.Tensor) -> None:
+        """Check that given words lie at the tokens where they were found: another tokenizer, or chunks, would move them.
+
+        Raises:
+            BlockError: They do not.
+        """
+        words: dict[int, list[str]] = {}
+        for label, numbers in self.words:
+            for number in numbers:
+                words.setdefault(number, []).append(label)
+        for token, (mine, its) in enumerate(zip(assignment.tolist(), self.assignment.tolist(), strict=True)):
+            if mine >= 0 and its >= 0 and labels[mine] not in words[its]:
+                raise BlockError(
+                    f"text token {token} is of {words[its][0]!r}, but the blocks have {labels[mine]!r} there; give the words of "
+                    "the pipeline's own text, with its tokenizer, or leave them out: attnpatch finds them"
+                )
+
 
 @dataclasses.dataclass
 class DenoiserCall:
@@ -52,6 +71,7 @@ class DenoiserCall:
         latents: The grid of the image, if it comes as rows and columns.
         pictures: The grids of the pictures, if they come as a sequence of tokens; the first is the sampled one. If
             neither is given, the grid is not known.
+        pooled: A vector for each batch row's text, which tells texts apart if their tokens are not given; or ``None``.
         past: Tokens in a cache; always 0, since a denoiser has none.
     """
 
@@ -62,4 +82,5 @@ class DenoiserCall:
     timesteps: frozenset[float] = frozenset()
     latents: Grid | None = None
     pictures: tuple[Grid, ...] = ()
+    pooled: torch.Tensor | None = None
     past: int = 0

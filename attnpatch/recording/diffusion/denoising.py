@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from attnpatch.blocks.spec import Blocks
 from attnpatch.blocks.tiles import Grid, Tiles
-from attnpatch.errors import BlockError, CaptureError
+from attnpatch.errors import CaptureError
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.diffusion.denoiser_call import DenoiserCall, TextRow
 from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
@@ -21,6 +22,8 @@ from attnpatch.recording.diffusion.token_provenance import IMAGE, TEXT
 QUERY_TILES, KEY_TILES = 32, 16
 # A batch row: the number of its text, and its index among the batch rows with that text.
 Row = tuple[int, int]
+# The way out if a call of the denoiser may be of a part of the image.
+_WITHOUT_PARTS = "; capture an image that the pipeline makes in one piece, without such guidance"
 
 
 @dataclasses.dataclass
@@ -163,11 +166,22 @@ class Run:
             if len(before) > evaluations:
                 self.unclear[row[0]] = (
                     f"the denoiser is called with one image {len(before)} times in one step, each time with other latents, but "
-                    f"the sampler asks for {evaluations}; it is not known whether they are parts of it, or another for guidance"
+                    f"the sampler asks for {evaluations}; it is not known whether they are parts of it, or another for "
+                    f"guidance{_WITHOUT_PARTS}"
                 )
         for row in self._distinct:
             self.duplicates.pop(row, None)
         return tuple(found)
+
+    def of_parts(self, images: int) -> dict[int, str]:
+        """The texts with more images in a batch than the pipeline has returned, each with the reason to leave it out."""
+        counts = Counter(number for number, image in self.rows.keys() - self.duplicates.keys() if image >= 0)
+        return {
+            number: f"the denoiser is called with {count} images of it at once, and the pipeline returned {images}, so they "
+            f"may be parts of an image (views of a panorama){_WITHOUT_PARTS}"
+            for number, count in counts.items()
+            if count > images
+        }
 
 
 class Sampling:
@@ -200,10 +214,17 @@ class Sampling:
         self.runs.append(Run())
         self._known, self._last = {}, None
 
-    def end_run(self) -> None:
-        """Called when a pipeline's call has ended; if it never called its denoiser, it is not a run."""
+    def end_run(self, images: int | None = None) -> None:
+        """Called when a pipeline's call has ended; if it never called its denoiser, it is not a run.
+
+        Args:
+            images: How many images the call has returned; ``None``: not known.
+        """
         if self.runs and not self.runs[-1].records:
             self.runs.pop()
+        elif self.runs and images:
+            for number, reason in self.run.of_parts(images).items():
+                self.left_out[f"images of text {number}"] = self.run.unclear.setdefault(number, reason)
 
     @property
     def run(self) -> Run:
@@ -216,7 +237,9 @@ class Sampling:
         """The rows of a batch; rows with the same text are numbered as successive images."""
         run, text = self.run, call.texts[0] if call.texts else None
         if text is None or text.shape[0] != call.batch:
-            numbers = [self._number(b"", None)] * call.batch
+            pooled = call.pooled if call.pooled is not None and len(call.pooled) == call.batch else None
+            keys = [b""] * call.batch if pooled is None else [_digest([row]) for row in pooled]
+            numbers = [self._number(key, None) for key in keys]
         elif self._last is not None and self._last[0]() is text and self._last[1] == text._version:
             numbers = self._last[2]
         else:
@@ -281,7 +304,7 @@ class Sampling:
             for place, labels, assignment in zip(chosen, asked.labels, asked.assignment, strict=True):
                 before = found[place]
                 if blocks.kind == "words" and before.text is not None:
-                    _check_words(labels, assignment, before)
+                    before.check_words(labels, assignment)
                 missing = {word: why for word, why in before.missing.items() if word in labels}
                 found[place] = TextRow(labels, assignment, before.text, before.role, missing=missing)
 
@@ -316,24 +339,6 @@ def _digest(values: Sequence[torch.Tensor]) -> bytes:
     for each in values:
         found.update(each.detach().float().cpu().contiguous().numpy().tobytes())
     return found.digest()
-
-
-def _check_words(labels: Sequence[str], assignment: torch.Tensor, known: TextRow) -> None:
-    """Check that given words lie at the tokens where they were found: another tokenizer, or chunks, would move them.
-
-    Raises:
-        BlockError: They do not.
-    """
-    words: dict[int, list[str]] = {}
-    for label, numbers in known.words:
-        for number in numbers:
-            words.setdefault(number, []).append(label)
-    for token, (mine, its) in enumerate(zip(assignment.tolist(), known.assignment.tolist(), strict=True)):
-        if mine >= 0 and its >= 0 and labels[mine] not in words[its]:
-            raise BlockError(
-                f"text token {token} is of {words[its][0]!r}, but the blocks have {labels[mine]!r} there; give the words of "
-                "the pipeline's own text, with its tokenizer, or leave them out: attnpatch finds them"
-            )
 
 
 def tiles_of(sampling: Sampling, run: Run, most: int) -> Tiles:
