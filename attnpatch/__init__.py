@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attnpatch import errors
     from attnpatch.api import apply, by_rows, capture, explain, patched, register, remove, report
     from attnpatch.blocks.spec import Blocks
+    from attnpatch.capturing.token_scores import token_scores
     from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
     from attnpatch.conversations.saved import load
     from attnpatch.maps.arithmetic import compare
@@ -32,6 +33,7 @@ __all__ = [
     "register",
     "remove",
     "report",
+    "token_scores",
 ]
 _HOMES = {
     "BlockAttentionAnalyzer": "attnpatch.conversations.analyzer",
@@ -41,6 +43,7 @@ _HOMES = {
     "compare": "attnpatch.maps.arithmetic",
     "errors": "attnpatch.errors",
     "load": "attnpatch.conversations.saved",
+    "token_scores": "attnpatch.capturing.token_scores",
     **dict.fromkeys(
         ("apply", "by_rows", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"
     ),

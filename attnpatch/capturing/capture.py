@@ -98,18 +98,29 @@ def capture(
             f"{', '.join(parts)}"
         )
     (part,) = parts.values()
+    with text_recorder(part, options) as recorder:
+        maps = Maps(recorder, options.chosen_steps)
+        try:
+            yield maps
+        finally:
+            recorder.finish()
+            maps.end()
+    warn_of(recorder.left_out)
+
+
+@contextlib.contextmanager
+def text_recorder(part: nn.Module, options: CaptureOptions) -> Iterator[Recorder]:
+    """Record one model's attention to sequences of tokens; call the recorder's ``finish`` at the end.
+
+    Raises:
+        CaptureError, PatchError: As ``capture``.
+    """
     with contextlib.ExitStack() as undo:
         patch = patch_for(part, undo)
         recorder = recorder_of(patch, type(part), options)
         _check_tokens(recorder, part)
-        maps = Maps(recorder, options.chosen_steps)
         with recording(patch, recorder):
-            try:
-                yield maps
-            finally:
-                recorder.finish()
-                maps.end()
-        warn_of(recorder.left_out)
+            yield recorder
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:

@@ -85,13 +85,14 @@ def recording(patch: Patch, recorder: Any) -> Iterator[None]:
             _change(patch, lambda recorders: tuple(each for each in recorders if each is not recorder))
 
 
-def warn_of(left_out: dict[str, str], deep: int = 0) -> None:
-    """Warn once of sites that are in no map."""
+def warn_of(left_out: dict[str, str], deep: int = 0, result: str = "maps") -> None:
+    """Warn once of sites that are in no map, or in no other result; ``result``: what the documentation calls it."""
     if left_out:
         name, reason = next(iter(left_out.items()))
-        more = f"; and {len(left_out) - 1} more in maps.left_out" if len(left_out) > 1 else ""
+        more = f"; and {len(left_out) - 1} more in {result}.left_out" if len(left_out) > 1 else ""
+        where = "in no map" if result == "maps" else "has no scores"
         warnings.warn(
-            f"attnpatch: in no map: {name or '(model)'}: {reason}{more}",
+            f"attnpatch: {where}: {name or '(model)'}: {reason}{more}",
             AttnpatchWarning,
             stacklevel=4 + deep,
         )

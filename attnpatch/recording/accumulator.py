@@ -14,7 +14,6 @@ from attnpatch.blocks.partition import Partition
 from attnpatch.observing import Observer, TileInfo
 from attnpatch.recording.block_sums import add_tile
 from attnpatch.recording.call_facts import OFF, OFF_FUSED
-from attnpatch.recording.statistics import Measures
 from attnpatch.sdpa_call import SdpaCall
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ class SiteSums:
         counts: float64 ``[batch, query_blocks]``: number of query tokens that were summed.
         num_heads: Number of heads, summed into one or kept separate.
         variance: The variance of ``sums``, if only a sample of the rows was summed.
-        measures: Further statistics that were asked for.
+        measures: Further ``Statistics`` that were asked for.
+        key_heads: Number of heads of keys, which heads of queries share in equal groups; ``None``: not known.
         notes: Remarks for the map's metadata, such as that weights are mixed after softmax.
         history: The latest rows, which can be taken back if the sequence's cache is cut.
     """
@@ -43,9 +43,10 @@ class SiteSums:
     counts: torch.Tensor
     num_heads: int
     variance: torch.Tensor | None = None
-    measures: Measures | None = None
+    measures: Any = None
     notes: tuple[str, ...] = ()
     history: Any = None
+    key_heads: int | None = None
 
     def of_rows(self, order: list[int]) -> SiteSums:
         """The sums of the batch rows in ``order``, such as the beams that continue."""
@@ -55,9 +56,7 @@ class SiteSums:
             if (value := getattr(self, name)) is not None
         }
         if self.measures is not None:
-            own = self.measures
-            parts = (getattr(own, name)[order] for name in ("received", "entropy", "sink", "rows"))
-            changes["measures"] = Measures(*parts, apart=own.apart)
+            changes["measures"] = self.measures.of_rows(order)
         return dataclasses.replace(
             self,
             query=self.query.of_rows(order),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class AttentionCallInfo:
         windows: Window lengths of the cache's sliding layers, in tokens.
         is_part: True if the site is called with some of the tokens of a longer tensor.
         problem: Why the blocks of the capture do not fit this site, or ``None``.
+        key_heads_of: Given the number of heads, returns the number of heads of keys; ``None``: not known.
     """
 
     query_mask: torch.Tensor | None = None
@@ -62,6 +64,7 @@ class AttentionCallInfo:
     windows: frozenset[int] = frozenset()
     is_part: bool = False
     problem: str | None = None
+    key_heads_of: Callable[[int], int | None] = lambda _: None
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attnpatch.blocks.heads import Heads, checked_heads
@@ -16,7 +16,7 @@ Steps = str | Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class CaptureOptions:
-    """The arguments of ``capture``, which documents them.
+    """The arguments of ``capture``, which documents them, and what other functions ask for beside them.
 
     Blocks and layers are checked later, when it is known if they are for text or for an image (``pair``, ``for_image``;
     ``layers.chosen_sites``, ``diffusion/denoising.Plan``).
@@ -34,6 +34,10 @@ class CaptureOptions:
     sample_rows: int | None = None
     seed: int = 0
     weighting: str = "probability"
+    # Only the last rows of each sequence in a call, at most this many.
+    window: int | None = None
+    # Makes ``Statistics`` other than those of ``measures``: ``(batch, heads, tokens, heads of keys or None)``.
+    statistics: Callable[[int, int, int, int | None], Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", checked_heads(self.heads))

@@ -13,11 +13,55 @@ from attnpatch.errors import CaptureError
 MEASURES = ("received", "entropy", "sink")
 
 
+@dataclasses.dataclass(frozen=True)
+class TileRows:
+    """What the rows of a tile are.
+
+    Attributes:
+        weights: float64 ``[rows]``: how many rows each row stands for; 0 to ignore it (its values are never read).
+        positions: int64 ``[rows]``: positions in the sequence of queries.
+        first: Position of the first key (above 0 with a sliding cache).
+        start: Position of the first real token of the keys' sequence.
+    """
+
+    weights: torch.Tensor
+    positions: torch.Tensor
+    first: int
+    start: int
+
+
+class Statistics:
+    """Statistics of the rows of one site over one batch of sequences. An observer adds tiles to them."""
+
+    def grown(self, tokens: int) -> Any:
+        """A copy for a sequence that has grown to ``tokens`` tokens."""
+        raise NotImplementedError
+
+    def of_rows(self, order: list[int]) -> Any:
+        """A copy for the batch rows in ``order``."""
+        raise NotImplementedError
+
+    def add(
+        self, b: int, heads: list[int], tile: torch.Tensor, factors: torch.Tensor, rows: TileRows
+    ) -> None:
+        """Add rows of one sequence.
+
+        Args:
+            b: The number of the sequence.
+            heads: The numbers of the heads.
+            tile: ``[heads, rows, keys]``: unnormalised probabilities.
+            factors: ``[heads, rows]``: factors that normalise them.
+            rows: What the rows are.
+        """
+        raise NotImplementedError
+
+
 @dataclasses.dataclass
-class Measures:
+class Measures(Statistics):
     """Sums over the query rows of one site; all float64.
 
     Attributes:
+        names: Which of ``MEASURES``.
         received: ``[batch, 1 or kept heads, tokens]``: attention that each token receives, summed over rows, and over
             heads if none is kept separate.
         entropy: ``[batch, heads]``: entropy of the rows, in nats.
@@ -26,6 +70,7 @@ class Measures:
         apart: Numbers of the heads that are kept separate; ``None`` if none is.
     """
 
+    names: tuple[str, ...]
     received: torch.Tensor
     entropy: torch.Tensor
     sink: torch.Tensor
@@ -33,18 +78,24 @@ class Measures:
     apart: tuple[int, ...] | None = None
 
     @classmethod
-    def empty(cls, batch: int, num_heads: int, tokens: int, apart: Sequence[int] | None = None) -> Measures:
+    def empty(
+        cls, names: Sequence[str], batch: int, num_heads: int, tokens: int, apart: Sequence[int] | None = None
+    ) -> Measures:
         """Zeros; ``apart``: the heads that are kept separate."""
         places = 1 if apart is None else len(apart)
         sizes = ((batch, places, tokens), (batch, num_heads), (batch, num_heads), (batch,))
         zeros = (torch.zeros(size, dtype=torch.float64) for size in sizes)
-        return cls(*zeros, apart=None if apart is None else tuple(apart))
+        return cls(tuple(names), *zeros, apart=None if apart is None else tuple(apart))
 
     def grown(self, tokens: int) -> Measures:
-        """A copy for a sequence that has grown to ``tokens`` tokens."""
         more = max(0, tokens - self.received.shape[-1])
         received = torch.nn.functional.pad(self.received, (0, more))
-        return Measures(received, self.entropy.clone(), self.sink.clone(), self.rows.clone(), self.apart)
+        parts = (self.entropy.clone(), self.sink.clone(), self.rows.clone())
+        return Measures(self.names, received, *parts, apart=self.apart)
+
+    def of_rows(self, order: list[int]) -> Measures:
+        parts = (getattr(self, name)[order] for name in ("received", "entropy", "sink", "rows"))
+        return Measures(self.names, *parts, apart=self.apart)
 
     def plus(self, more: Measures) -> Measures:
         """The sum of both; ``more`` belongs to the same sequence and has at least as many tokens."""
@@ -52,36 +103,18 @@ class Measures:
         pairs = [
             (getattr(old, name), getattr(more, name)) for name in ("received", "entropy", "sink", "rows")
         ]
-        return Measures(*(a + b for a, b in pairs), apart=self.apart)
+        return Measures(self.names, *(a + b for a, b in pairs), apart=self.apart)
 
     def add(
-        self,
-        names: Sequence[str],
-        b: int,
-        heads: list[int],
-        tile: torch.Tensor,
-        factors: torch.Tensor,
-        rows: torch.Tensor,
-        places: tuple[int, int],
+        self, b: int, heads: list[int], tile: torch.Tensor, factors: torch.Tensor, rows: TileRows
     ) -> None:
-        """Add rows of one sequence.
-
-        Args:
-            names: Which of ``MEASURES``.
-            b: The number of the sequence.
-            heads: The numbers of the heads.
-            tile: ``[heads, rows, keys]``: unnormalised probabilities.
-            factors: ``[heads, rows]``: factors that normalise them.
-            rows: float64 ``[rows]``: how many rows each row stands for; 0 to ignore it (its values are never read).
-            places: Position of the first key (above 0 with a sliding cache), and of the sequence's first real token.
-        """
-        first, start = places
-        kept = (rows > 0).nonzero().flatten()
+        names, first, start = self.names, rows.first, rows.start
+        kept = (rows.weights > 0).nonzero().flatten()
         if not len(kept):
             return
         at = kept.to(tile.device)
         tile, factors = tile[:, at].float(), factors[:, at].float()
-        weight = rows[kept].to(tile.device, torch.float32)
+        weight = rows.weights[kept].to(tile.device, torch.float32)
         place = torch.tensor(heads)
         if "received" in names:
             self._receive(b, heads, tile, factors * weight, first)
@@ -95,7 +128,7 @@ class Measures:
             entropy = -(torch.special.xlogy(mass, factors) + factors * logs)
             self.entropy[b].index_add_(0, place, (entropy * weight).sum(-1).cpu().double())
         if 0 in heads:
-            self.rows[b] += rows[kept].sum()
+            self.rows[b] += rows.weights[kept].sum()
 
     def _receive(
         self, b: int, heads: list[int], tile: torch.Tensor, factors: torch.Tensor, first: int

@@ -140,6 +140,30 @@ def _is_readable(keys: Any) -> bool:
     )
 
 
+def key_heads(module: nn.Module, cache: Any, heads: int) -> int | None:
+    """Number of heads of keys of an attention module; ``None``: not known.
+
+    Heads of queries share them in equal groups, one group after the other. transformers' modules say how many share one
+    (``num_key_value_groups``). Otherwise the cache tells it if the order of groups does not matter: there are as many
+    heads of keys as of queries, or one.
+
+    Args:
+        module: The attention module.
+        cache: The cache that its call was given, or ``None``.
+        heads: Number of heads of queries.
+    """
+    layers = [] if cache is None else [part for part in parts_of(cache) if hasattr(part, "get_seq_length")]
+    held = {keys.shape[1] for part in layers for _, keys in _held_by(part) if _is_readable(keys)}
+    shared = getattr(module, "num_key_value_groups", None)
+    if isinstance(module, nn.MultiheadAttention):
+        shared = 1
+    if isinstance(shared, int) and shared > 0:
+        number = heads // shared
+        return number if number * shared == heads and (not held or number in held) else None
+    (number,) = held if len(held) == 1 else (None,)
+    return number if number in (heads, 1) else None
+
+
 def rows_have_moved(cache: Any) -> bool | None:
     """True if beam search has reordered the batch rows of a cache whose keys cannot be read; ``None``: not known."""
     cache = getattr(cache, "self_attention_cache", cache)

@@ -82,6 +82,14 @@ def measured_of(recorder: Recorder, calls: Calls) -> dict[str, dict[str, torch.T
     }
 
 
+def records_by_kind(recorder: Recorder, calls: Calls) -> dict[str, dict[str, SiteSums]]:
+    """The records of one sequence, by kind of site and then by site."""
+    records, _ = _records(calls)
+    return {
+        kind: {name: records[name] for name in names} for kind, names in _kinds(recorder, records).items()
+    }
+
+
 def _records(calls: Calls) -> tuple[dict[str, SiteSums], list[dict[str, SiteSums]]]:
     """The records of a sequence, and those of each of its calls if calls are kept separate."""
     apart = [call for call in calls.apart if call]

@@ -26,7 +26,7 @@ from attnpatch.recording.call_facts import (
     real_tokens,
     relation_of,
 )
-from attnpatch.recording.statistics import Measures
+from attnpatch.recording.statistics import Measures, Statistics, TileRows
 from attnpatch.recording.text.cache_history import MOST_ROWS, History, Rows
 from attnpatch.recording.text.parts import Parts, part_of, real_tokens_of_part, relation_of_part
 
@@ -143,32 +143,39 @@ class TextObserver(SiteObserver):
         # Number of rows that see no key, for the heads that are summed.
         self.closed = torch.zeros_like(self.record.sums[..., 0])
         self.off = OFF
-        if recorder.sample_rows is not None:
+        if recorder.sample_rows is not None or recorder.window is not None:
             self.record.variance = torch.zeros_like(self.record.sums)
             self.sample = self._drawn(query, key.num_blocks + 1)
-        if recorder.measures:
+        if recorder.measures or recorder.statistics is not None:
             self.record.measures = self._measures()
         size = (layout.batch, self.width_asked, layout.q_len, key.num_blocks + 1)
         is_small = layout.q_len <= MOST_ROWS and torch.Size(size).numel() <= _MOST_NUMBERS
-        keeps = is_small and not self.is_of_gradient and recorder.sample_rows is None and self.facts.has_cache
+        keeps = is_small and not self.is_of_gradient and self.sample is None and self.facts.has_cache
         self.rows_apart = torch.zeros(size, dtype=torch.float64) if keeps else None
 
     def _drawn(self, query: Partition, bins: int) -> RowSample:
-        from attnpatch.recording.text.row_sampling import RowSample, draw, generator_for
+        from attnpatch.recording.text.row_sampling import RowSample, draw, generator_for, last_rows
 
-        numbers = generator_for(self.recorder.seed, self.site, self.past)
         parts = query.assignment[:, self.past : self.past + self.layout.q_len]
-        most = self.recorder.sample_rows
-        drawn = [draw(part, self.past, most, query.num_blocks, numbers) for part in parts]
+        most, window = self.recorder.sample_rows, self.recorder.window
+        if window is not None:
+            if self.parts is not None:
+                raise Unknown("it attends with parts of its sequence, so they do not tell its last rows")
+            drawn = [last_rows(part, self.past, window, query.num_blocks) for part in parts]
+        else:
+            numbers = generator_for(self.recorder.seed, self.site, self.past)
+            drawn = [draw(part, self.past, most, query.num_blocks, numbers) for part in parts]
         return RowSample(drawn, self.width_asked, bins)
 
-    def _measures(self) -> Measures:
+    def _measures(self) -> Statistics:
         tokens = max(self.real[1].shape[1], self.layout.kv_len)
         old = self.parts.sums if self.parts is not None else None
         old = old or self.records.get(self.name)
         if old is None or old.measures is None:
-            apart = self.kept_heads(self.layout.heads)
-            return Measures.empty(self.layout.batch, self.layout.heads, tokens, apart)
+            batch, heads, own = self.layout.batch, self.layout.heads, self.recorder.statistics
+            if own is not None:
+                return own(batch, heads, tokens, self.facts.key_heads_of(heads))
+            return Measures.empty(self.recorder.measures, batch, heads, tokens, self.kept_heads(heads))
         return old.measures.grown(tokens)
 
     def _leave_out(self, reason: str) -> None:
@@ -190,7 +197,8 @@ class TextObserver(SiteObserver):
 
     def why_tiles(self) -> str | None:
         """Why the observer needs tiles: measures need the keys of every row, and a sample needs only some rows."""
-        return "measures" if self.recorder.measures else "some rows" if self.sample is not None else None
+        has_measures = self.record is not None and self.record.measures is not None
+        return "measures" if has_measures else "some rows" if self.sample is not None else None
 
     def add_sequence(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
@@ -235,8 +243,10 @@ class TextObserver(SiteObserver):
         assert self.record is not None and self.record.measures is not None
         counted = self.sample.weights(b, rows) if self.sample is not None else self.real[0][b, rows].double()
         factors = tile.new_ones(tile.shape[:2]) if weights is None else weights
-        places = self.relation.first, int(self.real[1][b].int().argmax())
-        self.record.measures.add(self.recorder.measures, b, numbers, tile, factors, counted, places)
+        start = int(self.real[1][b].int().argmax())
+        self.record.measures.add(
+            b, numbers, tile, factors, TileRows(counted, rows, self.relation.first, start)
+        )
 
     def restart(self) -> None:
         """Forget the tiles of this attention."""
@@ -286,6 +296,7 @@ class TextObserver(SiteObserver):
         history = self.old.history if self.old is not None else History(0, self.known)
         total = self.past + self.layout.q_len if self.parts is None else self.parts.of
         record.history = history.with_call(rows, total, self.known, keys, self.facts.has_cache)
+        record.key_heads = self.facts.key_heads_of(self.layout.heads)
         if self.layout.is_mixed:
             record.notes = ("weights are mixed after softmax, so their rows need not sum to 1",)
         if self.parts is not None:

@@ -64,7 +64,8 @@ class Recorder(CacheFollower):
         super().__init__(host)
         self.query_blocks, self.key_blocks = options.pair
         self.heads, self.measures, self.is_per_step = options.heads, options.measures, options.is_per_step
-        self.sample_rows, self.seed = options.sample_rows, options.seed
+        self.sample_rows, self.seed, self.window = options.sample_rows, options.seed, options.window
+        self.statistics = options.statistics
         self.is_of_gradient = options.is_of_gradient
         self.places = pattern_of(names)
         self.wanted = chosen_sites(self.places, names, options.layers, options.sites)

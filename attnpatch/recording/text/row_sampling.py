@@ -71,6 +71,14 @@ def draw(assignment: torch.Tensor, low: int, most: int, num_blocks: int, generat
     return Drawn(rows + low, times.double(), blocks, taken, sizes.double())
 
 
+def last_rows(assignment: torch.Tensor, low: int, most: int, num_blocks: int) -> Drawn:
+    """The last rows of a call that are in a block, each once; arguments as for ``draw``, but for ``most`` in all."""
+    inside = (assignment >= 0).nonzero().flatten()[-most:]
+    blocks = assignment[inside]
+    sizes = torch.bincount(blocks, minlength=num_blocks).double()
+    return Drawn(inside + low, torch.ones(len(inside), dtype=torch.float64), blocks, sizes, sizes)
+
+
 def generator_for(seed: int, *what: Any) -> torch.Generator:
     """A generator seeded by ``seed`` and ``what``, so that each site and call has its own reproducible numbers."""
     return torch.Generator().manual_seed(zlib.crc32(repr((seed, *what)).encode()))
