@@ -236,10 +236,14 @@ COMPILED_FUNCTION = "_torchdynamo_orig_callable"
 # are missing, ``ATTNPATCH=1`` patches only models of transformers and diffusers, and says so. The same holds without
 # the interpreter's lock, because ``nn.Module`` reads the first name twice and it may be set in between.
 COMPILED_CALL, PLAIN_CALL = "_compiled_call_impl", "_call_impl"
-HAS_CALL_ATTRIBUTE = (
-    all(hasattr(torch.nn.Module, name) for name in (COMPILED_CALL, PLAIN_CALL))
-    and getattr(sys, "_is_gil_enabled", lambda: True)()
-)
+
+
+def has_call_attribute() -> bool:
+    """Whether a module's call can be seen by the attribute that ``Module.compile`` sets."""
+    has_names = all(hasattr(torch.nn.Module, name) for name in (COMPILED_CALL, PLAIN_CALL))
+    return has_names and getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
 # The schema of an operator. If the name is missing, the operator counts as one that writes to no argument.
 OPERATOR_SCHEMA = "_schema"
 # transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are

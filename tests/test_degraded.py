@@ -4,6 +4,7 @@ A name that a host no longer has is one that attnpatch does not find: its entry 
 no host has. The hosts themselves are not changed.
 """
 
+import sys
 import warnings
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from test_masks import inputs_of, model_of
 
 import attnpatch
-from attnpatch import compat, errors
+from attnpatch import Policy, compat, errors
 from attnpatch.activation.examination import examination
+from attnpatch.activation.session import Session
+from attnpatch.activation.settings import Settings
 from attnpatch.hosts import features
 from attnpatch.patching import forward_swap
+from attnpatch.patching.patch import patch_of
 from attnpatch.releases import tested
 
 NOWHERE = "_no_such_name"
@@ -32,7 +36,7 @@ TAKEN = {
     "COMPILED_FUNCTION": "compiled modules in a model",
     "OPERATOR_SCHEMA": "operators of others that write to an argument",
 }
-# How any model's first call is seen; ``HAS_CALL_ATTRIBUTE`` says whether torch has both.
+# How any model's first call is seen; ``has_call_attribute`` says whether torch has both.
 OF_CALLS = {"COMPILED_CALL", "PLAIN_CALL"}
 # Names that only older releases have.
 OLDER = {"OUTPUT_WRAPPER", "MASK_POSITIONS"}
@@ -153,3 +157,28 @@ def test_an_older_release_is_said_by_apply_in_one_line(package, monkeypatch):
 def test_doctor_says_which_releases_have_a_feature(taken):
     taken("MASK_TABLE")
     assert examination().off == [f"masks by rows (transformers 4.53 to {tested.TESTED['transformers'][1]})"]
+
+
+@pytest.mark.parametrize("missing", [*sorted(OF_CALLS), "the interpreter's lock"])
+def test_without_a_place_to_see_first_calls(missing, monkeypatch, capsys):
+    """One line, nothing is put into ``nn.Module``, and models of hosts are patched all the same."""
+    if missing in OF_CALLS:
+        monkeypatch.setattr(compat, missing, NOWHERE)
+    else:
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    before = dict(vars(torch.nn.Module))
+    session = Session(Settings(Policy(mode="always")))
+    session.tell_of_first_calls(None)
+    assert dict(vars(torch.nn.Module)) == before
+    assert capsys.readouterr().err.splitlines() == [
+        "attnpatch: this torch tells of no first call: only models of hosts are patched"
+    ]
+    plain, model = torch.nn.MultiheadAttention(8, 2), model_of("Llama", "eager")
+    plain(*torch.ones(3, 40, 1, 8))
+    inputs = inputs_of("Llama", 40)
+    with torch.no_grad():
+        native = model(**inputs)[0]
+        session.built(model)
+        assert torch.equal(model(**inputs)[0], native)
+    assert attnpatch.report(model).totals["by_rows"] == 2
+    assert list(session.patches.values()) == [patch_of(model)] and patch_of(plain) is None

@@ -1,9 +1,13 @@
-"""FSDP2 and tensor parallelism in two gloo processes, and the workers of a ``DataLoader``.
+"""Data parallelism, both kinds of FSDP and tensor parallelism in two gloo processes.
 
 Forced by rows, equal to the same steps without attnpatch, and undone exactly.
 """
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -207,3 +211,35 @@ def distributed_tensors_case() -> None:
 )
 def test_in_two_processes(cases, tmp_path):
     in_two_processes(cases, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- as a script wraps models
+
+
+def wrapped(*arguments: object, **variables: str) -> tuple[list[dict[str, list]], str]:
+    """What each process of the script ``wrapped_models.py`` computed, and its stderr."""
+    root = pathlib.Path(attnpatch.__file__).parents[1]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ATTNPATCH")}
+    paths = [str(root / "attnpatch" / "activation" / "boot"), str(root), clean.get("PYTHONPATH", "")]
+    clean |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, str(pathlib.Path(__file__).parent / "wrapped_models.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_wrapped_models_compute_the_same_bits():
+    """DistributedDataParallel, FullyShardedDataParallel and fully_shard, patched before, after, or by the variable."""
+    plain, _ = wrapped("never", WORLD)
+    applied, _ = wrapped("before,after", WORLD)
+    active, said = wrapped("never", WORLD, ATTNPATCH="1", ATTNPATCH_MODE="always")
+    assert len(plain) == WORLD and len(plain[0]) == 8 and len(applied[0]) == 16
+    for rank in range(WORLD):
+        for case, (expected, none) in plain[rank].items():
+            assert none == 0 and len(expected) == 5
+            others = [applied[rank][case.replace("never", when)] for when in ("before", "after")]
+            for found, by_rows in [*others, active[rank][case]]:
+                assert found == expected, case
+                assert by_rows == 4, case  # two layers, two steps
+    assert "Error" not in said and "left as it is" not in said

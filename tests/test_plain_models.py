@@ -514,7 +514,7 @@ def test_sites_that_are_named(active):
 # --------------------------------------------------------------------------------------------------------- what is said
 
 QUIET_SCRIPT = "import torch\nfrom torch import nn\nnet = nn.Sequential(nn.Linear(8, 8), nn.ReLU())\nnet(torch.ones(1, 8))\n"
-NOTHING = "attnpatch was active and saw no model with attention"
+NOTHING = "attnpatch was active and saw no model with attention in this process"
 
 
 @pytest.mark.parametrize(

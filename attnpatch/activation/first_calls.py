@@ -52,7 +52,7 @@ class FirstCalls:
 
 def install(told: Callable[[nn.Module], Callable[[], None] | None]) -> bool:
     """Report the first call of every module of this process from now on; False if this torch has no place to hook in."""
-    if not compat.HAS_CALL_ATTRIBUTE:
+    if not compat.has_call_attribute():
         return False
     setattr(nn.Module, compat.COMPILED_CALL, FirstCalls(told))
     setattr(nn.Module, _PREPARE, _without_mark)

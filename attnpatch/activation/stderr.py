@@ -15,7 +15,7 @@ from attnpatch.errors import in_one_line
 if TYPE_CHECKING:
     from attnpatch.patching.patch import Patch
 
-NOTHING_SEEN = "attnpatch was active and saw no model with attention"
+NOTHING_SEEN = "attnpatch was active and saw no model with attention in this process"
 # How many kinds of models one line names.
 _NAMED = 4
 
