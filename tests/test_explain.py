@@ -230,6 +230,27 @@ def test_decision_and_reason(monkeypatch, free, kind, tokens, policy, decision, 
         assert (attnpatch.report(model).totals["by_rows"] == 3) == (decision == "by rows")
 
 
+SHORT = "no call has more than min_tokens=1024 query rows, so all stay native whatever is free; min_tokens=0 "
+
+
+@pytest.mark.parametrize("case", ["llama eager", "llama sdpa", "bert eager"])
+def test_short_calls_are_listed_and_one_line_says_so(case, monkeypatch):
+    """A batch does not make them longer."""
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1MB")
+    model = on_meta(case)
+    said = attnpatch.explain(model, 300, 4)
+    assert said.groups and {group.decision for group in said.groups} == {"native"}
+    assert {group.temporaries for group in said.groups} == {group.temporaries_now for group in said.groups}
+    lines = [line for line in str(said).splitlines() if line.startswith("no call has more")]
+    # Free memory decides nothing about a fused kernel, which holds no scores.
+    assert [line.startswith(SHORT) for line in lines] == ([] if "sdpa" in case else [True])
+    longer, asked = attnpatch.explain(model, 1025), attnpatch.explain(model, 300, 4, min_tokens=0)
+    never = attnpatch.explain(model, 300, mode="never")
+    assert not any("no call has more" in str(each) for each in (longer, asked, never))
+    by_rows = {"native"} if "sdpa" in case else {"by rows"}
+    assert {group.decision for group in asked.groups} == by_rows
+
+
 def test_the_reason_goes_with_the_rule():
     words = {True: ("less than", "exceed", "'always'"), False: ("not more", "fit into", "'never'")}
     for mode in ("auto", "always", "never"):

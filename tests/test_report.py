@@ -84,6 +84,12 @@ def test_why_native(model, policy, reason, monkeypatch):
     assert sum(said.totals[name] for name in ("native", "fused")) == 3
 
 
+def test_a_batch_of_short_sequences_is_short():
+    """Its 1,200 rows in all do not make one of its calls longer."""
+    (site,) = report(Attention(), torch.cat([x()] * 4)).sites
+    assert site.native_because == {"short: 300 rows, min_tokens 1024": 1}
+
+
 def test_the_largest_call_and_the_most_frequent_rule_are_shown(monkeypatch):
     """A prompt for which there was memory, and the steps of a generation after it."""
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "14GB")

@@ -153,5 +153,6 @@ class PlainModels:
 
 
 def _name(module: Any) -> str:
-    """The name of a module's class; for a scripted module, the name that its class had before."""
-    return getattr(module, "original_name", None) or type(module).__name__
+    from attnpatch.patching.recognition import class_name
+
+    return class_name(module)

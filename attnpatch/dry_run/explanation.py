@@ -22,6 +22,7 @@ from attnpatch.errors import ExplainError, first_line
 from attnpatch.hosts.transformers import calls as host
 from attnpatch.ledger import Shapes
 from attnpatch.memory import free as memory
+from attnpatch.patching.recognition import class_name
 from attnpatch.plotting.text_table import aligned
 from attnpatch.policy import Policy
 from attnpatch.recording.layers import pattern_of
@@ -76,6 +77,7 @@ class Explanation:
             blocks below 32 MiB, on CUDA in its cache).
         assumed: Classes of modules that branch on values (experts), and how often they were called. Their memory beside
             the output is not counted.
+        longest: Query rows of the longest call that the policy decided; 0: a fused kernel served all.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Explanation:
     native_peak: int
     peak: int
     assumed: dict[str, int] = dataclasses.field(default_factory=dict)
+    longest: int = 0
 
     def __str__(self) -> str:
         later = "" if self.is_loaded else ", not loaded yet"
@@ -106,6 +109,11 @@ class Explanation:
             f"peak beyond parameters and inputs: native {size_text(self.native_peak)}, under the policy "
             f"{size_text(self.peak)}"
         )
+        if self.policy.mode == "auto" and 0 < self.longest <= self.policy.min_tokens:
+            lines.append(
+                f"no call has more than min_tokens={self.policy.min_tokens} query rows, so all stay native whatever is "
+                "free; min_tokens=0 (--min-tokens 0) shows what free memory would decide"
+            )
         if self.assumed:
             parts = ", ".join(f"{count} x {kind}" for kind, count in self.assumed.items())
             lines.append(f"not counted, because it depends on values: memory inside {parts}")
@@ -131,6 +139,13 @@ def explanation_of(
         ExplainError: The model cannot run on shapes, or inputs cannot be made up for it.
         PatchError: The model has no attention.
     """
+    # The parameters of a scripted module are kept in C++, where no attribute could be restored.
+    scripted = [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        inside = "" if scripted[0] == "" else f" has a part ({scripted[0]}) that"
+        raise ExplainError(
+            f"{class_name(model)}{inside} is TorchScript, which cannot be run on shapes; explain the eager model"
+        )
     said = "inputs as given"
     if inputs is None:
         inputs, said = _made_up(model, seq_len, batch)
@@ -146,7 +161,7 @@ def explanation_of(
     now, peak, assumed = _rehearse(model, policy, where, inputs, left, is_fixed)
     return Explanation(
         type(model).__name__, said, where, free, parameters, not missing, policy, _groups(native, now),
-        native_peak, peak, dict(assumed),
+        native_peak, peak, dict(assumed), max((site.seen.asked_rows for site in now.innermost()), default=0),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from attnpatch.compat import (
 )
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory.free import FreeMemoryCache
-from attnpatch.patching.calls import most_rows
+from attnpatch.patching.calls import calls_here, most_rows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.patching.recognition import candidates
 from attnpatch.patching.registry import is_attention
@@ -52,6 +52,7 @@ class Seen:
         is_dense: Whether SDPA ran its dense math.
         is_product: Whether matrices were multiplied.
         most_rows: An upper bound on the query rows of a call.
+        asked_rows: The most query rows of a call for which the policy was asked.
         reason: The policy's reason for its decision; None if the policy was not asked.
         step: Query rows and heads per step, if the site ran by rows.
     """
@@ -62,6 +63,7 @@ class Seen:
     is_dense: bool = False
     is_product: bool = False
     most_rows: int = 0
+    asked_rows: int = 0
     reason: str | None = None
     step: tuple[int, int] | None = None
 
@@ -107,7 +109,9 @@ class _Call(AttentionCall):
     def by_rows(self, q_len: int, need: NativeNeed, device: torch.device) -> bool:
         """The policy's decision; its reason is recorded."""
         free, limit = self.room.free(device), self.room.limit(device)
-        self.counters.seen.reason = self.policy.reason(q_len, need, free, limit)
+        seen = self.counters.seen
+        seen.asked_rows = max(seen.asked_rows, q_len)
+        seen.reason = self.policy.reason(q_len, need, free, limit)
         return self.policy.by_rows(q_len, need, free, limit)
 
     @property
@@ -147,6 +151,11 @@ class _Site(Site):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seen = Seen()
+
+    def serve(self, *args: Any, **kwargs: Any) -> Any:
+        """Serve a call as ``Site`` does; short calls are watched too."""
+        calls_here.is_calm = False
+        return super().serve(*args, **kwargs)
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> None:
         """None: every call is watched, so that its kernel is seen and the policy is asked."""

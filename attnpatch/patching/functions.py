@@ -9,10 +9,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnpatch.errors import PatchError
 from attnpatch.patching.patch import Patch
+from attnpatch.patching.recognition import class_name
 from attnpatch.patching.selection import ASKED_FOR
 from attnpatch.policy import Policy
 
@@ -88,7 +90,8 @@ def by_rows(function: Any = None, /, **policy: Any) -> Any:
     if function is None:
         return functools.partial(by_rows, **policy)
     if isinstance(function, (nn.Module, type)) or not callable(function):
-        raise PatchError(
-            f"by_rows() takes a function, not {function!r:.80}; attnpatch.apply() patches a module"
-        )
+        given = f"a {class_name(function)}" if isinstance(function, nn.Module) else f"{function!r:.80}"
+        raise PatchError(f"by_rows() takes a function, not {given}; attnpatch.apply() patches a module")
+    if isinstance(function, torch.jit.ScriptFunction):
+        raise PatchError(f"{function.name!r} is TorchScript, which runs as it is; give the eager function")
     return ByRows(function, policy)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from torch import nn
 
-from attnpatch.errors import PatchError
+from attnpatch.errors import AttnpatchWarning, PatchError
 from attnpatch.hosts import features
 from attnpatch.hosts.diffusers.components import parts_of
 from attnpatch.patching.patch import Patch, patch_of
+from attnpatch.patching.recognition import scripted_attention
 from attnpatch.patching.registry import is_attention
 from attnpatch.patching.selection import AUTO, Chosen, choose
 from attnpatch.policy import Policy
@@ -67,8 +69,22 @@ def put_in_place(
             if left is not None:
                 patch.watched |= left.watched
             undo.callback(patch.take_out, part)
+            _warn_of_scripted(part)
         patches.append(patch)
     return patches
+
+
+def _warn_of_scripted(model: nn.Module) -> None:
+    """Say which attention of a model that is patched stays as it is."""
+    scripted = scripted_attention(model)
+    if scripted:
+        more = f", ... {len(scripted)} in all" if len(scripted) > 3 else ""
+        warnings.warn(
+            f"the attention of {type(model).__name__} in {', '.join(scripted[:3])}{more} is TorchScript, which cannot be "
+            "patched; use the eager model",
+            AttnpatchWarning,
+            stacklevel=4,
+        )
 
 
 def parts_in(model: Any) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from attnpatch.hosts.transformers import masks
 from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import calls_here
 from attnpatch.patching.forward_swap import can_swap, put_in, sites_of, take_out, take_out_all
+from attnpatch.patching.recognition import class_name
 from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.selection import AUTO, CANDIDATE, RECOGNISED, Chosen, choose
 from attnpatch.patching.site import Site
@@ -110,7 +111,7 @@ class Patch:
         scripted = [name for name in reasons if not can_swap(modules[name])]
         if scripted:
             raise PatchError(
-                f"{scripted[0]!r} is a TorchScript module, which cannot be patched; patch the eager model"
+                f"{scripted[0] or class_name(model)!r} is a TorchScript module, which cannot be patched; patch the eager model"
             )
         parts = [name for name, module in modules.items() if masks.makes_masks(module) and can_swap(module)]
         names = [*(name for name in parts if name not in taken), *reasons]

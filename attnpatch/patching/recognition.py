@@ -80,6 +80,11 @@ def _look(
     return seen[module]
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; of a scripted module, the name that its class had."""
+    return getattr(module, "original_name", None) or type(module).__name__
+
+
 def scripted_attention(model: nn.Module) -> list[str]:
     """Paths of the TorchScript modules in a model whose graph has a softmax and a product, without those inside others."""
     found: list[str] = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from attnpatch.errors import CaptureError, PatchError
 from attnpatch.patching.code_names import names_of_class
-from attnpatch.patching.recognition import candidates, scripted_attention
+from attnpatch.patching.recognition import candidates, class_name, scripted_attention
 from attnpatch.patching.registry import is_registered, why
 from attnpatch.recording.layers import chosen_sites, layer_numbers, pattern_of
 
@@ -84,12 +84,11 @@ def choose(model: nn.Module, chosen: Chosen = AUTO) -> dict[str, str]:
     if not found:
         if scripted := scripted_attention(model):
             where = f"in {', '.join(scripted[:3])} " if scripted[0] else ""
-            name = getattr(model, "original_name", type(model).__name__)
             raise PatchError(
-                f"the attention of {name} {where}is TorchScript, which cannot be patched; use the eager model"
+                f"the attention of {class_name(model)} {where}is TorchScript, which cannot be patched; use the eager model"
             )
         raise PatchError(
-            f"{type(model).__name__} has no attention module that attnpatch recognises; name its class with "
+            f"{class_name(model)} has no attention module that attnpatch recognises; name its class with "
             "attnpatch.register(MyAttention), or the modules with attnpatch.apply(model, sites=[...])"
         )
     if chosen.layers is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnpatch import compat
@@ -70,7 +71,7 @@ def is_denoiser(module: Any) -> bool:
 
     ControlNet-XS's denoiser takes ``controlnet_cond``, too, but has ``apply_control``, which a ControlNet lacks.
     """
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         return False
     names = set(parameter_names(type(module)))
     is_control = "controlnet_cond" in names and "apply_control" not in names

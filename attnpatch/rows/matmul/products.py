@@ -147,9 +147,10 @@ def _goes_by_rows(product: Product, call: AttentionCall) -> bool:
     if call.policy.mode == "always":
         return True
     q_len, need = native_size(product)
-    if q_len <= call.policy.min_tokens or not _is_large(product):
+    if not _is_large(product):
         return False
-    return call.policy.fuse or call.by_rows(q_len, need, product.operands[0].device)
+    is_fused = call.policy.fuse and q_len > call.policy.min_tokens
+    return is_fused or call.by_rows(q_len, need, product.operands[0].device)
 
 
 def native_scores(name: str, args: Any, kwargs: dict[str, Any]) -> Product | None:
