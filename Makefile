@@ -68,8 +68,9 @@ venv: $(STAMP)
 # What the demo needs, and no more. torch first and alone: with it in place nothing else pulls another build of it.
 $(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[transformers,plot,cli]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+		-e ".[transformers,cli]" matplotlib
 	touch $(DEMO)
 
 $(STAMP): $(DEMO)
