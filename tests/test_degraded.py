@@ -34,10 +34,10 @@ TAKEN = {
     "ACCELERATE_FORWARD": "modules offloaded by accelerate",
     "COMPILED_MODULE": "compiled modules in a model",
     "COMPILED_FUNCTION": "compiled modules in a model",
+    "COMPILED_CALL": "models that no host builds, under ATTNPATCH=1",
+    "PLAIN_CALL": "models that no host builds, under ATTNPATCH=1",
     "OPERATOR_SCHEMA": "operators of others that write to an argument",
 }
-# How any model's first call is seen; ``has_call_attribute`` says whether torch has both.
-OF_CALLS = {"COMPILED_CALL", "PLAIN_CALL"}
 # Names that only older releases have.
 OLDER = {"OUTPUT_WRAPPER", "MASK_POSITIONS"}
 
@@ -77,7 +77,7 @@ def test_every_name_of_a_host_is_in_this_table():
         for name, value in vars(compat).items()
         if name.isupper() and isinstance(value, (str, tuple)) and name not in ("SELECTIVE_MODES", "__all__")
     }
-    assert strings == TAKEN.keys() | OLDER | OF_CALLS
+    assert strings == TAKEN.keys() | OLDER
 
 
 @torch.no_grad()
@@ -92,7 +92,9 @@ def test_without_a_name_of_a_host(entry, taken):
     generating = LlamaForCausalLM(LlamaConfig(**DECODER)).eval()
     prompt = inputs["input_ids"][:, :8]
     beams = {"num_beams": 2, "max_new_tokens": 3, "attention_mask": torch.ones_like(prompt)}
-    compiled = torch.compile(model, backend="eager") if entry.startswith("COMPILED") else model
+    compiled = (
+        torch.compile(model, backend="eager") if TAKEN[entry] == "compiled modules in a model" else model
+    )
     native, written = compiled(**inputs)[0], generating.generate(prompt, **beams)
     taken(entry)
     with warnings.catch_warnings(record=True) as record:
@@ -159,10 +161,10 @@ def test_doctor_says_which_releases_have_a_feature(taken):
     assert examination().off == [f"masks by rows (transformers 4.53 to {tested.TESTED['transformers'][1]})"]
 
 
-@pytest.mark.parametrize("missing", [*sorted(OF_CALLS), "the interpreter's lock"])
+@pytest.mark.parametrize("missing", ["COMPILED_CALL", "PLAIN_CALL", "the interpreter's lock"])
 def test_without_a_place_to_see_first_calls(missing, monkeypatch, capsys):
     """One line, nothing is put into ``nn.Module``, and models of hosts are patched all the same."""
-    if missing in OF_CALLS:
+    if missing in TAKEN:
         monkeypatch.setattr(compat, missing, NOWHERE)
     else:
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)

@@ -78,6 +78,10 @@ def features() -> tuple[Feature, ...]:
             "modules offloaded by accelerate", "accelerate", "1.0",
             (("accelerate.hooks", (compat.ACCELERATE_HOOK, compat.ACCELERATE_FORWARD)),),
         ),
+        Feature(
+            "models that no host builds, under ATTNPATCH=1", "torch", "2.6",
+            (("torch.nn.modules.module", (compat.COMPILED_CALL, compat.PLAIN_CALL)),),
+        ),
         Feature("compiled modules in a model", "torch", "2.6", (("torch._dynamo.eval_frame", compiled),)),
         Feature(
             "operators of others that write to an argument", "torch", "2.6",
