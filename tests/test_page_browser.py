@@ -229,6 +229,23 @@ def test_a_page_opens_without_errors_and_shows_what_it_holds(opened):
     assert "lorem" not in page.locator("#facts").inner_text()
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("spread", "; spread (standard deviation over 3 conversations) up to 0.25"),
+        ("error", "; sampled, standard error up to 0.25"),
+        (None, ""),
+    ],
+)
+def test_a_page_says_what_its_numbers_are_means_of(opened, field, said):
+    """Of several conversations, or of a sample of the rows."""
+    shown = block_map()
+    known = {field: torch.full_like(shown.mass, 0.25)} if field else {}
+    metadata = {**shown.metadata, "spread": "standard deviation over 3 conversations"}
+    page = opened(dataclasses.replace(shown, metadata=metadata, **known))
+    assert page.inner_text("#shape").endswith("rows attend to columns" + said)
+
+
 def test_sliders_change_the_picture(opened):
     page = opened(block_map(heads=2), at_mean=True)
     seen = {picture(page)}

@@ -24,7 +24,7 @@ from attnpatch.atomic_files import put, whole
 from attnpatch.errors import PageError
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import texts_of
-from attnpatch.maps.meaning import numbers_of
+from attnpatch.maps.meaning import numbers_of, uncertainty
 
 _SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "finding.js", "page.js", "input.js")
 _MEAN = "mean"
@@ -119,6 +119,7 @@ def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
         "signed": block_map.is_signed,
         "gradient": block_map.is_of_gradient,
         "numbers": numbers_of(block_map),
+        "uncertainty": uncertainty(block_map),
         "layers": _with_mean(block_map.layers),
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
         "steps": _with_mean(block_map.steps or (_MEAN,)),

@@ -187,7 +187,8 @@ function openSequence(index) {
   const { query, key } = theSequence();
   const layers = realLayers().length;
   byId("shape").textContent =
-    `${query.labels.length} \u00d7 ${key.labels.length} blocks, ${layers} layer${layers === 1 ? "" : "s"}; rows attend to columns`;
+    `${query.labels.length} \u00d7 ${key.labels.length} blocks, ${layers} layer${layers === 1 ? "" : "s"}; rows attend to columns`
+    + (theMap().uncertainty && `; ${theMap().uncertainty}`);
   // With many blocks most masses are so much smaller than the largest that a square root would show them all alike.
   setChoice("scale", Math.max(query.labels.length, key.labels.length) > MANY ? "log" : "sqrt");
   zoomTo(1);
