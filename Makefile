@@ -76,7 +76,7 @@ $(DEMO): pyproject.toml constraints.txt
 $(STAMP): $(DEMO)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]" \
 		pytest pytest-xdist pytest-timeout hypothesis mypy ruff hatchling playwright peft hqq \
-		einops x-transformers perceiver-pytorch xarray mkdocs-material "mkdocstrings[python]"
+		einops x-transformers perceiver-pytorch xarray nbclient ipykernel mkdocs-material "mkdocstrings[python]"
 	# Without what they ask for: the wheels of torchvision load beside builds of torch for CUDA only. Triton comes with
 	# those builds; beside one for the CPU it is for tests, which run kernels in its interpreter.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \

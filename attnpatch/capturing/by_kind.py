@@ -66,10 +66,6 @@ class ByKind:
         """Kinds and their block maps."""
         return [(sites, self[sites]) for sites in self.keys()]
 
-    def _repr_png_(self) -> bytes | None:
-        """The picture that a notebook shows, if there is one map."""
-        return self.block_map._repr_png_() if len(self) == 1 else None
-
     def top(self, n: int = 10, query: Any = -1, own: bool = False) -> Ranking:
         """What a block attends to most, as a table; see ``BlockMap.top``.
 

@@ -140,6 +140,10 @@ class Maps(ByKind):
         self._problems = {}
         return [self._of(calls) for calls in self._recorder.captured()]
 
+    def _repr_png_(self) -> bytes | None:
+        """The picture that a notebook shows, if there is one map."""
+        return self.block_map._repr_png_() if len(self) == 1 else None
+
     def __repr__(self) -> str:
         found = self._recorder.captured()
         self._problems = {}

@@ -1,5 +1,6 @@
 """Draws one block map. Imports matplotlib when a picture is drawn."""
 
+import functools
 import io
 import os
 import textwrap
@@ -172,13 +173,15 @@ def load_matplotlib() -> Any:
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """An empty figure; width and height are in inches.
+    """An empty figure; width and height are in inches. A notebook shows it, with and without ``%matplotlib``.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     figure = load_matplotlib().figure.Figure(figsize=(width, height), layout=layout)
     load_matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
+    # IPython knows no picture of a figure until pyplot is imported.
+    figure._repr_png_ = functools.partial(to_png, figure)
     return figure
 
 

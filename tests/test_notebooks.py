@@ -1,0 +1,44 @@
+"""The notebooks of examples/notebooks run from the first cell to the last, and find what their saved outputs show."""
+
+import json
+import pathlib
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+# Free memory, which a machine decides.
+_VARIES = ("free", "peak beyond", "  LlamaAttention")
+
+
+def outputs_of(notebook):
+    """What each code cell shows: its text without what varies, or the kinds of its pictures."""
+    found = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                continue
+            data = output.get("data", {})
+            if "image/png" in data:
+                found.append("a picture")
+                continue
+            text = output.get("text", data.get("text/plain", ""))
+            lines = ("".join(text) if isinstance(text, list) else text).splitlines()
+            found += [line.rstrip() for line in lines if not any(word in line for word in _VARIES)]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs(name, tmp_path):
+    saved = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    assert outputs_of(notebook) == outputs_of(saved)
+    assert len(outputs_of(saved)) > 3
+
+
+def test_there_are_notebooks():
+    assert {"heat_maps", "long_conversation", "out_of_memory"} <= set(NAMES)
