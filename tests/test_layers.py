@@ -122,7 +122,7 @@ def test_no_files_import_each_other_in_a_circle():
 # Whose arguments others decide: options of a public function, of a command, an operator of torch, a kernel of Triton.
 WIDE = {
     "capturing/capture.py: capture", "conversations/analyzer.py: __init__", "conversations/batch.py: analyze_all", "cli/app.py: run",
-    "plotting/map_figure.py: draw", "cli/analyze.py: analyze", "rows/sdpa/encoder_fast_paths.py: multihead",
+    "plotting/map_figure.py: draw", "cli/analyze.py: analyze", "cli/replay.py: replay", "rows/sdpa/encoder_fast_paths.py: multihead",
     "maps/block_map.py: plot", "rows/sdpa/encoder_fast_paths.py: encoder_layer", "recording/gpu/kernel.py: _tile_sum",
     "recording/gpu/kernel.py: sum_tiles",
 }  # fmt: skip

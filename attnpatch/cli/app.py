@@ -11,6 +11,7 @@ from attnpatch import __version__
 from attnpatch.cli.analyze import EXIT_CODES, analyze
 from attnpatch.cli.merge import merge
 from attnpatch.cli.policy_options import with_policy_options
+from attnpatch.cli.replay import replay
 from attnpatch.errors import AttnpatchError
 from attnpatch.policy import Policy
 
@@ -211,4 +212,5 @@ def explain(
 
 
 app.command(epilog=EXIT_CODES)(analyze)
+app.command(epilog=EXIT_CODES)(replay)
 app.command()(merge)

@@ -35,6 +35,7 @@ from attnpatch.conversations.results_folder import INDEX, discard
 from attnpatch.conversations.single_pass_check import SINGLE_PASS
 from attnpatch.errors import AnalysisError, MissingExtraError
 from attnpatch.hosts.transformers.quiet import quieten
+from attnpatch.plotting.map_figure import shorten
 from attnpatch.sizes import size_text
 
 SOME_FAILED = 3
@@ -54,6 +55,7 @@ class Task:
         pictures: Whether to draw results; None: only if there is a single conversation.
         loading: Arguments of ``BlockAttentionAnalyzer``.
         options: Fields of its ``Options``.
+        top: How many messages to list for each answer.
     """
 
     model: str | None
@@ -65,6 +67,7 @@ class Task:
     pictures: bool | None
     loading: dict[str, Any]
     options: dict[str, Any]
+    top: int = 0
 
 
 def run_task(task: Task) -> int:
@@ -105,6 +108,8 @@ def _run(task: Task, processes: Processes) -> int:
                 say(errors, f"{step.entry['source']}: {step.entry['error']}")
             elif step.analysis is not None:
                 _say_once(said, step.analysis.notes, errors if processes.is_main else None)
+                if task.top:
+                    _list(shown, step, task.top)
                 if draws:
                     drawn.extend(_draw(analyzer, step, task, errors))
             advance(step)
@@ -209,6 +214,15 @@ def _say_once(said: set[str], notes: Iterable[str], console: Console | None) -> 
         if console is not None and note.startswith(SINGLE_PASS) and note not in said:
             said.add(note)
             say(console, f"note: {note}")
+
+
+def _list(console: Console, step: Step, top: int) -> None:
+    """Print what the last message of a conversation attends to."""
+    assert step.analysis is not None
+    answer = " ".join((step.analysis.texts or [""])[-1].split())
+    say(console, f"{step.entry['name']}: {shorten(answer, 70)}")
+    for line in str(step.analysis.top(top)).splitlines():
+        say(console, f"  {line}")
 
 
 def _draw(analyzer: BlockAttentionAnalyzer, step: Step, task: Task, errors: Console) -> list[str]:

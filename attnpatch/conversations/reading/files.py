@@ -255,7 +255,8 @@ class _Names:
 
     def name(self, record: Any) -> str:
         """A name for the current record."""
-        given = record.get("id") if isinstance(record, dict) else None
+        ids = [record.get(key) for key in ("custom_id", "id")] if isinstance(record, dict) else []
+        given = next((one for one in ids if one is not None), None)
         usable = isinstance(given, str | int) and not isinstance(given, bool)
         wanted = (_safe(str(given)) if usable else "") or f"{self._stem}-{self.number:05d}"
         base, name = wanted.casefold(), wanted

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from attnpatch.conversations.reading import transcripts
 from attnpatch.errors import AnalysisError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -34,7 +35,8 @@ def is_message(value: Any) -> bool:
 def is_record(value: Any) -> bool:
     """Whether a value looks like a conversation: a list of messages, or an object with one."""
     return isinstance(value, list) or (
-        isinstance(value, Mapping) and any(_is_given(value.get(key)) for key in _LISTS)
+        isinstance(value, Mapping)
+        and (any(_is_given(value.get(key)) for key in _LISTS) or transcripts.is_transcript(value))
     )
 
 
@@ -62,6 +64,10 @@ def messages_of(record: Any) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
     Raises:
         BadRecord: The record is not a conversation, or has content other than text.
     """
+    try:
+        record = transcripts.with_answer(record)
+    except transcripts.NoTranscript as error:
+        raise BadRecord(str(error)) from None
     found, tools = record, ()
     if isinstance(record, Mapping):
         key = _first(record, _LISTS) or next((key for key in _LISTS if key in record), None)
