@@ -9,7 +9,12 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # What a page's examples leave behind.
-WRITTEN = {"maps.md": {"change.png", "maps"}, "rag.md": {"rag.png"}, "tokens.md": set()}
+WRITTEN = {
+    "maps.md": {"change.png", "maps"},
+    "rag.md": {"rag.png"},
+    "tokens.md": set(),
+    "vision.md": {"where.png"},
+}
 
 
 @pytest.mark.parametrize("page", WRITTEN)

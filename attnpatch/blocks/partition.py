@@ -1,5 +1,6 @@
 """The block of each position of a batch, once the lengths of its sequences are known."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,43 @@ def tiled(image: tuple[int, int, int, int, int], valid: Tensor) -> Partition:
     ends = none.scatter_reduce(0, block, tokens + 1, "amax", include_self=False)
     sizes, starts, ends = (each.repeat(len(valid), 1) for each in (tiles.sizes(), starts, ends))
     return Partition(assignment, sizes, starts, ends, (tiles.labels(),) * len(valid))
+
+
+def assigned(
+    blocks: Sequence[tuple[int, ...]], labels: Sequence[tuple[str, ...]], after: str, valid: Tensor
+) -> Partition:
+    """The partition of sequences whose tokens are assigned to blocks one by one; without texts.
+
+    Args:
+        blocks: For each sequence, the block of each of its first tokens.
+        labels: For each sequence, the labels of its blocks.
+        after: Label of an additional block for all later tokens.
+        valid: As in ``Blocks.resolve``.
+
+    Raises:
+        BlockError: A sequence has fewer tokens than were assigned.
+    """
+    names = []
+    assignment = torch.full(valid.shape, -1, dtype=torch.int64)
+    for row, (real, known, own) in enumerate(zip(valid, blocks, labels, strict=True)):
+        positions = real.nonzero().flatten()
+        later = len(positions) - len(known)
+        if later < 0:
+            raise BlockError(
+                f"the prompt has {len(known)} tokens, but sequence {row} has {len(positions)} real tokens; give the inputs "
+                "that the model is called with."
+            )
+        names.append((*own, after) if later else own)
+        assignment[row, positions] = torch.tensor([*known, *[len(own)] * later], dtype=torch.int64)
+    sizes = torch.zeros(len(valid), max(1, *map(len, names)), dtype=torch.int64)
+    starts, ends = sizes.clone(), sizes.clone()
+    for row, real in enumerate(valid):
+        block = assignment[row, real]
+        tokens = torch.arange(len(block))
+        sizes[row].scatter_add_(0, block, torch.ones_like(tokens))
+        starts[row].scatter_reduce_(0, block, tokens, "amin", include_self=False)
+        ends[row].scatter_reduce_(0, block, tokens + 1, "amax", include_self=False)
+    return Partition(assignment, sizes, starts, ends, tuple(names))
 
 
 def blocks_of_tokens(bounds: Tensor, length: int) -> Tensor:

@@ -1,5 +1,6 @@
 """``Blocks``: how tokens are grouped, specified before the length of the sequence is known."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from attnpatch.blocks.chat.messages import NEXT, Span, message_spans
 from attnpatch.blocks.checks import check_labels, check_spans, is_nested, whole
-from attnpatch.blocks.growing import grown, say_what_is_left_out
-from attnpatch.blocks.partition import Partition, blocks_of_tokens, tiled
+from attnpatch.blocks.partition import Partition
+from attnpatch.blocks.resolving import description, resolved
 from attnpatch.blocks.words import text_spans
 from attnpatch.errors import BlockError
 
@@ -18,7 +19,7 @@ from attnpatch.errors import BlockError
 @dataclass(frozen=True, repr=False)
 class Blocks:
     """How the tokens of a sequence are grouped. Make one with ``fixed``, ``spans``, ``messages``, ``texts``, ``words``,
-    ``tokens`` or ``tiles``.
+    ``tokens``, ``tiles`` or ``images``.
 
     Blocks count the tokens of the unpadded sequence, so one object works with any padding. While a sequence grows, the
     blocks of earlier tokens do not change.
@@ -35,6 +36,7 @@ class Blocks:
     after: str = ""
     after_from: tuple[int, ...] = ()
     texts_by_sequence: tuple[tuple[str, ...], ...] = ()
+    block_of_token: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def fixed(cls, size: int) -> "Blocks":
@@ -131,7 +133,7 @@ class Blocks:
             labels.append((*names, NEXT) if add_generation_prompt else tuple(names))
         # The generated answer continues the opened message, or the last message if that is left open.
         grows = bool(add_generation_prompt or template_options.get("continue_final_message"))
-        more = {"grows": True} if grows else {"after": NEXT, "after_from": tuple(ends)}
+        more: dict[str, Any] = {"grows": True} if grows else {"after": NEXT, "after_from": tuple(ends)}
         more["texts_by_sequence"] = tuple(texts)
         return cls("messages", None, tuple(spans), tuple(labels), per_sequence, **more)
 
@@ -173,7 +175,9 @@ class Blocks:
         if not all(isinstance(name, str) and name for name in (rest, after)):
             raise BlockError(f"rest={rest!r}, after={after!r}; accepted is a label for each.")
         per_sequence = isinstance(texts, list | tuple) and bool(texts) and isinstance(texts[0], list | tuple)
-        prompts, every, names = (prompt, texts, labels) if per_sequence else ([prompt], [texts], [labels])
+        prompts: Any = prompt if per_sequence else [prompt]
+        every: Any = texts if per_sequence else [texts]
+        names: Any = labels if per_sequence else [labels]
         names = [None] * len(every) if names is None else names
         if isinstance(prompts, str) or not len(prompts) == len(every) == len(names):
             raise BlockError(
@@ -183,9 +187,8 @@ class Blocks:
             text_parts(tokenizer, each, *checked_texts(*given), rest, options)
             for each, given in zip(prompts, zip(every, names, strict=True), strict=True)
         ]
-        spans, labelled, cut = (
-            tuple(getattr(one, name) for one in found) for name in ("spans", "labels", "texts")
-        )
+        spans, labelled = tuple(one.spans for one in found), tuple(one.labels for one in found)
+        cut = tuple(one.texts for one in found)
         return cls("texts", None, spans, labelled, per_sequence, after=after, texts_by_sequence=cut)
 
     @classmethod
@@ -252,6 +255,53 @@ class Blocks:
             )
         return cls("tiles", image=image)
 
+    @classmethod
+    def images(
+        cls,
+        processor: Any,
+        inputs: Mapping[str, Any],
+        *,
+        tile: int | None = None,
+        rest: str = "text",
+        after: str = "answer",
+    ) -> "Blocks":
+        """Tiles of each picture in the prompt of a vision-language model, and a block for each part of text.
+
+        Labels are ``"image 1 r0c0"``, ..., ``"video 1 f0 r0c0"``, ...; ``"image 1 other"`` for tokens of a picture that
+        show no place in it (the ends of its rows); ``"text, before image 1"``; ``"text"`` after the last picture; and
+        ``"answer"`` for generated tokens. A picture that the model sees at two resolutions has a second grid,
+        ``"image 1 whole r0c0"``, .... Only the language model's attention is captured with these blocks.
+
+        Args:
+            processor: The model's processor. Rows and columns are read from its settings and from ``inputs``, never
+                guessed from the number of tokens. Known are LLaVA, LLaVA-NeXT, Qwen2-VL, 2.5-VL and 3-VL, InternVL,
+                PaliGemma, Gemma 3, Idefics 3 and SmolVLM.
+            inputs: What the processor returned, with ``input_ids``; a batch has blocks for each sequence.
+            tile: Edge of a tile in tokens; ``None``: at most 16 tiles along the longer edge of each picture.
+            rest: Label of the text after the last picture.
+            after: Label of the block of all tokens after the prompt.
+
+        Raises:
+            BlockError: The layout of the processor's pictures is not known, a fact is missing, or the facts contradict
+                each other.
+        """
+        from attnpatch.blocks.pictures import picture_blocks
+
+        tile = None if tile is None else whole(tile, "the edge of a tile")
+        if tile is not None and tile < 1:
+            raise BlockError(f"the edge of a tile is {tile}; accepted is 1 token or more.")
+        # By name, because what a processor's output means is a host's matter, and hosts/ stands above blocks/.
+        reader = importlib.import_module("attnpatch.hosts.transformers.picture_layouts")
+        found = [picture_blocks(one, tile, rest) for one in reader.prompts_with_pictures(processor, inputs)]
+        return cls(
+            "images",
+            labels_by_sequence=tuple(one.labels for one in found),
+            per_sequence=len(found) > 1,
+            after=after,
+            texts_by_sequence=tuple(one.texts for one in found),
+            block_of_token=tuple(one.block_of_token for one in found),
+        )
+
     def resolve(self, valid: Tensor) -> Partition:
         """Find the block of every position of a batch.
 
@@ -266,66 +316,7 @@ class Blocks:
         if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.ndim != 2:
             given = f"{valid.dtype} {list(valid.shape)}" if isinstance(valid, Tensor) else repr(type(valid))
             raise BlockError(f"valid is {given}; accepted is a bool tensor [batch, total].")
-        valid = valid.detach().cpu()
-        if self.image is not None:
-            return tiled(self.image, valid)
-        lengths = valid.sum(1).tolist()
-        say_what_is_left_out(self, lengths)
-        spans, labels = self._spans_for(lengths)
-        num_blocks = max([1, *(len(s) for s in spans)])
-        starts = torch.zeros(len(spans), num_blocks, dtype=torch.int64)
-        ends = torch.zeros_like(starts)
-        assignment = torch.full(valid.shape, -1, dtype=torch.int64)
-        for row, sequence in enumerate(spans):
-            if sequence:
-                bounds = torch.tensor(sequence, dtype=torch.int64)
-                starts[row, : len(sequence)], ends[row, : len(sequence)] = bounds.T
-                of_token = blocks_of_tokens(bounds, lengths[row])
-                assignment[row, valid[row]] = of_token
-        return Partition(assignment, ends - starts, starts, ends, labels, self._texts_for(labels))
-
-    def _texts_for(self, labels: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...] | None:
-        """The texts of blocks with these labels; a block of generated tokens has its label as text."""
-        if not self.texts_by_sequence:
-            return None
-        known = self.texts_by_sequence if self.per_sequence else self.texts_by_sequence * len(labels)
-        return tuple((*texts, *names[len(texts) :]) for texts, names in zip(known, labels, strict=True))
-
-    def _spans_for(
-        self, lengths: Sequence[int]
-    ) -> tuple[list[tuple[Span, ...]], tuple[tuple[str, ...], ...]]:
-        if self.kind == "fixed":
-            size = self.size
-            assert size is not None
-            spans = [tuple((i, min(i + size, n)) for i in range(0, n, size)) for n in lengths]
-            return spans, tuple(tuple(f"{start}:{end}" for start, end in s) for s in spans)
-        given = len(self.spans_by_sequence)
-        if self.per_sequence and given != len(lengths):
-            raise BlockError(
-                f"blocks were given for {given} sequences, but the batch has {len(lengths)}; give one list of "
-                "spans or messages per sequence, or a single one for all."
-            )
-        rows = range(given) if self.per_sequence else [0] * len(lengths)
-        found = [
-            grown(self, row, place, length)
-            for place, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        ]
-        return [spans for spans, _ in found], tuple(labels for _, labels in found)
+        return resolved(self, valid.detach().cpu())
 
     def __repr__(self) -> str:
-        if self.kind == "fixed":
-            return f"Blocks.fixed({self.size})"
-        if self.image is not None:
-            height, width, tile, start, frames = self.image
-            more = f", start={start}" * (start > 0) + f", frames={frames}" * (frames > 1)
-            return f"Blocks.tiles({height}, {width}, {tile}{more})"
-        shown = []
-        for sequence, labels in zip(self.spans_by_sequence, self.labels_by_sequence, strict=True):
-            names = [f"{label!r}" for label in labels]
-            if len(names) > 6:
-                names = [*names[:3], "...", *names[-2:]]
-            end = sequence[-1][1] if sequence else 0
-            shown.append(f"{len(sequence)} blocks to token {end}: {', '.join(names)}")
-        if len(shown) > 3:
-            shown = [*shown[:2], f"... {len(shown)} sequences"]
-        return f"Blocks.{self.kind}({'; '.join(shown)})"
+        return description(self)

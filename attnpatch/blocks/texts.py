@@ -211,10 +211,10 @@ def _places(text: str, texts: Sequence[str], labels: Sequence[str]) -> list[Span
             )
         places.update({index: (at, at + len(one)) for index, at in zip(indices, own, strict=True)})
     order = sorted(places, key=lambda index: places[index])
-    for one, other in pairwise(order):
-        if places[other][0] < places[one][1]:
+    for first, second in pairwise(order):
+        if places[second][0] < places[first][1]:
             raise BlockError(
-                f"{labels[one]!r} and {labels[other]!r} overlap in the prompt; give separate texts."
+                f"{labels[first]!r} and {labels[second]!r} overlap in the prompt; give separate texts."
             )
     return [places[index] for index in range(len(texts))]
 

@@ -13,7 +13,7 @@ from attnpatch.blocks.heads import Heads
 from attnpatch.blocks.spec import Blocks
 from attnpatch.capturing.capture_patch import innermost, owners, patch_for, recording, warn_of
 from attnpatch.capturing.maps import Maps
-from attnpatch.errors import PatchError
+from attnpatch.errors import CaptureError, PatchError
 from attnpatch.hosts.diffusers.components import is_denoiser
 from attnpatch.hosts.transformers import caches, image_tokens
 from attnpatch.hosts.transformers import calls as host
@@ -118,9 +118,28 @@ def text_recorder(part: nn.Module, options: CaptureOptions) -> Iterator[Recorder
     with contextlib.ExitStack() as undo:
         patch = patch_for(part, undo)
         recorder = recorder_of(patch, type(part), options)
+        _leave_out_towers(recorder, part)
         _check_tokens(recorder, part)
         with recording(patch, recorder):
             yield recorder
+
+
+def _leave_out_towers(recorder: Recorder, part: nn.Module) -> None:
+    """With ``Blocks.images`` only the language model is captured: the tokens of a vision tower are no prompt.
+
+    Raises:
+        CaptureError: None of the language model's sites was asked for.
+    """
+    if "images" not in (recorder.query_blocks.kind, recorder.key_blocks.kind):
+        return
+    inside = image_tokens.language_model_in(part)
+    if inside:
+        recorder.wanted = {name for name in recorder.wanted if name.startswith(f"{inside}.")}
+        recorder.owners = {name for name in recorder.owners if name.startswith(f"{inside}.")}
+    if not recorder.wanted:
+        raise CaptureError(
+            f"Blocks.images is for the attention of the language model ({inside!r}), and no such site was asked for"
+        )
 
 
 def _check_tokens(recorder: Recorder, part: nn.Module) -> None:

@@ -19,6 +19,8 @@ Picture = tuple[int, int, int, int]
 Size = tuple[int, int, int]
 
 IMAGE, VIDEO = "image", "video"
+# The names of the language model in vision-language models.
+LANGUAGE_MODELS = ("language_model", "text_model")
 
 
 def why_no_picture(
@@ -45,6 +47,12 @@ def why_no_picture(
         + (f" ({frames} frames)" * (frames > 1))
         + f"; the first sequence has {', '.join(shown) or 'none'}: give Blocks.tiles(height, width, tile, start=...) of one"
     )
+
+
+def language_model_in(model: nn.Module) -> str:
+    """The path of the language model in a vision-language model; empty if the model has no such part."""
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in LANGUAGE_MODELS]
+    return min(names, key=lambda name: name.count("."), default="")
 
 
 def towers_in(model: nn.Module) -> dict[str, str]:

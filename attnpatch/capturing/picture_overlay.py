@@ -1,0 +1,114 @@
+"""Where in a picture a block looks: the row of a map with ``Blocks.images``, drawn over the picture."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnpatch.errors import CaptureError
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.plotting import map_figure, overlay
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TILE = re.compile(r"(.+) r(\d+)c(\d+)")
+
+
+def picture_heat(
+    block_map: BlockMap,
+    picture: str = "image 1",
+    *,
+    query: int | str = -1,
+    layer: Any = "mean",
+    head: Any = "mean",
+    sequence: int = 0,
+) -> np.ndarray:
+    """How much a block attends to each part of a picture.
+
+    Args:
+        block_map: A map with ``Blocks.images``.
+        picture: Label of the picture, or of a frame of a video (``"video 1 f0"``).
+        query: Number or label of the query block; -1: the last one, such as the answer.
+        layer, head, sequence: As in ``BlockMap.select``; one layer, or ``"mean"``.
+
+    Returns:
+        float32 ``[rows, columns]``: the mass on each tile, divided by the number of its tokens. It covers the whole
+        picture: narrower tiles at its edges have fewer elements.
+
+    Raises:
+        CaptureError: There is no such picture, block, layer, head or sequence.
+    """
+    one = block_map.select(layer=layer, head=head, sequence=sequence, step="mean")
+    if len(one.layers) != 1:
+        raise CaptureError(f"{len(one.layers)} layers in one picture; give one layer or 'mean'.")
+    row = _row(one, query)
+    mass = one.mass.reshape(one.mass.shape[-2:])[row].numpy()
+    tiles = {
+        (int(match[2]), int(match[3])): place
+        for place, label in enumerate(map(str, one.key_labels))
+        if (match := _TILE.fullmatch(label)) and match[1] == picture
+    }
+    if not tiles:
+        found = (_TILE.fullmatch(str(label)) for label in one.key_labels)
+        known = ", ".join(dict.fromkeys(repr(match[1]) for match in found if match))
+        raise CaptureError(f"the map has no tiles of {picture!r}; it has tiles of: {known or 'no picture'}.")
+    rows, columns = (1 + max(place[axis] for place in tiles) for axis in (0, 1))
+    order = [tiles[i, j] for i in range(rows) for j in range(columns)]
+    sizes = one.key_sizes.numpy()[order].reshape(rows, columns)
+    heat = mass[order].reshape(rows, columns) / sizes
+    # The sizes of tiles in a row are in the ratio of their widths.
+    return np.repeat(np.repeat(heat, _ratio(sizes[:, 0]), 0), _ratio(sizes[0]), 1)
+
+
+def plot_on_picture(
+    image: Any,
+    block_map: BlockMap,
+    picture: str = "image 1",
+    *,
+    layers: Sequence[Any] = ("mean",),
+    path: str | os.PathLike | None = None,
+    **options: Any,
+) -> Figure | Path:
+    """Draw what a block attends to over a picture: one panel per layer, each with a scale of its own.
+
+    Args:
+        image: The picture as the model sees it: PIL, numpy or torch. A processor may have cut its edges off.
+        block_map: A map with ``Blocks.images``.
+        picture: As in ``picture_heat``.
+        layers: Entries of ``block_map.layers``, or ``"mean"``.
+        path: ``.png``, ``.svg`` or ``.pdf``; ``None`` returns the figure.
+        **options: ``query``, ``head`` and ``sequence`` as in ``picture_heat``.
+
+    Returns:
+        The path, or a matplotlib ``Figure`` without a path.
+
+    Raises:
+        CaptureError: As ``picture_heat``, or the image or the path cannot be used.
+        MissingExtraError: matplotlib is not installed.
+    """
+    names = ["mean over layers" if layer == "mean" else f"layer {layer}" for layer in layers]
+    heats = [picture_heat(block_map, picture, layer=layer, **options) for layer in layers]
+    figure = overlay.overlay(image, dict(zip(names, heats, strict=True)), title=picture)
+    return map_figure.write(figure, path)
+
+
+def _row(one: BlockMap, query: int | str) -> int:
+    labels = [str(label) for label in one.query_labels]
+    if isinstance(query, str) and labels.count(query) == 1:
+        return labels.index(query)
+    if isinstance(query, int) and not isinstance(query, bool) and -len(labels) <= query < len(labels):
+        return query % len(labels)
+    raise CaptureError(
+        f"the map has no query block {query!r}; give the label or the number of one of {len(labels)}."
+    )
+
+
+def _ratio(sizes: np.ndarray) -> np.ndarray:
+    return sizes // math.gcd(*sizes.tolist())

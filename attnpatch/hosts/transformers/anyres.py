@@ -1,0 +1,93 @@
+"""The tokens of a picture in LLaVA-NeXT: the picture whole, then its pieces as one grid, where each row has an end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attnpatch.blocks.pictures import Picture, PictureGrid
+from attnpatch.errors import BlockError
+
+
+def class_tokens(processor: Any) -> int:
+    """How many tokens of a picture are no patches: 1 if the model keeps a class token, or else 0.
+
+    Raises:
+        BlockError: The processor's settings do not tell it.
+    """
+    strategy = getattr(processor, "vision_feature_select_strategy", None)
+    further = getattr(processor, "num_additional_image_tokens", 0)
+    found = further - (strategy == "default")
+    if strategy not in ("default", "full") or found not in (0, 1):
+        raise BlockError(
+            f"{type(processor).__name__}: vision_feature_select_strategy={strategy!r} and num_additional_image_tokens="
+            f"{further!r} do not tell whether a class token comes before the patches; set both as the model needs them."
+        )
+    return found
+
+
+def pictures(
+    processor: Any, pixels: Sequence[int], sizes: Sequence[tuple[int, int]], places: list[list[int]]
+) -> list[list[Picture]]:
+    """The pictures of each sequence.
+
+    Args:
+        processor: LLaVA-NeXT's.
+        pixels: The shape of ``pixel_values``, ``[pictures, pieces, channels, height, width]``.
+        sizes: Height and width of each original picture, in pixels.
+        places: For each sequence, the positions of its image tokens.
+
+    Raises:
+        BlockError: A setting is missing, or the tokens are others.
+    """
+    patch = getattr(processor, "patch_size", None)
+    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    if not patch or not pinpoints or class_tokens(processor):
+        raise BlockError(
+            f"LlavaNextProcessor: patch_size={patch!r}, image_grid_pinpoints={pinpoints!r} and "
+            f"vision_feature_select_strategy={processor.vision_feature_select_strategy!r} do not tell the rows of image "
+            "tokens; set them as the model needs them (with the strategy 'default')."
+        )
+    edge = pixels[-2] // patch, pixels[-1] // patch
+    left = iter(sizes)
+    found = []
+    for mine in places:
+        own: list[Picture] = []
+        while mine:
+            size = next(left, None)
+            grid = None if size is None else _unpadded(size, pinpoints, (pixels[-2], pixels[-1]), edge)
+            count = 0 if grid is None else edge[0] * edge[1] + grid[0] * (grid[1] + 1)
+            if grid is None or len(mine) < count or mine[count - 1] - mine[0] != count - 1:
+                raise BlockError(
+                    f"LlavaNextProcessor: image {len(own) + 1} of size {size} needs {count} contiguous image tokens, and "
+                    f"there are {len(mine)}; give the inputs as the processor made them."
+                )
+            own.append(_picture(f"image {len(own) + 1}", mine[:count], edge, grid))
+            mine = mine[count:]
+        found.append(own)
+    return found
+
+
+def _picture(label: str, places: list[int], edge: tuple[int, int], grid: tuple[int, int]) -> Picture:
+    area, (height, width) = edge[0] * edge[1], grid
+    rows = places[area:]
+    tokens = [rows[row * (width + 1) + column] for row in range(height) for column in range(width)]
+    fine = PictureGrid(label, height, width, tuple(tokens))
+    whole = PictureGrid(f"{label} whole", *edge, tuple(places[:area]))
+    return Picture(label, places[0], places[-1] + 1, (whole, fine))
+
+
+def _unpadded(
+    size: tuple[int, int], pinpoints: Any, piece: tuple[int, int], edge: tuple[int, int]
+) -> tuple[int, int]:
+    """Rows and columns of the pieces' tokens, without those that show only padding."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    best = select_best_resolution(tuple(size), pinpoints)
+    height, width = best[0] // piece[0] * edge[0], best[1] // piece[1] * edge[1]
+    if size[1] / size[0] > width / height:
+        # Rounded as in the model, which cuts as many rows off at the top as at the bottom.
+        height -= (height - int(round(size[0] * (width / size[1]), 7))) // 2 * 2
+    else:
+        width -= (width - int(round(size[1] * (height / size[0]), 7))) // 2 * 2
+    return height, width

@@ -1,0 +1,324 @@
+"""Small vision-language models of transformers with their real processors, for tests.
+
+Processors of models with videos need torchvision, which the tests do without. Of these the tokenizer, the image
+processor and the text that the processor's own code puts in place of a picture are used.
+"""
+
+import types
+
+import numpy as np
+import tokenizers
+import torch
+import transformers as T
+from PIL import Image
+
+EDGE = 32  # of a picture that the vision tower sees, in pixels
+PATCH = 8
+
+
+def tokenizer_with(*special, **named):
+    """A tokenizer of a few words; ``named`` special tokens become its attributes, with their ids."""
+    words = ["[UNK]", "[PAD]", "<s>", "</s>", "what", "is", "this", "?", "one", "two"]
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, "[UNK]")
+    )
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    found = T.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", bos_token="<s>", eos_token="</s>"
+    )
+    found.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
+    for name, token in named.items():
+        setattr(found, name, token)
+        setattr(found, f"{name}_id", found.convert_tokens_to_ids(token))
+    return found
+
+
+TEXT = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": EDGE,
+    "patch_size": PATCH,
+}  # fmt: skip
+
+
+def built(kind, config):
+    torch.manual_seed(0)
+    return kind._from_config(config, attn_implementation="eager").eval()
+
+
+def llava():
+    tokenizer = tokenizer_with(image_token="<image>")
+    pictures = T.CLIPImageProcessorPil(
+        size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}
+    )
+    processor = T.LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**VISION),
+        text_config=T.LlamaConfig(**TEXT),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+    )
+    return processor, built(T.LlavaForConditionalGeneration, config)
+
+
+def llava_with_class_token():
+    processor, model = llava()
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy = "full"
+    return processor, model
+
+
+def llava_next():
+    tokenizer = tokenizer_with(image_token="<image>")
+    pinpoints = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE], [2 * EDGE, 2 * EDGE]]
+    pictures = T.LlavaNextImageProcessorPil(
+        size={"shortest_edge": EDGE},
+        crop_size={"height": EDGE, "width": EDGE},
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = T.LlavaNextProcessor(
+        pictures,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = T.LlavaNextConfig(
+        vision_config=T.CLIPVisionConfig(**VISION),
+        text_config=T.LlamaConfig(**TEXT),
+        image_token_index=tokenizer.image_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    return processor, built(T.LlavaNextForConditionalGeneration, config)
+
+
+def paligemma():
+    tokenizer = tokenizer_with(image_token="<image>")
+    pictures = T.SiglipImageProcessorPil(size={"height": EDGE, "width": EDGE})
+    pictures.image_seq_length = (EDGE // PATCH) ** 2
+    processor = T.PaliGemmaProcessor(pictures, tokenizer)
+    config = T.PaliGemmaConfig(
+        vision_config=T.SiglipVisionConfig(**VISION, projection_dim=32).to_dict(),
+        text_config=T.GemmaConfig(**{**TEXT, "vocab_size": 1300}).to_dict(),
+        image_token_index=tokenizer.image_token_id,
+        projection_dim=32,
+    )
+    return processor, built(T.PaliGemmaForConditionalGeneration, config)
+
+
+def gemma3():
+    tokenizer = tokenizer_with(boi_token="<boi>", image_token="<img>", eoi_token="<eoi>")
+    pictures = T.Gemma3ImageProcessorPil(size={"height": EDGE, "width": EDGE})
+    processor = T.Gemma3Processor(pictures, tokenizer, image_seq_length=4)
+    config = T.Gemma3Config(
+        vision_config=T.SiglipVisionConfig(**VISION).to_dict(),
+        text_config=T.Gemma3TextConfig(**TEXT, sliding_window=512).to_dict(),
+        image_token_index=tokenizer.image_token_id,
+        mm_tokens_per_image=4,
+    )
+    model = built(T.Gemma3ForConditionalGeneration, config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # 0 by default
+    return processor, model
+
+
+PIECES = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+PIECES += [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
+
+
+def idefics3():
+    tokenizer = tokenizer_with(*PIECES, image_token="<image>")
+    pictures = T.Idefics3ImageProcessorPil(
+        size={"longest_edge": 3 * EDGE}, max_image_size={"longest_edge": EDGE}
+    )
+    processor = T.Idefics3Processor(pictures, tokenizer, image_seq_len=4)
+    config = T.Idefics3Config(
+        vision_config=VISION,
+        text_config=T.LlamaConfig(**TEXT),
+        image_token_id=tokenizer.image_token_id,
+        scale_factor=2,
+    )
+    return processor, built(T.Idefics3ForConditionalGeneration, config)
+
+
+def smolvlm():
+    tokenizer = tokenizer_with(*PIECES, image_token="<image>")
+    pictures = T.SmolVLMImageProcessorPil(
+        size={"longest_edge": 3 * EDGE}, max_image_size={"longest_edge": EDGE}
+    )
+    processor = without_videos(
+        T.SmolVLMProcessor,
+        pictures,
+        tokenizer,
+        image_seq_len=4,
+        fake_image_token=PIECES[0],
+        global_image_token="<global-img>",
+    )
+    config = T.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=T.LlamaConfig(**TEXT),
+        image_token_id=tokenizer.image_token_id,
+        scale_factor=2,
+    )
+    return processor, built(T.SmolVLMForConditionalGeneration, config)
+
+
+def internvl(pieces=False):
+    tokenizer = tokenizer_with(image_token="<IMG>", start_image_token="<start>", end_image_token="<end>")
+    pictures = T.GotOcr2ImageProcessorPil(
+        size={"height": EDGE, "width": EDGE}, crop_to_patches=pieces, max_patches=4
+    )
+    processor = without_videos(
+        T.InternVLProcessor,
+        pictures,
+        tokenizer,
+        image_seq_length=4,
+        start_image_token="<start>",
+        end_image_token="<end>",
+    )
+    vision = {**VISION, "image_size": [EDGE, EDGE], "patch_size": [PATCH, PATCH]}
+    config = T.InternVLConfig(
+        vision_config=T.InternVLVisionConfig(**vision),
+        text_config=T.Qwen2Config(**TEXT),
+        image_token_id=tokenizer.image_token_id,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    return processor, built(T.InternVLForConditionalGeneration, config)
+
+
+QWEN = {"spatial_merge_size": 2, "patch_size": 4, "temporal_patch_size": 1, "num_heads": 2, "depth": 2}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+
+
+def qwen(name, vision, kind=T.Qwen2VLImageProcessorPil):
+    tokenizer = tokenizer_with("<start>", "<end>", image_token="<|image_pad|>", video_token="<|video_pad|>")
+    pictures = kind(min_pixels=16 * 16, max_pixels=64 * 64, patch_size=4, merge_size=2, temporal_patch_size=1)
+    processor = without_videos(
+        getattr(T, f"{name}Processor"),
+        pictures,
+        tokenizer,
+        video_token=tokenizer.video_token,
+        video_token_id=tokenizer.video_token_id,
+    )
+    marks = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
+    ends = {"vision_start_token_id": 10, "vision_end_token_id": 11}
+    config = getattr(T, f"{name}Config")(
+        vision_config={**QWEN, **vision}, text_config={**TEXT, "rope_parameters": ROPE}, **marks, **ends
+    )
+    return processor, built(getattr(T, f"{name}ForConditionalGeneration"), config)
+
+
+def qwen2_vl():
+    return qwen("Qwen2VL", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2})
+
+
+def qwen2_5_vl():
+    sizes = {
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    return qwen("Qwen2_5_VL", sizes)
+
+
+def qwen3_vl():
+    sizes = {
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    return qwen("Qwen3VL", sizes)
+
+
+def without_videos(kind, pictures, tokenizer, **settings):
+    """A processor whose ``__init__`` would need torchvision, with what its own code for pictures uses."""
+    found = object.__new__(kind)
+    vars(found).update(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        image_token=tokenizer.image_token,
+        image_token_id=tokenizer.image_token_id,
+        **settings,
+    )
+    return found
+
+
+def inputs_of(processor, texts, images):
+    """The processor's output for texts with ``{}`` in place of each picture; ``images`` has a list for each text."""
+    with_videos = processor.__class__.__name__ in ("SmolVLMProcessor", "InternVLProcessor") or hasattr(
+        processor, "video_token_id"
+    )
+    if not with_videos:
+        mark = getattr(processor, "boi_token", processor.image_token)
+        nested = isinstance(processor, T.Idefics3Processor | T.Gemma3Processor)
+        every = images if nested else [image for row in images for image in row]
+        texts = [text.replace("{}", f" {mark} ") for text in texts]
+        return processor(images=every, text=texts, return_tensors="pt", padding=True)
+    nested = isinstance(processor, T.SmolVLMProcessor)
+    every = images if nested else [image for row in images for image in row]
+    more = {"return_row_col_info": True} if nested else {}
+    pictures = processor.image_processor(every, return_tensors="pt", **more)
+    number, written = 0, []
+    for text in texts:
+        first, *rest = text.split("{}")
+        for part in rest:
+            first += f" {processor.replace_image_token(pictures, number)} {part}"
+            number += 1
+        written.append(first)
+    used = {name: pictures[name] for name in pictures if name not in ("rows", "cols", "num_patches")}
+    encoded = processor.tokenizer(written, return_tensors="pt", padding=True)
+    found = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], **used}
+    if "image_grid_thw" in used:
+        found["mm_token_type_ids"] = (found["input_ids"] == processor.image_token_id).long()
+    return found
+
+
+def picture(height, width, spot=None):
+    """A picture of dark noise; with a white spot at these shares of its height and width."""
+    pixels = np.random.default_rng(0).integers(0, 120, (height, width, 3), dtype=np.uint8)
+    if spot is not None:
+        y, x = int(spot[0] * height), int(spot[1] * width)
+        pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = 255
+    return Image.fromarray(pixels)
+
+
+def embeddings(model, inputs):
+    """What the language model is given: ``[batch, tokens, channels]``."""
+    found = types.SimpleNamespace(value=None)
+    (language,) = (
+        module
+        for name, module in model.named_modules()
+        if name in ("model.language_model", "model.text_model")
+    )
+
+    def keep(module, args, kwargs):
+        found.value = kwargs["inputs_embeds"].detach()
+
+    handle = language.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        handle.remove()
+    return found.value
+
+
+FAMILIES = {
+    each.__name__: each
+    for each in (
+        llava, llava_with_class_token, llava_next, paligemma, gemma3, idefics3, smolvlm, internvl, qwen2_vl, qwen2_5_vl,
+        qwen3_vl,
+    )
+}  # fmt: skip
