@@ -5,6 +5,7 @@ The page, opened on the demo's conversation with a cell chosen, and heat maps of
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,16 @@ def page(target: Path) -> None:
             chromium.close()
 
 
+def block_map(target: Path) -> None:
+    """What the demo's model attends to while it answers a question of the demo's conversation."""
+    folder = Path(attnpatch.__file__).parent / "demo"
+    messages = json.loads((folder / "conversation.json").read_text(encoding="utf-8"))["messages"]
+    result = attnpatch.BlockAttentionAnalyzer(str(folder / "model")).analyze(
+        messages, "generation", max_new_tokens=12
+    )
+    result.block_map.plot(target, layer=3)
+
+
 def heat_map(target: Path) -> None:
     """Where the UNet that draws coloured shapes attends to three words of a held-out caption."""
     sys.path.insert(0, str(ROOT / "examples"))
@@ -68,7 +79,8 @@ def heat_map(target: Path) -> None:
 
 
 def pictures(arguments: list[str]) -> None:
-    """Make both pictures."""
+    """Make the pictures."""
     page(DOCS / "page.png")
+    block_map(DOCS / "map.png")
     heat_map(DOCS / "heat_map.png")
-    print(f"written: page.png and heat_map.png in {DOCS.relative_to(ROOT)}")
+    print(f"written: page.png, map.png and heat_map.png in {DOCS.relative_to(ROOT)}")

@@ -10,7 +10,7 @@ import pytest
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # What a page's examples leave behind.
 WRITTEN = {
-    "maps.md": {"change.png", "maps"},
+    "maps.md": {"change.png", "map.png", "maps"},
     "rag.md": {"rag.png"},
     "tokens.md": set(),
     "vision.md": {"where.png"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attnpatch.maps import picture
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.meaning import meaning
 from attnpatch.plotting import map_figure
@@ -15,6 +16,7 @@ from attnpatch.plotting import map_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_CELLS = 250  # rows and columns that a small map has pixels for
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -31,7 +33,8 @@ def layers(block_map: BlockMap, most: int) -> Figure:
     for axes in grid.flat[len(chosen) :]:
         axes.set_visible(False)
     for axes, layer in zip(grid.flat, chosen, strict=False):
-        shown = np.ma.masked_where(values[layer] == 0, values[layer])
+        shown, _ = map_figure.largest_of_each(values[layer], _MOST_CELLS)
+        shown = np.ma.masked_where(shown == 0, shown)
         image = axes.imshow(shown, norm=norm, cmap=cmap, aspect="auto", interpolation="nearest")
         axes.set_title(f"layer {one.layers[layer]}", fontsize=9)
         axes.set_xticks([])
@@ -39,7 +42,7 @@ def layers(block_map: BlockMap, most: int) -> Figure:
     bar = figure.colorbar(image, ax=grid, aspect=30, pad=0.02)
     bar.set_label(f"{meaning(one)}\n(square-root scale)")
     blocks = f"{values.shape[1]} query x {values.shape[2]} key blocks"
-    figure.suptitle(_title(block_map, f"{len(chosen)} of {len(values)} layers, {blocks}"), fontsize=10)
+    map_figure.set_title(figure, _title(block_map, f"{len(chosen)} of {len(values)} layers, {blocks}"))
     return figure
 
 
@@ -47,14 +50,19 @@ def row(block_map: BlockMap, number: int) -> Figure:
     """What one query block attends to: key blocks across, layers downwards."""
     one = block_map.select(step="mean", head="mean", sequence=0)
     values = one.to_numpy().reshape(len(one.layers), *one.mass.shape[-2:])[:, number]
+    about = picture.named(block_map, "mean", "mean", 0, "mean")
+    has_words = about.has_words and map_figure.label_step(len(about.keys)) == 1
     return map_figure.draw(
         values,
         query_labels=[f"layer {layer}" for layer in one.layers],
-        key_labels=one.key_labels,
-        title=_title(block_map, f"what {map_figure.shorten(one.query_labels[number], 40)!r} attends to"),
+        key_labels=about.keys if has_words else one.key_labels,
+        title=_title(
+            block_map, f"what {map_figure.shorten(one.query_labels[number], 40)!r} attends to", number
+        ),
         colour_label=meaning(one),
         is_signed=one.is_signed,
         axis_labels=("layer", "key block (is attended to)"),
+        longest=picture.LONGEST if has_words else map_figure.LONGEST_LABEL,
     )
 
 
@@ -80,6 +88,8 @@ def memory(curve: Sequence[tuple[float, int]]) -> Figure:
     return figure
 
 
-def _title(block_map: BlockMap, what: str) -> str:
+def _title(block_map: BlockMap, what: str, row: int | None = None) -> str:
+    """First what a row, by default the last one with tokens, attends to most; below it what the picture shows."""
     name = block_map.metadata.get("model")
-    return f"{name}: {what}" if name else what
+    finding = picture.named(block_map, "mean", "mean", 0, "mean").finding(row)
+    return "\n".join(filter(None, (finding, f"{name}: {what}" if name else what)))

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-SCALES = ("sqrt", "linear")
+SCALES = {"sqrt": "square-root scale", "linear": "", "log": "logarithmic scale, over four powers of ten"}
+_DECADES = 1e-4  # smallest value of the logarithmic scale, as a part of the largest
 
+_MOST_CELLS = 500  # cells of a side that the picture has pixels for, twice over
 _MOST_TICKS = 42  # most labels that fit on an axis at a readable size
 _STEPS = [
     step * 10**power for power in range(9) for step in (1, 2, 5)
 ]  # label every 1st, 2nd, 5th, 10th, ... block
 _MOST_NUMBERS = 10  # with at most this many blocks, each cell shows its number
-_LONGEST_LABEL = 22
+LONGEST_LABEL = 22
 _ZERO_COLOUR = "#e9e9ec"
 
 
@@ -41,6 +43,7 @@ def draw(
     errors_are: str = "standard error",
     is_signed: bool = False,
     ax: "Axes | None" = None,
+    longest: int = LONGEST_LABEL,
 ) -> "Figure":
     """Draw a heat map with query blocks as rows and key blocks as columns.
 
@@ -54,19 +57,20 @@ def draw(
         key_labels: One per column.
         title: Title of the picture.
         colour_label: What the number is, for the colour bar.
-        scale: ``"sqrt"`` or ``"linear"`` colours.
+        scale: ``"sqrt"``, ``"linear"`` or ``"log"`` colours.
         errors: Same shape, written below the values after a plus-minus sign; NaN: unknown.
         axis_labels: Labels of the vertical and of the horizontal axis.
         errors_are: What ``errors`` are, for the colour bar.
         is_signed: Whether values may be negative, even if none is: the colours are then symmetric around 0.
         ax: Axes of a figure to draw into; ``None``: a new figure.
+        longest: Most characters of a label.
 
     Raises:
         CaptureError: The scale is unknown.
         MissingExtraError: matplotlib is not installed.
     """
     if scale not in SCALES:
-        raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt' and 'linear'.")
+        raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt', 'linear' and 'log'.")
     rows, columns = values.shape
     if ax is None:
         figure = new_figure(*_figure_size(rows, columns))
@@ -75,34 +79,62 @@ def draw(
     else:
         figure, axes = ax.get_figure(root=True), ax
     norm, cmap = colours(values, scale, is_signed)
+    shown, (down, across) = largest_of_each(values)
     image = axes.imshow(
-        np.ma.masked_where(values == 0, values),
+        np.ma.masked_where(shown == 0, shown),
+        extent=(-0.5, across * shown.shape[1] - 0.5, down * shown.shape[0] - 0.5, -0.5),
         norm=norm,
         cmap=cmap,
         aspect="equal" if max(rows, columns) <= 3 * min(rows, columns) else "auto",
         interpolation="nearest",
     )
-    _label_axis(axes, "y", query_labels)
-    _label_axis(axes, "x", key_labels)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    _label_axis(axes, "y", query_labels, longest)
+    _label_axis(axes, "x", key_labels, longest)
     axes.set_ylabel(axis_labels[0])
     axes.set_xlabel(axis_labels[1])
     if title and ax is not None:
         axes.set_title(shorten(title, 60), fontsize=11, parse_math=False)
     elif title:
-        # A title of the figure, not of the axes, which are narrow for a small map.
-        line = int(10 * figure.get_figwidth())
-        figure.suptitle(textwrap.fill(shorten(title, 2 * line), line), fontsize=11, parse_math=False)
+        set_title(figure, title)
     if max(rows, columns) <= _MOST_TICKS:
         _separate_cells(axes, rows, columns)
     has_numbers = max(rows, columns) <= _MOST_NUMBERS
     if has_numbers:
         _write_numbers(axes, values, norm, errors)
     bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
-    notes = ["square-root scale"] * (scale == "sqrt") + ["grey: exactly 0"] * bool((values == 0).any())
+    notes = [SCALES[scale]] * bool(SCALES[scale]) + ["grey: exactly 0"] * bool((values == 0).any())
+    notes += [f"each point: the largest of {down} x {across} cells"] * (down * across > 1)
     if has_numbers and errors is not None:
         notes.append(f"\u00b1: {errors_are}")
     bar.set_label(f"{colour_label}\n({', '.join(notes)})" if notes else colour_label)
     return figure
+
+
+def set_title(figure: "Figure", title: str) -> None:
+    """A title of the figure, not of the axes, which are narrow for a small map. Each line is filled and shortened."""
+    columns = int(10 * figure.get_figwidth())
+    lines = [textwrap.fill(shorten(line, 4 * columns), columns) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+
+
+def largest_of_each(values: np.ndarray, most: int = _MOST_CELLS) -> tuple[np.ndarray, tuple[int, int]]:
+    """The values if there are at most ``most`` rows and columns. Otherwise rectangles of cells are drawn as one point:
+    the cell with the largest absolute value, which would otherwise fall between the picture's pixels.
+
+    Returns:
+        What to draw, and rows and columns of a rectangle.
+    """
+    down, across = (-(-count // most) for count in values.shape)
+    if down == across == 1:
+        return values, (1, 1)
+    rows, columns = -(-values.shape[0] // down), -(-values.shape[1] // across)
+    padded = np.zeros((rows * down, columns * across), values.dtype)
+    padded[: values.shape[0], : values.shape[1]] = values
+    parts = padded.reshape(rows, down, columns, across).swapaxes(1, 2).reshape(rows, columns, -1)
+    at = np.abs(np.nan_to_num(parts)).argmax(-1)
+    return np.take_along_axis(parts, at[..., None], -1)[..., 0], (down, across)
 
 
 def colours(values: np.ndarray, scale: str, is_signed: bool = False) -> tuple[Any, Any]:
@@ -111,14 +143,20 @@ def colours(values: np.ndarray, scale: str, is_signed: bool = False) -> tuple[An
     low, top = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
     if is_signed or low < 0:
         most = max(-low, top) or 1.0
+        signed = colormaps["PuOr_r"].with_extremes(bad=_ZERO_COLOUR)
+        if scale == "log":
+            return colors.SymLogNorm(_DECADES * most, vmin=-most, vmax=most), signed
         power = 0.5 if scale == "sqrt" else 1.0
         norm = colors.FuncNorm(
             (lambda x: np.sign(x) * np.abs(x) ** power, lambda x: np.sign(x) * np.abs(x) ** (1 / power)),
             -most,
             most,
         )
-        return norm, colormaps["PuOr_r"].with_extremes(bad=_ZERO_COLOUR)
-    norm = colors.PowerNorm(0.5, 0, top or 1.0) if scale == "sqrt" else colors.Normalize(0, top or 1.0)
+        return norm, signed
+    if scale == "log":
+        norm = colors.LogNorm(_DECADES * (top or 1.0), top or 1.0, clip=True)
+    else:
+        norm = colors.PowerNorm(0.5, 0, top or 1.0) if scale == "sqrt" else colors.Normalize(0, top or 1.0)
     return norm, colormaps["viridis"].with_extremes(bad=_ZERO_COLOUR)
 
 
@@ -144,10 +182,15 @@ def to_png(figure: "Figure") -> bytes:
     return data.getvalue()
 
 
-def shorten(text: str, longest: int = _LONGEST_LABEL) -> str:
+def shorten(text: str, longest: int = LONGEST_LABEL) -> str:
     """One line of at most ``longest`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1].rstrip() + "\u2026"
+
+
+def short_number(value: float) -> str:
+    """Two decimals, or the power of ten of a small number."""
+    return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _save(figure: "Figure", target: Path | io.BytesIO, kind: str, dpi: int = 150) -> None:
@@ -191,9 +234,14 @@ def _figure_size(rows: int, columns: int) -> tuple[float, float]:
     return width + 3.4, height + 2.3
 
 
-def _label_axis(axes: "Axes", which: str, labels: Sequence[str]) -> None:
-    every = next(step for step in _STEPS if step * _MOST_TICKS >= len(labels))
-    shown = [shorten(label) for label in labels[::every]]
+def label_step(count: int) -> int:
+    """The distance of labels on an axis of ``count`` blocks; 1: every block has one."""
+    return next(step for step in _STEPS if step * _MOST_TICKS >= count)
+
+
+def _label_axis(axes: "Axes", which: str, labels: Sequence[str], longest: int) -> None:
+    every = label_step(len(labels))
+    shown = [shorten(label, longest) for label in labels[::every]]
     long = max((len(label) for label in shown), default=0) > 5 or len(shown) > 12
     options = {"fontsize": 9 if len(shown) <= 20 else 7.5, "parse_math": False}
     if which == "x" and long:
@@ -224,7 +272,7 @@ def _write_numbers(axes: "Axes", values: np.ndarray, norm, errors: np.ndarray | 
     for (row, column), value in np.ndenumerate(values):
         if value:
             colour = "black" if _luminance(axes.images[0].cmap(norm(value))) > _MIDDLE else "white"
-            text = f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+            text = short_number(value)
             if errors is not None and not np.isnan(errors[row, column]):
                 error = errors[row, column]
                 text += f"\n\u00b1{error:.1g}" if error >= 1e-3 else "\n\u00b1<1e-3"

@@ -22,6 +22,7 @@ import numpy as np
 
 from attnpatch.atomic_files import put, whole
 from attnpatch.errors import PageError
+from attnpatch.maps import picture
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import texts_of
 from attnpatch.maps.meaning import numbers_of, uncertainty
@@ -153,22 +154,15 @@ def _found(one: BlockMap) -> dict[str, Any] | None:
         listed once, with the layer where its number is largest. Heads and steps are averaged. The row's own block is
         left out. ``None`` if no other block has a number.
     """
-    rows = np.flatnonzero((one.query_sizes > 0).numpy())
-    if not len(rows):
+    about = picture.named(one, "mean", "mean", 0, "mean")
+    cells = about.strongest(about.rows[-1], _FOUND) if about.rows else []
+    if not cells:
         return None
-    row = int(rows[-1])
-    averaged = one.select(head="mean", step="mean")
-    values = averaged.values.reshape(len(one.layers), *one.mass.shape[-2:])[:, row].numpy()
-    sizes = np.where(np.isfinite(values), np.abs(values), 0)
-    if one.query_labels == one.key_labels:
-        sizes[:, row] = 0
-    if not sizes.size or not sizes.max():
-        return None
-    layers, best = sizes.argmax(0), sizes.max(0)
-    columns = [int(c) for c in np.argsort(-best, kind="stable")[:_FOUND] if best[c] > 0]
     mean = int(len(one.layers) > 1)  # the slider begins with the mean
-    cells = [[mean + int(layers[c]), c, float(f"{values[layers[c], c]:.5g}")] for c in columns]
-    return {"row": row, "cells": cells}
+    return {
+        "row": about.rows[-1],
+        "cells": [[mean + layer, column, float(f"{value:.5g}")] for layer, column, value in cells],
+    }
 
 
 def _name(sequences: Any, index: int) -> str:
