@@ -13,6 +13,10 @@ class PolicyError(AttnpatchError, ValueError):
     """A policy field is unknown or its value is invalid."""
 
 
+class UsageError(AttnpatchError, ValueError):
+    """An option of the command line has a value that is not accepted, or does not go with another one."""
+
+
 class PatchError(AttnpatchError):
     """A model cannot be patched, or a model that should be patched is not."""
 

@@ -20,6 +20,22 @@ LEAST_ROWS = 16
 FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 
 
+# A size in words that is smaller than this is a slip: "2" for "2GB", "1KB" for "1MB".
+_LEAST_IN_WORDS = 10**4
+
+
+def _check_meant(name: str, size: int | float | str | None) -> None:
+    """Refuse a size that nobody can mean. A number in a program is taken as it is."""
+    if size is None:
+        return
+    count = parse_size(size, name)
+    if isinstance(size, str) and 0 < count < _LEAST_IN_WORDS:
+        shown = size if size.strip()[-1:].isalpha() else f"{size} bytes"
+        raise PolicyError(
+            f"{name}={size!r} is only {shown.strip()}, too little to be meant; give a size with its unit, such as '2GB'"
+        )
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PolicyError(f"{name}={value!r} is not accepted; give a whole number of at least {least}")
@@ -83,7 +99,8 @@ class Policy:
                 f"mode={self.mode!r} is not accepted; give one of {', '.join(map(repr, MODES))}"
             )
         _check_count("min_tokens", self.min_tokens, 0)
-        parse_size(self.min_free, "min_free")
+        for name in ("min_free", "workspace", "max_allocation"):
+            _check_meant(name, getattr(self, name))
         for name in ("workspace", "max_allocation"):
             if getattr(self, name) is not None and parse_size(getattr(self, name), name) == 0:
                 raise PolicyError(
@@ -269,7 +286,7 @@ def _refuse(text: str) -> Any:
     raise ValueError(text)
 
 
-_SIZE_FORM = "a size such as 2GB, 512MiB or a number of bytes"
+_SIZE_FORM = "a size such as 2GB, 512MiB or a number of bytes (at least 10000)"
 # One entry for every field of Policy; a test compares the two.
 TEXTS = {
     "mode": TextForm(

@@ -139,7 +139,7 @@ BAD = {
     "ATTNPATCH": ("yes", "1 or 0"),
     "ATTNPATCH_MODE": ("sometimes", "auto, always or never"),
     "ATTNPATCH_MIN_TOKENS": ("1_024", "a whole number such as 1024"),
-    "ATTNPATCH_MIN_FREE": ("2gigs", "a size such as 2GB, 512MiB or a number of bytes"),
+    "ATTNPATCH_MIN_FREE": ("2gigs", "a size such as 2GB, 512MiB or a number of bytes (at least 10000)"),
     "ATTNPATCH_HEADROOM": ("1.5", "a share above 0 and at most 1"),
     "ATTNPATCH_MAX_ALLOCATION": ("0", "above 0, or none"),
     "ATTNPATCH_WORKSPACE": ("0", "above 0, or none"),
@@ -442,7 +442,18 @@ def runner(request, shared, tmp_path):
 def test_run_is_as_without(runner, shared, tmp_path):
     arguments = ["echo.py", "--min-free", "3", "--spawn", "--", "-m", "--report"]
     options = [f"{OPTIONS[field]}={text}" for field, (text, _) in GOOD.items()]
-    own = ["--report", "--blocks", "32", "--modules", "a.b:Net,c:D", "--sites", "layers.*.attn, x", "--quiet"]
+    own = [
+        "--report",
+        "--capture",
+        "maps",
+        "--blocks",
+        "32",
+        "--modules",
+        "a.b:Net,c:D",
+        "--sites",
+        "layers.*.attn, x",
+        "--quiet",
+    ]
     done = runner("run", *options, *own, *arguments)
     plain = json.loads(shared.run(*arguments, cwd=tmp_path).stdout)
     said = json.loads(done.stdout)
@@ -484,21 +495,21 @@ def test_run_a_module(runner, shared, tmp_path):
         ([], 1, "attnpatch: nothing to run; give a script"),
         (
             ["--min-free", "2gigs", "echo.py"],
-            1,
+            2,
             "attnpatch: --min-free '2gigs' is not accepted; give a size such as 2GB",
         ),
         (
-            ["--blocks=0", "echo.py"],
-            1,
+            ["--capture", "maps", "--blocks=0", "echo.py"],
+            2,
             "attnpatch: --blocks '0' is not accepted; give a whole number of tokens",
         ),
-        (["--modules=Net", "echo.py"], 1, "attnpatch: --modules 'Net' is not accepted; give classes such as"),
+        (["--modules=Net", "echo.py"], 2, "attnpatch: --modules 'Net' is not accepted; give classes such as"),
         (
             ["--sites", "a b", "echo.py"],
-            1,
+            2,
             "attnpatch: --sites 'a b' is not accepted; give auto, registered, or",
         ),
-        (["--capture", "echo.py", "echo.py"], 1, "attnpatch: --capture 'echo.py' is not accepted"),
+        (["--capture", "echo.py", "echo.py"], 2, "attnpatch: --capture 'echo.py' is not accepted"),
     ],
 )
 def test_run_refuses_in_one_line(shared, tmp_path, arguments, code, says):

@@ -152,3 +152,21 @@ def test_help_lists_the_commands():
     assert (
         done.returncode == 0 and "demo" in done.stdout and "view" in done.stdout and os.linesep in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--min-free", "2", "s.py"], "--min-free '2' is not accepted; give a size such as 2GB"),
+        (["run", "--blocks", "128", "s.py"], "--blocks 128 is given without --capture; add --capture FOLDER"),
+        (["analyze", "--model", "m", "--json", "j", "--layers", "x"], "--layers x: give all, last, or whole"),
+        (["analyze", "--model", "m"], "--json is missing"),
+        (["replay", "--model", "m", "--transcript", "t", "--layers", "x"], "--layers x: give all or last"),
+        (["view", "m.safetensors", "--out", "."], "--out . is a folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "attnpatch", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

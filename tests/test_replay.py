@@ -117,15 +117,15 @@ def test_replay_lists_what_answers_attend_to(chat_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--transcript", "missing.jsonl"], "missing.jsonl: No such file"),
-        (["--transcript", "log.jsonl", "--layers", "3"], "--layers 3: give all or last"),
+        (["--transcript", "missing.jsonl"], 1, "missing.jsonl: No such file"),
+        (["--transcript", "log.jsonl", "--layers", "3"], 2, "--layers 3: give all or last"),
     ],
 )
-def test_bad_options_are_one_line(chat_model, arguments, message, tmp_path, monkeypatch):
+def test_bad_options_are_one_line(chat_model, arguments, code, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "log.jsonl").write_text(json.dumps(LOGS["one object"]))
     done = replay("--model", chat_model, *arguments)
-    assert done.exit_code == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.exit_code == code and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "attention_maps").exists()

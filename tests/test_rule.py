@@ -101,7 +101,7 @@ def test_scores_larger_than_one_allocation_may_be(monkeypatch, kind, heads):
     for fields, by_rows in (
         ({"max_allocation": heads * SCORES - 1}, True),
         ({"max_allocation": heads * SCORES}, False),
-        ({"max_allocation": "1kB", "min_tokens": 1100}, False),
+        ({"max_allocation": "10kB", "min_tokens": 1100}, False),
         ({}, False),
     ):
         found = totals(monkeypatch, 1100, "900GB", kind, **fields)
@@ -349,3 +349,11 @@ def test_long_attention_in_a_short_call(monkeypatch):
     with attnpatch.patched(model):
         assert torch.equal(model(ids), native)
         assert attnpatch.report(model).totals["by_rows"] == 1
+
+
+def test_sizes_that_nobody_can_mean(field, text):
+    with pytest.raises(
+        errors.PolicyError, match=f"{field}={text!r} is only .*, too little to be meant; give a size with"
+    ):
+        Policy(**{field: text})
+    assert Policy(**{field: 2**12}) and Policy(**{field: "10kB"})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from attnpatch.errors import AnalysisError
+from attnpatch.errors import UsageError
 from attnpatch.sizes import parse_size
 
 EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
@@ -104,17 +104,17 @@ def analyze(
     accelerate launch -m attnpatch analyze ... divides the conversations among processes.
     """
     if mode == "demo" and (model is not None or json is not None):
-        raise AnalysisError("--mode demo brings its model and conversation; leave out --model and --json")
+        raise UsageError("--mode demo brings its model and conversation; leave out --model and --json")
     if mode == "real" and (model is None or json is None):
         missing = "--model" if model is None else "--json"
-        raise AnalysisError(f"{missing} is missing; give --model PATH --json FILE, or --mode demo")
+        raise UsageError(f"{missing} is missing; give --model PATH --json FILE, or --mode demo")
     if use_4bit and use_8bit:
-        raise AnalysisError("--use-4bit and --use-8bit were both given; choose one")
+        raise UsageError("--use-4bit and --use-8bit were both given; choose one")
     method = _method(use_chunked, single_pass, weighting)
     if sample_rows is not None and not use_sampling:
-        raise AnalysisError("--sample-rows is given without --use-sampling; add it")
+        raise UsageError("--sample-rows is given without --use-sampling; add it")
     if chunk_size is not None and not use_chunked:
-        raise AnalysisError("--chunk-size is given without --use-chunked; add it")
+        raise UsageError("--chunk-size is given without --use-chunked; add it")
     options: dict[str, Any] = {
         "blocks": _blocks(blocks),
         "layers": layers if layers in ("all", "last") else _numbers("--layers", layers, "all, last"),
@@ -147,10 +147,10 @@ def analyze(
 
 def _method(use_chunked: bool, single_pass: bool, weighting: str) -> str:
     if use_chunked and single_pass:
-        raise AnalysisError("--use-chunked and --single-pass were both given; choose one")
+        raise UsageError("--use-chunked and --single-pass were both given; choose one")
     if weighting == "gradient":
         if use_chunked:
-            raise AnalysisError("--weighting gradient needs a single pass; leave out --use-chunked")
+            raise UsageError("--weighting gradient needs a single pass; leave out --use-chunked")
         return "single pass"
     if use_chunked:
         return "chunked"
@@ -162,26 +162,26 @@ def _blocks(text: str) -> str | int:
         return text
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise AnalysisError(f"--blocks {text}: give messages, words, or tokens per block, such as 128")
+    raise UsageError(f"--blocks {text}: give messages, words, or tokens per block, such as 128")
 
 
 def _numbers(option: str, text: str, words: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise AnalysisError(f"{option} {text}: give {words}, or whole numbers such as 0,5,-1") from None
+        raise UsageError(f"{option} {text}: give {words}, or whole numbers such as 0,5,-1") from None
 
 
 def sizes(option: str, text: str) -> dict[int | str, int]:
     """The text ``0=20GiB,cpu=60GiB`` as the dict of bytes that transformers takes.
 
     Raises:
-        AnalysisError, PolicyError: The text does not have this form.
+        UsageError, PolicyError: The text does not have this form.
     """
     found: dict[int | str, int] = {}
     for part in text.split(","):
         device, separator, size = (piece.strip() for piece in part.partition("="))
         if not separator or not device or not (device.isdecimal() or device in ("cpu", "disk", "mps")):
-            raise AnalysisError(f"{option} {text}: give devices and sizes, such as 0=20GiB,cpu=60GiB")
+            raise UsageError(f"{option} {text}: give devices and sizes, such as 0=20GiB,cpu=60GiB")
         found[int(device) if device.isdecimal() else device] = parse_size(size, f"{option} {device}")
     return found

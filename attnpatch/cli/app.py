@@ -12,12 +12,12 @@ from attnpatch.cli.analyze import EXIT_CODES, analyze
 from attnpatch.cli.merge import merge
 from attnpatch.cli.policy_options import with_policy_options
 from attnpatch.cli.replay import replay
-from attnpatch.errors import AttnpatchError
+from attnpatch.errors import AttnpatchError, PolicyError, UsageError
 from attnpatch.policy import Policy
 
 
 class OneLineErrors(TyperGroup):
-    """Turns an expected failure of a subcommand into one line on stderr and exit code 1.
+    """Turns an expected failure of a subcommand into one line on stderr and exit code 1, or 2 for a wrong option.
 
     This cannot be done around ``app()``: there typer has already turned Ctrl-C into an exit code, which differs
     between versions of typer.
@@ -25,19 +25,22 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
+        code = 1
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             line = "stopped"
         except AttnpatchError as error:
             line = str(error)
+            # As for an option that does not exist.
+            code = 2 if isinstance(error, (UsageError, PolicyError)) else 1
         except OSError as error:
             # The reader of our output has ended ("| head"), which is no error; typer exits quietly.
             if error.errno == errno.EPIPE:
                 raise
             line = _said(error)
         typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(code)
 
 
 def _said(error: OSError) -> str:
@@ -99,14 +102,13 @@ def view(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
 ) -> None:
     """Write block maps into one HTML page that any browser opens, without a network."""
-    from attnpatch.errors import PageError
     from attnpatch.viewing.files import load_maps
     from attnpatch.viewing.page import write_page
 
     if out.is_dir():
-        raise PageError(f"--out {out} is a folder; give the name of a file")
+        raise UsageError(f"--out {out} is a folder; give the name of a file")
     if out.exists() and path.exists() and (out.samefile(path) or out.suffix == ".safetensors"):
-        raise PageError(f"--out {out} holds block maps; give another name, such as page.html")
+        raise UsageError(f"--out {out} holds block maps; give another name, such as page.html")
     maps, skipped = load_maps(path)
     for line in skipped:
         typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
@@ -171,6 +173,8 @@ def run(
     """Run a Python script with every model it builds patched, without editing it."""
     from attnpatch.activation.launcher import environment, launch
 
+    if blocks is not None and capture is None:
+        raise UsageError(f"--blocks {blocks} is given without --capture; add --capture FOLDER")
     options = {"capture": capture, "blocks": blocks, "modules": modules, "sites": sites}
     switches = {name: "1" for name, is_on in (("report", report), ("quiet", quiet)) if is_on}
     launch(script or [], module, environment(policy, {**options, **switches}))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from attnpatch.errors import AnalysisError, MissingExtraError
+from attnpatch.errors import AnalysisError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def merge(
 
     path = folder / "merged" / f"{by}.safetensors" if out is None else out
     if path.suffix != ".safetensors":
-        raise AnalysisError(f"--out {path}: give the name of a .safetensors file")
+        raise UsageError(f"--out {path}: give the name of a .safetensors file")
     merged = merge_folder(folder, by)
     try:
         if out is None:

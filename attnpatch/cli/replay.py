@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli.analyze import sizes
-from attnpatch.errors import AnalysisError
+from attnpatch.errors import UsageError
 
 
 def replay(
@@ -48,7 +48,7 @@ def replay(
     responses API and of its batches are read. Results are written as those of attnpatch analyze.
     """
     if layers not in ("all", "last"):
-        raise AnalysisError(f"--layers {layers}: give all or last")
+        raise UsageError(f"--layers {layers}: give all or last")
     from attnpatch.cli.run_analyze import Task, run_task
 
     loading: dict[str, Any] = {
