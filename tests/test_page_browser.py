@@ -210,6 +210,69 @@ def test_a_row_over_all_layers(opened):
     assert page.evaluate("[state.cursor.column, state.layer]") == [5, 3]
 
 
+def coloured(page):
+    """The strength of each block's colour in percent."""
+    settled(page)
+    until(page, "written === theSequence() && document.querySelectorAll('#text .block').length > 0")
+    styles = page.evaluate(
+        "[...document.querySelectorAll('#text .block')].map((one) => one.style.backgroundColor)"
+    )
+    return [float(re.search(r"([\d.]+)%", style).group(1)) if style else 0.0 for style in styles]
+
+
+def test_a_click_on_a_message_colours_the_others(opened):
+    given = block_map(count=6)
+    page = opened(given)
+    coloured(page)
+    message = page.locator("#text .block").nth(4)
+    assert "message 4: lorem" in message.inner_text() and "4 user" in message.inner_text()
+    page.select_option("#order", "order")
+    to_position(page, "#layer", 2)
+    message.click()
+    assert page.evaluate("state.row") == 4
+    mass = given.mass[1, 4]
+    strengths = [math.sqrt(value / mass.max().item()) * 55 for value in mass.tolist()]
+    assert coloured(page) == pytest.approx(strengths, abs=0.06)
+    assert page.locator("#text [aria-selected=true]").count() == 1
+    assert message.get_attribute("aria-selected") == "true"
+    others = mass.clone()
+    others[4] = 0
+    assert page.evaluate("state.cursor.column") == others.argmax().item()
+    for number, value in zip(page.locator("#text .number").all_inner_texts(), mass.tolist(), strict=True):
+        assert same_number(number, value)
+    assert page.locator("#text-title").inner_text() == "The text, coloured by what 4 user attends to"
+
+
+def test_the_text_is_moved_through_with_keys(opened):
+    page = opened(block_map(count=6))
+    coloured(page)
+    # One stop for the Tab key, and from there arrow keys.
+    assert page.locator("#text [tabindex='0']").count() == 1
+    page.locator("#text [tabindex='0']").focus()
+    for key in ("Home", "ArrowDown", "ArrowDown", "ArrowUp", "Enter"):
+        page.keyboard.press(key)
+    assert page.evaluate("[state.row, document.activeElement.dataset.column]") == [1, "1"]
+    page.keyboard.press("End")
+    page.keyboard.press(" ")
+    assert page.evaluate("state.row") == 5
+    assert page.locator("#text [tabindex='0']").count() == 1
+
+
+def test_words_flow_and_blocks_that_do_not_attend_have_no_row(opened):
+    words = ["the", " sea", " is", " blue"]
+    given = block_map(count=4, query_labels=["a", "b", "c", " sea"], key_labels=words, metadata={})
+    page = opened(given)
+    coloured(page)
+    assert page.locator("#text").inner_text() == "the sea is blue"
+    tops = page.evaluate("[...document.querySelectorAll('#text .block')].map((one) => one.offsetTop)")
+    assert len(set(tops)) == 1
+    page.locator("#text .block").nth(0).click()
+    assert page.evaluate("[state.row, state.cursor.column]") == [3, 0]  # the row stays
+    page.evaluate("select({ row: 0, column: 0 }, 0)")
+    page.locator("#text .block").nth(1).click()
+    assert page.evaluate("state.row") == 3  # the block of this name
+
+
 def test_a_finding_of_numbers_with_signs_is_the_largest_whatever_its_sign(opened):
     page = opened(
         dataclasses.replace(signed_map(SIGNED), metadata={"numbers": "difference", "weighting": "difference"})
@@ -582,7 +645,7 @@ def test_nothing_is_cut_off_or_overlaps(opened, viewport, count):
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     boxes = page.evaluate(
         """() => Object.fromEntries(["header", "#controls", "#legend", "#frame", "#row-panel", "#profile-panel",
-            "#cell-panel"].map((name) => {
+            "#cell-panel", "#text-panel"].map((name) => {
                 const { left, right, top, bottom } = document.querySelector(name).getBoundingClientRect();
                 return [name, [left, right, top + scrollY, bottom + scrollY]];
             }))"""
@@ -595,7 +658,7 @@ def test_nothing_is_cut_off_or_overlaps(opened, viewport, count):
     if viewport is DESKTOP:
         assert boxes["#frame"][3] <= viewport["height"], "the whole map is on the screen"
     assert page.locator("canvas").count() == 5, "cells are drawn, not built of elements"
-    assert page.evaluate("document.querySelectorAll('*').length") < 600
+    assert page.evaluate("document.querySelectorAll('*').length") < 600 + 4 * count, "cells"
 
 
 def test_a_window_without_room_does_not_hang(opened):

@@ -27,7 +27,17 @@ from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import texts_of
 from attnpatch.maps.meaning import numbers_of, uncertainty
 
-_SCRIPTS = ("data.js", "colours.js", "drawing.js", "map.js", "panels.js", "finding.js", "page.js", "input.js")
+_SCRIPTS = (
+    "data.js",
+    "colours.js",
+    "drawing.js",
+    "map.js",
+    "panels.js",
+    "finding.js",
+    "text.js",
+    "page.js",
+    "input.js",
+)
 _MEAN = "mean"
 _FOUND = 5  # cells of the last row that the page names when it opens
 _MOST_OF_A_FACT = 300  # most characters shown of one metadata entry

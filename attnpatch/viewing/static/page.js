@@ -77,6 +77,8 @@ const nextFrame = () => new Promise((done) => requestAnimationFrame(() => setTim
 // What needs the numbers of all layers: the profile of the cell, and the row's largest numbers over all layers.
 async function overLayers() {
   const mine = ++profiled;
+  if (written === theSequence()) colourText(current, theSequence(), state);
+  else nextFrame().then(() => mine === profiled && colourText(current, theSequence(), state));
   const { cursor, row, normalization, order } = state;
   const { signed } = theMap();
   const positions = realLayers();
