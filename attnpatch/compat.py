@@ -10,6 +10,7 @@ a release lacks one, attnpatch goes on without it, as the comment says.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass,
 )
 from torch.utils._pytree import tree_leaves, tree_map
+
+from attnpatch.releases.tested import is_at_least
 
 # Contexts that switch off ``__torch_function__``: the first one for tensor subclasses, the second one for modes too.
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
@@ -105,6 +108,17 @@ def mps_longest_buffer() -> int | None:
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     """The number of the kernel that SDPA would use for such a call; 0 is dense math. Some devices do not support it."""
     return torch._fused_sdp_choice(*args, **kwargs)
+
+
+# Whether torch's compiler can be imported where torch functions are disabled; torch 2.8 asserts that it sees some.
+_COMPILER_NEEDS_FUNCTIONS = not is_at_least("torch", "2.9")
+
+
+def import_compiler() -> None:
+    """Import torch's compiler where that fails later: some functions import it at their first call on ``meta``."""
+    if _COMPILER_NEEDS_FUNCTIONS and "torch._dynamo" not in sys.modules:
+        with torch._C._EnableTorchFunction(), without_dispatch_modes():
+            importlib.import_module("torch._dynamo")
 
 
 @functools.cache
@@ -250,7 +264,7 @@ OPERATOR_SCHEMA = "_schema"
 # missing, the cache's content is unknown, and calls that cut or reordered it are left out of maps.
 QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
 # transformers: what collects attention weights. Since 5.2 a context variable names what is collected, by a forward
-# hook; from 4.53 to 5.1 it is a function in the place of a module's forward. If they are missing, the weights are those
+# hook; from 4.54 to 5.1 it is a function in the place of a module's forward. If they are missing, the weights are those
 # that the model's own code returns: none under SDPA.
 OUTPUT_COLLECTOR, OUTPUT_HOOK, OUTPUT_WRAPPER = (
     "_active_collector",

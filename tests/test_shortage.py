@@ -121,7 +121,8 @@ OTHERS = {
     # Positions, their buckets, and the bias of shape [1, heads, N, N] that is looked up for them.
     "t5": {"aten.sub.Tensor", "aten._to_copy.default", "aten.mul.Tensor", "aten.add.Tensor", "aten.abs.default",
            "aten.full_like.default", "aten.lt.Scalar", "aten.div.Tensor", "aten.log.default", "aten.minimum.default",
-           "aten.where.self", "aten.embedding.default", "aten.neg.default", "aten.zeros_like.default"},
+           "aten.where.self", "aten.embedding.default", "aten.neg.default", "aten.zeros_like.default",
+           "aten.zeros.default"},
     # It overwrites its queries and keys after the product: nothing is left to answer from.
     "overwriting": {"aten._softmax.default", "aten.mul.Tensor"},
     "not": {"aten._softmax.default"},

@@ -72,7 +72,12 @@ def check(step, dtype):
 
 def check_gradients(step):
     tensors = [tensor.double() for tensor in inputs()]
-    expected = gradients(step, tensors)
+    try:
+        expected = gradients(step, tensors)
+    except RuntimeError as error:
+        if "is not implemented" in str(error):
+            pytest.skip(f"torch itself cannot: {error}")
+        raise
     module = Attention(step)
     with attnpatch.patched(module, mode="always", rows=16):
         copies = [tensor.clone().requires_grad_() for tensor in tensors]

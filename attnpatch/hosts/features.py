@@ -60,7 +60,7 @@ def features() -> tuple[Feature, ...]:
             ((masks, (*tables, "q_length")), (masks, (*tables, compat.MASK_POSITIONS))),
         ),
         Feature(
-            "attention weights under SDPA", "transformers", "4.53",
+            "attention weights under SDPA", "transformers", "4.54",
             (
                 ("transformers.utils.output_capturing", (compat.OUTPUT_COLLECTOR, compat.OUTPUT_HOOK)),
                 ("transformers.utils.generic", (compat.OUTPUT_WRAPPER,)),

@@ -1,24 +1,29 @@
 """``python -m tests.versions [WORD ...]``: the rows whose name has a word in it, one environment after the other.
 
-Each environment is made, used and deleted. Exit code 1 if a row did otherwise than it says.
+Each environment is made, used and deleted; ``--keep FOLDER`` leaves it there, and another run uses it again. Exit code 1
+if a row did otherwise than it says.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 
 from .rows import ROWS, Row
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALWAYS = (
     "accelerate", "safetensors", "wrapt", "psutil", "matplotlib", "pandas", "typer", "rich", "einops", "pytest",
-    "pytest-timeout", "hypothesis",
+    "pytest-timeout", "pytest-xdist", "hypothesis",
 )  # fmt: skip
 
 
@@ -34,35 +39,58 @@ def interpreter(version: str) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def folder_of(row: Row, keep: str | None) -> Iterator[pathlib.Path]:
+    """Where a row's environment is made: a new folder, deleted afterwards, or the row's own in ``keep``."""
+    if keep is not None:
+        yield pathlib.Path(keep).absolute() / re.sub(r"\W+", "_", row.name)
+        return
+    with tempfile.TemporaryDirectory(prefix="attnpatch_row_") as folder:
+        yield pathlib.Path(folder)
+
+
 def installed(row: Row, folder: pathlib.Path) -> str:
-    """The interpreter of a new environment with a row's packages and attnpatch."""
+    """The interpreter of a row's environment, which is made unless it is complete already."""
+    python, complete = str(folder / "bin" / "python"), folder / "complete"
+    wanted = [*row.packages, *(name for name in ALWAYS if name not in _names(row.packages))]
+    if not complete.is_file() or complete.read_text() != repr(wanted):
+        install(row, folder, wanted)
+        complete.write_text(repr(wanted))
+    return python
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    return {re.split(r"[=<>]", requirement)[0] for requirement in requirements}
+
+
+def install(row: Row, folder: pathlib.Path, wanted: list[str]) -> None:
+    """Make a new environment with these packages and attnpatch."""
     base = interpreter(row.python)
     if base is None:
         raise SystemExit(f"{row.name}: there is no Python {row.python} here")
-    subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    subprocess.run([base, "-m", "venv", "--clear", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    pinned = {requirement.partition("=")[0] for requirement in row.packages}
-    wanted = [*row.packages, *(name for name in ALWAYS if name not in pinned)]
     uv = shutil.which("uv")
-    install = (
+    command = (
         [uv, "pip", "install", "--python", python]
         if uv
         else [python, "-m", "pip", "install", "--no-cache-dir"]
     )
-    quiet = ["--quiet"] if uv else ["--quiet", "--no-compile", "--disable-pip-version-check"]
-    subprocess.run([*install, *quiet, *wanted], check=True)
+    quiet = ["--quiet"] if uv else ["-qq", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([*command, *quiet, *wanted], check=True)
     # Without what it asks for: a row has what it says, and nothing else. With its start-up file.
-    subprocess.run([*install, *quiet, "--no-deps", "-e", str(ROOT)], check=True)
-    return python
+    subprocess.run([*command, *quiet, "--no-deps", "-e", str(ROOT)], check=True)
 
 
-def run(row: Row) -> bool:
+def run(row: Row, keep: str | None) -> bool:
     """Whether a row did what it says."""
     began = time.monotonic()
     print(f"== {row.name}: Python {row.python}, {', '.join(row.packages)}", flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory(prefix="attnpatch_row_") as folder:
-        python = installed(row, pathlib.Path(folder))
+    environment.setdefault("PYTEST_ADDOPTS", "-n 2 --dist loadgroup")
+    with folder_of(row, keep) as folder:
+        python = installed(row, folder)
+        print(f"installed in {(time.monotonic() - began) / 60:.1f} min", flush=True)
         smoke = [python, "-W", "ignore", "-m", "tests.versions.smoke", "--expect", *row.off]
         tests = [python, "-m", "pytest", "-q", "-m", "not long", *(f"tests/{name}" for name in row.tests)]
         codes = [
@@ -79,10 +107,14 @@ def run(row: Row) -> bool:
 
 
 def main() -> int:
-    chosen = [row for row in ROWS if not sys.argv[1:] or any(word in row.name for word in sys.argv[1:])]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="rows whose name has one of these in it")
+    parser.add_argument("--keep", help="a folder in which environments stay for the next run")
+    options = parser.parse_args()
+    chosen = [row for row in ROWS if not options.words or any(word in row.name for word in options.words)]
     if not chosen:
         raise SystemExit(f"no such row; there are: {', '.join(row.name for row in ROWS)}")
-    found = [run(row) for row in chosen]
+    found = [run(row, options.keep) for row in chosen]
     return int(not all(found))
 
 

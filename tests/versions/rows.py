@@ -51,13 +51,24 @@ ROWS = (
         ("torch==2.6.0", "transformers==4.46.3", "diffusers==0.31.0", "numpy==1.26.4"),
         off=_OLD,
     ),
+    # With the oldest releases of everything that pyproject.toml declares, apart from what another row has.
     Row(
         "the oldest torch", "3.11",
-        ("torch==2.5.1", "transformers==4.57.6", "diffusers==0.35.2", "numpy==2.2.6", "wrapt==1.16.0"),
+        (
+            "torch==2.5.1", "transformers==4.51.3", "diffusers==0.33.1", "numpy==1.26.4", "wrapt==1.16.0",
+            "safetensors==0.4.3", "psutil==5.9.0", "accelerate==1.0.0", "bitsandbytes==0.46.0", "matplotlib==3.9.0",
+            "pandas==2.2.0", "typer==0.19.0", "rich==13.7.0",
+        ),
+        off=_OLD,
     ),
-    Row("transformers 5.0", "3.12", ("torch==2.9.1", "transformers==5.0.0", "diffusers==0.36.0", "numpy==2.2.6")),
     Row(
-        "the newest of everything", "3.13", ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1"),
+        "transformers 4.57", "3.12",
+        ("torch==2.8.0", "transformers==4.57.6", "diffusers==0.35.2", "numpy==2.2.6"),
+    ),
+    Row("transformers 5.0", "3.13", ("torch==2.9.1", "transformers==5.0.0", "diffusers==0.36.0", "numpy==2.2.6")),
+    Row(
+        "the newest of everything", "3.11",
+        ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1", "bitsandbytes==0.50.2"),
         tests=(*CORE, *HOSTS),
     ),
 )  # fmt: skip

@@ -32,7 +32,16 @@ from torch.utils.checkpoint import checkpoint
 import attnpatch
 from attnpatch.errors import AttnpatchWarning
 
-PACKAGES = ("torch", "transformers", "diffusers", "numpy", "wrapt", "safetensors", "accelerate")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "numpy",
+    "wrapt",
+    "safetensors",
+    "accelerate",
+    "bitsandbytes",
+)
 TOKENS = 320
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -171,6 +180,26 @@ def a_unet() -> None:
     ).eval()  # fmt: skip
     sample, text = torch.randn(1, 4, 32, 32), torch.randn(1, 72, 32)
     same_bits(model, lambda: model(sample, 1, encoder_hidden_states=text).sample)
+
+
+@feature("by rows: 4-bit layers of bitsandbytes")
+def a_quantised_model() -> None:
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise Absent("bitsandbytes") from None
+    model, inputs = model_of("Llama", "sdpa"), inputs_of("Llama")
+    for layer in model.layers:
+        for parent, name in (
+            (layer.self_attn, "q_proj"),
+            (layer.self_attn, "v_proj"),
+            (layer.mlp, "up_proj"),
+        ):
+            old = getattr(parent, name)
+            new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(old.weight.clone(), requires_grad=False, quant_type="nf4")
+            setattr(parent, name, new.to("cpu"))
+    same_bits(model.eval(), lambda: model(**inputs)[0])
 
 
 def _diffusers() -> Any:

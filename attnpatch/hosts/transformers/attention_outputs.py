@@ -38,7 +38,7 @@ def _wrapped(module: nn.Module) -> Iterator[tuple[str, int]]:
     """What is collected from a module's result by functions that replace its forward: the kind of output and its index
     in the result.
 
-    transformers 4.53 to 5.1 puts such functions in place during a model's call.
+    transformers 4.54 to 5.1 puts such functions in place during a model's call.
     """
     forward = vars(module).get("forward")
     while getattr(getattr(forward, "__code__", None), "co_name", "") == compat.OUTPUT_WRAPPER:
