@@ -46,7 +46,7 @@ $(LATEST)/$(LATEST_VERSION): $(STAMP)
 
 .PHONY: test-versions
 # Every feature with the releases that are supported: the rows of tests/versions/rows.py, one environment after the other.
-# ROW="5.0 newest" runs those whose name has such a word in it.
+# ROW="5.0 newest" runs those whose name has such a word in it; ROW="newest --smoke" runs no more than the smoke test.
 test-versions:
 	$(PYTHON) -m tests.versions $(ROW)
 

@@ -10,7 +10,6 @@ a release lacks one, attnpatch goes on without it, as the comment says.
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -110,15 +109,17 @@ def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     return torch._fused_sdp_choice(*args, **kwargs)
 
 
-# Whether torch's compiler can be imported where torch functions are disabled; torch 2.8 asserts that it sees some.
+# Some functions import torch's compiler at their first call on ``meta``. Until torch 2.8, that import fails where torch
+# functions are disabled: it asserts that it sees some.
 _COMPILER_NEEDS_FUNCTIONS = not is_at_least("torch", "2.9")
 
 
-def import_compiler() -> None:
-    """Import torch's compiler where that fails later: some functions import it at their first call on ``meta``."""
-    if _COMPILER_NEEDS_FUNCTIONS and "torch._dynamo" not in sys.modules:
+@functools.cache
+def prepare_meta() -> None:
+    """Let torch import what functions on ``meta`` need, before a block in which it cannot."""
+    if _COMPILER_NEEDS_FUNCTIONS:
         with torch._C._EnableTorchFunction(), without_dispatch_modes():
-            importlib.import_module("torch._dynamo")
+            torch.empty(1, device="meta") * 1
 
 
 @functools.cache

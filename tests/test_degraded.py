@@ -4,12 +4,15 @@ A name that a host no longer has is one that attnpatch does not find: its entry 
 no host has. The hosts themselves are not changed.
 """
 
+import itertools
+import pathlib
 import sys
 import warnings
 
 import pytest
 import torch
 from test_masks import inputs_of, model_of
+from versions.rows import ROWS
 
 import attnpatch
 from attnpatch import Policy, compat, errors
@@ -184,3 +187,29 @@ def test_without_a_place_to_see_first_calls(missing, monkeypatch, capsys):
         assert torch.equal(model(**inputs)[0], native)
     assert attnpatch.report(model).totals["by_rows"] == 2
     assert list(session.patches.values()) == [patch_of(model)] and patch_of(plain) is None
+
+
+def test_what_is_declared_is_what_the_rows_run():
+    """``make test-versions`` runs the oldest and the newest release of everything that is declared."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    declared = dict(
+        requirement.split(">=")
+        for requirement in [*project["dependencies"], *itertools.chain(*extras)]
+        if ">=" in requirement
+    )
+    run = {}
+    for row in ROWS:
+        for requirement in (*row.packages, f"python=={row.python}"):
+            name, release = requirement.split("==")
+            run.setdefault(name, []).append(release)
+    for name, least in declared.items():
+        oldest = min(run[name], key=tested.numbers)
+        assert tested.numbers(oldest, 3)[: least.count(".") + 1] == tested.numbers(least, 3), name
+    for name, (oldest, newest) in tested.TESTED.items():
+        releases = sorted(run[name], key=tested.numbers)
+        assert (releases[0], releases[-1]) == (oldest, newest), name
+    oldest, newest = tested.TESTED["python"]
+    _, after = tested.numbers(newest)
+    assert project["requires-python"] == f">={oldest},<3.{after + 1}"

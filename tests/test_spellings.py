@@ -7,6 +7,7 @@ from live import Live
 from torch.nn import functional as F
 
 import attnpatch
+from attnpatch.releases import tested
 
 TOKENS, WIDTH = 200, 16
 
@@ -74,7 +75,9 @@ def test_products(name):
     formula = {**BATCHED, **ALONE, **HEADS}[name]
     lead = () if name in ALONE else (2,)
     query, key, value = (tensor(*lead, TOKENS, WIDTH, seed=i) for i in range(3))
-    check(formula, query, key, value, pairs=TOKENS**2)
+    # Until torch 2.8, such an einsum is a product of the keys with all queries, whose number chooses the kernel.
+    is_exact = name != "einsum of the keys first" or tested.is_at_least("torch", "2.9")
+    check(formula, query, key, value, pairs=TOKENS**2, is_exact=is_exact)
 
 
 @pytest.mark.parametrize("name", [*BATCHED, *ALONE, *HEADS, "a table"])

@@ -79,12 +79,12 @@ def features() -> tuple[Feature, ...]:
             (("accelerate.hooks", (compat.ACCELERATE_HOOK, compat.ACCELERATE_FORWARD)),),
         ),
         Feature(
-            "models that no host builds, under ATTNPATCH=1", "torch", "2.6",
+            "models that no host builds, under ATTNPATCH=1", "torch", "2.5",
             (("torch.nn.modules.module", (compat.COMPILED_CALL, compat.PLAIN_CALL)),),
         ),
-        Feature("compiled modules in a model", "torch", "2.6", (("torch._dynamo.eval_frame", compiled),)),
+        Feature("compiled modules in a model", "torch", "2.5", (("torch._dynamo.eval_frame", compiled),)),
         Feature(
-            "operators of others that write to an argument", "torch", "2.6",
+            "operators of others that write to an argument", "torch", "2.5",
             (("torch._ops", (compat.OPERATOR_SCHEMA,)),),
         ),
     )  # fmt: skip

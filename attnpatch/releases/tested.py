@@ -16,7 +16,7 @@ from attnpatch.errors import AttnpatchWarning
 # The oldest and the newest release of each package that the tests run with.
 TESTED: dict[str, tuple[str, str]] = {
     "python": ("3.10", "3.13"),
-    "torch": ("2.6.0", "2.13.0"),
+    "torch": ("2.5.1", "2.14.1"),
     "transformers": ("4.46.3", "5.24.0"),
     "diffusers": ("0.31.0", "0.42.1"),
 }

@@ -26,7 +26,7 @@ _UNSURE = frozenset("conv1d conv2d conv3d roll".split())
 @contextlib.contextmanager
 def _unwatched() -> Iterator[None]:
     """Inside the block no mode (attnpatch's, a profiler's, anyone's) sees torch functions, and autograd is off."""
-    compat.import_compiler()
+    compat.prepare_meta()
     with compat.DisableTorchFunction(), without_dispatch_modes(), torch.no_grad():
         yield
 
