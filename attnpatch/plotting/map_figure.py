@@ -77,7 +77,7 @@ def draw(
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         axes = figure.add_subplot()
     else:
-        figure, axes = ax.get_figure(root=True), ax
+        figure, axes = ax.get_figure().canvas.figure, ax
     norm, cmap = colours(values, scale, is_signed)
     shown, (down, across) = largest_of_each(values)
     image = axes.imshow(
