@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from attnpatch import errors
     from attnpatch.api import apply, by_rows, capture, explain, patched, register, remove, report
     from attnpatch.blocks.spec import Blocks
+    from attnpatch.capturing.heads import heads
+    from attnpatch.capturing.probes import Probes
     from attnpatch.capturing.token_scores import token_scores
     from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
     from attnpatch.conversations.saved import load
@@ -22,12 +24,14 @@ __all__ = [
     "BlockMap",
     "Blocks",
     "Policy",
+    "Probes",
     "apply",
     "by_rows",
     "capture",
     "compare",
     "errors",
     "explain",
+    "heads",
     "load",
     "patched",
     "register",
@@ -40,8 +44,10 @@ _HOMES = {
     "BlockMap": "attnpatch.maps.block_map",
     "Blocks": "attnpatch.blocks.spec",
     "Policy": "attnpatch.policy",
+    "Probes": "attnpatch.capturing.probes",
     "compare": "attnpatch.maps.arithmetic",
     "errors": "attnpatch.errors",
+    "heads": "attnpatch.capturing.heads",
     "load": "attnpatch.conversations.saved",
     "token_scores": "attnpatch.capturing.token_scores",
     **dict.fromkeys(

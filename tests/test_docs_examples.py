@@ -14,6 +14,7 @@ WRITTEN = {
     "rag.md": {"rag.png"},
     "tokens.md": set(),
     "vision.md": {"where.png"},
+    "heads.md": {"heads.png"},
 }
 
 

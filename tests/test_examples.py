@@ -15,6 +15,7 @@ SAID = {
     "your_own_module": ["recognised: softmax of a product", "asked for", "same to the last bit: True"],
     "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
     "last_token": ["forward pass", "one row of weights", "never held", "of 2048 tokens"],
+    "retrieval_heads": ["retrieval heads (score at least 0.5): 3.0, 3.1, 3.2, 3.3", "4 others removed"],
     "heat_maps": ["4 held-out captions", "all words of a shape", "dit_steps.png", "unet_steps.png"],
 }
 
@@ -23,8 +24,8 @@ SAID = {
 @pytest.mark.parametrize(
     "name",
     [
-        # It samples pictures for most of a minute; ``test_shapes`` looks at what its models draw.
-        pytest.param(name, marks=[pytest.mark.long] if name == "heat_maps" else [])
+        # These two take most of a minute; ``test_shapes`` looks at what the models of ``heat_maps`` draw.
+        pytest.param(name, marks=[pytest.mark.long] if name in ("heat_maps", "retrieval_heads") else [])
         for name in SAID
     ],
 )

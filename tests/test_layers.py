@@ -362,7 +362,7 @@ def test_public_names_are_what_they_are_whatever_is_imported_first(first):
         "names = {name: getattr(attnpatch, name) for name in attnpatch.__all__}\n"
         "assert set(names) <= set(dir(attnpatch))\n"
         "functions = [n for n, value in names.items() if isinstance(value, types.FunctionType)]\n"
-        "assert functions == ['apply', 'by_rows', 'capture', 'compare', 'explain', 'load', 'patched', 'register', 'remove', 'report', 'token_scores'], functions\n"
+        "assert functions == ['apply', 'by_rows', 'capture', 'compare', 'explain', 'heads', 'load', 'patched', 'register', 'remove', 'report', 'token_scores'], functions\n"
         "from attnpatch import *\n"
         "assert all(globals()[name] is value for name, value in names.items())\n"
         "assert not hasattr(attnpatch, 'nonsense')"

@@ -27,7 +27,7 @@ class CaptureOptions:
 
     blocks: Any = None
     heads: Heads = "mean"
-    layers: Sequence[int] | None = None
+    layers: str | Sequence[int] | None = None
     sites: str | None = None
     steps: Steps = "mean"
     measures: Sequence[str] = ()
