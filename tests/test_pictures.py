@@ -224,6 +224,7 @@ def test_facts_that_are_missing_or_contradict_each_other():
         ({"input_ids": None}, "inputs have no input_ids"),
         ({"image_grid_thw": grid - torch.tensor([[0, 2, 0]])}, "fewer pictures than the tokens"),
         ({"image_grid_thw": torch.cat([grid, grid])}, "more pictures than the tokens"),
+        ({"input_ids": [[4, 5], [4]]}, "return_tensors='pt'"),
         ({"input_ids": torch.full_like(inputs["input_ids"], 4)}, "there are no image tokens"),
     ):
         with pytest.raises(BlockError, match=said) as error:
@@ -239,6 +240,13 @@ def test_facts_that_are_missing_or_contradict_each_other():
 def test_settings_that_are_missing():
     processor, _ = llava()
     inputs = inputs_of(processor, ["one {} ?"], [[picture(32, 32)]])
+    known = Blocks.images(processor, inputs)
+    del processor.image_token_id  # as in older releases
+    assert Blocks.images(processor, inputs) == known
+    name, processor.image_token = processor.image_token, None
+    with pytest.raises(BlockError, match="image_token_id is missing"):
+        Blocks.images(processor, inputs)
+    processor.image_token = name
     processor.patch_size = None
     with pytest.raises(BlockError, match="patch_size is None"):
         Blocks.images(processor, inputs)

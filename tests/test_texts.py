@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 
 import pytest
 import torch
@@ -117,11 +118,28 @@ def test_texts_that_are_there_several_times(prompt, texts, labels):
 def border_tokenizer():
     """Tokens that join the end of a text with what follows it."""
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["[UNK]", "red", ".</", "doc", ">", "The", ">The", "key", "keyring", "ring", " ", "<", ".", "/"]
+    words = [
+        "[UNK]",
+        "red",
+        ".</",
+        "doc",
+        ">",
+        "The",
+        ">The",
+        "key",
+        "keyring",
+        "ring",
+        " ",
+        "<",
+        ".",
+        "/",
+        " (",
+        ")",
+    ]
     raw = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]")
     )
-    pattern = r"\.</|>The|keyring|\w+|\s|."
+    pattern = r"\.</| \(|>The|keyring|\w+|\s|."
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
 
@@ -132,6 +150,7 @@ def border_tokenizer():
         ("<doc>The red.</doc>", "The red.", slice(2, 6)),  # ">The" has the text's letters; ".</" begins in it
         ("<doc>red</doc>", "red", slice(3, 4)),
         ("key red", "red", slice(2, 3)),
+        ("key (red)", "(red)", slice(1, 4)),  # " (" is the text's, because white space is nobody's
     ],
 )
 def test_a_token_on_a_border(prompt, text, tokens):
@@ -139,6 +158,74 @@ def test_a_token_on_a_border(prompt, text, tokens):
     blocks = Blocks.texts(tokenizer, prompt, [text])
     place = blocks.labels_by_sequence[0].index("doc 1")
     assert slice(*blocks.spans_by_sequence[0][place]) == tokens
+
+
+CORPUS = [
+    "The fog over Ghent was so thick that I could not see the tram.",
+    "Rosa's team is called Cheerful Crystal Kettle.",
+    "Please note: locker 77 46 54!",
+    "A (very) odd <doc>one</doc>.",
+]
+
+
+def trained(kind):
+    """A tokenizer of a common kind, trained on the documents."""
+    tk = pytest.importorskip("tokenizers")
+    more = {"special_tokens": ["<s>", "</s>", "<unk>"]}
+    if kind.startswith("bytes"):
+        raw, trainer = tk.Tokenizer(tk.models.BPE()), tk.trainers.BpeTrainer(vocab_size=600, **more)
+        raw.pre_tokenizer, raw.decoder = (
+            tk.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tk.decoders.ByteLevel(),
+        )
+        raw.post_processor = tk.processors.ByteLevel(trim_offsets=kind == "bytes, trimmed")
+        trainer.initial_alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    elif kind == "sentencepiece":
+        raw = tk.Tokenizer(tk.models.Unigram())
+        raw.normalizer = tk.normalizers.NFKC()
+        raw.pre_tokenizer, raw.decoder = tk.pre_tokenizers.Metaspace(), tk.decoders.Metaspace()
+        trainer = tk.trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", show_progress=False, **more)
+    else:
+        raw = tk.Tokenizer(tk.models.WordPiece(unk_token="<unk>"))
+        raw.normalizer, raw.pre_tokenizer = (
+            tk.normalizers.BertNormalizer(),
+            tk.pre_tokenizers.BertPreTokenizer(),
+        )
+        raw.decoder = tk.decoders.WordPiece()
+        trainer = tk.trainers.WordPieceTrainer(vocab_size=300, show_progress=False, **more)
+    raw.train_from_iterator(CORPUS, trainer)
+    if not kind.startswith("bytes"):
+        raw.post_processor = tk.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def letters(text):
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes, trimmed", "sentencepiece", "wordpiece"])
+def test_tokens_of_a_block_spell_its_text(kind):
+    """Whatever the tokenizer, and whatever is between the texts: the decoded tokens have the text's letters."""
+    tokenizer, choose = trained(kind), random.Random(0)
+    for _ in range(60):
+        docs = choose.sample(CORPUS, choose.randint(1, 3))
+        between = choose.choice([" ", "\n", "\n\n", " | ", "</d><d>", ""])
+        prompt = (
+            choose.choice(["", "Read: ", "<d>"])
+            + between.join(docs)
+            + choose.choice(["", " Who?", "</d>Who"])
+        )
+        order = choose.sample(docs, len(docs))
+        blocks, ids = Blocks.texts(tokenizer, prompt, order), tokenizer(prompt)["input_ids"]
+        (spans,), (labels,) = blocks.spans_by_sequence, blocks.labels_by_sequence
+        assert [token for start, end in spans for token in ids[start:end]] == ids
+        found = {
+            label: tokenizer.decode(ids[start:end]) for label, (start, end) in zip(labels, spans, strict=True)
+        }
+        for number, doc in enumerate(order, 1):
+            assert letters(found[f"doc {number}"]) == letters(doc), prompt
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -56,7 +56,9 @@ def prompts_with_pictures(processor: Any, inputs: Mapping[str, Any]) -> list[Pro
             f"{', '.join(LAYOUTS)}. Use Blocks.tiles(height, width, tile, start=...)."
         )
     tokens = _sequences(inputs)
-    mark = _image_token(processor, name)
+    mark = _token(processor, "image")
+    if mark is None:
+        raise BlockError(f"{name}: image_token_id is missing, so image tokens cannot be told from text.")
     prompts = [Prompt(ids, [place for place, one in enumerate(ids) if one == mark]) for ids in tokens]
     found = LAYOUTS[name](processor, inputs, prompts)
     if not any(found):
@@ -74,9 +76,12 @@ def _decoded(tokenizer: Any, ids: list[int], start: int, stop: int) -> str:
 
 def _sequences(inputs: Mapping[str, Any]) -> list[list[int]]:
     """The real tokens of each sequence."""
-    ids = torch.as_tensor(fact(inputs, "input_ids"))
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    given, mask = fact(inputs, "input_ids"), inputs.get("attention_mask")
+    try:
+        ids = torch.as_tensor(given)
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    except (ValueError, TypeError) as error:
+        raise BlockError("input_ids are no tensor; call the processor with return_tensors='pt'.") from error
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise BlockError(
             f"input_ids is {list(ids.shape)} and attention_mask {list(mask.shape)}; accepted is [batch, tokens] for both."
@@ -84,14 +89,14 @@ def _sequences(inputs: Mapping[str, Any]) -> list[list[int]]:
     return [row[real != 0].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
-def _image_token(processor: Any, name: str) -> int:
-    """The id of the token that stands for a part of a picture."""
+def _token(processor: Any, kind: str) -> int | None:
+    """The id of the token that stands for a part of an image or a video; ``None`` if there is none."""
     # The image token of Gemma 3's processor is the one that begins a picture.
-    holder = processor.tokenizer if name == "Gemma3Processor" else processor
-    found = getattr(holder, "image_token_id", None)
-    if not isinstance(found, int):
-        raise BlockError(f"{name}: image_token_id is {found!r}, so image tokens cannot be told from text.")
-    return found
+    holder = processor.tokenizer if type(processor).__name__ == "Gemma3Processor" else processor
+    found, name = getattr(holder, f"{kind}_token_id", None), getattr(holder, f"{kind}_token", None)
+    if found is None and isinstance(name, str):  # processors of older releases have the name only
+        found = processor.tokenizer.convert_tokens_to_ids(name)
+    return found if isinstance(found, int) else None
 
 
 def fact(inputs: Mapping[str, Any], name: str) -> Any:
@@ -137,7 +142,7 @@ def _by_grid(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -
     """Qwen2-VL and its successors: ``image_grid_thw`` and ``video_grid_thw`` have each picture's size in patches."""
     found: list[list[Picture]] = [[] for _ in prompts]
     for kind, part in (("image", "image_processor"), ("video", "video_processor")):
-        mark = getattr(processor, f"{kind}_token_id", None)
+        mark = _token(processor, kind)
         places = [[at for at, one in enumerate(prompt.ids) if one == mark] for prompt in prompts]
         if mark is None or not any(places):
             continue
