@@ -41,4 +41,4 @@ def test_a_notebook_runs(name, tmp_path):
 
 
 def test_there_are_notebooks():
-    assert {"heat_maps", "long_conversation", "out_of_memory"} <= set(NAMES)
+    assert {"heat_maps", "long_conversation", "out_of_memory", "rag"} <= set(NAMES)
