@@ -273,11 +273,73 @@ def test_words_flow_and_blocks_that_do_not_attend_have_no_row(opened):
     assert page.evaluate("state.row") == 3  # the block of this name
 
 
+def test_a_second_map_is_shown_beside_the_first(opened):
+    first, second = block_map(count=6), block_map(count=6, seed=4)
+    # Blocks are matched by label, layers by name.
+    order = [5, 0, 1, 2, 3, 4]
+    labels = [second.query_labels[i] for i in order]
+    moved = dataclasses.replace(
+        second,
+        mass=second.mass[[2, 1, 0]][:, order][..., order],
+        layers=[2, 1, 0],
+        query_labels=labels,
+        key_labels=labels,
+    )
+    page = opened({"one": first, "two": moved, "three": block_map(count=6, layers=2)}, at_mean=True)
+    assert page.locator("#second-panel").is_hidden()
+    assert page.locator("#second option").all_inner_texts() == ["none", "two", "three"]
+    page.select_option("#second", "1")
+    to_position(page, "#layer", 1)
+    page.evaluate("select({ row: 4, column: 1 }, 4)")
+    settled(page)
+    until(page, "document.getElementById('second-note').textContent.includes('The cell')")
+    here, there = re.search(
+        r"The cell: (\S+) in the first map, (\S+) here", page.locator("#second-note").inner_text()
+    ).groups()
+    assert same_number(here, first.mass[0, 4, 1].item()) and same_number(there, second.mass[0, 4, 1].item())
+    numbers = page.locator("#second-list .number").all_inner_texts()
+    expected = sorted(second.mass[0, 4][:5].tolist(), reverse=True)
+    assert len(numbers) == 5 and all(map(same_number, numbers, expected))
+    # A bar of the second map leads to the same block in the first.
+    page.locator("#second-list button").first.click()
+    assert page.evaluate("state.cursor.column") == second.mass[0, 4].argmax().item()
+    page.select_option("#second", "2")
+    to_position(page, "#layer", 3)
+    until(page, "document.getElementById('second-note').textContent === 'It has no layer 2.'")
+    page.select_option("#second", "")
+    assert page.locator("#second-panel").is_hidden()
+    page.select_option("#map", "1")
+    assert page.locator("#second option").all_inner_texts() == ["none", "one", "three"]
+
+
+def test_all_heads_of_a_layer_side_by_side(opened):
+    given = block_map(count=6, heads=4)
+    page = opened(given)
+    assert page.locator("#heads .head").count() == 0
+    page.locator("#heads-panel summary").click()
+    until(page, "document.querySelectorAll('#heads .head small').length === 4")
+    layer = page.evaluate("state.layer") - 1
+    for head in range(4):
+        row = given.mass[layer, head, 5, :5]
+        text = page.locator("#heads .head").nth(head).inner_text().replace("\n", " ")
+        number, label = re.fullmatch(rf"head {head} (\S+) on (.*)", text).groups()
+        assert same_number(number, row.max().item()) and label == given.key_labels[row.argmax()]
+    page.locator("#heads .head").nth(2).click()
+    settled(page)
+    assert page.locator("#head-name").inner_text() == "2"
+    until(page, "document.querySelectorAll('#heads [aria-pressed=true]').length === 1")
+    page.locator("#heads .head").nth(2).click()
+    assert page.locator("#head-name").inner_text() == "mean of 4"
+    assert opened(block_map()).locator("#heads-panel").is_hidden()
+
+
 def test_a_finding_of_numbers_with_signs_is_the_largest_whatever_its_sign(opened):
     page = opened(
         dataclasses.replace(signed_map(SIGNED), metadata={"numbers": "difference", "weighting": "difference"})
     )
     said = page.locator("#finding").inner_text()
+    page.click("#help-button")
+    assert page.locator("#numbers-help").is_visible() and page.locator("#signed-help").is_hidden()
     assert said.startswith("2 user: the largest number (difference) is at \u201c0 user\u201d (0.250)")
 
 
@@ -657,7 +719,7 @@ def test_nothing_is_cut_off_or_overlaps(opened, viewport, count):
             assert name == other or apart, (name, other)
     if viewport is DESKTOP:
         assert boxes["#frame"][3] <= viewport["height"], "the whole map is on the screen"
-    assert page.locator("canvas").count() == 5, "cells are drawn, not built of elements"
+    assert page.locator("canvas").count() == 6, "cells are drawn, not built of elements"
     assert page.evaluate("document.querySelectorAll('*').length") < 600 + 4 * count, "cells"
 
 

@@ -36,6 +36,7 @@ _SCRIPTS = (
     "finding.js",
     "text.js",
     "page.js",
+    "beside.js",
     "input.js",
 )
 _MEAN = "mean"

@@ -59,20 +59,18 @@ function cellTop(row, zoom) {
   return place.top + (row - zoom.row) * place.cellHeight;
 }
 
-// Paint the whole map, one pixel per cell. Where cells are smaller than a screen pixel, a pixel shows the largest of its cells.
-function paint(one, kind, scale, key) {
-  const density = window.devicePixelRatio || 1;
-  const columns = Math.min(one.columns, Math.max(1, Math.floor(place.cellWidth * one.columns * density)));
-  const rows = Math.min(one.rows, Math.max(1, Math.floor(place.cellHeight * one.rows * density)));
-  const whole = `${key} ${columns} ${rows}`;
-  if (painted.key === whole) return;
-  const values = valuesOf(one, kind);
+// The largest size of a number, 1 if there is none.
+function largestOf(values, signed) {
   let top = 0;
   for (let i = 0; i < values.length; i++) {
-    const size = sizeOf(values[i], one.signed);
+    const size = sizeOf(values[i], signed);
     if (size > top && size < Infinity) top = size;
   }
-  painted.top = top || 1;
+  return top || 1;
+}
+
+// The values as an image of columns x rows pixels. A pixel of several cells shows the largest of them.
+function imageOf(one, values, top, scale, columns, rows) {
   let pooled = values;
   if (columns < one.columns || rows < one.rows) {
     pooled = new Float32Array(rows * columns);
@@ -90,8 +88,21 @@ function paint(one, kind, scale, key) {
   const colours = PIXELS[Number(one.signed)];
   for (let i = 0; i < pooled.length; i++) {
     const isSeen = sizeOf(pooled[i], one.signed) > 0;
-    pixels[i] = isSeen ? colours[colourIndex(onScale(pooled[i], painted.top, scale, one.signed))] : zero;
+    pixels[i] = isSeen ? colours[colourIndex(onScale(pooled[i], top, scale, one.signed))] : zero;
   }
+  return image;
+}
+
+// Paint the whole map, one pixel per cell. Where cells are smaller than a screen pixel, a pixel shows the largest of its cells.
+function paint(one, kind, scale, key) {
+  const density = window.devicePixelRatio || 1;
+  const columns = Math.min(one.columns, Math.max(1, Math.floor(place.cellWidth * one.columns * density)));
+  const rows = Math.min(one.rows, Math.max(1, Math.floor(place.cellHeight * one.rows * density)));
+  const whole = `${key} ${columns} ${rows}`;
+  if (painted.key === whole) return;
+  const values = valuesOf(one, kind);
+  painted.top = largestOf(values, one.signed);
+  const image = imageOf(one, values, painted.top, scale, columns, rows);
   painted.canvas.width = columns;
   painted.canvas.height = rows;
   painted.canvas.getContext("2d").putImageData(image, 0, 0);

@@ -57,6 +57,7 @@ function mark() {
   fillCellPanel(value, normalization, theSequence(), cursor);
   if (order !== "layers" || row === null) fillRowPanel(current, theSequence(), state, (column) => select({ row, column }, row));
   overLayers();
+  drawBesides();
 }
 
 function goTo(row, column, layer) {
@@ -155,7 +156,9 @@ function openMap(index) {
   for (const option of byId("normalization").options) {
     option.textContent = map.signed ? weightNamed(SIGNED_NUMBERS[option.value]) : NUMBERS[option.value];
   }
+  offerSeconds();
   byId("signed-help").hidden = !map.gradient;
+  byId("numbers-help").hidden = !(map.signed && map.numbers);
   setChoice("normalization", map.normalization);
   for (const axis of AXES) {
     const count = map[axisOf[axis]].length;
@@ -218,7 +221,7 @@ function zoomTo(factor, around) {
   refresh();
 }
 
-byId("map-field").hidden = maps.length < 2;
+byId("map-field").hidden = byId("second-field").hidden = maps.length < 2;
 byId("map").replaceChildren(...maps.map((map, i) => new Option(map.name, i)));
 if (maps.length === 1) document.querySelector("h1").textContent = shortened(maps[0].name, 60);
 byId("map").addEventListener("change", (event) => openMap(Number(event.target.value)));

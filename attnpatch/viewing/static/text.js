@@ -77,12 +77,7 @@ function sameBlock(from, to, index) {
 function chooseBlock(column) {
   const row = rowOfColumn(theSequence(), column);
   if (row < 0) return select({ row: state.row ?? current.rows - 1, column }, state.row ?? current.rows - 1);
-  let best = column;
-  for (let other = 0, most = 0; other < current.columns; other++) {
-    const size = sizeOf(valueAt(current, state.normalization, row, other), current.signed);
-    if (other !== column && size > most) [best, most] = [other, size];
-  }
-  select({ row, column: best }, row);
+  select({ row, column: strongestOf(current, state.normalization, row)?.column ?? column }, row);
 }
 
 const blockOf = (event) => event.target.closest?.(".block");
