@@ -80,6 +80,18 @@ def test_scores_against_eager_weights(name, implementation):
     assert not hasattr(model, "_attnpatch") and not model.training
 
 
+def test_scores_by_rows_of_a_patched_model():
+    """Rows and heads come in several tiles."""
+    case = zoo.BY_NAME["llama"]
+    model, (probe,) = case.build("eager"), Probes.repeated(range(5, 90), count=1, length=60)
+    with torch.no_grad():
+        attentions = model(torch.tensor([probe.ids]), output_attentions=True).attentions
+    with attnpatch.patched(model, mode="always", rows=16):
+        scores = attnpatch.heads(model, [probe])
+        assert attnpatch.report(model).totals["by_rows"] == 2
+    check(scores, [[own[0] for own in attentions]], [probe], [0, 1])
+
+
 class Known(torch.nn.Module):
     """One layer of attention whose heads each do one thing, with scores so large that each row has one key.
 

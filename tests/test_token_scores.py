@@ -15,6 +15,7 @@ MODELS = [
     ("llama", "sdpa", "right", 2),
     ("mistral", "sdpa", "left", 2),  # a sliding window of 9 keys
     ("gpt2", "sdpa", "none", 4),  # its modules do not say which heads share keys: the cache does
+    ("falcon_alibi", "eager", "none", 1),  # one head of keys for all, which the cache tells
     ("gpt_oss", "eager", "none", 2),  # learned sinks take a share of each row
 ]
 
@@ -127,6 +128,21 @@ def test_scores_of_a_padded_batch_that_generates(window):
     for positions in scores.top(9, recent=2).values():
         assert positions[1].min() >= 14
         assert {21, 22} <= set(positions[1, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("sites", "what"), [("decoder.*SelfAttention", "decoder"), ("decoder.*EncDec*", "cross")]
+)
+def test_scores_of_an_encoder_decoder_that_generates(sites, what):
+    model, dense = (zoo.BY_NAME["t5"].build(each) for each in ("sdpa", "eager"))
+    ids = zoo.tokens(21)
+    with torch.no_grad(), attnpatch.token_scores(model, window=3, sites=sites) as scores:
+        whole = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)[:, :-1]
+    with torch.no_grad():
+        weights = dense(ids, decoder_input_ids=whole, output_attentions=True, use_cache=False)[
+            f"{what}_attentions"
+        ]
+    check(scores, weights, torch.ones(1, 5, dtype=torch.bool), 3, 4)
 
 
 def test_a_prompt_in_pieces():
