@@ -255,6 +255,35 @@ def test_weights_that_are_mixed_over_heads_are_refused():
     assert "mixed after softmax" in left_out(model, lambda: model(x), window=None, per="head")
 
 
+def test_a_refused_sequence_does_not_show_the_one_before():
+    model, ids = zoo.BY_NAME["llama"].build("sdpa"), zoo.tokens(31)
+
+    def two():
+        model(ids)
+        model.generate(ids, num_beams=3, max_new_tokens=6, do_sample=False)
+
+    assert "changed places" in left_out(model, two)
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+            found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+            return found.transpose(1, 2).flatten(2)
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x):
+            return x + self.attention(x + self.attention(x))
+
+    model, x = Twice(), torch.randn(1, 40, 32)
+    assert "called 2 times" in left_out(model, lambda: model(x), window=None, per="head")
+
+
 def test_options_are_checked():
     model = zoo.BY_NAME["llama"].build("sdpa")
     for options, words in (

@@ -58,7 +58,7 @@ def token_scores(
 
     Yields:
         ``TokenScores``: ``scores[layer]`` is float32 ``[batch, kv_heads, keys]``, for the last sequence (or batch) that
-        ran. A call that continues a cache adds to its sequence. While a ``window`` is used, the latest rows are held
+        began. A call that continues a cache adds to its sequence. While a ``window`` is used, the latest rows are held
         one by one in the host's memory, ``4 * window`` bytes per layer, key and head.
 
     Raises:
@@ -146,12 +146,10 @@ class TokenScores:
     @property
     def left_out(self) -> dict[str, str]:
         """Attention modules without scores, each with the fact that is not known."""
-        captured = self._recorder.captured()
         found = dict(self._recorder.left_out)
-        if captured:
-            for records in records_by_kind(self._recorder, captured[-1]).values():
-                reasons = ((name, self._why_not(record)) for name, record in records.items())
-                found |= {name: reason for name, reason in reasons if reason is not None}
+        for records in self._records().values():
+            reasons = ((name, self._why_not(each)) for name, each in records.items())
+            found |= {name: reason for name, reason in reasons if reason is not None}
         return found
 
     @property
@@ -231,16 +229,15 @@ class TokenScores:
         """The scores by layer, and by layer which keys are real."""
         if self._made is not None:
             return self._made
-        captured = self._recorder.captured()
-        if not captured:
+        kinds = self._records()
+        if not kinds:
             raise nothing(self._recorder)
-        kinds = records_by_kind(self._recorder, captured[-1])
         if len(kinds) > 1:
             raise CaptureError(
                 f"several kinds of attention ran: {', '.join(map(repr, kinds))}; choose one with token_scores(..., sites=...)"
             )
         (records,) = kinds.values()
-        known = {name: record for name, record in records.items() if self._why_not(record) is None}
+        known = {name: each[0] for name, each in records.items() if self._why_not(each) is None}
         if not known:
             name, reason = next(iter(self.left_out.items()))
             raise CaptureError(f"there are no scores. {name}: {reason}")
@@ -252,7 +249,20 @@ class TokenScores:
         self._made = made if self._has_ended else None
         return made
 
-    def _why_not(self, record: SiteSums) -> str | None:
+    def _records(self) -> dict[str, dict[str, list[SiteSums]]]:
+        """The records of the last sequence, by kind of site and site: one for each time that it is called in a call."""
+        found: dict[str, dict[str, list[SiteSums]]] = {}
+        for sequence in self._recorder.sequences[-1:]:
+            for calls in sequence.calls:
+                for kind, records in records_by_kind(self._recorder, calls).items():
+                    for name, record in records.items():
+                        found.setdefault(kind, {}).setdefault(name, []).append(record)
+        return found
+
+    def _why_not(self, each: list[SiteSums]) -> str | None:
+        record = each[0]
+        if len(each) > 1:
+            return f"it is called {len(each)} times in one call of the model, so its layer has several scores"
         if record.notes:
             return f"{record.notes[0]}; no scores are given for such weights"
         if self.per == "kv_head" and record.key_heads is None:
