@@ -204,20 +204,20 @@ class Policy:
         if self.mode != "auto":
             return f"mode is {self.mode!r}"
         if q_len <= self.min_tokens:
-            return f"{q_len} rows are not more than min_tokens {self.min_tokens}"
+            return f"short call: {q_len} rows, by rows only above {self.min_tokens} (min_tokens)"
         least = size_text(self.min_free_bytes)
         if free < self.min_free_bytes:
-            return f"{size_text(free)} free is less than min_free {least}"
-        share = f"{self.headroom:g} of {size_text(free)} free"
+            return f"little memory: {size_text(free)} free is less than min_free {least}"
+        needed = f"{size_text(free)} free, {size_text(need.temporaries)} needed"
         if need.temporaries > self.headroom * free:
-            return f"temporaries of {size_text(need.temporaries)} exceed {share}"
+            return f"little memory: {needed}, more than the share {self.headroom:g} (headroom)"
         most = self._most(limit)
         if most is not None and need.largest > most:
             whose = (
                 "the device's limit of one allocation" if self.max_allocation is None else "max_allocation"
             )
             return f"scores of {size_text(need.largest)} exceed {whose}, {size_text(most)}"
-        return f"min_free {least} is free, and temporaries of {size_text(need.temporaries)} fit into {share}"
+        return f"enough memory: {needed}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,15 +181,22 @@ def test_what_a_forward_keeps_is_forgotten():
 
 
 REASONS = [
-    ("1.4GB", Eager, 2048, {}, "by rows", "1.4 GB free is less than min_free 2 GB"),
-    ("80MB", Eager, 2048, {"min_free": 0}, "by rows", "temporaries of 50.3 MB exceed 0.5 of 80 MB free"),
+    ("1.4GB", Eager, 2048, {}, "by rows", "little memory: 1.4 GB free is less than min_free 2 GB"),
+    (
+        "80MB",
+        Eager,
+        2048,
+        {"min_free": 0},
+        "by rows",
+        "little memory: 80 MB free, 50.3 MB needed, more than the share 0.5 (headroom)",
+    ),
     (
         "200MB",
         Eager,
         2048,
         {"min_free": 0},
         "native",
-        "min_free 0 B is free, and temporaries of 50.3 MB fit into 0.5 of 200 MB free",
+        "enough memory: 200 MB free, 50.3 MB needed",
     ),
     (
         "9GB",
@@ -205,12 +212,12 @@ REASONS = [
         2048,
         {"max_allocation": "17MB"},
         "native",
-        "min_free 2 GB is free, and temporaries of 50.3 MB fit into 0.5 of 9 GB free",
+        "enough memory: 9 GB free, 50.3 MB needed",
     ),
-    ("1", Eager, 1024, {}, "native", "1024 rows are not more than min_tokens 1024"),
+    ("1", Eager, 1024, {}, "native", "short call: 1024 rows, by rows only above 1024 (min_tokens)"),
     ("1", Eager, 2048, {"mode": "never"}, "native", "mode is 'never'"),
     ("9GB", Eager, 64, {"mode": "always"}, "by rows", "mode is 'always'"),
-    ("1", Fused, 2048, {}, "native", "a fused kernel holds no scores"),
+    ("1", Fused, 2048, {}, "native", "fused kernel: nothing to save"),
     ("9GB", Fused, 2048, {"mode": "always"}, "by rows", "mode is 'always'"),
 ]
 
@@ -252,7 +259,7 @@ def test_short_calls_are_listed_and_one_line_says_so(case, monkeypatch):
 
 
 def test_the_reason_goes_with_the_rule():
-    words = {True: ("less than", "exceed", "'always'"), False: ("not more", "fit into", "'never'")}
+    words = {True: ("little memory", "exceed", "'always'"), False: ("short call", "enough memory", "'never'")}
     for mode in ("auto", "always", "never"):
         for rows, temporaries, free, limit in (
             (9, 0, 0, None), (11, 0, 9, None), (11, 60, 110, None), (11, 40, 110, None), (11, 40, 110, 39), (9, 40, 110, 9),

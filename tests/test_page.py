@@ -330,22 +330,22 @@ def test_view_writes_page_html_if_not_told_otherwise(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "says", "code"),
     [
-        (["nothing", "--out", "page.html"], "there is nothing at"),
-        (["weights.safetensors"], "not a block map"),
-        (["map.safetensors", "--out", "."], "is a folder"),
-        (["map.safetensors", "--out", "map.safetensors"], "holds block maps"),
-        ([".", "--out", "map.safetensors"], "holds block maps"),
-        (["map.safetensors", "--out", "missing/page.html"], "No such file or directory"),
+        (["nothing", "--out", "page.html"], "there is nothing at", 1),
+        (["weights.safetensors"], "not a block map", 1),
+        (["map.safetensors", "--out", "."], "is a folder", 2),
+        (["map.safetensors", "--out", "map.safetensors"], "holds block maps", 2),
+        ([".", "--out", "map.safetensors"], "holds block maps", 2),
+        (["map.safetensors", "--out", "missing/page.html"], "No such file or directory", 1),
     ],
 )
-def test_view_answers_bad_input_in_one_line(arguments, says, tmp_path, monkeypatch):
+def test_view_answers_bad_input_in_one_line(arguments, says, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = block_map().save(tmp_path / "map.safetensors").read_bytes()
     save_file({"weight": torch.ones(3)}, tmp_path / "weights.safetensors")
     result = view(*arguments)
-    assert result.exit_code == 1 and not result.stdout
+    assert result.exit_code == code and not result.stdout
     assert says in result.stderr and len(result.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.safetensors", "weights.safetensors"]
     assert (tmp_path / "map.safetensors").read_bytes() == saved

@@ -62,10 +62,10 @@ SCORES = TOKENS * TOKENS * 4
 @pytest.mark.parametrize(
     ("model", "policy", "reason"),
     [
-        (Attention, {}, "short: 300 rows, min_tokens 1024"),
-        (Attention, {"mode": "never"}, "mode never"),
-        (Attention, {"min_tokens": 16}, "enough memory: 14 GB free, 1.08 MB asked"),
-        (FusedAttention, {"min_tokens": 16}, "fused kernel holds no scores"),
+        (Attention, {}, "short call: 300 rows, by rows only above 1024"),
+        (Attention, {"mode": "never"}, "mode is 'never'"),
+        (Attention, {"min_tokens": 16}, "enough memory: 14 GB free, 1.08 MB needed"),
+        (FusedAttention, {"min_tokens": 16}, "fused kernel: nothing to save"),
         (OutsideAttention, {"min_tokens": 16}, "a kernel outside torch"),
         (OutsideAttention, {"mode": "always"}, "a kernel outside torch"),
         (Attention, {"mode": "always"}, None),
@@ -87,7 +87,7 @@ def test_why_native(model, policy, reason, monkeypatch):
 def test_a_batch_of_short_sequences_is_short():
     """Its 1,200 rows in all do not make one of its calls longer."""
     (site,) = report(Attention(), torch.cat([x()] * 4)).sites
-    assert site.native_because == {"short: 300 rows, min_tokens 1024": 1}
+    assert site.native_because == {"short call: 300 rows, by rows only above 1024": 1}
 
 
 def test_the_largest_call_and_the_most_frequent_rule_are_shown(monkeypatch):
@@ -99,8 +99,8 @@ def test_the_largest_call_and_the_most_frequent_rule_are_shown(monkeypatch):
             model(x(tokens))
         (site,) = attnpatch.report(model).sites
     assert site.native_because == {
-        "short: 2 rows, min_tokens 16": 4,
-        "enough memory: 14 GB free, 1.08 MB asked": 3,
+        "short call: 2 rows, by rows only above 16": 4,
+        "enough memory: 14 GB free, 1.08 MB needed": 3,
     }
     assert site.counts["native"] == 7
 

@@ -179,7 +179,7 @@ class _Site(Site):
         """Why the site ran natively, by rows or fused, in words."""
         policy = self.patch.policy
         if self.counts["fused"]:
-            return "a fused kernel holds no scores"
+            return "fused kernel: nothing to save"
         if self.obstacles:
             return f"not fused, because of {', '.join(self.obstacles)}"
         if self.seen.reason is not None:

@@ -18,10 +18,10 @@ from attnpatch.sizes import size_text
 TOTALS = ("native", "by_rows", "fused", "retried", "materialised", "captured", "failed", "largest")
 # Reasons why a call stayed native, in words; ``left_native`` gets the numbers for the placeholders.
 REASONS = {
-    "memory": "enough memory: {0} free, {1} asked",
-    "short": "short: {1} row{2}, min_tokens {0}",
-    "never": "mode never",
-    "fused": "fused kernel holds no scores",
+    "memory": "enough memory: {0} free, {1} needed",
+    "short": "short call: {1} row{2}, by rows only above {0}",
+    "never": "mode is 'never'",
+    "fused": "fused kernel: nothing to save",
     "one row": "one query row",
     "nested": "nested tensors",
     "transform": "inside vmap or torch.func.grad",
