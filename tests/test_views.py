@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import attnpatch
+from attnpatch.releases import tested
 
 PRODUCTS = {
     "matmul": lambda q, k: q @ k.mT,
@@ -392,4 +393,6 @@ def test_chains(steps, product, needs_grad):
     native = outcome(Attention(), product, chain(steps), needs_grad)
     mine = Attention()
     with zoo.by_rows(mine, CASE, min_tokens=1):
-        assert differs(native, outcome(mine, product, chain(steps), needs_grad)) is None
+        got = outcome(mine, product, chain(steps), needs_grad)
+    # Until torch 2.6, some functions on ``meta`` say another layout than that of their results on the CPU.
+    assert differs(native, got, layout=tested.is_at_least("torch", "2.8")) is None
