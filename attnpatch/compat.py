@@ -109,7 +109,7 @@ def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     return torch._fused_sdp_choice(*args, **kwargs)
 
 
-# Some functions import torch's compiler at their first call on ``meta``. Until torch 2.8, that import fails where torch
+# Some functions import torch's compiler at their first call on ``meta``. With torch 2.8, that import fails where torch
 # functions are disabled: it asserts that it sees some.
 _COMPILER_NEEDS_FUNCTIONS = not is_at_least("torch", "2.9")
 
