@@ -308,7 +308,7 @@ class BlockMap(Selecting):
         Args:
             attentions: ``outputs.attentions`` of a model, or of ``generate``: tensors ``[batch, heads, queries, keys]``,
                 one per layer, or one such tuple for each call. Rows sum to 1 over keys. Queries are the last tokens of
-                the keys, unless ``blocks`` is a pair.
+                the keys, unless ``blocks`` is a pair. Weights of beam search are those of changing beams: do not use them.
             blocks: What a block is; a pair for queries and keys if they differ (cross-attention).
             attention_mask: ``[batch, keys]``, 0 for padding, which is in no block. ``None``: no padding.
             heads: ``"mean"`` over heads, or ``"all"`` of them.
@@ -316,7 +316,8 @@ class BlockMap(Selecting):
             metadata: Facts to keep with the map, anything JSON can hold.
 
         Raises:
-            CaptureError: The weights are ``None`` or of another shape, or the mask does not fit them.
+            CaptureError: The weights are ``None``, no probabilities, or of another shape; the keys are not the tokens so
+                far (a sliding window, a static cache); or the mask does not fit.
             BlockError: The blocks do not fit the tokens.
         """
         return cls(**from_weights.fields_of(attentions, blocks, attention_mask, heads, layers, metadata))

@@ -15,6 +15,8 @@ from attnpatch.errors import CaptureError
 
 # Rows that are reduced at a time: weights that are computed when they are read need not be held whole.
 _ROWS = 1024
+# Rows of bfloat16 weights do not sum to 1 exactly; each weight is rounded by up to 2 ** -9 of itself.
+_TOLERANCE = 0.01
 _FORM = (
     "accepted are tensors [batch, heads, queries, keys], one per layer, or one such tuple per generated token"
 )
@@ -31,10 +33,12 @@ def fields_of(
     """The fields of ``BlockMap.from_attentions``, which says what the arguments are."""
     if heads not in ("mean", "all"):
         raise CaptureError(f"heads is {heads!r}; accepted are 'mean' and 'all'.")
+    _check_blocks(blocks)
     calls = _calls(attentions)
     last = calls[-1][0]
     batch, count = last.shape[:2]
     num_keys, first_row = last.shape[-1], calls[0][0].shape[-1] - calls[0][0].shape[-2]
+    _check_shapes(calls, first_row, is_pair=isinstance(blocks, tuple))
     query, key = _partitions(
         blocks, attention_mask, (batch, first_row, sum(c[0].shape[-2] for c in calls), num_keys)
     )
@@ -43,13 +47,14 @@ def fields_of(
     sums = torch.zeros(len(calls[0]), batch, count, of_query.shape[-1], of_key.shape[-1], dtype=torch.float64)
     first = row = 0 if isinstance(blocks, tuple) else first_row
     for call in calls:
-        for place, weights in enumerate(call):
-            if weights.shape[:2] != (batch, count):
-                raise CaptureError(
-                    f"layer {place} has weights of {list(weights.shape)}, another one of {batch} x {count} (batch, heads); "
-                    f"{_FORM}."
-                )
-            _add(sums[place], weights, of_query[:, row : row + weights.shape[-2]], of_key)
+        of_rows = of_query[:, row : row + call[0].shape[-2]]
+        on_own = sum(_add(sums[place], weights, of_rows, of_key, row) for place, weights in enumerate(call))
+        if not isinstance(blocks, tuple) and bool(of_rows.any()) and on_own == 0:
+            raise CaptureError(
+                "no token of a call attends to itself, so its queries are not the last tokens of its keys. A static cache has "
+                "keys for tokens to come; assisted generation may return rows of other tokens. Use attnpatch.capture, or give "
+                "a pair of blocks, for queries and keys."
+            )
         row += call[0].shape[-2]
     rows = of_query[:, first:row].sum(1)
     mass = (sums / rows.clamp(min=1)[:, None, :, None]).transpose(0, 1)
@@ -87,14 +92,52 @@ def _calls(attentions: Any) -> list[Sequence[Tensor]]:
     return calls
 
 
+def _check_blocks(blocks: Any) -> None:
+    pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
+    if len(pair) != 2 or not all(isinstance(one, Blocks) for one in pair):
+        raise CaptureError(f"blocks is {blocks!r}; accepted is attnpatch.Blocks, or a pair of them.")
+
+
+def _check_shapes(calls: list[Sequence[Tensor]], first_row: int, is_pair: bool) -> None:
+    """All layers of a call have the same queries and keys, and each call has the keys of the calls before.
+
+    A cache that drops tokens (sliding windows) has fewer: which tokens its keys are cannot be told from the weights.
+    """
+    like, row = calls[0][0], first_row
+    if 0 in like.shape:
+        raise CaptureError(f"the weights are {list(like.shape)}, which is empty; {_FORM}.")
+    are_constant = is_pair and all(weights.shape[-1] == like.shape[-1] for call in calls for weights in call)
+    for call in calls:
+        row += call[0].shape[-2]
+        keys = like.shape[-1] if are_constant else row
+        for place, weights in enumerate(call):
+            if weights.shape[:2] != like.shape[:2] or weights.shape[-2] != call[0].shape[-2]:
+                raise CaptureError(
+                    f"layer {place} has weights of {list(weights.shape)}, another one of {list(call[0].shape)} (batch, heads, "
+                    f"queries, keys); {_FORM}."
+                )
+            if weights.shape[-1] == keys or (len(calls) == len(call) == 1):
+                continue
+            raise CaptureError(
+                f"layer {place} has weights on {weights.shape[-1]} keys where {keys} tokens were expected, so its keys are not "
+                "the tokens so far; for cross-attention give a pair of blocks, for a sliding window or a static cache use "
+                "attnpatch.capture."
+            )
+
+
 def _partitions(
     blocks: Any, mask: Tensor | None, sizes: tuple[int, int, int, int]
 ) -> tuple[Partition, Partition]:
     """The blocks of the query rows and of the keys."""
     batch, first_row, num_rows, num_keys = sizes
-    valid = (
-        torch.ones(batch, num_keys, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu() != 0
-    )
+    try:
+        valid = (
+            torch.ones(batch, num_keys, dtype=torch.bool)
+            if mask is None
+            else torch.as_tensor(mask).cpu() != 0
+        )
+    except (TypeError, ValueError, RuntimeError):
+        raise CaptureError(f"attention_mask is {mask!r}; accepted is a tensor [batch, keys].") from None
     if valid.shape != (batch, num_keys):
         raise CaptureError(
             f"attention_mask is {list(valid.shape)}; accepted is [{batch}, {num_keys}], batch and keys."
@@ -110,9 +153,30 @@ def _partitions(
     return both, both
 
 
-def _add(sums: Tensor, weights: Tensor, of_query: Tensor, of_key: Tensor) -> None:
-    """Add a layer's weights to ``[batch, heads, query_blocks, key_blocks]``, some rows at a time."""
-    keys = of_key[:, None, : weights.shape[-1]]
+def _add(sums: Tensor, weights: Tensor, of_query: Tensor, of_key: Tensor, first: int) -> float:
+    """Add a layer's weights to ``[batch, heads, query_blocks, key_blocks]``, some rows at a time.
+
+    Args:
+        first: Number of the first row among the keys, if they are the same tokens.
+
+    Returns:
+        The sum of the weights of tokens on themselves.
+
+    Raises:
+        CaptureError: A row of a block does not sum to 1 or less.
+    """
+    keys, on_own = of_key[:, None, : weights.shape[-1]], 0.0
     for start in range(0, weights.shape[-2], _ROWS):
         rows = weights[:, :, start : start + _ROWS].detach().to("cpu", torch.float64)
-        sums += of_query[:, None, start : start + _ROWS].mT @ (rows @ keys)
+        blocks = of_query[:, None, start : start + _ROWS]
+        # Rows of padding may hold anything, NaN too.
+        rows = torch.where(blocks.any(-1, keepdim=True), rows, 0.0)
+        total = rows.sum(-1)
+        if not bool((total.abs() <= 1 + _TOLERANCE).all()):
+            raise CaptureError(
+                f"a row of the weights sums to {total.flatten()[total.abs().nan_to_num(torch.inf).argmax()]:.4g}; accepted are "
+                "probabilities (after softmax, without dropout: model.eval()), whose rows sum to 1."
+            )
+        on_own += rows.diagonal(first + start, -2, -1).sum().item() if first + start < rows.shape[-1] else 0.0
+        sums += blocks.mT @ (rows @ keys)
+    return on_own
