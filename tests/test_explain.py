@@ -1,9 +1,11 @@
 """What explain predicts, against the peaks of fresh processes; and that it runs and changes nothing."""
 
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 
 import measured
 import pytest
@@ -178,6 +180,36 @@ def test_what_a_forward_keeps_is_forgotten():
     assert not hasattr(model, "cached") and model.state == {"seen": []}
     assert model.training and model.attention.training
     assert type(model.attention) is Eager
+
+
+class Noisy(nn.Module):
+    """torch warns about its masks; the model warns too; and its product cannot run on shapes, which torch would log."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fails = fails
+
+    def forward(self, x):
+        warnings.warn("the model's own words", stacklevel=1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y = self.attention(x, x, x, attn_mask=later, key_padding_mask=torch.zeros(x.shape[:2]))[0]
+        return y @ y if self.fails else y
+
+
+def test_torchs_own_notes_are_not_shown(capfd):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        attnpatch.explain(Noisy(False).eval(), inputs=zoo.floats(1, 12, 16))
+        with pytest.raises(errors.ExplainError, match="cannot be run on these shapes"):
+            attnpatch.explain(Noisy(True).eval(), inputs=zoo.floats(1, 12, 16))
+    assert {str(warning.message) for warning in seen} == {"the model's own words"}
+    assert capfd.readouterr().err == ""
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Noisy(False).eval()(zoo.floats(1, 12, 16))
+    assert len(seen) == 2  # torch's is shown where the model runs
 
 
 REASONS = [

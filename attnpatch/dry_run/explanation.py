@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from attnpatch import compat
 from attnpatch.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     UnsupportedOperatorException,
 )
 from attnpatch.dry_run.rehearsal import RehearsalPatch, fake_inputs, on_shapes
@@ -178,13 +182,29 @@ def _rehearse(
         args, kwargs = fake_inputs(inputs, shapes, device)
         patch = RehearsalPatch(model, rule, shapes.ledger, free, is_fixed)
         try:
-            with torch.no_grad(), shapes, shapes.ledger:
+            with _without_torchs_notes(), torch.no_grad(), shapes, shapes.ledger:
                 model(*args, **kwargs)
         except Exception as error:
             raise ExplainError(_said(model, error)) from error
         finally:
             patch.take_out(model)
     return patch, shapes.ledger.peak, assumed
+
+
+@contextlib.contextmanager
+def _without_torchs_notes() -> Iterator[None]:
+    """Without the warnings of torch's own code, and without the traceback that its fake tensors log before an error is
+    raised: the error itself says what could not run. Warnings of the model's code are shown.
+    """
+    log = logging.getLogger(FakeTensor.__module__)
+    before = log.disabled
+    log.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _said(model: nn.Module, error: Exception) -> str:
