@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.errors import BlockMapFileError, CaptureError
+from attnpatch.errors import AttnpatchWarning, BlockMapFileError, CaptureError
 
 SIZES = {"vocab_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
 
@@ -107,3 +107,22 @@ def test_an_analysis_is_loaded_as_one(llama, tmp_path):
     assert (
         isinstance(found, Analysis) and list(found.notes) == ["a note"] and found.block_map == maps.block_map
     )
+
+
+def test_a_last_sequence_that_is_left_out_does_not_show_the_one_before(llama):
+    """Beams are in no map: with the map of the call before, they would seem to have one."""
+    beams = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    with (
+        pytest.warns(AttnpatchWarning, match="in no map"),
+        torch.no_grad(),
+        attnpatch.capture(llama, Blocks.fixed(4), measures=("entropy",)) as maps,
+    ):
+        llama(tokens(12) % 64)
+        (sites,) = maps
+        llama.generate(tokens(8) % 64, **beams)
+    for read in (lambda: maps.block_map, lambda: maps[sites], maps.keys, maps.top, maps.measured):
+        with pytest.raises(
+            CaptureError, match=r"the last sequence has no map; maps\.sequences has the earlier"
+        ):
+            read()
+    assert maps.sequences[0][sites].key_sizes.sum() == 12

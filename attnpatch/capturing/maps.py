@@ -49,6 +49,7 @@ class Maps(ByKind):
             if not -len(captured) <= sites < len(captured):
                 raise CaptureError(f"there is no sequence {sites}; {len(captured)} were captured, from 0 on.")
             return self._of(captured[sites])
+        self._check_last(sites)
         for calls in reversed(captured):
             found = self._of(calls)
             if sites in found:
@@ -81,8 +82,31 @@ class Maps(ByKind):
             raise nothing(self._recorder)
         return captured
 
-    def _maps(self, sequence: int = -1) -> dict[str, BlockMap]:
-        found = self._of(self._captured()[sequence])
+    def _check_last(self, sites: str | None = None) -> None:
+        """Check that the last sequence is not left out as a whole: the map of an earlier one would be taken for its map.
+
+        Raises:
+            CaptureError: It is left out; or, if ``sites`` are given, all that it has of this kind.
+        """
+        recorder = self._recorder
+        if not recorder.sequences:
+            return
+        last = recorder.sequences[-1]
+        recorded = {name for calls in last.calls for each in (calls, *calls.apart) for name in each}
+        if sites is not None:
+            recorded = {name for name in recorded if recorder.place_of(name)[0] == sites}
+        out = [name for name in recorder.left_out if name in last.out]
+        if sites is not None:
+            out = [name for name in out if name in recorder.places and recorder.place_of(name)[0] == sites]
+        if out and not recorded:
+            raise CaptureError(
+                f"the last sequence has no map; maps.sequences has the earlier ones. {out[0]}: {recorder.left_out[out[0]]}"
+            )
+
+    def _maps(self) -> dict[str, BlockMap]:
+        captured = self._captured()
+        self._check_last()
+        found = self._of(captured[-1])
         if not found:
             raise CaptureError(next(iter(self._problems.values())))
         return found
@@ -119,6 +143,7 @@ class Maps(ByKind):
             CaptureError: Nothing was measured, or there are several kinds of sites.
         """
         captured = self._recorder.captured()
+        self._check_last()
         found = measured_of(self._recorder, captured[-1]) if captured else {}
         if sites is None and len(found) == 1:
             return next(iter(found.values()))
