@@ -1,12 +1,11 @@
 """The pictures of the README that come from no other command: ``python -m benchmarks pictures``.
 
-The page, opened on the demo's conversation with a cell chosen, and heat maps of a small trained model.
+The page and the map of the demo's conversation, and heat maps of a small trained model.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,52 +13,43 @@ from pathlib import Path
 import torch
 
 import attnpatch
-from attnpatch.viewing.files import load_maps
+from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.page import write_page
 from benchmarks.page import a_browser, wait
 from benchmarks.runner import ROOT
 
 DOCS = ROOT / "docs"
-# The cell that is chosen, as shares of the map's width and height: a late message that looks at an early one.
-CELL = (0.357, 0.982)
 CAPTION, WORDS = "blue square right, black circle left", ["circle", "blue", "square"]
 
 
-def page(target: Path) -> None:
-    """The page of the demo's conversation, in the system's Chromium."""
+def answered() -> BlockMap:
+    """What the demo's model attends to while it answers a question of the demo's conversation."""
+    folder = Path(attnpatch.__file__).parent / "demo"
+    messages = json.loads((folder / "conversation.json").read_text(encoding="utf-8"))["messages"]
+    analyzer = attnpatch.BlockAttentionAnalyzer(str(folder / "model"))
+    return analyzer.analyze(messages, "generation", max_new_tokens=12).block_map
+
+
+def page(block_map: BlockMap, target: Path) -> None:
+    """The page in the system's Chromium, after a click on the second block that the finding names."""
     from playwright.sync_api import sync_playwright
 
     browser = a_browser()
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary)
-        command = [sys.executable, "-m", "attnpatch", "analyze", "--mode", "demo", "--out", str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        file = write_page(load_maps(out)[0], out / "page.html")
+        file = write_page({"demo": block_map}, Path(temporary) / "page.html")
         with sync_playwright() as playwright:
             chromium = playwright.chromium.launch(executable_path=browser)
             opened = chromium.new_page(viewport={"width": 1280, "height": 780}, device_scale_factor=1.25)
             opened.goto(file.as_uri())
             wait(opened, "document.documentElement.dataset.shown")
-            left, top = opened.evaluate(
-                "(({x, y}) => [x + place.left, y + place.top])(frameElement.getBoundingClientRect())"
+            opened.locator("#finding button").nth(1).click()
+            wait(
+                opened,
+                "document.documentElement.dataset.shown === shownNow() && document.querySelector('.block')",
             )
-            width, height = opened.evaluate("[place.width, place.height]")
-            at = (left + CELL[0] * width, top + CELL[1] * height)
-            opened.mouse.click(*at)
-            opened.mouse.move(*at)
-            wait(opened, "profileFrame.lines.length === 1")
-            opened.screenshot(path=target)
+            opened.wait_for_timeout(300)
+            opened.screenshot(path=target, full_page=True)
             chromium.close()
-
-
-def block_map(target: Path) -> None:
-    """What the demo's model attends to while it answers a question of the demo's conversation."""
-    folder = Path(attnpatch.__file__).parent / "demo"
-    messages = json.loads((folder / "conversation.json").read_text(encoding="utf-8"))["messages"]
-    result = attnpatch.BlockAttentionAnalyzer(str(folder / "model")).analyze(
-        messages, "generation", max_new_tokens=12
-    )
-    result.block_map.plot(target, layer=3)
 
 
 def heat_map(target: Path) -> None:
@@ -80,7 +70,8 @@ def heat_map(target: Path) -> None:
 
 def pictures(arguments: list[str]) -> None:
     """Make the pictures."""
-    page(DOCS / "page.png")
-    block_map(DOCS / "map.png")
+    block_map = answered()
+    page(block_map, DOCS / "page.png")
+    block_map.plot(DOCS / "map.png", layer=3)
     heat_map(DOCS / "heat_map.png")
     print(f"written: page.png, map.png and heat_map.png in {DOCS.relative_to(ROOT)}")
