@@ -388,3 +388,18 @@ def test_a_pipeline_of_transformers():
         text()
     assert torch.equal(maps.block_map.mass, expected.block_map.mass)
     assert maps.block_map.mass.shape[-2:] == (2, 2)
+
+
+def test_a_last_image_that_is_left_out_does_not_show_the_one_before():
+    pipe = pipe_of("sd15")
+    with (
+        pytest.warns(errors.AttnpatchWarning, match="in no map"),
+        attnpatch.capture(pipe, blocks=Blocks.tiles(8, 8, 1)) as maps,
+    ):
+        pipe(PROMPT, **SD)
+        assert maps.keys() == ["self"]
+        pipe(PROMPT, **SD | {"height": 3 * SD["height"]})
+    for read in (maps.keys, lambda: maps["self"], lambda: maps.block_map):
+        with pytest.raises(errors.CaptureError, match="the last image has no map; run=0 is an earlier one"):
+            read()
+    assert maps.num_runs == 1 and maps.map("self", run=0).mass.shape[-1] == 64

@@ -249,6 +249,13 @@ class ImageMaps(ByKind):
 
     def _run(self, which: int) -> Run:
         runs = [run for run in self._sampling.runs if any(run.records.values())]
+        last = self._sampling.runs[-1] if self._sampling.runs else None
+        if which == -1 and runs and last is not runs[-1] and last is not None and last.refused:
+            # The maps of an earlier image would be taken for this one's.
+            out = next((name for name in self.left_out if name in last.refused), "")
+            raise CaptureError(
+                f"the last image has no map; run={len(runs) - 1} is an earlier one. {out}: {self.left_out.get(out, '')}"
+            )
         if not runs:
             left_out = "".join(f"; {site}: {why}" for site, why in list(self.left_out.items())[:3])
             raise CaptureError(

@@ -220,7 +220,7 @@ class Sampling:
         Args:
             images: How many images the call has returned; ``None``: not known.
         """
-        if self.runs and not self.runs[-1].records:
+        if self.runs and not self.runs[-1].records and not self.runs[-1].refused:
             self.runs.pop()
         elif self.runs and images:
             for number, reason in self.run.of_parts(images).items():
