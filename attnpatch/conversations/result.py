@@ -15,7 +15,8 @@ from attnpatch.conversations import drawing
 from attnpatch.errors import AnalysisError, BlockMapFileError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.maps.meaning import meaning, why_signed
+from attnpatch.maps.fields import own_columns
+from attnpatch.maps.meaning import meaning, numbers_of, why_signed
 from attnpatch.maps.ranking import Ranking
 from attnpatch.plotting import map_figure
 
@@ -184,11 +185,11 @@ class Analysis:
         return cls(BlockMap.load(path), **{name: content.get(name) for name in _MEASURED}, **facts)
 
     def _square(self, what: str) -> Tensor:
-        if self.block_map.is_signed:
+        if self.block_map.is_signed or numbers_of(self.block_map) is not None:
             raise AnalysisError(f"{what} needs probabilities, and {why_signed(self.block_map)}")
         one = self.block_map.select(step="mean")
         mass = one.mass if not one.steps else one.mass[0]
-        if one.query_labels != one.key_labels:
+        if own_columns(one) != [*range(len(one.key_labels))]:
             raise AnalysisError(f"{what} needs a map whose query and key blocks are the same")
         return mass
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,29 +40,46 @@ def combined(one: BlockMap, other: BlockMap, sign: int) -> BlockMap:
             f"one map is normalised by {one.normalization!r}, the other by {other.normalization!r}; normalise both alike."
         )
     word = "difference" if sign < 0 else "sum"
+    first, second = meaning(one), meaning(other)
+    metadata = dict(one.metadata)
+    models = [each.metadata.get("model") for each in (one, other)]
+    if models[0] != models[1]:
+        metadata["model"] = f" {'-' if sign < 0 else '+'} ".join(str(name or "?") for name in models)
     return _computed(
         one,
         one.values + sign * other.values,
-        f"{word} of {meaning(one)}",
+        f"{word} of {first}" + f" and {second}" * (first != second),
         _error(one, other),
-        signed=sign < 0,
+        metadata | ({"weighting": "difference"} if sign < 0 or other.is_signed > one.is_signed else {}),
     )
 
 
-def multiplied(one: BlockMap, factor: float) -> BlockMap:
+def multiplied(one: BlockMap, factor: Any) -> BlockMap:
     """``one * factor``, of the normalised values."""
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise CaptureError(f"a map times {factor!r}; accepted is a number.")
+    if isinstance(factor, (bool, np.bool_)) or not isinstance(factor, Real) or not math.isfinite(factor):
+        raise CaptureError(f"a map times {factor!r}; accepted is a finite number.")
+    factor = float(factor)
     error = None if one.error is None else _scaled(one) * abs(factor)
-    return _computed(one, one.values * factor, f"{factor:g} times {meaning(one)}", error, signed=False)
+    return _computed(one, one.values * factor, f"{factor:g} times {meaning(one)}", error, one.metadata)
 
 
-def _computed(one: BlockMap, values: Tensor, words: str, error: Tensor | None, signed: bool) -> BlockMap:
-    metadata = {**one.metadata, "numbers": words}
-    if signed:
-        metadata["weighting"] = "difference"
+def divided(one: BlockMap, divisor: Any) -> BlockMap:
+    """``one / divisor``, of the normalised values."""
+    if isinstance(divisor, (bool, np.bool_)) or divisor == 0 or not math.isfinite(divisor):
+        raise CaptureError(f"a map divided by {divisor!r}; accepted is a finite number other than 0.")
+    return multiplied(one, 1 / float(divisor))
+
+
+def _computed(
+    one: BlockMap, values: Tensor, words: str, error: Tensor | None, metadata: Mapping[str, Any]
+) -> BlockMap:
     return dataclasses.replace(
-        one, mass=values, normalization="none", error=error, spread=None, metadata=metadata
+        one,
+        mass=values,
+        normalization="none",
+        error=error,
+        spread=None,
+        metadata={**metadata, "numbers": words},
     )
 
 
@@ -70,9 +90,13 @@ def _scaled(one: BlockMap) -> Tensor:
 
 
 def _error(one: BlockMap, other: BlockMap) -> Tensor | None:
-    """The standard error of a sum of two maps, whose samples are independent."""
+    """The standard error of a sum or difference of two maps; of the same sample of rows, its upper bound."""
     known = [_scaled(each) for each in (one, other) if each.error is not None]
-    return torch.stack(known).square().sum(0).sqrt() if known else None
+    if not known:
+        return None
+    samples = [[each.metadata.get(name) for name in ("sample_rows", "seed")] for each in (one, other)]
+    is_same = samples[0] == samples[1] and None not in samples[0]
+    return torch.stack(known).sum(0) if is_same else torch.stack(known).square().sum(0).sqrt()
 
 
 def compare(a: BlockMap, b: BlockMap) -> BlockMap:
@@ -93,6 +117,10 @@ def compare(a: BlockMap, b: BlockMap) -> BlockMap:
         CaptureError: The maps differ in layers, heads, steps or normalisation, are batches, or share no blocks.
     """
     for name, one in (("first", a), ("second", b)):
+        if not hasattr(one, "is_batch"):
+            raise CaptureError(
+                f"the {name} map is {type(one).__name__}; accepted are two block maps, such as result.block_map."
+            )
         if one.is_batch:
             raise CaptureError(f"the {name} map is a batch; compare one sequence: map.isel(sequence=0).")
     notes: list[str] = []
@@ -108,7 +136,9 @@ def compare(a: BlockMap, b: BlockMap) -> BlockMap:
     found = combined(b, a, -1)
     metadata = {
         **found.metadata,
-        "numbers": f"change of {meaning(a)}",
+        "numbers": f"change of {meaning(a)}"
+        if meaning(a) == meaning(b)
+        else f"change from {meaning(a)} to {meaning(b)}",
         "compared": [a.metadata.get("model"), b.metadata.get("model"), *notes],
     }
     return dataclasses.replace(found, metadata=metadata)
@@ -139,7 +169,6 @@ def _same_blocks(a: BlockMap, b: BlockMap, side: str, notes: list[str]) -> tuple
         )
     notes.append(f"{side} blocks matched by position")
     texts = texts_of(a.metadata, side, len(own))
-    changes: dict[str, Any] = {f"{side}_labels": own}
-    if texts:
-        changes["metadata"] = {**b.metadata, f"{side}_texts": texts}
+    # Labels and texts are those of the first map, or the text of a block would stand beside the label of another one.
+    changes: dict[str, Any] = {f"{side}_labels": own, "metadata": {**b.metadata, f"{side}_texts": texts}}
     return a, dataclasses.replace(b, **changes)

@@ -146,8 +146,8 @@ class BlockMap(Selecting):
 
         Args:
             n: Number of rows.
-            query: Number or label of the query block; -1: the last one with tokens, such as an answer. ``"all"``: every
-                query block.
+            query: Number or label of the query block; -1: the last one with tokens, such as an answer (negative numbers
+                count from it). ``"all"``: every query block.
             own: Whether a block's attention to itself is listed.
 
         Returns:
@@ -174,12 +174,20 @@ class BlockMap(Selecting):
 
     def __mul__(self, factor: float) -> BlockMap:
         """A multiple of ``values``; as ``-``."""
-        return arithmetic.multiplied(self, factor) if isinstance(factor, (int, float)) else NotImplemented
+        return (
+            arithmetic.multiplied(self, factor)
+            if isinstance(factor, (int, float, np.number))
+            else NotImplemented
+        )
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> BlockMap:
-        return self * (1 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+        return (
+            arithmetic.divided(self, divisor)
+            if isinstance(divisor, (int, float, np.number))
+            else NotImplemented
+        )
 
     def __neg__(self) -> BlockMap:
         return self * -1

@@ -61,6 +61,30 @@ def texts_of(metadata: Mapping[str, Any], side: str, count: int, sequence: int =
     return [str(text) for text in texts]
 
 
+def metadata_of_sequence(metadata: Mapping[str, Any], sequence: int) -> dict[str, Any]:
+    """The metadata of a map of one sequence of a batch: texts that are lists per sequence become its own."""
+    found = dict(metadata)
+    for name in ("texts", "query_texts", "key_texts"):
+        lists = found.get(name)
+        if isinstance(lists, list) and lists and isinstance(lists[0], list):
+            del found[name]
+            if sequence < len(lists):
+                found[name] = lists[sequence]
+    return found
+
+
+def own_columns(one: Any) -> list[int | None]:
+    """For each query block of a map of one sequence, the position of the same block among the keys; ``None`` if it is none.
+
+    Query and key blocks are the same if their labels are. A part of such a map says in ``metadata["own_keys"]`` which are.
+    """
+    known = one.metadata.get("own_keys")
+    count = len(one.query_labels)
+    if isinstance(known, list) and len(known) == count:
+        return known
+    return [*range(count)] if one.query_labels == one.key_labels else [None] * count
+
+
 def checked_fields(given: Any) -> dict[str, Any]:
     """The fields of ``given``, checked and in canonical form: float32, tuples, no batch dimension for one sequence."""
     if given.normalization not in NORMALIZATIONS:

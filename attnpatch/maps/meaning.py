@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.maps.fields import over_rows, shortened
@@ -74,12 +75,19 @@ def title(whole: BlockMap, one: BlockMap, layer: Any, sequence: int) -> str:
         one: The part of it that is drawn: the result of ``select``.
         layer, sequence: As given to ``select``.
     """
-    layers = f"mean of {len(whole.layers)} layers" if layer == "mean" else f"layer {one.layers[0]}"
+    layers = _named("layer", whole.layers, one.layers) if layer == "mean" else f"layer {one.layers[0]}"
     heads = "mean over heads" if one.heads == "mean" else f"head {one.heads[0]}"
-    steps = f"mean of {len(whole.steps)} steps" if one.steps == ("mean",) else f"step {(*one.steps, 0)[0]}"
+    steps = _named("step", whole.steps, one.steps)
     parts = [whole.metadata.get("model"), layers, heads, uncertainty(one)]
     parts += [steps * bool(whole.steps), f"sequence {sequence}" * whole.is_batch]
     return ", ".join(str(part) for part in parts if part)
+
+
+def _named(what: str, names: Sequence[int | str], chosen: Sequence[int | str]) -> str:
+    """The layer or step that is drawn, or how many were averaged, if that is known."""
+    if chosen != ("mean",) or (len(names) == 1 and names != ("mean",)):
+        return f"{what} {(*(names if len(names) == 1 else chosen), 0)[0]}"
+    return f"mean over {what}s" if names == ("mean",) else f"mean of {len(names)} {what}s"
 
 
 def described(one: BlockMap) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps import meaning
-from attnpatch.maps.fields import texts_of
+from attnpatch.maps.fields import own_columns, texts_of
 from attnpatch.plotting import map_figure, row_panels
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Named:
         layers: Their names; empty if only one layer, or a mean, is meant.
         rows: Numbers of the query blocks with tokens.
         queries, keys: Label and text of each block.
-        is_square: Whether queries and keys are the same blocks.
+        own: For each query block, the position of the same block among the keys, if it is one.
         has_words: Whether a block has a text that its label does not say.
         is_signed: Whether numbers may be negative.
         number: What a number is, if it is no attention mass.
@@ -48,7 +48,7 @@ class Named:
     rows: list[int]
     queries: list[str]
     keys: list[str]
-    is_square: bool
+    own: Sequence[int | None]
     has_words: bool
     is_signed: bool
     number: str | None
@@ -57,8 +57,8 @@ class Named:
         """Where a row attends to most: layer (a position), column and number; each column once, the row's own never."""
         values = self.values[:, row]
         sizes = np.where(np.isfinite(values), np.abs(values), 0)
-        if self.is_square:
-            sizes[:, row] = 0
+        if self.own[row] is not None:
+            sizes[:, self.own[row]] = 0
         if not sizes.size:
             return []
         layers, best = sizes.argmax(0), sizes.max(0)
@@ -109,10 +109,9 @@ class Named:
         """
         sizes = np.nan_to_num(np.abs(self.values), posinf=0).max(0, initial=0.0)
         even = sizes.sum(-1) / np.maximum((sizes > 0).sum(-1), 1)
-        if self.is_square:
-            for offset in (-1, 0, 1):
-                places = np.arange(max(0, -offset), len(sizes) - max(0, offset))
-                sizes[places, places + offset] = 0
+        for row, own in enumerate(self.own):
+            if own is not None:
+                sizes[row, max(0, own - 1) : own + 2] = 0
         order = np.argsort(even - sizes.max(-1, initial=0.0), kind="stable").tolist()
         return [row for row in order if row in set(self.rows) - without]
 
@@ -131,7 +130,7 @@ def named(whole: BlockMap, layer: Any, head: Any, sequence: int, step: Any) -> N
         rows=np.flatnonzero((one.query_sizes > 0).numpy()).tolist(),
         queries=words[0],
         keys=words[1],
-        is_square=queries == keys,
+        own=own_columns(one),
         has_words=words != (queries, keys),
         is_signed=whole.is_signed,
         number=meaning.numbers_of(whole) or ("probability x gradient" if whole.is_of_gradient else None),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from attnpatch.errors import CaptureError, MissingExtraError
-from attnpatch.maps.fields import texts_of
+from attnpatch.maps.fields import own_columns, texts_of
 from attnpatch.plotting.map_figure import shorten
 from attnpatch.plotting.text_table import aligned
 
@@ -105,15 +106,23 @@ class Ranking(Sequence[Cell]):
         return [columns, *shown]
 
 
-def top(one: BlockMap, count: int, query: int | str | Literal["all"], own: bool) -> Ranking:
+def top(one: BlockMap, count: Any, query: Any, own: bool) -> Ranking:
     """See ``BlockMap.top``."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise CaptureError(f"top({count!r}): accepted is a number of rows, 1 or more.")
-    cells = [cell for place in range(one.num_sequences) for cell in _of_sequence(one, place, query, own)]
-    return Ranking(sorted(cells, key=lambda cell: -abs(cell.mass))[:count])
+    cells: list[Cell] = []
+    unknown: list[CaptureError] = []
+    for place in range(one.num_sequences):
+        try:
+            cells += _of_sequence(one, place, query, own)
+        except CaptureError as error:
+            unknown.append(error)
+    if len(unknown) == one.num_sequences:  # sequences of a batch have blocks of their own
+        raise unknown[0]
+    return Ranking(sorted(cells, key=lambda cell: -abs(cell.mass))[: int(count)])
 
 
-def _of_sequence(whole: BlockMap, place: int, query: int | str, own: bool) -> Iterator[Cell]:
+def _of_sequence(whole: BlockMap, place: int, query: Any, own: bool) -> Iterator[Cell]:
     """For each pair of blocks, its cell with the largest number over layers, heads and steps."""
     one: BlockMap = whole.select(sequence=place)
     values = one.values
@@ -127,10 +136,14 @@ def _of_sequence(whole: BlockMap, place: int, query: int | str, own: bool) -> It
     # The labels of one sequence are strings.
     queries, keys = [*map(str, one.query_labels)], [*map(str, one.key_labels)]
     texts = texts_of(whole.metadata, "key", len(keys), place) or keys
+    own_column = own_columns(one)
     for row in _rows_of(one, query):
         for column, key in enumerate(keys):
-            is_own = queries == keys and row == column
-            if (is_own and not own) or not torch.isfinite(best[row, column]) or best[row, column] == 0:
+            if (
+                (own_column[row] == column and not own)
+                or not torch.isfinite(best[row, column])
+                or best[row, column] == 0
+            ):
                 continue
             where = torch.unravel_index(at[row, column], values.shape[:-2])
             found = {name: names[name][int(i)] for name, i in zip(apart, where, strict=True)}
@@ -141,7 +154,7 @@ def _of_sequence(whole: BlockMap, place: int, query: int | str, own: bool) -> It
             )  # fmt: skip
 
 
-def _rows_of(one: BlockMap, query: int | str) -> list[int]:
+def _rows_of(one: BlockMap, query: Any) -> list[int]:
     """The numbers of the query blocks that are asked for."""
     labels = list(one.query_labels)
     real = [i for i in range(len(labels)) if one.query_sizes[i] > 0]
@@ -149,9 +162,12 @@ def _rows_of(one: BlockMap, query: int | str) -> list[int]:
         return real
     if isinstance(query, str) and query in labels:
         return [i for i in real if labels[i] == query]
-    if isinstance(query, int) and not isinstance(query, bool) and -len(labels) <= query < len(labels):
-        # The last block with tokens: a block for an answer that was not generated is empty.
-        return real[-1:] if query == -1 else [query % len(labels)]
+    place = None if isinstance(query, bool) or not isinstance(query, Integral) else int(query)
+    if place is not None and -len(real) <= place < len(labels):
+        # Counted from the last block with tokens: a block for an answer that was not generated is empty.
+        return [place if place >= 0 else real[place]]
+    if place == -1:
+        return []
     raise CaptureError(
         f"there is no query block {query!r}; accepted is a number from 0 to {len(labels) - 1}, a label, or 'all'."
     )

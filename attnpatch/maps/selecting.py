@@ -7,11 +7,12 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnpatch.errors import CaptureError
-from attnpatch.maps.fields import position, shortened, texts_of
+from attnpatch.maps.fields import metadata_of_sequence, own_columns, position, shortened, texts_of
 
 Map = TypeVar("Map", bound="Selecting")
 
@@ -101,9 +102,21 @@ class Selecting:
 
     def _chosen(self: Map, wanted: Mapping[str, Any], find: Callable[[Any, Sequence, str], list[int]]) -> Map:
         self._check_dims([*wanted])
+
+        def places(among: Sequence, what: str, name: str) -> list[int]:
+            given = wanted[name]
+            if isinstance(given, Tensor | np.ndarray | range):
+                given = list(given) if isinstance(given, range) else given.tolist()
+            chosen = find(given, among, what)
+            if not chosen or len(set(chosen)) < len(chosen):
+                raise CaptureError(
+                    f"{name}={given!r} chooses {'one twice' if chosen else 'nothing'}; there are {shortened(among)}."
+                )
+            return chosen
+
         found: Any = self
         if "sequence" in wanted:
-            (place, *more) = find(wanted["sequence"], range(self.num_sequences), "sequence")
+            (place, *more) = places(range(self.num_sequences), "sequence", "sequence")
             if more:
                 raise CaptureError("several sequences do not make one map; give one sequence.")
             found = found.select(sequence=place)
@@ -111,11 +124,17 @@ class Selecting:
             if name in wanted:
                 among = getattr(found, f"{name}s")
                 changes: dict[str, Any] = {each: getattr(found, each) for each in ("mass", "error", "spread")}
-                _take(changes, find(wanted[name], among, name), found.dims.index(name), among, name)
+                _take(changes, places(among, name, name), found.dims.index(name), among, name)
                 found = replace(found, **changes)
         for side in ("query", "key"):
             if side in wanted:
-                found = _with_blocks(found, side, wanted[side], find)
+                if found.is_batch:
+                    raise CaptureError(
+                        f"sequences have {side} blocks of their own; choose a sequence first: sequence=0."
+                    )
+                found = _with_blocks(
+                    found, side, places(getattr(found, f"{side}_labels"), f"{side} block", side)
+                )
         return found
 
     def select(
@@ -169,6 +188,7 @@ class Selecting:
                 _change(changes, lambda values: values[found, ..., :queries, :keys])
                 changes["query_sizes"] = changes["query_sizes"][:queries]
                 changes["key_sizes"] = changes["key_sizes"][:keys]
+                changes["metadata"] = metadata_of_sequence(self.metadata, found)
         return replace(cast(Any, self), **changes)
 
 
@@ -207,12 +227,9 @@ def _take(changes: dict[str, Any], places: list[int], axis: int, among: Sequence
     changes[what + "s"] = tuple(among[i] for i in places)
 
 
-def _with_blocks(one: Any, side: str, wanted: Any, find: Callable[[Any, Sequence, str], list[int]]) -> Any:
+def _with_blocks(one: Any, side: str, places: list[int]) -> Any:
     """A map with some of its query or key blocks."""
-    if one.is_batch:
-        raise CaptureError(f"sequences have {side} blocks of their own; choose a sequence first: sequence=0.")
     labels = getattr(one, f"{side}_labels")
-    places = find(wanted, labels, f"{side} block")
     if one.normalization.endswith("row" if side == "key" else "column") and len(places) < len(labels):
         raise CaptureError(
             f"this map is normalised by {one.normalization}, and the other {side} blocks are part of that; select first and "
@@ -227,6 +244,13 @@ def _with_blocks(one: Any, side: str, wanted: Any, find: Callable[[Any, Sequence
     for each, found in texts.items():
         if found is not None:
             metadata[f"{each}_texts"] = [found[i] for i in places] if each == side else found
+    own = own_columns(one)
+    if any(column is not None for column in own):
+        metadata["own_keys"] = (
+            [own[i] for i in places]
+            if side == "query"
+            else [places.index(column) if column in places else None for column in own]
+        )
     changes |= {
         f"{side}_labels": tuple(labels[i] for i in places),
         f"{side}_sizes": getattr(one, f"{side}_sizes")[index],

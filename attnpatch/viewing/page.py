@@ -123,7 +123,7 @@ def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
     facts = {
         key: value
         for key, value in block_map.metadata.items()
-        if key not in ("texts", "query_texts", "key_texts")
+        if key not in ("texts", "query_texts", "key_texts", "own_keys")
     }
     return {
         "name": name,
