@@ -230,7 +230,7 @@ class BlockMap(Selecting):
         head: int | Literal["mean"] = "mean",
         title: str | None = None,
         sequence: int = 0,
-        scale: Literal["sqrt", "linear"] = "sqrt",
+        scale: Literal["sqrt", "linear", "log"] = "sqrt",
         step: Any = "mean",
         ax: Axes | None = None,
     ) -> Figure | Path:
@@ -241,7 +241,7 @@ class BlockMap(Selecting):
             layer, head, sequence, step: As in ``select``.
             title: Title of the picture; by default model, layer and head.
             scale: Colour scale. ``"sqrt"`` gives small masses more of the colours, so that one dominant block (often
-                the first) does not hide the others; ``"linear"`` is proportional.
+                the first) does not hide the others; ``"linear"`` is proportional; ``"log"`` shows four powers of ten.
             ax: Axes of a figure of yours to draw into. ``None``: a new figure.
 
         Returns:
