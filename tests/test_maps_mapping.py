@@ -1,5 +1,6 @@
 """What a capture gives: a mapping that is saved and read again; and what ``attnpatch.load`` reads."""
 
+import numpy as np
 import pytest
 import torch
 from test_known_facts import tokens
@@ -126,3 +127,20 @@ def test_a_last_sequence_that_is_left_out_does_not_show_the_one_before(llama):
         ):
             read()
     assert maps.sequences[0][sites].key_sizes.sum() == 12
+
+
+def test_a_folder_with_a_damaged_file_says_so(tmp_path):
+    mass = torch.ones(1, 1, 1)
+    attnpatch.BlockMap(mass, [0], ["a"], ["a"], torch.ones(1).long(), torch.ones(1).long()).save(
+        tmp_path / "whole.safetensors"
+    )
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    with pytest.warns(AttnpatchWarning, match=r"skipped damaged\.safetensors"):
+        assert list(attnpatch.load(tmp_path)) == ["whole"]
+
+
+def test_numbers_of_numpy_are_sequences_and_truth_is_none(of_t5):
+    assert of_t5[np.int64(0)].keys() == of_t5[0].keys()
+    for key in (True, None, slice(0, 1)):
+        with pytest.raises(CaptureError, match="accepted are a kind of sites and the number of a sequence"):
+            of_t5[key]

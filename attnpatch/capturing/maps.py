@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
+import numpy as np
 import torch
 
 from attnpatch.capturing.by_kind import ByKind
@@ -45,7 +46,9 @@ class Maps(ByKind):
         Given a number, the maps of that sequence by kind.
         """
         captured = self._captured()
-        if isinstance(sites, int):
+        if isinstance(sites, bool) or not isinstance(sites, (str, int, np.integer)):
+            raise CaptureError(f"maps[{sites!r}]: accepted are a kind of sites and the number of a sequence.")
+        if not isinstance(sites, str):
             if not -len(captured) <= sites < len(captured):
                 raise CaptureError(f"there is no sequence {sites}; {len(captured)} were captured, from 0 on.")
             return self._of(captured[sites])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from attnpatch.conversations.result import Analysis
-from attnpatch.errors import BlockMapFileError, PageError
+from attnpatch.errors import AttnpatchWarning, BlockMapFileError, PageError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
 from attnpatch.viewing.files import load_maps
@@ -19,7 +20,8 @@ def load(path: str | os.PathLike) -> BlockMap | Analysis | dict[str, BlockMap]:
         path: A file of ``BlockMap.save`` or of the analyzer, or a folder of such files, as ``maps.save`` writes.
 
     Returns:
-        ``BlockMap``; of the analyzer's file the ``Analysis``; of a folder the maps by file name without its suffix.
+        ``BlockMap``; of the analyzer's file the ``Analysis``; of a folder the maps by file name without its suffix, with
+        a warning for each file that is damaged or no map.
 
     Raises:
         BlockMapFileError: The file is missing or damaged, or the folder has no block map.
@@ -27,8 +29,10 @@ def load(path: str | os.PathLike) -> BlockMap | Analysis | dict[str, BlockMap]:
     path = Path(path)
     if path.is_dir():
         try:
-            found, _ = load_maps(path)
+            found, skipped = load_maps(path)
         except PageError as error:
             raise BlockMapFileError(str(error)) from error
+        for line in skipped:
+            warnings.warn(line, AttnpatchWarning, stacklevel=2)
         return {name.removesuffix(".safetensors"): one for name, one in found.items()}
     return Analysis.load(path) if "analysis" in (io.facts(path) or {}) else BlockMap.load(path)
