@@ -18,7 +18,7 @@ import attnpatch
 from attnpatch.ledger import Shapes
 from attnpatch.policy import Policy
 from attnpatch.recording import block_sums
-from attnpatch.recording.statistics import MEASURES, Measures
+from attnpatch.recording.statistics import MEASURES, Measures, TileRows
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.evaluate.tiled import TiledEvaluation
 from attnpatch.rows.sdpa import as_graph, dense, kernel_choice, logsumexp
@@ -312,12 +312,11 @@ def test_sums_of_mps_become_float64_where_they_are_kept():
 
 def test_measures_of_mps_are_summed_on_the_cpu():
     tile, factors = torch.rand(2, 3, 8), torch.rand(2, 3)
-    found = [Measures.empty(1, 2, 8) for _ in range(2)]
+    found = [Measures.empty(MEASURES, 1, 2, 8) for _ in range(2)]
     with Mps():
         for measures, wrap in zip(found, (lambda t: t, OnMps), strict=True):
-            measures.add(
-                MEASURES, 0, [0, 1], wrap(tile), wrap(factors), torch.ones(3, dtype=torch.float64), (0, 0)
-            )
+            rows = TileRows(torch.ones(3, dtype=torch.float64), torch.arange(3), 0, 0)
+            measures.add(0, [0, 1], wrap(tile), wrap(factors), rows)
     for name in MEASURES:
         torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name))
 

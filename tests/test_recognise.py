@@ -438,7 +438,7 @@ def test_captured(way):
         run(copy.deepcopy(model).double(), x(1).double())
     with (
         attnpatch.patched(model, mode=way),
-        attnpatch.capture(model, attnpatch.Blocks.fixed(8), "all") as maps,
+        attnpatch.capture(model, attnpatch.Blocks.fixed(8), heads="all") as maps,
     ):
         run(model, x(1))
     blocks = token_blocks(None, zoo.TEXT_LEN, size=8)

@@ -351,6 +351,8 @@ def test_long_attention_in_a_short_call(monkeypatch):
         assert attnpatch.report(model).totals["by_rows"] == 1
 
 
+@pytest.mark.parametrize("field", ["min_free", "workspace", "max_allocation"])
+@pytest.mark.parametrize("text", ["2", "1KB", "9.9 kB", "9999"])
 def test_sizes_that_nobody_can_mean(field, text):
     with pytest.raises(
         errors.PolicyError, match=f"{field}={text!r} is only .*, too little to be meant; give a size with"

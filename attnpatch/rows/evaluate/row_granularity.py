@@ -4,7 +4,8 @@ torch's fused CPU kernel processes 256 query rows at a time if the call has at l
 32 otherwise; a block of few rows rounds differently. On processors with tile registers (AMX) the kernel packs keys and
 values of narrow dtypes if there is enough work to pay for it, and products of packed keys round differently, too. So a
 step is cut where the kernel would cut, and has enough rows to be packed if the whole call is (aten
-FlashAttentionKernel.cpp, torch 2.13).
+FlashAttentionKernel.cpp, torch 2.13). It also has more than one block if the whole call has: with one block of one head,
+the products themselves use all threads.
 """
 
 from __future__ import annotations
@@ -131,11 +132,22 @@ def of_fused(call: SdpaCall, dtype: torch.dtype) -> RowGranularity:
     query, key, q_len, kv_len, is_causal = call.query, call.key, call.q_len, call.kv_len, call.is_causal
     least = next(least for least, _ in _BLOCKS if q_len >= least)
     multiple = _block(q_len)
-    if query.device.type != "cpu" or not _may_pack(dtype):
+    if query.device.type != "cpu":
         return RowGranularity(max(least, multiple), multiple, fewest=LEAST_ROWS)
 
     threads = torch.get_num_threads()
     heads, key_heads = query.shape[:-2].numel(), key.shape[:-2].numel()
+
+    def is_parallel(rows: int) -> bool:
+        # A call of one block of one head is no parallel region: its products get all threads, and may round differently.
+        return threads > 1 and heads * -(-rows // _block(rows)) > 1
+
+    is_whole_parallel = is_parallel(q_len)
+    if not _may_pack(dtype):
+        return RowGranularity(
+            max(least, multiple), multiple, fewest=LEAST_ROWS,
+            holds=lambda low, high: is_parallel(high - low) == is_whole_parallel,
+        )  # fmt: skip
     from_rows, uses = _PACKED[dtype]
 
     def packs(rows: int, keys: int, causal: bool) -> bool:
@@ -149,6 +161,8 @@ def of_fused(call: SdpaCall, dtype: torch.dtype) -> RowGranularity:
     packed = packs(q_len, kv_len, is_causal)
 
     def holds(low: int, high: int) -> bool:
+        if is_parallel(high - low) != is_whole_parallel:
+            return False
         if not is_causal:
             return packs(high - low, kv_len, False) == packed
         return packs(high - low, min(high, kv_len), low == 0) == packed
