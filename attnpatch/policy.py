@@ -24,11 +24,15 @@ FREE_MEMORY = "ATTNPATCH_FREE_MEMORY"
 _LEAST_IN_WORDS = 10**4
 
 
-def _check_meant(name: str, size: int | float | str | None) -> None:
-    """Refuse a size that nobody can mean. A number in a program is taken as it is."""
-    if size is None:
-        return
+def _check_size(name: str, size: Any) -> None:
+    """Refuse what is no size, and one that nobody can mean. A number in a program is taken as it is.
+
+    Raises:
+        PolicyError: The size is refused.
+    """
     count = parse_size(size, name)
+    if count == 0 and name != "min_free":
+        raise PolicyError(f"{name}=0 leaves no room for a single row; give a size like '64MB', or None")
     if isinstance(size, str) and 0 < count < _LEAST_IN_WORDS:
         shown = size if size.strip()[-1:].isalpha() else f"{size} bytes"
         raise PolicyError(
@@ -99,13 +103,10 @@ class Policy:
                 f"mode={self.mode!r} is not accepted; give one of {', '.join(map(repr, MODES))}"
             )
         _check_count("min_tokens", self.min_tokens, 0)
-        for name in ("min_free", "workspace", "max_allocation"):
-            _check_meant(name, getattr(self, name))
+        _check_size("min_free", self.min_free)
         for name in ("workspace", "max_allocation"):
-            if getattr(self, name) is not None and parse_size(getattr(self, name), name) == 0:
-                raise PolicyError(
-                    f"{name}=0 leaves no room for a single row; give a size like '64MB', or None"
-                )
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
         if (
             isinstance(self.headroom, bool)
             or not isinstance(self.headroom, (int, float))

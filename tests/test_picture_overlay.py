@@ -69,3 +69,11 @@ def test_one_panel_for_each_layer(tmp_path):
 def test_what_is_refused(options, said):
     with pytest.raises(CaptureError, match=said):
         picture_heat(block_map(), **options)
+
+
+def test_an_answer_that_was_not_generated_is_not_the_last_block():
+    sizes = torch.tensor([*SIZES, 1, 2, 0])
+    one = block_map(query_sizes=sizes)
+    assert np.array_equal(picture_heat(one), picture_heat(one, query="text")) and picture_heat(one).any()
+    with pytest.raises(CaptureError, match="query='all' names 8 query blocks"):
+        picture_heat(one, query="all")

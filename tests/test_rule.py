@@ -230,6 +230,7 @@ def test_sizes():
         ({"min_fre": "2GB"}, "min_fre.*did you mean 'min_free'"),
         ({"colour": 1}, "colour.*min_tokens"),
         ({"min_free": "2 gigs"}, "min_free='2 gigs'"),
+        ({"min_free": None}, "min_free=None"),
         ({"rows": -1}, "rows=-1"),
         ({"rows": 0}, "rows=0"),
         ({"rows": 2.5}, "rows=2.5"),

@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import BlockMapFileError, CaptureError
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.maps.ranking import Ranking
+
+if TYPE_CHECKING:
+    from attnpatch.maps.ranking import Ranking
 
 
 class ByKind:

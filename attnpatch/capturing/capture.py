@@ -124,6 +124,22 @@ def text_recorder(part: nn.Module, options: CaptureOptions) -> Iterator[Recorder
             yield recorder
 
 
+# One block for the whole sequence, for what measures rows and makes no map: only the check that rows sum to 1 needs it.
+WHOLE = Blocks.fixed(1 << 40)
+
+
+def only_model(model: Any, asked: str) -> nn.Module:
+    """The model that ``asked``, the name of a function, is given.
+
+    Raises:
+        PatchError: It is a pipeline.
+    """
+    parts = parts_in(model)
+    if set(parts) != {""}:
+        raise PatchError(f"{asked} takes one model; give a component of it: {', '.join(parts)}")
+    return parts[""]
+
+
 def _leave_out_towers(recorder: Recorder, part: nn.Module) -> None:
     """With ``Blocks.images`` only the language model is captured: the tokens of a vision tower are no prompt.
 

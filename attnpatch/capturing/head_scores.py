@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
 from attnpatch.errors import CaptureError, MissingExtraError
+from attnpatch.maps.dataframe import load_pandas
 from attnpatch.plotting import map_figure
 from attnpatch.plotting.text_table import aligned
 from attnpatch.recording.text.head_sums import SCORES
@@ -86,10 +87,6 @@ class HeadScores:
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
         first = next(iter(self._scores.values()))
         places = [(i, head) for i in range(len(first)) for head in range(first.shape[1])]
         places = [
@@ -100,7 +97,7 @@ class HeadScores:
             "head": [head for _, head in places],
         }
         columns |= {name: [float(s[place]) for place in places] for name, s in self._scores.items()}
-        return pandas.DataFrame(columns)
+        return load_pandas().DataFrame(columns)
 
     def plot(self, path: str | os.PathLike | None = None) -> Figure | Path:
         """Draw a heat map of heads for each score: a row per layer, a column per head.
@@ -117,11 +114,12 @@ class HeadScores:
         values = {name: score.numpy() for name, score in self._scores.items()}
         return map_figure.write(head_grid.draw(values, self.layers), path)
 
-    def _repr_png_(self) -> bytes:
-        """The picture that a notebook shows."""
-        figure = self.plot()
-        assert not isinstance(figure, Path)
-        return map_figure.to_png(figure)
+    def _repr_png_(self) -> bytes | None:
+        """The picture that a notebook shows; without matplotlib None, and the notebook shows the text."""
+        try:
+            return map_figure.to_png(cast("Figure", self.plot()))
+        except MissingExtraError:
+            return None
 
     def __repr__(self) -> str:
         heads = sum(int((~score.isnan()).sum()) for score in list(self._scores.values())[:1])

@@ -8,21 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.blocks.spec import Blocks
-from attnpatch.capturing.capture import text_recorder
+from attnpatch.capturing.capture import WHOLE, only_model, text_recorder
 from attnpatch.capturing.capture_patch import warn_of
 from attnpatch.capturing.head_scores import HeadScores
 from attnpatch.capturing.probes import Probe, Probes
-from attnpatch.errors import CaptureError, PatchError
+from attnpatch.errors import CaptureError
 from attnpatch.hosts.transformers.calls import parameter_names
-from attnpatch.patching.model_patches import parts_in
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.gathered import nothing, records_by_kind
 from attnpatch.recording.text.head_sums import SCORES, HeadSums, Wanted
 from attnpatch.recording.text.recorder import Recorder
-
-# One block for the whole sequence: only the check that rows sum to 1 needs it.
-_WHOLE = Blocks.fixed(1 << 40)
 
 
 def heads(
@@ -71,10 +66,7 @@ def heads(
             f"local={local!r} is not accepted; give the number of tokens that are near, 1 or more"
         )
     given = probes if isinstance(probes, Probes) else Probes(probes)
-    parts = parts_in(model)
-    if set(parts) != {""}:
-        raise PatchError(f"heads takes one model; give a component of it: {', '.join(parts)}")
-    part = parts[""]
+    part = only_model(model, "heads")
     if part.training:
         raise CaptureError(
             "the model is in training mode, where dropout changes what it attends to; call model.eval()"
@@ -84,7 +76,7 @@ def heads(
     def sums(batch: int, num_heads: int, tokens: int, key_heads: int | None) -> HeadSums:
         return HeadSums.empty(current[-1], num_heads)
 
-    options = CaptureOptions(_WHOLE, heads="all", layers=layers, sites=sites, statistics=sums)
+    options = CaptureOptions(WHOLE, heads="all", layers=layers, sites=sites, statistics=sums)
     with text_recorder(part, options) as recorder:
         for probe in given:
             current.append(_wanted(probe, local))

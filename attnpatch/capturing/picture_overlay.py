@@ -13,6 +13,7 @@ import numpy as np
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.ranking import rows_of
 from attnpatch.plotting import map_figure, overlay
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def picture_heat(
     Args:
         block_map: A map with ``Blocks.images``.
         picture: Label of the picture, or of a frame of a video (``"video 1 f0"``).
-        query: Number or label of the query block; -1: the last one, such as the answer.
+        query: Number or label of the query block; -1: the last one with tokens, such as the answer.
         layer, head, sequence: As in ``BlockMap.select``; one layer, or ``"mean"``.
 
     Returns:
@@ -48,8 +49,10 @@ def picture_heat(
     one = block_map.select(layer=layer, head=head, sequence=sequence, step="mean")
     if len(one.layers) != 1:
         raise CaptureError(f"{len(one.layers)} layers in one picture; give one layer or 'mean'.")
-    row = _row(one, query)
-    mass = one.mass.reshape(one.mass.shape[-2:])[row].numpy()
+    rows_asked = rows_of(one, query)
+    if len(rows_asked) != 1:
+        raise CaptureError(f"query={query!r} names {len(rows_asked)} query blocks; give the number of one.")
+    mass = one.mass.reshape(one.mass.shape[-2:])[rows_asked[0]].numpy()
     tiles = {
         (int(match[2]), int(match[3])): place
         for place, label in enumerate(map(str, one.key_labels))
@@ -97,17 +100,6 @@ def plot_on_picture(
     heats = [picture_heat(block_map, picture, layer=layer, **options) for layer in layers]
     figure = overlay.overlay(image, dict(zip(names, heats, strict=True)), title=picture)
     return map_figure.write(figure, path)
-
-
-def _row(one: BlockMap, query: int | str) -> int:
-    labels = [str(label) for label in one.query_labels]
-    if isinstance(query, str) and labels.count(query) == 1:
-        return labels.index(query)
-    if isinstance(query, int) and not isinstance(query, bool) and -len(labels) <= query < len(labels):
-        return query % len(labels)
-    raise CaptureError(
-        f"the map has no query block {query!r}; give the label or the number of one of {len(labels)}."
-    )
 
 
 def _ratio(sizes: np.ndarray) -> np.ndarray:

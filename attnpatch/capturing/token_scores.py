@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpatch.blocks.spec import Blocks
-from attnpatch.capturing.capture import text_recorder
+from attnpatch.capturing.capture import WHOLE, only_model, text_recorder
 from attnpatch.capturing.capture_patch import warn_of
-from attnpatch.errors import CaptureError, PatchError
+from attnpatch.errors import CaptureError
 from attnpatch.hosts.transformers import caches
-from attnpatch.patching.model_patches import parts_in
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.statistics import Measures, Statistics
@@ -23,8 +21,6 @@ from attnpatch.recording.text.last_rows import LastRows
 from attnpatch.recording.text.recorder import Recorder
 
 PER = ("kv_head", "head", "mean")
-# One block for the whole sequence: only the check that rows sum to 1 needs it.
-_WHOLE = Blocks.fixed(1 << 40)
 
 
 @contextlib.contextmanager
@@ -72,17 +68,14 @@ def token_scores(
         )
     if per not in PER:
         raise CaptureError(f"per={per!r} is not accepted; give 'kv_head', 'head' or 'mean'")
-    parts = parts_in(model)
-    if set(parts) != {""}:
-        raise PatchError(f"token_scores takes one model; give a component of it: {', '.join(parts)}")
-    part = parts[""]
+    part = only_model(model, "token_scores")
 
     def last_rows(batch: int, heads: int, tokens: int, key_heads: int | None) -> Statistics:
         places = {"head": heads, "mean": 1, "kv_head": key_heads or heads}[per]
         return LastRows.empty(window or 1, batch, heads, places, tokens)
 
     options = CaptureOptions(
-        _WHOLE,
+        WHOLE,
         heads="mean" if per == "mean" else "all",
         layers=layers,
         sites=sites,

@@ -13,6 +13,26 @@ from attnpatch.sizes import parse_size
 EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
 
 
+# Options that ``attnpatch replay`` has too.
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue in DIR; skip what is done.")]
+Use4Bit = Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")]
+SinglePass = Annotated[
+    bool,
+    typer.Option("--single-pass", help="Run a whole conversation at once: faster if it fits in memory."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the checkpoint's if not given."),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="MAP", help="auto (spread the model over devices), cpu, cuda:1.")
+]
+MaxMemory = Annotated[
+    str | None, typer.Option(metavar="SIZES", help="Limit per device, such as 0=20GiB,cpu=60GiB.")
+]
+
+
 def analyze(
     model: Annotated[
         str | None, typer.Option(metavar="PATH", help="Folder of the model, or its name on the hub.")
@@ -20,15 +40,13 @@ def analyze(
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Conversations, as JSON or JSONL.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path(
-        "attention_maps"
-    ),
+    out: Out = Path("attention_maps"),
     mode: Annotated[
         Literal["real", "demo"],
         typer.Option(help="demo: use the small model and the conversation that attnpatch ships."),
     ] = "real",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue in DIR; skip what is done.")] = False,
-    use_4bit: Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")] = False,
+    resume: Resume = False,
+    use_4bit: Use4Bit = False,
     use_8bit: Annotated[bool, typer.Option("--use-8bit", help="Weights in 8 bits (bitsandbytes).")] = False,
     use_gradient_checkpointing: Annotated[
         bool,
@@ -51,10 +69,7 @@ def analyze(
     chunk_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokens per chunk; 2048 if not given.")
     ] = None,
-    single_pass: Annotated[
-        bool,
-        typer.Option("--single-pass", help="Run a whole conversation at once: faster if it fits in memory."),
-    ] = False,
+    single_pass: SinglePass = False,
     blocks: Annotated[
         str, typer.Option(metavar="KIND", help="messages, words, or tokens per block, such as 128.")
     ] = "messages",
@@ -81,16 +96,9 @@ def analyze(
         Literal["left", "right"] | None,
         typer.Option(help="Cut longer conversations at this end; refused if not given."),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the checkpoint's if not given."),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="auto (spread the model over devices), cpu, cuda:1.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="Limit per device, such as 0=20GiB,cpu=60GiB.")
-    ] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     pictures: Annotated[
         bool | None,
         typer.Option(

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from attnpatch.cli.analyze import sizes
+from attnpatch.cli.analyze import (
+    DeviceMap,
+    Dtype,
+    MaxMemory,
+    Out,
+    Resume,
+    SinglePass,
+    Use4Bit,
+    sizes,
+)
 from attnpatch.errors import UsageError
 
 
@@ -18,29 +27,17 @@ def replay(
     transcript: Annotated[
         Path, typer.Option(metavar="FILE", help="The log: requests with their responses, as JSON or JSONL.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path(
-        "attention_maps"
-    ),
+    out: Out = Path("attention_maps"),
     top: Annotated[
         int, typer.Option(metavar="N", min=0, help="Messages to list for each answer; 0 lists none.")
     ] = 3,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue in DIR; skip what is done.")] = False,
+    resume: Resume = False,
     layers: Annotated[str, typer.Option(metavar="LIST", help="all or last.")] = "all",
-    single_pass: Annotated[
-        bool,
-        typer.Option("--single-pass", help="Run a whole conversation at once: faster if it fits in memory."),
-    ] = False,
-    use_4bit: Annotated[bool, typer.Option("--use-4bit", help="Weights in 4 bits (bitsandbytes).")] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; the checkpoint's if not given."),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="auto (spread the model over devices), cpu, cuda:1.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="Limit per device, such as 0=20GiB,cpu=60GiB.")
-    ] = None,
+    single_pass: SinglePass = False,
+    use_4bit: Use4Bit = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Show what the answers in a server's log attend to. The server is not touched.
 

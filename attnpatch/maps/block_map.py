@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from attnpatch.errors import BlockMapFileError, CaptureError, MissingExtraError
-from attnpatch.maps import arithmetic, from_weights, io, meaning, picture, ranking
+from attnpatch.maps import arithmetic, io, meaning
 from attnpatch.maps.fields import Labels, checked_fields, is_signed, over_rows
-from attnpatch.maps.ranking import Ranking
 from attnpatch.maps.selecting import Selecting
 from attnpatch.plotting import map_figure
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from attnpatch.blocks.spec import Blocks
+    from attnpatch.maps.ranking import Ranking
 
 _TENSORS = ("mass", "query_sizes", "key_sizes", "error", "spread")
 
@@ -157,6 +157,8 @@ class BlockMap(Selecting):
         Raises:
             CaptureError: There is no such block, or ``n`` is less than 1.
         """
+        from attnpatch.maps import ranking
+
         return ranking.top(self, n, query, own)
 
     def __add__(self, other: BlockMap) -> BlockMap:
@@ -252,6 +254,8 @@ class BlockMap(Selecting):
             MissingExtraError: matplotlib is not installed.
         """
         chosen = {"layer": layer, "head": head, "sequence": sequence, "step": step}
+        from attnpatch.maps import picture
+
         return picture.drawn(self, chosen, title, scale, path, ax)
 
     def _repr_png_(self) -> bytes | None:
@@ -328,6 +332,8 @@ class BlockMap(Selecting):
                 far (a sliding window, a static cache); or the mask does not fit.
             BlockError: The blocks do not fit the tokens.
         """
+        from attnpatch.maps import from_weights
+
         return cls(**from_weights.fields_of(attentions, blocks, attention_mask, heads, layers, metadata))
 
     def __eq__(self, other: object) -> bool:

@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from attnpatch.maps.block_map import BlockMap
 
 
+def load_pandas() -> Any:
+    """The module pandas.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
+    return pandas
+
+
 def long_form(block_map: BlockMap) -> pandas.DataFrame:
     """See ``BlockMap.to_dataframe``.
 
     Raises:
         MissingExtraError: pandas is not installed.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
+    pandas = load_pandas()
     frames = []
     for sequence in range(block_map.num_sequences):
         one = block_map.select(sequence=sequence)

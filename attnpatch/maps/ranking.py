@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from attnpatch.errors import CaptureError, MissingExtraError
+from attnpatch.errors import CaptureError
+from attnpatch.maps.dataframe import load_pandas
 from attnpatch.maps.fields import own_columns, texts_of
 from attnpatch.plotting.map_figure import shorten
 from attnpatch.plotting.text_table import aligned
@@ -82,11 +83,9 @@ class Ranking(Sequence[Cell]):
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError('to_dataframe needs pandas; pip install "attnpatch[plot]".') from error
-        return pandas.DataFrame([dataclasses.asdict(cell) for cell in self._cells], columns=self._columns())
+        return load_pandas().DataFrame(
+            [dataclasses.asdict(cell) for cell in self._cells], columns=self._columns()
+        )
 
     def _columns(self) -> list[str]:
         """The fields that the table shows."""
@@ -137,7 +136,7 @@ def _of_sequence(whole: BlockMap, place: int, query: Any, own: bool) -> Iterator
     queries, keys = [*map(str, one.query_labels)], [*map(str, one.key_labels)]
     texts = texts_of(whole.metadata, "key", len(keys), place) or keys
     own_column = own_columns(one)
-    for row in _rows_of(one, query):
+    for row in rows_of(one, query):
         for column, key in enumerate(keys):
             if (
                 (own_column[row] == column and not own)
@@ -154,8 +153,20 @@ def _of_sequence(whole: BlockMap, place: int, query: Any, own: bool) -> Iterator
             )  # fmt: skip
 
 
-def _rows_of(one: BlockMap, query: Any) -> list[int]:
-    """The numbers of the query blocks that are asked for."""
+def rows_of(one: BlockMap, query: Any) -> list[int]:
+    """The numbers of the query blocks of a map of one sequence.
+
+    Args:
+        one: The map.
+        query: A label (all blocks that bear it), a number (negative ones count from the last block with tokens), or
+            ``"all"`` that have tokens.
+
+    Returns:
+        The numbers; empty for -1 if no block has tokens.
+
+    Raises:
+        CaptureError: There is no such block.
+    """
     labels = list(one.query_labels)
     real = [i for i in range(len(labels)) if one.query_sizes[i] > 0]
     if query == "all":
