@@ -117,3 +117,17 @@ def test_steps_of_what_is_not_packed_stay_small(rows, keys):
     assert row_granularity.of_fused(call, torch.bfloat16).tight(rows, 8)[0] == (
         (0, 16) if rows == 64 else (0, 63)
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "spans"),
+    [(64, 1, 2), (64, 16, 1), (101, 16, 1), (128, 16, 2), (2048, 16, 2), (2048, 1, 2)],
+)
+def test_a_step_of_one_head_has_more_than_one_block(rows, count, spans):
+    """One block alone gets all threads for its products; whether they then round differently depends on the processor."""
+    with threads(count):
+        found = row_granularity.of_fused(
+            arguments(1, 1, 1, 16, rows, 64, False, torch.float32, 0), torch.float32
+        )
+        assert len(found.cut(rows, 1)) == spans
+        assert_cover(found.cut(rows, 1), rows)

@@ -312,6 +312,26 @@ def test_a_second_map_is_shown_beside_the_first(opened):
     assert page.locator("#second option").all_inner_texts() == ["none", "one", "three"]
 
 
+def test_a_colour_is_the_same_number_in_both_maps(opened):
+    first = block_map(count=6, layers=1)
+    mass = first.mass.clone()
+    mass[0, 5, 0] = 40 * mass.max()  # beyond the first map's scale
+    page = opened({"one": first, "two": dataclasses.replace(first, mass=mass)}, at_mean=True)
+    page.select_option("#normalization", "none")
+    settled(page)
+    page.select_option("#second", "1")
+    until(page, "document.getElementById('second-note').textContent.includes('beyond the scale')")
+    until(page, "document.getElementById('second-map').width === 6")
+    one, two = (
+        page.evaluate(f"[...({canvas}).getContext('2d').getImageData(0, 0, 6, 6).data]")
+        for canvas in ("painted.canvas", "document.getElementById('second-map')")
+    )
+    colours = [[data[i : i + 4] for i in range(0, 144, 4)] for data in (one, two)]
+    differ = [cell for cell in range(36) if colours[0][cell] != colours[1][cell]]
+    assert differ == [30]
+    assert "Numbers beyond the scale have its last colour." in page.locator("#second-note").inner_text()
+
+
 def test_all_heads_of_a_layer_side_by_side(opened):
     given = block_map(count=6, heads=4)
     page = opened(given)

@@ -45,16 +45,16 @@ async function drawSecond(mine) {
   if (mine !== besides) return;
   const sequence = map.sequences[at.sequence];
   const kind = state.normalization;
-  // One scale for both, so that colours can be compared.
-  const top = Math.max(painted.top, largestOf(valuesOf(one, kind), one.signed));
-  smallMap(canvas, one, top, 800);
+  // The scale of the first map, so that the same colour is the same number in both.
+  smallMap(canvas, one, painted.top, 800);
+  const beyond = largestOf(valuesOf(one, kind), one.signed) > painted.top ? " Numbers beyond the scale have its last colour." : "";
   const { query, key } = theSequence();
   const row = state.row === null ? -1 : sameBlock(query.labels, sequence.query.labels, state.row);
   const column = state.cursor ? sameBlock(key.labels, sequence.key.labels, state.cursor.column) : -1;
   markSmall(canvas, one, row, column);
   const layer = map.layers.length > 1 ? `Layer ${map.layers[at.layer] === "mean" ? "mean" : map.layers[at.layer]}. ` : "";
   list.hidden = row < 0;
-  if (row < 0) return void (note.textContent = `${layer}It has no block of the selected row.`);
+  if (row < 0) return void (note.textContent = `${layer}It has no block of the selected row.${beyond}`);
   const values = Array.from({ length: one.columns }, (_, c) => valueAt(one, kind, row, c));
   const here = state.cursor && valueAt(current, kind, state.cursor.row, state.cursor.column);
   const both = column < 0 ? "" : `The cell: ${shown(here)} in the first map, ${shown(values[column])} here. `;
@@ -62,7 +62,7 @@ async function drawSecond(mine) {
     const same = sameBlock(sequence.key.labels, key.labels, chosen);
     if (same >= 0) select({ row: state.row, column: same }, state.row);
   });
-  note.textContent = layer + both + rest;
+  note.textContent = layer + both + rest + beyond;
   canvas.setAttribute("aria-label", `Second map: ${map.name}. ${both}`);
 }
 
