@@ -320,15 +320,23 @@ def test_a_colour_is_the_same_number_in_both_maps(opened):
     page.select_option("#normalization", "none")
     settled(page)
     page.select_option("#second", "1")
-    until(page, "document.getElementById('second-note').textContent.includes('beyond the scale')")
-    until(page, "document.getElementById('second-map').width === 6")
+    page.evaluate("select({ row: 4, column: 1 }, 4)")  # marked in both
+    until(page, "/The cell.*beyond the scale/.test(document.getElementById('second-note').textContent)")
+    # The colour in a corner of each cell, where no mark is.
     one, two = (
-        page.evaluate(f"[...({canvas}).getContext('2d').getImageData(0, 0, 6, 6).data]")
-        for canvas in ("painted.canvas", "document.getElementById('second-map')")
+        page.evaluate(
+            """([name]) => {
+                const canvas = name ? document.getElementById(name) : painted.canvas;
+                const size = canvas.width / 6;
+                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                const at = (i) => 4 * (Math.floor(i / 6) * size * canvas.width + (i % 6) * size);
+                return Array.from({ length: 36 }, (_, i) => [...data.slice(at(i), at(i) + 4)]);
+            }""",
+            [name],
+        )
+        for name in ("", "second-map")
     )
-    colours = [[data[i : i + 4] for i in range(0, 144, 4)] for data in (one, two)]
-    differ = [cell for cell in range(36) if colours[0][cell] != colours[1][cell]]
-    assert differ == [30]
+    assert [cell for cell in range(36) if one[cell] != two[cell]] == [30]
     assert "Numbers beyond the scale have its last colour." in page.locator("#second-note").inner_text()
 
 

@@ -6,14 +6,21 @@ const headsPanel = document.getElementById("heads-panel");
 const HEAD_SIDE = 96; // pixels of a small map
 let besides = 0;
 
-// A small canvas of a plane; each cell that is smaller than a pixel counts with the largest of its pixel.
+// A canvas of a plane, whose longer side has about `longest` pixels. A pixel of several cells shows the largest of them.
 function smallMap(canvas, one, top, longest) {
   const { normalization, scale } = state;
   const part = Math.min(1, longest / Math.max(one.rows, one.columns));
   const [columns, rows] = [one.columns, one.rows].map((count) => Math.max(1, Math.floor(count * part)));
   const values = valuesOf(one, normalization);
-  [canvas.width, canvas.height] = [columns, rows];
-  canvas.getContext("2d").putImageData(imageOf(one, values, top, scale, columns, rows), 0, 0);
+  const cells = make("canvas");
+  [cells.width, cells.height] = [columns, rows];
+  cells.getContext("2d").putImageData(imageOf(one, values, top, scale, columns, rows), 0, 0);
+  // Few cells are enlarged, so that a mark is thinner than they are.
+  const times = Math.max(1, Math.floor(longest / Math.max(rows, columns)));
+  [canvas.width, canvas.height] = [columns * times, rows * times];
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(cells, 0, 0, canvas.width, canvas.height);
 }
 
 // ---- the second map
