@@ -81,6 +81,8 @@ class Policy:
             ``min_tokens`` query rows, under ``mode="always"`` for every call, under ``"never"`` for none. It is faster,
             and agrees to rounding, not to the last bit. A call with any other step runs by rows, and the report names
             that step.
+        replace_kernels: Compute calls of flash-attn, xFormers and SageAttention with torch's functions instead, fused
+            where torch has a fused kernel for them, otherwise by rows. For devices that these packages do not support.
 
     Raises:
         PolicyError: A value is invalid.
@@ -96,6 +98,7 @@ class Policy:
     heads: int | None = None
     retry_on_oom: bool = True
     fuse: bool = False
+    replace_kernels: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -118,7 +121,7 @@ class Policy:
         for name in ("rows", "heads"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
-        for name in ("retry_on_oom", "fuse"):
+        for name in ("retry_on_oom", "fuse", "replace_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name}={getattr(self, name)!r} is not accepted; give True or False")
 
@@ -327,5 +330,11 @@ TEXTS = {
     ),
     "fuse": TextForm(
         read_switch, "1 or 0", "1|0", "run hand-written attention with the fused kernel, equal to rounding"
+    ),
+    "replace_kernels": TextForm(
+        read_switch,
+        "1 or 0",
+        "1|0",
+        "compute flash-attn, xFormers and SageAttention calls with torch's functions",
     ),
 }

@@ -147,6 +147,7 @@ BAD = {
     "ATTNPATCH_HEADS": ("-1", "a whole number of at least 1, or none"),
     "ATTNPATCH_RETRY_ON_OOM": ("true", "1 or 0"),
     "ATTNPATCH_FUSE": ("yes", "1 or 0"),
+    "ATTNPATCH_REPLACE_KERNELS": ("true", "1 or 0"),
     "ATTNPATCH_REPORT": ("yes", "1 or 0"),
     "ATTNPATCH_CAPTURE": ("script.py", "a folder that can be written to"),
     "ATTNPATCH_BLOCKS": ("0", "a whole number of tokens of at least 1"),

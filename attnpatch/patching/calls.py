@@ -133,6 +133,8 @@ def stays_native(policy: Policy, args: Any, kwargs: dict[str, Any]) -> str | int
 
     Decided before any mode is entered, so that short calls cost nothing.
     """
+    if policy.replace_kernels:
+        return None
     if policy.mode == "never":
         return "never"
     if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):

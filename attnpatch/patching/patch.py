@@ -11,6 +11,7 @@ from torch import nn
 
 from attnpatch.errors import PatchError
 from attnpatch.hosts.class_methods import changing
+from attnpatch.hosts.kernels import wrapping as kernels
 from attnpatch.hosts.transformers import masks
 from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import calls_here
@@ -63,6 +64,7 @@ class Patch:
         chosen: Chosen = AUTO,
         reasons: dict[str, str] | None = None,
     ) -> None:
+        kernels.watch()
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []
         self.recorders: tuple[Any, ...] = ()

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.patching.code_names import is_torch, names_of_class, names_of_instance, names_of_methods
 from attnpatch.patching.registry import is_attention
+from attnpatch.rows.kernels.table import NAMES as KERNELS
 from attnpatch.rows.provenance.tensors import tensors_in
 
 _COMPLETE = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
@@ -102,7 +103,7 @@ _NOTHING: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
 def _names_attention(own: set[str], every: set[str]) -> bool:
-    if own & _COMPLETE:
+    if own & _COMPLETE or own & KERNELS:
         return True
     return (_normalises(own) or _multiplies(own)) and _normalises(every) and _multiplies(every)
 
@@ -132,6 +133,8 @@ class Watch(TorchFunctionMode):
         has_failed: True if something may have been missed.
         is_paused: True while an attention module inside the candidate runs, whose operations do not count.
     """
+
+    sees_kernels = True
 
     def __init__(self, inputs: Any, failed: Callable[[str, Exception], None]) -> None:
         super().__init__()
@@ -192,7 +195,7 @@ class Watch(TorchFunctionMode):
 
     def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]
-        if name in _COMPLETE:
+        if name in _COMPLETE or name in KERNELS:
             self.found = True
             return INPUT
         if name in _LAYERS and len(known) == 1:

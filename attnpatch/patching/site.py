@@ -129,6 +129,7 @@ class Site(SiteCounters):
                 calls_here.is_calm
                 and self.why != CANDIDATE
                 and not self.patch.recorders
+                and not self.patch.policy.replace_kernels
                 and not attention_outputs.are_asked_for(module, kwargs)
                 and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )

@@ -20,6 +20,8 @@ from attnpatch.rows.creation import positions, uninitialized
 from attnpatch.rows.deferred.handle import after_write, left
 from attnpatch.rows.deferred.tensor import DeferredTensor, is_watching_writes, materialize
 from attnpatch.rows.interception import dispatch_in
+from attnpatch.rows.kernels import serve as kernels
+from attnpatch.rows.kernels.table import kernel_of
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.provenance import observed
@@ -51,6 +53,8 @@ class RowsMode(Watching):
         call: Policy, counters and observer of the site; replaced while a nested site runs.
     """
 
+    sees_kernels = True
+
     def __init__(self, call: AttentionCall) -> None:
         super().__init__(call)
         self.trail = NativeTape()
@@ -81,6 +85,9 @@ class RowsMode(Watching):
     def _answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if compat.is_transformed() or compat.is_forward_mode():
             return self._transformed(func, types, args, kwargs)
+        kernel = kernel_of(func)
+        if kernel is not None:
+            return kernels.attend(kernel, args, kwargs, self)
         if DeferredTensor in types:
             return self._deferred(func, args, kwargs)
         if getattr(func, "__name__", "") == "__set__":

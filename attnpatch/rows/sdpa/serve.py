@@ -62,7 +62,7 @@ def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionC
     if site.observer.is_of_gradient:
         result = guard.ran(_attend(call, args, kwargs, site))
         if result.requires_grad:
-            result.register_hook(functools.partial(_show_gradient, call, site))
+            result.register_hook(functools.partial(show_gradient, call, site))
         return result
     if not guard.attempted(
         _is_shown, call, site, name="preparing to observe attention", counters=site.counters
@@ -118,6 +118,21 @@ def _look(call: SdpaCall, site: AttentionCall, lse: torch.Tensor | str) -> None:
     guard.attempted(observer.end, name="finishing observed attention", counters=site.counters)
 
 
+def show_beside(call: SdpaCall, site: AttentionCall) -> None:
+    """Show the observer the probabilities of a call whose result another kernel has computed."""
+    if not guard.attempted(
+        _is_shown, call, site, name="preparing to observe attention", counters=site.counters
+    ):
+        return
+    site.counters.count("captured")
+    lse: torch.Tensor | str = "a kernel outside torch"
+    if call.device.type == "cuda" and not is_pending(call.attn_mask):
+        # The kernel that sums probabilities at once needs the logsumexp, which torch's own kernel returns.
+        with torch.no_grad():
+            _, lse = _fused(call, site)
+    _look(call, site, lse)
+
+
 def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
     """True if the observer, told what the call's dimensions are, wants to see its probabilities."""
     assert site.observer is not None
@@ -141,7 +156,7 @@ def _is_shown(call: SdpaCall, site: AttentionCall) -> bool:
     return site.observer.begin(layout, opened)
 
 
-def _show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
+def show_gradient(call: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
     """Called in the backward pass: show the observer each probability times its gradient."""
     if not guard.attempted(
         _is_shown, call, site, name="preparing to observe attention", counters=site.counters

@@ -1,0 +1,1 @@
+"""Attention kernels that are no torch functions: maps and weights beside them, by rows in their place."""

@@ -1,0 +1,141 @@
+"""The kernel path: a kernel runs as it is, or torch computes its result; observers see its probabilities either way."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from attnpatch import compat
+from attnpatch.policy import NativeNeed
+from attnpatch.rows import guard
+from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.deferred.tensor import materialize
+from attnpatch.rows.kernels.call import KernelCall
+from attnpatch.rows.kernels.check import why_wrong
+from attnpatch.rows.kernels.compute import attention, masked, scores_of, weights_of
+from attnpatch.rows.kernels.table import CannotRead, Kernel
+from attnpatch.rows.provenance.tensors import tensors_in
+from attnpatch.rows.sdpa import deferred_weights, serve
+from attnpatch.rows.watching import Watching
+from attnpatch.sdpa_call import SdpaCall
+
+# Score-sized tensors that a kernel which holds all scores has at once: scores, changed scores, softmax, mask.
+_COPIES = 4
+
+
+def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) -> Any:
+    """One call of a kernel under the policy of its site.
+
+    Args:
+        kernel: The kernel.
+        args, kwargs: The host's arguments.
+        mode: The mode that answers; it is not active now.
+    """
+    site = mode.call
+    with mode:
+        call = _read(kernel, args, kwargs)
+    if isinstance(call, KernelCall) and _is_replaced(kernel, call, site):
+        return _by_torch(call, mode)
+    native = materialize(args, kernel.name), materialize(kwargs, kernel.name)
+    try:
+        result = guard.native(kernel.native, *native)
+    except RuntimeError as error:
+        if not isinstance(call, KernelCall) or not site.answers(error, call.query.device):
+            raise
+        return _by_torch(call, mode)
+    site.counters.count("fused")
+    if not kernel.holds_scores:
+        site.counters.left_native("fused")
+    if isinstance(call, KernelCall):
+        guard.attempted(_show, kernel, call, result, mode, name="a kernel's call", counters=site.counters)
+    elif site.observer is not None:
+        site.observer.cannot_show(f"{kernel.name}: {call}")
+    return result
+
+
+def _read(kernel: Kernel, args: Any, kwargs: dict[str, Any]) -> KernelCall | str:
+    """The call, or why it is not known."""
+    try:
+        return kernel.read(*args, **kwargs)
+    except CannotRead as reason:
+        return str(reason)
+
+
+def _is_replaced(kernel: Kernel, call: KernelCall, site: AttentionCall) -> bool:
+    """True if torch computes the call: by rows, or because the kernel is missing or unwanted."""
+    if kernel.is_missing or site.policy.replace_kernels:
+        return True
+    if not kernel.holds_scores or site.policy.mode == "never":
+        return False
+    size = math.prod(call.query.shape[:-1]) * call.kv_len * max(4, call.query.element_size())
+    return site.by_rows(call.q_len, NativeNeed(_COPIES * size, size), call.query.device)
+
+
+def _by_torch(call: KernelCall, mode: Watching) -> Any:
+    """What the kernel would return, computed by torch's functions, which the mode serves."""
+    with mode:
+        result, lse = attention(call, mode.call)
+        return call.returned(result, lse)
+
+
+def _show(kernel: Kernel, call: KernelCall, result: Any, mode: Watching) -> None:
+    """Show a call's probabilities to the observer, and keep its weights if the host asked for them."""
+    site = mode.call
+    if site.observer is None and site.weights is None:
+        return
+    with compat.DisableTorchFunction():
+        found = call.output(result)
+    low = 0
+    with mode:
+        pieces = list(call.pieces())
+    for piece in pieces:
+        own = found[:, :, low : low + piece.q_len]
+        low += piece.q_len
+        if piece.q_len and piece.kv_len:
+            _show_piece(kernel, piece, own, result, mode)
+
+
+def _show_piece(kernel: Kernel, call: KernelCall, own: torch.Tensor, result: Any, mode: Watching) -> None:
+    site = mode.call
+    with compat.DisableTorchFunction():
+        reason = (
+            f"{kernel.name} is called with dropout, so its result cannot be checked"
+            if call.dropout_p
+            else why_wrong(call, own)
+        )
+    if reason is not None:
+        if site.observer is not None:
+            site.observer.cannot_show(f"{kernel.name}: {reason}")
+        return
+    if site.weights is not None:
+        site.weights.append(_weights(call, mode))
+    observer = site.observer
+    if observer is None:
+        return
+    if not call.is_softmax_of_masked:
+        # These steps are on the matmul path, which shows them.
+        with torch.no_grad(), mode:
+            attention(call, site)
+        return
+    sdpa = call.as_sdpa(masked(call, site))
+    if not observer.is_of_gradient:
+        serve.show_beside(sdpa, site)
+    elif (first := tensors_in(result)) and first[0].requires_grad:
+        first[0].register_hook(functools.partial(_show_gradient, call, sdpa, site))
+
+
+def _weights(call: KernelCall, mode: Watching) -> torch.Tensor:
+    """The probabilities of a call, deferred: ``[batch, heads, q_len, kv_len]`` in the dtype of its query."""
+    site = mode.call
+    if call.is_softmax_of_masked:
+        return deferred_weights.of_call(call.as_sdpa(masked(call, site)), site)
+    with torch.no_grad(), mode:
+        scores = scores_of(call, masked(call, site), site)
+        return weights_of(call, scores).to(call.query.dtype)
+
+
+def _show_gradient(call: KernelCall, sdpa: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
+    serve.show_gradient(sdpa, site, call.output(grad))

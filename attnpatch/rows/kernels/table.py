@@ -1,0 +1,82 @@
+"""The kernels that attnpatch knows: functions that compute attention and are no torch functions.
+
+A kernel is replaced in its module by a function that is overridable as torch's own functions are
+(``torch.overrides.handle_torch_function``). So attnpatch's modes see it as they see
+``scaled_dot_product_attention``, and outside a patched model's attention the kernel is called at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function
+
+from attnpatch import compat
+from attnpatch.errors import AttnpatchError
+from attnpatch.rows.kernels.call import KernelCall
+
+
+class CannotRead(AttnpatchError):
+    """The arguments of a kernel's call mean something that ``KernelCall`` cannot express; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A function that computes attention.
+
+    Attributes:
+        name: Its name, as reports and reasons show it.
+        native: The function.
+        read: Returns the ``KernelCall`` of its arguments, or raises ``CannotRead``. ``None``: it calls another function
+            that is watched.
+        holds_scores: True if it holds all scores at once, so that it may run by rows.
+        is_missing: True if the package is not installed: every call is computed by torch.
+    """
+
+    name: str
+    native: Callable[..., Any]
+    read: Callable[..., KernelCall | None]
+    holds_scores: bool = False
+    is_missing: bool = False
+
+
+# The functions by which a module's code is recognised as attention.
+NAMES = frozenset(
+    "flash_attn_func flash_attn_varlen_func flash_attn_qkvpacked_func flash_attn_kvpacked_func "
+    "flash_attn_varlen_qkvpacked_func flash_attn_varlen_kvpacked_func flash_attn_with_kvcache "
+    "memory_efficient_attention sageattn sageattn_varlen flex_attention varlen_attn dispatch_attention_fn".split()
+)
+# By the overridable function.
+_KERNELS: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()
+
+
+def kernel_of(function: Any) -> Kernel | None:
+    """The kernel that an overridable function calls; ``None`` for any other function."""
+    try:
+        return _KERNELS.get(function)
+    except TypeError:  # it cannot be hashed, or not be referred to weakly
+        return None
+
+
+def overridable(kernel: Kernel) -> Callable[..., Any]:
+    """The function to put in the place of a kernel's."""
+
+    @functools.wraps(kernel.native)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A compiler traces the kernel itself.
+        if not torch.compiler.is_compiling() and any(sees_kernels(mode) for mode in compat.function_modes()):
+            return handle_torch_function(call, (), *args, **kwargs)
+        return kernel.native(*args, **kwargs)
+
+    _KERNELS[call] = kernel
+    return call
+
+
+def sees_kernels(mode: Any) -> bool:
+    """True if a mode is one of attnpatch's that answers kernels."""
+    return getattr(type(mode), "sees_kernels", False)
