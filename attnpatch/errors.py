@@ -1,5 +1,8 @@
 """Every exception that attnpatch raises on purpose. A message is one line: the value, what is accepted, a way out."""
 
+import sys
+import warnings
+
 
 class AttnpatchError(Exception):
     """Base of all attnpatch errors."""
@@ -57,3 +60,11 @@ def in_one_line(error: BaseException, most: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def warn_deprecated(message: str) -> None:
+    """A ``DeprecationWarning`` at the line outside attnpatch that led here."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("attnpatch."):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(message, DeprecationWarning, stacklevel=level)

@@ -94,7 +94,7 @@ def test_option(name, chat_model, two, tmp_path):
         assert block_map.metadata[fact] == value
     assert block_map.layers == ((1,) if name in ("last", "negative") else (0, 1))
     assert block_map.heads == {"both": (0, 3), "all_heads": (0, 1, 2, 3)}.get(name, "mean")
-    assert block_map.normalization == {"density": "density", "gradient": "none"}.get(name, "row")
+    assert block_map.normalization == {"density": "density"}.get(name, "none")
     if name == "fixed":
         assert int(block_map.query_sizes[0]) == 16
     elif name == "words":

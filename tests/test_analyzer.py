@@ -287,7 +287,7 @@ def test_checkpointing_without_gradients_says_that_it_saves_nothing(model, token
 def test_an_answer_grows_while_it_is_written(model, tokenizer):
     analyzer = BlockAttentionAnalyzer(model=model, tokenizer=tokenizer, measures=("received",))
     found = analyzer.analyze_generation(MESSAGES, "none", max_new_tokens=6)
-    apart = analyzer.analyze_generation(MESSAGES, "none", max_new_tokens=6, steps=True)
+    apart = analyzer.analyze_generation(MESSAGES, "none", max_new_tokens=6, steps="all")
     rendered = render(tokenizer, MESSAGES, add_generation_prompt=True)
     with torch.no_grad():
         ids = model.generate(torch.tensor([rendered.ids]), max_new_tokens=6, do_sample=False)
@@ -304,6 +304,13 @@ def test_an_answer_grows_while_it_is_written(model, tokenizer):
     expected = torch.stack([row[:, a:b].sum(-1) for a, b in spans], -1)
     torch.testing.assert_close(apart.block_map.mass[3, :, -1].double(), expected, rtol=0, atol=1e-6)
     assert len(apart.block_map.steps) == 6
+    with pytest.warns(DeprecationWarning, match="steps=True is now steps='all'") as said:
+        again = analyzer.analyze_generation(MESSAGES, "none", max_new_tokens=6, steps=True)
+    assert again.block_map == apart.block_map and said[0].filename == __file__
+    last = analyzer.analyze_generation(MESSAGES, "none", max_new_tokens=6, steps="last")
+    assert torch.equal(last.block_map.mass, apart.block_map.mass[-1:])
+    with pytest.raises(AnalysisError, match="steps='mean'"):
+        last.rollout()
 
 
 # ------------------------------------------------------------------------------------------- derived maps and files

@@ -161,7 +161,10 @@ def test_help_lists_the_commands():
         (["run", "--blocks", "128", "s.py"], "--blocks 128 is given without --capture; add --capture FOLDER"),
         (["analyze", "--model", "m", "--json", "j", "--layers", "x"], "--layers x: give all, last, or whole"),
         (["analyze", "--model", "m"], "--json is missing"),
-        (["replay", "--model", "m", "--transcript", "t", "--layers", "x"], "--layers x: give all or last"),
+        (
+            ["replay", "--model", "m", "--transcript", "t", "--layers", "x"],
+            "--layers x: give all, last, or whole numbers",
+        ),
         (["view", "m.safetensors", "--out", "."], "--out . is a folder"),
     ],
 )

@@ -32,8 +32,8 @@ def plain():
 
 TILES = Blocks.tiles(8, 8, 2)
 BEFORE = [
-    ({"steps": 7}, "steps=7 is not accepted.*'mean', 'all' or a list"),
-    ({"steps": "last"}, "steps='last' is not accepted"),
+    ({"steps": 7}, "steps=7 is not accepted.*'mean', 'all', 'last' or a list"),
+    ({"steps": "first"}, "steps='first' is not accepted"),
     ({"steps": []}, r"steps=\[\] is not accepted"),
     ({"steps": [True]}, r"steps=\[True\] is not accepted"),
     ({"heads": "first"}, "heads='first' is not accepted"),

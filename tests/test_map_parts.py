@@ -273,7 +273,7 @@ def test_a_map_of_weights_that_one_has():
     np.testing.assert_allclose(found.to_numpy(), expected, atol=1e-6)
     mean = BlockMap.from_attentions(list(given), Blocks.fixed(4), layers=[1, 5, 9])
     np.testing.assert_allclose(mean.to_numpy(), expected.mean(2), atol=1e-6)
-    assert mean.layers == (1, 5, 9) and found.metadata == {"model": "mine", "tokens": 10}
+    assert mean.layers == (1, 5, 9) and found.metadata == {"model": "mine", "tokens": 10, "num_layers": 3}
     assert found.key_sizes.tolist() == [[4, 4, 2]] * 2
 
 

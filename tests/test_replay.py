@@ -120,7 +120,7 @@ def test_replay_lists_what_answers_attend_to(chat_model, tmp_path):
     ("arguments", "code", "message"),
     [
         (["--transcript", "missing.jsonl"], 1, "missing.jsonl: No such file"),
-        (["--transcript", "log.jsonl", "--layers", "3"], 2, "--layers 3: give all or last"),
+        (["--transcript", "log.jsonl", "--layers", "first"], 2, "--layers first: give all, last, or whole"),
     ],
 )
 def test_bad_options_are_one_line(chat_model, arguments, code, message, tmp_path, monkeypatch):

@@ -228,8 +228,8 @@ def test_a_folder_with_results_is_refused(tmp_path):
         run(Pretended(), records, tmp_path)
     with pytest.raises(AnalysisError, match="has results already; continue it with --resume"):
         run(Pretended(), records, tmp_path, shard=(1, 2))
-    with pytest.raises(AnalysisError, match='normalize was "row" and is "none"'):
-        run(Pretended(), records, tmp_path, resume=True, normalize="none")
+    with pytest.raises(AnalysisError, match='normalize was "none" and is "row"'):
+        run(Pretended(), records, tmp_path, resume=True, normalize="row")
     with pytest.raises(AnalysisError, match='weights was null and is "4 bit"'):
         run(Pretended(), records, tmp_path, resume=True, options={"weights": "4 bit"})
     (tmp_path / "run.json").write_text("{")

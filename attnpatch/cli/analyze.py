@@ -28,6 +28,7 @@ Dtype = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(metavar="MAP", help="auto (spread the model over devices), cpu, cuda:1.")
 ]
+Layers = Annotated[str, typer.Option(metavar="LIST", help="all, last, or a list such as 0,5,-1.")]
 MaxMemory = Annotated[
     str | None, typer.Option(metavar="SIZES", help="Limit per device, such as 0=20GiB,cpu=60GiB.")
 ]
@@ -73,7 +74,7 @@ def analyze(
     blocks: Annotated[
         str, typer.Option(metavar="KIND", help="messages, words, or tokens per block, such as 128.")
     ] = "messages",
-    layers: Annotated[str, typer.Option(metavar="LIST", help="all, last, or a list such as 0,5,-1.")] = "all",
+    layers: Layers = "all",
     heads: Annotated[
         str, typer.Option(metavar="LIST", help="mean, all (each head kept), or a list such as 0,5,-1.")
     ] = "mean",
@@ -81,9 +82,9 @@ def analyze(
         int | None, typer.Option(metavar="N", min=1, help="Heads per step when attention runs by rows.")
     ] = None,
     normalize: Annotated[
-        Literal["row", "none", "density", "column"] | None,
-        typer.Option(help="How to normalise maps; if not given: row, or none with gradients."),
-    ] = None,
+        Literal["none", "row", "density", "column"],
+        typer.Option(help="How to normalise maps."),
+    ] = "none",
     weighting: Annotated[
         Literal["probability", "gradient"],
         typer.Option(help="gradient: multiply by the gradient of the answer's log-probability."),
@@ -125,7 +126,7 @@ def analyze(
         raise UsageError("--chunk-size is given without --use-chunked; add it")
     options: dict[str, Any] = {
         "blocks": _blocks(blocks),
-        "layers": layers if layers in ("all", "last") else _numbers("--layers", layers, "all, last"),
+        "layers": chosen_layers(layers),
         "heads": heads if heads in ("all", "mean") else _numbers("--heads", heads, "mean, all"),
         "weighting": weighting,
         "seed": seed,
@@ -171,6 +172,15 @@ def _blocks(text: str) -> str | int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise UsageError(f"--blocks {text}: give messages, words, or tokens per block, such as 128")
+
+
+def chosen_layers(text: str) -> str | list[int]:
+    """The text of ``--layers`` as the option ``layers`` takes it.
+
+    Raises:
+        UsageError: It names no layers.
+    """
+    return text if text in ("all", "last") else _numbers("--layers", text, "all, last")
 
 
 def _numbers(option: str, text: str, words: str) -> list[int]:

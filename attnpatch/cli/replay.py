@@ -10,14 +10,15 @@ import typer
 from attnpatch.cli.analyze import (
     DeviceMap,
     Dtype,
+    Layers,
     MaxMemory,
     Out,
     Resume,
     SinglePass,
     Use4Bit,
+    chosen_layers,
     sizes,
 )
-from attnpatch.errors import UsageError
 
 
 def replay(
@@ -32,7 +33,7 @@ def replay(
         int, typer.Option(metavar="N", min=0, help="Messages to list for each answer; 0 lists none.")
     ] = 3,
     resume: Resume = False,
-    layers: Annotated[str, typer.Option(metavar="LIST", help="all or last.")] = "all",
+    layers: Layers = "all",
     single_pass: SinglePass = False,
     use_4bit: Use4Bit = False,
     dtype: Dtype = None,
@@ -44,8 +45,6 @@ def replay(
     Each request is run through the model again, followed by the logged answer (teacher forcing). Logs of OpenAI's chat and
     responses API and of its batches are read. Results are written as those of attnpatch analyze.
     """
-    if layers not in ("all", "last"):
-        raise UsageError(f"--layers {layers}: give all or last")
     from attnpatch.cli.run_analyze import Task, run_task
 
     loading: dict[str, Any] = {
@@ -57,8 +56,14 @@ def replay(
         "use_gradient_checkpointing": False,
         "head_chunk_size": None,
     }
-    options = {"blocks": "messages", "layers": layers, "heads": "mean", "weighting": "probability", "seed": 0}
+    options = {
+        "blocks": "messages",
+        "layers": chosen_layers(layers),
+        "heads": "mean",
+        "weighting": "probability",
+        "seed": 0,
+    }
     method = "single pass" if single_pass else "sequential"
-    code = run_task(Task(model, transcript, out, method, None, resume, None, loading, options, top))
+    code = run_task(Task(model, transcript, out, method, "none", resume, None, loading, options, top))
     if code:
         raise typer.Exit(code)

@@ -62,7 +62,7 @@ class Task:
     json: Path | None
     out: Path
     method: str
-    normalize: str | None
+    normalize: str
     resume: bool
     pictures: bool | None
     loading: dict[str, Any]

@@ -17,7 +17,7 @@ from attnpatch.api import capture, patched, report
 from attnpatch.capturing.maps import Maps
 from attnpatch.conversations.answers import answer_of
 from attnpatch.conversations.gradient import attributed, target_positions
-from attnpatch.conversations.options import Options
+from attnpatch.conversations.options import Options, check_normalization, chosen_steps, warn_of_default
 from attnpatch.conversations.passes import (
     blocks_of,
     check_model,
@@ -34,10 +34,10 @@ from attnpatch.conversations.single_pass_check import SINGLE_PASS, tokens_to_try
 from attnpatch.conversations.tokenized_chat import TokenizedChat, render
 from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
-from attnpatch.maps.fields import NORMALIZATIONS
 from attnpatch.memory.peak import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
+from attnpatch.recording.options import Steps
 
 CHECKPOINTING_NOTE = (
     "gradient checkpointing saves nothing here, because a pass without gradients keeps nothing for a backward pass; it "
@@ -139,8 +139,8 @@ class BlockAttentionAnalyzer:
 
         Args:
             messages: ``[{"role": ..., "content": ...}, ...]``.
-            normalize: Normalisation of the map: ``"row"``, ``"none"``, ``"density"`` or ``"column"``. ``None`` means
-                ``"row"``, or ``"none"`` with ``weighting="gradient"``, where ``"row"`` gives shares of absolute values.
+            normalize: Normalisation of the map: ``"none"`` (what ``None`` means, as everywhere), ``"row"``, ``"density"``
+                or ``"column"``; see ``BlockMap.normalize``.
             **options: Fields of ``Options``, for this conversation only.
 
         Returns:
@@ -150,15 +150,14 @@ class BlockAttentionAnalyzer:
             AnalysisError, BlockError, CaptureError: An argument, the conversation or the model cannot be used. The
                 message is one line with the reason and a way out.
         """
-        chosen = self._options(options, normalize or "none")
-        normalize = chosen.normalization(normalize)
+        chosen = self._options(options, normalize)
         rendered = self._rendered(messages, chosen)
         if chosen.weighting == "gradient":
             return self._run(rendered, chosen, normalize, "gradient", messages)
         return self._run(rendered, chosen, normalize, "single pass")
 
     def analyze_conversation_sequential(
-        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+        self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
     ) -> Analysis:
         """Analyse a conversation message by message through the KV cache.
 
@@ -172,7 +171,7 @@ class BlockAttentionAnalyzer:
         return self._run(self._rendered(messages, chosen), chosen, normalize, "sequential")
 
     def analyze_conversation_chunked(
-        self, messages: Sequence[Mapping], normalize: str = "row", **options: Any
+        self, messages: Sequence[Mapping], normalize: str | None = None, **options: Any
     ) -> Analysis:
         """Analyse a conversation in chunks of ``chunk_size`` tokens through the KV cache.
 
@@ -187,10 +186,10 @@ class BlockAttentionAnalyzer:
     def analyze_generation(
         self,
         messages: Sequence[Mapping],
-        normalize: str = "row",
+        normalize: str | None = None,
         *,
         max_new_tokens: int = 64,
-        steps: bool = False,
+        steps: Steps = "mean",
         generate: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Analysis:
@@ -200,7 +199,7 @@ class BlockAttentionAnalyzer:
             messages: The conversation so far.
             normalize, **options: As ``analyze_conversation``.
             max_new_tokens: The largest number of tokens to generate.
-            steps: Keep a map for every step; the first one is of the prompt.
+            steps: As in ``capture``: ``"all"`` keeps a map for every step; the first one is of the prompt.
             generate: More arguments for the model's ``generate``.
 
         Returns:
@@ -217,7 +216,7 @@ class BlockAttentionAnalyzer:
             )
         rendered = self._rendered(messages, chosen, add_generation_prompt=True)
         more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
-        return self._run(rendered, chosen, normalize, "generation", steps=steps, generate=more)
+        return self._run(rendered, chosen, normalize, "generation", steps=chosen_steps(steps), generate=more)
 
     def visualize_results(
         self, result: Analysis, save_dir: str | os.PathLike = "./attention_maps"
@@ -253,11 +252,8 @@ class BlockAttentionAnalyzer:
 
     # ------------------------------------------------------------------------------------------------------- inside
 
-    def _options(self, options: Mapping[str, Any], normalize: str) -> Options:
-        if normalize not in NORMALIZATIONS:
-            raise AnalysisError(
-                f"normalize={normalize!r} is not accepted; give {', '.join(map(repr, NORMALIZATIONS))}"
-            )
+    def _options(self, options: Mapping[str, Any], normalize: str | None) -> Options:
+        check_normalization(normalize)
         return self.options.changed(options)
 
     def _rendered(
@@ -281,11 +277,11 @@ class BlockAttentionAnalyzer:
         self,
         rendered: TokenizedChat,
         options: Options,
-        normalize: str,
+        normalize: str | None,
         method: str,
         messages: Sequence[Mapping] = (),
         *,
-        steps: bool = False,
+        steps: Steps = "mean",
         generate: Mapping[str, Any] | None = None,
     ) -> Analysis:
         if options.weighting == "gradient" and method != "gradient":
@@ -308,7 +304,7 @@ class BlockAttentionAnalyzer:
             patch = patch_of(self.model)
             assert patch is not None
             stack.enter_context(counted_apart(patch.sites))
-            asked = capture(self.model, blocks, steps="all" if steps else "mean", **options.of_capture)
+            asked = capture(self.model, blocks, steps=steps, **options.of_capture)
             maps = stack.enter_context(asked)
             meter = stack.enter_context(PeakMeter(device, curve=True))
             start = time.perf_counter()
@@ -331,7 +327,9 @@ class BlockAttentionAnalyzer:
         measured = maps.measured(sites) if options.measures else {}
         notes += left_out_note(maps.left_out)
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
-        block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize)
+        block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize or "none")
+        if normalize is None:
+            warn_of_default(block_map)
         return Analysis(
             block_map, **measured, seconds=seconds, peak_bytes=meter.peak, memory=meter.curve, notes=tuple(notes)
         )  # fmt: skip

@@ -139,7 +139,7 @@ def analyze_all(
     if not 0 <= rank < count:
         raise AnalysisError(f"shard={shard!r} is not accepted; give (number from 0, count)")
     check(analyzer, method)
-    normalize = analyzer.options.normalization(normalize)
+    normalize = normalize or "none"
     chosen = {**dataclasses.asdict(analyzer.options), "method": method, "normalize": normalize}
     chosen = {**chosen, "model": analyzer.name, **(options or {})}
     run = RunFolder(Path(folder), chosen, resume, shard)

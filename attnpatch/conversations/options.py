@@ -6,12 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.errors import AnalysisError, CaptureError, warn_deprecated
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.fields import NORMALIZATIONS
 from attnpatch.recording.layers import layer_numbers
+from attnpatch.recording.options import Steps
 from attnpatch.recording.statistics import checked_measures
 
 # Tokens per chunk by default.
 CHUNK = 2048
+# Rows that sum to 1 but for this are the same under the normalisations "none" and "row".
+_ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +77,6 @@ class Options:
             raise AnalysisError(str(error)) from None
         return found
 
-    def normalization(self, asked: str | None) -> str:
-        """The given normalisation of the map, or the default: ``"row"``; ``"none"`` for gradients, which have signs."""
-        if asked is None:
-            return "none" if self.weighting == "gradient" else "row"
-        return asked
-
     @property
     def of_capture(self) -> dict[str, Any]:
         """The options that are passed to ``capture``, in its form."""
@@ -89,3 +88,36 @@ class Options:
             "seed": self.seed,
             "weighting": self.weighting,
         }
+
+
+def check_normalization(normalize: str | None) -> None:
+    """Check the name of a normalisation; ``None`` is the default.
+
+    Raises:
+        AnalysisError: There is no such normalisation.
+    """
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        raise AnalysisError(
+            f"normalize={normalize!r} is not accepted; give {', '.join(map(repr, NORMALIZATIONS))}"
+        )
+
+
+def chosen_steps(steps: Steps | bool) -> Steps:
+    """The option ``steps`` of ``capture``; truth values, which ``analyze_generation`` took before, still mean theirs."""
+    if not isinstance(steps, bool):
+        return steps
+    meant = "all" if steps else "mean"
+    warn_deprecated(f"steps={steps} is now steps={meant!r}")
+    return meant
+
+
+def warn_of_default(block_map: BlockMap) -> None:
+    """Warn if the former default, ``"row"``, would give other numbers."""
+    if block_map.is_signed:
+        return
+    elsewhere = block_map.unassigned_mass.max().item()
+    if elsewhere > _ROUNDING:
+        warn_deprecated(
+            f"normalize is now 'none' by default; it was 'row', which differs here, because up to {elsewhere:.2g} of a "
+            "row's attention is on no block. Give normalize='row' for shares, or normalize='none'"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from attnpatch.conversations import drawing
 from attnpatch.errors import AnalysisError, BlockMapFileError
 from attnpatch.maps import io
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.maps.fields import own_columns
+from attnpatch.maps.fields import own_columns, shortened
 from attnpatch.maps.meaning import meaning, numbers_of, why_signed
 from attnpatch.maps.ranking import Ranking
 from attnpatch.plotting import map_figure
@@ -93,30 +94,53 @@ class Analysis:
     def rollout(self, residual: float = 0.5) -> Tensor:
         """Attention rollout (Abnar and Zuidema 2020) over blocks.
 
-        It is approximate, because blocks are averaged before layers are multiplied; and it assumes that the captured
-        layers are all layers of the model.
+        It is approximate, because blocks are averaged before layers are multiplied. It multiplies all layers of the model,
+        so the map must have all of them.
 
         Args:
-            residual: Share of a layer's output that comes from the residual connection.
+            residual: Share of a layer's output that comes from the residual connection, from 0 to 1.
 
         Returns:
             float32 ``[blocks, blocks]``: how much of block I in the last layer comes from block J of the input. Rows
             sum to 1.
 
         Raises:
-            AnalysisError: Query and key blocks differ, or the map is of gradients.
+            AnalysisError: Query and key blocks differ, the map is of gradients, it lacks layers of the model or rows of its
+                blocks, or ``residual`` is not from 0 to 1.
         """
+        if isinstance(residual, bool) or not isinstance(residual, Real) or not 0 <= residual <= 1:
+            raise AnalysisError(f"residual={residual!r} is not accepted; give a share from 0 to 1")
         mass = self._square("rollout").double()
+        self._check_all_layers()
         if self.block_map.heads != "mean":
             mass = mass.mean(-3)
-        rolled = torch.eye(mass.shape[-1], dtype=torch.float64)
+        own = torch.eye(mass.shape[-1], dtype=torch.float64)
+        has_tokens = self.block_map.query_sizes > 0
+        if bool((mass.sum(-1)[:, has_tokens] == 0).any()):
+            raise AnalysisError(
+                "rollout needs the rows of all blocks, and this map has some of the steps only; capture with steps='mean'"
+            )
+        rolled = own
         for layer in mass:
             total = layer.sum(-1, keepdim=True)
-            shares = torch.where(total > 0, layer / total, torch.eye(len(layer), dtype=torch.float64))
-            rolled = (
-                residual * torch.eye(len(layer), dtype=torch.float64) + (1 - residual) * shares
-            ) @ rolled
+            shares = torch.where(total > 0, layer / total, own)
+            rolled = (residual * own + (1 - residual) * shares) @ rolled
         return rolled.float()
+
+    def _check_all_layers(self) -> None:
+        """Check that the map has every layer of the model, in order.
+
+        Raises:
+            AnalysisError: It has not.
+        """
+        layers = self.block_map.layers
+        known = self.block_map.metadata.get("num_layers", len(layers))
+        if layers != tuple(range(known)):
+            raise AnalysisError(
+                f"rollout multiplies all layers of a model, and this map has {shortened(layers)}"
+                + (f" of {known} layers with attention" if len(layers) < known else "")
+                + "; capture with layers='all', and a model in which every layer has attention"
+            )
 
     def plot(self, path: str | os.PathLike | None = None, **options: Any) -> Figure | Path:
         """The block map as a picture; see ``BlockMap.plot``."""

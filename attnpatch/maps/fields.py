@@ -33,9 +33,11 @@ def shortened(items: Sequence) -> str:
 
 
 def position(wanted: Any, among: Sequence, what: str) -> int:
-    """The index of ``wanted`` in ``among``, which is an entry, or a position if entries are strings or it is negative."""
+    """The index of ``wanted`` in ``among``: an entry, ``"last"``, or a position if entries are strings or it is negative."""
     if wanted in among and not isinstance(wanted, bool):
         return among.index(wanted)
+    if wanted == "last" and among:
+        return len(among) - 1
     counted = isinstance(wanted, Integral) and not isinstance(wanted, bool)
     counted = counted and (wanted < 0 or all(isinstance(name, str) for name in among))
     if counted and -len(among) <= wanted < len(among):

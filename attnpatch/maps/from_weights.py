@@ -66,7 +66,11 @@ def fields_of(
         "query_sizes": rows.long(),
         "key_sizes": key.sizes,
         "heads": "mean" if heads == "mean" else range(count),
-        "metadata": {"tokens": num_keys, **(metadata or {})},
+        "metadata": {
+            "tokens": num_keys,
+            **({"num_layers": len(calls[0])} if layers is None else {}),
+            **(metadata or {}),
+        },
     }
 
 

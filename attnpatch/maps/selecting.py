@@ -140,22 +140,24 @@ class Selecting:
     def select(
         self: Map,
         layer: Any = None,
-        head: int | Literal["mean"] | None = None,
+        head: int | str | None = None,
         sequence: int | None = None,
         step: Any = None,
     ) -> Map:
-        """A smaller map: some layers, one head, one sequence, some steps. An argument that is ``None`` selects all.
+        """A smaller map: some layers, one head, one sequence, some steps. ``None`` selects all.
 
         Args:
-            layer: An entry of ``layers``, a list of entries, or ``"mean"`` over layers. Negative numbers count from the
-                last; if layers have names, numbers are positions.
-            head: An entry of ``heads`` (negative numbers count from the last), or ``"mean"`` over heads.
+            layer: An entry of ``layers``, a list of entries, ``"last"``, ``"all"``, or ``"mean"`` over layers. Negative
+                numbers count from the last; if layers have names, numbers are positions.
+            head: An entry of ``heads`` (negative numbers count from the last, which is ``"last"``), or ``"mean"`` over
+                heads.
             sequence: Position in the batch.
             step: Like ``layer``, for ``steps``; ``"mean"`` of a map without steps is the map itself.
 
         Raises:
             CaptureError: There is no such layer, head, sequence or step.
         """
+        layer, step = (None if isinstance(each, str) and each == "all" else each for each in (layer, step))
         changes: dict[str, Any] = {name: getattr(self, name) for name in ("mass", "error", "spread")}
         batch, split = int(self.is_batch), self.heads != "mean"
         of_layers = batch + bool(self.steps)

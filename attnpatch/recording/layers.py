@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from attnpatch.errors import CaptureError
@@ -79,14 +80,28 @@ def layer_numbers(layers: Any) -> tuple[int, ...] | None:
     """
     if layers is None or (isinstance(layers, str) and layers == "all"):
         return None
-    if isinstance(layers, str) and layers == "last":
-        return (-1,)
-    numbers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
-    if not numbers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in numbers):
+    numbers = listed_numbers(layers)
+    if numbers is None:
         raise ValueError(
             f"layers={layers!r} is not accepted; give a list of numbers such as [0, -1], or 'last', or 'all'"
         )
-    return tuple(numbers)
+    return numbers
+
+
+def listed_numbers(given: Any) -> tuple[int, ...] | None:
+    """The numbers that an option lists, such as layers or steps; ``"last"`` is -1. ``None``: it is no such list.
+
+    Lists, ranges, arrays and tensors of whole numbers are lists of numbers. A single number, truth values, texts and an
+    empty list are none.
+    """
+    if isinstance(given, str):
+        return (-1,) if given == "last" else None
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)) else []
+    if not found or not all(isinstance(each, Integral) and not isinstance(each, bool) for each in found):
+        return None
+    return tuple(map(int, found))
 
 
 def chosen_sites(

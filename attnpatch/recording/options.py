@@ -9,6 +9,7 @@ from typing import Any
 from attnpatch.blocks.heads import Heads, checked_heads
 from attnpatch.blocks.spec import Blocks
 from attnpatch.errors import CaptureError
+from attnpatch.recording.layers import listed_numbers
 from attnpatch.recording.statistics import checked_measures
 
 Steps = str | Sequence[int]
@@ -42,12 +43,13 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", checked_heads(self.heads))
         object.__setattr__(self, "measures", checked_measures(self.measures))
-        is_name = isinstance(self.steps, str) and self.steps in ("mean", "all")
-        are_numbers = isinstance(self.steps, (list, tuple)) and all(type(step) is int for step in self.steps)
-        if not is_name and not (are_numbers and self.steps):
-            raise CaptureError(
-                f"steps={self.steps!r} is not accepted; give 'mean', 'all' or a list of numbers such as [0, -1]"
-            )
+        if not (isinstance(self.steps, str) and self.steps in ("mean", "all")):
+            numbers = listed_numbers(self.steps)
+            if numbers is None:
+                raise CaptureError(
+                    f"steps={self.steps!r} is not accepted; give 'mean', 'all', 'last' or a list of numbers such as [0, -1]"
+                )
+            object.__setattr__(self, "steps", numbers)
         if self.sample_rows is not None and (type(self.sample_rows) is not int or self.sample_rows < 1):
             raise CaptureError(
                 f"sample_rows={self.sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"

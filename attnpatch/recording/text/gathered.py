@@ -53,7 +53,9 @@ def maps_of(recorder: Recorder, calls: Calls) -> tuple[dict[str, BlockMap], dict
     for kind, names in _kinds(recorder, records).items():
         # Sites that were asked for and not captured: no path serves them, or too little is known.
         missing = sorted(n for n in recorder.wanted if recorder.places[n][0] == kind and n not in names)
-        more: dict[str, Any] = {"not_captured": missing} if missing else {}
+        more: dict[str, Any] = {"num_layers": sum(group == kind for group, _ in recorder.places.values())}
+        if missing:
+            more["not_captured"] = missing
         notes = list(dict.fromkeys(note for name in names for note in records[name].notes))
         if notes:
             more["notes"] = notes
