@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from test_known_facts import captured, tokens
-from test_moved_tokens import ORDER, SQUARE, Model, MovedInside, is_mapped
+from test_moved_tokens import ORDER, SQUARE, Model, MovedInside, SelfAttention, is_mapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,6 +160,64 @@ def test_tokens_that_are_hidden_inside_a_module(name):
     change = (HIDDEN | INSIDE)[name]
     assert hides(change) or "rounded" in name
     assert left_out(change, True) == ["layers.1"]
+
+
+MOVES_INSIDE = {
+    "backwards": lambda x: x + x.flip(1),
+    "in place": lambda x: x.flip(1).add_(x),
+    "beside them": lambda x: torch.cat([x, x.flip(1)], 2) @ torch.ones(64, 32),
+    "along tokens": lambda x: SQUARE @ x + x,
+}
+
+
+@pytest.mark.parametrize("move", MOVES_INSIDE.values(), ids=MOVES_INSIDE)
+@pytest.mark.parametrize("name", GONE)
+def test_tokens_that_are_hidden_before_a_module_and_moved_inside(name, move):
+    """The second layer moves tokens; the first one reads them where they are."""
+    hide = GONE[name]
+    assert (
+        hides(lambda x: move(hide(x) + PLACES)) or "rounded" in name or move is not MOVES_INSIDE["backwards"]
+    )
+    model, ids = Model(lambda x: hide(x) + PLACES).eval(), torch.cat([tokens(24), tokens(24, 2)])
+    model.layers[1] = MovedInside(move)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(ids))
+    assert sorted(maps.left_out) == ["layers.1"], maps.left_out
+
+
+class TwoInputs(SelfAttention):
+    """A module that adds two tensors that it is given."""
+
+    def forward(self, x, other):
+        return super().forward(x + other)
+
+
+class GivesTwo(Model):
+    def __init__(self, give):
+        super().__init__()
+        self.give, self.layers = give, nn.ModuleList([TwoInputs()])
+
+    def forward(self, ids):
+        return self.layers[0](*self.give(self.norm(self.embed(ids))))
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["hidden first", "moved first"])
+@pytest.mark.parametrize("name", ["a gate of zeros", "every other one", "a layer", "dropped"])
+def test_hidden_and_moved_tokens_that_a_module_adds(name, is_first):
+    model = GivesTwo(lambda x: (GONE[name](x) + PLACES, x.flip(1))[:: 1 if is_first else -1]).eval()
+    ids = torch.cat([tokens(24), tokens(24, 2)])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        assert sorted(captured(model, lambda: model(ids)).left_out) == ["layers.0"]
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["in order first", "moved first"])
+def test_moved_tokens_that_a_module_adds_to_tokens_in_order(is_first):
+    model = GivesTwo(lambda x: (x + PLACES, x.flip(1))[:: 1 if is_first else -1]).eval()
+    ids = torch.cat([tokens(24), tokens(24, 2)])
+    with torch.no_grad():
+        assert not captured(model, lambda: model(ids)).left_out
 
 
 VISIBLE = {

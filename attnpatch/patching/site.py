@@ -327,11 +327,12 @@ class Site(SiteCounters):
     def _sources(inputs: list[Any], around: Sources | None, repeats: RememberedCalls | None) -> Sources:
         """The ``Sources`` that follow the functions of a call."""
         watch = reordered.watch()
-        if watch is None:
-            return sources_of(inputs, around, {}, repeats)
-        moved = {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
-        watch.inside = sources_of(inputs, around, moved, repeats)
-        return watch.inside
+        hidden = known.hidden_of(inputs) if (known := around or watch) else None
+        moved = {} if watch is None else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
+        sources = sources_of(inputs, around, moved, repeats, hidden)
+        if watch is not None:
+            watch.inside = sources
+        return sources
 
     def _in_checkpoint(self, observer: Any) -> Any:
         """The observer to use inside a checkpoint. A checkpoint that was observed once is recomputed as an observed

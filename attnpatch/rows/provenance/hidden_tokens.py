@@ -59,6 +59,23 @@ class HiddenTokens:
         # Tensors made from embeddings: their tokens count as visible even if they are all equal, or zero (padding).
         self._embedded: Any = WeakIdKeyDictionary()
 
+    def inside(self, inputs: Sequence[torch.Tensor], bare: Sequence[torch.Tensor] = ()) -> HiddenTokens:
+        """What is known of the tensors that a module is called with, to be followed inside it.
+
+        Args:
+            inputs: The tensors.
+            bare: Those of them that hold no tokens at all.
+        """
+        found = HiddenTokens(self._masks)
+        for one in inputs:
+            if one in self._hidden:
+                found._hidden[one] = self._hidden[one]
+            if one in self._embedded:
+                found._embedded[one] = True
+        for one in bare:
+            found._hidden[one] = torch.tensor(True)
+        return found
+
     def has(self, tensor: torch.Tensor) -> bool:
         """True if some token of a tensor may be hidden."""
         found = self._hidden.get(tensor)

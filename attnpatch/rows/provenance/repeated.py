@@ -19,6 +19,7 @@ import torch
 from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Dims
 from attnpatch.rows.provenance import element_places
+from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory
@@ -66,17 +67,20 @@ def sources_of(
     outer: Sources | None,
     moved: dict[int, dict[int, str]],
     repeats: RememberedCalls | None,
+    hidden: HiddenTokens | None = None,
 ) -> Sources:
     """The sources of a call; see ``Sources``.
 
     Args:
-        inputs, outer, moved: As for ``Sources``.
+        inputs, outer, moved, hidden: As for ``Sources``.
         repeats: The module's remembered calls; ``None``: each call is followed.
     """
     if repeats is None or repeats.is_off or outer is not None or moved or not inputs:
-        return Sources(inputs, outer, moved)
+        return Sources(inputs, outer, moved, hidden=hidden)
     tokens = inputs[0].numel() // max(1, inputs[0].shape[-1])
-    return Sources(inputs) if tokens > MOST_TOKENS else RepeatedSources(inputs, repeats)
+    if tokens > MOST_TOKENS:
+        return Sources(inputs, hidden=hidden)
+    return RepeatedSources(inputs, repeats, hidden)
 
 
 class RepeatedSources(Sources):
@@ -85,10 +89,13 @@ class RepeatedSources(Sources):
     Args:
         inputs: The tensors that the module is called with, in order, each once.
         repeats: The module's remembered calls.
+        hidden: As for ``Sources``.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], repeats: RememberedCalls) -> None:
-        super().__init__(inputs)
+    def __init__(
+        self, inputs: Sequence[torch.Tensor], repeats: RememberedCalls, hidden: HiddenTokens | None = None
+    ) -> None:
+        super().__init__(inputs, hidden=hidden)
         self._repeats = repeats
         # Functions that were recorded and not followed yet; ``None``: nothing is recorded any more.
         self._waiting: list[tuple[Any, ...]] | None = [] if repeats else None

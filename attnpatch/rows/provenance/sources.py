@@ -34,6 +34,7 @@ class Sources(FunctionResults):
         moved: For each input, by number, and each of its dimensions: the function that has reordered its elements
             before the call.
         notes: The notes that hold the dimensions; ``None``: new notes, which watch for unseen writes.
+        hidden: Which of the inputs hide tokens; ``None``: not known, if ``notes`` are not given either.
     """
 
     def __init__(
@@ -42,8 +43,11 @@ class Sources(FunctionResults):
         outer: Sources | None = None,
         moved: dict[int, dict[int, str]] | None = None,
         notes: Notes | None = None,
+        hidden: HiddenTokens | None = None,
     ) -> None:
-        super().__init__(inputs, notes or Notes(_strayed), HiddenTokens() if notes is None else None)
+        super().__init__(
+            inputs, notes or Notes(_strayed), hidden or (HiddenTokens() if notes is None else None)
+        )
         self.outer, self.moved = outer, moved or {}
         # Products of queries and keys (``observed.Scored``).
         self.scores: list[Any] = []
@@ -63,6 +67,10 @@ class Sources(FunctionResults):
     def has_seen_writes(self, tensor: torch.Tensor) -> bool:
         """True if all writes to a tensor were seen, or if the tensor is not known at all."""
         return tensor not in self._known or self._known.knows_writes(tensor)
+
+    def hidden_of(self, inputs: Sequence[torch.Tensor]) -> HiddenTokens | None:
+        """Tells which of the tensors that a module inside is called with hide some of their tokens."""
+        return None if self.hidden is None else self.hidden.inside(inputs)
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
         """The remembered layout of the attention of ``query`` and ``key``; ``None``: it has to be determined."""
@@ -121,6 +129,11 @@ class Sources(FunctionResults):
             self.hidden.follow(name, args, given, with_tokens, results or written)
             for one in written:
                 self.hidden.spread(one, self._sharing)
+
+    def _has_losses(self, dim: Dim) -> bool:
+        origins = (self.origin(leaf) for leaf in leaves(dim)) if self.moved else ()
+        is_moved = any(found is not None and found[1] in self.moved.get(found[0], ()) for found in origins)
+        return is_moved or super()._has_losses(dim)
 
     def _sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The other known tensors that share the memory of one."""

@@ -20,6 +20,7 @@ from attnpatch import compat
 from attnpatch.rows import guard
 from attnpatch.rows.op_table import first_in_place
 from attnpatch.rows.provenance.element_places import CONVOLUTIONS, name_of
+from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.reordered import sums
 from attnpatch.rows.provenance.reordered.function_tables import is_setting
 from attnpatch.rows.provenance.reordered.functions import Turned
@@ -87,6 +88,11 @@ class Moved(TorchFunctionMode):
             # Inside another site this mode does not see functions.
             self._turned.has_tokens(tensor)
         return {**self._turned.why(tensor), **moved}
+
+    def hidden_of(self, inputs: Sequence[torch.Tensor]) -> HiddenTokens:
+        """Tells which of the tensors that a site is called with hide some of their tokens."""
+        bare = [one for one in inputs if self._turned.is_bare.get(one)]
+        return self._turned.hidden.inside(inputs, bare)
 
     def sides(self, tensor: torch.Tensor) -> list[int]:
         """The lengths of the dimensions that were merged into a tensor's tokens; empty: not known."""
