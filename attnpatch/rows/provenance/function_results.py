@@ -154,10 +154,13 @@ class FunctionResults(Origins):
                 (t, own[-back]) for t, own in known if back <= len(own) and size_of(own[-back]) == size != 1
             ]
             there = [(t, dim) for t, dim in here if any(t is one for one in whole)]
-            lost = [(t, dim) for t, dim in there if self._has_losses(dim)]
-            clean = [
-                (t, dim) for t, dim in there if lost and not self._has_losses(dim) and beside is not None
-            ]
+            out_of_order = {
+                id(t)
+                for t, dim in there
+                if self._has_losses(dim) or (beside is not None and self._is_moved(dim))
+            }
+            lost = [(t, dim) for t, dim in there if id(t) in out_of_order]
+            clean = [one for one in there if lost and id(one[0]) not in out_of_order and beside is not None]
             value = lost[0][0] if lost and beside else None
             shown = (one for one in clean if self._shows(one[0], value, place))
             choice = next(shown, None) or next(iter(lost or here), None)
@@ -169,6 +172,10 @@ class FunctionResults(Origins):
     def _has_losses(self, dim: Dim) -> bool:
         """True if a dimension holds tokens at unknown positions."""
         return any(self._loss(leaf) is not None for leaf in leaves(dim))
+
+    def _is_moved(self, dim: Dim) -> bool:
+        """True if a dimension of an input was reordered before the call."""
+        return False
 
     def _shows(self, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
         """True if the tokens of ``tensor``, which are in order, are visible in a sum along a dimension; for channels,
@@ -189,7 +196,7 @@ class FunctionResults(Origins):
             return True
         for one in operands:
             own = self._known.get(one) if one is not result and one.shape == result.shape else None
-            if own is not None and any(map(self._has_losses, own)):
+            if own is not None and any(self._has_losses(dim) or self._is_moved(dim) for dim in own):
                 self.reads_values = True
                 if self.hidden is not None and self.hidden.has(result):
                     return False

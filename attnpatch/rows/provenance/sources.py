@@ -130,10 +130,9 @@ class Sources(FunctionResults):
             for one in written:
                 self.hidden.spread(one, self._sharing)
 
-    def _has_losses(self, dim: Dim) -> bool:
+    def _is_moved(self, dim: Dim) -> bool:
         origins = (self.origin(leaf) for leaf in leaves(dim)) if self.moved else ()
-        is_moved = any(found is not None and found[1] in self.moved.get(found[0], ()) for found in origins)
-        return is_moved or super()._has_losses(dim)
+        return any(found is not None and found[1] in self.moved.get(found[0], ()) for found in origins)
 
     def _sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The other known tensors that share the memory of one."""
