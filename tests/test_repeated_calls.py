@@ -1,5 +1,6 @@
 """A module that does the same for every token is followed once; one that begins to do something else is followed again."""
 
+import threading
 import warnings
 
 import pytest
@@ -109,6 +110,29 @@ def scripted(step, k, v):
     return k, v, places[::-1] if step >= CHANGE else places
 
 
+def scripted_in_a_row(step, k, v):
+    """The same, and then a function that is seen writes to them too."""
+    k, v, places = scripted(step, k, v)
+    return k.mul_(1.0), v, places
+
+
+def by_a_thread(step, k, v):
+    k, places = k * 1, list(range(k.shape[2]))
+    if step >= CHANGE:
+        thread = threading.Thread(target=torch.inference_mode(k.is_inference())(lambda: k.copy_(k.flip(2))))
+        thread.start()
+        thread.join()
+    return k * 1, v, places[::-1] if step >= CHANGE else places
+
+
+def scripted_and_read_elsewhere(step, k, v):
+    """Then code outside torch asks for an address: from there on functions are followed one by one."""
+    k, v, places = scripted(step, k, v)
+    if step >= CHANGE:
+        v.data_ptr()
+    return k * 1, v, places
+
+
 def added_in_place(step, k, v):
     k = k * 1
     k += 1.0
@@ -195,7 +219,7 @@ def dense(seen, width=4):
 
 CHANGES = [
     plain, flipped, picked, window, without_first, late_window, rolled, crossed, turned_in_place, written,
-    written_elsewhere, asks_twice, scripted, added_in_place, gated, gated_in_place, gated_beside,
+    written_elsewhere, asks_twice, scripted, scripted_in_a_row, by_a_thread, scripted_and_read_elsewhere, added_in_place, gated, gated_in_place, gated_beside,
 ]  # fmt: skip
 # Known to the end, or known no longer: either is right.
 ALWAYS_KNOWN = {plain, asks_twice, added_in_place}
@@ -214,10 +238,12 @@ def follows(monkeypatch):
     return count
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", CHANGES)
-def test_right_or_left_out(change):
+def test_right_or_left_out(change, mode):
+    """In inference mode tensors have no version that tells how often they were written to."""
     model, ids = Model(change).eval(), tokens(PROMPT + STEPS)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mode():
         warnings.simplefilter("ignore")
         maps = captured(model, lambda: decode(model, ids), Blocks.fixed(4))
     if "attention" in maps.left_out:

@@ -73,6 +73,9 @@ class RowsMode(Watching):
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         sources = self.call.sources
+        if sources is not None and torch.is_inference_mode_enabled():
+            with compat.DisableTorchFunction():
+                sources.before(func, args, kwargs)
         result = self._answer(func, types, args, kwargs)
         if sources is not None and sources is self.call.sources:
             # The functions called there are attnpatch's own: no other mode must see them.

@@ -23,7 +23,7 @@ from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory
-from attnpatch.rows.provenance.unseen_writes import EXPOSING
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, place_of, sum_of_sample
 
 # Only calls with at most this many tokens in the batch are recorded: their tensors are kept until the SDPA call.
 MOST_TOKENS = 16
@@ -108,6 +108,8 @@ class RepeatedSources(Sources):
         self._slots: dict[int, int] = {}
         self._memories: dict[int, int] = {}
         self._versions: list[int] = []
+        # For memory of tensors without a version, by address: a tensor in it, and a checksum of a sample.
+        self._samples: dict[int, tuple[torch.Tensor, int]] = {}
         self._held: list[Any] = []  # keeps tensors alive, so that no id is reused
         self._is_written = all(self._write(tensor) for tensor in inputs)
 
@@ -164,6 +166,7 @@ class RepeatedSources(Sources):
             return None
         self._is_asked = True
         self._is_written = self._write(query) and self._write(key)
+        self._has_strayed |= self._has_other_contents()
         if self._has_strayed:
             self._is_lost |= self._waiting is not None
             self._stop()
@@ -185,12 +188,13 @@ class RepeatedSources(Sources):
     def _stop(self) -> None:
         """Stop recording for this module: from now on it is always followed."""
         self._repeats.is_off = True
+        self._is_lost |= bool(self._waiting) and self._has_other_contents()
         self._end_record()
         self._catch_up()
 
     def _end_record(self) -> None:
         self._is_written = False
-        self._held, self._slots = [], {}
+        self._held, self._slots, self._samples = [], {}, {}
 
     def _catch_up(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -210,8 +214,25 @@ class RepeatedSources(Sources):
                 return False
         return self._write(result, is_result=True)
 
+    def _has_other_contents(self) -> bool:
+        """True if code that was not seen has written to a tensor that was recorded."""
+        is_newer = any(
+            one._version > version
+            for one, version in zip(self._held, self._versions, strict=True)
+            if not one.is_inference()
+        )
+        return is_newer or any(sum_of_sample(one) != before for one, before in self._samples.values())
+
+    def _before_write(self, tensor: torch.Tensor) -> None:
+        super()._before_write(tensor)
+        place = place_of(tensor) if self._samples else 0
+        self._has_strayed |= place in self._samples and sum_of_sample(tensor) != self._samples[place][1]
+
     def _count_write(self, target: Any) -> None:
         """Count a write that was seen, for all tensors in the target's memory."""
+        place = place_of(target) if self._samples and isinstance(target, torch.Tensor) else 0
+        if place in self._samples:
+            self._samples[place] = target, sum_of_sample(target)
         for slot, tensor in enumerate(self._held):
             if isinstance(target, torch.Tensor) and share_memory(tensor, target):
                 self._versions[slot] += 1
@@ -239,6 +260,8 @@ class RepeatedSources(Sources):
             self._slots[id(value)] = len(self._slots)
             self._held.append(value)
             self._versions.append(version)
+            if value.is_inference() and (place := place_of(value)) not in self._samples:
+                self._samples[place] = value, sum_of_sample(value)
             self._done += (_NEW, value.dtype, value.dim())
             self._numbers += value.shape
             memory = self._memory(value)

@@ -22,7 +22,7 @@ from attnpatch.rows.provenance.function_results import FunctionResults
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import Made, lost
 from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, written_by
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, may_write_to, written_by
 
 
 class Sources(FunctionResults):
@@ -87,6 +87,16 @@ class Sources(FunctionResults):
         """Note that ``copy`` has the elements of ``tensor`` at the same positions."""
         if copy is not tensor and tensor in self._known:
             self._known[copy] = self._known[tensor]
+
+    def before(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+        """Called before each torch function, if tensors have no version."""
+        if self.outer is not None:
+            self.outer.before(func, args, kwargs)
+        for one in may_write_to(func, args, kwargs):
+            self._before_write(one)
+
+    def _before_write(self, tensor: torch.Tensor) -> None:
+        self._known.before_write(tensor)
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Called after each torch function."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attnpatch import compat
+from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.tensors import tensors_in
 
 # After these functions, code outside torch may write to a tensor's memory.
@@ -110,6 +111,13 @@ class Notes:
         )
         self._look(tensor)
 
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """Called before a function that is seen writes to a tensor: after it, earlier writes could not be told apart
+        from it where a tensor has no version.
+        """
+        if self._is_sampled(tensor) and self._found(tensor) is not None:
+            self._compare(tensor)
+
     def wrote(self, tensor: torch.Tensor) -> None:
         """Called when a function that was seen has written to a tensor once."""
         found = self._found(tensor)
@@ -121,7 +129,7 @@ class Notes:
 
     def lose(self, tensor: torch.Tensor) -> None:
         """Called when an unknown function has written to a tensor."""
-        place = _place(tensor)
+        place = place_of(tensor)
         found = [*self._at(place)] if place else [self._found(tensor)]
         for memory in {id(each[2]): each[2] for each in found if each is not None}.values():
             memory.strays += 1
@@ -140,7 +148,7 @@ class Notes:
 
     def expose(self, tensor: torch.Tensor) -> None:
         """Called when code outside torch may write to a tensor's memory from now on."""
-        place = _place(tensor) if self._strayed is not None else 0
+        place = place_of(tensor) if self._strayed is not None else 0
         if place and place not in self._exposed:
             self._exposed[place] = _sum(tensor)
 
@@ -176,14 +184,14 @@ class Notes:
     def _compare(self, tensor: torch.Tensor) -> None:
         """Look for writes to memory whose address code outside torch has, or whose tensors have no version."""
         is_sampled = self._is_sampled(tensor)
-        place = _place(tensor) if self._exposed or is_sampled else 0
+        place = place_of(tensor) if self._exposed or is_sampled else 0
         is_changed = False
         if place in self._exposed:
             now = _sum(tensor)
             is_changed = now != self._exposed[place]
             self._exposed[place] = now
         elif place and is_sampled:
-            part, memory = _sum_of_sample(tensor), self._notes[id(tensor)][2]
+            part, memory = sum_of_sample(tensor), self._notes[id(tensor)][2]
             is_changed = part != self._samples.get(place, part)
             self._samples[place] = part
             memory.strays += memory.address != place
@@ -194,20 +202,38 @@ class Notes:
 
     def _at(self, place: int) -> Iterator[Any]:
         for tensor in self:
-            if _place(tensor) == place:
+            if place_of(tensor) == place:
                 yield self._found(tensor)
 
     def _look(self, tensor: torch.Tensor) -> None:
         """Accept the present contents of such memory."""
         is_sampled = self._is_sampled(tensor)
-        place = _place(tensor) if self._exposed or is_sampled else 0
+        place = place_of(tensor) if self._exposed or is_sampled else 0
         if place in self._exposed:
             self._exposed[place] = _sum(tensor)
         elif place and is_sampled:
-            self._samples[place] = _sum_of_sample(tensor)
+            self._samples[place] = sum_of_sample(tensor)
             found = self._found(tensor)
             if found is not None:
                 found[2].address = place
+
+
+def may_write_to(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a torch function may write to, by its name and its arguments."""
+    is_write, is_foreign = _writes(func)
+    if not (is_write or is_foreign or "out" in kwargs):
+        return []
+    found = [*args[:1], kwargs.get("input")] if is_write else []
+    found += written_by(func, args, kwargs) if is_foreign else []
+    return [one for one in (*found, *tensors_in(kwargs.get("out"))) if isinstance(one, torch.Tensor)]
+
+
+@functools.lru_cache(1024)
+def _writes(func: Any) -> tuple[bool, bool]:
+    """Whether a function's name says that it writes to its first argument, and whether it is another library's."""
+    name = element_places.name_of(func)
+    is_write = element_places.is_in_place(name) or name in element_places.WRITES
+    return is_write, name.startswith("torch._ops.")
 
 
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -222,7 +248,7 @@ def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tenso
     return [*tensors_in([value for name, value in named.items() if is_written.get(name)])]
 
 
-def _place(tensor: torch.Tensor) -> int:
+def place_of(tensor: torch.Tensor) -> int:
     """The address of a tensor's memory; 0 if it has none of its own."""
     if tensor.is_meta:
         return 0
@@ -232,7 +258,7 @@ def _place(tensor: torch.Tensor) -> int:
         return 0
 
 
-def _sum_of_sample(tensor: torch.Tensor) -> int:
+def sum_of_sample(tensor: torch.Tensor) -> int:
     """A checksum of a part of a tensor's memory, spread over all of it."""
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     words = flat[: len(flat) // 4 * 4].view(torch.int32) if len(flat) > 3 else flat

@@ -40,7 +40,7 @@ from attnpatch.rows.provenance.reordered.function_tables import (
 from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_wide, listed
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import tensors_in
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, written_by
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, may_write_to, written_by
 
 
 class Turned(TokenTensors):
@@ -51,6 +51,11 @@ class Turned(TokenTensors):
         self._has_left_torch = False
         # For slices with steps: the source tensor, and start and step by dimension.
         self._slices: Any = WeakIdKeyDictionary()
+
+    def before(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
+        """Called before each torch function, if tensors have no version."""
+        for one in may_write_to(func, args, kwargs):
+            self.is_bare.before_write(one)
 
     def follow(
         self, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any

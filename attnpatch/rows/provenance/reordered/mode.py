@@ -59,9 +59,12 @@ class Moved(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if self.depth or torch.compiler.is_compiling():
-            return result
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            with compat.DisableTorchFunction():
+                guard.attempted(self._turned.before, func, args, kwargs, name="the order of tokens")
+        result = func(*args, **kwargs)
         # The functions called here are attnpatch's own: no other mode must see them.
         with compat.DisableTorchFunction():
             guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
