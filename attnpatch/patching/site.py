@@ -39,8 +39,6 @@ from attnpatch.rows.deferred.tensor import note_no_memory
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.reordered import mode as reordered
-from attnpatch.rows.provenance.repeated import sources_of
-from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import inputs_among
 from attnpatch.rows.watching import without
 
@@ -318,21 +316,10 @@ class Site(SiteCounters):
                 repeats = None if observer.is_of_gradient else self.repeats
                 # These functions are attnpatch's own: the mode must not see them.
                 with compat.DisableTorchFunction():
-                    call.sources = self._sources(inputs_among(args, kwargs), around, repeats)
+                    call.sources = reordered.sources_inside(inputs_among(args, kwargs), around, repeats)
             except Exception as error:
                 self.failed("tracking a module's inputs", error)
         return call
-
-    @staticmethod
-    def _sources(inputs: list[Any], around: Sources | None, repeats: RememberedCalls | None) -> Sources:
-        """The ``Sources`` that follow the functions of a call."""
-        watch = reordered.watch()
-        hidden = known.hidden_of(inputs) if (known := around or watch) else None
-        moved = {} if watch is None else {i: why for i, each in enumerate(inputs) if (why := watch.why(each))}
-        sources = sources_of(inputs, around, moved, repeats, hidden)
-        if watch is not None:
-            watch.inside = sources
-        return sources
 
     def _in_checkpoint(self, observer: Any) -> Any:
         """The observer to use inside a checkpoint. A checkpoint that was observed once is recomputed as an observed

@@ -21,9 +21,11 @@ from attnpatch.rows import guard
 from attnpatch.rows.op_table import first_in_place
 from attnpatch.rows.provenance.element_places import CONVOLUTIONS, name_of
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
+from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.reordered import sums
 from attnpatch.rows.provenance.reordered.function_tables import is_setting
 from attnpatch.rows.provenance.reordered.functions import Turned
+from attnpatch.rows.provenance.repeated import sources_of
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
@@ -284,6 +286,19 @@ def watched(module: torch.nn.Module, given: Any) -> Iterator[None]:
 def watch() -> Moved | None:
     """The ``Moved`` mode of the running model call in this thread, or ``None``."""
     return here.order
+
+
+def sources_inside(
+    inputs: Sequence[torch.Tensor], around: Sources | None, repeats: RememberedCalls | None
+) -> Sources:
+    """The ``Sources`` that follow the functions of a site's call; see ``sources_of`` for the arguments."""
+    order = here.order
+    hidden = known.hidden_of(inputs) if (known := around or order) else None
+    moved = {} if order is None else {i: why for i, each in enumerate(inputs) if (why := order.why(each))}
+    sources = sources_of(inputs, around, moved, repeats, hidden)
+    if order is not None:
+        order.inside = sources
+    return sources
 
 
 def sides(tensor: torch.Tensor) -> list[int]:
