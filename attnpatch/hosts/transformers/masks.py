@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from attnpatch import compat
+from attnpatch.hosts.tables import Replaced
 from attnpatch.policy import NativeNeed, Policy
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall
@@ -30,41 +30,13 @@ _MODULE = "transformers.masking_utils"
 _SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
-class _Table:
-    """Replaces the functions in transformers' table of masks while any thread calls a patched model."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
-
-    def enter(self, module: Any) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users > 1:
-                return
-            known = {id(getattr(module, name, None)) for name in compat.MASK_FUNCTIONS}
-            table = getattr(module, compat.MASK_TABLE)
-            for mapping in (table._global_mapping, table._local_mapping):
-                for key, function in mapping.items():
-                    if id(function) in known:
-                        ours = _by_rows(function)
-                        mapping[key] = ours
-                        self._replaced.append((mapping, key, function, ours))
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-            for mapping, key, function, ours in self._replaced:
-                # Another function may have been registered meanwhile; it stays.
-                if mapping.get(key) is ours:
-                    mapping[key] = function
-            self._replaced.clear()
+def _replacement(key: str, function: Any) -> Any:
+    module = sys.modules[_MODULE]
+    known = {id(getattr(module, name, None)) for name in compat.MASK_FUNCTIONS}
+    return _by_rows(function) if id(function) in known else None
 
 
-_table = _Table()
+_table = Replaced(_replacement)
 
 
 @contextlib.contextmanager
@@ -76,7 +48,8 @@ def by_rows(call: AttentionCall) -> Iterator[None]:
         with row_masks.of_call(None):
             yield
         return
-    _table.enter(module)
+    table = getattr(module, compat.MASK_TABLE)
+    _table.enter((table._global_mapping, table._local_mapping))
     try:
         with row_masks.of_call(call):
             yield
