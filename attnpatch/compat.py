@@ -277,6 +277,13 @@ MASK_TABLE, MASK_FUNCTIONS = "ALL_MASK_ATTENTION_FUNCTIONS", ("sdpa_mask", "eage
 # transformers: the argument with the positions of a mask's rows, until 5.3. If it is missing and no number of rows is
 # given either, masks are whole.
 MASK_POSITIONS = "cache_position"
+# transformers: the table of attention functions by implementation. diffusers: the registry of attention back ends, and its
+# table. If they are missing, kernels that are called through them are seen only if their packages' own functions are.
+ATTENTION_TABLE, BACKEND_REGISTRY, BACKENDS = (
+    "ALL_ATTENTION_FUNCTIONS",
+    "_AttentionBackendRegistry",
+    "_backends",
+)
 
 
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch import compat
+from attnpatch.hosts.diffusers import kernels as of_diffusers
+from attnpatch.hosts.transformers import kernels as of_transformers
 from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.observing import NullObserver
 from attnpatch.patching.recognition import Watch
 from attnpatch.policy import Policy
+from attnpatch.rows import torch_graphs
 from attnpatch.rows.mode import RowsMode
 from attnpatch.rows.sdpa.encoder_fast_paths import opened
 
@@ -65,6 +68,18 @@ class CountersOfMasks:
             raise AttributeError(name)
         site = self.root if calls_here.mode is None else calls_here.mode.call.counters
         return getattr(site, name)
+
+
+def kernels_seen(
+    patch: Patch, is_short: bool, forward: Callable[..., Any]
+) -> list[contextlib.AbstractContextManager[Any]]:
+    """Contexts in which the hosts' calls of kernels are seen; none if nothing is done with them, or if a compiled graph
+    makes them.
+    """
+    is_wanted = not is_short or patch.recorders or patch.policy.replace_kernels
+    if not is_wanted or torch_graphs.is_compiled(forward):
+        return []
+    return [of_transformers.seen(), of_diffusers.seen()]
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:

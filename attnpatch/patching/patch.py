@@ -65,6 +65,7 @@ class Patch:
         reasons: dict[str, str] | None = None,
     ) -> None:
         kernels.watch()
+        kernels.find_compiled(model)
         self.policy, self.automatic, self.chosen = policy, automatic, chosen
         self.left_alone: list[str] = []
         self.recorders: tuple[Any, ...] = ()

@@ -21,6 +21,7 @@ from attnpatch.patching.calls import (
     Around,
     CountersOfMasks,
     calls_here,
+    kernels_seen,
     most_rows,
     opened_up,
     stays_native,
@@ -126,8 +127,7 @@ class Site(SiteCounters):
             is_native = (
                 calls_here.is_calm
                 and self.why != CANDIDATE
-                and not self.patch.recorders
-                and not self.patch.policy.replace_kernels
+                and not (self.patch.recorders or self.patch.policy.replace_kernels)
                 and not attention_outputs.are_asked_for(module, kwargs)
                 and (rows := most_rows(args, kwargs)) <= self.patch.policy.min_tokens
             )
@@ -162,6 +162,7 @@ class Site(SiteCounters):
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
                 contexts = [masks.by_rows(call), watch]
+            contexts += kernels_seen(self.patch, is_short, forward)
         except Exception as error:
             calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
             self.failed("the beginning of a model's call", error)

@@ -21,3 +21,8 @@ def window_of(sizes: Any) -> tuple[int | None, int | None]:
     """A window as flash-attn takes it (-1 or ``None``: open) as ``KernelCall`` has it."""
     left, right = (None if size is None or size < 0 else int(size) for size in sizes)
     return left, right
+
+
+def lengths_of(cumulative: torch.Tensor) -> tuple[int, ...]:
+    """The lengths of packed sequences, from int ``[sequences + 1]``: where each begins and the last one ends."""
+    return tuple(cumulative.diff().tolist())

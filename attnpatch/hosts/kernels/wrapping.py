@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import wrapt
+from torch import nn
 
+from attnpatch import compat
 from attnpatch.failures import warn_once
-from attnpatch.hosts.kernels import flash_attn
+from attnpatch.hosts.kernels import flash_attn, flex
 from attnpatch.rows.kernels.table import Kernel, kernel_of, overridable
 
 # By module: its functions, with their readers.
 READERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "torch.nn.attention.flex_attention": {"flex_attention": flex.flex_attention},
     "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn.flash_attn_func},
 }
 # Functions that hold all scores at once.
@@ -52,12 +56,50 @@ def put_in_place(kernel: Kernel) -> Callable[..., Any]:
     Returns:
         The overridable function.
     """
-    ours, native = overridable(kernel), kernel.native
-    for module in list(sys.modules.values()):
-        try:
-            names = [name for name, value in vars(module).items() if value is native]
-        except (TypeError, RuntimeError):  # no module, or one that another thread is changing
-            continue
-        for name in names:
-            setattr(module, name, ours)
+    ours = overridable(kernel)
+    _replace(_modules(), lambda value: ours if value is kernel.native else None)
     return ours
+
+
+def find_compiled(model: nn.Module) -> None:
+    """Make compiled kernels (``torch.compile(flex_attention)``) overridable in loaded modules and in a model's parts."""
+    if "torch._dynamo" not in sys.modules:
+        return  # nothing was compiled
+    owners = {id(owner): owner for part in model.modules() for owner in (part, *type(part).__mro__)}
+    changed = [module for module in _modules() if _sizes.get(id(module)) != _size(module)]
+    _replace([*changed, *owners.values()], _of_compiled)
+    _sizes.update((id(module), size) for module in changed if (size := _size(module)) >= 0)
+
+
+# The number of names that each module had when it was last searched: searching all of them takes 50 ms. The script's own
+# names are searched every time.
+_sizes: dict[int, int] = {}
+
+
+def _size(module: Any) -> int:
+    return -1 if getattr(module, "__name__", "") == "__main__" else len(getattr(module, "__dict__", ()))
+
+
+def _of_compiled(value: Any) -> Callable[..., Any] | None:
+    original = vars(value).get(compat.COMPILED_FUNCTION) if type(value) is types.FunctionType else None
+    kernel = None if original is None else kernel_of(original) or kernel_of(original, is_native=True)
+    if kernel is None or kernel_of(value) is not None:
+        return None
+    return overridable(dataclasses.replace(kernel, native=value, holds_scores=False))
+
+
+def _modules() -> list[Any]:
+    return list(sys.modules.values())
+
+
+def _replace(owners: Iterable[Any], replacement: Callable[[Any], Any]) -> None:
+    """Replace functions among the names of modules, classes and objects."""
+    for owner in owners:
+        try:
+            found = [
+                (name, new) for name, value in vars(owner).items() if (new := replacement(value)) is not None
+            ]
+            for name, new in found:
+                setattr(owner, name, new)
+        except (TypeError, AttributeError, RuntimeError):
+            continue  # it has no names, they cannot be set, or another thread is changing them

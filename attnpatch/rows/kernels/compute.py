@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
+from attnpatch import compat
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation.row_masks import RowFunctionNode
 from attnpatch.rows.deferred.tensor import wrap
@@ -39,11 +41,22 @@ def masked(call: KernelCall, site: AttentionCall | None) -> torch.Tensor | None:
     others = dataclasses.replace(call, mask=None)
     if isinstance(call.mask, torch.Tensor) and not others.has_mask and not others.is_only_causal:
         return call.mask
+    return _deferred(call, site)
+
+
+def _deferred(call: KernelCall, site: AttentionCall | None) -> torch.Tensor:
+    """All rows of a call's mask; deferred in a site."""
     if site is None or call.q_len < 2:
-        return call.mask_rows(0, call.q_len)
-    few = call.mask_rows(0, 1)
+        return _rows(call, 0, call.q_len)
+    few = _rows(call, 0, 1)
     shape = (*few.shape[:-2], call.q_len, call.kv_len)
-    return wrap(RowFunctionNode(call.mask_rows, shape, few.dtype, few.device), site)
+    return wrap(RowFunctionNode(functools.partial(_rows, call), shape, few.dtype, few.device), site)
+
+
+def _rows(call: KernelCall, low: int, high: int) -> torch.Tensor:
+    """Rows of a call's mask. Modes must not see how they are made: they would defer distances between positions."""
+    with compat.DisableTorchFunction():
+        return call.mask_rows(low, high)
 
 
 def _of_one(call: KernelCall, site: AttentionCall | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -77,7 +90,7 @@ def scores_of(call: KernelCall, mask: torch.Tensor | None, site: AttentionCall |
     if call.change is not None:
         scores = changed(scores, call.change, site)
     if mask is None and call.is_only_causal:
-        mask = _causal(call, site)
+        mask = _deferred(call, site)
     if mask is None:
         return scores
     if mask.dtype == torch.bool:
@@ -94,13 +107,6 @@ def weights_of(call: KernelCall, scores: torch.Tensor) -> torch.Tensor:
     if not call.has_mask and call.change is None:
         return weights
     return weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-
-
-def _causal(call: KernelCall, site: AttentionCall | None) -> torch.Tensor:
-    if site is None:
-        return call.mask_rows(0, call.q_len)
-    shape = (1, 1, call.q_len, call.kv_len)
-    return wrap(RowFunctionNode(call.mask_rows, shape, torch.bool, call.query.device), site)
 
 
 def _for_each_head(keys: torch.Tensor, group: int) -> torch.Tensor:

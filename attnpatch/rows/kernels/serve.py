@@ -11,7 +11,7 @@ import torch
 from attnpatch import compat
 from attnpatch.policy import NativeNeed
 from attnpatch.rows import guard
-from attnpatch.rows.attention_call import AttentionCall
+from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.deferred.tensor import materialize
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.check import why_wrong
@@ -39,13 +39,14 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
         call = _read(kernel, args, kwargs)
     if isinstance(call, KernelCall) and _is_replaced(kernel, call, site):
         return _by_torch(call, mode)
-    native = materialize(args, kernel.name), materialize(kwargs, kernel.name)
     try:
-        result = guard.native(kernel.native, *native)
+        result, is_seen = _natively(kernel, args, kwargs, mode)
     except RuntimeError as error:
         if not isinstance(call, KernelCall) or not site.answers(error, call.query.device):
             raise
         return _by_torch(call, mode)
+    if is_seen:
+        return result
     site.counters.count("fused")
     if not kernel.holds_scores:
         site.counters.left_native("fused")
@@ -54,6 +55,39 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
     elif site.observer is not None:
         site.observer.cannot_show(f"{kernel.name}: {call}")
     return result
+
+
+def _natively(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) -> tuple[Any, bool]:
+    """The kernel's own result, and whether attention was seen in torch's functions that it calls."""
+    if not kernel.is_transparent:
+        native = materialize(args, kernel.name), materialize(kwargs, kernel.name)
+        return guard.native(kernel.native, *native), False
+    counted = Tee(mode.call.counters)
+    outer, mode.call.counters = mode.call.counters, counted
+    try:
+        with mode:
+            result = guard.native(kernel.native, args, kwargs)
+    finally:
+        mode.call.counters = outer
+    return result, counted.has_counted
+
+
+class Tee:
+    """Passes all counts on, and notes whether there were any.
+
+    Args:
+        counters: The counters of the site.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters, self.has_counted = counters, False
+
+    def count(self, what: str) -> None:
+        self.has_counted = True
+        self._counters.count(what)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._counters, name)
 
 
 def _read(kernel: Kernel, args: Any, kwargs: dict[str, Any]) -> KernelCall | str:

@@ -7,6 +7,7 @@ A kernel is replaced in its module by a function that is overridable as torch's 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -32,16 +33,18 @@ class Kernel:
     Attributes:
         name: Its name, as reports and reasons show it.
         native: The function.
-        read: Returns the ``KernelCall`` of its arguments, or raises ``CannotRead``. ``None``: it calls another function
-            that is watched.
+        read: Returns the ``KernelCall`` of its arguments, or raises ``CannotRead``.
         holds_scores: True if it holds all scores at once, so that it may run by rows.
+        is_transparent: True if it may compute attention with torch's functions, which are served as ever. Only if it does
+            not, it counts as a kernel.
         is_missing: True if the package is not installed: every call is computed by torch.
     """
 
     name: str
     native: Callable[..., Any]
-    read: Callable[..., KernelCall | None]
+    read: Callable[..., KernelCall]
     holds_scores: bool = False
+    is_transparent: bool = False
     is_missing: bool = False
 
 
@@ -51,14 +54,15 @@ NAMES = frozenset(
     "flash_attn_varlen_qkvpacked_func flash_attn_varlen_kvpacked_func flash_attn_with_kvcache "
     "memory_efficient_attention sageattn sageattn_varlen flex_attention varlen_attn dispatch_attention_fn".split()
 )
-# By the overridable function.
+# By the overridable function, and by the kernel's own.
 _KERNELS: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()
+_NATIVE: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()
 
 
-def kernel_of(function: Any) -> Kernel | None:
-    """The kernel that an overridable function calls; ``None`` for any other function."""
+def kernel_of(function: Any, is_native: bool = False) -> Kernel | None:
+    """The kernel that an overridable function calls (``is_native``: of its own function); ``None`` for any other."""
     try:
-        return _KERNELS.get(function)
+        return (_NATIVE if is_native else _KERNELS).get(function)
     except TypeError:  # it cannot be hashed, or not be referred to weakly
         return None
 
@@ -74,6 +78,8 @@ def overridable(kernel: Kernel) -> Callable[..., Any]:
         return kernel.native(*args, **kwargs)
 
     _KERNELS[call] = kernel
+    with contextlib.suppress(TypeError):
+        _NATIVE[kernel.native] = kernel
     return call
 
 
