@@ -198,6 +198,7 @@ GOOD = {
     "heads": ("2", 2),
     "retry_on_oom": ("0", False),
     "fuse": ("1", True),
+    "replace_kernels": ("1", True),
 }
 # Of fused attention the results are not the same to the last bit.
 EXACT = GOOD | {"fuse": ("0", False)}

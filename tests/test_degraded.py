@@ -33,6 +33,9 @@ TAKEN = {
     "OUTPUT_HOOK": "attention weights under SDPA",
     "QUANTIZED_KEYS": "maps of a generation with a quantised cache",
     "PENDING_BEAMS": "maps of beam search with a quantised cache",
+    "ATTENTION_TABLE": "kernels behind attention functions of transformers",
+    "BACKEND_REGISTRY": "kernels behind attention back ends of diffusers",
+    "BACKENDS": "kernels behind attention back ends of diffusers",
     "ACCELERATE_HOOK": "modules offloaded by accelerate",
     "ACCELERATE_FORWARD": "modules offloaded by accelerate",
     "COMPILED_MODULE": "compiled modules in a model",
@@ -90,6 +93,8 @@ def test_without_a_name_of_a_host(entry, taken):
     from test_masks import DECODER
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if "diffusers" in TAKEN[entry]:
+        pytest.importorskip("diffusers")  # nothing is said of packages that are not imported
     model, inputs = model_of("Llama", "sdpa"), inputs_of("Llama", 40)
     torch.manual_seed(0)
     generating = LlamaForCausalLM(LlamaConfig(**DECODER)).eval()

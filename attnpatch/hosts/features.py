@@ -75,6 +75,14 @@ def features() -> tuple[Feature, ...]:
             (("transformers.cache_utils", (compat.PENDING_BEAMS,)),),
         ),
         Feature(
+            "kernels behind attention functions of transformers", "transformers", "4.48",
+            (("transformers.modeling_utils", (compat.ATTENTION_TABLE,)),),
+        ),
+        Feature(
+            "kernels behind attention back ends of diffusers", "diffusers", "0.35",
+            (("diffusers.models.attention_dispatch", (compat.BACKEND_REGISTRY, compat.BACKENDS)),),
+        ),
+        Feature(
             "modules offloaded by accelerate", "accelerate", "1.0",
             (("accelerate.hooks", (compat.ACCELERATE_HOOK, compat.ACCELERATE_FORWARD)),),
         ),

@@ -244,8 +244,7 @@ class Site(SiteCounters):
             return forward(*first, **kwargs)
         calls_here.is_calm = False
         before = self.counts.total(), self.reasons.total()
-        if outer is not None:
-            # A site inside a site: the same mode stays active, with the inner site's call.
+        if outer is not None:  # a site inside a site: the same mode stays active, with the inner site's call
             of_outer, outer.call = outer.call, call
             try:
                 result = forward(*first, **kwargs)
