@@ -70,16 +70,9 @@ class CountersOfMasks:
         return getattr(site, name)
 
 
-def kernels_seen(
-    patch: Patch, is_short: bool, forward: Callable[..., Any]
-) -> list[contextlib.AbstractContextManager[Any]]:
-    """Contexts in which the hosts' calls of kernels are seen; none if nothing is done with them, or if a compiled graph
-    makes them.
-    """
-    is_wanted = not is_short or patch.recorders or patch.policy.replace_kernels
-    if not is_wanted or torch_graphs.is_compiled(forward):
-        return []
-    return [of_transformers.seen(), of_diffusers.seen()]
+def kernels_seen(forward: Callable[..., Any]) -> list[contextlib.AbstractContextManager[Any]]:
+    """Contexts in which the hosts' calls of kernels are seen; none if a compiled graph makes them."""
+    return [] if torch_graphs.is_compiled(forward) else [of_transformers.seen(), of_diffusers.seen()]
 
 
 def opened_up(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -162,7 +162,7 @@ class Site(SiteCounters):
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
                 contexts = [masks.by_rows(call), watch]
-            contexts += kernels_seen(self.patch, is_short, forward)
+            contexts += kernels_seen(forward)
         except Exception as error:
             calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
             self.failed("the beginning of a model's call", error)

@@ -78,7 +78,7 @@ def _reader(tolerance: float | None) -> Callable[..., KernelCall]:
         query, key, value = map(by_batch, (query, key, value))
         mask = attn_mask
         if is_block_mask(mask):
-            mask = mask_rows_of(mask, query, key)
+            mask = mask_rows_of(mask, query, key, is_compiled=False)
         elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
             mask = mask[:, None, None, :].bool()
         return KernelCall(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,10 @@ def flex_attention(
     *,
     return_aux: Any = None,
 ) -> KernelCall:
-    """The call of ``flex_attention``; tensors ``[batch, heads, length, width]``."""
+    """The call of ``flex_attention``, uncompiled; tensors ``[batch, heads, length, width]``.
+
+    Uncompiled, only the function of a block mask counts, and not its lists of blocks.
+    """
     asks = bool(return_lse or getattr(return_aux, "lse", False))
     if getattr(return_aux, "max_scores", False):
         raise CannotRead("it is asked for the largest scores, which attnpatch does not compute")
@@ -52,7 +56,7 @@ def flex_attention(
         key,
         value,
         scale=scale,
-        mask=None if block_mask is None else mask_rows_of(block_mask, query, key),
+        mask=None if block_mask is None else mask_rows_of(block_mask, query, key, is_compiled=False),
         change=score_mod,
         output=lambda result: result[0] if isinstance(result, tuple) else result,
         returned=returned,
@@ -60,7 +64,16 @@ def flex_attention(
     )
 
 
-def mask_rows_of(mask: Any, query: torch.Tensor, key: torch.Tensor) -> MaskRows | None:
+def compiled(*args: Any, **kwargs: Any) -> KernelCall:
+    """The call of ``torch.compile(flex_attention)``."""
+    call = flex_attention(*args, **kwargs)
+    mask = kwargs.get("block_mask", args[4] if len(args) > 4 else None)
+    return call if mask is None else dataclasses.replace(call, mask=mask_rows_of(mask, call.query, call.key))
+
+
+def mask_rows_of(
+    mask: Any, query: torch.Tensor, key: torch.Tensor, is_compiled: bool = True
+) -> MaskRows | None:
     """A function that returns rows of a ``BlockMask``, bool; ``None`` if it closes nothing.
 
     Blocks that the mask does not list are closed, blocks that it lists as full are open, and in the others the mask's
@@ -74,12 +87,14 @@ def mask_rows_of(mask: Any, query: torch.Tensor, key: torch.Tensor) -> MaskRows 
         raise CannotRead(
             f"its block mask is for {tuple(mask.shape[-2:])} queries and keys, not for {(q_len, kv_len)}"
         )
+    function, batch, heads = mask.mask_mod, len(query), query.shape[1]
+    if not is_compiled:
+        return lambda low, high: _cells(function, (batch, heads, low, high, kv_len), query.device)
     with compat.DisableTorchFunction():  # attnpatch's modes would take these comparisons for a mask
         partial = _blocks(mask.kv_num_blocks, mask.kv_indices)
         full = None
         if mask.full_kv_num_blocks is not None:
             full = _blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
-    function, batch, heads = mask.mask_mod, len(query), query.shape[1]
 
     def rows(low: int, high: int) -> torch.Tensor:
         blocks = torch.arange(low, high, device=partial.device) // q_size
@@ -88,12 +103,22 @@ def mask_rows_of(mask: Any, query: torch.Tensor, key: torch.Tensor) -> MaskRows 
         def cells(of: torch.Tensor) -> torch.Tensor:
             return of[:, :, blocks].repeat_interleave(kv_size, -1)[..., :kv_len].expand(shape)
 
-        places = [torch.arange(batch), torch.arange(heads), torch.arange(low, high), torch.arange(kv_len)]
-        nothing = torch.zeros(shape, dtype=torch.bool, device=partial.device)
-        is_open = cells(partial) & of_places(lambda _, *place: function(*place), nothing, places)
+        is_open = cells(partial) & _cells(function, (batch, heads, low, high, kv_len), partial.device)
         return is_open if full is None else is_open | cells(full)
 
     return rows
+
+
+def _cells(
+    function: Callable[..., torch.Tensor], sizes: tuple[int, int, int, int, int], device: torch.device
+) -> torch.Tensor:
+    """Where the function of a mask is true: bool ``[batch, heads, high - low, keys]``; ``sizes``: batch, heads, low, high,
+    keys.
+    """
+    batch, heads, low, high, keys = sizes
+    places = [torch.arange(batch), torch.arange(heads), torch.arange(low, high), torch.arange(keys)]
+    nothing = torch.zeros((batch, heads, high - low, keys), dtype=torch.bool, device=device)
+    return of_places(lambda _, *place: function(*place), nothing, places)
 
 
 def _blocks(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -66,13 +66,18 @@ def find_compiled(model: nn.Module) -> None:
     if "torch._dynamo" not in sys.modules:
         return  # nothing was compiled
     owners = {id(owner): owner for part in model.modules() for owner in (part, *type(part).__mro__)}
-    changed = [module for module in _modules() if _sizes.get(id(module)) != _size(module)]
+    own = {owner.__module__ for owner in owners.values() if isinstance(owner, type)}
+    changed = [
+        module
+        for module in _modules()
+        if _sizes.get(id(module)) != _size(module) or getattr(module, "__name__", "") in own
+    ]
     _replace([*changed, *owners.values()], _of_compiled)
     _sizes.update((id(module), size) for module in changed if (size := _size(module)) >= 0)
 
 
 # The number of names that each module had when it was last searched: searching all of them takes 50 ms. The script's own
-# names are searched every time.
+# names, and those beside the model's classes, are searched every time.
 _sizes: dict[int, int] = {}
 
 
@@ -85,7 +90,8 @@ def _of_compiled(value: Any) -> Callable[..., Any] | None:
     kernel = None if original is None else kernel_of(original) or kernel_of(original, is_native=True)
     if kernel is None or kernel_of(value) is not None:
         return None
-    return overridable(dataclasses.replace(kernel, native=value, holds_scores=False))
+    read = flex.compiled if kernel.read is flex.flex_attention else kernel.read
+    return overridable(dataclasses.replace(kernel, native=value, read=read, holds_scores=False))
 
 
 def _modules() -> list[Any]:

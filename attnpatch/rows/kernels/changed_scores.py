@@ -56,7 +56,15 @@ def _places(dim: Dim, tile: Tile) -> torch.Tensor:
 
 
 def changed(scores: torch.Tensor, change: Change, site: AttentionCall | None) -> torch.Tensor:
-    """Scores after ``change``; deferred if the scores are."""
+    """Scores after ``change``; deferred if the scores are, and if ``change`` reads nothing that needs a gradient.
+
+    Gradients of tiles reach the inputs of a graph, and what a function reads elsewhere is none of them.
+    """
     if isinstance(scores, DeferredTensor) and not scores.handle.is_computed and site is not None:
-        return wrap(ChangedScores(scores.handle.node, change), site)
+        one = [torch.zeros(1, dtype=torch.int64)] * 4
+        probe = of_places(change, scores.new_zeros((1, 1, 1, 1)).detach(), one)
+        if probe.requires_grad:
+            scores = scores.handle.materialize("a score function that reads a tensor which needs a gradient")
+        else:
+            return wrap(ChangedScores(scores.handle.node, change), site)
     return of_places(change, scores, [torch.arange(size) for size in scores.shape])

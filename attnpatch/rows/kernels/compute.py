@@ -38,10 +38,18 @@ def masked(call: KernelCall, site: AttentionCall | None) -> torch.Tensor | None:
     """The mask and bias of a call as one tensor, or ``None``; deferred in a site."""
     if not call.has_mask:
         return None
+    if not isinstance(call.mask, torch.Tensor):
+        return _deferred(call, site)
     others = dataclasses.replace(call, mask=None)
-    if isinstance(call.mask, torch.Tensor) and not others.has_mask and not others.is_only_causal:
+    if not others.has_mask and not others.is_only_causal:
         return call.mask
-    return _deferred(call, site)
+    if not call.mask.requires_grad:
+        return _deferred(call, site)
+    # The gradient of a learned bias needs torch's functions.
+    rest = _deferred(others, site)
+    if rest.dtype == torch.bool:
+        return torch.where(rest, call.mask, -math.inf)
+    return rest + call.mask
 
 
 def _deferred(call: KernelCall, site: AttentionCall | None) -> torch.Tensor:
