@@ -277,6 +277,8 @@ MASK_TABLE, MASK_FUNCTIONS = "ALL_MASK_ATTENTION_FUNCTIONS", ("sdpa_mask", "eage
 # transformers: the argument with the positions of a mask's rows, until 5.3. If it is missing and no number of rows is
 # given either, masks are whole.
 MASK_POSITIONS = "cache_position"
+# xFormers: attributes of its bias classes (the second name of the tensor: until 0.0.30).
+XFORMERS_WINDOW, XFORMERS_BIAS, XFORMERS_OLD_BIAS = "_window_size", "_bias", "_subtensor"
 # transformers: the table of attention functions by implementation. diffusers: the registry of attention back ends, and its
 # table. If they are missing, kernels that are called through them are seen only if their packages' own functions are.
 ATTENTION_TABLE, BACKEND_REGISTRY, BACKENDS = (

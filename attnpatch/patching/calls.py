@@ -141,16 +141,14 @@ def stays_native(policy: Policy, args: Any, kwargs: dict[str, Any]) -> str | int
 
     Decided before any mode is entered, so that short calls cost nothing.
     """
-    if policy.replace_kernels:
-        return None
-    if policy.mode == "never":
+    if policy.mode == "never" and not policy.replace_kernels:
         return "never"
     if any(isinstance(value, torch.Tensor) and value.is_nested for value in args):
         return "nested"
     if compat.is_transformed():
         # Inside vmap or torch.func.grad a tensor's shape and values are not the real ones.
         return "transform"
-    if policy.mode == "always":
+    if policy.mode == "always" or policy.replace_kernels:
         return None
     rows = most_rows(args, kwargs)
     return None if rows > policy.min_tokens else rows

@@ -22,6 +22,7 @@ REASONS = {
     "short": "short call: {1} row{2}, by rows only above {0}",
     "never": "mode is 'never'",
     "fused": "fused kernel: nothing to save",
+    "unread": "a kernel called with arguments that attnpatch cannot express, so it is not replaced",
     "one row": "one query row",
     "nested": "nested tensors",
     "transform": "inside vmap or torch.func.grad",

@@ -14,13 +14,57 @@ from torch import nn
 
 from attnpatch import compat
 from attnpatch.failures import warn_once
-from attnpatch.hosts.kernels import flash_attn, flex
+from attnpatch.hosts.kernels import (
+    flash_attn,
+    flash_attn_3,
+    flash_attn_4,
+    flash_attn_cache,
+    flex,
+    sageattention,
+    torch_varlen,
+    xformers,
+)
 from attnpatch.rows.kernels.table import Kernel, kernel_of, overridable
 
+
+def _named(module: types.ModuleType, names: str) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(module, name) for name in names.split()}
+
+
+_FLASH_ATTN_2 = {
+    **_named(
+        flash_attn,
+        "flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func flash_attn_varlen_func "
+        "flash_attn_varlen_kvpacked_func flash_attn_varlen_qkvpacked_func",
+    ),
+    **_named(flash_attn_cache, "flash_attn_with_kvcache"),
+}
+_FLASH_ATTN_3 = _named(
+    flash_attn_3,
+    "flash_attn_func flash_attn_qkvpacked_func flash_attn_varlen_func flash_attn_with_kvcache",
+)
+_XFORMERS = _named(
+    xformers,
+    "memory_efficient_attention memory_efficient_attention_forward "
+    "memory_efficient_attention_forward_requires_grad memory_efficient_attention_partial",
+)
 # By module: its functions, with their readers.
 READERS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch.nn.attention.flex_attention": {"flex_attention": flex.flex_attention},
-    "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn.flash_attn_func},
+    "flash_attn.flash_attn_interface": _FLASH_ATTN_2,
+    "flash_attn_interface": _FLASH_ATTN_3,
+    "flash_attn_3.flash_attn_interface": _FLASH_ATTN_3,
+    "flash_attn.cute.interface": _named(flash_attn_4, "flash_attn_func flash_attn_varlen_func"),
+    "xformers.ops.fmha": _XFORMERS,
+    # Where xFormers keeps its kernels since 2026.
+    "mslk.attention.fmha": _XFORMERS,
+    "sageattention.core": _named(
+        sageattention,
+        "sageattn sageattn_varlen sageattn_qk_int8_pv_fp16_triton sageattn_qk_int8_pv_fp16_cuda "
+        "sageattn_qk_int8_pv_fp8_cuda sageattn_qk_int8_pv_fp8_cuda_sm90",
+    ),
+    "sageattn3.api": _named(sageattention, "sageattn3_blackwell"),
+    "torch.nn.attention.varlen": _named(torch_varlen, "varlen_attn"),
 }
 # Functions that hold all scores at once.
 HOLD_SCORES = frozenset(["flex_attention"])
@@ -29,15 +73,16 @@ _is_watching = False
 
 
 def watch() -> None:
-    """Wrap the kernels of packages that are imported, and of others when they are imported; once per process."""
+    """Wrap the kernels of packages that are imported, and of others when they are imported."""
     global _is_watching
     with _lock:
-        if _is_watching:
-            return
-        _is_watching = True
+        is_first, _is_watching = not _is_watching, True
     for name in READERS:
-        # Runs at once if the module is imported already.
-        wrapt.register_post_import_hook(_wrap_module, name)
+        if is_first:
+            # Runs at once if the module is imported already.
+            wrapt.register_post_import_hook(_wrap_module, name)
+        elif (module := sys.modules.get(name)) is not None:
+            _wrap_module(module)  # if it was imported or executed again since
 
 
 def _wrap_module(module: types.ModuleType) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class KernelCall:
         mask: Bool (``True``: may attend) or added to scores, broadcasts to ``[batch, heads, q_len, kv_len]``; or a
             function of a range of rows that returns these rows.
         lengths: Packed sequences: the numbers of queries and of keys of each. Batch is then 1.
+        key_starts: The place of the first key of each packed sequence; ``None``: one after the other without gaps.
         kv_used: int ``[batch]``, how many keys of each sequence are in use; ``None``: all. ``aligns_ends`` means the last
             one that is in use.
         change: ``change(score, batch, head, query, key)`` returns the changed score; scalars (``score_mod`` of
@@ -56,6 +57,8 @@ class KernelCall:
         needs_lse: True if the kernel was asked for the logsumexp, too.
         tolerance: The largest error of the kernel's results, as a share of the largest result; ``None``: that of its
             dtype. A kernel that quantises query and key has a larger one.
+        writes: What else the kernel does, before it attends: writes new keys into a cache. Called only if the kernel
+            itself does not run.
     """
 
     query: torch.Tensor
@@ -70,6 +73,7 @@ class KernelCall:
     slopes: torch.Tensor | None = None
     mask: torch.Tensor | MaskRows | None = None
     lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    key_starts: tuple[int, ...] | None = None
     kv_used: torch.Tensor | None = None
     change: Callable[..., torch.Tensor] | None = None
     dropout_p: float = 0.0
@@ -77,6 +81,19 @@ class KernelCall:
     returned: Callable[[torch.Tensor, torch.Tensor | None], Any] = lambda result, lse: result
     needs_lse: bool = False
     tolerance: float | None = None
+    writes: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Say the same in fewer words: a window of 0 keys after the query is causal, a wide one is open."""
+        left, right = self.window
+        most = max(self.q_len, self.kv_len) - 1
+        if right == 0:
+            object.__setattr__(self, "is_causal", True)
+        if self.is_causal or (right is not None and right >= most):
+            right = None
+        if left is not None and left >= most:
+            left = None
+        object.__setattr__(self, "window", (left, right))
 
     @property
     def q_len(self) -> int:
@@ -95,6 +112,11 @@ class KernelCall:
     def factor(self) -> float:
         """The factor of the scores, with the default filled in."""
         return 1.0 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of exact scores: float32 or better."""
+        return torch.promote_types(self.query.dtype, torch.float32)
 
     @property
     def _is_square(self) -> bool:
@@ -136,28 +158,12 @@ class KernelCall:
             self.group > 1,
         )
 
-    def pieces(self) -> Iterator[KernelCall]:
-        """The packed sequences, as calls on views; the call itself if nothing is packed."""
-        if self.lengths is None:
-            yield self
-            return
-        q_low = kv_low = 0
-        for q_len, kv_len in zip(*self.lengths, strict=True):
-            q_high, kv_high = q_low + q_len, kv_low + kv_len
-            yield dataclasses.replace(
-                self,
-                query=self.query[:, :, q_low:q_high],
-                key=self.key[:, :, kv_low:kv_high],
-                value=self.value[:, :, kv_low:kv_high],
-                lengths=None,
-            )
-            q_low, kv_low = q_high, kv_high
-
     def mask_rows(self, low: int, high: int) -> torch.Tensor:
         """Rows ``low:high`` of mask and bias together.
 
         Returns:
-            ``[batch or 1, heads or 1, high - low, kv_len]``: bool (``True``: may attend), or float32, added to the scores.
+            ``[batch or 1, heads or 1, high - low, kv_len]``: bool (``True``: may attend), or added to the scores, in
+            float32 or better.
         """
         device = self.query.device
         key = torch.arange(self.kv_len, device=device)
@@ -175,14 +181,14 @@ class KernelCall:
             is_open = is_open & (key <= place + right)
         bias = None
         if self.slopes is not None:
-            slopes = self.slopes.to(device, torch.float32)
+            slopes = self.slopes.to(device, self.dtype)
             slopes = slopes.view(*(slopes.shape if slopes.dim() > 1 else (1, -1)), 1, 1)
             bias = -slopes * (place - key).abs()
         given = self._given_rows(low, high)
         if given is not None and given.dtype == torch.bool:
             is_open = is_open & given
         elif given is not None:
-            bias = given.float() if bias is None else bias + given
+            bias = given.to(self.dtype) if bias is None else bias + given
         return is_open if bias is None else torch.where(is_open, bias, -math.inf)
 
     def _given_rows(self, low: int, high: int) -> torch.Tensor | None:

@@ -17,18 +17,20 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 1e-2, tor
 
 
 @torch.no_grad()
-def why_wrong(call: KernelCall, result: torch.Tensor) -> str | None:
+def why_wrong(call: KernelCall, result: torch.Tensor, rows: int = ROWS) -> str | None:
     """Why a kernel's result is not the attention that its arguments mean; ``None`` if it is.
 
     Args:
         call: The call, not packed.
         result: ``[batch, heads, q_len, value_dim]``, what the kernel has returned.
+        rows: How many rows are compared.
     """
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     if result.shape != shape:
         return f"it returned {list(result.shape)} where {list(shape)} was expected"
     tolerance = call.tolerance if call.tolerance is not None else _TOLERANCE.get(result.dtype, 0.1)
-    for row in sorted({i * (call.q_len - 1) // (ROWS - 1) for i in range(ROWS)}):
+    last = call.q_len - 1
+    for row in sorted({last - i * last // max(1, rows - 1) for i in range(rows)}):
         expected = _row(call, row)
         found = result[:, :, row : row + 1].to(expected.dtype)
         off = (found - expected).abs().amax()
@@ -44,7 +46,7 @@ def why_wrong(call: KernelCall, result: torch.Tensor) -> str | None:
 
 def _row(call: KernelCall, row: int) -> torch.Tensor:
     """One row of the result, float32 or better: ``[batch, heads, 1, value_dim]``."""
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    dtype = call.dtype
     change = call.change
     alone = dataclasses.replace(
         call,

@@ -15,6 +15,7 @@ from attnpatch.rows.creation.row_masks import RowFunctionNode
 from attnpatch.rows.deferred.tensor import wrap
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.changed_scores import changed
+from attnpatch.rows.kernels.packing import Packing
 
 
 def attention(call: KernelCall, site: AttentionCall | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -27,11 +28,10 @@ def attention(call: KernelCall, site: AttentionCall | None) -> tuple[torch.Tenso
     Returns:
         ``[batch, heads, q_len, value_dim]`` in the dtype of the query; float32 ``[batch, heads, q_len]`` or ``None``.
     """
-    parts = [_of_one(piece, site) for piece in call.pieces()]
-    if len(parts) == 1:
-        return parts[0]
-    result = torch.cat([result for result, _ in parts], -2)
-    return result, torch.cat([lse for _, lse in parts], -1) if call.needs_lse else None
+    packing = Packing.of(call, site)
+    parts = [_of_one(piece, site) for piece in packing.calls]
+    lse = packing.joined([lse for _, lse in parts if lse is not None], -math.inf) if call.needs_lse else None
+    return packing.joined([result for result, _ in parts], 0.0), lse
 
 
 def masked(call: KernelCall, site: AttentionCall | None) -> torch.Tensor | None:
@@ -85,12 +85,20 @@ def _of_one(call: KernelCall, site: AttentionCall | None) -> tuple[torch.Tensor,
     if call.dropout_p:
         weights = torch.dropout(weights, call.dropout_p, True)
     result = (weights @ _for_each_head(value, call.group)).to(call.query.dtype)
-    return result, torch.logsumexp(scores, -1).float() if call.needs_lse else None
+    return result, _lse_of(call, scores) if call.needs_lse else None
+
+
+def _lse_of(call: KernelCall, scores: torch.Tensor) -> torch.Tensor:
+    """The logsumexp of scores and of a sink: float32 ``[batch, heads, q_len]``."""
+    lse = torch.logsumexp(scores, -1)
+    if call.sinks is not None:
+        lse = torch.logaddexp(lse, call.sinks.to(lse.dtype).view(1, -1, 1))
+    return lse.float()
 
 
 def scores_of(call: KernelCall, mask: torch.Tensor | None, site: AttentionCall | None) -> torch.Tensor:
     """The scores before softmax, in float32 or better: ``[batch, heads, q_len, kv_len]``."""
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    dtype = call.dtype
     key = _for_each_head(call.key.to(dtype), call.group)
     scores = (call.query.to(dtype) * call.factor) @ key.transpose(-2, -1)
     if call.softcap:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attnpatch import compat
+from attnpatch.oom import is_out_of_memory
 from attnpatch.policy import NativeNeed
 from attnpatch.rows import guard
 from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.deferred.tensor import materialize
 from attnpatch.rows.kernels.call import KernelCall
-from attnpatch.rows.kernels.check import why_wrong
+from attnpatch.rows.kernels.check import ROWS, why_wrong
 from attnpatch.rows.kernels.compute import attention, masked, scores_of, weights_of
+from attnpatch.rows.kernels.packing import Packing
 from attnpatch.rows.kernels.table import CannotRead, Kernel
 from attnpatch.rows.provenance.tensors import tensors_in
 from attnpatch.rows.sdpa import deferred_weights, serve
@@ -35,13 +38,18 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
         mode: The mode that answers; it is not active now.
     """
     site = mode.call
-    with mode:
-        call = _read(kernel, args, kwargs)
-    if isinstance(call, KernelCall) and _is_replaced(kernel, call, site):
-        return _by_torch(call, mode)
+    call: KernelCall | str | None = None
+    # Reading may wait for the device (lengths of packed sequences), so it is done only if somebody needs the call.
+    if kernel.is_missing or kernel.holds_scores or site.policy.replace_kernels:
+        call = _read(kernel, args, kwargs, mode)
+        if isinstance(call, KernelCall) and _is_replaced(kernel, call, site):
+            return _by_torch(call, mode)
     try:
         result, is_seen = _natively(kernel, args, kwargs, mode)
     except RuntimeError as error:
+        if not site.answers_shortage or not is_out_of_memory(error):
+            raise
+        call = _read(kernel, args, kwargs, mode) if call is None else call
         if not isinstance(call, KernelCall) or not site.answers(error, call.query.device):
             raise
         return _by_torch(call, mode)
@@ -49,11 +57,10 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
         return result
     site.counters.count("fused")
     if not kernel.holds_scores:
-        site.counters.left_native("fused")
-    if isinstance(call, KernelCall):
+        site.counters.left_native("unread" if isinstance(call, str) else "fused")
+    if site.observer is not None or site.weights is not None:
+        call = _read(kernel, args, kwargs, mode) if call is None else call
         guard.attempted(_show, kernel, call, result, mode, name="a kernel's call", counters=site.counters)
-    elif site.observer is not None:
-        site.observer.cannot_show(f"{kernel.name}: {call}")
     return result
 
 
@@ -90,10 +97,11 @@ class Tee:
         return getattr(self._counters, name)
 
 
-def _read(kernel: Kernel, args: Any, kwargs: dict[str, Any]) -> KernelCall | str:
+def _read(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) -> KernelCall | str:
     """The call, or why it is not known."""
     try:
-        return kernel.read(*args, **kwargs)
+        with mode:
+            return kernel.read(*args, **kwargs)
     except CannotRead as reason:
         return str(reason)
 
@@ -110,40 +118,59 @@ def _is_replaced(kernel: Kernel, call: KernelCall, site: AttentionCall) -> bool:
 
 def _by_torch(call: KernelCall, mode: Watching) -> Any:
     """What the kernel would return, computed by torch's functions, which the mode serves."""
-    with mode:
+    with mode, torch.autocast(call.query.device.type, enabled=False):
+        if call.writes is not None:
+            call.writes()
         result, lse = attention(call, mode.call)
         return call.returned(result, lse)
 
 
-def _show(kernel: Kernel, call: KernelCall, result: Any, mode: Watching) -> None:
+def _show(kernel: Kernel, call: KernelCall | str, result: Any, mode: Watching) -> None:
     """Show a call's probabilities to the observer, and keep its weights if the host asked for them."""
     site = mode.call
-    if site.observer is None and site.weights is None:
-        return
-    with compat.DisableTorchFunction():
-        found = call.output(result)
-    low = 0
-    with mode:
-        pieces = list(call.pieces())
-    for piece in pieces:
-        own = found[:, :, low : low + piece.q_len]
-        low += piece.q_len
-        if piece.q_len and piece.kv_len:
-            _show_piece(kernel, piece, own, result, mode)
-
-
-def _show_piece(kernel: Kernel, call: KernelCall, own: torch.Tensor, result: Any, mode: Watching) -> None:
-    site = mode.call
-    with compat.DisableTorchFunction():
-        reason = (
-            f"{kernel.name} is called with dropout, so its result cannot be checked"
-            if call.dropout_p
-            else why_wrong(call, own)
-        )
-    if reason is not None:
+    reason = call if isinstance(call, str) else _why_not(call, site)
+    if isinstance(call, str) or reason is not None:
         if site.observer is not None:
             site.observer.cannot_show(f"{kernel.name}: {reason}")
         return
+    with compat.DisableTorchFunction():
+        found = call.output(result)
+    with mode:
+        packing = Packing.of(call, site)
+    rows = ROWS if len(packing.calls) < ROWS else 1
+    for number, (piece, own) in enumerate(zip(packing.calls, packing.cut(found), strict=True)):
+        if not piece.q_len or not piece.kv_len:
+            continue
+        with compat.DisableTorchFunction():
+            wrong = why_wrong(piece, own, rows)
+        if wrong is not None:
+            if site.observer is not None:
+                site.observer.cannot_show(f"{kernel.name}: {wrong}")
+            return
+        with torch.autocast(piece.query.device.type, enabled=False):
+            _show_piece(piece, lambda whole, i=number: packing.cut(call.output(whole))[i], result, mode)
+
+
+def _why_not(call: KernelCall, site: AttentionCall) -> str | None:
+    """Why no probabilities of a call can be shown; ``None`` if they can."""
+    if call.dropout_p:
+        return "it is called with dropout, so its result cannot be checked"
+    observer = site.observer
+    if observer is not None and observer.is_of_gradient and not call.is_softmax_of_masked:
+        return "it bounds or changes scores, or has sinks; probability times gradient is computed for plain softmax only"
+    return None
+
+
+def _show_piece(call: KernelCall, output: Callable[[Any], torch.Tensor], result: Any, mode: Watching) -> None:
+    """Show a call that is not packed.
+
+    Args:
+        call: The call.
+        output: Returns its result, given what the kernel has returned for all packed sequences.
+        result: What the kernel has returned.
+        mode: The mode.
+    """
+    site = mode.call
     if site.weights is not None:
         site.weights.append(_weights(call, mode))
     observer = site.observer
@@ -158,7 +185,7 @@ def _show_piece(kernel: Kernel, call: KernelCall, own: torch.Tensor, result: Any
     if not observer.is_of_gradient:
         serve.show_beside(sdpa, site)
     elif (first := tensors_in(result)) and first[0].requires_grad:
-        first[0].register_hook(functools.partial(_show_gradient, call, sdpa, site))
+        first[0].register_hook(functools.partial(_show_gradient, sdpa, site, output))
 
 
 def _weights(call: KernelCall, mode: Watching) -> torch.Tensor:
@@ -171,5 +198,7 @@ def _weights(call: KernelCall, mode: Watching) -> torch.Tensor:
         return weights_of(call, scores).to(call.query.dtype)
 
 
-def _show_gradient(call: KernelCall, sdpa: SdpaCall, site: AttentionCall, grad: torch.Tensor) -> None:
-    serve.show_gradient(sdpa, site, call.output(grad))
+def _show_gradient(
+    sdpa: SdpaCall, site: AttentionCall, output: Callable[[Any], torch.Tensor], grad: torch.Tensor
+) -> None:
+    serve.show_gradient(sdpa, site, output(grad))

@@ -52,7 +52,9 @@ class Kernel:
 NAMES = frozenset(
     "flash_attn_func flash_attn_varlen_func flash_attn_qkvpacked_func flash_attn_kvpacked_func "
     "flash_attn_varlen_qkvpacked_func flash_attn_varlen_kvpacked_func flash_attn_with_kvcache "
-    "memory_efficient_attention sageattn sageattn_varlen flex_attention varlen_attn dispatch_attention_fn".split()
+    "memory_efficient_attention memory_efficient_attention_forward sageattn sageattn_varlen "
+    "sageattn_qk_int8_pv_fp16_triton sageattn_qk_int8_pv_fp16_cuda sageattn_qk_int8_pv_fp8_cuda "
+    "sageattn_qk_int8_pv_fp8_cuda_sm90 sageattn3_blackwell flex_attention varlen_attn dispatch_attention_fn".split()
 )
 # By the overridable function, and by the kernel's own.
 _KERNELS: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()

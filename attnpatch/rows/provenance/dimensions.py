@@ -52,7 +52,8 @@ class _Reading:
         """True if an axis is made by a layer, or is a part of an input's channels, over which the product sums."""
         found = self.sources.origin(leaf)
         if found is None:
-            return not self.sources.is_known((leaf,))
+            whole = (self._made(leaf) or Made()).of if leaf.size == 1 else leaf
+            return whole is None or not self.sources.is_known((whole,))
         number, place, _ = found
         parts = leaves(self.sources.inputs[number][place])
         return len(parts) > 1 and (number, place) in self.summed
@@ -64,9 +65,7 @@ class _Reading:
         """The axis, made by the module, that a reshape has split into exactly these parts; otherwise ``None``."""
         if any(self.sources.origin(leaf) is not None for leaf in found):
             return None
-        return next(
-            ((axis, made) for axis, made in self.sources.made.items() if axis.leaves() == found), None
-        )
+        return next((pair for pair in self.sources.made.items() if pair[0].leaves() == found), None)
 
     def tokens(self, found: Sequence[Axis], side: str) -> Found:
         """Find which tokens some axes hold: pieces in order, each with its dimensions of the input.
@@ -168,7 +167,8 @@ def layout_of(
 def _followed(entries: Sequence[Entry], side: str) -> list[Axis]:
     if any(dim is None for _, dim in entries):
         raise Unknown(f"its {side} come from an operation that attnpatch cannot follow")
-    found = [leaf for _, dim in entries for leaf in leaves(dim or ())]
+    # A dimension of size 1 has an axis if it is known which token it holds.
+    found = [leaf for n, dim in entries for leaf in ((dim or ()) if n == 1 else leaves(dim or ()))]
     if any(leaf.made_by is not None for leaf in found):
         raise Unknown(
             f"its {side} were overwritten by {UNSEEN}: a scripted function, another thread, a C++ operator, or a write "

@@ -25,7 +25,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
     """Bool ``[batch, kv_len]``: the keys that are seen by some query that is not padding itself.
 
     The row of a padding query sees no key, or the host lets it see all keys so that softmax gives no NaN. Such rows are
-    ignored, unless all rows are like this.
+    ignored, unless all rows are like this, or other rows see the row's own key: then it is no padding.
 
     Args:
         rows: Returns rows ``low:high`` of a sequence's mask.
@@ -37,6 +37,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
     for sequence in range(batch):
         told = opens = False
         hides_itself = 0
+        sees_all = torch.zeros(q_len, dtype=torch.bool)
         for low in range(0, q_len, step):
             high = min(low + step, q_len)
             is_open = open_of(rows(sequence, low, high)).expand(high - low, kv_len)
@@ -45,6 +46,7 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
             if own is not None:
                 # The last row of a causal mask rightly sees all keys.
                 is_last = torch.arange(own + low, own + high, device=is_open.device) >= kv_len - 1
+                sees_all[low:high] = is_open.all(-1)
                 says &= ~is_open.all(-1) | is_last
                 places = torch.arange(low, high, device=is_open.device)
                 hides_itself += int((says & ~is_open[places - low, own + places]).sum())
@@ -58,6 +60,8 @@ def open_keys(rows: Rows, batch: int, q_len: int, kv_len: int, own: int | None) 
         if not told:
             # All rows were ignored: either all keys are open, or all are padding.
             found[sequence] = opens
+        elif own is not None and bool((sees_all & found[sequence, own : own + q_len]).any()):
+            found[sequence] = True
     return found
 
 

@@ -83,6 +83,12 @@ class Sources(FunctionResults):
         """Set the dimensions of a tensor that no followed function has made."""
         self._known[tensor] = dims
 
+    def name_single(self, tensor: torch.Tensor, place: int) -> None:
+        """Note which token a slice of size 1 holds; elsewhere a dimension of size 1 has no axis."""
+        dims, own = self._known.get(tensor), self._along(tensor, place)
+        if dims is not None and own is not None and tensor.shape[place] == 1:
+            self._known[tensor] = (*dims[:place], own, *dims[place + 1 :])
+
     def same(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
         """Note that ``copy`` has the elements of ``tensor`` at the same positions."""
         if copy is not tensor and tensor in self._known:
