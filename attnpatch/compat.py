@@ -1,7 +1,8 @@
 """Every private name of torch and of its hosts that attnpatch uses, in one place, each with its purpose.
 
-torch may change these in any release. If one is missing, most fail here, when attnpatch is imported, and not during a
-user's forward; for the others a comment says what happens. ``tests/test_layers.py`` checks that no other file uses one.
+torch may change these in any release. If one is missing, importing this file fails, unless a comment says what happens
+instead. Then attnpatch is off as a whole (``hosts/off.py``): nothing fails during a user's forward. ``tests/test_layers.py``
+checks that no other file uses such a name, and ``tests/test_without_names.py`` takes away each of them.
 
 The names of transformers, accelerate and torch's compiler, at the end, are looked up on objects that exist already. If
 a release lacks one, attnpatch goes on without it, as the comment says.
@@ -61,20 +62,26 @@ dispatch_modes, push_dispatch_mode, pop_dispatch_mode = (
 # such class, no checkpoint is recognised.
 CheckpointFrame: Any = getattr(checkpoint, "_CheckpointFrame", None)
 StopRecomputation: Any = getattr(checkpoint, "_StopRecomputationError", None)
-# The modes of a selective checkpoint. Where torch has no such names, no mode is recognised as one.
-SELECTIVE_MODES = tuple(
-    getattr(checkpoint, name)
-    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
-    if hasattr(checkpoint, name)
-)
+# The modes of a selective checkpoint.
+SELECTIVE_MODES = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
 
-# The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and their steps.
-native_multi_head_attention = torch._native_multi_head_attention
-transformer_encoder_layer = torch._transformer_encoder_layer_fwd
-transform_bias_rescale_qkv = torch._transform_bias_rescale_qkv
-masked_softmax = torch._masked_softmax
-addmm_activation = torch._addmm_activation
+# The operators behind ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference, and their steps. If one
+# is missing, none is used: these modules then run as natively.
+ENCODER_OPERATORS = (
+    getattr(torch, "_native_multi_head_attention", None),
+    getattr(torch, "_transformer_encoder_layer_fwd", None),
+    getattr(torch, "_transform_bias_rescale_qkv", None),
+    getattr(torch, "_masked_softmax", None),
+    getattr(torch, "_addmm_activation", None),
+)
+(
+    native_multi_head_attention,
+    transformer_encoder_layer,
+    transform_bias_rescale_qkv,
+    masked_softmax,
+    addmm_activation,
+) = ENCODER_OPERATORS if all(ENCODER_OPERATORS) else (None,) * 5
 # Softmax that gives 0 where a row has no key; SDPA's dense math uses it since torch 2.5. Where torch has no such operator,
 # none runs.
 safe_softmax = getattr(getattr(torch.ops.aten, "_safe_softmax", None), "default", None)
@@ -82,11 +89,15 @@ safe_softmax = getattr(getattr(torch.ops.aten, "_safe_softmax", None), "default"
 einsum_in_order = torch._VF.einsum  # type: ignore[attr-defined]
 # True if ``torch.bmm`` multiplies narrow matrices into float32 (torch 2.8, on CUDA).
 BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype")
-# The kernels of SDPA, which return the logsumexp beside the result.
-flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
-efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
-cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+# The kernels of SDPA, which return the logsumexp beside the result. If one is missing, maps do without its logsumexp.
+flash_attention_on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+flash_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+efficient_attention = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
+cudnn_attention = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)
+KERNELS = (flash_attention_on_cpu, flash_attention, efficient_attention, cudnn_attention)
+# Which kernel SDPA would use. If the name is missing, the kernel is not known, and such calls run as natively.
+sdp_choice = getattr(torch, "_fused_sdp_choice", None)
+UNKNOWN_KERNEL = -1
 
 
 def accelerator() -> torch.device | None:
@@ -106,7 +117,7 @@ def mps_longest_buffer() -> int | None:
 
 def fused_sdp_choice(*args: Any, **kwargs: Any) -> int:
     """The number of the kernel that SDPA would use for such a call; 0 is dense math. Some devices do not support it."""
-    return torch._fused_sdp_choice(*args, **kwargs)
+    return UNKNOWN_KERNEL if sdp_choice is None else sdp_choice(*args, **kwargs)
 
 
 # Some functions import torch's compiler at their first call on ``meta``. With torch 2.8, that import fails where torch
@@ -130,9 +141,31 @@ def takes_any_mask() -> bool:
         return fused_sdp_choice(query, query, query, mask.T) == fused_sdp_choice(query, query, query, mask)
 
 
+_transform = torch._C._functorch.peek_interpreter_stack
+# Whether a tensor is a functorch transform's wrapper around another tensor, and the tensor inside.
+is_wrapped, unwrapped = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.get_unwrapped
+# Whether a tensor is several gradients at once (``is_grads_batched``).
+is_batched_gradient = torch._C._functorch.is_legacy_batchedtensor
+# The number of forward-mode differentiations that are active, less 1; it changes.
+assert isinstance(forward_ad._current_level, int)
+_is_tracing, _dispatch_mode = torch._C._is_tracing, torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_graph_task = torch._C._current_graph_task_id
+# Whether the running backward pass has ``retain_graph=True``, so that its nodes keep their saved tensors.
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
+# Makes any access to the address of this tensor's memory raise an error.
+throw_on_data_ptr = torch._C._set_throw_on_mutable_data_ptr
+_overlap = torch._debug_has_internal_overlap
+# The storage that a weak reference points to, or ``None`` if it was freed.
+storage_behind = torch.UntypedStorage._new_with_weak_ptr
+# A view that reads the tensor's elements negated (the negative bit is set).
+neg_view = torch._neg_view
+
+
 def is_transformed() -> bool:
     """Whether ``vmap``, ``torch.func.grad`` or another functorch transform is active; tensors are then wrappers."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _transform() is not None
 
 
 def is_forward_mode() -> bool:
@@ -140,38 +173,17 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a functorch transform's wrapper around another tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def is_batched_gradient(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is several gradients at once (``is_grads_batched``)."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor inside a functorch wrapper."""
-    return torch._C._functorch.get_unwrapped(tensor)
-
-
 def is_traced() -> bool:
     """Whether ``torch.jit.trace`` or ``make_fx`` records what runs."""
-    return torch._C._is_tracing() or (
-        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return _is_tracing() or _dispatch_mode(_PROXY) is not None
 
 
 def is_in_backward() -> bool:
     """Whether a backward pass is running in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return _graph_task() != -1
 
 
-def keeps_graph() -> bool:
-    """Whether the running backward pass has ``retain_graph=True``, so that its nodes keep their saved tensors."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
+# torch 2.6 and older do not have the name; see ``note_saved_tensor_hooks``.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _noted_hooks: Callable[[], list[Any]] = list
 
@@ -194,8 +206,9 @@ def note_saved_tensor_hooks(noted: Callable[[], list[Any]]) -> None:
     global _noted_hooks
     if _top_hooks is not None:
         return
-    _noted_hooks, functions = noted, torch._C._autograd
-    begin, end = functions._push_saved_tensors_default_hooks, functions._pop_saved_tensors_default_hooks
+    _noted_hooks = noted
+    begin = torch._C._autograd._push_saved_tensors_default_hooks
+    end = torch._C._autograd._pop_saved_tensors_default_hooks
 
     def push(pack: Any, unpack: Any) -> None:
         begin(pack, unpack)
@@ -206,38 +219,25 @@ def note_saved_tensor_hooks(noted: Callable[[], list[Any]]) -> None:
         if noted():  # they may have begun before attnpatch was imported
             noted().pop()
 
-    functions._push_saved_tensors_default_hooks, functions._pop_saved_tensors_default_hooks = push, pop
+    torch._C._autograd._push_saved_tensors_default_hooks = push
+    torch._C._autograd._pop_saved_tensors_default_hooks = pop
 
 
 def has_dispatch_modes() -> bool:
     """Whether any ``TorchDispatchMode`` is active."""
-    return bool(torch._C._len_torch_dispatch_stack())
-
-
-def throw_on_data_ptr(tensor: torch.Tensor) -> None:
-    """Make any access to the address of this tensor's memory raise an error."""
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return bool(_number_of_dispatch_modes())
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements of a tensor are known to share memory (an expanded one)."""
-    return torch._debug_has_internal_overlap(tensor) == 1
-
-
-def storage_behind(weak_reference: int) -> torch.UntypedStorage | None:
-    """The storage that a weak reference points to, or ``None`` if it was freed."""
-    return torch.UntypedStorage._new_with_weak_ptr(weak_reference)
+    return _overlap(tensor) == 1
 
 
 def has_tile_registers(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a narrow dtype in tile registers (AMX); True where torch cannot say."""
-    name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
-    return getattr(torch.cpu, name, lambda: True)()
-
-
-def neg_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A view that reads the tensor's elements negated (the negative bit is set)."""
-    return torch._neg_view(tensor)
+    of_bfloat16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    of_float16 = getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)
+    return (of_bfloat16 if dtype == torch.bfloat16 else of_float16)()
 
 
 # accelerate: the hook of a module, and the module's original forward. If a release has other names, a module counts as

@@ -44,6 +44,10 @@ class BlockMapFileError(AttnpatchError, OSError):
     """A block map file is missing, cut short, damaged or of another version."""
 
 
+class ReleaseError(AttnpatchError):
+    """The installed release of torch lacks a name that attnpatch needs."""
+
+
 class PageError(AttnpatchError):
     """There is nothing to show on a page, or it cannot be written."""
 

@@ -44,6 +44,8 @@ TAKEN = {
     "PLAIN_CALL": "models that no host builds, under ATTNPATCH=1",
     "OPERATOR_SCHEMA": "operators of others that write to an argument",
 }
+# Objects of torch, which ``test_without_names.py`` takes away.
+OBJECTS = {"SELECTIVE_MODES", "ENCODER_OPERATORS", "KERNELS", "__all__"}
 # Names that only older releases have.
 OLDER = {"OUTPUT_WRAPPER", "MASK_POSITIONS"}
 
@@ -81,7 +83,7 @@ def test_every_name_of_a_host_is_in_this_table():
     strings = {
         name
         for name, value in vars(compat).items()
-        if name.isupper() and isinstance(value, (str, tuple)) and name not in ("SELECTIVE_MODES", "__all__")
+        if name.isupper() and isinstance(value, (str, tuple)) and name not in OBJECTS
     }
     assert strings == TAKEN.keys() | OLDER
 
@@ -125,19 +127,6 @@ def test_without_a_name_of_a_host(entry, taken):
 
 def test_nothing_is_off_with_these_releases():
     assert features.off() == [] and all(each.is_there for each in features.features())
-
-
-@pytest.mark.parametrize("name", ["_fused_sdp_choice"])
-def test_without_the_choice_of_torch(name, monkeypatch):
-    """SDPA is computed as torch does it; one warning."""
-    model, inputs = model_of("Llama", "sdpa"), inputs_of("Llama", 40)
-    with torch.no_grad():
-        native = model(**inputs)[0]
-        monkeypatch.delattr(torch, name)
-        with warnings.catch_warnings(record=True) as record, attnpatch.patched(model, mode="always"):
-            warnings.simplefilter("always")
-            assert torch.equal(model(**inputs)[0], native)
-    assert warned(record)
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "diffusers"])

@@ -13,17 +13,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from attnpatch import compat
 from attnpatch.activation import settings
 from attnpatch.activation.launcher import startup_folder
 from attnpatch.errors import PolicyError
+from attnpatch.hosts import off
 from attnpatch.policy import FREE_MEMORY, Policy
 from attnpatch.releases import tested
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "peft", "wrapt")
 CALLS = ("no mask", "causal", "mask", "grouped heads", "heads of 60")
 # torch.nn.attention.SDPBackend by number.
-_KERNELS = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
+_KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 _PROBE = (
     "import sys; m = sys.modules.get('attnpatch.activation.session'); sys.exit(0 if m and m._session else 3)"
 )
@@ -74,9 +74,10 @@ def examination() -> Findings:
         found.wrong.append(
             (f"torch cannot be imported: {error}", "reinstall torch: pip install --force-reinstall torch")
         )
-    else:
+        return found
+    found.off = features_off()
+    if off.missing() is None:
         _devices(found, torch)
-        _features(found)
         _kernels(found, torch)
     return found
 
@@ -111,10 +112,14 @@ def _versions(found: Findings) -> None:
             )
 
 
-def _features(found: Findings) -> None:
+def features_off() -> list[str]:
+    """What is off with the installed releases, and which releases have it."""
+    error = off.missing()
+    if error is not None:
+        return [str(error)]
     from attnpatch.hosts import features
 
-    found.off = [str(feature) for feature in features.off()]
+    return [str(feature) for feature in features.off()]
 
 
 def _declared() -> dict[str, str]:
@@ -230,6 +235,8 @@ def _kernels(found: Findings, torch: Any) -> None:
 
 def _chosen(torch: Any, device: str, dtype: Any, call: str) -> str:
     """The kernel that torch would choose for a small call; the call is not run."""
+    from attnpatch import compat
+
     size = 60 if call == "heads of 60" else 64
     query = torch.empty(1, 4, 128, size, dtype=dtype, device=device)
     key = query[:, :2] if call == "grouped heads" else query
@@ -241,4 +248,4 @@ def _chosen(torch: Any, device: str, dtype: Any, call: str) -> str:
             number = compat.fused_sdp_choice(query, key, key, mask, 0.0, call == "causal", **grouped)
     except (RuntimeError, AttributeError, TypeError):
         return "unknown"
-    return _KERNELS.get(int(number), str(number))
+    return "unknown" if number == compat.UNKNOWN_KERNEL else _KERNELS.get(int(number), str(number))

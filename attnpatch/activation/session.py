@@ -16,6 +16,7 @@ from attnpatch.activation.settings import Settings
 from attnpatch.activation.stderr import NOTHING_SEEN, Lines, is_first_process, is_users_script
 from attnpatch.errors import PatchError
 from attnpatch.hosts.building import when_built, when_imported
+from attnpatch.hosts.off import missing
 
 if TYPE_CHECKING:
     from attnpatch.activation.recording import AutomaticRecorder
@@ -59,6 +60,7 @@ class Session:
         plain: Looks at modules that no host builds.
         lines: Prints.
         is_of_script: Whether the process runs a file of the user's.
+        is_off: Whether torch lacks a name that attnpatch needs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -69,7 +71,7 @@ class Session:
         self.counts: Counter[str] = Counter()
         self.never_called: Counter[str] = Counter()
         self.plain, self.lines = PlainModels(self), Lines(settings.quiet)
-        self.is_of_script = False
+        self.is_of_script = self.is_off = False
         self._folder: Any = None
         self._waiting: list[AutomaticRecorder] = []
 
@@ -82,6 +84,11 @@ class Session:
         """Look at every module at its first call; this is called when torch has been imported."""
         # Python forgets the name of the script's file before it runs the code that ends a session.
         self.is_of_script = is_users_script()
+        error = missing()
+        self.is_off = error is not None
+        if error is not None:
+            self.lines.warn("models run as they are", error)
+            return
         try:
             from attnpatch.activation.first_calls import install
 
@@ -111,6 +118,8 @@ class Session:
 
     def built(self, model: Any) -> None:
         """Patch a model that a host has just built; its patch replaces those of models inside it."""
+        if self.is_off:
+            return
         try:
             from attnpatch.activation.first_calls import settle
             from attnpatch.patching.patch import Patch, patch_of
@@ -220,7 +229,7 @@ class Session:
 
     def end(self) -> None:
         """The script has ended: finish the captures and print the report."""
-        if "torch" not in sys.modules or os.getpid() != self.pid:
+        if "torch" not in sys.modules or os.getpid() != self.pid or self.is_off:
             return
         try:
             self._finish(self._waiting)

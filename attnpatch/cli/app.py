@@ -13,6 +13,7 @@ from attnpatch.cli.merge import merge
 from attnpatch.cli.policy_options import with_policy_options
 from attnpatch.cli.replay import replay
 from attnpatch.errors import AttnpatchError, PolicyError, UsageError
+from attnpatch.hosts.off import missing
 from attnpatch.policy import Policy
 
 
@@ -34,6 +35,11 @@ class OneLineErrors(TyperGroup):
             line = str(error)
             # As for an option that does not exist.
             code = 2 if isinstance(error, (UsageError, PolicyError)) else 1
+        except (ImportError, AttributeError):
+            off = missing()
+            if off is None:
+                raise
+            line = f"off with this torch: {off}"
         except OSError as error:
             # The reader of our output has ended ("| head"), which is no error; typer exits quietly.
             if error.errno == errno.EPIPE:

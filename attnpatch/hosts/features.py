@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 import warnings
+from typing import Any
 
 from attnpatch import compat
 from attnpatch.errors import AttnpatchWarning
@@ -28,16 +29,20 @@ class Feature:
         name: What is off without them, in words.
         package, since: The host, and its first release with these names.
         places: Where the names are: a module of the host, and words that must all occur in it. One place is enough.
+        found: What ``compat`` found under these names; each is ``None`` if the host has no such name.
     """
 
     name: str
     package: str
     since: str
-    places: tuple[tuple[str, tuple[str, ...]], ...]
+    places: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    found: tuple[Any, ...] = ()
 
     @property
     def is_there(self) -> bool | None:
         """Whether the installed host has the names; ``None`` if its sources cannot be read."""
+        if self.found:
+            return all(each is not None for each in self.found)
         found = [(source_of(module), wanted) for module, wanted in self.places]
         if any(source is None for source, _ in found):
             return None
@@ -95,6 +100,15 @@ def features() -> tuple[Feature, ...]:
             "operators of others that write to an argument", "torch", "2.5",
             (("torch._ops", (compat.OPERATOR_SCHEMA,)),),
         ),
+        Feature(
+            "attention by rows in checkpoints", "torch", "2.5",
+            found=(compat.CheckpointFrame, compat.StopRecomputation),
+        ),
+        Feature("attention by rows in torch's encoder layers", "torch", "2.5", found=compat.ENCODER_OPERATORS),
+        Feature(
+            "dense math of scaled_dot_product_attention by rows", "torch", "2.5", found=(compat.sdp_choice,)
+        ),
+        Feature("maps beside fused kernels without computing scores again", "torch", "2.5", found=compat.KERNELS),
     )  # fmt: skip
 
 

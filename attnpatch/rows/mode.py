@@ -35,7 +35,8 @@ _SOFTMAX = frozenset([torch.softmax, torch.Tensor.softmax, F.softmax])
 _BEGINNINGS = frozenset(FUNCTIONS) | {F.scaled_dot_product_attention}
 # Python functions of torch that reach a mode as one call: their inside must be watched, too.
 _COMPOSITES = frozenset([F.multi_head_attention_forward])
-# Fused torch operators that compute attention inside, each with a function that runs its single steps.
+# Fused torch operators that compute attention inside, each with a function that runs its single steps. Where torch lacks
+# one, they have the key ``None``, which is no function.
 FAST_PATHS: dict[Any, Callable[..., Any]] = {
     compat.native_multi_head_attention: encoder_fast_paths.multihead,
     compat.transformer_encoder_layer: encoder_fast_paths.encoder_layer,

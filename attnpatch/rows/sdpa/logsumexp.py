@@ -83,13 +83,13 @@ def aligned(mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(mask, (0, 8 - kv_len % 8))[..., :kv_len]
 
 
+_KINDS = (("cpu", 1, _flash_cpu), ("cuda", 1, _flash_cuda), ("cuda", 2, _efficient_cuda), ("cuda", 3, _cudnn))
 # For each device type and each kernel that SDPA chooses (``torch.nn.attention.SDPBackend``): the function that calls
-# it.
+# it, if torch has the kernel's operator.
 OPERATORS: dict[tuple[str, int], Callable[[SdpaCall], tuple[torch.Tensor, torch.Tensor]]] = {
-    ("cpu", 1): _flash_cpu,
-    ("cuda", 1): _flash_cuda,
-    ("cuda", 2): _efficient_cuda,
-    ("cuda", 3): _cudnn,
+    (device, choice): function
+    for (device, choice, function), kernel in zip(_KINDS, compat.KERNELS, strict=True)
+    if kernel is not None
 }
 
 
