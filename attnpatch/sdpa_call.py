@@ -76,7 +76,7 @@ class SdpaCall:
     @property
     def scale(self) -> float:
         """The factor of the scores: the given one, or 1 / sqrt(head_dim)."""
-        return 1.0 / math.sqrt(self.query.shape[-1]) if self.given_scale is None else self.given_scale
+        return scale_of(self.query, self.given_scale)
 
     @property
     def adds_mask(self) -> bool:
@@ -86,6 +86,11 @@ class SdpaCall:
     def additive_mask(self, hidden: float = -math.inf) -> torch.Tensor | None:
         """The mask as SDPA passes it to its kernels; ``hidden``: the number for the False of a boolean mask."""
         return None if self.attn_mask is None else additive(self.attn_mask, self.dtype, hidden)
+
+
+def scale_of(query: torch.Tensor, given: float | None) -> float:
+    """The factor of the scores: the given one, or 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(query.shape[-1]) if given is None else given
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype, hidden: float = -math.inf) -> torch.Tensor:

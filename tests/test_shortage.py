@@ -124,6 +124,8 @@ OTHERS = {
            "aten.full_like.default", "aten.lt.Scalar", "aten.div.Tensor", "aten.log.default", "aten.minimum.default",
            "aten.where.self", "aten.embedding.default", "aten.neg.default", "aten.zeros_like.default",
            "aten.zeros.default"},
+    # Until transformers 4.47, zeros of the scores' size, to which baddbmm adds the scores.
+    "gpt_neox": {"aten.zeros.default"},
     # It overwrites its queries and keys after the product: nothing is left to answer from.
     "overwriting": {"aten._softmax.default", "aten.mul.Tensor"},
     "not": {"aten._softmax.default"},
@@ -339,12 +341,17 @@ def test_one_row_at_last(kind):
     torch.testing.assert_close(got, native, rtol=0, atol=most)
 
 
+def notes_of(error):
+    """Python 3.10 has no notes: they are below the message."""
+    return getattr(error, "__notes__", None) or str(error).splitlines()[1:]
+
+
 @pytest.mark.parametrize("kind", [Plain, Fused])
 def test_when_not_even_one_row_fits(kind):
     """The native call's own error, and in its notes what was tried."""
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 8") as caught:
         held(kind, ROW - 1)
-    note = " ".join(caught.value.__notes__)
+    note = " ".join(notes_of(caught.value))
     assert "the native call, then steps of 64 rows" in note
     assert note.endswith("steps of 1 row x 1 head")
     # Frames hold tensors: none of ours is kept below the one that raises.
@@ -389,13 +396,17 @@ def test_probabilities_shown_beside_a_fused_call():
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_is_appended_to_once(implementation, kind):
     model, inputs, _ = llama(implementation)
+    # "dynamic" is the default; transformers 4.46 does not know the word.
+    chosen = {} if kind == "dynamic" else {"cache_implementation": kind}
 
     def generated():
         out = model.generate(
-            **inputs, max_new_tokens=4, do_sample=False, cache_implementation=kind,
+            **inputs, max_new_tokens=4, do_sample=False, **chosen,
             return_dict_in_generate=True, output_logits=True, pad_token_id=0,
         )  # fmt: skip
         cache = out.past_key_values
+        if isinstance(cache, tuple):  # until 4.47
+            return out.sequences, torch.stack(out.logits), cache[0][0], cache[0][0].shape[-2]
         keys = cache.layers[0].keys if hasattr(cache, "layers") else cache.key_cache[0]  # until 4.53
         return out.sequences, torch.stack(out.logits), keys, cache.get_seq_length()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.sdpa_call import SdpaCall
+from attnpatch.sdpa_call import SdpaCall, scale_of
 
 # Returns rows ``low:high`` of a mask: ``[batch or 1, heads or 1, high - low, kv_len]``.
 MaskRows = Callable[[int, int], torch.Tensor]
@@ -111,7 +111,7 @@ class KernelCall:
     @property
     def factor(self) -> float:
         """The factor of the scores, with the default filled in."""
-        return 1.0 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+        return scale_of(self.query, self.scale)
 
     @property
     def dtype(self) -> torch.dtype:
