@@ -1,6 +1,7 @@
 """A release of torch that lacks a private name of ``attnpatch/compat.py``: nothing of the user's breaks.
 
-Every name is taken away, whether or not it is listed here. Unless it is listed, attnpatch must be off as a whole.
+Every name is taken away, whether or not it is listed here. Unless it is listed, attnpatch must be off as a whole. This is
+about releases to come: with an older release, which has its names, other features may be off.
 """
 
 import json
@@ -81,6 +82,11 @@ def test_without_a_name_of_torch(name, outcomes):
     else:
         assert not found["by_rows"] and off in found["refusal"]
         assert off.startswith("attention by rows and maps (torch ") and "_no_such_name" in off
+
+
+def test_with_every_name_nothing_is_off(outcomes):
+    found = outcomes[""]
+    assert found["by_rows"] and not (found["off"] or found["warnings"] or found["refusal"])
 
 
 def test_the_names_are_all_private_names_of_compat():

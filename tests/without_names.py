@@ -195,13 +195,15 @@ def main():
     with torch.no_grad():
         native = model(x)
     gradients = {name: trained(model, call) for name, call in calls.items()}
-    for gone in sys.argv[1:] or names_in(COMPAT.read_text(encoding="utf-8")):
+    # First with every name.
+    for gone in sys.argv[1:] or ["", *names_in(COMPAT.read_text(encoding="utf-8"))]:
         child = os.fork()
         if child:
             os.waitpid(child, 0)
             continue
         try:
-            sys.meta_path.insert(0, Compat(gone))
+            if gone:
+                sys.meta_path.insert(0, Compat(gone))
             found = outcome(model, x, native, calls, gradients)
         except BaseException as error:
             found = {"error": f"{type(error).__name__}: {error}"}

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -82,27 +83,44 @@ def install(row: Row, folder: pathlib.Path, wanted: list[str]) -> None:
     subprocess.run([*command, *quiet, "--no-deps", "-e", str(ROOT)], check=True)
 
 
+class Clock:
+    """Minutes since it was made or last read, and of these the minutes of all processors, as words."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.monotonic(), used.ru_utime + used.ru_stime
+
+    def __str__(self) -> str:
+        began, self._began = self._began, self._now()
+        wall, used = ((now - then) / 60 for now, then in zip(self._began, began, strict=True))
+        return f"{wall:.1f} min ({used:.1f} of processors)"
+
+
 def run(row: Row, keep: str | None, tests: tuple[str, ...]) -> bool:
     """Whether a row did what it says."""
-    began = time.monotonic()
+    whole, clock = Clock(), Clock()
     print(f"== {row.name}: Python {row.python}, {', '.join(row.packages)}", flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.setdefault("PYTEST_ADDOPTS", "-n 2 --dist loadgroup")
     with folder_of(row, keep) as folder:
         python = installed(row, folder)
-        print(f"installed in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        print(f"installed in {clock}", flush=True)
         smoke = [python, "-W", "ignore", "-m", "tests.versions.smoke", "--expect", *row.off]
         files = [python, "-m", "pytest", "-q", "-m", "not long", *(f"tests/{name}" for name in tests)]
         commands = {"smoke": smoke, **({"tests": files} if tests else {})}
-        failed = [
-            name
-            for name, command in commands.items()
-            if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        ]
+        failed = []
+        for name, command in commands.items():
+            if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+                failed.append(name)
+            print(f"{name}: {clock}", flush=True)
     for reason in dict.fromkeys(row.off.values()):
         print(f"off: {', '.join(name for name, why in row.off.items() if why == reason)}: {reason}")
     outcome = f"{' and '.join(failed)} failed" if failed else "ok"
-    print(f"== {row.name}: {outcome}, {(time.monotonic() - began) / 60:.0f} min", flush=True)
+    print(f"== {row.name}: {outcome}, {whole}", flush=True)
     return not failed
 
 
