@@ -104,7 +104,11 @@ CALLS = {
     "packed causal": (
         TWO + "flash_attn_varlen_func",
         (*flat(9, 11, key_heads=2), *PLACES),
-        {"causal": True, "return_attn_probs": True, "alibi_slopes": torch.stack([SLOPES, 2 * SLOPES, 3 * SLOPES])},
+        {
+            "causal": True,
+            "return_attn_probs": True,
+            "alibi_slopes": torch.stack([SLOPES, 2 * SLOPES, 3 * SLOPES]),
+        },
     ),
     "packed, rest": (TWO + "flash_attn_varlen_func", (*flat(12, 13), *PLACES), {}),
     "packed of 3": (THREE + "flash_attn_varlen_func", (*flat(9, 11), *PLACES), {"return_attn_probs": True}),
@@ -280,7 +284,12 @@ def test_what_a_call_cannot_express_is_left_to_the_kernel():
         (THREE + "flash_attn_func", batch(5, 5), {"qv": randn(1), "k_descale": randn(1)}, "qv and k_descale"),
         (FOUR + "flash_attn_func", batch(5, 5), {"score_mod": lambda *a: a[0]}, "score_mod"),
         (FOUR + "flash_attn_func", batch(5, 5), {"mask_mod": lambda *a: True}, "mask_mod"),
-        (SAGE + "sageattn", tuple(one.transpose(1, 2) for one in batch(5, 9)), {"is_causal": True}, "as many"),
+        (
+            SAGE + "sageattn",
+            tuple(one.transpose(1, 2) for one in batch(5, 9)),
+            {"is_causal": True},
+            "as many",
+        ),
         (
             TWO + "flash_attn_with_kvcache",
             (*batch(1, 9),),
