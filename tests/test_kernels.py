@@ -102,10 +102,10 @@ def test_maps_of_probability_times_gradient(name, replace):
     p.retain_grad()
     score = (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum()
     (grad,) = torch.autograd.grad(score, p)
-    with attnpatch.patched(model, replace_kernels=replace):
-        with attnpatch.capture(model, blocks=BLOCKS, weighting="gradient") as maps:
-            found = model(x)
-            (found * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum().backward()
+    patched = attnpatch.patched(model, replace_kernels=replace)
+    with patched, attnpatch.capture(model, blocks=BLOCKS, weighting="gradient") as maps:
+        found = model(x)
+        (found * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum().backward()
     assert not maps.left_out
     wanted = blocks_of((p * grad).detach())
     assert (maps["attn"].mass.squeeze(1).double() - wanted).abs().max() < 1e-6 * max(
