@@ -33,6 +33,15 @@ def _check_size(name: str, size: Any) -> None:
     count = parse_size(size, name)
     if count == 0 and name != "min_free":
         raise PolicyError(f"{name}=0 leaves no room for a single row; give a size like '64MB', or None")
+    check_words(name, size, count)
+
+
+def check_words(name: str, size: Any, count: int) -> None:
+    """Refuse a size in words that is too small to be meant; ``count`` are its bytes.
+
+    Raises:
+        PolicyError: The size is refused.
+    """
     if isinstance(size, str) and 0 < count < _LEAST_IN_WORDS:
         shown = size if size.strip()[-1:].isalpha() else f"{size} bytes"
         raise PolicyError(
@@ -101,7 +110,7 @@ class Policy:
     replace_kernels: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             raise PolicyError(
                 f"mode={self.mode!r} is not accepted; give one of {', '.join(map(repr, MODES))}"
             )
@@ -136,7 +145,7 @@ class Policy:
         for name in fields:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
                 raise PolicyError(f"unknown policy field {name!r}{hint} Known fields: {', '.join(known)}")
         policy = cls(**fields)
         if policy.rows is not None and policy.rows < LEAST_ROWS:

@@ -181,7 +181,7 @@ WRONG = {
     "device_not_there": (["--device-map", "cuda:77"], "cannot be loaded"),
 }
 # Those that the command line alone shows to be wrong.
-USAGE = "no_model no_json layers_text heads_text blocks memory memory_size bits methods rows piece gradient demo".split()
+USAGE = "no_model no_json layers_text heads_text blocks memory memory_size bits methods rows piece gradient demo dtype layers_none heads_none".split()
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -37,8 +37,8 @@ def test_command():
         (["empty", "--seq-len", "9"], "model 'empty' has no config.json"),
         (["./none", "--seq-len", "9"], "model './none': there is no such folder"),
         (["some/model", "--seq-len", "9"], "model 'some/model' is no folder, and not on the hub"),
-        (["model", "--seq-len", "0"], "seq_len=0"),
-        (["model", "--seq-len", "9", "--dtype", "int7"], "dtype='int7' is not accepted"),
+        (["model", "--seq-len", "0"], "--seq-len 0: give a whole number"),
+        (["model", "--seq-len", "9", "--dtype", "int7"], "--dtype int7: give float32"),
         (["model", "--seq-len", "9", "--attention", "nix"], "model 'model' cannot be built of its config"),
         (["model", "--seq-len", "9", "--mode", "fast"], "--mode 'fast' is not accepted"),
         (["model", "--seq-len", "9", "--device", "abacus"], "device='abacus'"),
@@ -46,7 +46,7 @@ def test_command():
 )
 def test_command_says_what_is_wrong_in_one_line(arguments, says):
     done = run(*arguments)
-    assert done.exit_code == (2 if "--mode" in arguments else 1), done.output
+    assert done.exit_code == (2 if {"--mode", "--dtype", "0"} & {*arguments} else 1), done.output
     (line,) = done.stderr.splitlines()
     assert line.startswith("attnpatch: ") and says in line
     assert done.stdout == ""

@@ -119,12 +119,16 @@ class Blocks:
             BlockError: There is no chat template, the tokenizer has no character offsets, or the template drops,
                 merges or moves messages, so that a message has no text of its own.
         """
-        if isinstance(messages, Mapping | str) or not messages:
+        if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
         per_sequence = not isinstance(messages[0], Mapping)
         spans, labels, ends, texts = [], [], [], []
         conversations = cast("Sequence[Sequence[Mapping]]", messages if per_sequence else [messages])
         for conversation in conversations:
+            if not isinstance(conversation, Sequence):
+                raise BlockError(
+                    f"messages has {conversation!r:.60}; accepted is a list of {{'role', 'content'}}."
+                )
             found = message_spans(tokenizer, list(conversation), add_generation_prompt, template_options)
             ends.append(found.end)
             texts.append(found.texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Probes:
     """
 
     def __init__(self, probes: Iterable[Probe | Sequence[int] | torch.Tensor]) -> None:
+        if not isinstance(probes, Iterable) or isinstance(probes, (str, bytes)):
+            raise CaptureError(
+                f"probes={probes!r:.60} is not accepted; give a list of sequences of token ids"
+            )
         self._probes = tuple(map(_probe, probes))
         if not self._probes:
             raise CaptureError("there are no probes; give at least one sequence of token ids")
@@ -67,8 +72,14 @@ class Probes:
             begin = getattr(vocabulary, "bos_token_id", None)
             first = () if begin is None else (begin,)
             vocabulary = set(vocabulary.get_vocab().values()) - special
-        known = torch.tensor(sorted({int(token) for token in vocabulary}))
-        if count < 1 or not 2 <= length <= len(known):
+        tokens = set(vocabulary) if isinstance(vocabulary, Iterable) else set()
+        if not tokens or not all(isinstance(token, Integral) for token in tokens):
+            raise CaptureError(
+                f"vocabulary={vocabulary!r:.60} is not accepted; give a tokenizer, or a list of token ids"
+            )
+        known = torch.tensor(sorted(map(int, tokens)))
+        whole = all(type(number) is int for number in (count, length, seed))
+        if not whole or count < 1 or not 2 <= length <= len(known):
             raise CaptureError(
                 f"count={count}, length={length} are not accepted; give 1 sequence or more, and a length from 2 to "
                 f"{len(known)}, the number of tokens"
@@ -170,10 +181,11 @@ class Probes:
 def _probe(value: Any) -> Probe:
     if isinstance(value, Probe):
         return value
-    ids = value.tolist() if isinstance(value, torch.Tensor) else list(value)
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    ids = list(ids) if isinstance(ids, Iterable) else []
     if len(ids) < 2 or not all(type(token) is int for token in ids):
         raise CaptureError(
-            "a probe is a list of at least two token ids, or a tensor of them with one dimension"
+            f"a probe is {value!r:.60}; give a list of at least two token ids, or a tensor of them with one dimension"
         )
     return Probe(tuple(ids))
 

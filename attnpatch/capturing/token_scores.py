@@ -66,7 +66,7 @@ def token_scores(
         raise CaptureError(
             f"window={window!r} is not accepted; give the number of query rows to sum, 1 or more, or None for all"
         )
-    if per not in PER:
+    if not isinstance(per, str) or per not in PER:
         raise CaptureError(f"per={per!r} is not accepted; give 'kv_head', 'head' or 'mean'")
     part = only_model(model, "token_scores")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from attnpatch.errors import UsageError
+from attnpatch.policy import check_words
 from attnpatch.sizes import parse_size
 
 EXIT_CODES = "Exit code: 0 all analysed; 1 nothing could be done; 2 usage; 3 some conversations failed."
@@ -63,7 +64,7 @@ def analyze(
         int | None,
         typer.Option(metavar="N", min=1, help="With --use-sampling: rows per block; 16 if not given."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**63, help="Seed of the sample.")] = 0,
     use_chunked: Annotated[
         bool, typer.Option("--use-chunked", help="Run chunks of one size instead of one message at a time.")
     ] = False,
@@ -140,7 +141,7 @@ def analyze(
     loading: dict[str, Any] = {
         "load_in_4bit": use_4bit,
         "load_in_8bit": use_8bit,
-        "torch_dtype": dtype,
+        "torch_dtype": chosen_dtype(dtype),
         "device_map": device_map,
         "max_memory": None if max_memory is None else sizes("--max-memory", max_memory),
         "use_gradient_checkpointing": use_gradient_checkpointing,
@@ -174,6 +175,17 @@ def _blocks(text: str) -> str | int:
     raise UsageError(f"--blocks {text}: give messages, words, or tokens per block, such as 128")
 
 
+def chosen_dtype(text: str | None) -> str | None:
+    """The text of ``--dtype``.
+
+    Raises:
+        UsageError: It names no dtype of weights.
+    """
+    if text is not None and text not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {text}: give float32, bfloat16 or float16")
+    return text
+
+
 def chosen_layers(text: str) -> str | list[int]:
     """The text of ``--layers`` as the option ``layers`` takes it.
 
@@ -201,5 +213,7 @@ def sizes(option: str, text: str) -> dict[int | str, int]:
         device, separator, size = (piece.strip() for piece in part.partition("="))
         if not separator or not device or not (device.isdecimal() or device in ("cpu", "disk", "mps")):
             raise UsageError(f"{option} {text}: give devices and sizes, such as 0=20GiB,cpu=60GiB")
-        found[int(device) if device.isdecimal() else device] = parse_size(size, f"{option} {device}")
+        count = parse_size(size, f"{option} {device}")
+        check_words(f"{option} {device}", size, count)
+        found[int(device) if device.isdecimal() else device] = count
     return found

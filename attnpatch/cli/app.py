@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from attnpatch import __version__
-from attnpatch.cli.analyze import EXIT_CODES, analyze
+from attnpatch.cli.analyze import EXIT_CODES, Dtype, analyze, chosen_dtype
 from attnpatch.cli.merge import merge
 from attnpatch.cli.policy_options import with_policy_options
 from attnpatch.cli.replay import replay
@@ -49,6 +49,24 @@ class OneLineErrors(TyperGroup):
         raise typer.Exit(code)
 
 
+class Command(TyperCommand):
+    """A command whose options and arguments may not be empty: an empty path would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty value, such as that of a shell variable that is not set."""
+        for place, arg in enumerate(args[: self.count_own(args)]):
+            name, separator, value = arg.partition("=")
+            is_empty_option = name.startswith("--") and separator and not value
+            if is_empty_option or not arg:
+                before = args[place - 1] if place and args[place - 1].startswith("-") else "an argument"
+                raise UsageError(f"{name or before} is empty; give it a value, or leave it out")
+        return super().parse_args(ctx, args)
+
+    def count_own(self, args: list[str]) -> int:
+        """How many arguments are the command's own, from the first on."""
+        return len(args)
+
+
 def _said(error: OSError) -> str:
     """The message of an ``OSError``, without its errno."""
     if error.strerror is None:
@@ -84,7 +102,7 @@ def options(
     """Options of the command itself."""
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for the pictures and the block map.")
@@ -99,7 +117,7 @@ def demo(
     run_demo(out, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def view(
     path: Annotated[
         Path,
@@ -126,11 +144,18 @@ def view(
         typer.echo("attnpatch: a page of this size opens slowly; give fewer maps, layers or heads", err=True)
 
 
-class OptionsFirst(TyperCommand):
+class OptionsFirst(Command):
     """A command whose own options end at the script or at ``-m module``; everything after is passed to the script."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Mark where our options end; click cannot tell that they end at ``-m``."""
+        end = self.count_own(args)
+        if end and any(arg.startswith("-m") for arg in args[max(0, end - 2) : end]):
+            args = [*args[:end], "--", *args[end:]] if end <= len(args) else args
+        return super().parse_args(ctx, args)
+
+    def count_own(self, args: list[str]) -> int:
+        """Up to the script, or to the module's name."""
         with_value = {
             name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts
         }
@@ -139,9 +164,8 @@ class OptionsFirst(TyperCommand):
             is_module = args[end].startswith("-m")
             end += 1 + (args[end] in with_value)
             if is_module:
-                args = [*args[:end], "--", *args[end:]] if end <= len(args) else args
                 break
-        return super().parse_args(ctx, args)
+        return end
 
 
 @app.command(
@@ -186,7 +210,7 @@ def run(
     launch(script or [], module, environment(policy, {**options, **switches}))
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor() -> None:
     """Show on one screen versions, free memory, the kernels attention will run on, and problems with their fixes."""
     from attnpatch.activation.doctor import examine
@@ -195,7 +219,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_policy_options
 def explain(
     policy: dict[str, tuple[str, str]],
@@ -204,7 +228,7 @@ def explain(
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; the config's if not given.")] = None,
+    dtype: Dtype = None,
     attention: Annotated[
         str | None, typer.Option(help="eager or sdpa; transformers chooses if not given.")
     ] = None,
@@ -213,14 +237,17 @@ def explain(
     ] = None,
 ) -> None:
     """Predict how a model's attention would run at a length and what memory it takes, without loading the model."""
+    for option, count in (("--seq-len", seq_len), ("--batch", batch)):
+        if not 1 <= count <= 10**9:
+            raise UsageError(f"{option} {count}: give a whole number from 1 to {10**9:,}")
     fields = vars(Policy.of_texts(policy))
     import attnpatch
     from attnpatch.hosts.transformers.loading import built_on_meta
 
-    built = built_on_meta(model, dtype, attention)
+    built = built_on_meta(model, chosen_dtype(dtype), attention)
     typer.echo(str(attnpatch.explain(built, seq_len, batch, device=device, **fields)))
 
 
-app.command(epilog=EXIT_CODES)(analyze)
-app.command(epilog=EXIT_CODES)(replay)
-app.command()(merge)
+app.command(cls=Command, epilog=EXIT_CODES)(analyze)
+app.command(cls=Command, epilog=EXIT_CODES)(replay)
+app.command(cls=Command)(merge)

@@ -16,6 +16,7 @@ from attnpatch.cli.analyze import (
     Resume,
     SinglePass,
     Use4Bit,
+    chosen_dtype,
     chosen_layers,
     sizes,
 )
@@ -50,7 +51,7 @@ def replay(
     loading: dict[str, Any] = {
         "load_in_4bit": use_4bit,
         "load_in_8bit": False,
-        "torch_dtype": dtype,
+        "torch_dtype": chosen_dtype(dtype),
         "device_map": device_map,
         "max_memory": None if max_memory is None else sizes("--max-memory", max_memory),
         "use_gradient_checkpointing": False,

@@ -29,11 +29,11 @@ from rich.table import Table
 from attnpatch.cli.console import say
 from attnpatch.cli.processes import Processes
 from attnpatch.conversations.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
-from attnpatch.conversations.batch import Step, Summary, analyze_all
+from attnpatch.conversations.batch import Step, Summary, analyze_all, check
 from attnpatch.conversations.reading.files import Conversation, RejectedRecord, read_conversations
 from attnpatch.conversations.results_folder import INDEX, discard
 from attnpatch.conversations.single_pass_check import SINGLE_PASS
-from attnpatch.errors import AnalysisError, MissingExtraError
+from attnpatch.errors import AnalysisError, CaptureError, MissingExtraError, UsageError
 from attnpatch.hosts.transformers.quiet import quieten
 from attnpatch.plotting.map_figure import shorten
 from attnpatch.sizes import size_text
@@ -98,6 +98,10 @@ def _run(task: Task, processes: Processes) -> int:
     analyzer = _analyzer(task, processes)
     if analyzer.use_gradient_checkpointing and task.options["weighting"] != "gradient" and processes.is_main:
         say(errors, f"note: {CHECKPOINTING_NOTE}")
+    try:
+        check(analyzer, task.method)
+    except CaptureError as error:  # such as --layers 99
+        raise UsageError(str(error)) from error
     start = time.perf_counter()
     drawn: list[str] = []
     said: set[str] = set()

@@ -17,7 +17,15 @@ from attnpatch.api import capture, patched, report
 from attnpatch.capturing.maps import Maps
 from attnpatch.conversations.answers import answer_of
 from attnpatch.conversations.gradient import attributed, target_positions
-from attnpatch.conversations.options import Options, check_normalization, chosen_steps, warn_of_default
+from attnpatch.conversations.options import (
+    CHECKPOINTING_NOTE,
+    Options,
+    check_given,
+    check_normalization,
+    chosen_steps,
+    of_generate,
+    warn_of_default,
+)
 from attnpatch.conversations.passes import (
     blocks_of,
     check_model,
@@ -38,11 +46,6 @@ from attnpatch.memory.peak import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
 from attnpatch.recording.options import Steps
-
-CHECKPOINTING_NOTE = (
-    "gradient checkpointing saves nothing here, because a pass without gradients keeps nothing for a backward pass; it "
-    "matters for weighting='gradient'"
-)
 
 
 class BlockAttentionAnalyzer:
@@ -83,16 +86,19 @@ class BlockAttentionAnalyzer:
         **options: Any,
     ) -> None:
         self.options = Options().changed(options)
+        loading = {
+            "device_map": device_map, "torch_dtype": torch_dtype, "load_in_4bit": load_in_4bit,
+            "load_in_8bit": load_in_8bit, "max_memory": max_memory,
+        }  # fmt: skip
+        given = {**loading, "use_gradient_checkpointing": use_gradient_checkpointing}
+        check_given(given, model, tokenizer, policy)
         if (model is None) == (model_name_or_path is None):
             raise AnalysisError("give model_name_or_path, or a model and its tokenizer")
         name = None if model_name_or_path is None else os.fspath(model_name_or_path)
         if tokenizer is None and name is None:
             raise AnalysisError("a model was given without its tokenizer; give tokenizer=...")
         self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-        self.model = model if model is not None else load_model(
-            name, device_map=device_map, dtype=torch_dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
-            max_memory=max_memory,
-        )  # fmt: skip
+        self.model = load_model(name, dtype=loading.pop("torch_dtype"), **loading) if model is None else model
         check_model(self.model)
         self.name = Path(name).name if name is not None else type(self.model).__name__
         self.use_gradient_checkpointing = use_gradient_checkpointing
@@ -127,7 +133,7 @@ class BlockAttentionAnalyzer:
             "chunked": self.analyze_conversation_chunked,
             "generation": self.analyze_generation,
         }
-        if method not in ways:
+        if not isinstance(method, str) or method not in ways:
             raise AnalysisError(f"method={method!r} is not accepted; give {', '.join(map(repr, ways))}")
         given = {} if normalize is None else {"normalize": normalize}
         return ways[method](messages, **given, **options)
@@ -210,12 +216,8 @@ class BlockAttentionAnalyzer:
             As ``analyze_conversation``.
         """
         chosen = self._options(options, normalize)
-        if not getattr(self.model, "can_generate", lambda: hasattr(self.model, "generate"))():
-            raise AnalysisError(
-                f"{type(self.model).__name__} cannot generate; analyse a given conversation with analyze_conversation"
-            )
+        more = of_generate(self.model, max_new_tokens, generate)
         rendered = self._rendered(messages, chosen, add_generation_prompt=True)
-        more = {"max_new_tokens": max_new_tokens, "do_sample": False, **(generate or {})}
         return self._run(rendered, chosen, normalize, "generation", steps=chosen_steps(steps), generate=more)
 
     def visualize_results(
@@ -229,6 +231,8 @@ class BlockAttentionAnalyzer:
         """
         from attnpatch.viewing.page import write_page
 
+        if not isinstance(result, Analysis):
+            raise AnalysisError(f"result is {type(result).__name__}; give what analyze(...) returned")
         folder = Path(save_dir)
         with made_for(folder):
             written = [result.plot(folder / "block_map.png"), result.plot_layers(folder / "layers.png")]
@@ -269,10 +273,6 @@ class BlockAttentionAnalyzer:
             truncate=options.truncate, **options.template_options,
         )  # fmt: skip
 
-    @staticmethod
-    def _is_cut(method: str, rendered: TokenizedChat, options: Options) -> bool:
-        return len(list(pieces(method, rendered, options.chunk_size))) > 1
-
     def _run(
         self,
         rendered: TokenizedChat,
@@ -287,7 +287,7 @@ class BlockAttentionAnalyzer:
         if options.weighting == "gradient" and method != "gradient":
             raise AnalysisError("weighting='gradient' needs a single pass; call analyze_conversation")
         notes = list(rendered.notes)
-        if method in ("sequential", "chunked") and self._is_cut(method, rendered, options):
+        if method in ("sequential", "chunked") and len([*pieces(method, rendered, options.chunk_size)]) > 1:
             why = self.why_single_pass(len(rendered.ids))
             if why is not None:
                 method = "single pass"

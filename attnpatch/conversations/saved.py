@@ -26,6 +26,10 @@ def load(path: str | os.PathLike) -> BlockMap | Analysis | dict[str, BlockMap]:
     Raises:
         BlockMapFileError: The file is missing or damaged, or the folder has no block map.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise BlockMapFileError(
+            f"path={path!r:.60} is not accepted; give a file or a folder that attnpatch wrote"
+        )
     path = Path(path)
     if path.is_dir():
         try:

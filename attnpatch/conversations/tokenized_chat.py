@@ -92,6 +92,10 @@ def render(
         BlockError: The template refuses, moves or repeats messages, or the tokenizer has no character offsets.
         AnalysisError: The conversation is longer than ``max_tokens``.
     """
+    if not isinstance(messages, Sequence) or not all(isinstance(each, Mapping) for each in messages):
+        raise AnalysisError(
+            f"messages={messages!r:.60} is not accepted; give a list of {{'role': ..., 'content': ...}}"
+        )
     messages = list(messages)
     _check(tokenizer, messages, max_tokens, truncate)
     options = dict(template_options)
@@ -106,7 +110,9 @@ def render(
 
 def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) -> None:
     if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        raise BlockError("a conversation is empty, or an element is not a {'role', 'content'} mapping.")
+        raise BlockError(
+            "a conversation is empty, or an element is no {'role', 'content'}; give a list of such messages."
+        )
     odd = next((message["role"] for message in messages if not isinstance(message["role"], str)), "")
     if not isinstance(odd, str):
         raise BlockError(f"a message has the role {odd!r:.60}; accepted is text, such as 'user'.")
@@ -115,7 +121,7 @@ def _check(tokenizer: Any, messages: list[Any], max_tokens: Any, truncate: Any) 
             "the tokenizer has no character offsets, so messages cannot be found in its tokens; load a fast one "
             "(AutoTokenizer.from_pretrained(..., use_fast=True) where a tokenizer.json is)."
         )
-    if truncate not in (None, "left", "right"):
+    if not (truncate is None or (isinstance(truncate, str) and truncate in ("left", "right"))):
         raise AnalysisError(f"truncate is {truncate!r}; accepted are 'left', 'right' and None.")
     if max_tokens is not None and (
         isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1

@@ -240,16 +240,22 @@ def _device_of(tensors: Sequence[torch.Tensor], device: Any) -> torch.device:
         device = compat.accelerator() or "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ExplainError(
             f"device={str(device)!r} cannot be used: {first_line(error)}; give a device of this machine"
         ) from error
+
+
+# Tokens or sequences; with more, torch cannot count elements.
+_MOST = 10**9
 
 
 def _made_up(model: nn.Module, seq_len: int | None, batch: int) -> tuple[dict[str, torch.Tensor], str]:
     for name, value in (("seq_len", seq_len), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ExplainError(f"{name}={value!r} is not accepted; give a whole number of at least 1")
+        if value > _MOST:
+            raise ExplainError(f"{name}={value} is more than can be meant; give at most {_MOST:,}")
     assert seq_len is not None
     made = host.made_up_inputs(model, seq_len, batch)
     if made is None:

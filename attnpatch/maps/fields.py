@@ -89,7 +89,7 @@ def own_columns(one: Any) -> list[int | None]:
 
 def checked_fields(given: Any) -> dict[str, Any]:
     """The fields of ``given``, checked and in canonical form: float32, tuples, no batch dimension for one sequence."""
-    if given.normalization not in NORMALIZATIONS:
+    if not isinstance(given.normalization, str) or given.normalization not in NORMALIZATIONS:
         accepted = ", ".join(repr(name) for name in NORMALIZATIONS)
         raise CaptureError(f"normalization is {given.normalization!r}; accepted are {accepted}.")
     try:

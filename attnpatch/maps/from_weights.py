@@ -31,8 +31,12 @@ def fields_of(
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The fields of ``BlockMap.from_attentions``, which says what the arguments are."""
-    if heads not in ("mean", "all"):
+    if not isinstance(heads, str) or heads not in ("mean", "all"):
         raise CaptureError(f"heads is {heads!r}; accepted are 'mean' and 'all'.")
+    if isinstance(layers, (str, bytes)):
+        raise CaptureError(f"layers is {layers!r}; accepted is a number or a name for each layer, or None.")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise CaptureError(f"metadata is {metadata!r:.60}; accepted is a dict of what JSON can hold.")
     _check_blocks(blocks)
     calls = _calls(attentions)
     last = calls[-1][0]

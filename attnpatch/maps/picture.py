@@ -155,6 +155,10 @@ def drawn(
     ax: Axes | None,
 ) -> Figure | Path:
     """See ``BlockMap.plot``; ``chosen`` are the arguments of ``select``."""
+    if title is not None and not isinstance(title, str):
+        raise CaptureError(f"title={title!r} is not accepted; give a text, or None for the usual title.")
+    if ax is not None and not hasattr(ax, "get_figure"):
+        raise CaptureError(f"ax={ax!r} is not accepted; give axes of matplotlib, such as plt.gca().")
     one = whole.select(**chosen)
     for what, found in (("layer", one.layers), ("step", one.steps or (0,))):
         if len(found) != 1:

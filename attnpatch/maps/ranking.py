@@ -109,6 +109,8 @@ def top(one: BlockMap, count: Any, query: Any, own: bool) -> Ranking:
     """See ``BlockMap.top``."""
     if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise CaptureError(f"top({count!r}): accepted is a number of rows, 1 or more.")
+    if not isinstance(own, bool):
+        raise CaptureError(f"top(own={own!r}): accepted are True and False.")
     cells: list[Cell] = []
     unknown: list[CaptureError] = []
     for place in range(one.num_sequences):
@@ -169,7 +171,7 @@ def rows_of(one: BlockMap, query: Any) -> list[int]:
     """
     labels = list(one.query_labels)
     real = [i for i in range(len(labels)) if one.query_sizes[i] > 0]
-    if query == "all":
+    if isinstance(query, str) and query == "all":
         return real
     if isinstance(query, str) and query in labels:
         return [i for i in real if labels[i] == query]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +84,7 @@ class Selecting:
         Raises:
             CaptureError: The map has no such dimension, or it is one of blocks or sequences.
         """
-        if dim not in ("layer", "head", "step"):
+        if not isinstance(dim, str) or dim not in ("layer", "head", "step"):
             raise CaptureError(
                 f"a map has no mean over {dim!r}; accepted are 'layer', 'head' and 'step' (for sequences, attnpatch merge)."
             )
@@ -104,9 +103,7 @@ class Selecting:
         self._check_dims([*wanted])
 
         def places(among: Sequence, what: str, name: str) -> list[int]:
-            given = wanted[name]
-            if isinstance(given, Tensor | np.ndarray | range):
-                given = list(given) if isinstance(given, range) else given.tolist()
+            given = _plain(wanted[name])
             chosen = find(given, among, what)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise CaptureError(
@@ -157,7 +154,8 @@ class Selecting:
         Raises:
             CaptureError: There is no such layer, head, sequence or step.
         """
-        layer, step = (None if isinstance(each, str) and each == "all" else each for each in (layer, step))
+        layer, head, sequence, step = map(_plain, (layer, head, sequence, step))
+        layer, step = (None if each == "all" else each for each in (layer, step))
         changes: dict[str, Any] = {name: getattr(self, name) for name in ("mass", "error", "spread")}
         batch, split = int(self.is_batch), self.heads != "mean"
         of_layers = batch + bool(self.steps)
@@ -194,6 +192,11 @@ class Selecting:
         return replace(cast(Any, self), **changes)
 
 
+def _plain(given: Any) -> Any:
+    """A range, an array or a tensor as a list; an element of them as a number."""
+    return list(given) if isinstance(given, range) else given.tolist() if hasattr(given, "tolist") else given
+
+
 def _change(
     changes: dict[str, Any],
     change: Callable[[Tensor], Tensor],
@@ -220,6 +223,8 @@ def _choose(changes: dict[str, Any], wanted: Any, axis: int, among: Sequence, wh
         changes[what + "s"] = ("mean",)
         return
     listed = wanted if isinstance(wanted, list | tuple) else [wanted]
+    if not listed:
+        raise CaptureError(f"{what}={wanted!r} chooses nothing; there are {shortened(among)}.")
     _take(changes, [position(one, among, what) for one in listed], axis, among, what)
 
 

@@ -55,7 +55,7 @@ def checked(sites: Any, layers: Any = None) -> Chosen | None:
         sites = (sites,)
     if isinstance(sites, (list, tuple)) and sites and all(isinstance(name, str) for name in sites):
         sites = tuple(sites)
-    elif sites not in (None, "auto", "registered"):
+    elif not (sites is None or (isinstance(sites, str) and sites in ("auto", "registered"))):
         raise PatchError(
             f"sites={sites!r} is not accepted; give 'auto', 'registered', a pattern such as 'model.layers.*.self_attn', or a "
             "list of module paths such as ['encoder.mixer']"

@@ -69,7 +69,7 @@ def draw(
         CaptureError: The scale is unknown.
         MissingExtraError: matplotlib is not installed.
     """
-    if scale not in SCALES:
+    if not isinstance(scale, str) or scale not in SCALES:
         raise CaptureError(f"scale is {scale!r}; accepted are 'sqrt', 'linear' and 'log'.")
     rows, columns = values.shape
     if ax is None:
@@ -168,6 +168,8 @@ def write(figure: "Figure", path: str | os.PathLike | None) -> "Figure | Path":
     """
     if path is None:
         return figure
+    if not isinstance(path, (str, os.PathLike)):
+        raise CaptureError(f"path={path!r} is not accepted; give the name of a file, such as 'map.png'.")
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise CaptureError(f"cannot draw into {path.name!r}; accepted suffixes are {', '.join(SUFFIXES)}.")

@@ -54,7 +54,13 @@ class CaptureOptions:
             raise CaptureError(
                 f"sample_rows={self.sample_rows!r} is not accepted; give 1 or more rows per block, or None for all of them"
             )
-        if self.weighting not in ("probability", "gradient"):
+        if self.sites is not None and not (isinstance(self.sites, str) and self.sites):
+            raise CaptureError(
+                f"sites={self.sites!r} is not accepted; give a pattern of module paths such as 'decoder.*', or None for all"
+            )
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise CaptureError(f"seed={self.seed!r} is not accepted; give a whole number such as 0")
+        if not isinstance(self.weighting, str) or self.weighting not in ("probability", "gradient"):
             raise CaptureError(
                 f"weighting={self.weighting!r} is not accepted; give 'probability' or 'gradient'"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -151,8 +151,8 @@ def checked_measures(names: Any) -> tuple[str, ...]:
     Raises:
         CaptureError: There is no such measure.
     """
-    listed = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in listed if name not in MEASURES]
+    listed = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    unknown = [name for name in listed if not isinstance(name, str) or name not in MEASURES]
     if unknown:
         raise CaptureError(
             f"measures={unknown!r} is not accepted; give some of {', '.join(map(repr, MEASURES))}"

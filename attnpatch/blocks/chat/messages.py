@@ -36,7 +36,9 @@ def message_spans(tokenizer: Any, messages: list[Mapping], prompt: bool, options
             messages or notes them instead.)
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise BlockError("a conversation is empty, or an element is not a {'role', 'content'} mapping.")
+        raise BlockError(
+            "a conversation is empty, or an element is no {'role', 'content'}; give a list of such messages."
+        )
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         raise BlockError(
             "the tokenizer has no chat template; set tokenizer.chat_template, or use Blocks.spans."
