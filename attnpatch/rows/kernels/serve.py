@@ -121,8 +121,9 @@ def _by_torch(call: KernelCall, mode: Watching) -> Any:
     with mode, torch.autocast(call.query.device.type, enabled=False):
         if call.writes is not None:
             call.writes()
-        result, lse = attention(call, mode.call)
-        return call.returned(result, lse)
+        result = call.returned(*attention(call, mode.call))
+    # With a single key, the product with the values looks like scores itself.
+    return materialize(result, "the result of a kernel's call")
 
 
 def _show(kernel: Kernel, call: KernelCall | str, result: Any, mode: Watching) -> None:
@@ -148,6 +149,9 @@ def _show(kernel: Kernel, call: KernelCall | str, result: Any, mode: Watching) -
                 site.observer.cannot_show(f"{kernel.name}: {wrong}")
             return
         with torch.autocast(piece.query.device.type, enabled=False):
+            # Hosts know no weights of packed sequences.
+            if site.weights is not None and call.lengths is None:
+                site.weights.append(_weights(piece, mode))
             _show_piece(piece, lambda whole, i=number: packing.cut(call.output(whole))[i], result, mode)
 
 
@@ -170,10 +174,7 @@ def _show_piece(call: KernelCall, output: Callable[[Any], torch.Tensor], result:
         result: What the kernel has returned.
         mode: The mode.
     """
-    site = mode.call
-    if site.weights is not None:
-        site.weights.append(_weights(call, mode))
-    observer = site.observer
+    site, observer = mode.call, mode.call.observer
     if observer is None:
         return
     if not call.is_softmax_of_masked:
@@ -184,8 +185,8 @@ def _show_piece(call: KernelCall, output: Callable[[Any], torch.Tensor], result:
     sdpa = call.as_sdpa(masked(call, site))
     if not observer.is_of_gradient:
         serve.show_beside(sdpa, site)
-    elif (first := tensors_in(result)) and first[0].requires_grad:
-        first[0].register_hook(functools.partial(_show_gradient, sdpa, site, output))
+    elif (first := next(tensors_in(result), None)) is not None and first.requires_grad:
+        first.register_hook(functools.partial(_show_gradient, sdpa, site, output))
 
 
 def _weights(call: KernelCall, mode: Watching) -> torch.Tensor:
