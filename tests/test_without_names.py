@@ -11,9 +11,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_layers import private_names
 from without_names import COMPAT, names_in
 
+from attnpatch import Policy, errors
+from attnpatch.activation import session
+from attnpatch.activation.settings import Settings
+from attnpatch.hosts import off
+from attnpatch.patching.patch import patch_of
 from attnpatch.releases.tested import TESTED
 
 SCRIPT = pathlib.Path(__file__).with_name("without_names.py")
@@ -97,3 +103,88 @@ def test_the_names_are_all_private_names_of_compat():
     assert names_in("import torch\nfrom torch.overrides import _a as b\ntorch.c._d\ngetattr(torch.e, '_f', 1)\n") == [
         "torch.overrides._a", "torch.c._d", "torch.e._f",
     ]  # fmt: skip
+
+
+ERROR = errors.ReleaseError("attention by rows and maps (torch 2.5.1 to 2.14.1): no _name")
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(off, "_said", set())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda instead, function: instead("by_rows")(function),
+        lambda instead, function: instead("by_rows")(min_free="8GB")(function),
+        lambda instead, function: instead("apply")(function, mode="always"),
+        lambda instead, function: instead("patched")(function, mode="always").__enter__(),
+    ],
+)
+def test_what_a_script_calls_while_attnpatch_is_off(use, nothing_said):
+    """What is given comes back, with one warning."""
+
+    def given():
+        pass
+
+    def instead(name):
+        return off.instead_of(name, ERROR)
+
+    with pytest.warns(errors.AttnpatchWarning, match="no _name. Models run as they are") as record:
+        assert use(instead, given) is given
+        assert use(instead, given) is given
+    assert len(record) == 1
+    assert instead("register")(given) is given and instead("remove")(given) is given
+    assert "attnpatch is off with torch" in instead("report")(given)
+
+
+@pytest.mark.parametrize("name", ["capture", "explain", "BlockAttentionAnalyzer", "token_scores", "heads"])
+def test_what_makes_a_map_is_refused_while_attnpatch_is_off(name):
+    with pytest.raises(errors.ReleaseError, match=rf"{name} is off with torch .* no _name"):
+        off.instead_of(name, ERROR)(model=None)
+
+
+def test_activation_while_attnpatch_is_off(monkeypatch, capsys):
+    """One line, also where only errors are said; models of hosts are left alone, and nothing is said at exit."""
+    monkeypatch.setattr(session, "missing", lambda: ERROR)
+    before = dict(vars(torch.nn.Module))
+    active = session.Session(Settings(Policy(mode="always"), quiet=True))
+    active.tell_of_first_calls(None)
+    model = torch.nn.MultiheadAttention(8, 2)
+    active.built(model)
+    active.end()
+    assert dict(vars(torch.nn.Module)) == before and patch_of(model) is None
+    assert capsys.readouterr().err == f"attnpatch: models run as they are: ReleaseError: {ERROR}\n"
+
+
+MODEL = "attnpatch/demo/model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["doctor"], 0, "off  attention by rows and maps (torch "),
+        (["explain", MODEL, "--seq-len", "64"], 1, "attnpatch: explain is off with torch "),
+        (
+            ["analyze", "--model", MODEL, "--json", "chats.json", "--out", "maps"],
+            1,
+            "attnpatch: off with this torch: attention by rows and maps",
+        ),
+    ],
+)
+def test_commands_where_torch_lacks_a_name(arguments, code, says):
+    script = "\n".join([
+        "import sys, torch",
+        "from without_names import Compat",
+        "sys.meta_path.insert(0, Compat('torch._neg_view'))",
+        "from attnpatch.cli.app import app",
+        f"app({arguments})",
+    ])  # fmt: skip
+    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1],
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "300"},
+    )  # fmt: skip
+    assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == code, done.stdout + done.stderr

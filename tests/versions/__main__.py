@@ -1,12 +1,14 @@
 """``python -m tests.versions [WORD ...]``: the rows whose name has a word in it, one environment after the other.
 
-Each environment is made, used and deleted; ``--keep FOLDER`` leaves it there, and another run uses it again. ``--smoke``
+Each environment is made (with uv if it is on the path, which keeps downloads for the next time; otherwise with pip),
+used and deleted; ``--keep FOLDER`` leaves it there, and another run uses it again. ``--smoke``
 runs the smoke test alone. Exit code 1 if a row did otherwise than it says.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import os
 import pathlib
@@ -64,6 +66,26 @@ def _names(requirements: Iterable[str]) -> set[str]:
     return {re.split(r"[=<>]", requirement)[0] for requirement in requirements}
 
 
+# pip's settings, and the variables in which uv takes them: it reads none of pip's.
+UV = {
+    "index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "find-links": "UV_FIND_LINKS",
+    "constraint": "UV_CONSTRAINT", "cert": "SSL_CERT_FILE", "default-timeout": "UV_HTTP_TIMEOUT",
+}  # fmt: skip
+
+
+def settings_for_uv() -> dict[str, str]:
+    """The environment in which uv installs what pip would install here."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # an index is no better than the one after it
+    for line in lines:
+        name, _, value = line.partition("=")
+        variable = UV.get(name.rpartition(".")[2])
+        if variable:
+            found[variable] = ast.literal_eval(value)
+    return {**found, **os.environ}
+
+
 def install(row: Row, folder: pathlib.Path, wanted: list[str]) -> None:
     """Make a new environment with these packages and attnpatch."""
     base = interpreter(row.python)
@@ -78,9 +100,10 @@ def install(row: Row, folder: pathlib.Path, wanted: list[str]) -> None:
         else [python, "-m", "pip", "install", "--no-cache-dir"]
     )
     quiet = ["--quiet"] if uv else ["-qq", "--no-compile", "--disable-pip-version-check"]
-    subprocess.run([*command, *quiet, *wanted], check=True)
+    environment = settings_for_uv() if uv else None
+    subprocess.run([*command, *quiet, *wanted], check=True, env=environment)
     # Without what it asks for: a row has what it says, and nothing else. With its start-up file.
-    subprocess.run([*command, *quiet, "--no-deps", "-e", str(ROOT)], check=True)
+    subprocess.run([*command, *quiet, "--no-deps", "-e", str(ROOT)], check=True, env=environment)
 
 
 class Clock:
