@@ -13,7 +13,7 @@ WRITTEN = {
     "maps.md": {"change.png", "map.png", "maps"},
     "rag.md": {"rag.png"},
     "tokens.md": set(),
-    "vision.md": {"where.png"},
+    "vision.md": {"where.png", "page.html"},
     "heads.md": {"heads.png"},
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,12 @@ import numpy as np
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.maps.picture_tiles import picture_tiles
 from attnpatch.maps.ranking import rows_of
 from attnpatch.plotting import map_figure, overlay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_TILE = re.compile(r"(.+) r(\d+)c(\d+)")
 
 
 def picture_heat(
@@ -53,21 +50,13 @@ def picture_heat(
     if len(rows_asked) != 1:
         raise CaptureError(f"query={query!r} names {len(rows_asked)} query blocks; give the number of one.")
     mass = one.mass.reshape(one.mass.shape[-2:])[rows_asked[0]].numpy()
-    tiles = {
-        (int(match[2]), int(match[3])): place
-        for place, label in enumerate(map(str, one.key_labels))
-        if (match := _TILE.fullmatch(label)) and match[1] == picture
-    }
-    if not tiles:
-        found = (_TILE.fullmatch(str(label)) for label in one.key_labels)
-        known = ", ".join(dict.fromkeys(repr(match[1]) for match in found if match))
+    tiles = picture_tiles(one.key_labels, one.key_sizes.tolist())
+    if picture not in tiles:
+        known = ", ".join(map(repr, tiles))
         raise CaptureError(f"the map has no tiles of {picture!r}; it has tiles of: {known or 'no picture'}.")
-    rows, columns = (1 + max(place[axis] for place in tiles) for axis in (0, 1))
-    order = [tiles[i, j] for i in range(rows) for j in range(columns)]
-    sizes = one.key_sizes.numpy()[order].reshape(rows, columns)
-    heat = mass[order].reshape(rows, columns) / sizes
-    # The sizes of tiles in a row are in the ratio of their widths.
-    return np.repeat(np.repeat(heat, _ratio(sizes[:, 0]), 0), _ratio(sizes[0]), 1)
+    found = tiles[picture]
+    heat = mass[found.blocks] / one.key_sizes.numpy()[found.blocks]
+    return np.repeat(np.repeat(heat, found.heights, 0), found.widths, 1)
 
 
 def plot_on_picture(
@@ -100,7 +89,3 @@ def plot_on_picture(
     heats = [picture_heat(block_map, picture, layer=layer, **options) for layer in layers]
     figure = overlay.overlay(image, dict(zip(names, heats, strict=True)), title=picture)
     return map_figure.write(figure, path)
-
-
-def _ratio(sizes: np.ndarray) -> np.ndarray:
-    return sizes // math.gcd(*sizes.tolist())

@@ -124,6 +124,12 @@ def view(
         typer.Argument(metavar="DIR|FILE", help="A file that BlockMap.save wrote, or a folder of them."),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("page.html"),
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="IMAGE", help="A picture of the prompt, to draw its tiles over; once for each, in order."
+        ),
+    ] = None,
 ) -> None:
     """Write block maps into one HTML page that any browser opens, without a network."""
     from attnpatch.viewing.files import load_maps
@@ -136,7 +142,7 @@ def view(
     maps, skipped = load_maps(path)
     for line in skipped:
         typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
-    written = write_page(maps, out)
+    written = write_page(maps, out, picture or None)
     counted = [f"{len(maps)} block map{'s' * (len(maps) != 1)}", f"{written.stat().st_size / 1e6:.1f} MB"]
     counted += [f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped"] * bool(skipped)
     typer.echo(f"{written}: {', '.join(counted)}")

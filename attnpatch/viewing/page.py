@@ -8,6 +8,7 @@ head and step, which the browser inflates when it is shown.
 import base64
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -24,8 +25,9 @@ from attnpatch.atomic_files import put, whole
 from attnpatch.errors import PageError
 from attnpatch.maps import picture
 from attnpatch.maps.block_map import BlockMap
-from attnpatch.maps.fields import texts_of
+from attnpatch.maps.fields import own_columns, texts_of
 from attnpatch.maps.meaning import numbers_of, uncertainty
+from attnpatch.viewing.pictures import EmbeddedPictures, Pictures
 
 _SCRIPTS = (
     "data.js",
@@ -38,6 +40,8 @@ _SCRIPTS = (
     "page.js",
     "beside.js",
     "input.js",
+    "pictures.js",
+    "start.js",
 )
 _MEAN = "mean"
 _FOUND = 5  # cells of the last row that the page names when it opens
@@ -48,7 +52,9 @@ _POLICY = (
 )
 
 
-def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
+def write_page(
+    maps: Mapping[str, BlockMap], path: str | os.PathLike, pictures: Pictures | None = None
+) -> Path:
     """Write one self-contained HTML page that shows block maps.
 
     The texts of messages are taken from ``metadata["texts"]``: one string per block; with several sequences, one such
@@ -58,25 +64,35 @@ def write_page(maps: Mapping[str, BlockMap], path: str | os.PathLike) -> Path:
         maps: At least one map, by the name that the page shows; of any shape that a ``BlockMap`` can have. The page
             switches between layers, heads, steps and sequences, their means, and normalisations.
         path: The file to write; an existing file is replaced when the new one is complete.
+        pictures: The pictures of a prompt, if the keys of a map are tiles of them (``Blocks.images``, ``Blocks.tiles``):
+            PIL, numpy, torch or names of files, in order; or a dict such as ``{"image 2": picture, "video 1 f0": frame}``;
+            for a batch, a list of these. The page draws the tiles over them. They are embedded, at most 640 pixels wide
+            and high. Give them as the model sees them: a processor may have cut their edges off.
 
     Returns:
         The path.
 
     Raises:
-        PageError: There is no map, or the file cannot be written.
+        PageError: There is no map, a picture cannot be used or belongs to no tiles, or the file cannot be written.
+        MissingExtraError: Pictures are given, and Pillow is not installed.
     """
     path = Path(path)
     if not maps:
         raise PageError("there is no block map to show; give at least one.")
     if path.is_dir():
         raise PageError(f"cannot write {path}: it is a folder; give the name of a file.")
+    embedded = EmbeddedPictures(pictures)
+    described = [_described(name, block_map, embedded) for name, block_map in maps.items()]
+    embedded.check_used()
     with whole(path, PageError) as temporary:
         # A lone surrogate, which file names on Linux may contain, cannot be encoded as UTF-8.
-        put(temporary, (piece.encode("utf-8", "replace") for piece in _page(maps)))
+        put(temporary, (piece.encode("utf-8", "replace") for piece in _page(maps, described, embedded)))
     return path
 
 
-def _page(maps: Mapping[str, BlockMap]) -> Iterator[str]:
+def _page(
+    maps: Mapping[str, BlockMap], described: list[dict[str, Any]], embedded: EmbeddedPictures
+) -> Iterator[str]:
     """Yields the page's text in pieces."""
     style, script = _source("page.css"), "\n".join(_source(name) for name in _SCRIPTS)
     policy = _POLICY.format(script=_digest(script), style=_digest(style))
@@ -87,9 +103,10 @@ def _page(maps: Mapping[str, BlockMap]) -> Iterator[str]:
         "title": lambda: [html.escape(f"{title} - attnpatch")],
         "style": lambda: [style],
         "script": lambda: [script],
-        "facts": lambda: [in_script([_described(name, block_map) for name, block_map in maps.items()])],
-        "numbers": lambda: (
-            piece for index, block_map in enumerate(maps.values()) for piece in _numbers(index, block_map)
+        "facts": lambda: [in_script(described)],
+        "numbers": lambda: itertools.chain(
+            embedded.elements(),
+            *(_numbers(index, block_map) for index, block_map in enumerate(maps.values())),
         ),
     }
     # Split instead of str.replace, so that placeholders inside inserted text are left alone.
@@ -117,7 +134,7 @@ def in_script(content: Any) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
+def _described(name: str, block_map: BlockMap, embedded: EmbeddedPictures) -> dict[str, Any]:
     """Everything that the page needs about a map, except its numbers."""
     singles = [block_map.select(sequence=i) for i in range(block_map.num_sequences)]
     facts = {
@@ -136,7 +153,10 @@ def _described(name: str, block_map: BlockMap) -> dict[str, Any]:
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),
         "steps": _with_mean(block_map.steps or (_MEAN,)),
         "facts": {str(key): str(value)[:_MOST_OF_A_FACT] for key, value in facts.items()},
-        "sequences": [_sequence(one, index) for index, one in enumerate(singles)],
+        "sequences": [
+            _sequence(one, index) | {"grids": embedded.grids(one, index, len(singles))}
+            for index, one in enumerate(singles)
+        ],
     }
 
 
@@ -152,6 +172,8 @@ def _sequence(one: BlockMap, index: int) -> dict[str, Any]:
     return {
         "name": _name(one.metadata.get("sequences"), index),
         **sides,
+        # For each row the column of the same block.
+        "own": own_columns(one),
         "profile": _profiles(one),
         "found": _found(one),
     }
@@ -241,8 +263,9 @@ def _profiles(one: BlockMap) -> list[list[dict[str, list[float | None]]]]:
         mass = mass[..., rows, :]
         largest = np.abs(mass).argmax(-1, keepdims=True)
         measured = {"first": mass[..., 0], "largest": np.take_along_axis(mass, largest, -1)[..., 0]}
-        if one.query_labels == one.key_labels:
-            measured["own"] = mass[..., np.arange(len(rows)), rows]
+        own = own_columns(one)
+        if all(own[row] is not None for row in rows):
+            measured["own"] = mass[..., np.arange(len(rows)), [own[row] for row in rows]]
     by_layer = {name: values.mean(-1, dtype=np.float64) for name, values in measured.items()}
     return [
         [

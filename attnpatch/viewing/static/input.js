@@ -156,5 +156,3 @@ window.addEventListener("resize", () => {
   cancelAnimationFrame(resizing);
   resizing = requestAnimationFrame(refresh);
 });
-
-openMap(0);

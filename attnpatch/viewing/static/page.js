@@ -58,6 +58,7 @@ function mark() {
   if (order !== "layers" || row === null) fillRowPanel(current, theSequence(), state, (column) => select({ row, column }, row));
   overLayers();
   drawBesides();
+  drawPictures(current, theSequence(), state);
 }
 
 function goTo(row, column, layer) {

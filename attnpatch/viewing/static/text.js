@@ -66,9 +66,16 @@ function showInBox(item) {
 }
 
 // The key block that is the same block as a query block, and the other way round; -1 if there is none.
-const columnOfRow = ({ query, key }, row) => sameBlock(query.labels, key.labels, row);
-const rowOfColumn = ({ query, key }, column) => sameBlock(key.labels, query.labels, column);
+// If the map does not say it, blocks with one label are the same.
+const isSaid = ({ own }) => own.some((column) => column !== null);
+const columnOfRow = (sequence, row) => {
+  return isSaid(sequence) ? sequence.own[row] ?? -1 : sameBlock(sequence.query.labels, sequence.key.labels, row);
+};
+const rowOfColumn = (sequence, column) => {
+  return isSaid(sequence) ? sequence.own.indexOf(column) : sameBlock(sequence.key.labels, sequence.query.labels, column);
+};
 
+// The block of another map that bears the same label; -1 if there is none.
 function sameBlock(from, to, index) {
   return from[index] === to[index] ? index : to.indexOf(from[index]);
 }
