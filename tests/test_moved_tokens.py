@@ -66,7 +66,7 @@ def halves_swapped(x):
     return torch.cat(x.chunk(2, 1)[::-1], 1)
 
 
-SQUARE, FEATURES = torch.eye(24)[ORDER], torch.ones(2, 5, 32)
+SQUARE = torch.eye(24)[ORDER]
 
 
 def written(x):
@@ -268,17 +268,11 @@ def marked(x):
     return y
 
 
-def with_features(x):
-    """Features of something else stand in the places of some tokens."""
-    return x.masked_scatter((torch.arange(24) % 5 == 0)[None, :, None].expand_as(x), FEATURES)
-
-
 IN_ORDER = {
     "written over by tokens in order": Model(written_over),
     "written in their places": Model(put_together),
     "padded at the end and cut": Model(lambda x: nn.functional.pad(x, (0, 0, 0, 4))[:, :24]),
     "some hidden": Model(marked),
-    "some exchanged for features": Model(with_features),
     "through windows": Model(lambda x: x + in_squares(x)),
     "mixed over tokens": Model(lambda x: x + nn.functional.linear(x.mT, SQUARE).mT),
     "a running sum": Model(lambda x: x.cumsum(1) / 24),

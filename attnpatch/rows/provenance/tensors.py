@@ -13,6 +13,11 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not hasattr(value, "handle")
 
 
+def is_wide(tensor: torch.Tensor) -> bool:
+    """True if a tensor has more than one dimension longer than 1."""
+    return sum(size > 1 for size in tensor.shape) > 1
+
+
 def share_memory(source: torch.Tensor, result: torch.Tensor) -> bool:
     """True if two tensors share memory, so that a write to one may change the other."""
     if source is result or source.is_meta or result.is_meta:

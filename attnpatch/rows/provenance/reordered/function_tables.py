@@ -35,7 +35,12 @@ _SETTING = frozenset(
     "select_scatter slice_scatter diagonal_scatter".split()
 )
 # How a reason names functions that have no name of their own.
-IN_WORDS = {"__getitem__": "a slice or an index", "__setitem__": "a write at an index"}
+IN_WORDS = {
+    "__getitem__": "a slice or an index",
+    "__setitem__": "a write at an index",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+}
 IN_ANOTHER_ORDER = ORDERED | {"views", "an index"}
 # Functions whose second operand only gives a shape or a dtype.
 LIKE = frozenset("expand_as view_as reshape_as type_as".split())

@@ -37,9 +37,9 @@ from attnpatch.rows.provenance.reordered.function_tables import (
     is_setting,
     leaves_tokens,
 )
-from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_wide, listed
+from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, listed
 from attnpatch.rows.provenance.sources import Sources
-from attnpatch.rows.provenance.tensors import tensors_in
+from attnpatch.rows.provenance.tensors import is_wide, tensors_in
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, may_write_to, written_by
 
 
@@ -85,12 +85,16 @@ class Turned(TokenTensors):
         for one in results:
             if one not in self.is_bare or any(one is other for other in given_out):
                 self.is_bare[one] = False
+        if own and not is_set:
+            self.picked.follow((name, func), args, kwargs, own, results)
         if name in LEAVING_TORCH:
             self._has_left_torch |= any(tensor.is_floating_point() and is_wide(tensor) for tensor in own)
         elif not own or name.startswith(MAKING) or is_nothing(name, args, kwargs):
             self._without_tokens(name, results)
         elif is_set:
             writes.follow_write(self, name, args, kwargs, tensors, results)
+        elif sums.mixes(self, name, own, results):
+            self.lose(results[0], name)
         elif any(map(is_wide, results)):
             self._follow(name, func, (args, kwargs), own, results, result)
         if own and not all(map(self.is_bare.get, results or written)):
@@ -114,6 +118,7 @@ class Turned(TokenTensors):
             is_new = one not in self.is_bare
             if is_new:
                 self.is_bare[one] = False
+                self.picked.pass_on(given, one)
                 for source in given[:1]:
                     self.hidden.same(source, one)
             if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
@@ -184,6 +189,7 @@ class Turned(TokenTensors):
             sums.choose_axes(self, name, own, results[0], given[1])
         elif name in element_places.JOINING:
             sums.beside(self, own, results[0])
+            sums.joined(self, name, given, results[0])
 
     def _begin(self, name: str, own: list[torch.Tensor], result: torch.Tensor) -> bool:
         """Begin to follow a function's operands, if needed; False if there is nothing to follow."""
@@ -218,6 +224,7 @@ class Turned(TokenTensors):
     ) -> None:
         """Mark new axes with the function that made them, unless it is known to keep tokens in place."""
         kept = {leaf for dims in before for dim in dims for leaf in leaves(dim)}
+        is_product = is_elementwise(name) and not element_places.is_of(name, element_places.ADDING)
         by_place = is_elementwise(name) or element_places.is_of(name, element_places.OF_FIRST)
         for one in results:
             dims = self.sources.of(one)
@@ -226,7 +233,8 @@ class Turned(TokenTensors):
                     self.lose(one, name)
                 continue
             for place, dim in enumerate(dims):
-                if (name in SPATIAL and place > 1) or (by_place and name not in EXPANDING):
+                is_spread = is_product and _is_spread(own, one, place)
+                if (name in SPATIAL and place > 1) or (by_place and name not in EXPANDING and not is_spread):
                     continue
                 for leaf in leaves(dim):
                     is_new = leaf not in kept and leaf not in self.sources.made
@@ -279,6 +287,13 @@ class Turned(TokenTensors):
                 pairs = zip(dims, first.shape, one.shape, strict=True)
                 kept = (dim if size == own else fresh([own])[0] for dim, size, own in pairs)
                 self.sources.give(one, tuple(kept))
+
+
+def _is_spread(own: list[torch.Tensor], result: torch.Tensor, place: int) -> bool:
+    """True if there is one token along a dimension, which numbers of all places (a mask) have been multiplied with."""
+    back = result.dim() - place
+    wide = [one for one in own if one.dim() and one.shape[-1] == result.shape[-1] > 1]
+    return result.shape[place] > 1 and all(one.dim() < back or one.shape[-back] == 1 for one in wide)
 
 
 def is_mask(index: Any, dims: int) -> bool:

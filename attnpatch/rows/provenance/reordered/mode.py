@@ -39,6 +39,8 @@ _BY_ELEMENT = frozenset("sort msort gather take_along_dim rot90".split())
 # Functions after which a tensor holds another one's elements, in that one's order.
 _TAKING = frozenset("copy_ set_ data_".split())
 
+_FAILED = "a function that attnpatch failed to follow (a warning says which)"
+
 # A dimension, and for each of its elements the former index; ``None``: not known.
 Order = tuple[int, torch.Tensor] | None
 
@@ -52,10 +54,13 @@ class Moved(TorchFunctionMode):
         self.depth = 0
         # The sources that follow the functions of the innermost one.
         self.inside: Sources | None = None
+        # True if attnpatch's own code has failed to follow a function.
+        self._has_failed = False
         # For each tensor: the function that reordered it, and the order.
         self._found: Any = WeakIdKeyDictionary()
         with compat.DisableTorchFunction():
             self._turned = Turned(module, given)
+        self._turned.picked.out_of_order = self._found
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -65,12 +70,21 @@ class Moved(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
             with compat.DisableTorchFunction():
-                guard.attempted(self._turned.before, func, args, kwargs, name="the order of tokens")
+                self._attempt(self._turned.before, func, args, kwargs)
         result = func(*args, **kwargs)
         # The functions called here are attnpatch's own: no other mode must see them.
         with compat.DisableTorchFunction():
-            guard.attempted(self._look, func, args, kwargs, result, name="the order of tokens")
+            self._attempt(self._look, func, args, kwargs, result)
         return result
+
+    def _attempt(self, step: Callable[..., Any], *args: Any) -> None:
+        """Do a step. If it fails, no order is known any more."""
+
+        def done() -> bool:
+            step(*args)
+            return True
+
+        self._has_failed |= not guard.attempted(done, name="the order of tokens")
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = name_of(func)
@@ -87,6 +101,8 @@ class Moved(TorchFunctionMode):
         """For each dimension in which a tensor's elements were reordered, the function that did it; other dimensions
         are in the model's order.
         """
+        if self._has_failed:
+            return dict.fromkeys(range(tensor.dim()), _FAILED)
         found = self._found.get(tensor)
         moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
         if self.depth < 2:
@@ -106,7 +122,7 @@ class Moved(TorchFunctionMode):
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Note after a site has run that its result has the order of its input tokens."""
         with compat.DisableTorchFunction():
-            self._through(given, result)
+            self._attempt(self._through, given, result)
 
     def _through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         inside, self.inside = self.inside, None
@@ -166,9 +182,13 @@ class Moved(TorchFunctionMode):
             index is ... or (isinstance(index, slice) and index == slice(None))
         )  # fmt: skip
         is_alike = isinstance(value, torch.Tensor) and value.shape == target.shape
+        found = self._found.get(value) if isinstance(value, torch.Tensor) else None
         if not is_whole or not is_alike or target is value:
+            picked = self._turned.picked
+            is_other = found is not None and not picked.has_places(value)
+            if is_other and picked.have_common_input(target, value):
+                self._found[target] = found[0], None
             return
-        found = self._found.get(value)
         if found is not None:
             self._found[target] = found
             for one in self._turned.sharing(target):

@@ -84,6 +84,34 @@ def beside(tokens: TokenTensors, own: list[torch.Tensor], result: torch.Tensor) 
     tokens.sources.give(result, tuple(found))
 
 
+def mixes(tokens: TokenTensors, name: str, own: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
+    """True if a function chooses, element by element, between tokens and one token of the same input for several places
+    (``where`` with a single token).
+    """
+    if not results or not element_places.is_of(name, element_places.CHOOSING):
+        return False
+    shape = results[0].shape
+    whole = [one for one in own if has_tokens_of(one, results[0])]
+    few = [
+        one
+        for one in own
+        if one.is_floating_point() and one.shape != shape and one.dim() and one.shape[-1] == shape[-1] > 1
+    ]
+    return any(tokens.picked.have_common_input(one, other) for one in few for other in whole)
+
+
+def joined(tokens: TokenTensors, name: str, given: tuple[Any, dict[str, Any]], result: torch.Tensor) -> None:
+    """After pieces were concatenated: the order is lost if picked tokens are not in their own places."""
+    args, kwargs = given
+    pieces = args[0] if args else kwargs.get("tensors", ())
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    if not isinstance(dim, int) or not isinstance(pieces, (tuple, list)) or not result.dim():
+        return
+    place = dim % result.dim()
+    if place not in tokens.why(result) and tokens.picked.joined_out_of_order(pieces, place):
+        tokens.lose(result, name)
+
+
 def _shows(tokens: TokenTensors, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
     """True if the tokens of a tensor are visible in a sum; see ``residuals.shows``."""
     return residuals.shows(tensor, beside, place, tokens.of_tokens)

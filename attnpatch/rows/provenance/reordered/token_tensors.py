@@ -10,9 +10,10 @@ import torch
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import lost
 from attnpatch.rows.provenance.reordered.function_tables import IN_WORDS
+from attnpatch.rows.provenance.reordered.picked import Picked
 from attnpatch.rows.provenance.reordered.token_order import Order
 from attnpatch.rows.provenance.sources import Sources
-from attnpatch.rows.provenance.tensors import share_memory
+from attnpatch.rows.provenance.tensors import is_wide, share_memory
 from attnpatch.rows.provenance.unseen_writes import UNSEEN, Notes
 
 # How deep in a model's arguments tensors are looked for.
@@ -32,6 +33,7 @@ class TokenTensors:
             alone).
         of_tokens: Integer inputs of the model with one element per token: ids, padding masks.
         hidden: Tells which tensors may hide some of their tokens.
+        picked: Tells which inputs tokens come from, and from which places they were picked.
     """
 
     def __init__(self, module: torch.nn.Module, given: Any) -> None:
@@ -41,6 +43,7 @@ class TokenTensors:
         self.is_bare = Notes(self._strayed)
         self.of_tokens: list[torch.Tensor] = []
         self.hidden = HiddenTokens(self.of_tokens)
+        self.picked = Picked(self.hidden, self.why)
         self._constants: frozenset[int] | None = None
         self._has_others = False
         self._see(given)
@@ -82,6 +85,7 @@ class TokenTensors:
         """Note that the origin of a tensor's elements is no longer known."""
         self.is_bare[tensor] = False
         self.sources.give(tensor, lost(tensor.shape, IN_WORDS.get(name, name)))
+        self.picked.lose_places(tensor)
 
     def is_plain(self, tensor: torch.Tensor) -> bool:
         """True for plain tensors. A subclass may make plain tensors unseen, and must not be asked for its base."""
@@ -98,6 +102,7 @@ class TokenTensors:
         """Note the tensors among the model's arguments, also inside objects of any kind."""
         if isinstance(given, torch.Tensor):
             self.is_bare[given] = False
+            self.picked.begin(given)
             if type(given) is torch.Tensor and given.dim() == 2 and not given.is_floating_point():
                 self.of_tokens.append(given)
         elif depth < _DEPTH and not isinstance(given, (type, torch.nn.Module)):
@@ -108,11 +113,6 @@ class TokenTensors:
                 inside = given if is_row else getattr(given, "__dict__", {}).values()
             for each in inside:
                 self._see(each, depth + 1)
-
-
-def is_wide(tensor: torch.Tensor) -> bool:
-    """True if a tensor has more than one dimension longer than 1."""
-    return sum(size > 1 for size in tensor.shape) > 1
 
 
 def base(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from attnpatch.rows.graph.axes import fresh
-from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_wide, listed
+from attnpatch.rows.provenance.reordered.picked import adds
+from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, listed
+from attnpatch.rows.provenance.tensors import is_wide
 
 
 def follow_write(
@@ -30,25 +32,60 @@ def follow_write(
         elif (dims := tokens.sources.of(target)) is not None:
             tokens.sources.give(out, dims)
     is_known = value is None or value is target or not tokens.is_plain(value)
-    if is_known or not tokens.has_tokens(value) or not is_wide(out):
+    if is_known or not tokens.has_tokens(value):
+        tokens.picked.wrote(target, None, out, False)
         return
     view = None
     if name == "__setitem__":
         if not any(isinstance(one, (torch.Tensor, list)) for one in listed(args[1])):
             view = out[args[1]]
     elif name == "copy_":
-        view, out = out, out if out._base is None else out._base
+        view = out
+    is_lost = is_wide(out) and _is_elsewhere(tokens, name, args, kwargs, target, value)
+    is_whole = view is not None and view.shape == out.shape == value.shape
+    if name == "copy_":
+        out = base(out)
+    tokens.picked.wrote(target, value, out, is_whole and out is target)
+    if not is_wide(out):
+        return
     if view is None:
         # A write at an index: it may replace some of the tokens, or all.
         is_piece = base(value).numel() == out.numel() or base(value) is base(target)
-        if tokens.is_bare.get(out) or value.numel() >= out.numel() or is_piece:
+        is_much = value.numel() >= out.numel() or is_piece
+        if tokens.is_bare.get(out) or is_lost or (is_much and not tokens.picked.has_places(value)):
             tokens.lose(out, name)
-        return
-    source = base(value)
-    if view.shape == out.shape == value.shape:
+    elif view.shape == out.shape == value.shape:
         tokens.is_bare[out] = False
         tokens.sources.give(out, tokens.sources.of(value) or fresh(out.shape))
-    elif source.shape == out.shape and source.stride() == out.stride():
+    else:
+        # Some channels of every token.
+        is_of_all = out.dim() < 4 and out.shape[:-1] == view.shape[:-1] == value.shape[:-1]
+        is_in_place = is_of_all and not tokens.why(value)
+        _into_view(tokens, name, out, view, value, is_lost and not is_in_place)
+
+
+def _is_elsewhere(
+    tokens: TokenTensors,
+    name: str,
+    args: Any,
+    kwargs: dict[str, Any],
+    target: torch.Tensor,
+    value: torch.Tensor,
+) -> bool:
+    """True if a write may put some of a tensor's tokens into places that are not their own."""
+    if not tokens.picked.have_common_input(target, value):
+        return False  # features of a picture, over their placeholders in a text
+    if adds(name, args, kwargs):
+        return tokens.hidden.has(target)
+    return not tokens.picked.are_in_their_places(name, args, kwargs, target, value)
+
+
+def _into_view(
+    tokens: TokenTensors, name: str, out: torch.Tensor, view: torch.Tensor, value: torch.Tensor, is_lost: bool
+) -> None:
+    """Follow a write into a part of a tensor that slices tell."""
+    source = base(value)
+    if source.shape == out.shape and source.stride() == out.stride():
         start, end = value.storage_offset() - source.storage_offset(), view.storage_offset()
         if (value.shape, value.stride(), start) != (
             view.shape,
@@ -62,7 +99,7 @@ def follow_write(
             tokens.is_bare[out] = False
             if (dims := tokens.sources.of(source)) is not None:
                 tokens.sources.give(out, dims)
-    elif tokens.is_bare.get(out) or source.numel() == out.numel():
+    elif tokens.is_bare.get(out) or source.numel() == out.numel() or (is_lost and value.is_floating_point()):
         tokens.lose(out, name)
 
 
@@ -73,7 +110,7 @@ def spread(tokens: TokenTensors, written: torch.Tensor, before: dict[int, str]) 
     if not now or now == before:
         return
     for one in tokens.sharing(written):
-        if one is not whole and not tokens.why(one):
+        if not tokens.why(one):
             tokens.lose(one, next(iter(now.values())))
 
 
