@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from test_known_facts import captured, tokens
-from test_moved_tokens import Model, is_mapped
+from test_moved_tokens import Model, MovedInside, is_mapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -94,6 +94,8 @@ ELSEWHERE = {
         x, (ALL, HERE), x.unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2)[:, HERE]
     ),
     "hidden, and others": lambda x: written(x, (ALL, HERE), x[:, HERE] * 0.0 * BIAS + x[:, THERE]),
+    "a running sum of some": lambda x: (x * SOME[:, None]).cumsum(1),
+    "a running maximum": lambda x: x.cummax(1).values,
     "joined, changed": lambda x: torch.cat([x[:, :3], PROJECT(x[:, 2:5]), x[:, 6:]], 1),
     "joined, one changed": lambda x: torch.cat([PROJECT(x[:, 5:6]), x[:, 1:]], 1),
     "joined, one by its number": lambda x: torch.cat([x[:, 5].unsqueeze(1), x[:, 1:]], 1),
@@ -159,6 +161,17 @@ def test_tokens_that_are_written_over_others(name):
         maps = captured(model, lambda: model(ids))
     assert sorted(maps.left_out) == ["layers.0", "layers.1"], maps.left_out
     assert not any("failed" in why or "no softmax" in why for why in maps.left_out.values()), maps.left_out
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@torch.no_grad()
+def test_tokens_that_a_module_writes_over_others(name):
+    model = Model().eval()
+    model.layers[1] = MovedInside(ELSEWHERE[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(torch.cat([tokens(24), tokens(24, 2)])))
+    assert list(maps.left_out) == ["layers.1"]
 
 
 @pytest.mark.parametrize("name", BACK)

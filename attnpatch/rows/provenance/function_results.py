@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,7 +124,21 @@ class FunctionResults(Origins):
         """
         is_sum = element_places.is_of(name, element_places.ADDING)
         whole = [tensor for tensor, _ in known if tensor.shape == shape]
-        return self._by_place(known, shape, whole, beside=True if is_sum else None)
+        found = self._by_place(known, shape, whole, beside=True if is_sum else None)
+        if not element_places.is_of(name, element_places.CHOOSING):
+            return found
+        spread = {place for tensor, dims in known for place in self._spread(tensor, dims, found, shape)}
+        lost = tuple(fresh([shape[i]])[0] if i in spread else dim for i, dim in enumerate(found))
+        return self._lost(lost, found) or lost
+
+    def _spread(self, tensor: torch.Tensor, own: Dims, found: Dims, shape: Sequence[int]) -> Iterator[int]:
+        """The dimensions along which one token of an operand may be in several places of a choice between its input's."""
+        if tensor.is_floating_point() and own and tensor.shape[-1] == shape[-1] > 1:
+            for place, size in enumerate(shape[:-1]):
+                back = len(shape) - place
+                is_one = back > len(own) or tensor.shape[-back] == 1
+                if is_one and size > 1 and self._earliest(own)[0] == self._rank(found[place]):
+                    yield place
 
     def _by_place(
         self,

@@ -25,7 +25,7 @@ SPATIAL = element_places.CONVOLUTIONS | frozenset(
     "upsample upsample_nearest upsample_bilinear pixel_shuffle pixel_unshuffle unfold".split()
 )
 # Functions that compute each token from itself and others, at the same position.
-MIXING = frozenset("cumsum cumprod cummax cummin logcumsumexp lstm gru rnn_tanh rnn_relu".split())
+MIXING = frozenset("cumsum cumprod logcumsumexp lstm gru rnn_tanh rnn_relu".split())
 _LEAVING_TOKENS = frozenset("linear bilinear index_fill embedding __get__".split()) | MIXING
 # Functions that expand a dimension of size 1.
 EXPANDING = frozenset("expand expand_as broadcast_to".split())

@@ -93,7 +93,8 @@ class Turned(TokenTensors):
             self._without_tokens(name, results)
         elif is_set:
             writes.follow_write(self, name, args, kwargs, tensors, results)
-        elif sums.mixes(self, name, own, results):
+        elif sums.mixes(self, name, own, results) or (name in MIXING and self.hidden.has(own[0])):
+            # Where tokens are hidden, a running sum holds others alone.
             self.lose(results[0], name)
         elif any(map(is_wide, results)):
             self._follow(name, func, (args, kwargs), own, results, result)
