@@ -300,6 +300,10 @@ def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+# ``torch.library.custom_op``: the operator of a definition. If the name is missing, calls of the definition are seen,
+# and calls through ``torch.ops`` are not.
+CUSTOM_OPERATOR = "_opoverload"
+
 __all__ = [
     "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "TorchDispatchMode",
     "UnsupportedOperatorException", "is_traceable_wrapper_subclass",

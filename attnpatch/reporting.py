@@ -29,6 +29,8 @@ class SiteReport:
         not_fused: How many calls ``fuse=True`` could not run with the fused kernel, by the step that prevented it.
         summed_by: How many fused calls were summed for a capture by the ``kernel``, and how many by ``torch (...)``,
             with the reason why the kernel was not used.
+        kernels: How many calls a kernel outside torch computed (they count as ``fused``), by its name, and how many of
+            its calls torch's functions computed instead: ``"flash_attn_func (replaced)"``.
     """
 
     name: str
@@ -40,6 +42,7 @@ class SiteReport:
     unseen: int = 0
     not_fused: dict[str, int] = dataclasses.field(default_factory=dict)
     summed_by: dict[str, int] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Report:
             summed.update(site.summed_by)
         if summed:
             lines.append(f"block mass beside fused attention: {_listed(summed)}")
+        kernels: Counter[str] = Counter()
+        for site in self.sites:
+            kernels.update(site.kernels)
+        if kernels:
+            lines.append(f"kernels outside torch: {_listed(kernels)}")
         if self.left_alone:
             lines.append(f"no attention in their first call, so left alone: {', '.join(self.left_alone)}")
         if self.compiled:
@@ -167,7 +175,7 @@ def _site_report(site: Site, is_around: bool) -> SiteReport:
     why = site.why or ("masks" if site.is_entry and any(counts.values()) else "")
     return SiteReport(
         site.name or "(model)", site.kind, why, counts, dict(site.operations), reasons, is_own * site.reasons["unseen"],
-        dict(site.obstacles), dict(site.sums),
+        dict(site.obstacles), dict(site.sums), dict(site.kernels),
     )  # fmt: skip
 
 

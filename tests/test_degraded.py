@@ -43,6 +43,7 @@ TAKEN = {
     "COMPILED_CALL": "models that no host builds, under ATTNPATCH=1",
     "PLAIN_CALL": "models that no host builds, under ATTNPATCH=1",
     "OPERATOR_SCHEMA": "operators of others that write to an argument",
+    "CUSTOM_OPERATOR": "custom operators as kernels, if they are called through torch.ops",
 }
 # Objects of torch, which ``test_without_names.py`` takes away.
 OBJECTS = {"SELECTIVE_MODES", "ENCODER_OPERATORS", "KERNELS", "__all__"}

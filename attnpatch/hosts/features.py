@@ -101,6 +101,10 @@ def features() -> tuple[Feature, ...]:
             (("torch._ops", (compat.OPERATOR_SCHEMA,)),),
         ),
         Feature(
+            "custom operators as kernels, if they are called through torch.ops", "torch", "2.5",
+            (("torch._library.custom_ops", (compat.CUSTOM_OPERATOR,)),),
+        ),
+        Feature(
             "attention by rows in checkpoints", "torch", "2.5",
             found=(compat.CheckpointFrame, compat.StopRecomputation),
         ),

@@ -32,7 +32,7 @@ REASONS = {
 }
 # Reasons why a call was not watched at all.
 _OF_CALLS = ("never", "nested", "transform", "passed")
-_NAMES = ("counts", "operations", "obstacles", "sums", "short", "reasons")
+_NAMES = ("counts", "operations", "obstacles", "sums", "kernels", "short", "reasons")
 
 
 class SiteCounters:
@@ -43,6 +43,7 @@ class SiteCounters:
         operations: Materialisations, by operation and by the line of code that caused them.
         obstacles: Calls that could not use the fused kernel (``Policy.fuse``), by the function that prevented it.
         sums: Fused calls that a capture saw, by the method that summed their probabilities.
+        kernels: Calls of kernels outside torch, by name; a name with ``(replaced)`` counts those that torch computed.
         short: Calls that were too short to be watched, by an upper bound on their rows.
         reasons: Calls that stayed native, by reason (keys of ``REASONS``).
         numbers: For each reason, the numbers of the largest such call.
@@ -58,6 +59,7 @@ class SiteCounters:
         self.operations: Counter[str] = Counter()
         self.obstacles: Counter[str] = Counter()
         self.sums: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
         self.short: Counter[int] = Counter()
         self.reasons: Counter[str] = Counter()
         self.numbers: dict[str, tuple[int, ...]] = {}
@@ -81,6 +83,9 @@ class SiteCounters:
 
     def summed(self, by: str) -> None:
         self.sums[by] += 1
+
+    def kernel(self, name: str, is_replaced: bool = False) -> None:
+        self.kernels[f"{name} (replaced)" if is_replaced else name] += 1
 
     def left_native(self, reason: str, *numbers: int) -> None:
         self.reasons[reason] += 1

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attnpatch.patching.code_names import is_torch, names_of_class, names_of_instance, names_of_methods
 from attnpatch.patching.registry import is_attention
 from attnpatch.rows.kernels.table import NAMES as KERNELS
+from attnpatch.rows.kernels.table import kernel_of, registered
 from attnpatch.rows.provenance.tensors import tensors_in
 
 _COMPLETE = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
@@ -103,7 +104,7 @@ _NOTHING: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
 def _names_attention(own: set[str], every: set[str]) -> bool:
-    if own & _COMPLETE or own & KERNELS:
+    if own & _COMPLETE or own & KERNELS or own & registered:
         return True
     return (_normalises(own) or _multiplies(own)) and _normalises(every) and _multiplies(every)
 
@@ -158,7 +159,8 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        kernel = kernel_of(func)
+        name = getattr(func, "__name__", "") if kernel is None else kernel.name
         try:
             # Read the marks before the call: an in-place function changes them.
             given = [(tensor, self._what_is(tensor, name)) for tensor in tensors_in((args, kwargs))]
@@ -195,7 +197,7 @@ class Watch(TorchFunctionMode):
 
     def _became(self, name: str, given: list[tuple[torch.Tensor, int]], result: Any, most: int) -> int:
         known = [mark for _, mark in given if mark]
-        if name in _COMPLETE or name in KERNELS:
+        if name in _COMPLETE or name in KERNELS or name in registered:
             self.found = True
             return INPUT
         if name in _LAYERS and len(known) == 1:

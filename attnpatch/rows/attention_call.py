@@ -31,6 +31,9 @@ class Counters(Protocol):
     def summed(self, by: str) -> None:
         """The probabilities of a fused call were summed for a capture; ``by`` names the method."""
 
+    def kernel(self, name: str, is_replaced: bool = False) -> None:
+        """A kernel outside torch has computed a call, or torch's functions have in its place."""
+
     def left_native(self, reason: str, *numbers: int) -> None:
         """A rule left a call native: the rule's name (``patching.counters.REASONS``) and the numbers it compared."""
 

@@ -41,7 +41,9 @@ def _replacement(key: str, function: Callable[..., Any]) -> Callable[..., Any] |
         if function not in _ours:
             known = is_hosts and name in _OF_KERNELS
             # A user's function may well compute attention with torch's functions; those are served as ever.
-            _ours[function] = overridable(Kernel(key, function, read, is_transparent=not known))
+            # One function of transformers serves several keys.
+            named = name if known else key
+            _ours[function] = overridable(Kernel(named, function, read, is_transparent=not known))
         return _ours[function]
     except TypeError:  # an object that no weak reference can be made to
         return None

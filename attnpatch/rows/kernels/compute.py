@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from attnpatch import compat
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.creation.row_masks import RowFunctionNode
-from attnpatch.rows.deferred.tensor import wrap
+from attnpatch.rows.deferred.tensor import materialize, wrap
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.changed_scores import changed
 from attnpatch.rows.kernels.packing import Packing
@@ -32,6 +33,19 @@ def attention(call: KernelCall, site: AttentionCall | None) -> tuple[torch.Tenso
     parts = [_of_one(piece, site) for piece in packing.calls]
     lse = packing.joined([lse for _, lse in parts if lse is not None], -math.inf) if call.needs_lse else None
     return packing.joined([result for result, _ in parts], 0.0), lse
+
+
+def in_place_of(call: KernelCall, site: AttentionCall | None) -> Any:
+    """What the kernel would return, computed by torch's functions; arguments as in ``attention``."""
+    with torch.autocast(call.query.device.type, enabled=False):
+        if call.writes is not None:
+            call.writes()
+        made = call.returned(*attention(call, site))
+    with compat.DisableTorchFunction():
+        # With a single key, the product with the values looks like scores itself.
+        made = materialize(made, "the result of a kernel's call")
+        # Scripts view what a kernel returns, which is contiguous.
+        return compat.tree_map(lambda one: one.contiguous() if isinstance(one, torch.Tensor) else one, made)
 
 
 def masked(call: KernelCall, site: AttentionCall | None) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from attnpatch.rows.attention_call import AttentionCall, Counters
 from attnpatch.rows.deferred.tensor import materialize
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.check import ROWS, why_wrong
-from attnpatch.rows.kernels.compute import attention, masked, scores_of, weights_of
+from attnpatch.rows.kernels.compute import attention, in_place_of, masked, scores_of, weights_of
 from attnpatch.rows.kernels.packing import Packing
 from attnpatch.rows.kernels.table import CannotRead, Kernel
 from attnpatch.rows.provenance.tensors import tensors_in
@@ -43,7 +43,7 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
     if kernel.is_missing or kernel.holds_scores or site.policy.replace_kernels:
         call = _read(kernel, args, kwargs, mode)
         if isinstance(call, KernelCall) and _is_replaced(kernel, call, site):
-            return _by_torch(call, mode)
+            return _by_torch(kernel, call, mode)
     try:
         result, is_seen = _natively(kernel, args, kwargs, mode)
     except RuntimeError as error:
@@ -52,10 +52,11 @@ def attend(kernel: Kernel, args: Any, kwargs: dict[str, Any], mode: Watching) ->
         call = _read(kernel, args, kwargs, mode) if call is None else call
         if not isinstance(call, KernelCall) or not site.answers(error, call.query.device):
             raise
-        return _by_torch(call, mode)
+        return _by_torch(kernel, call, mode)
     if is_seen:
         return result
     site.counters.count("fused")
+    site.counters.kernel(kernel.name)
     if not kernel.holds_scores:
         site.counters.left_native("unread" if isinstance(call, str) else "fused")
     if site.observer is not None or site.weights is not None:
@@ -116,14 +117,11 @@ def _is_replaced(kernel: Kernel, call: KernelCall, site: AttentionCall) -> bool:
     return site.by_rows(call.q_len, NativeNeed(_COPIES * size, size), call.query.device)
 
 
-def _by_torch(call: KernelCall, mode: Watching) -> Any:
+def _by_torch(kernel: Kernel, call: KernelCall, mode: Watching) -> Any:
     """What the kernel would return, computed by torch's functions, which the mode serves."""
-    with mode, torch.autocast(call.query.device.type, enabled=False):
-        if call.writes is not None:
-            call.writes()
-        result = call.returned(*attention(call, mode.call))
-    # With a single key, the product with the values looks like scores itself.
-    return materialize(result, "the result of a kernel's call")
+    mode.call.counters.kernel(kernel.name, is_replaced=True)
+    with mode:
+        return in_place_of(call, mode.call)
 
 
 def _show(kernel: Kernel, call: KernelCall | str, result: Any, mode: Watching) -> None:

@@ -88,3 +88,18 @@ def overridable(kernel: Kernel) -> Callable[..., Any]:
 def sees_kernels(mode: Any) -> bool:
     """True if a mode is one of attnpatch's that answers kernels."""
     return getattr(type(mode), "sees_kernels", False)
+
+
+# As ``NAMES``, of kernels that a user has registered.
+registered: set[str] = set()
+
+
+def watch_operator(kernel: Kernel, *operators: Any) -> None:
+    """See the calls of torch operators (``torch.ops``), which torch shows to modes itself."""
+    for operator in operators:
+        _KERNELS[operator] = kernel
+
+
+def read_otherwise(function: Callable[..., Any], read: Callable[..., KernelCall]) -> None:
+    """Give another reader to a kernel that is known already."""
+    _KERNELS[function] = dataclasses.replace(_KERNELS[function], read=read)
