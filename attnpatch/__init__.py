@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from attnpatch.capturing.token_scores import token_scores
     from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
     from attnpatch.conversations.saved import load
+    from attnpatch.hosts.kernels.registering import register_kernel
     from attnpatch.maps.arithmetic import compare
     from attnpatch.maps.block_map import BlockMap
     from attnpatch.policy import Policy
+    from attnpatch.rows.kernels.call import KernelCall
+    from attnpatch.standins.finder import replace_missing_kernels
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockAttentionAnalyzer",
     "BlockMap",
     "Blocks",
+    "KernelCall",
     "Policy",
     "Probes",
     "apply",
@@ -35,7 +39,9 @@ __all__ = [
     "load",
     "patched",
     "register",
+    "register_kernel",
     "remove",
+    "replace_missing_kernels",
     "report",
     "token_scores",
 ]
@@ -43,12 +49,15 @@ _HOMES = {
     "BlockAttentionAnalyzer": "attnpatch.conversations.analyzer",
     "BlockMap": "attnpatch.maps.block_map",
     "Blocks": "attnpatch.blocks.spec",
+    "KernelCall": "attnpatch.rows.kernels.call",
     "Policy": "attnpatch.policy",
     "Probes": "attnpatch.capturing.probes",
     "compare": "attnpatch.maps.arithmetic",
     "errors": "attnpatch.errors",
     "heads": "attnpatch.capturing.heads",
     "load": "attnpatch.conversations.saved",
+    "register_kernel": "attnpatch.hosts.kernels.registering",
+    "replace_missing_kernels": "attnpatch.standins.finder",
     "token_scores": "attnpatch.capturing.token_scores",
     **dict.fromkeys(
         ("apply", "by_rows", "capture", "explain", "patched", "register", "remove", "report"), "attnpatch.api"

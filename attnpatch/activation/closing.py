@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attnpatch.activation.kinds import added_up
 from attnpatch.activation.stderr import seen_in_words
 from attnpatch.reporting import report_of
+from attnpatch.standins import finder
 
 if TYPE_CHECKING:
     from attnpatch.activation.session import Session
@@ -28,12 +29,14 @@ def closing_lines(session: Session) -> Iterator[str]:
         if number > 1:
             yield f"attnpatch: {number} models of this kind, added up:"
         yield f"attnpatch: {report_of(patch)}"
+    outside = finder.used()
+    yield from (f"attnpatch: {report_of(patch)}" for patch in outside)
     idle = Counter(patch.model_kind for patch in session.patches.values() if not patch.was_used)
     idle.update(session.never_called)
     if idle:
         kinds = ", ".join(kind if number == 1 else f"{kind} x{number}" for kind, number in idle.items())
         yield f"attnpatch: {_counted(idle.total(), 'model')} built and never called: {kinds}"
-    elif not used and not session.gone:
+    elif not used and not session.gone and not outside:
         yield session.nothing_seen
     yield from seen_in_words(session.plain.seen, session.plain.parts)
     if session.counts["without"]:

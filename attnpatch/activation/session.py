@@ -30,6 +30,10 @@ def begin(settings: Settings) -> None:
     global _session
     if _session is None:
         _session = Session(settings)
+        if settings.policy.replace_kernels:
+            from attnpatch.standins.finder import install
+
+            install(settings.policy, _session.lines.say)
         when_built(_session.built, functools.partial(_session.lines.warn, "no model is patched"))
         when_imported("torch", _session.tell_of_first_calls)
         atexit.register(_session.end)
@@ -239,7 +243,7 @@ class Session:
                 from attnpatch.activation.closing import closing_lines
 
                 print("\n".join(closing_lines(self)), file=sys.stderr)
-            elif not self.has_patched and (self.plain.was_called or self.is_of_script) and is_first_process():
+            elif self.has_seen_nothing and is_first_process():
                 self.lines.say(self.nothing_seen)
         except Exception as error:
             self.lines.warn("no report", error)
@@ -248,6 +252,13 @@ class Session:
     def has_patched(self) -> bool:
         """True if any model was patched."""
         return bool(self.patches or self.gone or self.never_called)
+
+    @property
+    def has_seen_nothing(self) -> bool:
+        """True if there was something to see, and it was not attention."""
+        stand_ins = sys.modules.get("attnpatch.standins.modules")
+        has_attended = self.has_patched or (stand_ins is not None and bool(stand_ins.used()))
+        return (self.plain.was_called or self.is_of_script) and not has_attended
 
     @property
     def nothing_seen(self) -> str:

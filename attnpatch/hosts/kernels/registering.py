@@ -72,16 +72,17 @@ def register_kernel(function: Any = None, /, *, read: Any = None) -> Any:
             f"register_kernel() takes a function or a torch.autograd.Function, not the class {function.__name__}; "
             "attnpatch.register() takes classes of modules"
         )
-    name = _name_of(function)
+    operator = (
+        function if isinstance(function, _OPERATORS) else getattr(function, compat.CUSTOM_OPERATOR, None)
+    )
+    name = getattr(function if operator is None else operator, "__name__", type(function).__name__)
+    name = str(name).partition(".")[0]  # of "attention.default"
     registered.add(name)
     reader = _checked(name, read)
     if kernel_of(function) is not None:
         read_otherwise(function, reader)
         return function
     kernel = Kernel(name, function, reader)
-    operator = (
-        function if isinstance(function, _OPERATORS) else getattr(function, compat.CUSTOM_OPERATOR, None)
-    )
     if not isinstance(operator, _OPERATORS):
         return put_in_place(kernel)
     packet = getattr(operator, "overloadpacket", operator)
@@ -99,11 +100,6 @@ def _register_class(kind: type[Any], read: Callable[..., Any]) -> None:
     else:
         ours = put_in_place(Kernel(name, kind.apply, reader))
         kind.apply = staticmethod(ours)
-
-
-def _name_of(function: Any) -> str:
-    name = getattr(function, "__name__", None) or getattr(function, "_name", None) or type(function).__name__
-    return str(name).partition(".")[0]
 
 
 def _checked(name: str, read: Callable[..., Any]) -> Callable[..., KernelCall]:
