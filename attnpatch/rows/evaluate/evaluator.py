@@ -205,6 +205,15 @@ class Evaluator(StepMemory):
         self._kept[key] = value
         return value
 
+    def share(self, node: Node, tile: Tile, value: torch.Tensor) -> None:
+        """Use ``value``, if values of ``node`` are kept, for ``node`` in this tile."""
+        own = {leaf: tile[leaf] for leaf in self._axes[node] if leaf in tile}
+        key = (node, tuple(own.items()), torch.is_grad_enabled())
+        if node in self.shared:
+            self._kept.pop(self._of_rows.get(node, key), None)
+            self._of_rows[node] = key
+            self._kept[key] = value
+
     def _computed(self, node: Node, tile: Tile) -> torch.Tensor:
         value = self._made(node, tile)
         if node in self.scores and isinstance(value, torch.Tensor):

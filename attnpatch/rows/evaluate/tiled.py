@@ -13,7 +13,7 @@ import torch
 from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
-from attnpatch.rows.evaluate import bytes_of_steps
+from attnpatch.rows.evaluate import bytes_of_steps, masked_tail
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
 from attnpatch.rows.evaluate.tile_plan import (
@@ -228,11 +228,12 @@ class TiledEvaluation:
         if self.watched is not None:
             run.keep(self.watched[0])
         result: torch.Tensor | None = None
+        tail = masked_tail.found_in(self.node) if self.limit is Exactness.EXACT else None
         for tile in self._tiles(run):
-            value = run.value(self.node, tile)
+            value, seen = (run.value(self.node, tile), tile) if tail is None else tail.value(run, tile)
             if self.watched is not None:
-                own = {axis: tile[axis] for axis in all_leaves(self.watched[0].dims) if axis in tile}
-                self.watched[1](run.value(self.watched[0], tile).detach(), own)
+                own = {axis: seen[axis] for axis in all_leaves(self.watched[0].dims) if axis in seen}
+                self.watched[1](run.value(self.watched[0], seen).detach(), own)
             if not tile:
                 self.on_size(run.largest)
                 return value

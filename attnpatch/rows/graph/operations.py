@@ -78,10 +78,12 @@ class OpNode(Node):
         shared = run.shared_operands(self, tile)
         if shared:
             values = [value.detach() if i in shared else value for i, value in enumerate(values)]
-            return run.with_wide_gradients(self, shared, values, tile, self._called(values, tile, run))
-        return self._called(values, tile, run)
+            return run.with_wide_gradients(self, shared, values, tile, self.called_with(values, tile, run))
+        return self.called_with(values, tile, run)
 
-    def _called(self, values: list[Any], tile: Tile, run: Evaluator) -> torch.Tensor:
+    def called_with(self, values: list[Any], tile: Tile, run: Evaluator) -> torch.Tensor:
+        """The call on these parts of its arguments."""
+
         def fill(value: Any) -> Any:
             return values[value.index] if isinstance(value, Child) else value
 

@@ -16,7 +16,7 @@ from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.reordered.function_tables import IN_ANOTHER_ORDER
 from attnpatch.rows.provenance.sources import Sources
-from attnpatch.rows.provenance.unseen_writes import UNSEEN
+from attnpatch.rows.provenance.unseen_writes import UNSEEN_WAYS
 
 # The size of a dimension, and the axes it comes from; ``None``: not known.
 Entry = tuple[int, Dim | None]
@@ -52,8 +52,8 @@ class _Reading:
         """True if an axis is made by a layer, or is a part of an input's channels, over which the product sums."""
         found = self.sources.origin(leaf)
         if found is None:
-            whole = (self._made(leaf) or Made()).of if leaf.size == 1 else leaf
-            return whole is None or not self.sources.is_known((whole,))
+            whole = self.sources.whole_of(leaf) if leaf.size == 1 else None
+            return not self.sources.is_known((whole or leaf,))
         number, place, _ = found
         parts = leaves(self.sources.inputs[number][place])
         return len(parts) > 1 and (number, place) in self.summed
@@ -164,30 +164,29 @@ def layout_of(
         return Layout(1, sizes[0], sizes[1], sizes[2], why_not=str(reason))
 
 
-def _followed(entries: Sequence[Entry], side: str) -> list[Axis]:
+def _followed(sources: Sources, entries: Sequence[Entry], side: str) -> list[Axis]:
     if any(dim is None for _, dim in entries):
         raise Unknown(f"its {side} come from an operation that attnpatch cannot follow")
-    # A dimension of size 1 has an axis if it is known which token it holds.
-    found = [leaf for n, dim in entries for leaf in ((dim or ()) if n == 1 else leaves(dim or ()))]
+    found = [leaf for _, dim in entries for leaf in leaves(dim or ())]
+    # A dimension of size 1 has an axis if it is a part of a known one, so that it is known which token it holds.
+    ones = [leaf for n, dim in entries if n == 1 for leaf in dim or () if leaf not in found]
+    found += [one for one in ones if (of := sources.whole_of(one)) is not None and sources.is_known((of,))]
     if any(leaf.made_by is not None for leaf in found):
-        raise Unknown(
-            f"its {side} were overwritten by {UNSEEN}: a scripted function, another thread, a C++ operator, or a write "
-            "through their address"
-        )
+        raise Unknown(f"its {side} were overwritten by {UNSEEN_WAYS}")
     return found
 
 
 def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys: Sequence[Entry]) -> Layout:
-    inner = [_followed([entry], "queries") for entry in rows]
+    inner = [_followed(read.sources, [entry], "queries") for entry in rows]
     head_rows = tuple(i for i, own in enumerate(inner) if own and all(map(read.is_head, own)))
-    outer = _followed(leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
+    outer = _followed(read.sources, leads, "heads") + [leaf for i in head_rows for leaf in inner[i]]
     if any(made.is_of_others for leaf in outer if (made := read.sources.made.get(leaf)) is not None):
         raise Unknown("its keys are of other sequences or windows than its queries, or in another order")
     token_axes = [leaf for i, own in enumerate(inner) if i not in head_rows for leaf in own]
     if any(map(read.is_head, token_axes)):
         raise Unknown("its query rows combine tokens and heads in one dimension")
     kept = [size for size, dim in keys if dim is None]
-    key_axes = [] if kept else _followed(keys, "keys")
+    key_axes = [] if kept else _followed(read.sources, keys, "keys")
     is_head = [read.is_head(leaf) for leaf in outer]
     read.has_made_heads = any(
         read.sources.origin(leaf) is None for leaf, head in zip(outer, is_head, strict=True) if head

@@ -161,7 +161,8 @@ def _watched(node: Node, axes: list[Axis], keys: list[Axis], site: AttentionCall
             low, high = tile.get(axis, (0, axis.size))
             numbers = (numbers * axis.size).unsqueeze(-1) + torch.arange(low, high)
         numbers = numbers.reshape(-1)
-        value = value.reshape(len(numbers), -1, kv_len)
+        # The last keys may be missing, if no row of the tile sees them.
+        value = value.reshape(len(numbers), -1, math.prod(extent((axis,), tile) for axis in key_axes))
         done = 0
         for low, high in _runs(rows, tile):
             part = value[:, done : done + high - low]

@@ -174,6 +174,11 @@ class Origins:
             if (made := self.made.get(leaf)) is not None
         )
 
+    def whole_of(self, leaf: Axis) -> Axis | None:
+        """The axis that an axis is a part of, or ``None``."""
+        made = self.made.get(leaf)
+        return None if made is None else made.of
+
     def _whole_again(self, parts: list[tuple[Dim | None, int]]) -> Dim | None:
         """The axis that was cut into these pieces, if they are all of it, in order; otherwise ``None``."""
         place, whole = 0, None

@@ -25,6 +25,9 @@ EXPOSING = frozenset(
     "numpy __array__ data_ptr untyped_storage storage _typed_storage __dlpack__ to_dlpack __cuda_array_interface__".split()
 )
 UNSEEN = "code that attnpatch cannot follow"
+UNSEEN_WAYS = (
+    f"{UNSEEN}: a scripted function, another thread, a C++ operator, or a write through their address"
+)
 # Tensors of other classes must not be asked for their version or base.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bytes that are summed at a time.
