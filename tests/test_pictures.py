@@ -25,6 +25,7 @@ SPOTS = [(0.15, 0.85), (0.85, 0.15), (0.43, 0.65), (0.9, 0.9)]
 SIZES = {
     "llava": [(32, 32)],
     "llava_with_class_token": [(32, 32)],
+    "llava_onevision": [(64, 64), (32, 96), (90, 20)],
     "llava_next": [(32, 64), (64, 64), (40, 90), (90, 40), (20, 90), (90, 20)],
 }
 
@@ -63,6 +64,92 @@ def test_a_spot_changes_the_tokens_of_its_tile(family):
                 assert float(change[token]) > 0
                 expected = int(spot[0] * rows), int(spot[1] * columns)
                 assert places[token] == expected, (name, size, grid, spot)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (96, 32), (48, 96), (30, 33)])
+def test_pictures_that_internvl_cuts(size):
+    """A spot changes the tokens of its tile, among the pieces and in the picture whole; two pictures of other sizes."""
+    processor, model = internvl(pieces=True)
+    other = picture(64, 32)
+    texts = ["one {} two {} what is this ?"]
+    plain = inputs_of(processor, texts, [[picture(*size), other]])
+    blocks = Blocks.images(processor, plain, tile=1, images=[picture(*size), other])
+    before = embeddings(model, plain)
+    for spot in [(0.15, 0.85), (0.85, 0.15), (0.9, 0.9)]:
+        inputs = inputs_of(processor, texts, [[picture(*size, spot), other]])
+        change = (embeddings(model, inputs) - before)[0].norm(dim=-1)
+        for grid, (rows, columns, places) in grids_of(blocks).items():
+            if grid.startswith("image 1"):
+                token = max(places, key=lambda place: float(change[place]))
+                assert places[token] == (int(spot[0] * rows), int(spot[1] * columns)), (grid, spot)
+    assert grids_of(blocks)["image 2"][:2] == (8 // 2, 4 // 2)
+    for wrong in ([picture(*size)], [other, picture(96, 32)], [5], 5):
+        with pytest.raises(BlockError):
+            Blocks.images(processor, plain, images=wrong)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 64), (64, 96)])
+def test_a_grid_that_the_model_resizes(size):
+    """LLaVA-OneVision makes a large grid smaller: a token is a mean of places, so the spot is within a tile of it."""
+    processor, model = FAMILIES["llava_onevision"]()
+    plain = inputs_of(processor, ["{} what is this ?"], [[picture(*size)]])
+    before = embeddings(model, plain)
+    blocks = Blocks.images(processor, plain, tile=1)
+    for spot in [*SPOTS, (0.5, 0.1)]:
+        inputs = inputs_of(processor, ["{} what is this ?"], [[picture(*size, spot)]])
+        change = (embeddings(model, inputs) - before)[0].norm(dim=-1)
+        rows, columns, places = grids_of(blocks)["image 1"]
+        assert rows * columns < size[0] * size[1] // 64
+        row, column = places[max(places, key=lambda place: float(change[place]))]
+        assert abs(row + 0.5 - spot[0] * rows) <= 1.5 and abs(column + 0.5 - spot[1] * columns) <= 1.5
+
+
+def test_several_pictures_of_onevision_are_not_cut():
+    processor, _ = FAMILIES["llava_onevision"]()
+    two = [picture(64, 64)] * 2
+    pictures = processor.image_processor([two], return_tensors="pt")
+    parts = [processor.replace_image_token(pictures, number) for number in range(2)]
+    encoded = processor.tokenizer([f"one {parts[0]} two {parts[1]} ?"], return_tensors="pt")
+    blocks = Blocks.images(processor, {**encoded, **pictures}, tile=1)
+    assert {name: grid[:2] for name, grid in grids_of(blocks).items()} == {
+        "image 1": (4, 4),
+        "image 2": (4, 4),
+    }
+    assert [label for label in blocks.labels_by_sequence[0] if "other" in label] == [
+        "image 1 other",
+        "image 2 other",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (
+            "pixtral",
+            lambda given: given.update(image_sizes=torch.tensor([[64, 40]])),
+            "no 8 rows of 5 tokens",
+        ),
+        ("pixtral", lambda given: given.update(image_sizes=torch.tensor([[64, 64]] * 2)), "more pictures"),
+        ("pixtral", lambda given: given.pop("image_sizes"), "no image_sizes"),
+        (
+            "llava_onevision",
+            lambda given: given.update(image_sizes=torch.tensor([[20, 90]])),
+            "contiguous image tokens",
+        ),
+        ("llava_onevision", lambda given: given.pop("batch_num_images"), "no batch_num_images"),
+        ("llava_onevision", None, "frames the tokens of a video"),
+        ("kimi", None, "frames the tokens of a video"),
+    ],
+)
+def test_facts_that_contradict_each_other(name, change, says):
+    processor, _ = FAMILIES[name]()
+    inputs = dict(inputs_of(processor, ["{} what is this ?"], [[picture(64, 64)]]))
+    if "video" in says:
+        inputs["input_ids"][0, -1] = processor.video_token_id
+    else:
+        change(inputs)
+    with pytest.raises(BlockError, match=says):
+        Blocks.images(processor, inputs)
 
 
 def test_every_token_has_a_block(family):
@@ -276,7 +363,7 @@ def test_pictures_that_are_cut_in_an_unknown_way():
     """InternVL's processor does not say into how many rows."""
     processor, _ = internvl(pieces=True)
     inputs = inputs_of(processor, ["one {} ?"], [[picture(64, 128)]])
-    with pytest.raises(BlockError, match="crop_to_patches=False"):
+    with pytest.raises(BlockError, match=r"images=\["):
         Blocks.images(processor, inputs)
 
 

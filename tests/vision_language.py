@@ -4,7 +4,9 @@ Processors of models with videos need torchvision, which the tests do without. O
 processor and the text that the processor's own code puts in place of a picture are used.
 """
 
+import ast
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +203,136 @@ def internvl(pieces=False):
     return processor, built(T.InternVLForConditionalGeneration, config)
 
 
+def llava_onevision():
+    tokenizer = tokenizer_with(image_token="<image>", video_token="<video>")
+    pinpoints = [[EDGE * i, EDGE * j] for i in range(1, 4) for j in range(1, 4)]
+    pictures = T.LlavaOnevisionImageProcessorPil(
+        size={"height": EDGE, "width": EDGE}, image_grid_pinpoints=pinpoints
+    )
+    processor = without_videos(
+        T.LlavaOnevisionProcessor,
+        pictures,
+        tokenizer,
+        video_token=tokenizer.video_token,
+        video_token_id=tokenizer.video_token_id,
+        num_image_tokens=(EDGE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+    )
+    config = T.LlavaOnevisionConfig(
+        vision_config=T.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=T.Qwen2Config(**TEXT),
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+    )
+    return processor, built(T.LlavaOnevisionForConditionalGeneration, config)
+
+
+def pixtral_tokens():
+    return tokenizer_with("[IMG_BREAK]", "[IMG_END]", image_token="[IMG]")
+
+
+def hosts_function(path, kind, name):
+    """A method of a class of transformers whose module needs torchvision when it is imported: its own source, alone."""
+    tree = ast.parse((Path(T.__file__).parent / path).read_text())
+    (found,) = (
+        each
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == kind
+        for each in node.body
+        if isinstance(each, ast.FunctionDef) and each.name == name
+    )
+    namespace = {"torch": torch}
+    exec(compile(ast.Module([found], []), path, "exec"), namespace)
+    return namespace[name]
+
+
+def processor_like(kind, path, pictures, tokenizer, **settings):
+    """What ``Blocks.images`` and the tests use of a processor that cannot be imported without torchvision."""
+    own = {"replace_image_token": hosts_function(path, kind, "replace_image_token")}
+    return without_videos(type(kind, (), own), pictures, tokenizer, **settings)
+
+
+def pixtral_processor(pictures, tokenizer, merge):
+    marks = {"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+    sizes = {"patch_size": PATCH, "spatial_merge_size": merge}
+    path = "models/pixtral/processing_pixtral.py"
+    return processor_like("PixtralProcessor", path, pictures, tokenizer, **sizes, **marks)
+
+
+class KimiPictures:
+    """Patches in the order of the image processor, whose own function makes them; without its resizing."""
+
+    merge_size = 2
+
+    def __call__(self, images, return_tensors):
+        patchify = hosts_function(
+            "models/kimi_k25/image_processing_kimi_k25.py", "Kimi_K25ImageProcessor", "patchify"
+        )
+        every = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
+        found = [patchify(self, image, PATCH) for image in every]
+        grid = torch.tensor([[1, height, width] for _, height, width in found])
+        return {"pixel_values": torch.cat([each[0].flatten(0, 1) for each in found]), "image_grid_thw": grid}
+
+
+def kimi():
+    tokenizer = tokenizer_with(image_token="<|media_pad|>", video_token="<video>")
+    path = "models/kimi_k25/processing_kimi_k25.py"
+    video = {"video_token": tokenizer.video_token, "video_token_id": tokenizer.video_token_id}
+    processor = processor_like("Kimi_K25Processor", path, KimiPictures(), tokenizer, **video)
+    text = {
+        **TEXT, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 2, "moe_intermediate_size": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": PATCH,
+        "pos_emb_height": 8, "pos_emb_width": 8,
+    }  # fmt: skip
+    config = T.Kimi_K25Config(
+        vision_config=T.Kimi_K25VisionConfig(**vision), text_config=T.DeepseekV3Config(**text),
+        projection_hidden_size=32, image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id,
+    )  # fmt: skip
+    return processor, built(T.Kimi_K25ForConditionalGeneration, config)
+
+
+def pixtral():
+    tokenizer = pixtral_tokens()
+    pictures = T.PixtralImageProcessorPil(
+        size={"longest_edge": 64}, patch_size={"height": PATCH, "width": PATCH}
+    )
+    processor = pixtral_processor(pictures, tokenizer, 1)
+    config = T.LlavaConfig(
+        vision_config=T.PixtralVisionConfig(**VISION | {"image_size": 64}),
+        text_config=T.MistralConfig(**TEXT),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return processor, built(T.LlavaForConditionalGeneration, config)
+
+
+def mistral3():
+    """As Pixtral, with tokens of 2 x 2 patches."""
+    tokenizer = pixtral_tokens()
+    pictures = T.PixtralImageProcessorPil(
+        size={"longest_edge": 64}, patch_size={"height": 2 * PATCH, "width": 2 * PATCH}
+    )
+    processor = pixtral_processor(pictures, tokenizer, 2)
+    config = T.Mistral3Config(
+        vision_config=T.PixtralVisionConfig(**VISION | {"image_size": 64}),
+        text_config=T.MistralConfig(**TEXT),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    return processor, built(T.Mistral3ForConditionalGeneration, config)
+
+
 QWEN = {"spatial_merge_size": 2, "patch_size": 4, "temporal_patch_size": 1, "num_heads": 2, "depth": 2}
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 
@@ -264,9 +396,11 @@ def without_videos(kind, pictures, tokenizer, **settings):
 
 def inputs_of(processor, texts, images):
     """The processor's output for texts with ``{}`` in place of each picture; ``images`` has a list for each text."""
-    with_videos = processor.__class__.__name__ in ("SmolVLMProcessor", "InternVLProcessor") or hasattr(
-        processor, "video_token_id"
-    )
+    with_videos = processor.__class__.__name__ in (
+        "SmolVLMProcessor",
+        "InternVLProcessor",
+        "PixtralProcessor",
+    ) or hasattr(processor, "video_token_id")
     if not with_videos:
         mark = getattr(processor, "boi_token", processor.image_token)
         nested = isinstance(processor, T.Idefics3Processor | T.Gemma3Processor)
@@ -326,6 +460,6 @@ FAMILIES = {
     each.__name__: each
     for each in (
         llava, llava_with_class_token, llava_next, paligemma, gemma3, idefics3, smolvlm, internvl, qwen2_vl, qwen2_5_vl,
-        qwen3_vl,
+        qwen3_vl, llava_onevision, pixtral, mistral3, kimi,
     )
 }  # fmt: skip

@@ -268,6 +268,7 @@ class Blocks:
         tile: int | None = None,
         rest: str = "text",
         after: str = "answer",
+        images: Any = None,
     ) -> "Blocks":
         """Tiles of each picture in the prompt of a vision-language model, and a block for each part of text.
 
@@ -278,12 +279,14 @@ class Blocks:
 
         Args:
             processor: The model's processor. Rows and columns are read from its settings and from ``inputs``, never
-                guessed from the number of tokens. Known are LLaVA, LLaVA-NeXT, Qwen2-VL, 2.5-VL and 3-VL, InternVL,
-                PaliGemma, Gemma 3, Idefics 3 and SmolVLM.
+                guessed from the number of tokens. Known are LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, 2.5-VL and
+                3-VL, InternVL, PaliGemma, Gemma 3, Idefics 3, SmolVLM, Pixtral, Mistral 3 and Kimi K2.5.
             inputs: What the processor returned, with ``input_ids``; a batch has blocks for each sequence.
             tile: Edge of a tile in tokens; ``None``: at most 16 tiles along the longer edge of each picture.
             rest: Label of the text after the last picture.
             after: Label of the block of all tokens after the prompt.
+            images: The pictures as the processor was given them, in order. Only pictures that InternVL's processor cut into
+                pieces need them.
 
         Raises:
             BlockError: The layout of the processor's pictures is not known, a fact is missing, or the facts contradict
@@ -296,7 +299,9 @@ class Blocks:
             raise BlockError(f"the edge of a tile is {tile}; accepted is 1 token or more.")
         # By name, because what a processor's output means is a host's matter, and hosts/ stands above blocks/.
         reader = importlib.import_module("attnpatch.hosts.transformers.picture_layouts")
-        found = [picture_blocks(one, tile, rest) for one in reader.prompts_with_pictures(processor, inputs)]
+        found = [
+            picture_blocks(one, tile, rest) for one in reader.prompts_with_pictures(processor, inputs, images)
+        ]
         return cls(
             "images",
             labels_by_sequence=tuple(one.labels for one in found),

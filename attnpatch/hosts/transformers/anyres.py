@@ -1,7 +1,9 @@
-"""The tokens of a picture in LLaVA-NeXT: the picture whole, then its pieces as one grid, where each row has an end."""
+"""The tokens of a picture in LLaVA-NeXT and LLaVA-OneVision: whole, then its pieces as one grid, where each row has an end."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,14 +60,73 @@ def pictures(
             grid = None if size is None else _unpadded(size, pinpoints, (pixels[-2], pixels[-1]), edge)
             count = 0 if grid is None else edge[0] * edge[1] + grid[0] * (grid[1] + 1)
             if grid is None or len(mine) < count or mine[count - 1] - mine[0] != count - 1:
-                raise BlockError(
-                    f"LlavaNextProcessor: image {len(own) + 1} of size {size} needs {count} contiguous image tokens, and "
-                    f"there are {len(mine)}; give the inputs as the processor made them."
-                )
+                raise _others("LlavaNextProcessor", f"image {len(own) + 1}", size, count, len(mine))
             own.append(_picture(f"image {len(own) + 1}", mine[:count], edge, grid))
             mine = mine[count:]
         found.append(own)
     return found
+
+
+def pictures_of_onevision(
+    processor: Any,
+    pixels: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    alone: Sequence[bool],
+    places: list[list[int]],
+) -> list[list[Picture]]:
+    """The pictures of each sequence, for LLaVA-OneVision.
+
+    Args:
+        processor: LLaVA-OneVision's.
+        pixels, sizes, places: As ``pictures`` takes them.
+        alone: For each picture, whether it is the only one of its prompt. Others are not cut into pieces.
+
+    Raises:
+        BlockError: A setting is missing, or the tokens are others.
+    """
+    count, limit = getattr(processor, "num_image_tokens", None), getattr(processor, "vision_aspect_ratio", "")
+    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    side = math.isqrt(count or 0)
+    most = re.fullmatch(r"anyres_max_(\d+)", str(limit))
+    if not pinpoints or not count or side * side != count or most is None:
+        raise BlockError(
+            f"LlavaOnevisionProcessor: num_image_tokens={count!r}, vision_aspect_ratio={limit!r} and "
+            f"image_grid_pinpoints={pinpoints!r} do not tell the rows of image tokens; set them as the model needs them."
+        )
+    edge, left, found = (side, side), iter(zip(sizes, alone, strict=True)), []
+    for mine in places:
+        own: list[Picture] = []
+        while mine:
+            size, is_alone = next(left, (None, False))
+            grid = None
+            if size is not None and is_alone:
+                grid = _limited(
+                    _unpadded(size, pinpoints, (pixels[-2], pixels[-1]), edge), edge, int(most[1])
+                )
+            needed = count + (1 if grid is None else grid[0] * (grid[1] + 1))
+            label = f"image {len(own) + 1}"
+            if size is None or len(mine) < needed or mine[needed - 1] - mine[0] != needed - 1:
+                raise _others("LlavaOnevisionProcessor", label, size, needed, len(mine))
+            tokens, mine = mine[:needed], mine[needed:]
+            whole = Picture(
+                label, tokens[0], tokens[-1] + 1, (PictureGrid(label, *edge, tuple(tokens[:count])),)
+            )
+            own.append(whole if grid is None else _picture(label, tokens, edge, grid))
+        found.append(own)
+    return found
+
+
+def _limited(grid: tuple[int, int], edge: tuple[int, int], most: int) -> tuple[int, int]:
+    """Rows and columns after a grid of more than ``most`` pieces was resized, as the model does it."""
+    ratio = math.sqrt(grid[0] * grid[1] / (most * edge[0] ** 2))
+    return grid if ratio <= 1.1 else (int(grid[0] // ratio), int(grid[1] // ratio))
+
+
+def _others(name: str, label: str, size: Any, needed: int, count: int) -> BlockError:
+    return BlockError(
+        f"{name}: {label} of size {size} needs {needed} contiguous image tokens, and there are {count}; give the inputs as "
+        "the processor made them."
+    )
 
 
 def _picture(label: str, places: list[int], edge: tuple[int, int], grid: tuple[int, int]) -> Picture:

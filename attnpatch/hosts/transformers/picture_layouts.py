@@ -7,7 +7,6 @@ that is not in the table is refused, because a number of tokens alone does not t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -17,32 +16,37 @@ from typing import Any
 import torch
 
 from attnpatch.blocks.pictures import Picture, PictureGrid, PromptWithPictures
-from attnpatch.errors import BlockError
+from attnpatch.errors import BlockError, CaptureError
 from attnpatch.hosts.transformers import anyres
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """The real tokens of one sequence, and the positions of image tokens among them."""
-
-    ids: list[int]
-    places: list[int]
-
-    def runs(self) -> list[list[int]]:
-        """The positions of image tokens, in contiguous runs."""
-        numbered = itertools.groupby(enumerate(self.places), lambda pair: pair[1] - pair[0])
-        return [[place for _, place in group] for _, group in numbered]
-
+from attnpatch.hosts.transformers.picture_facts import (
+    Prompt,
+    does_not_fit,
+    fact,
+    sequences,
+    setting,
+    shape_of_pixels,
+    special_token,
+    whole_picture,
+)
+from attnpatch.hosts.transformers.picture_pieces import cut_pictures, joined
+from attnpatch.plotting.images import as_image
 
 Layout = Callable[[Any, Mapping[str, Any], list[Prompt]], list[list[Picture]]]
 
 
-def prompts_with_pictures(processor: Any, inputs: Mapping[str, Any]) -> list[PromptWithPictures]:
+# Where layouts find the sizes of the pictures: height and width of each, in pixels.
+SIZES = "sizes of the pictures"
+
+
+def prompts_with_pictures(
+    processor: Any, inputs: Mapping[str, Any], images: Any = None
+) -> list[PromptWithPictures]:
     """The sequences of a processor's output, with the pictures in them.
 
     Args:
         processor: A processor of transformers.
         inputs: What it returned.
+        images: The pictures, in the order of the prompts; only InternVL needs them.
 
     Raises:
         BlockError: The layout is not known, a fact is missing, or the facts contradict each other.
@@ -55,11 +59,13 @@ def prompts_with_pictures(processor: Any, inputs: Mapping[str, Any]) -> list[Pro
             f"{name}: it is not known how its image tokens are arranged in rows and columns; known are "
             f"{', '.join(LAYOUTS)}. Use Blocks.tiles(height, width, tile, start=...)."
         )
-    tokens = _sequences(inputs)
-    mark = _token(processor, "image")
+    tokens = sequences(inputs)
+    mark = special_token(processor, "image")
     if mark is None:
         raise BlockError(f"{name}: image_token_id is missing, so image tokens cannot be told from text.")
     prompts = [Prompt(ids, [place for place, one in enumerate(ids) if one == mark]) for ids in tokens]
+    if images is not None:
+        inputs = {**inputs, SIZES: _sizes(images)}
     found = LAYOUTS[name](processor, inputs, prompts)
     if not any(found):
         raise BlockError(f"there are no image tokens (id {mark}) in input_ids; give inputs with a picture.")
@@ -70,79 +76,25 @@ def prompts_with_pictures(processor: Any, inputs: Mapping[str, Any]) -> list[Pro
     ]
 
 
+def _sizes(images: Any) -> list[tuple[int, int]]:
+    """Height and width of each picture."""
+    try:
+        return [as_image(image).shape[:2] for image in images]
+    except (TypeError, CaptureError) as error:
+        raise BlockError(
+            f"images={images!r:.60} is not accepted ({error}); give a list of pictures."
+        ) from error
+
+
 def _decoded(tokenizer: Any, ids: list[int], start: int, stop: int) -> str:
     return tokenizer.decode(ids[start:stop])
-
-
-def _sequences(inputs: Mapping[str, Any]) -> list[list[int]]:
-    """The real tokens of each sequence."""
-    given, mask = fact(inputs, "input_ids"), inputs.get("attention_mask")
-    try:
-        ids = torch.as_tensor(given)
-        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-    except (ValueError, TypeError) as error:
-        raise BlockError("input_ids are no tensor; call the processor with return_tensors='pt'.") from error
-    if ids.dim() != 2 or mask.shape != ids.shape:
-        raise BlockError(
-            f"input_ids is {list(ids.shape)} and attention_mask {list(mask.shape)}; accepted is [batch, tokens] for both."
-        )
-    return [row[real != 0].tolist() for row, real in zip(ids, mask, strict=True)]
-
-
-def _token(processor: Any, kind: str) -> int | None:
-    """The id of the token that stands for a part of an image or a video; ``None`` if there is none."""
-    # The image token of Gemma 3's processor is the one that begins a picture.
-    holder = processor.tokenizer if type(processor).__name__ == "Gemma3Processor" else processor
-    found, name = getattr(holder, f"{kind}_token_id", None), getattr(holder, f"{kind}_token", None)
-    if found is None and isinstance(name, str):  # processors of older releases have the name only
-        found = processor.tokenizer.convert_tokens_to_ids(name)
-    return found if isinstance(found, int) else None
-
-
-def fact(inputs: Mapping[str, Any], name: str) -> Any:
-    """A part of the processor's output.
-
-    Raises:
-        BlockError: It is missing.
-    """
-    if not isinstance(inputs, Mapping) and not hasattr(inputs, "keys"):
-        raise BlockError(f"inputs is {type(inputs).__name__}; accepted is what the processor returned.")
-    found = inputs[name] if name in inputs else None  # noqa: SIM401 (a BatchFeature has no get in older releases)
-    if found is None:
-        raise BlockError(
-            f"inputs have no {name}, which tells where pictures are; give all that the processor returned."
-        )
-    return found
-
-
-def setting(holder: Any, name: str) -> int:
-    """A whole number among a processor's settings.
-
-    Raises:
-        BlockError: It is missing.
-    """
-    found = getattr(holder, name, None)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise BlockError(
-            f"{type(holder).__name__}.{name} is {found!r}, and the rows of image tokens depend on it; set it."
-        )
-    return found
-
-
-def _does_not_fit(what: str) -> BlockError:
-    return BlockError(
-        f"{what}, so it is not known which token shows which part; give the inputs as the processor made them."
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------- layouts
 
 
 def _by_grid(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """Qwen2-VL and its successors: ``image_grid_thw`` and ``video_grid_thw`` have each picture's size in patches."""
     found: list[list[Picture]] = [[] for _ in prompts]
     for kind, part in (("image", "image_processor"), ("video", "video_processor")):
-        mark = _token(processor, kind)
+        mark = special_token(processor, kind)
         places = [[at for at, one in enumerate(prompt.ids) if one == mark] for prompt in prompts]
         if mark is None or not any(places):
             continue
@@ -154,15 +106,13 @@ def _by_grid(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -
             while own:
                 frames, height, width = next(sizes, (0, 0, 0))
                 if not frames:
-                    raise _does_not_fit(
-                        f"{kind}_grid_thw has fewer pictures than the tokens, or smaller ones"
-                    )
+                    raise does_not_fit(f"{kind}_grid_thw has fewer pictures than the tokens, or smaller ones")
                 number += 1
                 count = frames * height * width
                 mine, own = own[:count], own[count:]
                 pictures += _frames(f"{kind} {number}", mine, (frames, height, width), kind == "video")
         if next(sizes, None) is not None:
-            raise _does_not_fit(f"{kind}_grid_thw has more pictures than the tokens")
+            raise does_not_fit(f"{kind}_grid_thw has more pictures than the tokens")
     return [sorted(pictures, key=lambda picture: picture.start) for pictures in found]
 
 
@@ -174,35 +124,11 @@ def _frames(label: str, places: list[int], size: tuple[int, int, int], is_video:
         yield whole_picture(name, places[frame * area : (frame + 1) * area], height, width)
 
 
-def whole_picture(label: str, places: list[int], height: int, width: int, skip: int = 0) -> Picture:
-    """A picture whose tokens are contiguous and row by row, after ``skip`` other tokens.
-
-    Raises:
-        BlockError: Their number is another, or they are not contiguous.
-    """
-    if not places or len(places) != skip + height * width or places[-1] - places[0] != len(places) - 1:
-        raise _does_not_fit(f"{label} has {len(places)} contiguous tokens instead of {height} x {width}")
-    grid = PictureGrid(label, height, width, tuple(places[skip:]))
-    return Picture(label, places[0], places[-1] + 1, (grid,))
-
-
-def _pixels(inputs: Mapping[str, Any], dims: int) -> torch.Size:
-    """The shape of ``pixel_values``: pictures first, height and width last."""
-    found = fact(inputs, "pixel_values")
-    shape = getattr(found, "shape", None)
-    if shape is None or len(shape) != dims:
-        raise BlockError(
-            f"pixel_values is {'a list' if shape is None else list(shape)}; accepted is a tensor of {dims} dimensions "
-            "(return_tensors='pt')."
-        )
-    return shape
-
-
 def _equal(prompts: list[Prompt], count: int, height: int, width: int, pictures: int) -> list[list[Picture]]:
     """Pictures of one size: ``count`` tokens each, of which the last ``height * width`` are the grid."""
     total = sum(len(prompt.places) for prompt in prompts)
     if total != count * pictures:
-        raise _does_not_fit(f"{pictures} pictures of {count} tokens each are given, and {total} image tokens")
+        raise does_not_fit(f"{pictures} pictures of {count} tokens each are given, and {total} image tokens")
     return [
         [
             whole_picture(
@@ -220,7 +146,7 @@ def _equal(prompts: list[Prompt], count: int, height: int, width: int, pictures:
 
 def _llava(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """LLaVA: one token per patch, after a class token if the model keeps it."""
-    pictures, _, height, width = _pixels(inputs, 4)
+    pictures, _, height, width = shape_of_pixels(inputs, 4)
     patch = setting(processor, "patch_size")
     rows, columns = height // patch, width // patch
     return _equal(prompts, rows * columns + anyres.class_tokens(processor), rows, columns, pictures)
@@ -228,32 +154,39 @@ def _llava(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> 
 
 def _square(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """PaliGemma, Gemma 3: a square picture, and as many rows of tokens as columns (all patches, or means of them)."""
-    pictures, _, height, width = _pixels(inputs, 4)
+    pictures, _, height, width = shape_of_pixels(inputs, 4)
     count = setting(processor, "image_seq_length")
     side = math.isqrt(count)
     if height != width or side * side != count:
-        raise _does_not_fit(f"a picture of {height} x {width} pixels has {count} tokens, which is no square")
+        raise does_not_fit(f"a picture of {height} x {width} pixels has {count} tokens, which is no square")
     return _equal(prompts, count, side, side, pictures)
 
 
 def _internvl(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
-    """InternVL: a picture that is not cut is one square. How it was cut is not in the processor's output."""
+    """InternVL: a picture that is not cut is one square. How it was cut follows from its size, which is not in the
+    processor's output.
+    """
     count = setting(processor, "image_seq_length")
-    if any(len(run) != count for prompt in prompts for run in prompt.runs()):
+    if all(len(run) == count for prompt in prompts for run in prompt.runs()):
+        return _square(processor, inputs, prompts)
+    sizes = inputs.get(SIZES)
+    if sizes is None:
         raise BlockError(
             "InternVLProcessor: a picture was cut into several, and its output does not have the numbers of rows and columns; "
-            "call it with crop_to_patches=False."
+            "give the pictures too: Blocks.images(processor, inputs, images=[...])."
         )
-    return _square(processor, inputs, prompts)
+    _, _, height, width = shape_of_pixels(inputs, 4)
+    side, left = math.isqrt(count), iter(sizes)
+    return [list(cut_pictures(processor, prompt, side, (height, width), left)) for prompt in prompts]
 
 
 def _pieces(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """Idefics 3, SmolVLM: pieces of a picture with a token ``<row_1_col_2>`` before each, and then the picture whole."""
     count = setting(processor, "image_seq_len")
     side = math.isqrt(count)
-    _, _, _, height, width = _pixels(inputs, 5)
+    _, _, _, height, width = shape_of_pixels(inputs, 5)
     if side * side != count or height != width:
-        raise _does_not_fit(f"a piece of {height} x {width} pixels has {count} tokens, which is no square")
+        raise does_not_fit(f"a piece of {height} x {width} pixels has {count} tokens, which is no square")
     ids = _piece_tokens(processor)
     return [list(_pictures_of_pieces(prompt, side, ids)) for prompt in prompts]
 
@@ -277,7 +210,7 @@ def _pictures_of_pieces(
     for run in prompt.runs():
         mark = prompt.ids[run[0] - 1] if run[0] else None
         if len(run) != side * side or mark not in ids:
-            raise _does_not_fit(f"{len(run)} image tokens follow token {mark}, which names no row and column")
+            raise does_not_fit(f"{len(run)} image tokens follow token {mark}, which names no row and column")
         place = ids[mark]
         if place is not None:
             pieces[place] = run
@@ -286,41 +219,93 @@ def _pictures_of_pieces(
         label = f"image {number}"
         # The token that names the piece is a part of the picture.
         first = min([run, *pieces.values()], key=lambda one: one[0])[0] - 1
-        grids = _joined(label, pieces, side)
+        grids = joined(label, pieces, side)
         name = f"{label} whole" if grids else label
         whole = PictureGrid(name, side, side, tuple(run))
         yield Picture(label, first, run[-1] + 1, (*grids, whole))
         pieces = {}
     if pieces:
-        raise _does_not_fit("pieces of a picture are not followed by the picture whole")
-
-
-def _joined(label: str, pieces: dict[tuple[int, int], list[int]], side: int) -> tuple[PictureGrid, ...]:
-    """One grid of all pieces of a picture; none if it was not cut."""
-    if not pieces:
-        return ()
-    rows, columns = (1 + max(place[axis] for place in pieces) for axis in (0, 1))
-    if len(pieces) != rows * columns:
-        raise _does_not_fit(f"{label} has {len(pieces)} of {rows} x {columns} pieces")
-    tokens = [
-        pieces[row // side, column // side][row % side * side + column % side]
-        for row in range(rows * side)
-        for column in range(columns * side)
-    ]
-    return (PictureGrid(label, rows * side, columns * side, tuple(tokens)),)
+        raise does_not_fit("pieces of a picture are not followed by the picture whole")
 
 
 def _llava_next(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """LLaVA-NeXT: the picture whole, then its pieces as one grid without the padding, each row with an end."""
-    pixels = _pixels(inputs, 5)
+    pixels = shape_of_pixels(inputs, 5)
     sizes: Sequence[Any] = torch.as_tensor(fact(inputs, "image_sizes")).reshape(-1, 2).tolist()
     return anyres.pictures(processor, pixels, sizes, [prompt.places for prompt in prompts])
+
+
+def _llava_onevision(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
+    """LLaVA-OneVision: as LLaVA-NeXT, with a limit on the pieces' tokens. Of several pictures in one prompt, each whole."""
+    _check_no_video(processor, prompts)
+    pixels = shape_of_pixels(inputs, 5)
+    sizes: Sequence[Any] = torch.as_tensor(fact(inputs, "image_sizes")).reshape(-1, 2).tolist()
+    counts = torch.as_tensor(fact(inputs, "batch_num_images")).flatten().tolist()
+    alone = [count == 1 for count in counts for _ in range(count)]
+    return anyres.pictures_of_onevision(
+        processor, pixels, sizes, alone, [prompt.places for prompt in prompts]
+    )
+
+
+def _check_no_video(processor: Any, prompts: list[Prompt]) -> None:
+    """Check that there is no video, whose tokens are those of several frames.
+
+    Raises:
+        BlockError: There is one.
+    """
+    mark = special_token(processor, "video")
+    if mark is not None and any(mark in prompt.ids for prompt in prompts):
+        raise BlockError(
+            f"{type(processor).__name__}: it is not known which frames the tokens of a video show; use Blocks.spans for it."
+        )
+
+
+def _kimi(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
+    """Kimi K2.5: ``image_grid_thw``, as Qwen2-VL."""
+    _check_no_video(processor, prompts)
+    return _by_grid(processor, inputs, prompts)
+
+
+def _pixtral(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
+    """Pixtral, Mistral 3: a token after each row of the picture, which is another one after the last row."""
+    step = setting(processor, "patch_size") * setting(processor, "spatial_merge_size")
+    sizes = iter(torch.as_tensor(fact(inputs, "image_sizes")).reshape(-1, 2).tolist())
+    ends = [
+        processor.tokenizer.convert_tokens_to_ids(getattr(processor, name))
+        for name in ("image_break_token", "image_end_token")
+    ]
+    found = []
+    for prompt in prompts:
+        runs, own = prompt.runs(), []
+        while runs:
+            height, width = (side // step for side in next(sizes, (0, 0)))
+            mine, runs = runs[:height], runs[height:]
+            after = [prompt.ids[run[-1] + 1] if run[-1] + 1 < len(prompt.ids) else None for run in mine]
+            label = f"image {len(own) + 1}"
+            follows = all(one[-1] + 2 == other[0] for one, other in itertools.pairwise(mine))
+            if (
+                {len(run) for run in mine} != {width}
+                or after != [ends[0]] * (height - 1) + ends[1:]
+                or not follows
+            ):
+                raise does_not_fit(f"{label} has no {height} rows of {width} tokens, each with an end")
+            tokens = tuple(place for run in mine for place in run)
+            own.append(
+                Picture(label, tokens[0], tokens[-1] + 2, (PictureGrid(label, height, width, tokens),))
+            )
+        found.append(own)
+    if next(sizes, None) is not None:
+        raise does_not_fit("image_sizes has more pictures than the tokens")
+    return found
 
 
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), _by_grid),
     "LlavaProcessor": _llava,
     "LlavaNextProcessor": _llava_next,
+    "LlavaOnevisionProcessor": _llava_onevision,
+    "PixtralProcessor": _pixtral,
+    "Kimi_K25Processor": _kimi,
     "InternVLProcessor": _internvl,
     "PaliGemmaProcessor": _square,
     "Gemma3Processor": _square,
