@@ -60,6 +60,10 @@ class Sources(FunctionResults):
         """The axes of each dimension of a tensor; ``None`` if they are not known."""
         return self._known.get(tensor)
 
+    def known(self) -> list[torch.Tensor]:
+        """All tensors that were seen and still exist."""
+        return list(self._known)
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """True if a tensor was seen."""
         return tensor in self._known
