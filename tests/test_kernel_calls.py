@@ -310,3 +310,36 @@ def test_what_a_call_cannot_express_is_left_to_the_kernel():
         with attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(2)) as maps, torch.no_grad():
             model(*args, **kwargs)
         assert reason in maps.left_out["attn"]
+
+
+VARLEN = {
+    "plain": {},
+    "causal": {"window_size": (-1, 0)},
+    "window": {"window_size": (2, 1), "scale": 0.3},
+    "shared keys": {"enable_gqa": True, "key_heads": 2, "window_size": (3, 0)},
+    "keys used": {"seqused_k": torch.tensor([4, 1, 2], dtype=torch.int32), "window_size": (-1, 0)},
+}
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen_attention_of_torch(name):
+    """It has no kernel for the CPU, where torch's functions compute the same."""
+    from dense_attention import probabilities
+    from torch.nn.attention.varlen import AuxRequest
+
+    kwargs = {**VARLEN[name], "return_aux": AuxRequest(lse=True)}
+    q, k, v = flat(9, 11, key_heads=kwargs.pop("key_heads", HEADS))
+    model = Model("torch.nn.attention.varlen.varlen_attn")
+    with attnpatch.patched(model, replace_kernels=True):
+        out, lse = model(q, k, v, *PLACES, **kwargs)
+    left, right = kwargs.get("window_size", (-1, -1))
+    used = [4, 1, 2] if "seqused_k" in kwargs else [5, 4, 2]
+    low = start = 0
+    for n, m, own in zip((3, 0, 6), (5, 4, 2), used, strict=True):
+        at, keys = slice(low, low + n), slice(start, start + own)
+        places = (q[at], k[keys], right == 0, left, right, True, 0.0, kwargs.get("scale", WIDTH**-0.5))
+        p, its = probabilities(*places)
+        values = v[keys].repeat_interleave(HEADS // v.shape[1], 1)
+        assert (out[at] - torch.einsum("hij,jhd->ihd", p, values)).abs().sum() < 1e-5
+        torch.testing.assert_close(lse[:, at], its.float(), atol=1e-6, rtol=1e-6)
+        low, start = low + n, start + m

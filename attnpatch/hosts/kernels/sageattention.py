@@ -14,9 +14,9 @@ from attnpatch.hosts.kernels.reading import by_batch, first, lengths_of, packed,
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.table import CannotRead
 
-# The largest error as a share of the largest value, with 8 bits (query and key in int8, value in float16 or float8) and
-# with 4 bits.
-TOLERANCE, TOLERANCE_4_BITS = 0.1, 0.4
+# The largest error of a row as a share of its largest value. With 8 bits (query and key in int8, value in float8) up to
+# 0.08 in the tests' stand-in, which does not round probabilities. With 4 bits it was not measured.
+TOLERANCE, TOLERANCE_4_BITS = 0.15, 0.4
 
 
 def sageattn(
