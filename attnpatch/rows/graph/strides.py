@@ -107,6 +107,8 @@ def single(dims: Dims, source: torch.Tensor, result: torch.Tensor, place: int) -
     """Which element of dimension ``place`` a view of size 1 there shows; ``None`` if it is not known."""
     if result.dim() != source.dim() or result.shape[place] != 1 or source.shape[place] == 1:
         return None
+    if result.stride(place) != source.stride(place):
+        return None  # a transposed view: another dimension has become this one
     parts = leaves(dims[place])
     if len(parts) != 1:
         return None
