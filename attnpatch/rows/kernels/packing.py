@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.graph.axes import leaves
 from attnpatch.rows.kernels.call import KernelCall
-from attnpatch.rows.provenance.found_by_values import are_tokens, name_keys, padded_of
+from attnpatch.rows.kernels.found_by_values import are_tokens, name_keys, padded_of
 from attnpatch.rows.provenance.sources import Sources
 
 
