@@ -334,3 +334,55 @@ def test_packing_tensors():
     assert all(torch.equal(a, b) for a, b in zip(bias.split_kv(k), keys, strict=True))
     with pytest.raises(ValueError, match=r"a tensor \[1, 11, ...\] is split, not \[1, 10, 2, 8\]"):
         bias.split(k)
+
+
+# ------------------------------------------------------------------------------------------- what is refused, and said
+
+REFUSED = """
+import torch, attnpatch
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from sageattention import sageattn_varlen
+from xformers.ops import memory_efficient_attention
+q = torch.randn(1, 8, 2, 8)
+ends = torch.tensor([0, 8], dtype=torch.int32)
+class Unknown: pass
+def of(call):
+    try:
+        call()
+    except attnpatch.errors.AttnpatchError as error:
+        assert "\\n" not in str(error)
+        print(error)
+of(lambda: memory_efficient_attention(q, q, q, Unknown()))
+of(lambda: sageattn_varlen(q[0, :4], q[0], q[0], ends // 2, ends, 4, 8, is_causal=True))
+of(lambda: flash_attn_with_kvcache(q, q, q, rotary_cos=torch.ones(8, 4), rotary_sin=torch.ones(8, 4)))
+torch.manual_seed(0)
+ours = flash_attn_func(q, q, q, dropout_p=0.5)
+assert not torch.equal(ours, flash_attn_func(q, q, q)) and not torch.equal(ours, flash_attn_func(q, q, q, dropout_p=0.5))
+"""
+
+
+def test_calls_that_nobody_can_express_are_refused_in_one_line():
+    said = code(REFUSED, **ACTIVE).splitlines()
+    for line, (name, what, package) in zip(
+        said,
+        (
+            ("memory_efficient_attention", "class Unknown", "xformers"),
+            ("sageattn_varlen", "as many queries as keys only", "sageattention"),
+            ("flash_attn_with_kvcache", "rotary_cos and rotary_sin", "flash_attn"),
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"{name}: ") and what in line
+        assert line.endswith(f"{package} is not installed, and attnpatch's stand-in cannot compute this call")
+
+
+def test_the_doctor_lists_kernel_packages():
+    for variables, said in (
+        ({}, "flash_attn: missing;"),
+        (ACTIVE, "flash_attn: missing, a stand-in is found;"),
+    ):
+        done = run("-m", "attnpatch", "doctor", **variables)
+        text = " ".join(done.stdout.split())
+        assert said in text and "flash_attn_interface: missing " in text
+    text = " ".join(run("-m", "attnpatch", "doctor", ATTNPATCH_REPLACE_KERNELS="1").stdout.split())
+    assert "ATTNPATCH_REPLACE_KERNELS without ATTNPATCH=1: nothing happens" in text

@@ -1,5 +1,6 @@
 """``register_kernel``: kernels of the user's give maps and can be replaced."""
 
+import dataclasses
 import sys
 import types
 
@@ -268,3 +269,79 @@ def test_a_reader_is_replaced():
     net = Net(Of())
     attnpatch.apply(net, replace_kernels=True)
     net(torch.randn(1, TOKENS, 32))
+
+
+# ------------------------------------------------------------------------------------------------ before it runs
+
+
+def unseen(q, k, v):
+    """It cannot run on shapes."""
+    return torch.from_numpy(dense(q, k, v).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("policy", "decision", "reason"),
+    [
+        ({}, "native", "a kernel outside torch: nothing to save"),
+        ({"replace_kernels": True}, "replaced", "torch's fused kernel in the place of unseen"),
+        ({"replace_kernels": True, "mode": "always"}, "by rows", "in the place of unseen; mode is 'always'"),
+    ],
+)
+def test_explain_does_not_run_the_kernel(policy, decision, reason):
+    seen = attnpatch.register_kernel(unseen, read=read)
+
+    class Of(Mix):
+        def forward(self, x):
+            return seen(*self.of(x)).flatten(2)
+
+    said = attnpatch.explain(Net(Of()), inputs=torch.zeros(1, 2048, 32), **policy)
+    (group,) = said.groups
+    assert (group.kernel, group.decision, group.reason) == ("outside torch: unseen", decision, reason)
+    assert group.temporaries < 2048 * 2048  # no scores
+    assert "outside torch: unseen" in str(said)
+
+
+# ------------------------------------------------------------------------------------------ what else reads weights
+
+
+def causal_read(q, k, v):
+    return dataclasses.replace(read(q, k, v), is_causal=True)
+
+
+def causal(q, k, v):
+    """``[batch, length, heads, width]``, as many queries as keys."""
+    with torch._C.DisableTorchFunction():
+        q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).float().clone()
+
+
+def test_token_scores_and_heads_beside_a_kernel():
+    """The same as with eager attention."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    seen = attnpatch.register_kernel(causal, read=causal_read)
+
+    def attend(module, query, key, value, mask, scaling=None, **others):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return seen(*(x.transpose(1, 2) for x in (query, key, value))), None
+
+    AttentionInterface.register("a_kernel_of_a_user", attend)
+    found = []
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for implementation in ("a_kernel_of_a_user", "eager"):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97, num_key_value_heads=2, attn_implementation=implementation, **sizes
+        )
+        model = LlamaForCausalLM(config).eval()
+        ids = torch.arange(40)[None] % 17
+        with torch.no_grad(), attnpatch.token_scores(model, window=8) as scores:
+            model(ids, use_cache=False)
+        heads = attnpatch.heads(model, [list(range(20)) * 2])
+        assert not scores.left_out and not heads.left_out
+        found.append((scores[0], scores[1], *(heads[name] for name in ("previous", "sink", "local"))))
+    for mine, expected in zip(*found, strict=True):
+        assert mine.shape == expected.shape and (mine - expected).abs().max() < 1e-5

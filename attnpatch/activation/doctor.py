@@ -42,6 +42,8 @@ def show(console: Console, found: Findings) -> None:
     table.add_row("variables", ", ".join(listed) or "none set")
     if found.policy is not None:
         table.add_row("policy", _policy(found.policy))
+    packages = [escape(f"{name}: {what}") for name, what in found.packages.items()]
+    table.add_row("kernel packages", "; ".join(packages))
     console.print(table)
     if found.kernels:
         console.print(_kernels(found))

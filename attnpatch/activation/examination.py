@@ -19,8 +19,12 @@ from attnpatch.errors import PolicyError
 from attnpatch.hosts import off
 from attnpatch.policy import FREE_MEMORY, Policy
 from attnpatch.releases import tested
+from attnpatch.standins.finder import is_missing
+from attnpatch.standins.packages import PACKAGES as KERNELS
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "peft", "wrapt")
+# A kernel package without a stand-in.
+NO_STAND_IN = {"flash_attn_interface": ("flash-attn-3", "")}
 CALLS = ("no mask", "causal", "mask", "grouped heads", "heads of 60")
 # torch.nn.attention.SDPBackend by number.
 _KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
@@ -37,6 +41,7 @@ class Findings:
         versions: For each package, the installed version (``None``: not installed) and the lowest allowed one.
         devices: Name, free bytes, total bytes.
         kernels: Device, dtype, and the kernel for each of ``CALLS``.
+        packages: For each kernel package, what is found of it: its version, that it is missing, what replaces it.
         disabled: SDPA backends that are switched off.
         folder: Folder of the start-up file, or ``None`` if it is not installed.
         is_seen: Whether a fresh interpreter with ``ATTNPATCH=1`` becomes active.
@@ -52,6 +57,7 @@ class Findings:
     versions: dict[str, tuple[str | None, str]] = dataclasses.field(default_factory=dict)
     devices: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
     kernels: list[tuple[str, str, list[str]]] = dataclasses.field(default_factory=list)
+    packages: dict[str, str] = dataclasses.field(default_factory=dict)
     disabled: list[str] = dataclasses.field(default_factory=list)
     folder: str | None = None
     is_seen: bool = False
@@ -68,6 +74,7 @@ def examination() -> Findings:
     found = Findings()
     _versions(found)
     _activation(found, os.environ)
+    _packages(found, os.environ)
     try:
         import torch
     except Exception as error:
@@ -120,6 +127,25 @@ def features_off() -> list[str]:
     from attnpatch.hosts import features
 
     return [str(feature) for feature in features.off()]
+
+
+def _packages(found: Findings, environment: Mapping[str, str]) -> None:
+    """Which kernel packages are installed, and what happens to their calls under the variables of this process."""
+    is_replaced = (
+        found.policy is not None and found.policy.replace_kernels and settings.is_asked_for(environment)
+    )
+    for package, (name, _) in {**KERNELS, **NO_STAND_IN}.items():
+        if is_missing(package):
+            has_stand_in = is_replaced and package in KERNELS
+            found.packages[package] = "missing, a stand-in is found" if has_stand_in else "missing"
+            continue
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "installed"
+        found.packages[package] = (
+            f"{installed}, its calls in models are replaced" if is_replaced else installed
+        )
 
 
 def _declared() -> dict[str, str]:

@@ -42,10 +42,11 @@ class Group:
         kind: Class of the modules.
         count: Number of sites.
         kernel: What computes the native call: ``"fused: flash"`` (or another fused kernel of torch), ``"dense math"``
-            (SDPA without a fused kernel), ``"hand-written"``, or ``"unknown"``.
+            (SDPA without a fused kernel), ``"hand-written"``, ``"outside torch: flash_attn_func"`` (a kernel), or
+            ``"unknown"``.
         temporaries: The most bytes that one native call holds beside its inputs, its output and a cache.
-        decision: ``"native"``, ``"by rows"``, or ``"fused"`` if ``fuse=True`` runs hand-written attention with a fused
-            kernel.
+        decision: ``"native"``, ``"by rows"``, ``"fused"`` if ``fuse=True`` runs hand-written attention with a fused
+            kernel, or ``"replaced"`` if torch computes the calls of a kernel outside torch, not by rows.
         reason: The reason for the decision, in words.
         rows, heads: Query rows, and batch x heads, of one step; ``None`` if the call stays native.
         temporaries_now: Like ``temporaries``, for the call under the policy.
@@ -275,8 +276,10 @@ def _groups(native: RehearsalPatch, now: RehearsalPatch) -> tuple[Group, ...]:
     for site in sites:
         before, after = first[site.name], site.seen
         decision = "by rows" if site.counts["by_rows"] else "native"
-        if site.counts["fused"] and before.fused is None:
+        if site.counts["fused"] and before.fused is None and before.outside is None:
             decision = "fused"
+        if site.replaced is not None and decision != "by rows":
+            decision = "replaced"
         alike = (
             places[site.name][0] or "(model)", site.kind, before.kernel, decision, site.reason(), after.step,
         )  # fmt: skip

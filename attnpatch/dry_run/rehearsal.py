@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import types
@@ -22,6 +21,8 @@ from attnpatch.compat import (
     tree_leaves,
     tree_map,
 )
+from attnpatch.dry_run.mode import RehearsalMode
+from attnpatch.dry_run.seen import Seen
 from attnpatch.ledger import Ledger, Shapes, Span
 from attnpatch.memory.free import FreeMemoryCache
 from attnpatch.patching.calls import calls_here, most_rows
@@ -37,42 +38,6 @@ from attnpatch.rows.evaluate.tile_plan import TilePlan
 from attnpatch.rows.evaluate.tiled import Look, TiledEvaluation
 from attnpatch.rows.graph.axes import KEY, Tile, all_leaves, extent
 from attnpatch.rows.graph.nodes import InputNode, Node
-from attnpatch.rows.mode import FAST_PATHS, RowsMode, num_heads
-from attnpatch.rows.sdpa import encoder_fast_paths
-
-
-@dataclasses.dataclass
-class Seen:
-    """What one attention site did in a rehearsal.
-
-    Attributes:
-        calls: Number of calls.
-        temporaries: The most bytes that a call held beside its inputs, its output and a cache.
-        fused: Name of the fused kernel that ran, or None.
-        is_dense: Whether SDPA ran its dense math.
-        is_product: Whether matrices were multiplied.
-        most_rows: An upper bound on the query rows of a call.
-        asked_rows: The most query rows of a call for which the policy was asked.
-        reason: The policy's reason for its decision; None if the policy was not asked.
-        step: Query rows and heads per step, if the site ran by rows.
-    """
-
-    calls: int = 0
-    temporaries: int = 0
-    fused: str | None = None
-    is_dense: bool = False
-    is_product: bool = False
-    most_rows: int = 0
-    asked_rows: int = 0
-    reason: str | None = None
-    step: tuple[int, int] | None = None
-
-    @property
-    def kernel(self) -> str:
-        """What computed the call, in words."""
-        if self.fused is not None:
-            return f"fused: {self.fused}"
-        return "dense math" if self.is_dense else "hand-written" if self.is_product else "unknown"
 
 
 class _FewTiles(TiledEvaluation):
@@ -128,24 +93,11 @@ class _Call(AttentionCall):
         return result
 
 
-class _Mode(RowsMode):
-    """Splits torch's C++ fast paths into their steps under every policy, because they cannot run on shapes."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in FAST_PATHS:
-            encoder_fast_paths.goes_by_rows(args[0], num_heads(func, args), self.call)
-            with self:
-                return FAST_PATHS[func](*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 class _Site(Site):
     """An attention module whose calls are measured on shapes."""
 
     call_class = _Call
-    mode_class = _Mode
+    mode_class = RehearsalMode
     patch: RehearsalPatch
 
     def __init__(self, *args: Any) -> None:
@@ -178,8 +130,10 @@ class _Site(Site):
     def reason(self) -> str:
         """Why the site ran natively, by rows or fused, in words."""
         policy = self.patch.policy
+        if self.counts["fused"] and self.replaced is not None:
+            return f"torch's fused kernel in the place of {self.replaced}"
         if self.counts["fused"]:
-            return "fused kernel: nothing to save"
+            return f"{'a kernel outside torch' if self.kernels else 'fused kernel'}: nothing to save"
         if self.obstacles:
             return f"not fused, because of {', '.join(self.obstacles)}"
         if self.seen.reason is not None:
@@ -190,10 +144,19 @@ class _Site(Site):
             reason = policy.reason(self.seen.most_rows, NativeNeed(0, 0), 0)
         else:
             reason = "attnpatch saw no product of queries and keys"
+        if self.replaced is not None:
+            reason = f"in the place of {self.replaced}; {reason}"
         whole = ", ".join(self.operations)
         return f"{reason}; {whole} needs the whole matrix" if whole else reason
 
+    @property
+    def replaced(self) -> str | None:
+        """The kernel outside torch whose calls torch's functions compute."""
+        return next((name.partition(" ")[0] for name in self.kernels if name.endswith("(replaced)")), None)
+
     def _note_kernel(self, span: Span) -> None:
+        if self.replaced is None:
+            self.seen.outside = next(iter(self.kernels), None)
         self.seen.fused = self.seen.fused or span.fused_kernel()
         self.seen.is_dense |= "_safe_softmax.default" in span.operators
         self.seen.is_product |= any("mm" in name for name in span.operators)

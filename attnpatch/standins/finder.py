@@ -84,9 +84,9 @@ class Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         """The module of a stand-in; ``None`` if it has no such module, or if the package is installed."""
         package = fullname.partition(".")[0]
-        if package in NOT_OFFERED and self.is_missing(package):
+        if package in NOT_OFFERED and is_missing(package):
             _refuse(fullname, f"attnpatch has no stand-in for it, since {NOT_OFFERED[package]}")
-        if package not in PACKAGES or not self.is_missing(package):
+        if package not in PACKAGES or not is_missing(package):
             return None
         if fullname not in MODULES:
             offered = ", ".join(name for name in MODULES if name.startswith(package))
@@ -104,22 +104,23 @@ class Finder(importlib.abc.MetaPathFinder):
         wanted = getattr(context, "name", None)
         for package, (name, _) in PACKAGES.items():
             is_asked = wanted is None or _plain(wanted) == _plain(name)
-            if is_asked and self.is_missing(package):
+            if is_asked and is_missing(package):
                 yield Distribution(package)
 
-    def is_missing(self, package: str) -> bool:
-        """True if no other finder has a package; those that were added later are asked, too."""
-        module = sys.modules.get(package)
-        if module is not None:
-            return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), Loader)
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            # The finder of import hooks asks all others, and so this one again.
-            if isinstance(finder, Finder) or find is None or type(finder).__module__.startswith("wrapt"):
-                continue
-            if find(package, None, None) is not None:
-                return False
-        return True
+
+def is_missing(package: str) -> bool:
+    """True if a package is not installed; a stand-in does not count."""
+    module = sys.modules.get(package)
+    if module is not None:
+        return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), Loader)
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        # The finder of import hooks asks all others, and so this one again.
+        if isinstance(finder, Finder) or find is None or type(finder).__module__.startswith("wrapt"):
+            continue
+        if find(package, None, None) is not None:
+            return False
+    return True
 
 
 def _plain(name: str) -> str:
@@ -157,8 +158,8 @@ def replace_missing_kernels(**policy: Any) -> tuple[str, ...]:
     Raises:
         PolicyError: A field is unknown or its value is invalid.
     """
-    finder = install(Policy.of(policy), lambda line: None)
-    return tuple(package for package in PACKAGES if finder.is_missing(package))
+    install(Policy.of(policy), lambda line: None)
+    return tuple(package for package in PACKAGES if is_missing(package))
 
 
 def install(policy: Policy, say: Callable[[str], None]) -> Finder:
@@ -170,7 +171,7 @@ def install(policy: Policy, say: Callable[[str], None]) -> Finder:
     finder = Finder(policy, say)
     sys.meta_path.append(finder)
     accept(
-        lambda: finder.is_missing("flash_attn"),
+        lambda: is_missing("flash_attn"),
         lambda error: say(f"attnpatch: transformers may refuse flash_attention_2: {in_one_line(error)}"),
     )
     return finder

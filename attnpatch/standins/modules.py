@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from attnpatch import compat
+from attnpatch.errors import PatchError, in_one_line
 from attnpatch.hosts.kernels.wrapping import READERS
 from attnpatch.patching.functions import ByRows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.compute import in_place_of
-from attnpatch.rows.kernels.table import Kernel, overridable
+from attnpatch.rows.kernels.table import CannotRead, Kernel, overridable
 from attnpatch.rows.mode import RowsMode
 from attnpatch.standins import padding, xformers_biases
 from attnpatch.standins.packages import MODULES, PACKAGES
@@ -106,7 +107,14 @@ def _stand_in(home: str, name: str, policy: Policy) -> Callable[..., Any]:
     _wrapped.append(by_rows)
 
     def native(*args: Any, **kwargs: Any) -> Any:
-        return by_rows(read(*args, **kwargs), name)
+        try:
+            call = read(*args, **kwargs)
+        except CannotRead as reason:
+            raise PatchError(
+                f"{name}: {in_one_line(reason)}; {home.partition('.')[0]} is not installed, and attnpatch's stand-in "
+                "cannot compute this call"
+            ) from reason
+        return by_rows(call, name)
 
     signature = inspect.signature(read, eval_str=False)
     native.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]
