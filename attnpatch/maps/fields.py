@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,16 @@ def own_columns(one: Any) -> list[int | None]:
     if isinstance(known, list) and len(known) == count:
         return known
     return [*range(count)] if one.query_labels == one.key_labels else [None] * count
+
+
+def largest_over(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell the entry of the first axis (layers, heads, steps) whose number is largest in absolute value.
+
+    Returns:
+        Its number, and its size; what is no finite number counts as 0.
+    """
+    sizes = np.where(np.isfinite(values), np.abs(values), 0)
+    return sizes.argmax(0), sizes.max(0, initial=0.0)
 
 
 def checked_fields(given: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps import meaning
-from attnpatch.maps.fields import own_columns, texts_of
+from attnpatch.maps.fields import largest_over, own_columns, texts_of
 from attnpatch.plotting import map_figure, row_panels
 
 if TYPE_CHECKING:
@@ -56,12 +56,11 @@ class Named:
     def strongest(self, row: int, count: int) -> list[tuple[int, int, float]]:
         """Where a row attends to most: layer (a position), column and number; each column once, the row's own never."""
         values = self.values[:, row]
-        sizes = np.where(np.isfinite(values), np.abs(values), 0)
-        if self.own[row] is not None:
-            sizes[:, self.own[row]] = 0
-        if not sizes.size:
+        if not values.size:
             return []
-        layers, best = sizes.argmax(0), sizes.max(0)
+        layers, best = largest_over(values)
+        if self.own[row] is not None:
+            best[self.own[row]] = 0
         columns = [int(c) for c in np.argsort(-best, kind="stable")[:count] if best[c] > 0]
         return [(int(layers[c]), c, float(values[layers[c], c])) for c in columns]
 
@@ -107,7 +106,7 @@ class Named:
         """Rows by their largest number on a block that is not next to them, less an even share of the row: the first
         rows of a causal map attend to few blocks, and so to each of them much.
         """
-        sizes = np.nan_to_num(np.abs(self.values), posinf=0).max(0, initial=0.0)
+        sizes = largest_over(self.values)[1] if self.values.size else np.zeros(self.values.shape[1:])
         even = sizes.sum(-1) / np.maximum((sizes > 0).sum(-1), 1)
         for row, own in enumerate(self.own):
             if own is not None:

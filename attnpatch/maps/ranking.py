@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
+import numpy as np
 
 from attnpatch.errors import CaptureError
 from attnpatch.maps.dataframe import load_pandas
-from attnpatch.maps.fields import own_columns, texts_of
+from attnpatch.maps.fields import largest_over, own_columns, texts_of
 from attnpatch.plotting.map_figure import shorten
 from attnpatch.plotting.text_table import aligned
 
@@ -131,26 +131,21 @@ def _of_sequence(whole: BlockMap, place: int, query: Any, own: bool) -> Iterator
     names: dict[str, Sequence[Any]] = {
         "layer": one.layers, "step": one.steps, "head": () if one.heads == "mean" else one.heads
     }  # fmt: skip
-    flat = values.reshape(-1, *values.shape[-2:])
-    at = flat.abs().nan_to_num(-1.0).argmax(0)
-    best = flat.gather(0, at[None])[0]
+    flat = values.reshape(-1, *values.shape[-2:]).numpy()
+    at, sizes = largest_over(flat)
     # The labels of one sequence are strings.
     queries, keys = [*map(str, one.query_labels)], [*map(str, one.key_labels)]
     texts = texts_of(whole.metadata, "key", len(keys), place) or keys
     own_column = own_columns(one)
     for row in rows_of(one, query):
         for column, key in enumerate(keys):
-            if (
-                (own_column[row] == column and not own)
-                or not torch.isfinite(best[row, column])
-                or best[row, column] == 0
-            ):
+            if (own_column[row] == column and not own) or sizes[row, column] == 0:
                 continue
-            where = torch.unravel_index(at[row, column], values.shape[:-2])
+            where = np.unravel_index(at[row, column], values.shape[:-2])
             found = {name: names[name][int(i)] for name, i in zip(apart, where, strict=True)}
             number = {"sequence": place} if whole.is_batch else {}
             yield Cell(
-                query=queries[row], key=key, text=texts[column], mass=float(best[row, column]),
+                query=queries[row], key=key, text=texts[column], mass=float(flat[at[row, column], row, column]),
                 **found, **number,
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.compat import FakeTensor
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.graph.axes import KEY, Axis, Tile, leaves
 from attnpatch.rows.graph.nodes import Child, InputNode, Node, ViewNode, walk
@@ -136,6 +137,8 @@ class Hidden:
     def stop(self, run: Evaluator, tile: Tile) -> int:
         """One past the last key that any row of a tile sees, as a multiple of ``UNIT``; all if a row sees none."""
         value = run.value(self.node, tile)
+        if isinstance(value, FakeTensor) or value.is_meta:  # ``explain`` runs on shapes
+            return self.keys.size
         if value.dtype.is_floating_point:
             is_open = value > (_HIDDEN_HALF if value.dtype == torch.float16 else _HIDDEN)
         elif value.dtype == torch.bool:
