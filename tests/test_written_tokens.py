@@ -206,6 +206,30 @@ OVER_PLACEHOLDERS = {
 }
 
 
+class Resampler(nn.Module):
+    """Learned queries look at patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.attention = nn.Parameter(torch.randn(3, 32)), Looks()
+
+    def forward(self, patches):
+        return self.attention(self.queries.expand(2, 3, 32), patches)
+
+
+class Looks(nn.Module):
+    def forward(self, x, others):
+        return F.scaled_dot_product_attention(x, others, others)
+
+
+@torch.no_grad()
+def test_features_of_learned_queries_that_are_written_over_placeholders():
+    model = WithPicture(lambda x, p: x.masked_scatter(BOTH[..., None], p)).eval()
+    model.patches = nn.Sequential(model.patches, Resampler())
+    maps = captured(model, lambda: model(torch.cat([tokens(24), tokens(24, 2)]), torch.randn(2, 5, 12)))
+    assert not maps.left_out and maps["layers.*"].layers == (0, 1)
+
+
 @pytest.mark.parametrize("write", OVER_PLACEHOLDERS.values(), ids=OVER_PLACEHOLDERS)
 @torch.no_grad()
 def test_features_that_are_written_over_their_placeholders(write):

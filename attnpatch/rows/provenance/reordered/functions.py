@@ -119,7 +119,7 @@ class Turned(TokenTensors):
             is_new = one not in self.is_bare
             if is_new:
                 self.is_bare[one] = False
-                self.picked.pass_on(given, one)
+                self.picked.pass_on([each for each in given if self.has_tokens(each)], one)
                 for source in given[:1]:
                     self.hidden.same(source, one)
             if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
