@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import attnpatch
+
 pytest.importorskip("mkdocs")
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,8 +25,21 @@ def test_docs_build(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "reference" / "index.html").read_text()
-    for name in ("apply", "capture", "BlockMap", "BlockAttentionAnalyzer", "heat_map"):
-        assert name in reference
+    shown = set(re.findall(r'id="(attnpatch[\w.]*)"', reference))
+    names = {path.rpartition(".")[2] for path in shown}
+    assert set(attnpatch.__all__) - {"errors"} <= names
+    assert {
+        "Maps",
+        "ImageMaps",
+        "TokenScores",
+        "HeadScores",
+        "Ranking",
+        "Report",
+        "Explanation",
+        "Analysis",
+    } <= names
+    errors = {name for name, one in vars(attnpatch.errors).items() if isinstance(one, type)}
+    assert len(errors) > 10 and {f"attnpatch.errors.{name}" for name in errors} <= shown
     pages = [page for page in tmp_path.rglob("*.html") if page.name != "404.html"]
     assert len(pages) > 10
     for page in pages:

@@ -12,7 +12,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 WRITTEN = {
     "maps.md": {"change.png", "map.png", "maps"},
     "rag.md": {"rag.png"},
-    "tokens.md": set(),
+    "tokens.md": {"tokens.png"},
     "vision.md": {"where.png", "page.html"},
     "heads.md": {"heads.png"},
 }
