@@ -110,6 +110,16 @@ CALLS = {
             "alibi_slopes": torch.stack([SLOPES, 2 * SLOPES, 3 * SLOPES]),
         },
     ),
+    "packed alike": (
+        TWO + "flash_attn_varlen_func",
+        (*flat(8, 12, key_heads=2), cumulative((4, 4)), cumulative((6, 6)), 4, 6),
+        {"causal": True, "return_attn_probs": True, "alibi_slopes": torch.stack([SLOPES, 2 * SLOPES])},
+    ),
+    "packed alike, some keys used": (
+        THREE + "flash_attn_varlen_func",
+        (*flat(9, 12), cumulative((4, 4)), cumulative((6, 6)), 4, 6),
+        {"causal": True, "seqused_k": torch.tensor([5, 5])},
+    ),
     "packed, rest": (TWO + "flash_attn_varlen_func", (*flat(12, 13), *PLACES), {}),
     "packed of 3": (THREE + "flash_attn_varlen_func", (*flat(9, 11), *PLACES), {"return_attn_probs": True}),
     "packed, some keys used": (

@@ -92,6 +92,8 @@ def padded_of(sources: Sources, packed: torch.Tensor, lengths: tuple[int, ...]) 
         lengths: Number of tokens of each sequence.
     """
     heads, width = packed.shape[1], packed.shape[3]
+    if not any(lengths):
+        return None
     for tensor in sources.known():
         if tensor.dim() != 4 or tensor.dtype != packed.dtype or tensor.device != packed.device:
             continue

@@ -126,7 +126,9 @@ def show_beside(call: SdpaCall, site: AttentionCall) -> None:
         return
     site.counters.count("captured")
     lse: torch.Tensor | str = "a kernel outside torch"
-    if call.device.type == "cuda" and not is_pending(call.attn_mask):
+    mask = call.attn_mask
+    is_exact = mask is None or mask.dtype in (torch.bool, call.dtype)
+    if call.device.type == "cuda" and not is_pending(mask) and is_exact:
         # The kernel that sums probabilities at once needs the logsumexp, which torch's own kernel returns.
         with torch.no_grad():
             _, lse = _fused(call, site)
