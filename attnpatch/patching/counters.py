@@ -48,6 +48,7 @@ class SiteCounters:
         reasons: Calls that stayed native, by reason (keys of ``REASONS``).
         numbers: For each reason, the numbers of the largest such call.
         largest: Bytes of the largest query x key tensor that was allocated.
+        need: The most bytes that a call which stayed native was expected to take.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class SiteCounters:
         self.short: Counter[int] = Counter()
         self.reasons: Counter[str] = Counter()
         self.numbers: dict[str, tuple[int, ...]] = {}
-        self.largest = 0
+        self.largest = self.need = 0
 
     # The methods of rows.attention_call.Counters:
 
@@ -89,6 +90,8 @@ class SiteCounters:
 
     def left_native(self, reason: str, *numbers: int) -> None:
         self.reasons[reason] += 1
+        if reason == "memory":
+            self.need = max(self.need, numbers[-1])
         if numbers and numbers[-1] >= self.numbers.get(reason, numbers)[-1]:
             self.numbers[reason] = numbers
 

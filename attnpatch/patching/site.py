@@ -29,6 +29,7 @@ from attnpatch.patching.calls import (
 from attnpatch.patching.candidates import judge, paused
 from attnpatch.patching.class_forward import renew
 from attnpatch.patching.counters import SiteCounters
+from attnpatch.patching.known_calls import KnownCalls
 from attnpatch.patching.selection import CANDIDATE
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.attention_call import AttentionCall
@@ -72,7 +73,7 @@ class Site(SiteCounters):
         self.is_root, self.is_attention, self.why = is_root, why is not None, why
         self.is_entry = is_root or masks.makes_masks(module)
         self.decisions: dict[tuple[int, ...], bool] = {}
-        self.repeats = RememberedCalls()
+        self.repeats, self.known = RememberedCalls(), KnownCalls()
         self.below: Site | None = None
         self.waits_for: weakref.ref[Any] | None = None
 
@@ -83,6 +84,7 @@ class Site(SiteCounters):
             **vars(SiteCounters()),
             "decisions": {},
             "repeats": RememberedCalls(),
+            "known": KnownCalls(),
             "waits_for": None,
         }
 
@@ -205,7 +207,7 @@ class Site(SiteCounters):
     ) -> Any:
         if not self.is_attention:
             return forward(*first, **kwargs)
-        attend = functools.partial(judge, self) if self.is_candidate else self.attend
+        attend = functools.partial(judge if self.is_candidate else self.known.attend, self)
         try:
             context = positions.unwatched() if positions.is_watching() else None
             order = reordered.watch()
@@ -273,8 +275,7 @@ class Site(SiteCounters):
         if call.observer is not None:
             self._tell(call.observer.finish, "the end of a captured attention call")
         if call.weights:
-            # The weights and the call refer to each other. Break the cycle, or keys would live until garbage is
-            # collected.
+            # The weights and the call refer to each other: break the cycle, or keys would live until garbage collection.
             made, call.weights = call.weights, None
             try:
                 return attention_outputs.put_in(module, args, kwargs, result, made)

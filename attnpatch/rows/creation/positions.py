@@ -165,8 +165,12 @@ class Before(Watching):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if here.positions is not self:
-            return func(*args, **(kwargs or {}))  # switched off, but still below a mode of the host's
+        # Switched off, but still below a mode of the host's; or a function that nothing is done with. Most are, so
+        # this takes as little time as it can.
+        if here.positions is not self or (
+            func not in OF_POSITIONS and DeferredTensor not in types and not is_watching_writes()
+        ):
+            return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:

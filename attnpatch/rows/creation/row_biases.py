@@ -7,6 +7,7 @@ mask of keys; a table of biases and indices into it; queries and keys of a few c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,11 +48,8 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
     one, other = args
     if one.shape == other.shape or max(one.dim(), other.dim()) < 2 or one.device != other.device:
         return NotImplemented
-    try:
-        shape = torch.broadcast_shapes(one.shape, other.shape)
-    except RuntimeError:
-        return NotImplemented
-    if math.prod(shape) <= one.numel() + other.numel() or not all(map(is_plain, args)):
+    shape = _broadcast(one.shape, other.shape)
+    if shape is None or math.prod(shape) <= one.numel() + other.numel() or not all(map(is_plain, args)):
         return NotImplemented
     if _are_masks(one, other, shape) or (not call.is_of_masks and _are_figures(one, other, shape)):
         ends = (*fresh(shape[-2:-1], ROW), *fresh(shape[-1:], KEY))
@@ -68,6 +66,16 @@ def of_two(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], call: At
     return wrap(
         OpNode(func, tuple(InputNode.aligned(t, dims) for t in args), {}, dims, dtype, one.device), call
     )
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size | None:
+    """The shape of both together, or ``None``; ``torch.broadcast_shapes`` takes ten times as long."""
+    shape = []
+    for a, b in itertools.zip_longest(reversed(one), reversed(other), fillvalue=1):
+        if a != b and a != 1 and b != 1:
+            return None
+        shape.append(b if a == 1 else a)
+    return torch.Size(reversed(shape))
 
 
 def _are_opposite(one: torch.Tensor, other: torch.Tensor, row: int, key: int) -> bool:
