@@ -12,8 +12,7 @@ from torch import nn
 from attnpatch.capturing.capture import capture
 from attnpatch.errors import PatchError
 from attnpatch.hosts.diffusers.components import compiled_in, parts_of
-from attnpatch.patching.functions import ByRows, by_rows
-from attnpatch.patching.model_patches import not_patched, parts_in, put_in_place
+from attnpatch.patching.model_patches import ByRows, by_rows, not_patched, parts_in, put_in_place
 from attnpatch.patching.patch import patch_of, patches_in
 from attnpatch.patching.registry import register
 from attnpatch.patching.selection import Sites, checked

@@ -288,6 +288,14 @@ ATTENTION_TABLE, BACKEND_REGISTRY, BACKENDS = (
 )
 
 
+def chosen_attention(module: torch.nn.Module) -> Any:
+    """The attention implementation that a module of transformers runs now; ``None`` if it does not tell.
+
+    Without it, a call after a change of implementation may run once as the calls before it did.
+    """
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
     """The variables in a function's closure, by name; empty if it has none."""
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()

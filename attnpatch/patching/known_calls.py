@@ -103,7 +103,7 @@ class KnownCalls:
         given = _described((args, kwargs), 4)
         if given is None:
             return None
-        chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        chosen = compat.chosen_attention(module)
         return (
             given,
             chosen,
@@ -135,7 +135,7 @@ class KnownCalls:
         device = next(
             (one.device for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None
         )
-        if device is None or not counts.keys() <= _NATIVE or len(self.calls) >= _MOST:
+        if device is None or not counts or not counts.keys() <= _NATIVE or len(self.calls) >= _MOST:
             self.calls.pop(key, None)
             return
         self.calls[key] = KnownCall(counts, reasons, site.need, device, AGAIN)

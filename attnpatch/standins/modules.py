@@ -19,7 +19,7 @@ from typing import Any
 from attnpatch import compat
 from attnpatch.errors import PatchError, in_one_line
 from attnpatch.hosts.kernels.wrapping import READERS
-from attnpatch.patching.functions import ByRows
+from attnpatch.patching.model_patches import ByRows
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
 from attnpatch.rows.kernels.call import KernelCall
