@@ -49,6 +49,8 @@ TAKEN = {
 OBJECTS = {"SELECTIVE_MODES", "ENCODER_OPERATORS", "KERNELS", "__all__"}
 # Names that only older releases of transformers are asked for. These are out, and have them.
 OLDER = {"OUTPUT_WRAPPER", "MASK_POSITIONS"}
+# Names of xFormers, which is not installed here: tests/test_kernels.py has biases without them.
+ELSEWHERE = {"XFORMERS_BIAS", "XFORMERS_OLD_BIAS", "XFORMERS_WINDOW"}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +88,7 @@ def test_every_name_of_a_host_is_in_this_table():
         for name, value in vars(compat).items()
         if name.isupper() and isinstance(value, (str, tuple)) and name not in OBJECTS
     }
-    assert strings == TAKEN.keys() | OLDER
+    assert strings == TAKEN.keys() | OLDER | ELSEWHERE
 
 
 @torch.no_grad()

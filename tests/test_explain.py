@@ -112,7 +112,9 @@ def test_seventy_billion_parameters():
     # bfloat16 scores, what is added to them, and softmax in float32.
     assert group.count == 80 and group.temporaries > 64 * 32768**2 * 6
     assert group.decision == "by rows" and group.temporaries_now < 2e9
-    assert group.reason == "0 B free is less than min_free 2 GB", "nothing is left beside the parameters"
+    assert group.reason == "little memory: 0 B free is less than min_free 2 GB", (
+        "nothing is left beside the parameters"
+    )
 
 
 EXPLAINED = [case for case in zoo.CASES if case.name not in ("gpt_oss", "not")]
