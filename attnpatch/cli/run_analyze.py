@@ -261,5 +261,7 @@ def _close(console: Console, task: Task, summary: Summary, seconds: float, drawn
     say(console, f"index: {task.out / INDEX}")
     if drawn:
         say(console, f"pictures: {Path(drawn[0]).parent}")
+    else:
+        say(console, f"to see them: attnpatch view {task.out}")
     if task.resume and summary.done == 0 and summary.skipped and not summary.failed:
         say(console, "All conversations had been analysed before.")
