@@ -105,6 +105,10 @@ def _stand_in(home: str, name: str, policy: Policy) -> Callable[..., Any]:
     read = READERS[home][name]
     by_rows = ByRows(_computed, vars(policy) | {"replace_kernels": True})
     _wrapped.append(by_rows)
+    patch = patch_of(by_rows.module)
+    assert patch is not None
+    patch.model_kind = f"{name} (stand-in, outside patched models)"
+    site = patch.sites[0]
 
     def native(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -114,6 +118,11 @@ def _stand_in(home: str, name: str, policy: Policy) -> Callable[..., Any]:
                 f"{name}: {in_one_line(reason)}; {home.partition('.')[0]} is not installed, and attnpatch's stand-in "
                 "cannot compute this call"
             ) from reason
+        if policy.mode != "always" and call.q_len <= policy.min_tokens:
+            # As a short call of a site: without a mode, which costs more than such a call itself.
+            site.kernel(name, is_replaced=True)
+            site.short[call.q_len] += 1
+            return in_place_of(call, None)
         return by_rows(call, name)
 
     signature = inspect.signature(read, eval_str=False)
@@ -121,9 +130,6 @@ def _stand_in(home: str, name: str, policy: Policy) -> Callable[..., Any]:
     native.__name__ = native.__qualname__ = name
     native.__module__ = home
     native.__doc__ = f"``{home}.{name}``, computed by torch's functions (attnpatch)."
-    patch = patch_of(by_rows.module)
-    assert patch is not None
-    patch.model_kind = f"{name} (stand-in, outside patched models)"
     return overridable(Kernel(name, native, read, is_missing=True))
 
 
