@@ -345,3 +345,23 @@ def test_token_scores_and_heads_beside_a_kernel():
         found.append((scores[0], scores[1], *(heads[name] for name in ("previous", "sink", "local"))))
     for mine, expected in zip(*found, strict=True):
         assert mine.shape == expected.shape and (mine - expected).abs().max() < 1e-5
+
+
+def opaque(q, k, v):
+    """Its code names neither a softmax nor a product, as that of a C++ function."""
+    return getattr(sys.modules[__name__], "den" + "se")(q, k, v)
+
+
+def test_a_module_is_recognised_by_the_kernel_that_it_calls():
+    class Of(Mix):
+        def forward(self, x):
+            return opaque(*self.of(x)).flatten(2)
+
+    net = Net(Of())
+    with pytest.raises(PatchError, match="no attention"):
+        attnpatch.apply(net)
+    attnpatch.register_kernel(opaque, read=read)
+    attnpatch.apply(net, replace_kernels=True)
+    net(torch.randn(1, TOKENS, 32))
+    (found,) = (site for site in attnpatch.report(net).sites if site.kernels)
+    assert (found.name, found.kernels) == ("mix", {"opaque (replaced)": 1})
