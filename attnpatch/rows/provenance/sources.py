@@ -112,6 +112,10 @@ class Sources(FunctionResults):
         """Called after each torch function."""
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
+        with self._known.after_function():
+            self._follow(func, args, kwargs, result)
+
+    def _follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = element_places.name_of(func)
         args, kwargs = first_in_place(name, args, kwargs)
         results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if is_plain(t)]

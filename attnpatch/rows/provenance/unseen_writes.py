@@ -8,6 +8,7 @@ code has asked for the address, the memory's contents are compared before a note
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -66,8 +67,19 @@ class Notes:
         self._strayed = strayed
         # For the memory of each tensor without a version, by address: a checksum of a sample.
         self._samples: dict[int, int] = {}
+        # While a function that has run is followed: addresses whose samples were taken since, as nobody else writes.
+        self._taken: set[int] | None = None
         # For memory that code outside torch may write to, by address: a checksum of its contents.
         self._exposed: dict[int, tuple[int, int]] = {}
+
+    @contextlib.contextmanager
+    def after_function(self) -> Iterator[None]:
+        """While a function that has run is followed, a sample of each memory is taken once."""
+        self._taken = set()
+        try:
+            yield
+        finally:
+            self._taken = None
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return self._found(tensor) is not None
@@ -194,14 +206,24 @@ class Notes:
             is_changed = now != self._exposed[place]
             self._exposed[place] = now
         elif place and is_sampled:
-            part, memory = sum_of_sample(tensor), self._notes[id(tensor)][2]
-            is_changed = part != self._samples.get(place, part)
-            self._samples[place] = part
+            memory = self._notes[id(tensor)][2]
+            if self._takes(place):
+                part = sum_of_sample(tensor)
+                is_changed = part != self._samples.get(place, part)
+                self._samples[place] = part
             memory.strays += memory.address != place
             memory.address = place
         if is_changed:
             for memory in {id(found[2]): found[2] for found in self._at(place)}.values():
                 memory.strays += 1
+
+    def _takes(self, place: int) -> bool:
+        """True if a sample of some memory has to be taken."""
+        if self._taken is None:
+            return True
+        is_new = place not in self._taken
+        self._taken.add(place)
+        return is_new
 
     def _at(self, place: int) -> Iterator[Any]:
         for tensor in self:
@@ -215,7 +237,8 @@ class Notes:
         if place in self._exposed:
             self._exposed[place] = _sum(tensor)
         elif place and is_sampled:
-            self._samples[place] = sum_of_sample(tensor)
+            if self._takes(place):
+                self._samples[place] = sum_of_sample(tensor)
             found = self._found(tensor)
             if found is not None:
                 found[2].address = place

@@ -95,7 +95,8 @@ class Moved(TorchFunctionMode):
             or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1])))
         ):
             self._follow(name, args, kwargs, result)
-        self._turned.follow(name, func, args, kwargs, result)
+        with self._turned.is_bare.after_function():
+            self._turned.follow(name, func, args, kwargs, result)
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
         """For each dimension in which a tensor's elements were reordered, the function that did it; other dimensions
