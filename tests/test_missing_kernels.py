@@ -386,3 +386,22 @@ def test_the_doctor_lists_kernel_packages():
         assert said in text and "flash_attn_interface: missing " in text
     text = " ".join(run("-m", "attnpatch", "doctor", ATTNPATCH_REPLACE_KERNELS="1").stdout.split())
     assert "ATTNPATCH_REPLACE_KERNELS without ATTNPATCH=1: nothing happens" in text
+
+
+OFF = """
+from attnpatch import errors
+from attnpatch.hosts import off
+off.missing = lambda: errors.ReleaseError("no _name in torch")
+import importlib
+for name in ("flash_attn", "xformers.ops"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+
+
+def test_there_is_no_stand_in_with_a_torch_that_attnpatch_does_not_run_with():
+    first, second = code(OFF, **ACTIVE).splitlines()
+    assert first == "No module named 'flash_attn', and no stand-in: no _name in torch"
+    assert second.startswith("No module named 'xformers', and no stand-in")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import in_one_line
+from attnpatch.hosts import off
 from attnpatch.hosts.transformers.flash_attn_2 import accept
 from attnpatch.policy import Policy
 from attnpatch.standins.packages import MODULES, NOT_OFFERED, PACKAGES
@@ -39,7 +40,12 @@ class Loader(importlib.abc.Loader):
         """None: a plain module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        # This imports torch.
+        error = off.missing()  # this imports torch
+        if error is not None:
+            name = module.__name__
+            raise ModuleNotFoundError(
+                f"No module named {name!r}, and no stand-in: {in_one_line(error)}", name=name
+            )
         from attnpatch.standins.modules import fill
 
         fill(module, lambda: self.finder.policy)
