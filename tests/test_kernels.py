@@ -322,3 +322,42 @@ def test_readers_have_the_signatures_of_the_packages():
             assert [(one.name, one.kind, one.default) for one in read] == [
                 (one.name, one.kind, one.default) for one in given
             ], function_name
+
+
+class Mixer(torch.nn.Module):
+    """Attention that no name tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x):
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(self.qkv(x).unflatten(-1, (3, 4, 8)), causal=True).flatten(-2)
+
+
+def test_a_module_that_calls_a_kernel_is_recognised():
+    from dense_attention import probabilities
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 32), Mixer()).double(), torch.randn(2, 24, 32).double()
+    with attnpatch.capture(model, blocks=BLOCKS) as maps, torch.no_grad():
+        model(x)
+    with torch.no_grad():
+        q, k, _ = model[1].qkv(model[0](x)).unflatten(-1, (3, 4, 8)).unbind(2)
+        p = [probabilities(q[b], k[b], True, -1, -1, True, 0.0, 8**-0.5)[0] for b in range(2)]
+    assert not maps.left_out
+    assert (maps["*"].mass.squeeze(1).double() - blocks_of(torch.stack(p))).abs().max() < 1e-6
+
+
+def test_a_short_call_of_a_missing_or_unwanted_kernel_is_replaced_too():
+    """``min_tokens`` is about memory, and says nothing about kernels."""
+    from dense_attention import calls
+
+    model, x = model_of(TABLE["flash-attn 2: causal"])
+    native = model(x)
+    calls.clear()
+    with attnpatch.patched(model, replace_kernels=True, min_tokens=10_000):
+        assert (model(x) - native).abs().max() < 1e-6
+    assert not calls
