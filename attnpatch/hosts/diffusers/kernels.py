@@ -17,13 +17,12 @@ import torch
 from attnpatch import compat
 from attnpatch.hosts.kernels.flex import is_block_mask, mask_rows_of
 from attnpatch.hosts.kernels.reading import by_batch, first, window_of
+from attnpatch.hosts.kernels.sageattention import TOLERANCE
 from attnpatch.hosts.tables import Replaced
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.table import CannotRead, Kernel, overridable
 
 _MODULE = "diffusers.models.attention_dispatch"
-# The largest error of a back end that quantises queries and keys, as a share of the largest result.
-_QUANTISED = 0.1
 _ours: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
@@ -32,7 +31,7 @@ def _replacement(key: Any, function: Callable[..., Any]) -> Callable[..., Any] |
     if name.lstrip("_").startswith("native"):
         return None  # torch's own attention, which the modes see
     if function not in _ours:
-        read = _reader(_QUANTISED if "sage" in name else None)
+        read = _reader(TOLERANCE if "sage" in name else None)
         # ``flex`` without a compiler holds all scores.
         _ours[function] = overridable(Kernel(name, function, read, holds_scores=name == "flex"))
     return _ours[function]
