@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from test_known_facts import captured, tokens
-from test_moved_tokens import Model, MovedInside, is_mapped
+from test_moved_tokens import Model, MovedInside, SelfAttention, is_mapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -239,3 +239,42 @@ def test_features_that_are_written_over_their_placeholders(write):
         torch.randn(2, 3, 12),
     )
     assert not captured(model, lambda: model(ids, pixels)).left_out
+
+
+class MovesAfter(SelfAttention):
+    """A module with its own residual, which returns its tokens in another order."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, x):
+        return self.out(x, super().forward(x))
+
+
+class InARow(Model):
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+RETURNED = {
+    "backwards": lambda x, a: (x + a).flip(1),
+    "shifted": lambda x, a: (x + a).roll(3, 1),
+    "picked": lambda x, a: (x + a)[:, torch.arange(23, -1, -1)],
+    "attention alone, backwards": lambda x, a: a.flip(1),
+    "the batch in another order": lambda x, a: (x + a).flip(0),
+}
+
+
+@pytest.mark.parametrize("name", [*RETURNED, "in order"])
+@torch.no_grad()
+def test_tokens_that_a_module_returns_in_another_order(name):
+    model = InARow().eval()
+    model.layers[0] = MovesAfter(RETURNED.get(name, lambda x, a: x + a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(torch.cat([tokens(24), tokens(24, 2)])))
+    assert list(maps.left_out) == (["layers.1"] if name in RETURNED else [])

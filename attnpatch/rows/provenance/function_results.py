@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnpatch.rows.graph.axes import Axis, Dim, Dims, fresh, leaves, regroup, size_of
+from attnpatch.rows.graph.axes import Axis, Dim, Dims, all_leaves, fresh, leaves, regroup, size_of
 from attnpatch.rows.graph.strides import single, viewed
 from attnpatch.rows.matmul.spellings import NAMES, parse
 from attnpatch.rows.provenance import element_places
@@ -37,6 +37,8 @@ class FunctionResults(Origins):
         super().__init__(inputs)
         self._known, self.hidden = notes, hidden
         self.reads_values = False
+        # For axes that a function has made by moving elements: its name.
+        self.moved_by: dict[Axis, str] = {}
         # For views with a single element of a dimension: which element.
         self._singles: Any = WeakIdKeyDictionary()
 
@@ -75,7 +77,11 @@ class FunctionResults(Origins):
         if name in element_places.IN_ORDER and result.numel() == first.numel():
             return regroup(dims, result.shape) or self._unknown(result, dims)
         if name in element_places.MOVING:
-            return self._lost(element_places.moved(name, dims, args, kwargs, result), dims)
+            found = element_places.moved(name, dims, args, kwargs, result)
+            self.moved_by.update(
+                (leaf, name) for leaf in all_leaves(found or ()) if leaf not in all_leaves(dims)
+            )
+            return self._lost(found, dims)
         if element_places.keeps_rows(name) and result.shape[:-1] == first.shape[:-1]:
             return (*dims[:-1], *fresh(result.shape[-1:]))
         if name == "pad":
@@ -113,7 +119,9 @@ class FunctionResults(Origins):
         pick, at = found
         view = source[(*given[:pick], slice(None), *given[pick + 1 :])]
         own = self._viewed(dims, source, view)
-        return self._lost((*own[:at], *fresh([result.shape[at]]), *own[at + 1 :]), dims)
+        new = fresh([result.shape[at]])
+        self.moved_by.update((leaf, "an index") for leaf in all_leaves(new))
+        return self._lost((*own[:at], *new, *own[at + 1 :]), dims)
 
     def _elementwise(
         self, known: list[tuple[torch.Tensor, Dims]], shape: Sequence[int], name: str = ""

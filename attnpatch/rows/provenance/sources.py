@@ -64,6 +64,11 @@ class Sources(FunctionResults):
         """All tensors that were seen and still exist."""
         return list(self._known)
 
+    def moves(self, tensor: torch.Tensor) -> str | None:
+        """The function that has moved tokens of a result inside the module, or ``None``."""
+        dims = self._known.get(tensor) or ()
+        return next((self.moved_by[leaf] for leaf in all_leaves(dims[:-1]) if leaf in self.moved_by), None)
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """True if a tensor was seen."""
         return tensor in self._known

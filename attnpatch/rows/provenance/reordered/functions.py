@@ -124,6 +124,9 @@ class Turned(TokenTensors):
                     self.hidden.same(source, one)
             if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
                 continue
+            if inside is not None and (name := inside.moves(one)) is not None:
+                self.lose(one, name)
+                continue
             alike = next((each for each in given if each.shape[:-1] == one.shape[:-1]), None)
             if not given:
                 continue
