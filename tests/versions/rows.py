@@ -77,6 +77,14 @@ ROWS = (
         off={"masks by rows: Bert, sdpa": "transformers 5.0 moved BERT's mask to masking_utils"},
     ),
     Row("transformers 5.0", "3.13", ("torch==2.9.1", "transformers==5.0.0", "diffusers==0.36.0", "numpy==2.2.6")),
+    # The releases of torch between, with releases of transformers and diffusers of their time: the smoke alone.
+    Row(
+        "torch 2.7", "3.12", ("torch==2.7.1", "transformers==4.53.3", "diffusers==0.34.0"), tests=(),
+        off={"masks by rows: Bert, sdpa": "transformers 5.0 moved BERT's mask to masking_utils"},
+    ),
+    Row("torch 2.10", "3.13", ("torch==2.10.0", "transformers==5.3.0", "diffusers==0.37.1"), tests=()),
+    Row("torch 2.11", "3.13", ("torch==2.11.0", "transformers==5.8.1", "diffusers==0.38.0"), tests=()),
+    Row("torch 2.12", "3.13", ("torch==2.12.1", "transformers==5.16.1", "diffusers==0.40.0"), tests=()),
     Row(
         "the newest of everything", "3.11",
         ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1", "bitsandbytes==0.50.2"),
