@@ -405,3 +405,32 @@ def test_there_is_no_stand_in_with_a_torch_that_attnpatch_does_not_run_with():
     first, second = code(OFF, **ACTIVE).splitlines()
     assert first == "No module named 'flash_attn', and no stand-in: no _name in torch"
     assert second.startswith("No module named 'xformers', and no stand-in")
+
+
+SHOWN = """
+import glob, attnpatch
+(own,) = glob.glob("maps/*self_attn*")
+found = attnpatch.load(own).mass
+assert found.shape == (2, 1, 6, 6) and (found.sum(-1) - 1).abs().max() < 1e-6
+(cross,) = glob.glob("maps/*cross_attn*")
+found = attnpatch.load(cross).mass[:, 0]
+print([round(float(one), 4) for one in found[1, :, 1]])
+assert (found.sum(-1) - 1).abs().max() < 1e-6
+"""
+
+
+def test_captures_hold_inside_a_model(tmp_path):
+    """Of the second sequence's text only five tokens are there, so its second block of eight gets nothing."""
+    done = run(SCRIPTS / "wan.py", **ACTIVE, ATTNPATCH_CAPTURE=str(tmp_path / "maps"), ATTNPATCH_BLOCKS="8")
+    assert done.returncode == 0, done.stderr
+    assert "not captured" not in done.stderr
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOWN],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == "[0.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n"
