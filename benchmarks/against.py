@@ -25,6 +25,8 @@ CASES = [
     ("fuse gptj", "fused", "seconds"),
     ("prefill 512", "pairs", "ratio"),
     ("decode", "pairs", "ratio"),
+    ("staying", "sdpa", "seconds"),
+    ("staying", "eager", "seconds"),
 ]
 
 

@@ -150,6 +150,36 @@ def overhead(kind: str, pairs: int = 200, is_patched: bool = True) -> Found:
     return {"native": statistics.median(first), "patched": statistics.median(second), "ratio": ratio}
 
 
+def staying(implementation: str, pairs: int = 60, layers: int = 8) -> Found:
+    """Calls of 1,500 tokens that stay native, patched and unpatched by turns; what a patch adds on the host.
+
+    The layers are narrow, and the process's own time counts, so that a busy machine matters less.
+
+    Returns:
+        Median seconds of both, and what a patch adds for each layer, in seconds.
+    """
+    model, ids = llama(implementation, layers, hidden=64), tokens(1500)
+    first, second = [], []
+    with torch.inference_mode():
+        for number in range(pairs + 5):
+            seconds = {}
+            for patched in (False, True) if number % 2 else (True, False):
+                if patched:
+                    attnpatch.apply(model)
+                for _ in range(3):
+                    start = time.process_time()
+                    model(ids, use_cache=False)
+                    seconds[patched] = time.process_time() - start
+                if patched:
+                    attnpatch.remove(model)
+            if number >= 5:
+                first.append(seconds[False])
+                second.append(seconds[True])
+    native, patched = statistics.median(first), statistics.median(second)
+    added = statistics.median(b - a for a, b in zip(first, second, strict=True))
+    return {"native": native, "patched": patched, "seconds": added / layers}
+
+
 def activation(pairs: int = 200, width: int = 64, is_active: bool = True) -> Found:
     """Calls of an MLP of 100 layers by turns: while ``ATTNPATCH=1`` looks at first calls, and while it does not.
 
@@ -262,6 +292,7 @@ CASES: dict[str, Case] = {
         {"pairs": lambda: overhead("decode"), "unpatched": lambda: overhead("decode", is_patched=False)},
         rounds=1, time=1.01,
     ),
+    "staying": Case({each: functools.partial(staying, each) for each in ("sdpa", "eager")}),
     "activation": Case(
         {"pairs": activation, "unpatched": lambda: activation(is_active=False)}, rounds=1, time=1.002,
     ),

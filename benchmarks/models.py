@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 
-def llama(implementation: str, layers: int = 2) -> torch.nn.Module:
-    """A Llama of 2 layers, hidden 1024, 16 heads, 4 key heads, float32."""
+def llama(implementation: str, layers: int = 2, hidden: int = 1024) -> torch.nn.Module:
+    """A Llama of 2 layers, hidden 1024, heads of 64, a key head for each 4 heads, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=4, max_position_embeddings=65536, attn_implementation=implementation,
+        vocab_size=1024, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), max_position_embeddings=65536, attn_implementation=implementation,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
