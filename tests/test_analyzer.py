@@ -19,7 +19,7 @@ import attnpatch
 from attnpatch.conversations.analyzer import CHECKPOINTING_NOTE, BlockAttentionAnalyzer
 from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.tokenized_chat import render
-from attnpatch.errors import AnalysisError, BlockMapFileError, CaptureError, MissingExtraError
+from attnpatch.errors import AnalysisError, BlockMapFileError, MissingExtraError
 from attnpatch.maps.block_map import BlockMap
 
 CHATML = (
@@ -265,7 +265,7 @@ def test_targets(analyzer):
         analyzer.analyze_conversation(MESSAGES[:2], weighting="gradient", measures=())
     with pytest.raises(AnalysisError, match="single pass"):
         analyzer.analyze_conversation_sequential(MESSAGES, weighting="gradient", measures=())
-    with pytest.raises(CaptureError, match="leave them out"):
+    with pytest.raises(AnalysisError, match="leave them out"):
         analyzer.analyze_conversation(MESSAGES, weighting="gradient")
 
 

@@ -10,6 +10,7 @@ from attnpatch.maps.block_map import BlockMap
 from attnpatch.maps.fields import NORMALIZATIONS
 from attnpatch.maps.meaning import meaning
 from attnpatch.viewing.page import _described
+from attnpatch.viewing.pictures import EmbeddedPictures
 
 GRADIENT = {"weighting": "gradient"}
 # Rows and columns whose sums are 0, negative and positive, and one of zeros.
@@ -57,8 +58,12 @@ def test_negative_weights_that_are_no_gradients(normalization, tmp_path):
     assert "gradient" not in meaning(one) and "gradient" in meaning(signed().normalize(normalization))
     with pytest.raises(CaptureError, match="negative weights, as those that are mixed after softmax"):
         _ = one.unassigned_mass
-    described = _described("map", one)
-    assert described["signed"] and not described["gradient"] and _described("map", signed())["gradient"]
+    described = _described("map", one, EmbeddedPictures(None))
+    assert (
+        described["signed"]
+        and not described["gradient"]
+        and _described("map", signed(), EmbeddedPictures(None))["gradient"]
+    )
 
 
 @pytest.mark.parametrize("scale", ["sqrt", "linear"])

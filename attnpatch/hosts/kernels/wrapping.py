@@ -111,7 +111,8 @@ def find_compiled(model: nn.Module) -> None:
     if "torch._dynamo" not in sys.modules:
         return  # nothing was compiled
     owners = {id(owner): owner for part in model.modules() for owner in (part, *type(part).__mro__)}
-    own = {owner.__module__ for owner in owners.values() if isinstance(owner, type)}
+    # A class made by ``exec`` may have no ``__module__``.
+    own = {getattr(owner, "__module__", None) for owner in owners.values() if isinstance(owner, type)}
     changed = [
         module
         for module in _modules()

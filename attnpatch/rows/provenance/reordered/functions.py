@@ -37,7 +37,7 @@ from attnpatch.rows.provenance.reordered.function_tables import (
     is_setting,
     leaves_tokens,
 )
-from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, listed
+from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_learned, listed
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import is_wide, tensors_in
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, may_write_to, written_by
@@ -119,7 +119,8 @@ class Turned(TokenTensors):
             is_new = one not in self.is_bare
             if is_new:
                 self.is_bare[one] = False
-                self.picked.pass_on([each for each in given if self.has_tokens(each)], one)
+                own = [each for each in given if not (self.is_bare.get(each) or is_learned(each))]
+                self.picked.pass_on(own, one)
                 for source in given[:1]:
                     self.hidden.same(source, one)
             if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:

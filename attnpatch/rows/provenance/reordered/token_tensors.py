@@ -61,7 +61,10 @@ class TokenTensors:
             if is_learned(tensor) or not self.is_plain(tensor) or not is_wide(tensor):
                 return not is_learned(tensor)
             if self._constants is None:
-                self._constants = frozenset(map(id, self._module.buffers()))
+                # A buffer may itself be a view.
+                self._constants = frozenset(
+                    id(one) for each in self._module.buffers() for one in (each, base(each))
+                )
             is_bare = self.is_bare[tensor] = id(base(tensor)) in self._constants
             if not is_bare and tensor.is_floating_point() and not self._has_others:
                 self.lose(tensor, UNSEEN)
