@@ -136,12 +136,15 @@ def test_with(name, tool):
 def test_flex_of_a_pipeline():
     """FlexAttention is an operator of its own, whose calls are seen; uncompiled it holds all scores, so it goes by rows."""
     pipe = build("flux")
-    pipe.transformer.set_attention_backend("flex")
-    native = run(pipe, "flux")
-    with attnpatch.patched(pipe.transformer):
-        assert np.array_equal(run(pipe, "flux"), native)
-    with attnpatch.patched(pipe.transformer, mode="always"):
-        np.testing.assert_allclose(run(pipe, "flux"), native, atol=1e-4)
-        report = attnpatch.report(pipe.transformer)
+    pipe.transformer.set_attention_backend("flex")  # for all models of the process
+    try:
+        native = run(pipe, "flux")
+        with attnpatch.patched(pipe.transformer):
+            assert np.array_equal(run(pipe, "flux"), native)
+        with attnpatch.patched(pipe.transformer, mode="always"):
+            np.testing.assert_allclose(run(pipe, "flux"), native, atol=1e-4)
+            report = attnpatch.report(pipe.transformer)
+    finally:
+        pipe.transformer.set_attention_backend("native")
     assert report.totals["by_rows"] > 0 and report.totals["fused"] == 0
     assert not any(site.unseen for site in report.sites)

@@ -12,8 +12,18 @@ from torch import nn
 import attnpatch
 from attnpatch import KernelCall
 from attnpatch.errors import AttnpatchWarning, PatchError
+from attnpatch.rows.kernels import table
 
 TOKENS, BLOCK = 64, 16
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Names of registered kernels make candidates of modules in the tests after these."""
+    before = set(table.registered)
+    yield
+    table.registered.clear()
+    table.registered.update(before)
 
 
 def dense(q, k, v):
@@ -317,7 +327,7 @@ def causal(q, k, v):
         return (scores.softmax(-1) @ v).transpose(1, 2).float().clone()
 
 
-def test_token_scores_and_heads_beside_a_kernel():
+def test_token_scores_and_heads_beside_a_kernel(request):
     """The same as with eager attention."""
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -329,6 +339,7 @@ def test_token_scores_and_heads_beside_a_kernel():
         return seen(*(x.transpose(1, 2) for x in (query, key, value))), None
 
     AttentionInterface.register("a_kernel_of_a_user", attend)
+    request.addfinalizer(lambda: AttentionInterface._global_mapping.pop("a_kernel_of_a_user"))
     found = []
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     for implementation in ("a_kernel_of_a_user", "eager"):

@@ -163,6 +163,24 @@ def test_tokens_that_are_written_over_others(name):
     assert not any("failed" in why or "no softmax" in why for why in maps.left_out.values()), maps.left_out
 
 
+class Pooled(Model):
+    """A model whose own code names a softmax and a product, so that its first call is that of a candidate."""
+
+    def forward(self, ids):
+        hidden = super().forward(ids)
+        return (hidden @ hidden.mT).softmax(-1) @ hidden if self.training else hidden
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@torch.no_grad()
+def test_the_first_call_of_a_model_that_may_be_attention_itself(name):
+    model = Pooled(ELSEWHERE[name]).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = captured(model, lambda: model(torch.cat([tokens(24), tokens(24, 2)])))
+    assert {"layers.0", "layers.1"} <= maps.left_out.keys(), maps.left_out
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 @torch.no_grad()
 def test_tokens_that_a_module_writes_over_others(name):

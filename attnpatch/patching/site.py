@@ -202,6 +202,15 @@ class Site(SiteCounters):
             return False
         return True
 
+    @property
+    def _may_be_a_model(self) -> bool:
+        """True for a candidate around other sites: what it does between them counts as done between sites."""
+        inside = self.name + "." if self.name else ""
+        return self.is_candidate and any(
+            each is not self and each.is_attention and each.name.startswith(inside)
+            for each in self.patch.sites
+        )
+
     def _serve(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
@@ -210,7 +219,7 @@ class Site(SiteCounters):
         attend = functools.partial(judge if self.is_candidate else self.known.attend, self)
         try:
             context = positions.unwatched() if positions.is_watching() else None
-            order = reordered.watch()
+            order = None if self._may_be_a_model else reordered.watch()
             pause = reordered.paused(order) if order is not None else None
         except Exception as error:
             self.failed("switching modes off for attention", error)
