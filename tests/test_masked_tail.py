@@ -63,9 +63,16 @@ CASES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [None, "left", "right"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", [None, "left", pytest.param("right", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "Gemma2", "GPT2", *(pytest.param(one, marks=pytest.mark.long) for one in ("Mistral", "Qwen2"))],
+)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)],
+    ids=["float32", "bfloat16"],
+)
 def test_bits(name, dtype, kind, steps):
     model, mask = model_of(name, **CASES[name]).to(dtype), padding(kind)
     ids = ids_of(1 if mask is None else 2)

@@ -50,9 +50,9 @@ LINE = "attnpatch: {} is not installed; a stand-in computes its attention functi
     ("script", "arguments", "package"),
     [
         ("wan", (), "flash_attn"),
-        ("hunyuan", (), "flash_attn"),
-        ("framepack", ("sage",), "sageattention"),
-        ("framepack", ("flash",), "flash_attn"),
+        pytest.param("hunyuan", (), "flash_attn", marks=pytest.mark.long),
+        pytest.param("framepack", ("sage",), "sageattention", marks=pytest.mark.long),
+        pytest.param("framepack", ("flash",), "flash_attn", marks=pytest.mark.long),
         ("framepack", ("xformers",), "xformers"),
         ("ollm", (), "flash_attn"),
     ],
@@ -74,6 +74,7 @@ def test_a_script_that_needs_a_kernel_runs(script, arguments, package):
     assert quiet.returncode == 0 and "attnpatch" not in quiet.stderr
 
 
+@pytest.mark.long  # it measures a process's memory, which needs a quiet machine
 def test_a_function_outside_any_model_goes_by_rows():
     """2,048 rows: the scores of all heads are 134 MB in float32; a step of them is a few MB."""
     short = run(SCRIPTS / "functions.py", 2048, **ACTIVE, ATTNPATCH_REPORT="1", ATTNPATCH_MIN_FREE="900GB")
