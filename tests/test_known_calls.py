@@ -98,6 +98,21 @@ def test_memory_gets_short(free, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_mask_of_a_fused_kernel_counts(monkeypatch, watched):
+    """The kernel converts it: without memory for that, the call is watched, so that by rows can answer."""
+    model, ids = patched(headroom=0.02), tokens(200)
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1GB")
+    model(ids, attention_mask=mask)
+    before = len(watched)
+    model(ids, attention_mask=mask)
+    assert len(watched) == before
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "20MB")
+    model(ids, attention_mask=mask)
+    assert len(watched) > before
+
+
+@torch.no_grad()
 def test_another_policy():
     model, ids = patched("eager"), tokens(LONG)
     for _ in range(2):

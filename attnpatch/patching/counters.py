@@ -90,7 +90,7 @@ class SiteCounters:
 
     def left_native(self, reason: str, *numbers: int) -> None:
         self.reasons[reason] += 1
-        if reason == "memory":
+        if reason in ("memory", "fused") and numbers:
             self.need = max(self.need, numbers[-1])
         if numbers and numbers[-1] >= self.numbers.get(reason, numbers)[-1]:
             self.numbers[reason] = numbers

@@ -213,7 +213,9 @@ def _attend(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCa
             saved.hand_on()
             site.counters.count("fused" if fused else "native")
             if fused:
-                site.counters.left_native("fused")
+                # A kernel converts its mask, and holds the copy meanwhile.
+                mask = 0 if call.attn_mask is None else 2 * call.attn_mask.numel() * call.query.element_size()
+                site.counters.left_native("fused", mask)
                 site.remember(q_len, need, False)
             elif q_len > 1:
                 site.counters.made(size)
