@@ -107,6 +107,10 @@ WEAK = torch.zeros(LENGTH, LENGTH).masked_fill(~CAUSAL, -20.0)
 # Rows 100 to 200 see nothing.
 BLIND = CAUSAL.clone()
 BLIND[100:200] = False
+LEAST = torch.finfo(torch.float32).min
+ADDED_LEAST = torch.zeros(LENGTH, LENGTH).masked_fill(~CAUSAL, LEAST)
+LEFT = torch.zeros(2, 1, 1, LENGTH)
+LEFT[0, ..., :700] = LEAST
 SPELLINGS = {
     "added": (lambda s: s + ADDED, True),
     "added in place": (lambda s: s.add_(ADDED), True),
@@ -116,6 +120,14 @@ SPELLINGS = {
     "scaled after": (lambda s: (s + ADDED) / 2, True),
     "two masks": (lambda s: s.masked_fill(~CAUSAL, -torch.inf) + ADDED, True),
     "a bias": (lambda s: s + WEAK, None),
+    # In both masks every row sees a key, but together some rows see none: they are means of hidden keys.
+    "blind in two masks": (lambda s: torch.where(CAUSAL, s, torch.tensor(LEAST)) + LEFT, True),
+    "blind in two fills": (lambda s: s.masked_fill(~CAUSAL, LEAST).masked_fill(LEFT < 0, LEAST), True),
+    "blind below a bound": (
+        lambda s: torch.nan_to_num(s.masked_fill(LEFT < 0, -torch.inf)) + ADDED_LEAST,
+        False,
+    ),
+    "a mask below a bound": (lambda s: (torch.tanh(s) * 3).masked_fill(~CAUSAL, -torch.inf), True),
     "a weak fill": (lambda s: s.masked_fill(~CAUSAL, -20.0), False),
     "blind rows": (lambda s: s.masked_fill(~BLIND, -1e30), True),
     "a factor that undoes it": (lambda s: (s + ADDED.clamp(min=-1e9)) * 1e-8, False),

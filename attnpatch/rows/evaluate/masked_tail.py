@@ -7,6 +7,8 @@ once computed both ways in this process: if a bit differs, it is computed whole 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -45,24 +47,42 @@ class MaskedTail:
         letters = root.letters
         assert letters is not None
         (summed,) = set(letters.operands[0]) & set(letters.operands[1]) - set(letters.result)
+        self._axes = {axis: None for each in hidden for axis in _axes(each.node)}
         self._stops: dict[tuple[Any, ...], int] = {}
         self.places = [labels.index(summed) for labels in letters.operands]
 
     def cut(self, run: Evaluator, tile: Tile) -> Tile:
         """The tile without the keys that all of its rows hide."""
-        stop = self._stop(run, tile)
+        # Heads that share the masks share the answer.
+        own = tuple((axis, tile[axis]) for axis in self._axes if axis in tile)
+        if own not in self._stops:
+            with torch.no_grad():
+                self._stops[own] = self._stop(run, dict(own))
+        stop = self._stops[own]
         return tile if stop >= self.keys.size else {**tile, self.keys: (0, stop)}
 
     def _stop(self, run: Evaluator, tile: Tile) -> int:
-        """One past the last key that is needed."""
-        stop = self.keys.size
-        for hidden in self.hidden:
-            # Heads that share a mask share the answer.
-            own = tuple((axis, tile[axis]) for axis in hidden.axes if axis in tile)
-            if (hidden, own) not in self._stops:
-                with torch.no_grad():
-                    self._stops[hidden, own] = hidden.stop(run, dict(own))
-            stop = min(stop, self._stops[hidden, own])
+        """One past the last key that any row of a tile sees, as a multiple of ``UNIT``; all if a row sees none."""
+        values = [run.value(each.node, tile) for each in self.hidden]
+        if any(
+            isinstance(value, FakeTensor) or value.is_meta for value in values
+        ):  # ``explain`` runs on shapes
+            return self.keys.size
+        is_open = functools.reduce(
+            torch.logical_and, (each.opened(value) for each, value in zip(self.hidden, values, strict=True))
+        )
+        rows = is_open.reshape(-1, is_open.shape[-1])
+        if rows.shape[-1] != self.keys.size:
+            return self.keys.size
+        # One transfer, since each waits for the device.
+        places = torch.arange(1, self.keys.size + 1, device=rows.device)
+        sees, last = torch.stack((rows.any(-1).all().long(), (rows.any(0) * places).amax())).tolist()
+        # A row without any open key is the mean of values of hidden keys, or zero.
+        stop = min(self.keys.size, -(-last // UNIT) * UNIT) if sees else self.keys.size
+        if stop < self.keys.size:
+            for each, value in zip(self.hidden, values, strict=True):
+                if leaves(each.node.dims[-1]) == [self.keys]:
+                    run.share(each.node, {**tile, self.keys: (0, stop)}, value[..., :stop])
         return stop
 
     def value(self, run: Evaluator, tile: Tile) -> tuple[torch.Tensor, Tile]:
@@ -107,7 +127,7 @@ class MaskedTail:
             self.root.dtype,
             torch.get_num_threads(),
             *shapes,
-            *self._strides(),
+            *self._layouts(),
         )
 
     def _products(self) -> Iterator[Node]:
@@ -116,43 +136,29 @@ class MaskedTail:
                 yield node
                 yield from node.children
 
-    def _strides(self) -> Iterator[tuple[int, ...]]:
+    def _layouts(self) -> Iterator[tuple[int, ...]]:
         for node in self._products():
             if isinstance(node, InputNode) and node.tensor is not None:
-                yield node.tensor.stride()
+                yield (*node.tensor.shape, *node.tensor.stride())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Hidden:
     """Keys that one node of a graph hides.
 
-    Args:
+    Attributes:
         node: ``[..., rows, keys]``: bool, or added to the scores.
-        keys: The axis of the keys.
         is_open: True if a bool ``True`` means that a key is seen, and not that it is hidden.
     """
 
-    def __init__(self, node: Node, keys: Axis, is_open: bool = False) -> None:
-        self.node, self.keys, self.axes, self.is_open = node, keys, _axes(node), is_open
+    node: Node
+    is_open: bool = False
 
-    def stop(self, run: Evaluator, tile: Tile) -> int:
-        """One past the last key that any row of a tile sees, as a multiple of ``UNIT``; all if a row sees none."""
-        value = run.value(self.node, tile)
-        if isinstance(value, FakeTensor) or value.is_meta:  # ``explain`` runs on shapes
-            return self.keys.size
-        if value.dtype.is_floating_point:
-            is_open = value > (_HIDDEN_HALF if value.dtype == torch.float16 else _HIDDEN)
-        elif value.dtype == torch.bool:
-            is_open = value if self.is_open else value.logical_not()
-        else:
-            return self.keys.size
-        rows = is_open.reshape(-1, is_open.shape[-1])
-        # A row without any open key is the mean of all values, or zero.
-        if rows.shape[-1] != self.keys.size or not bool(rows.any(-1).all()):
-            return self.keys.size
-        stop = min(self.keys.size, -(-(int(rows.any(0).nonzero()[-1]) + 1) // UNIT) * UNIT)
-        if stop < self.keys.size and self.node.dims and leaves(self.node.dims[-1]) == [self.keys]:
-            run.share(self.node, {**tile, self.keys: (0, stop)}, value[..., :stop])
-        return stop
+    def opened(self, value: torch.Tensor) -> torch.Tensor:
+        """Which keys are not hidden, bool, from a value of the node."""
+        if value.dtype == torch.bool:
+            return value if self.is_open else value.logical_not()
+        return value > (_HIDDEN_HALF if value.dtype == torch.float16 else _HIDDEN)
 
 
 def found_in(root: Node) -> MaskedTail | None:
@@ -175,7 +181,7 @@ def found_in(root: Node) -> MaskedTail | None:
         "special_softmax",
     ):
         return None
-    hidden = list(_masks(softmax.children[0], keys))
+    hidden = _masks(softmax.children[0], keys)
     return MaskedTail(root, keys, hidden) if hidden else None
 
 
@@ -230,29 +236,55 @@ def _can_be_cut(node: Node, keys: Axis, is_root: bool) -> bool:
     )
 
 
-def _masks(scores: Node, keys: Axis) -> Iterator[Hidden]:
-    """The masks between a product and its softmax, the last one first."""
+def _masks(scores: Node, keys: Axis) -> list[Hidden]:
+    """All masks between a product and its softmax; none if there may be others.
+
+    They are needed together: a row may see some key in each of two masks, and none in both.
+    """
+    found: list[Hidden] = []
     node = _below(scores)
     while isinstance(node, OpNode) and not node.work:
         name = getattr(node.func, "__name__", "")
         products = [child for child in node.children if any(getattr(step, "work", 0) for step in walk(child))]
-        if len(products) != 1:
-            return
-        others = [child for child in node.children if child is not products[0] and keys in _axes(child)]
-        if name in _ADDITIONS and len(others) == 1 and not node.kwargs:
-            yield Hidden(others[0], keys)
-        elif name in _FILLS and len(others) == 1:
-            if not _is_low(node.args[2] if len(node.args) > 2 else None, node):
-                return
-            yield Hidden(others[0], keys)
-        elif name == "where":
-            cond, kept, other = (_child(node, i) for i in range(3))
-            if cond is None or kept is not products[0] or not _is_low(_number(other, node, 2), node):
-                return
-            yield Hidden(cond, keys, is_open=True)
-        elif others or not _is_scaling(node, name):
-            return
+        others = [child for child in node.children if child not in products and keys in _axes(child)]
+        if len(products) != 1 or len(others) > 1:
+            return []
+        if others:
+            hidden = _hidden_by(node, name, products[0], others[0])
+            if hidden is None:
+                return []
+            found.append(hidden)
+        elif not _is_scaling(node, name):
+            # Scores are bounded here, say; masks below would be, too.
+            return found if _has_no_mask(products[0], keys) else []
         node = _below(products[0])
+    return found if isinstance(node, OpNode) else []
+
+
+def _has_no_mask(node: Node, keys: Axis) -> bool:
+    """True if every step down to the product has one operand with keys."""
+    node = _below(node)
+    while isinstance(node, OpNode) and not node.work:
+        own = [child for child in node.children if keys in _axes(child)]
+        if len(own) != 1:
+            return False
+        node = _below(own[0])
+    return isinstance(node, OpNode)
+
+
+def _hidden_by(node: OpNode, name: str, product: Node, mask: Node) -> Hidden | None:
+    """What a step with scores and one other operand with keys hides; ``None`` if that is not known."""
+    if name in _ADDITIONS:
+        is_mask = mask.dtype.is_floating_point and not node.kwargs and len(node.args) == 2
+        return Hidden(mask) if is_mask else None
+    if name in _FILLS:
+        is_low = _is_low(node.args[2] if len(node.args) > 2 else None, node)
+        return Hidden(mask) if is_low and _child(node, 0) is product else None
+    if name == "where":
+        cond, kept, other = (_child(node, i) for i in range(3))
+        is_low = _is_low(_number(other, node, 2), node)
+        return Hidden(mask, is_open=True) if cond is mask and kept is product and is_low else None
+    return None
 
 
 def _child(node: OpNode, position: int) -> Node | None:
