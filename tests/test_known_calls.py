@@ -84,6 +84,21 @@ def test_a_longer_cache_is_another_call(watched):
 
 @torch.no_grad()
 @pytest.mark.parametrize("free", ["900KB", "2MB"])
+def test_memory_gets_short_for_a_module_without_masks(free, monkeypatch, watched):
+    module, q = Switching(), torch.randn(1, 2, 200, 8)
+    native = module(q, q, q)
+    attnpatch.apply(module, sites=[""], min_tokens=8, min_free="1MB", headroom=0.02)
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "1GB")
+    for _ in range(3):
+        module(q, q, q)
+    assert len(watched) == 1
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", free)
+    assert torch.equal(module(q, q, q), native)
+    assert attnpatch.report(module).totals["by_rows"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("free", ["900KB", "2MB"])
 def test_memory_gets_short(free, monkeypatch):
     """Below the floor, and too little for what the call took."""
     model, ids = patched("eager", headroom=0.02), tokens(200)

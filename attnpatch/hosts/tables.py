@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 
 class Replaced:
-    """The functions of a table, replaced from the first ``enter`` to the last ``leave``.
+    """The functions of tables, replaced while any thread is inside.
 
     Args:
         replacement: Given a function of the table, the one to put in its place, or ``None`` to keep it.
@@ -20,8 +21,16 @@ class Replaced:
         self._users = 0
         self._replaced: list[tuple[MutableMapping[Any, Any], Any, Any, Any]] = []
 
-    def enter(self, tables: Iterable[MutableMapping[Any, Any]]) -> None:
-        """Replace the functions in some tables, unless another call has done so."""
+    @contextlib.contextmanager
+    def inside(self, *tables: MutableMapping[Any, Any]) -> Iterator[None]:
+        """Inside the block, the functions in these tables are replaced."""
+        self._enter(tables)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self, tables: Iterable[MutableMapping[Any, Any]]) -> None:
         with self._lock:
             self._users += 1
             if self._users > 1:
@@ -33,8 +42,7 @@ class Replaced:
                         table[key] = ours
                         self._replaced.append((table, key, function, ours))
 
-    def leave(self) -> None:
-        """Put the host's functions back, if this was the last call that had them replaced."""
+    def _leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users:

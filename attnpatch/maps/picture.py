@@ -82,7 +82,9 @@ class Named:
         who = map_figure.shorten(self.queries[row].split(": ")[0], 40)
         if self.number is None and not self.is_signed:
             return f"{who} attends most to {', then '.join(where)}"
-        return f"{who}: the largest {self.number or 'number'} is at {', then '.join(where)}"
+        # Without "mean over the query tokens", which the legend says.
+        number = (self.number or "number").partition(",")[0]
+        return f"{who}: the largest {number} is at {', then '.join(where)}"
 
     def panels(self) -> list[row_panels.RowPanel]:
         """The last row with tokens, and the other rows that attend most to one block that is not next to them."""

@@ -1,4 +1,4 @@
-"""Calls that stayed native before, with memory to spare, run at once: watching a call takes about a millisecond.
+"""Calls that stayed native before, with memory to spare, run at once: watching a call takes time on the host.
 
 A call is known by all that it is given: shapes, numbers, the length of a cache. If one like it stayed native, and memory
 is free for four times what it took, the next one is not watched. Every ``AGAIN``-th one is, because a module may have

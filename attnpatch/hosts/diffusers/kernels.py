@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,36 +22,26 @@ from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.table import CannotRead, Kernel, overridable
 
 _MODULE = "diffusers.models.attention_dispatch"
-_ours: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def _replacement(key: Any, function: Callable[..., Any]) -> Callable[..., Any] | None:
     name = str(getattr(key, "value", key))
     if name.lstrip("_").startswith("native"):
         return None  # torch's own attention, which the modes see
-    if function not in _ours:
-        read = _reader(TOLERANCE if "sage" in name else None)
-        # ``flex`` without a compiler holds all scores.
-        _ours[function] = overridable(Kernel(name, function, read, holds_scores=name == "flex"))
-    return _ours[function]
+    # ``flex`` without a compiler holds all scores.
+    return overridable(
+        Kernel(name, function, _reader(TOLERANCE if "sage" in name else None), holds_scores=name == "flex")
+    )
 
 
 _table = Replaced(_replacement)
 
 
-@contextlib.contextmanager
-def seen() -> Iterator[None]:
+def seen() -> contextlib.AbstractContextManager[None]:
     """Inside the block, the functions of diffusers' back ends that run a kernel are overridable."""
     registry = getattr(sys.modules.get(_MODULE), compat.BACKEND_REGISTRY, None)
     backends = getattr(registry, compat.BACKENDS, None)
-    if backends is None:
-        yield
-        return
-    _table.enter((backends,))
-    try:
-        yield
-    finally:
-        _table.leave()
+    return contextlib.nullcontext() if backends is None else _table.inside(backends)
 
 
 def _reader(tolerance: float | None) -> Callable[..., KernelCall]:

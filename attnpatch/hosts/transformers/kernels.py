@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ _OF_TORCH = frozenset(
     ["sdpa_attention_forward", "sdpa_attention_paged_forward", "eager_paged_attention_forward"]
 )
 _OF_KERNELS = frozenset(["flash_attention_forward", "flex_attention_forward"])
-# The overridable function of each function; always the same one, or compiled code would be compiled again.
-_ours: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def _replacement(key: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -37,33 +34,23 @@ def _replacement(key: str, function: Callable[..., Any]) -> Callable[..., Any] |
     is_hosts = (getattr(function, "__module__", None) or "").startswith("transformers.")
     if is_hosts and name in _OF_TORCH:
         return None
-    try:
-        if function not in _ours:
-            known = is_hosts and name in _OF_KERNELS
-            # A user's function may well compute attention with torch's functions; those are served as ever.
-            # One function of transformers serves several keys.
-            named = name if known else key
-            _ours[function] = overridable(Kernel(named, function, read, is_transparent=not known))
-        return _ours[function]
-    except TypeError:  # an object that no weak reference can be made to
-        return None
+    known = is_hosts and name in _OF_KERNELS
+    # A user's function may well compute attention with torch's functions; those are served as ever. One function of
+    # transformers serves several keys.
+    return overridable(Kernel(name if known else key, function, read, is_transparent=not known))
 
 
 _table = Replaced(_replacement)
 
 
-@contextlib.contextmanager
-def seen() -> Iterator[None]:
+def seen() -> contextlib.AbstractContextManager[None]:
     """Inside the block, transformers' attention functions that run a kernel are overridable."""
     table = getattr(sys.modules.get(_MODULE), compat.ATTENTION_TABLE, None)
-    if table is None:
-        yield
-        return
-    _table.enter((table._global_mapping, table._local_mapping))
-    try:
-        yield
-    finally:
-        _table.leave()
+    return (
+        contextlib.nullcontext()
+        if table is None
+        else _table.inside(table._global_mapping, table._local_mapping)
+    )
 
 
 def read(

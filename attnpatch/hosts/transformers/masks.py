@@ -49,12 +49,8 @@ def by_rows(call: AttentionCall) -> Iterator[None]:
             yield
         return
     table = getattr(module, compat.MASK_TABLE)
-    _table.enter((table._global_mapping, table._local_mapping))
-    try:
-        with row_masks.of_call(call):
-            yield
-    finally:
-        _table.leave()
+    with _table.inside(table._global_mapping, table._local_mapping), row_masks.of_call(call):
+        yield
 
 
 def is_short(policy: Policy, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -56,21 +56,24 @@ NAMES = frozenset(
     "sageattn_qk_int8_pv_fp16_triton sageattn_qk_int8_pv_fp16_cuda sageattn_qk_int8_pv_fp8_cuda "
     "sageattn_qk_int8_pv_fp8_cuda_sm90 sageattn3_blackwell flex_attention varlen_attn dispatch_attention_fn".split()
 )
-# By the overridable function, and by the kernel's own.
+# The kernel of each overridable function, and the overridable function of each kernel's own.
 _KERNELS: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()
-_NATIVE: weakref.WeakKeyDictionary[Callable[..., Any], Kernel] = weakref.WeakKeyDictionary()
+_OURS: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def kernel_of(function: Any, is_native: bool = False) -> Kernel | None:
     """The kernel that an overridable function calls (``is_native``: of its own function); ``None`` for any other."""
     try:
-        return (_NATIVE if is_native else _KERNELS).get(function)
+        return _KERNELS.get(_OURS.get(function) if is_native else function)
     except TypeError:  # it cannot be hashed, or not be referred to weakly
         return None
 
 
 def overridable(kernel: Kernel) -> Callable[..., Any]:
-    """The function to put in the place of a kernel's."""
+    """The function to put in the place of a kernel's; always the same one, or compiled code would be compiled again."""
+    with contextlib.suppress(TypeError):  # of an object that no weak reference can be made to
+        if kernel.native in _OURS:
+            return _OURS[kernel.native]
 
     @functools.wraps(kernel.native)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +84,7 @@ def overridable(kernel: Kernel) -> Callable[..., Any]:
 
     _KERNELS[call] = kernel
     with contextlib.suppress(TypeError):
-        _NATIVE[kernel.native] = kernel
+        _OURS[kernel.native] = call
     return call
 
 
