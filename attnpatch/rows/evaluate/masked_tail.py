@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,8 @@ from attnpatch.rows.op_table import CASTS, POINTWISE
 
 # Measured: with smaller multiples, rows with few keys differ by 3e-7 (float32, two makers' processors).
 UNIT = 512
-# A score below this hides a key: its probability is 0 beside any score that a model computes.
-_HIDDEN, _HIDDEN_HALF = -1e9, -3e4
+# A mask value at or below this outweighs any product: beside a visible key, such a key gets no probability at all.
+HIDDEN = -6e4
 _ADDITIONS = frozenset("add add_ __add__ __iadd__ __radd__".split())
 _FILLS = frozenset("masked_fill masked_fill_".split())
 # For each size of step: whether the result without hidden keys has the same bits.
@@ -158,7 +157,7 @@ class Hidden:
         """Which keys are not hidden, bool, from a value of the node."""
         if value.dtype == torch.bool:
             return value if self.is_open else value.logical_not()
-        return value > (_HIDDEN_HALF if value.dtype == torch.float16 else _HIDDEN)
+        return value > HIDDEN
 
 
 def found_in(root: Node) -> MaskedTail | None:
@@ -278,11 +277,11 @@ def _hidden_by(node: OpNode, name: str, product: Node, mask: Node) -> Hidden | N
         is_mask = mask.dtype.is_floating_point and not node.kwargs and len(node.args) == 2
         return Hidden(mask) if is_mask else None
     if name in _FILLS:
-        is_low = _is_low(node.args[2] if len(node.args) > 2 else None, node)
+        is_low = _is_low(node.args[2] if len(node.args) > 2 else None)
         return Hidden(mask) if is_low and _child(node, 0) is product else None
     if name == "where":
         cond, kept, other = (_child(node, i) for i in range(3))
-        is_low = _is_low(_number(other, node, 2), node)
+        is_low = _is_low(_number(other, node, 2))
         return Hidden(mask, is_open=True) if cond is mask and kept is product and is_low else None
     return None
 
@@ -312,7 +311,6 @@ def _is_scaling(node: OpNode, name: str) -> bool:
     )
 
 
-def _is_low(value: Any, node: OpNode) -> bool:
+def _is_low(value: Any) -> bool:
     """True if a number hides the score in whose place it is."""
-    limit = _HIDDEN_HALF if node.dtype == torch.float16 else _HIDDEN
-    return isinstance(value, (int, float)) and not math.isnan(value) and value <= limit
+    return isinstance(value, (int, float)) and value <= HIDDEN

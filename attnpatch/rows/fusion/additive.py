@@ -9,8 +9,9 @@ import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.evaluate.evaluator import Evaluator
+from attnpatch.rows.evaluate.masked_tail import HIDDEN
 from attnpatch.rows.evaluate.tile_plan import CPU_STEP_BYTES, balanced
-from attnpatch.rows.fusion.match import HIDDEN, LOWEST, SdpaMatch
+from attnpatch.rows.fusion.match import LOWEST, SdpaMatch
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, all_leaves, extent, leaves
 from attnpatch.rows.graph.nodes import InputNode, Node, walk
 

@@ -9,14 +9,13 @@ from typing import Any, NoReturn
 import torch
 
 from attnpatch.ledger import ledger_of
+from attnpatch.rows.evaluate.masked_tail import HIDDEN
 from attnpatch.rows.graph.axes import ROW, Axis, all_leaves, leaves
 from attnpatch.rows.graph.dropout import Dropout
 from attnpatch.rows.graph.nodes import Child, InputNode, Node, SliceNode, ViewNode, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import CASTS
 
-# A mask value at or below this outweighs any product: beside a visible key, such a key gets no probability at all.
-HIDDEN = -6e4
 # Mask value for a key whose score the host overwrites with a finite number. It outweighs any product, so a row that
 # sees no key stays uniform, as when its scores are overwritten.
 LOWEST = -1e30
