@@ -1,7 +1,8 @@
-"""Every GPU figure: ``python -m benchmarks gpu``, in under 8 minutes on an H200.
+"""Every GPU figure: ``python -m benchmarks gpu``, in a few minutes on an H200.
 
-Times and memory only: ``make bench-gpu`` tests first that the kernels are right (``tests/on_kernel.py``). ``--device cpu``
-runs every line on tiny shapes in Triton's interpreter: no figures, but no surprises either.
+Times and memory only: ``make bench-gpu`` tests first that the kernels are right (``tests/on_kernel.py``), and makes the
+runs of ``benchmarks.gpu_first``, which compare every result. ``--device cpu`` runs every line on tiny shapes in Triton's
+interpreter: no figures, but no surprises either.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -23,23 +23,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import attnpatch
 from attnpatch.memory.peak import PeakMeter
-from attnpatch.policy import Policy
-from attnpatch.recording.gpu import fused_sums, tiles
-from attnpatch.recording.gpu.fused_sums import Shape
+from attnpatch.recording.gpu import fused_sums
 from attnpatch.rows.sdpa import logsumexp as fused
 from attnpatch.rows.sdpa.kernel_choice import fused_choice
 from attnpatch.sdpa_call import SdpaCall
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-# What the kernel's tiles might be instead.
-SHAPES = (
-    Shape(128, 64, 4, 3), Shape(128, 64, 4, 2), Shape(128, 64, 4, 4), Shape(128, 64, 8, 3), Shape(128, 128, 8, 2),
-    Shape(128, 128, 8, 3), Shape(64, 128, 4, 2), Shape(64, 64, 4, 3), Shape(128, 64, 4, 3, 8), Shape(128, 64, 4, 3, 32),
-)  # fmt: skip
 # The largest ratios that pass, and bytes.
 ATTENTION, FORWARD, BYTES = 1.6, 1.25, 64 * 10**6
 
@@ -58,28 +51,14 @@ class Sizes:
     inner: int = 14336
     layers: int = 4
     block: int = 128
-    dense: int = 8192
     rounds: int = 7
 
 
 GPU = Sizes(torch.device("cuda"), torch.bfloat16, (32768, 131072))
 REHEARSAL = Sizes(
     torch.device("cpu"), torch.float32, (64, 96), heads=2, kv_heads=1, width=16, hidden=32, inner=48, layers=1,
-    block=32, dense=64, rounds=1,
+    block=32, rounds=1,
 )  # fmt: skip
-
-
-class Clock:
-    """How long this has been running, and whether there is time for more."""
-
-    def __init__(self, seconds: float) -> None:
-        self.start, self.seconds = time.perf_counter(), seconds
-
-    def has(self, seconds: float, what: str) -> bool:
-        left = self.seconds - (time.perf_counter() - self.start)
-        if left < seconds:
-            print(f"left out, no time for it: {what}", flush=True)
-        return left >= seconds
 
 
 def wait(device: torch.device) -> None:
@@ -136,21 +115,22 @@ def attend(call: SdpaCall) -> torch.Tensor:
     return F.scaled_dot_product_attention(**call.arguments())
 
 
-def llama(sizes: Sizes, layers: int, implementation: str = "sdpa") -> torch.nn.Module:
-    """Layers of Llama-3.1-8B's shape with random weights, without its vocabulary."""
-    from transformers import LlamaConfig, LlamaModel
+def llama(sizes: Sizes, layers: int, how: str = "sdpa", name: str = "Llama", **more: Any) -> torch.nn.Module:
+    """Layers of Llama-3.1-8B's shape with random weights, without its vocabulary; or of a model with the same fields."""
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    kind = getattr(transformers, f"{name}Model")
+    config = kind.config_class(
         vocab_size=1024, hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=layers,
         num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.width,
-        max_position_embeddings=2**18, attn_implementation=implementation,
+        max_position_embeddings=2**18, attn_implementation=how, **more,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(sizes.dtype)
     try:
         with sizes.device:
-            return LlamaModel(config).eval()
+            return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -197,23 +177,6 @@ def attention(sizes: Sizes, tokens: int) -> dict[str, Any]:
     }
 
 
-def by_kernel(sizes: Sizes, tokens: int) -> dict[str, Any]:
-    """``attention`` for each fused kernel that can be had, since torch may choose another elsewhere."""
-    found = {}
-    for backend in BACKENDS if sizes.device.type == "cuda" else BACKENDS[:1]:
-        try:
-            with sdpa_kernel(backend):
-                found[backend.name] = attention(sizes, tokens)
-        except (KeyError, RuntimeError) as error:  # no such kernel here, or not for shared key heads
-            print(f"  {backend.name}: {type(error).__name__}: {error}".splitlines()[0])
-            continue
-        seconds, ratio = found[backend.name]["seconds"], found[backend.name]["ratio"]
-        print(
-            f"  {backend.name}: {seconds['without'] * 1e3:.2f} -> {seconds['with'] * 1e3:.2f} ms, {ratio:.3f}x"
-        )
-    return found
-
-
 def forward(sizes: Sizes, tokens: int, layers: int) -> dict[str, Any]:
     """A forward pass, with capture and without."""
     model, ids = llama(sizes, layers), tokens_of(sizes, tokens)
@@ -238,30 +201,6 @@ def forward(sizes: Sizes, tokens: int, layers: int) -> dict[str, Any]:
         "summed by": sorted(summed),
         "rows sum to": [float(sums.min()), float(sums.max())],
     }
-
-
-def shapes(sizes: Sizes, tokens: int) -> dict[str, Any]:
-    """Seconds of the kernel alone by the shape of its tiles."""
-    call = a_call(sizes, tokens)
-    lse = fused.with_lse(call, fused_choice(call))[1]
-    blocks, _ = blocks_of(tokens, sizes.block)
-    flops = 2 * sizes.heads * sizes.width * tokens * (tokens + 1) / 2
-    found = {}
-    for shape in SHAPES if sizes.device.type == "cuda" else SHAPES[:1]:
-        queries, keys = tiles.cut(blocks, shape.rows), tiles.cut(blocks, shape.keys)
-        name = " ".join(f"{field} {value}" for field, value in dataclasses.asdict(shape).items())
-        try:
-            runs = [
-                timed(lambda: fused_sums._launch(call, lse, queries, keys, None, shape), sizes.device)  # noqa: B023
-                for _ in range(sizes.rounds + 1)
-            ]
-        except Exception as error:
-            print(f"  {name}: {type(error).__name__}")
-            continue
-        seconds = statistics.median(runs[1:])
-        found[name] = {"seconds": seconds, "TFLOP/s": flops / seconds * 1e-12}
-        print(f"  {name:55} {seconds * 1e3:8.2f} ms {flops / seconds * 1e-12:6.0f} TFLOP/s", flush=True)
-    return found
 
 
 def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
@@ -291,32 +230,6 @@ def in_one_pass(sizes: Sizes, tokens: int) -> dict[str, Any]:
     return {"seconds": seconds, "more bytes": more, "verdict": verdict}
 
 
-def dense(sizes: Sizes) -> dict[str, Any]:
-    """A layer with hand-written attention as it is, by rows, fused, and with the kernel that the host can ask for."""
-    ids = tokens_of(sizes, sizes.dense)
-    ways: dict[str, tuple[str, dict[str, Any] | None]] = {
-        "eager": ("eager", None),
-        "eager by rows": ("eager", {"mode": "always"}),
-        "sdpa": ("sdpa", None),
-    }
-    if "fuse" in {field.name for field in dataclasses.fields(Policy)}:
-        ways["eager fused"] = ("eager", {"mode": "always", "fuse": True})
-    found = {}
-    for name, (implementation, policy) in ways.items():
-        model = llama(sizes, 1, implementation)
-        around = attnpatch.patched(model, **policy) if policy else contextlib.nullcontext()
-        with around:
-            run = functools.partial(model, ids, use_cache=False)
-            found[name] = {"seconds": by_turns({name: run}, sizes)[name], "bytes": peak(run, sizes.device)}
-    for name, entry in found.items():
-        print(
-            f"  {name:14} {entry['seconds'] * 1e3:9.2f} ms ({entry['seconds'] / found['eager']['seconds']:.2f}x), "
-            f"{entry['bytes'] / 1e9:.2f} GB ({entry['bytes'] / max(1, found['eager']['bytes']):.2f}x)",
-            flush=True,
-        )
-    return found
-
-
 def shown(name: str, found: dict[str, Any], limit: float) -> list[str]:
     """Print a pair; what was missed."""
     seconds = found["seconds"]
@@ -334,21 +247,17 @@ def shown(name: str, found: dict[str, Any], limit: float) -> list[str]:
 
 
 @torch.inference_mode()
-def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
+def measure(sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
     """Everything; what was found, and what failed or was missed.
 
     What fails is said, and the rest goes on: a GPU may be there only once.
     """
-    device = sizes.device
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, a rehearsal"
-    )
+    device, start = sizes.device, time.perf_counter()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a rehearsal on a CPU"
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": str(sizes.dtype)}
     missed: list[str] = []
 
-    def section(title: str, seconds: float, call: Callable[[], Any]) -> Any:
-        if not clock.has(seconds, title):
-            return None
+    def section(title: str, call: Callable[[], Any]) -> Any:
         print(title, flush=True)
         try:
             results[title] = call()
@@ -360,19 +269,15 @@ def measure(sizes: Sizes, clock: Clock) -> tuple[dict[str, Any], list[str]]:
     print(f"{name}, torch {torch.__version__}")
     for tokens in sizes.tokens:
         title = f"attention with capture over attention without, {tokens} tokens"
-        found = section(title, 20, lambda: attention(sizes, tokens))  # noqa: B023
+        found = section(title, lambda: attention(sizes, tokens))  # noqa: B023
         missed += shown(title, found, ATTENTION) if found else []
     for tokens, layers in zip(sizes.tokens, (sizes.layers, max(1, sizes.layers // 4)), strict=True):
         title = f"a forward pass with capture over one without, {tokens} tokens"
-        found = section(title, 60, lambda: forward(sizes, tokens, layers))  # noqa: B023
+        found = section(title, lambda: forward(sizes, tokens, layers))  # noqa: B023
         missed += shown(title, found, FORWARD) if found else []
-    section(f"hand-written attention, one layer, {sizes.dense} tokens", 30, lambda: dense(sizes))
-    some = sizes.tokens[0]
     for tokens in sizes.tokens:
-        section(f"one pass against two, {tokens} tokens", 20, lambda: in_one_pass(sizes, tokens))  # noqa: B023
-    section(f"attention by SDPA's kernels, {some} tokens", 30, lambda: by_kernel(sizes, some))
-    section(f"the kernel alone by its tiles, {some} tokens", 60, lambda: shapes(sizes, some))
-    results["seconds"] = time.perf_counter() - clock.start
+        section(f"one pass against two, {tokens} tokens", lambda: in_one_pass(sizes, tokens))  # noqa: B023
+    results["seconds"] = time.perf_counter() - start
     return results, missed
 
 
@@ -380,7 +285,6 @@ def gpu(arguments: list[str]) -> int:
     """Measure and print; 1 where something failed or is beyond its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=420.0, help="start nothing that would end later")
     parser.add_argument("--out", type=pathlib.Path, help="write what was found as JSON")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
@@ -389,7 +293,7 @@ def gpu(arguments: list[str]) -> int:
     elif not torch.cuda.is_available():
         print("there is no GPU; --device cpu rehearses on tiny shapes", file=sys.stderr)
         return 2
-    results, missed = measure(GPU if options.device == "cuda" else REHEARSAL, Clock(options.seconds))
+    results, missed = measure(GPU if options.device == "cuda" else REHEARSAL)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1, default=str))
     if options.device == "cpu":
