@@ -494,7 +494,7 @@ def test_run_a_module(runner, shared, tmp_path):
     ("arguments", "code", "says"),
     [
         (["nosuch.py"], 1, "attnpatch: there is no script nosuch.py"),
-        ([], 1, "attnpatch: nothing to run; give a script"),
+        ([], 2, "attnpatch: nothing to run; give a script"),
         (
             ["--min-free", "2gigs", "echo.py"],
             2,

@@ -25,7 +25,7 @@ from attnpatch.activation.settings import (
     Settings,
     writable_folder,
 )
-from attnpatch.errors import AttnpatchError
+from attnpatch.errors import AttnpatchError, UsageError
 from attnpatch.policy import Policy
 
 BOOT = pathlib.Path(__file__).parent / "boot"
@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 class LaunchError(AttnpatchError):
-    """There is nothing to run."""
+    """The script does not exist."""
 
 
 def environment(texts: Mapping[str, tuple[str, str]], options: Mapping[str, str | None]) -> dict[str, str]:
@@ -97,12 +97,13 @@ def launch(arguments: Sequence[str], module: str | None, variables: Mapping[str,
         variables: The environment.
 
     Raises:
-        LaunchError: No script was given, or it does not exist.
+        UsageError: No script was given.
+        LaunchError: It does not exist.
     """
     if module is not None:
         arguments = ["-m", module, *arguments]
     elif not arguments:
-        raise LaunchError("nothing to run; give a script (attnpatch run script.py) or a module (-m module)")
+        raise UsageError("nothing to run; give a script (attnpatch run script.py) or a module (-m module)")
     elif arguments[0] != "-" and not os.path.exists(arguments[0]):
         raise LaunchError(f"there is no script {arguments[0]}")
     command = [sys.executable, *arguments]

@@ -12,6 +12,7 @@ from attnpatch.cli.analyze import EXIT_CODES, Dtype, analyze, chosen_dtype
 from attnpatch.cli.merge import merge
 from attnpatch.cli.policy_options import with_policy_options
 from attnpatch.cli.replay import replay
+from attnpatch.cli.usage import WrongUsage, no_such_command, said_in_one_line
 from attnpatch.errors import AttnpatchError, PolicyError, UsageError
 from attnpatch.hosts.off import missing
 from attnpatch.policy import Policy
@@ -24,11 +25,30 @@ class OneLineErrors(TyperGroup):
     between versions of typer.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the subcommand."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except WrongUsage as error:
+            # Without arguments the error holds the help.
+            if not given:
+                raise
+            raise _stopped(said_in_one_line(error, self, given), 2) from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Find the subcommand."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise UsageError(no_such_command(args[0], list(self.commands)))
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
         code = 1
         try:
             return super().invoke(ctx)
+        except WrongUsage as error:
+            line, code = said_in_one_line(error, self, []), 2
         except KeyboardInterrupt:
             line = "stopped"
         except AttnpatchError as error:
@@ -45,26 +65,38 @@ class OneLineErrors(TyperGroup):
             if error.errno == errno.EPIPE:
                 raise
             line = _said(error)
-        typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
-        raise typer.Exit(code)
+        raise _stopped(line, code)
 
 
 class Command(TyperCommand):
-    """A command whose options and arguments may not be empty: an empty path would be the current folder."""
+    """A command whose wrong usage is one line, and whose options and arguments may not be empty.
+
+    An empty path would be the current folder; it comes from a shell variable that is not set.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse an empty value, such as that of a shell variable that is not set."""
+        """Read the options; refuse what is empty, unknown, missing or not accepted."""
         for place, arg in enumerate(args[: self.count_own(args)]):
             name, separator, value = arg.partition("=")
             is_empty_option = name.startswith("--") and separator and not value
             if is_empty_option or not arg:
                 before = args[place - 1] if place and args[place - 1].startswith("-") else "an argument"
                 raise UsageError(f"{name or before} is empty; give it a value, or leave it out")
-        return super().parse_args(ctx, args)
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except WrongUsage as error:
+            raise UsageError(said_in_one_line(error, self, given)) from error
 
     def count_own(self, args: list[str]) -> int:
         """How many arguments are the command's own, from the first on."""
         return len(args)
+
+
+def _stopped(line: str, code: int) -> typer.Exit:
+    """Print one line on stderr; what is returned ends the process."""
+    typer.echo(f"attnpatch: {' '.join(line.split())}", err=True)
+    return typer.Exit(code)
 
 
 def _said(error: OSError) -> str:
@@ -230,7 +262,7 @@ def doctor() -> None:
 def explain(
     policy: dict[str, tuple[str, str]],
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder with a config.json, or a name on the hub.")
+        str, typer.Argument(metavar="MODEL", help="A folder with a config.json, or a name on the hub.")
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")],
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
