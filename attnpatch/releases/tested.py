@@ -15,7 +15,7 @@ from attnpatch.errors import AttnpatchWarning
 
 # The oldest and the newest release of each package that the tests run with.
 TESTED: dict[str, tuple[str, str]] = {
-    "python": ("3.10", "3.13"),
+    "python": ("3.10", "3.14"),
     "torch": ("2.5.1", "2.14.1"),
     "transformers": ("4.46.3", "5.24.0"),
     "diffusers": ("0.31.0", "0.42.1"),

@@ -85,6 +85,7 @@ ROWS = (
     Row("torch 2.10", "3.13", ("torch==2.10.0", "transformers==5.3.0", "diffusers==0.37.1"), tests=()),
     Row("torch 2.11", "3.13", ("torch==2.11.0", "transformers==5.8.1", "diffusers==0.38.0"), tests=()),
     Row("torch 2.12", "3.13", ("torch==2.12.1", "transformers==5.16.1", "diffusers==0.40.0"), tests=()),
+    Row("Python 3.14", "3.14", ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1", "bitsandbytes==0.50.2")),
     Row(
         "the newest of everything", "3.11",
         ("torch==2.14.1", "transformers==5.24.0", "diffusers==0.42.1", "bitsandbytes==0.50.2"),
