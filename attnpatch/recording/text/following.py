@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ from attnpatch.blocks.partition import Partition
 from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.call_facts import AttentionCallInfo, Unknown
 from attnpatch.recording.text.cache_history import cut
-from attnpatch.recording.text.sequences import Marks, Sequence, reference
+from attnpatch.recording.text.sequences import TOO_ALIKE, Marks, Sequence, reference
 
 _OTHERS_PLACES = (
     "rows of the batch changed places between calls (beam search, contrastive search), so it is not known which of them is "
@@ -72,12 +74,63 @@ class CacheFollower:
         self.marks, self.tokens_in, self.rows_have_moved = host.marks, host.tokens_in, host.rows_have_moved
         self.sequences: list[Sequence] = []
         self.left_out: dict[str, str] = {}
+        # Caches of calls that have raised an exception.
+        self._torn: list[Callable[[], Any]] = []
 
     def partitions(self, queries: torch.Tensor, keys: torch.Tensor | None) -> tuple[Partition, Partition]:
         """The blocks of queries and keys, given which tokens are real: bool ``[batch, tokens]`` each."""
         raise NotImplementedError
 
-    def is_evicted(self, call: HostCall, found: Sequence | None) -> bool:
+    def continued(self, call: HostCall) -> Sequence | None:
+        """The sequence that a call continues; ``None``: it begins a new one. If it cannot be known which it continues,
+        the call gets a ``problem``.
+        """
+        try:
+            found = self.sequence_of(call)
+        except Unknown as reason:
+            call.problem = str(reason)
+            return None
+        if self._is_evicted(call, found):
+            call.problem = (
+                f"its cache holds {call.past} tokens, but not the ones that were seen there, so it is not known which tokens "
+                "were evicted, compressed or overwritten; capture with a cache that keeps all tokens"
+            )
+        elif found is None and call.past and any(torn() is call.cache for torn in self._torn):
+            call.problem = (
+                "an earlier call with this cache ended with an exception, so its layers may hold different tokens; take the "
+                "tokens of that call out of it, or begin with a new cache"
+            )
+        return found
+
+    def call_failed(self, call: HostCall, sequence: Sequence, error: BaseException, wanted: set[str]) -> None:
+        """A call of the model has raised an exception. If it continued a sequence, its rows are taken out again, since
+        only some layers have them. If it began one, the layers that have run keep their rows.
+
+        Args:
+            call: The call.
+            sequence: Its sequence.
+            error: The exception.
+            wanted: The sites that the call would have run.
+        """
+        name = type(error).__name__
+        if call.cache is not None:
+            self._torn.append(reference(call.cache))
+        if call.past:
+            reason = f"a call that continued this sequence ended with {name}, and what it added cannot be subtracted"
+            self._follow(sequence, call.past, None, f"{reason}; capture without that call")
+            return
+        seen = {
+            each.partition(":")[0]
+            for calls in sequence.calls
+            for one in (calls, *calls.apart)
+            for each in one
+        }
+        reason = (
+            f"a call of the model ended with {name} before attention of this module; call the model again"
+        )
+        self.leave_all_of(sequence, wanted - seen, reason)
+
+    def _is_evicted(self, call: HostCall, found: Sequence | None) -> bool:
         """True if a known cache now holds another token at its last position than before."""
         if call.cache is None or call.past == 0 or found is not None:
             return False
@@ -93,8 +146,10 @@ class CacheFollower:
         """True if a call of the model continues a captured sequence with the same cache."""
         if call.cache is None or call.past == 0:
             return False
-        found, _ = self._known(call.cache, call.past)
-        return found is not None and found.cache is not None and found.cache() is call.cache
+        with contextlib.suppress(Unknown):
+            found, _ = self._known(call.cache, call.past)
+            return found is not None and found.cache is not None and found.cache() is call.cache
+        return False
 
     def sequence_of(self, call: HostCall) -> Sequence | None:
         """The sequence that a call continues, cut to what its cache holds now; ``None``: the call begins a new one."""
@@ -114,19 +169,30 @@ class CacheFollower:
         return found
 
     def _known(self, cache: Any, past: int) -> tuple[Sequence | None, list[int] | None]:
-        """The sequence that a cache continues, and for each batch row of the cache the row of that sequence."""
+        """The sequence that a cache continues, and for each batch row of the cache the row of that sequence.
+
+        Raises:
+            Unknown: It fits several.
+        """
         held = self.marks(cache, past - 1, past) if past else None
         now = None if held is None else held[:, 0]
+        whole = functools.cache(lambda: self.marks(cache, 0, past))
         own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]
         for sequence in reversed(own):
-            order = sequence.order_of(now, past - 1)
+            order = sequence.order_of(now, past - 1, whole, is_own=True)
             if order is not None or (now is None and 0 < past <= sequence.length):
                 return sequence, order
+        fits: list[tuple[Sequence, list[int]]] = []
         for sequence in reversed(self.sequences):
-            order = sequence.order_of(now, past - 1) if sequence not in own else None
+            order = None if sequence in own else sequence.order_of(now, past - 1, whole, is_own=False)
             if order is not None:
-                return sequence, order
-        return None, None
+                fits.append((sequence, order))
+        if not fits:
+            return None, None
+        first, rows = fits[0]
+        if not all(first.has_history_of(other, past - 1, rows, its_rows) for other, its_rows in fits[1:]):
+            raise Unknown(TOO_ALIKE)
+        return first, rows
 
     def _check_rows(self, sequence: Sequence, cache: Any) -> None:
         """Leave the batch of an unreadable cache out if its rows were reordered, or may have been."""
@@ -137,8 +203,12 @@ class CacheFollower:
             reason = _OTHERS_PLACES if moved else _NOT_READ
             self._leave_all_out(sequence, reason)
 
-    def _follow(self, sequence: Sequence, past: int, order: list[int] | None) -> None:
-        """Bring the records of a sequence to what its cache holds."""
+    def _follow(
+        self, sequence: Sequence, past: int, order: list[int] | None, why_failed: str | None = None
+    ) -> None:
+        """Bring the records of a sequence to what its cache holds, or to what it held before a failed call (for which
+        ``why_failed`` is the reason if that is impossible).
+        """
         rows = len(next(iter(sequence.marks.values()), ()))
         moved = order is not None and order != list(range(rows))
 
@@ -148,14 +218,14 @@ class CacheFollower:
                     record = cut(record, past, self.partitions)
                 return record.of_rows(order) if moved and len(record.sums) == rows else record
             except Unknown as reason:
-                self.left_out.setdefault(name, str(reason))
+                self.left_out.setdefault(name, why_failed or str(reason))
                 sequence.out.add(name)
                 return None
 
         if moved and len(order or ()) == rows:
             # The beam that is returned is chosen only after the last call.
             self._leave_all_out(sequence, _OTHERS_PLACES)
-        if past < sequence.length or moved:
+        if past < sequence.length or moved or why_failed:
             gone = _steps_from(sequence, past)
             sequence.calls = sequence.changed(followed).calls
             for calls in sequence.calls:
@@ -163,7 +233,7 @@ class CacheFollower:
             sequence.marks = {at: mark for at, mark in sequence.marks.items() if at < past}
             if moved:
                 sequence.marks = {at: mark[order] for at, mark in sequence.marks.items()}
-            sequence.length = past
+            sequence.alike, sequence.length = None, past
 
     def _leave_all_out(self, sequence: Sequence, reason: str) -> None:
         """Leave out all sites whose queries are the cache's tokens; an encoder's are not."""
@@ -171,10 +241,14 @@ class CacheFollower:
             pair for calls in sequence.calls for each in (calls, *calls.apart) for pair in each.items()
         )
         names = {name for name, record in records if record.history.follows_cache}
+        self.leave_all_of(sequence, names, reason)
+        sequence.calls = sequence.changed(lambda name, record: None if name in names else record).calls
+
+    def leave_all_of(self, sequence: Sequence, names: set[str], reason: str) -> None:
+        """Leave sites out of a sequence in which they have no records."""
         for name in sorted(names):
             self.left_out.setdefault(name, reason)
         sequence.out |= names
-        sequence.calls = sequence.changed(lambda name, record: None if name in names else record).calls
 
     def finish(self) -> None:
         """Called when the capture ends: a cache may have been cut, or its rows reordered, after the last call."""
@@ -185,13 +259,15 @@ class CacheFollower:
             try:
                 past = self.tokens_in(cache)
                 held = self.marks(cache, past - 1, past) if past else None
-                order = None if held is None else sequence.order_of(held[:, 0], past - 1)
+                whole = functools.cache(functools.partial(self.marks, cache, 0, past))
+                order = None if held is None else sequence.order_of(held[:, 0], past - 1, whole, is_own=True)
                 if order is not None:
                     self._follow(sequence, past, order)
                 elif held is None and past:
                     self._check_rows(sequence, cache)
             except Exception as error:
-                self._leave_all_out(sequence, f"its cache cannot be read at the end: {error}")
+                unread = f"its cache cannot be read at the end: {error}"
+                self._leave_all_out(sequence, str(error) if isinstance(error, Unknown) else unread)
 
 
 def _steps_from(sequence: Sequence, past: int) -> set[int]:

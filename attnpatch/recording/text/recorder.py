@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence as Several
@@ -13,7 +14,7 @@ import torch
 
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import CaptureError
-from attnpatch.recording.call_facts import AttentionCallInfo
+from attnpatch.recording.call_facts import FAILED, AttentionCallInfo
 from attnpatch.recording.layers import chosen_sites, pattern_of
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.following import CacheFollower, HostCall, HostReading
@@ -31,6 +32,10 @@ class _State(threading.local):
         last: The sequence to which the previous call added.
         times: How often each site was called in the running call.
         tokens: For each site with self-attention, which tokens it has found to be real.
+        is_part: True if only a part of the model is called.
+        joins: True if the call adds to the sequence of a part that has run alone; ``cache_before``: the cache of that
+            sequence.
+        raised: The exception that was being handled when the call began.
     """
 
     def __init__(self) -> None:
@@ -39,7 +44,9 @@ class _State(threading.local):
         self.last: Sequence | None = None
         self.times: Counter[str] = Counter()
         self.tokens: dict[str, torch.Tensor] = {}
-        self.is_part = False
+        self.is_part = self.joins = False
+        self.cache_before: Any = None
+        self.raised: BaseException | None = None
 
 
 class Recorder(CacheFollower):
@@ -103,28 +110,34 @@ class Recorder(CacheFollower):
 
     def begin_call(self, args: Any, kwargs: Any) -> None:
         """Called when the model is about to run; the call begins a new sequence unless it continues a cache."""
-        self._begin(self.read_call(args, kwargs, None), is_part=False)
+        self._begin(args, kwargs, None)
 
     def begin_part(self, kind: type, args: Any, kwargs: Any) -> None:
         """Called when a part of the model is about to run on its own, as ``generate`` runs an encoder."""
-        self._begin(self.read_call(args, kwargs, kind), is_part=True)
+        self._begin(args, kwargs, kind)
 
-    def _begin(self, call: HostCall, is_part: bool) -> None:
-        state = self._state
+    def _begin(self, args: Any, kwargs: Any, kind: type | None) -> None:
+        self._state.raised = sys.exc_info()[1]
         if self.owner is not None:
             self.owner.begin()
+        try:
+            self._assign(self.read_call(args, kwargs, kind), is_part=kind is not None)
+        except Exception:
+            self._state.sequence = self._state.last = found = self.new_sequence()
+            self.leave_all_of(found, self.wanted, FAILED)
+            raise
+
+    def _assign(self, call: HostCall, is_part: bool) -> None:
+        """Assign a call to the sequence that it continues, or to a new one."""
+        state = self._state
         state.call, state.is_part = call, is_part
         state.times, state.tokens = Counter(), {}
-        found = self.sequence_of(call)
-        if self.is_evicted(call, found):
-            call.problem = (
-                f"its cache holds {call.past} tokens, but not the ones that were seen there, so it is not known which tokens "
-                "were evicted, compressed or overwritten; capture with a cache that keeps all tokens"
-            )
+        found = self.continued(call)
+        state.joins = found is None and state.last is not None and state.last.is_partial
         if found is None:
-            joins = state.last is not None and state.last.is_partial
-            found = state.last if joins else self.new_sequence()
+            found = state.last if state.joins else self.new_sequence()
             assert found is not None
+            state.cache_before = found.cache
             if call.cache is not None:
                 found.cache = reference(call.cache)
         found.is_partial = is_part and (found.is_partial or not found.has_records())
@@ -151,6 +164,10 @@ class Recorder(CacheFollower):
         if call is None or sequence is None:
             return
         sequence.held = None
+        error = sys.exc_info()[1]
+        if error is not None and error is not state.raised:
+            self.call_failed(call, sequence, error, set() if state.is_part else self.wanted)
+            return
         cache = call.cache if call.cache is not None else sequence.cache and sequence.cache()
         if cache is not None:
             sequence.remember(cache, call.past, self.tokens_in(cache), self.marks)
@@ -181,9 +198,9 @@ class Recorder(CacheFollower):
         else:
             call = state.call
         facts = self.site_call(call, name, args, kwargs)
-        self._adopt(call, facts)
         assert state.sequence is not None
         calls = self._calls(state, name, facts)
+        self._adopt(call, facts)
         records = calls.apart[-1] if calls.apart and not state.is_part else calls
         out = state.sequence.out
         return TextObserver(
@@ -216,13 +233,12 @@ class Recorder(CacheFollower):
                 f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",
                 {},
             )
-        if not facts.has_cache and number == 0:
-            earlier = sequence.calls[0].before(name)
-            if earlier is not None and state.call is not None and state.call.cache is None:
+        if number == 0 and sequence.calls[0].before(name) is not None:
+            is_without = not facts.has_cache and state.call is not None and state.call.cache is None
+            if state.joins or is_without:
                 # The same part of the model runs again, on another input.
-                sequence = state.sequence = state.last = self.new_sequence()
-                sequence.is_partial = state.is_part
-            elif earlier is not None:
+                sequence = self._split(state, name)
+            elif not facts.has_cache:
                 for calls in sequence.calls:
                     self._forget(calls, name)
         while len(sequence.calls) <= number:
@@ -234,6 +250,20 @@ class Recorder(CacheFollower):
                 if not calls.apart:
                     calls.apart.append({})
         return sequence.calls[number]
+
+    def _split(self, state: _State, name: str) -> Sequence:
+        """A new sequence for the running call, with what it has added before site ``name`` to that of an earlier call."""
+        old, new = state.sequence, self.new_sequence()
+        assert old is not None
+        if state.joins:
+            mine = set(state.times) - {name}
+            if state.call is not None and state.call.cache is not None:
+                old.cache, new.cache = state.cache_before, reference(state.call.cache)
+            new.calls = [_taken(calls, mine) for calls in old.calls]
+            new.out = {each for each in old.out if each.partition(":")[0] in mine}
+        new.is_partial, state.joins = state.is_part, False
+        state.sequence = state.last = new
+        return new
 
     @staticmethod
     def _forget(calls: Calls, name: str) -> None:
@@ -291,6 +321,16 @@ class Recorder(CacheFollower):
     def captured(self) -> list[Calls]:
         """The records of every sequence, in order; repeated calls of a module within one model call are kept separate."""
         return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
+
+
+def _taken(calls: Calls, names: set[str]) -> Calls:
+    """Take the records of some sites out of those of a call; only the latest step has any of the running call."""
+    found = Calls()
+    found.apart = [{}] if calls.apart else []
+    for old, new in [(calls, found), *zip(calls.apart[-1:], found.apart, strict=True)]:
+        for name in [each for each in old if each.partition(":")[0] in names]:
+            new[name] = old.pop(name)
+    return found
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -15,6 +15,15 @@ from typing import Any
 import torch
 
 from attnpatch.recording.accumulator import SiteSums
+from attnpatch.recording.call_facts import Unknown
+
+# Returns the fingerprints of all tokens of a cache, float ``[batch, tokens, numbers]``; ``None``: not known.
+Whole = Callable[[], torch.Tensor | None]
+# The reason if a cache fits several sequences, or several rows of one.
+TOO_ALIKE = (
+    "its cache fits several of the captured sequences, which differ only in tokens that have left its sliding window, so it "
+    "is not known which of them it continues; capture one of them at a time"
+)
 
 # ``marks(cache, start, stop)``: float ``[batch, tokens, numbers]`` on the CPU; ``None``: not known.
 Marks = Callable[[Any, int, int], torch.Tensor | None]
@@ -55,7 +64,7 @@ class Calls(dict[str, SiteSums]):
         return found
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Sequence:
     """What was captured of one sequence of tokens, or of one batch of sequences.
 
@@ -68,6 +77,7 @@ class Sequence:
             last call: batch rows are reordered, or rejected drafts are cut off.
         length: Tokens in its cache after the last call.
         marks: By position, the fingerprint of the token in each batch row.
+        alike: Bool ``[rows, rows]``: True where no token of two rows is known to be different; ``None``: not computed yet.
         is_partial: True if only a part of the model has run on it, as ``generate`` runs an encoder first.
     """
 
@@ -77,6 +87,7 @@ class Sequence:
     held: Any = None
     length: int = 0
     marks: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    alike: torch.Tensor | None = None
     is_partial: bool = False
 
     def has_records(self) -> bool:
@@ -88,26 +99,70 @@ class Sequence:
         held = (each for calls in self.calls for each in (calls, *calls.apart))
         return any(len(record.sums) > 1 for each in held for record in each.values())
 
-    def order_of(self, found: torch.Tensor | None, position: int) -> list[int] | None:
-        """For each batch row of a cache, the row of this sequence that has the same token at a position; ``None`` if
+    def order_of(
+        self, found: torch.Tensor | None, position: int, whole: Whole, is_own: bool
+    ) -> list[int] | None:
+        """For each batch row of a cache, the row of this sequence that has the same tokens up to a position; ``None`` if
         some row matches none.
 
         Args:
-            found: ``[batch, numbers]``: the cache's fingerprints of one token; ``None``: not known.
+            found: ``[batch, numbers]``: the cache's fingerprints of the token at the position; ``None``: not known.
             position: The token's position.
+            whole: Returns the cache's fingerprints of all tokens up to there.
+            is_own: True if the cache is this sequence's own. Then earlier tokens are compared only if the last one fits
+                rows with different histories. (With one layer, or short windows, a fingerprint does not depend on all
+                earlier tokens.)
+
+        Raises:
+            Unknown: A row fits several rows that differ in tokens which the cache no longer holds.
         """
         known = self.marks.get(position)
         if found is None or known is None or found.shape[1:] != known.shape[1:]:
             return None
-        order: list[int] = []
-        for row, own in enumerate(found):
-            same = (known == own).all(-1)
-            if not bool(same.any()):
-                return None
-            # Equal rows have equal histories; each keeps its own index if possible.
-            is_there = row < len(same) and bool(same[row])
-            order.append(row if is_there else int(same.int().argmax()))
-        return order
+        same = (found[:, None] == known[None]).all(-1)
+        if bool(same.any(1).all()) and not (is_own and self._is_one(same)):
+            same = same & self._same_history(whole(), position)
+        if not bool(same.any(1).all()):
+            return None
+        if not self._is_one(same):
+            raise Unknown(TOO_ALIKE)
+        # Equal rows have equal histories; each keeps its own index if possible.
+        return [
+            row if row < len(fits) and bool(fits[row]) else int(fits.int().argmax())
+            for row, fits in enumerate(same)
+        ]
+
+    def _is_one(self, same: torch.Tensor) -> bool:
+        """True if the rows that fit one row of a cache have one history; ``same``: ``[rows of the cache, own rows]``."""
+        if not bool((same.sum(1) > 1).any()):
+            return True
+        if self.alike is None:
+            self.alike = torch.ones(same.shape[1], same.shape[1], dtype=torch.bool)
+            for mark in self.marks.values():
+                self.alike &= _alike(mark)
+        return not bool((same[:, :, None] & same[:, None] & ~self.alike).any())
+
+    def history(self, position: int) -> tuple[list[int], torch.Tensor]:
+        """The positions up to ``position`` that are known, and their fingerprints ``[rows, positions, numbers]``."""
+        places = sorted(at for at in self.marks if at <= position)
+        return places, torch.stack([self.marks[at] for at in places], 1)
+
+    def _same_history(self, whole: torch.Tensor | None, position: int) -> torch.Tensor:
+        """``[rows of the cache, own rows]``: False where some token up to a position is known to be another one."""
+        places, known = self.history(position)
+        if whole is None:
+            return torch.zeros(1, len(known), dtype=torch.bool)
+        same = [(_equal(row[places][None], known)).flatten(1).all(1) for row in whole]
+        return torch.stack(same)
+
+    def has_history_of(self, other: Sequence, position: int, rows: list[int], its_rows: list[int]) -> bool:
+        """True if rows of this sequence are known to have the same tokens as rows of another, up to a position."""
+        if rows == its_rows and all(
+            mark is other.marks.get(at) for at, mark in self.marks.items() if at <= position
+        ):
+            return True
+        (places, mine), (its_places, its) = self.history(position), other.history(position)
+        return places == its_places and torch.equal(mine[rows], its[its_rows])
 
     def remember(self, cache: Any, start: int, stop: int, marks: Marks) -> None:
         """Keep a cache's fingerprints of tokens ``start:stop``."""
@@ -118,6 +173,8 @@ class Sequence:
             return
         for i in range(found.shape[1]):
             self.marks[start + i] = found[:, i]
+            if self.alike is not None:
+                self.alike = self.alike & _alike(found[:, i])
         if len(found) > 1 or (start and stop - start > 1):
             self.held = cache
 
@@ -129,3 +186,13 @@ class Sequence:
             out=set(self.out),
             marks=dict(self.marks),
         )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where two fingerprints may be equal; nothing is known of a token that has left a sliding window (NaN)."""
+    return (one == other) | one.isnan() | other.isnan()
+
+
+def _alike(mark: torch.Tensor) -> torch.Tensor:
+    """Which rows have the same token, bool ``[rows, rows]``; ``mark``: ``[rows, numbers]``."""
+    return _equal(mark[:, None], mark[None]).all(-1)
