@@ -11,6 +11,7 @@ from attnpatch.patching.selection import RECOGNISED
 from attnpatch.patching.site import Site
 from attnpatch.plotting.text_table import aligned
 from attnpatch.policy import Policy
+from attnpatch.recording.layers import is_inside
 from attnpatch.sizes import size_text
 
 
@@ -118,10 +119,6 @@ class Report:
     __repr__ = __str__
 
 
-def _is_inside(name: str, outer: str) -> bool:
-    return name != outer and (not outer or name.startswith(outer + "."))
-
-
 def _numbers(counts: dict[str, int], shown: list[str]) -> list[str]:
     return [size_text(counts[name]) if name == "largest" else str(counts[name]) for name in shown]
 
@@ -140,7 +137,7 @@ def report_of(patch: Patch) -> Report:
     known = [site for site in patch.sites if site.is_attention and not site.is_candidate]
     masks, sites = [], []
     for site in patch.sites:
-        inner = [other for other in known if _is_inside(other.name, site.name)]
+        inner = [other for other in known if is_inside(other.name, site.name)]
         found = _site_report(site, any(other.is_used for other in inner))
         did = any(found.counts.values())
         if found.counts["failed"] or (site in known and (did or not inner)):

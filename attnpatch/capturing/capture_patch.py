@@ -15,6 +15,7 @@ from attnpatch.errors import AttnpatchWarning, PatchError
 from attnpatch.patching.model_patches import put_in_place
 from attnpatch.patching.patch import Patch, patch_of
 from attnpatch.policy import Policy
+from attnpatch.recording.layers import is_inside
 from attnpatch.recording.threads import Owner
 
 # Reentrant: the garbage collector may end an abandoned capture while another capture begins or ends in the same thread.
@@ -103,7 +104,7 @@ def innermost(patch: Patch) -> list[str]:
     names = [site.name for site in patch.sites if site.is_attention]
     # A candidate may turn out to be no attention, so it does not exclude the site around it.
     sure = [site.name for site in patch.sites if site.is_attention and not site.is_candidate]
-    return [name for name in names if not any(other.startswith(name + ".") for other in sure)]
+    return [name for name in names if not any(is_inside(other, name) for other in sure)]
 
 
 def owners(patch: Patch) -> list[str]:

@@ -32,6 +32,7 @@ from attnpatch.patching.registry import is_attention
 from attnpatch.patching.selection import AUTO
 from attnpatch.patching.site import Site
 from attnpatch.policy import NativeNeed, Policy
+from attnpatch.recording.layers import is_inside
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.tile_plan import TilePlan
@@ -203,7 +204,7 @@ class RehearsalPatch(Patch):
         names = [site.name for site in called]
         return [
             site for site in called
-            if not any(name != site.name and (not site.name or name.startswith(site.name + ".")) for name in names)
+            if not any(is_inside(name, site.name) for name in names)
         ]  # fmt: skip
 
     def room(self) -> FreeMemoryCache:

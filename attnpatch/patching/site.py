@@ -31,6 +31,7 @@ from attnpatch.patching.class_forward import renew
 from attnpatch.patching.counters import SiteCounters
 from attnpatch.patching.known_calls import KnownCalls
 from attnpatch.patching.selection import CANDIDATE
+from attnpatch.recording.layers import is_inside
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
@@ -203,13 +204,9 @@ class Site(SiteCounters):
         return True
 
     @property
-    def _may_be_a_model(self) -> bool:
-        """True for a candidate around other sites: what it does between them counts as done between sites."""
-        inside = self.name + "." if self.name else ""
-        return self.is_candidate and any(
-            each is not self and each.is_attention and each.name.startswith(inside)
-            for each in self.patch.sites
-        )
+    def _is_around_sites(self) -> bool:
+        """True if there are attention sites inside: what it does between them counts as done between sites."""
+        return any(each.is_attention and is_inside(each.name, self.name) for each in self.patch.sites)
 
     def _serve(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
@@ -219,7 +216,8 @@ class Site(SiteCounters):
         attend = functools.partial(judge if self.is_candidate else self.known.attend, self)
         try:
             context = positions.unwatched() if positions.is_watching() else None
-            order = None if self._may_be_a_model else reordered.watch()
+            order = reordered.watch()
+            order = None if order is None or self._is_around_sites else order
             pause = reordered.paused(order) if order is not None else None
         except Exception as error:
             self.failed("switching modes off for attention", error)

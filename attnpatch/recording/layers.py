@@ -69,6 +69,11 @@ def _layer_numbers(names: list[str]) -> list[int]:
     return list(range(len(names)))
 
 
+def is_inside(name: str, outer: str) -> bool:
+    """True if a path is that of a module inside another one; the path of the model itself is empty."""
+    return name != outer and name.startswith(outer + "." if outer else "")
+
+
 def layer_numbers(layers: Any) -> tuple[int, ...] | None:
     """What ``layers=`` means wherever it is an option: the numbers of layers, or ``None`` for all.
 

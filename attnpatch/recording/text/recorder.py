@@ -15,7 +15,7 @@ import torch
 from attnpatch.blocks.partition import Partition
 from attnpatch.errors import CaptureError
 from attnpatch.recording.call_facts import FAILED, AttentionCallInfo
-from attnpatch.recording.layers import chosen_sites, pattern_of
+from attnpatch.recording.layers import chosen_sites, is_inside, pattern_of
 from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.following import CacheFollower, HostCall, HostReading
 from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
@@ -180,7 +180,7 @@ class Recorder(CacheFollower):
 
     def saw(self, name: str) -> None:
         """Attention was seen in a site's own forward: sites inside it are no longer left out as not seen."""
-        for inner in [inner for inner in self.left_out if inner.startswith(name + ".")]:
+        for inner in [inner for inner in self.left_out if is_inside(inner, name)]:
             if self.left_out[inner] == NOT_SEEN:
                 del self.left_out[inner]
 
