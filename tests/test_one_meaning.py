@@ -13,6 +13,7 @@ from test_blocks import make_tokenizer
 
 import attnpatch
 from attnpatch.conversations.analyzer import BlockAttentionAnalyzer
+from attnpatch.conversations.result import Analysis
 from attnpatch.errors import AnalysisError, CaptureError
 
 NAMES = {
@@ -56,6 +57,29 @@ def test_rollout_needs_all_layers(analyzer, layers):
         torch.testing.assert_close(found.lookback(), whole.lookback()[places], equal_nan=True)
     with pytest.raises(AnalysisError, match="'mean'"):
         dataclasses.replace(whole, block_map=whole.block_map.mean("layer")).rollout()
+
+
+def test_rollout_needs_attention_in_every_layer(tokenizer):
+    """Attention in the first two layers of three: their numbers alone do not show that a layer is missing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["full_attention", "full_attention", "conv"]
+    config = transformers.Lfm2Config(
+        vocab_size=len(tokenizer) + 8, num_hidden_layers=3, layer_types=kinds, **sizes
+    )
+    found = BlockAttentionAnalyzer(
+        model=sharp(transformers.Lfm2ForCausalLM(config)), tokenizer=tokenizer
+    ).analyze_conversation(MESSAGES)
+    assert found.block_map.layers == (0, 1)
+    with pytest.raises(AnalysisError, match=r"this map has \(0, 1\) of 3 layers"):
+        found.rollout()
+
+
+def test_rollout_refuses_a_map_that_does_not_say_how_many_layers_there_are(analyzer):
+    """Such as a mean of conversations, whose metadata are its own."""
+    found = analyzer.analyze_conversation(MESSAGES, layers=[0, 1]).block_map
+    bare = dataclasses.replace(found, metadata={"conversations": 2})
+    with pytest.raises(AnalysisError, match="does not say how many there are"):
+        Analysis(bare).rollout()
 
 
 @pytest.mark.parametrize("name", [*NAMES])

@@ -45,6 +45,7 @@ from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 from attnpatch.memory.peak import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
+from attnpatch.recording.layers import count_layers
 from attnpatch.recording.options import Steps
 
 
@@ -326,6 +327,7 @@ class BlockAttentionAnalyzer:
         found = maps[sites]
         measured = maps.measured(sites) if options.measures else {}
         notes += left_out_note(maps.left_out)
+        facts["num_layers"] = count_layers(self.model, sites, found.metadata["num_layers"])
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize or "none")
         if normalize is None:

@@ -134,12 +134,16 @@ class Analysis:
             AnalysisError: It has not.
         """
         layers = self.block_map.layers
-        known = self.block_map.metadata.get("num_layers", len(layers))
+        known = self.block_map.metadata.get("num_layers")
+        if known is None:
+            raise AnalysisError(
+                "rollout multiplies all layers of a model, and this map does not say how many there are (a mean of several "
+                "conversations, or weights with layers=); take a map of one conversation with layers='all'"
+            )
         if layers != tuple(range(known)):
             raise AnalysisError(
-                f"rollout multiplies all layers of a model, and this map has {shortened(layers)}"
-                + (f" of {known} layers with attention" if len(layers) < known else "")
-                + "; capture with layers='all', and a model in which every layer has attention"
+                f"rollout multiplies all layers of a model, and this map has {shortened(layers)} of {known} layers; capture "
+                "with layers='all', and a model in which every layer has attention"
             )
 
     def plot(self, path: str | os.PathLike | None = None, **options: Any) -> Figure | Path:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from torch.nn import Module, ModuleList
+
 from attnpatch.errors import CaptureError
 from attnpatch.maps.fields import shortened
 
@@ -72,6 +74,21 @@ def _layer_numbers(names: list[str]) -> list[int]:
 def is_inside(name: str, outer: str) -> bool:
     """True if a path is that of a module inside another one; the path of the model itself is empty."""
     return name != outer and name.startswith(outer + "." if outer else "")
+
+
+def count_layers(model: Module, group: str, known: int) -> int:
+    """How many layers a model has, those without attention (a hybrid's) included.
+
+    Args:
+        model: The model.
+        group: A group of sites, such as ``model.layers.*.self_attn``.
+        known: The number of its sites.
+    """
+    try:
+        layers = model.get_submodule(group.partition(".*")[0])
+    except AttributeError:
+        return known
+    return max(known, len(layers)) if isinstance(layers, ModuleList) else known
 
 
 def layer_numbers(layers: Any) -> tuple[int, ...] | None:
