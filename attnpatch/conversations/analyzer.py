@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from attnpatch.api import capture, patched, report
-from attnpatch.capturing.maps import Maps
 from attnpatch.conversations.answers import answer_of
 from attnpatch.conversations.gradient import attributed, target_positions
 from attnpatch.conversations.options import (
@@ -32,7 +31,7 @@ from attnpatch.conversations.passes import (
     feed,
     input_device,
     left_out_note,
-    main_sites,
+    map_of_text,
     pieces,
     text_config,
 )
@@ -40,12 +39,11 @@ from attnpatch.conversations.result import Analysis
 from attnpatch.conversations.results_folder import made_for
 from attnpatch.conversations.single_pass_check import SINGLE_PASS, tokens_to_try, why_single_pass
 from attnpatch.conversations.tokenized_chat import TokenizedChat, render
-from attnpatch.errors import AnalysisError, CaptureError
+from attnpatch.errors import AnalysisError
 from attnpatch.hosts.transformers.loading import load_model, load_tokenizer
 from attnpatch.memory.peak import PeakMeter
 from attnpatch.patching.counters import counted_apart
 from attnpatch.patching.patch import patch_of
-from attnpatch.recording.layers import count_layers
 from attnpatch.recording.options import Steps
 
 
@@ -323,28 +321,13 @@ class BlockAttentionAnalyzer:
                 feed(self.model, ids, pieces(method, rendered, options.chunk_size))
             seconds = time.perf_counter() - start
             counts = report(self.model).totals
-        sites = _sites_of_text(maps, method)
-        found = maps[sites]
-        measured = maps.measured(sites) if options.measures else {}
-        notes += left_out_note(maps.left_out)
-        facts["num_layers"] = count_layers(self.model, sites, found.metadata["num_layers"])
+        sites, found = map_of_text(self.model, maps, method)
         metadata = {**found.metadata, **facts, "model": self.name, "texts": texts, "attention": dict(counts)}
         block_map = dataclasses.replace(found, metadata=metadata).normalize(normalize or "none")
         if normalize is None:
             warn_of_default(block_map)
+        measured = maps.measured(sites) if options.measures else {}
+        notes += left_out_note(maps.left_out)
         return Analysis(
             block_map, **measured, seconds=seconds, peak_bytes=meter.peak, memory=meter.curve, notes=tuple(notes)
         )  # fmt: skip
-
-
-def _sites_of_text(maps: Maps, method: str) -> str:
-    """The kind of site whose map is returned: the one that most layers have."""
-    try:
-        return main_sites(maps)
-    except CaptureError as error:
-        if method != "gradient":
-            raise
-        raise AnalysisError(
-            "weighting='gradient' works only with F.scaled_dot_product_attention, which this model does not use; load "
-            "it with attn_implementation='sdpa'"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,10 +12,13 @@ from torch import nn
 
 from attnpatch import compat
 from attnpatch.blocks.spec import Blocks
+from attnpatch.capturing.maps import Maps
 from attnpatch.conversations.tokenized_chat import NEXT, TokenizedChat
-from attnpatch.errors import AnalysisError
+from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.transformers import caches
 from attnpatch.hosts.transformers.loading import ENCODER_DECODER
+from attnpatch.maps.block_map import BlockMap
+from attnpatch.recording.layers import count_layers
 
 
 def check_model(model: nn.Module) -> None:
@@ -40,6 +44,26 @@ def check_model(model: nn.Module) -> None:
 def main_sites(maps: Any) -> str:
     """The kind of attention that most layers have."""
     return max(maps.keys(), key=lambda sites: len(maps[sites].layers))
+
+
+def map_of_text(model: nn.Module, maps: Maps, method: str) -> tuple[str, BlockMap]:
+    """The kind of site that most layers have, and its map with the number of all layers of the model.
+
+    Raises:
+        AnalysisError: No site has a gradient.
+    """
+    try:
+        sites = main_sites(maps)
+    except CaptureError as error:
+        if method != "gradient":
+            raise
+        raise AnalysisError(
+            "weighting='gradient' works only with F.scaled_dot_product_attention, which this model does not use; load "
+            "it with attn_implementation='sdpa'"
+        ) from error
+    found = maps[sites]
+    layers = count_layers(model, sites, found.metadata["num_layers"])
+    return sites, dataclasses.replace(found, metadata={**found.metadata, "num_layers": layers})
 
 
 def left_out_note(left_out: Mapping[str, str]) -> list[str]:
