@@ -264,6 +264,8 @@ OPERATOR_SCHEMA = "_schema"
 # transformers: the packed keys of a quantized cache's layer, and a pending reordering of a cache by beams. If they are
 # missing, the cache's content is unknown, and calls that cut or reordered it are left out of maps.
 QUANTIZED_KEYS, PENDING_BEAMS = "_quantized_keys", "_pending_beam_idx"
+# Python: the function that a thread runs. If it is missing, a pool's worker that a captured thread starts counts as its own.
+TARGET_OF_THREAD = "_target"
 # transformers: what collects attention weights. Since 5.2 a context variable names what is collected, by a forward
 # hook; from 4.54 to 5.1 it is a function in the place of a module's forward. If they are missing, the weights are those
 # that the model's own code returns: none under SDPA.

@@ -74,8 +74,8 @@ def capture(
         ``Maps``: read ``maps.block_map`` after the model ran. A call that continues a cache adds to the map of its
         sequence; every other call begins a new sequence. For images ``ImageMaps``: ``maps.heat_map("cat")``,
         ``maps["cross"]``. Attention for which a needed fact is not known is in ``maps.left_out`` with the reason, and
-        one ``AttnpatchWarning`` says so at the end of the block. Calls of the running thread are captured, and those of
-        threads that it starts between its own calls.
+        one ``AttnpatchWarning`` says so at the end of the block. Calls of the running thread (or task) are captured, and
+        those of threads, and of work for pools, that it starts between its own calls.
 
     Raises:
         CaptureError: An option does not fit the model. If something does not fit a sequence (blocks, heads), it is in

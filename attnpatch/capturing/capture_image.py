@@ -24,6 +24,7 @@ from attnpatch.recording.diffusion.denoiser_call import DenoiserCall
 from attnpatch.recording.diffusion.denoising import Plan, Sampling
 from attnpatch.recording.diffusion.recorder import DenoiserReading, ImageRecorder
 from attnpatch.recording.options import CaptureOptions
+from attnpatch.recording.threads import ELSEWHERE
 from attnpatch.rows.provenance.reordered import mode as reordered
 from attnpatch.rows.provenance.tensors import inputs_among
 
@@ -53,6 +54,9 @@ def capture_image(model: Any, parts: dict[str, nn.Module], options: CaptureOptio
                 f"no attention site matches {options.sites!r}; see attnpatch.report() for their names"
             )
         yield ImageMaps(sampling, options, type(model).__name__)
+        is_missed = any(recorder.owner is not None and recorder.owner.missed for recorder in recorders)
+        if is_missed and not any(any(run.records.values()) for run in sampling.runs):
+            sampling.left_out.setdefault("", ELSEWHERE)
     warn_of(sampling.left_out, deep=2)  # inside a context of its own
 
 

@@ -139,7 +139,13 @@ class Patch:
     @property
     def recorder(self) -> Any:
         """The recorder of the capture that sees the running thread's calls, or ``None``."""
-        return next((each for each in reversed(self.recorders) if each.is_mine()), None)
+        recorders = self.recorders
+        for each in reversed(recorders):
+            if each.is_mine():
+                return each
+        for each in recorders:
+            each.owner.missed = True
+        return None
 
     def complete(self, model: nn.Module) -> None:
         """Patch attention modules that were added to the model since, unless its sites were chosen."""

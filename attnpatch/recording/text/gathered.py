@@ -12,6 +12,7 @@ from attnpatch.recording.accumulator import SiteSums
 from attnpatch.recording.assemble import block_map, measured, together
 from attnpatch.recording.text.recorder import Recorder
 from attnpatch.recording.text.sequences import Calls
+from attnpatch.recording.threads import ELSEWHERE
 
 _NOTHING = (
     "nothing was captured: call the model inside the with block, and uncompiled (torch.compile's graphs are not captured); "
@@ -27,6 +28,8 @@ _NONE = (
 
 def nothing(recorder: Recorder) -> CaptureError:
     """The error that says why there is no map."""
+    if recorder.is_elsewhere:
+        return CaptureError(f"nothing was captured of {recorder.model_name}: {ELSEWHERE}")
     if not recorder.left_out:
         return CaptureError(_NONE.format(recorder.model_name) if recorder.sequences else _NOTHING)
     reasons = list(recorder.left_out.items())

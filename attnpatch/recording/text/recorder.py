@@ -20,7 +20,7 @@ from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.following import CacheFollower, HostCall, HostReading
 from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
 from attnpatch.recording.text.sequences import Calls, Sequence, reference
-from attnpatch.recording.threads import Owner
+from attnpatch.recording.threads import ELSEWHERE, Owner
 
 
 class _State(threading.local):
@@ -152,6 +152,17 @@ class Recorder(CacheFollower):
         self.left_out.clear()
         self._state.last = self._state.sequence = None
 
+    def finish(self) -> None:
+        """Called when the capture ends."""
+        super().finish()
+        if self.is_elsewhere:
+            self.left_out[""] = ELSEWHERE
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the model was called, but only where this capture does not see it."""
+        return not self.sequences and self.owner is not None and self.owner.missed
+
     def end_call(self) -> None:
         """Called when the model's call has ended."""
         state = self._state
@@ -259,7 +270,7 @@ class Recorder(CacheFollower):
             mine = set(state.times) - {name}
             if state.call is not None and state.call.cache is not None:
                 old.cache, new.cache = state.cache_before, reference(state.call.cache)
-            new.calls = [_taken(calls, mine) for calls in old.calls]
+            new.calls = [calls.take(mine) for calls in old.calls]
             new.out = {each for each in old.out if each.partition(":")[0] in mine}
         new.is_partial, state.joins = state.is_part, False
         state.sequence = state.last = new
@@ -321,16 +332,6 @@ class Recorder(CacheFollower):
     def captured(self) -> list[Calls]:
         """The records of every sequence, in order; repeated calls of a module within one model call are kept separate."""
         return [calls for sequence in self.sequences for calls in sequence.calls if calls or any(calls.apart)]
-
-
-def _taken(calls: Calls, names: set[str]) -> Calls:
-    """Take the records of some sites out of those of a call; only the latest step has any of the running call."""
-    found = Calls()
-    found.apart = [{}] if calls.apart else []
-    for old, new in [(calls, found), *zip(calls.apart[-1:], found.apart, strict=True)]:
-        for name in [each for each in old if each.partition(":")[0] in names]:
-            new[name] = old.pop(name)
-    return found
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -49,6 +49,15 @@ class Calls(dict[str, SiteSums]):
         found = next((call[name] for call in reversed(self.apart) if name in call), None)
         return found if found is not None else self.get(name)
 
+    def take(self, names: set[str]) -> Calls:
+        """Take the records of some sites out; of steps, only the latest is looked at."""
+        found = Calls()
+        found.apart = [{}] if self.apart else []
+        for old, new in [(self, found), *zip(self.apart[-1:], found.apart, strict=True)]:
+            for name in [each for each in old if each.partition(":")[0] in names]:
+                new[name] = old.pop(name)
+        return found
+
     def changed(self, change: Callable[[str, SiteSums], SiteSums | None]) -> Calls:
         """A copy with ``change`` applied to its records; those for which it returns ``None`` are dropped."""
         found = Calls()
