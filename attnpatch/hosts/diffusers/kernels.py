@@ -15,7 +15,7 @@ import torch
 
 from attnpatch import compat
 from attnpatch.hosts.kernels.flex import is_block_mask, mask_rows_of
-from attnpatch.hosts.kernels.reading import by_batch, first, window_of
+from attnpatch.hosts.kernels.reading import by_batch, call_in_batches, only, pair, window_of
 from attnpatch.hosts.kernels.sageattention import TOLERANCE
 from attnpatch.hosts.tables import Replaced
 from attnpatch.rows.kernels.call import KernelCall
@@ -63,23 +63,19 @@ def _reader(tolerance: float | None) -> Callable[..., KernelCall]:
             raise CannotRead("its sequence is divided among several devices")
         if other:
             raise CannotRead(f"it is given {', '.join(sorted(other))}, which attnpatch does not read")
-        query, key, value = map(by_batch, (query, key, value))
         mask = attn_mask
         if is_block_mask(mask):
-            mask = mask_rows_of(mask, query, key, is_compiled=False)
+            mask = mask_rows_of(mask, by_batch(query), by_batch(key), is_compiled=False)
         elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
             mask = mask[:, None, None, :].bool()
-        return KernelCall(
-            query,
-            key,
-            value,
+        return call_in_batches(
+            (query, key, value),
+            pair if return_lse else only,
             scale=scale,
             is_causal=is_causal,
             window=window_of(window_size),
             mask=mask,
             dropout_p=dropout_p,
-            output=lambda result: by_batch(first(result)),
-            returned=lambda out, lse: (by_batch(out), lse) if return_lse else by_batch(out),
             needs_lse=return_lse,
             tolerance=tolerance,
         )

@@ -9,50 +9,39 @@ from typing import Any
 
 import torch
 
-from attnpatch.hosts.kernels.reading import by_batch, first, pages, refuse, window_of
+from attnpatch.hosts.kernels.reading import call_in_batches, only, pages, pair, reads, refuse, window_of
 from attnpatch.rows.kernels.call import KernelCall
 
-OPEN = (-1, -1)
+
+@reads(
+    "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+    "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+    "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+    "return_softmax_lse=False"
+)
+def flash_attn_with_kvcache(given: Any) -> KernelCall:
+    return call_of(given, given.block_table, given.alibi_slopes)
 
 
-def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Any = OPEN,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: torch.Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> KernelCall:
-    refuse("flash_attn_with_kvcache", rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    cache = _Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, len(q))
+def call_of(given: Any, table: torch.Tensor | None, slopes: torch.Tensor | None) -> KernelCall:
+    """The call of version 2 or 3, which name the table of pages in different ways."""
+    refuse("flash_attn_with_kvcache", given, "rotary_cos rotary_sin")
+    cache = _Cache(
+        given.k_cache, given.v_cache, given.cache_seqlens, given.cache_batch_idx, table, len(given.q)
+    )
+    k, v = given.k, given.v
     key, value, used = cache.read(k, v)
-    return KernelCall(
-        by_batch(q),
-        by_batch(key),
-        by_batch(value),
-        scale=softmax_scale,
-        is_causal=causal,
-        window=window_of(window_size),
-        softcap=max(softcap or 0.0, 0.0),
-        slopes=alibi_slopes,
-        mask=_after(cache_leftpad, key.shape[1]),
+    return call_in_batches(
+        (given.q, key, value),
+        pair if given.return_softmax_lse else only,
+        scale=given.softmax_scale,
+        is_causal=given.causal,
+        window=window_of(given.window_size),
+        softcap=max(given.softcap or 0.0, 0.0),
+        slopes=slopes,
+        mask=_after(given.cache_leftpad, key.shape[1]),
         kv_used=used,
-        output=lambda result: by_batch(first(result)),
-        returned=lambda out, lse: (by_batch(out), lse) if return_softmax_lse else by_batch(out),
-        needs_lse=return_softmax_lse,
+        needs_lse=given.return_softmax_lse,
         writes=None if k is None or v is None else lambda: cache.write(k, v),
     )
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from attnpatch.hosts.kernels.reading import by_batch, first, lengths_of, packed, unpacked
+from attnpatch.hosts.kernels.reading import (
+    call_in_batches,
+    call_in_packs,
+    first,
+    lengths_of,
+    only,
+    pair,
+    reads,
+)
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.table import CannotRead
 
@@ -18,153 +24,73 @@ from attnpatch.rows.kernels.table import CannotRead
 # 0.08 in the tests' stand-in, which does not round probabilities. With 4 bits it was not measured.
 TOLERANCE, TOLERANCE_4_BITS = 0.15, 0.4
 
-
-def sageattn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> KernelCall:
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse)
+_CUDA = 'q, k, v, tensor_layout="HND", is_causal=False, qk_quant_gran="per_thread", sm_scale=None'
 
 
-def sageattn_qk_int8_pv_fp16_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    quantization_backend: str = "triton",
-    is_causal: bool = False,
-    attn_mask: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    smooth_k: bool = True,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> KernelCall:
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask)
+@reads('q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs')
+def sageattn(given: Any) -> KernelCall:
+    return _call(given)
 
 
-def sageattn_qk_int8_pv_fp16_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> KernelCall:
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse)
+@reads(
+    'q, k, v, tensor_layout="HND", quantization_backend="triton", is_causal=False, attn_mask=None, sm_scale=None, '
+    "smooth_k=True, return_lse=False, **kwargs"
+)
+def sageattn_qk_int8_pv_fp16_triton(given: Any) -> KernelCall:
+    return _call(given, mask=given.attn_mask)
 
 
-def sageattn_qk_int8_pv_fp8_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32+fp16",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> KernelCall:
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse)
+@reads(f'{_CUDA}, pv_accum_dtype="fp32", smooth_k=True, smooth_v=False, return_lse=False, **kwargs')
+def sageattn_qk_int8_pv_fp16_cuda(given: Any) -> KernelCall:
+    return _call(given)
 
 
-def sageattn_qk_int8_pv_fp8_cuda_sm90(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32+fp32",
-    smooth_k: bool = True,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> KernelCall:
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse)
+@reads(f'{_CUDA}, pv_accum_dtype="fp32+fp16", smooth_k=True, smooth_v=False, return_lse=False, **kwargs')
+def sageattn_qk_int8_pv_fp8_cuda(given: Any) -> KernelCall:
+    return _call(given)
 
 
-def sageattn_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    smooth_k: bool = True,
-    **kwargs: Any,
-) -> KernelCall:
-    lengths = lengths_of(cu_seqlens_q), lengths_of(cu_seqlens_k)
-    _check_causal(is_causal, lengths[0] == lengths[1])
-    return KernelCall(
-        *map(packed, (q, k, v)),
-        scale=sm_scale,
-        is_causal=is_causal,
-        lengths=lengths,
-        output=lambda result: packed(first(result)),
-        returned=lambda out, lse: unpacked(out),
-        tolerance=TOLERANCE,
-    )
+@reads(f'{_CUDA}, pv_accum_dtype="fp32+fp32", smooth_k=True, return_lse=False, **kwargs')
+def sageattn_qk_int8_pv_fp8_cuda_sm90(given: Any) -> KernelCall:
+    return _call(given)
 
 
-def sageattn3_blackwell(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    per_block_mean: bool = True,
-    **kwargs: Any,
-) -> KernelCall:
+@reads(
+    "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=False, sm_scale=None, smooth_k=True, "
+    "**kwargs"
+)
+def sageattn_varlen(given: Any) -> KernelCall:
+    lengths = lengths_of(given.cu_seqlens_q), lengths_of(given.cu_seqlens_k)
+    _check_causal(given.is_causal, lengths[0] == lengths[1])
+    fields = {"scale": given.sm_scale, "is_causal": given.is_causal, "lengths": lengths}
+    return call_in_packs((given.q, given.k, given.v), only, tolerance=TOLERANCE, **fields)
+
+
+@reads("q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs")
+def sageattn3_blackwell(given: Any) -> KernelCall:
     # The package ignores attn_mask.
-    _check_causal(is_causal, q.shape[-2] == k.shape[-2])
-    return KernelCall(q, k, v, is_causal=is_causal, output=first, tolerance=TOLERANCE_4_BITS)
+    q, k = given.q, given.k
+    _check_causal(given.is_causal, q.shape[-2] == k.shape[-2])
+    return KernelCall(q, k, given.v, is_causal=given.is_causal, output=first, tolerance=TOLERANCE_4_BITS)
 
 
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: str,
-    is_causal: bool,
-    scale: float | None,
-    has_lse: bool,
-    mask: torch.Tensor | None = None,
-) -> KernelCall:
+def _call(given: Any, mask: Any = None) -> KernelCall:
+    layout, tensors = given.tensor_layout, (given.q, given.k, given.v)
     if layout not in ("HND", "NHD"):
         raise CannotRead(f"sageattn is given tensor_layout={layout!r}, which is neither 'HND' nor 'NHD'")
-    swap = by_batch if layout == "NHD" else lambda tensor: tensor
-    q, k, v = swap(q), swap(k), swap(v)
-    _check_causal(is_causal, q.shape[-2] == k.shape[-2])
-    return KernelCall(
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=is_causal,
-        mask=mask,
-        output=lambda result: swap(first(result)),
-        returned=lambda out, lse: (swap(out), lse) if has_lse else swap(out),
-        needs_lse=has_lse,
-        tolerance=TOLERANCE,
-    )
+    length = 1 if layout == "NHD" else 2
+    _check_causal(given.is_causal, given.q.shape[length] == given.k.shape[length])
+    returned = pair if given.return_lse else only
+    fields = {
+        "scale": given.sm_scale,
+        "is_causal": given.is_causal,
+        "mask": mask,
+        "needs_lse": given.return_lse,
+        "tolerance": TOLERANCE,
+    }
+    if layout == "NHD":
+        return call_in_batches(tensors, returned, **fields)
+    return KernelCall(*tensors, output=first, returned=returned, **fields)
 
 
 def _check_causal(is_causal: bool, is_square: bool) -> None:

@@ -10,81 +10,38 @@ from typing import Any
 
 import torch
 
-from attnpatch.hosts.kernels.reading import by_batch, first
+from attnpatch.hosts.kernels.reading import by_batch, first, reads
 from attnpatch.hosts.kernels.xformers_biases import read_bias
 from attnpatch.rows.kernels.call import KernelCall
 from attnpatch.rows.kernels.table import CannotRead
 
-
-def memory_efficient_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: Any = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-    output_dtype: torch.dtype | None = None,
-) -> KernelCall:
-    return _call(query, key, value, attn_bias, p, scale, output_dtype, False)
+_PARAMETERS = "query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None"
 
 
-def memory_efficient_attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: Any = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-    output_dtype: torch.dtype | None = None,
-) -> KernelCall:
-    return _call(query, key, value, attn_bias, p, scale, output_dtype, False)
+@reads(_PARAMETERS)
+def memory_efficient_attention(given: Any) -> KernelCall:
+    return _call(given, has_lse=False)
 
 
-def memory_efficient_attention_forward_requires_grad(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: Any = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-    output_dtype: torch.dtype | None = None,
-) -> KernelCall:
-    return _call(query, key, value, attn_bias, p, scale, output_dtype, True)
+@reads(_PARAMETERS)
+def memory_efficient_attention_forward(given: Any) -> KernelCall:
+    return _call(given, has_lse=False)
 
 
-def memory_efficient_attention_partial(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: Any = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-    output_dtype: torch.dtype | None = None,
-) -> KernelCall:
+@reads(_PARAMETERS)
+def memory_efficient_attention_forward_requires_grad(given: Any) -> KernelCall:
+    return _call(given, has_lse=True)
+
+
+@reads(_PARAMETERS)
+def memory_efficient_attention_partial(given: Any) -> KernelCall:
     raise CannotRead("it attends to some of the keys only; the model merges several such results")
 
 
-def _call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: Any,
-    p: float,
-    scale: float | None,
-    output_dtype: torch.dtype | None,
-    has_lse: bool,
-) -> KernelCall:
-    layout = _Layout(query, key, value)
-    fields = read_bias(bias, *layout.tensors, layout.bias)
-    dtype = output_dtype or query.dtype
+def _call(given: Any, has_lse: bool) -> KernelCall:
+    layout = _Layout(given.query, given.key, given.value)
+    fields = read_bias(given.attn_bias, *layout.tensors, layout.bias)
+    dtype = given.output_dtype or given.query.dtype
 
     def returned(out: torch.Tensor, lse: torch.Tensor | None) -> Any:
         result = layout.given(out).to(dtype)
@@ -92,9 +49,9 @@ def _call(
 
     return KernelCall(
         **fields,
-        scale=scale,
-        dropout_p=p,
-        output=lambda result: layout.by_heads(first(result)),
+        scale=given.scale,
+        dropout_p=given.p,
+        output=lambda result: _by_heads(first(result)),
         returned=returned,
         needs_lse=has_lse,
     )
@@ -112,10 +69,7 @@ class _Layout:
         self.groups = query.shape[2:-1]
         if self.dim == 5 and _is_shared(key) and _is_shared(value):
             key, value = key[:, :, :, 0], value[:, :, :, 0]
-        self.tensors = self.by_heads(query), _by_heads(key), _by_heads(value)
-
-    def by_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _by_heads(tensor)
+        self.tensors = _by_heads(query), _by_heads(key), _by_heads(value)
 
     def given(self, out: torch.Tensor) -> torch.Tensor:
         """A result in the layout of the query."""
