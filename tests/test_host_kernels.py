@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 
 import attnpatch
+from attnpatch.hosts.tables import Replaced
 
 SITES = "model.layers.*.self_attn"
 
@@ -332,6 +333,25 @@ def test_the_table_is_as_before():
     assert len(set(during)) == 1
     assert dict(table._global_mapping) == before
     del table._global_mapping["noting"], AttentionMaskInterface._global_mapping["noting"]
+
+
+def test_a_table_is_as_before_if_a_function_cannot_be_replaced():
+    """And the functions are replaced again by the next call."""
+    broken = [True]
+
+    def replacement(key, function):
+        if key == "second" and broken[0]:
+            raise MemoryError
+        return "ours"
+
+    table, given = {"first": "theirs", "second": "theirs"}, Replaced(replacement)
+    with pytest.raises(MemoryError), given.inside(table):
+        pass
+    assert table == {"first": "theirs", "second": "theirs"}
+    broken[0] = False
+    with given.inside(table):
+        assert table == {"first": "ours", "second": "ours"}
+    assert table == {"first": "theirs", "second": "theirs"}
 
 
 # -------------------------------------------------------------------------------------------------------- diffusers

@@ -24,10 +24,10 @@ class Replaced:
     @contextlib.contextmanager
     def inside(self, *tables: MutableMapping[Any, Any]) -> Iterator[None]:
         """Inside the block, the functions in these tables are replaced."""
-        self._enter(tables)
         try:
+            self._enter(tables)
             yield
-        finally:
+        finally:  # also if a replacement could not be made
             self._leave()
 
     def _enter(self, tables: Iterable[MutableMapping[Any, Any]]) -> None:
