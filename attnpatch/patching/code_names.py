@@ -45,8 +45,15 @@ _SKIPPED = frozenset(
     "os random re types typing warnings".split()
 )
 _INTERNAL = frozenset(vars(nn.Module()))
+# What holds no code.
+_PLAIN = frozenset(
+    [int, float, bool, str, set, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size]
+)
 
 _classes: weakref.WeakKeyDictionary[type[nn.Module], dict[int, frozenset[str]]] = weakref.WeakKeyDictionary()
+_held: weakref.WeakKeyDictionary[type[nn.Module], weakref.WeakKeyDictionary[type[Any], frozenset[str]]] = (
+    weakref.WeakKeyDictionary()
+)
 _methods: weakref.WeakKeyDictionary[type[nn.Module], dict[str, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
@@ -64,9 +71,26 @@ def names_of_instance(module: nn.Module) -> set[str]:
     """Names in the code that a module holds beside its submodules: functions, processors, and containers of these."""
     if isinstance(module, torch.jit.ScriptModule):
         return set(_operators(module, "inlined_graph"))
-    reader = _Reader(type(module), names_of_class(type(module)))
-    values = [value for name, value in vars(module).items() if name not in _INTERNAL]
-    return {name for value in values for name in reader.names(value, _DEPTH)}
+    kind = type(module)
+    reader = _Reader(kind, names_of_class(kind))
+    found: set[str] = set()
+    for name, value in vars(module).items():
+        if name in _INTERNAL or type(value) in _PLAIN:
+            continue
+        if callable(value) or isinstance(value, (list, tuple, dict, types.ModuleType, *_WRAPPERS)):
+            found.update(reader.names(value, _DEPTH))
+        else:
+            found |= _names_of_held(kind, type(value))
+    return found
+
+
+def _names_of_held(kind: type[nn.Module], held: type[Any]) -> frozenset[str]:
+    """Names in the methods that modules of a class may call on a held object (a config); read once per pair of classes."""
+    known = _held.setdefault(kind, weakref.WeakKeyDictionary())
+    if held not in known:
+        reader = _Reader(kind, names_of_class(kind))
+        known[held] = frozenset(() if is_torch(held) else reader.of_type(held, _DEPTH))
+    return known[held]
 
 
 def names_of_methods(module: nn.Module, owner: type[nn.Module]) -> set[str]:
@@ -137,15 +161,15 @@ class _Reader:
         elif isinstance(value, (type, types.BuiltinFunctionType, types.MethodDescriptorType)):
             yield value.__name__
             if isinstance(value, type):
-                yield from self._in_class(value, depth)
+                yield from self.of_type(value, depth)
         elif isinstance(value, nn.Module):
             # The module is in a plain list, or in the globals of a file.
             for part in itertools.islice(value.modules(), _ITEMS):
-                yield from self._in_class(type(part), depth)
+                yield from self.of_type(type(part), depth)
         elif is_torch(type(value)):
             yield str(getattr(value, "__name__", ""))  # an operator of ``torch.ops``
         elif not isinstance(value, types.ModuleType):
-            yield from self._in_class(type(value), depth)
+            yield from self.of_type(type(value), depth)
             yield from self._held_by(value, depth)
 
     def _held_by(self, value: Any, depth: int) -> Iterator[str]:
@@ -168,7 +192,7 @@ class _Reader:
         self.seen[what] = depth
         return False
 
-    def _in_class(self, kind: type[Any], depth: int) -> Iterator[str]:
+    def of_type(self, kind: type[Any], depth: int) -> Iterator[str]:
         """Names in methods that a call runs: a processor's ``__call__``, the forward of an ``autograd.Function``."""
         yield from _torch_bases(kind)
         if (

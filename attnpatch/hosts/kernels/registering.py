@@ -84,7 +84,7 @@ def register_kernel(function: Any = None, /, *, read: Any = None) -> Any:
         return function
     kernel = Kernel(name, function, reader)
     if not isinstance(operator, _OPERATORS):
-        return put_in_place(kernel)
+        return put_in_place(kernel)[0]
     packet = getattr(operator, "overloadpacket", operator)
     watch_operator(kernel, packet, *(getattr(packet, one) for one in packet.overloads()))
     return function
@@ -98,7 +98,7 @@ def _register_class(kind: type[Any], read: Callable[..., Any]) -> None:
     if kernel_of(kind.apply) is not None:
         read_otherwise(kind.apply, reader)
     else:
-        ours = put_in_place(Kernel(name, kind.apply, reader))
+        (ours,) = put_in_place(Kernel(name, kind.apply, reader))
         kind.apply = staticmethod(ours)
 
 

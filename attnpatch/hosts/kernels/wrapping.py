@@ -68,6 +68,7 @@ READERS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 # Functions that hold all scores at once.
 HOLD_SCORES = frozenset(["flex_attention"])
+_Names = Iterable[tuple[str, Any]]
 _lock = threading.Lock()
 _is_watching = False
 
@@ -87,23 +88,28 @@ def watch() -> None:
 
 def _wrap_module(module: types.ModuleType) -> None:
     try:
-        for name, read in READERS[module.__name__].items():
-            function = getattr(module, name, None)
-            if callable(function) and kernel_of(function) is None:
-                put_in_place(Kernel(name, function, read, holds_scores=name in HOLD_SCORES))
+        found = [
+            Kernel(name, function, read, holds_scores=name in HOLD_SCORES)
+            for name, read in READERS[module.__name__].items()
+            if callable(function := getattr(module, name, None)) and kernel_of(function) is None
+        ]
+        if found:
+            put_in_place(*found)
     except Exception as error:
         warn_once(f"wrapping the kernels of {module.__name__}", error)
 
 
-def put_in_place(kernel: Kernel) -> Callable[..., Any]:
-    """Replace a kernel's function in every module that has it among its names.
+def put_in_place(*kernels: Kernel) -> list[Callable[..., Any]]:
+    """Replace kernels' functions in every module that has them among its names.
 
     Returns:
-        The overridable function.
+        The overridable functions.
     """
-    ours = overridable(kernel)
-    _replace(_modules(), lambda value: ours if value is kernel.native else None)
-    return ours
+    ours = {id(kernel.native): overridable(kernel) for kernel in kernels}
+    _replace(
+        _modules(), lambda names: [(name, ours[id(value)]) for name, value in names if id(value) in ours]
+    )
+    return list(ours.values())
 
 
 def find_compiled(model: nn.Module) -> None:
@@ -113,13 +119,11 @@ def find_compiled(model: nn.Module) -> None:
     owners = {id(owner): owner for part in model.modules() for owner in (part, *type(part).__mro__)}
     # A class made by ``exec`` may have no ``__module__``.
     own = {getattr(owner, "__module__", None) for owner in owners.values() if isinstance(owner, type)}
-    changed = [
-        module
-        for module in _modules()
-        if _sizes.get(id(module)) != _size(module) or getattr(module, "__name__", "") in own
-    ]
-    _replace([*changed, *owners.values()], _of_compiled)
-    _sizes.update((id(module), size) for module in changed if (size := _size(module)) >= 0)
+    beside = [sys.modules[name] for name in {"__main__", *own} if name in sys.modules]
+    known = _sizes.get
+    changed = [one for one in _modules() if known(id(one)) != len(getattr(one, "__dict__", ()))]
+    _replace([*changed, *beside, *owners.values()], _compiled)
+    _sizes.update((id(one), len(getattr(one, "__dict__", ()))) for one in changed)
 
 
 # The number of names that each module had when it was last searched: searching all of them takes 50 ms. The script's own
@@ -127,12 +131,13 @@ def find_compiled(model: nn.Module) -> None:
 _sizes: dict[int, int] = {}
 
 
-def _size(module: Any) -> int:
-    return -1 if getattr(module, "__name__", "") == "__main__" else len(getattr(module, "__dict__", ()))
+def _compiled(names: _Names) -> list[tuple[str, Any]]:
+    functions = [(name, value) for name, value in names if type(value) is types.FunctionType]
+    return [(name, ours) for name, value in functions if (ours := _of_compiled(value)) is not None]
 
 
-def _of_compiled(value: Any) -> Callable[..., Any] | None:
-    original = vars(value).get(compat.COMPILED_FUNCTION) if type(value) is types.FunctionType else None
+def _of_compiled(value: types.FunctionType) -> Callable[..., Any] | None:
+    original = vars(value).get(compat.COMPILED_FUNCTION)
     kernel = None if original is None else kernel_of(original) or kernel_of(original, is_native=True)
     if kernel is None or kernel_of(value) is not None:
         return None
@@ -144,14 +149,11 @@ def _modules() -> list[Any]:
     return list(sys.modules.values())
 
 
-def _replace(owners: Iterable[Any], replacement: Callable[[Any], Any]) -> None:
-    """Replace functions among the names of modules, classes and objects."""
+def _replace(owners: Iterable[Any], found: Callable[[_Names], list[tuple[str, Any]]]) -> None:
+    """Replace what is found among the names of modules, classes and objects."""
     for owner in owners:
         try:
-            found = [
-                (name, new) for name, value in vars(owner).items() if (new := replacement(value)) is not None
-            ]
-            for name, new in found:
+            for name, new in found(vars(owner).items()):
                 setattr(owner, name, new)
         except (TypeError, AttributeError, RuntimeError):
             continue  # it has no names, they cannot be set, or another thread is changing them
