@@ -147,14 +147,10 @@ def expected(case: Case, model: Model, x: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def blocks_of(p: torch.Tensor) -> torch.Tensor:
-    """The mean over heads of the mass between blocks: ``[batch, blocks, blocks]``, by a plain loop."""
-    count = TOKENS // BLOCK
-    found = torch.zeros(len(p), count, count, dtype=torch.float64)
-    for b in range(len(p)):
-        for i in range(TOKENS):
-            for j in range(TOKENS):
-                found[b, i // BLOCK, j // BLOCK] += p[b, :, i, j].mean() / BLOCK
-    return found
+    """The mean over heads of the mass between blocks: ``[batch, blocks, blocks]``."""
+    ends = range(0, TOKENS, BLOCK)
+    rows = [[p[:, :, i : i + BLOCK, j : j + BLOCK].sum((-2, -1)).mean(1) / BLOCK for j in ends] for i in ends]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2).double()
 
 
 # ---------------------------------------------------------------------------------------------------- ways to call

@@ -3,10 +3,9 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import chats
+import fresh
 import pytest
 from typer.testing import CliRunner
 
@@ -247,7 +246,7 @@ def test_names_of_files_that_are_no_text(chat_model, two, tmp_path):
         f"sys.argv = {['attnpatch', 'merge', str(odd / 'out')]!r}\n"
         "try: main()\nexcept SystemExit as end: assert end.code in (0, 1)\n"
     )
-    done = fresh("-c", code, PYTHONIOENCODING="ascii")
+    done = fresh.interpreter("-c", code, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "record 3 (line 3): not JSON" in done.stderr
 
@@ -299,21 +298,9 @@ GUIDE = [
 ]
 
 
-def fresh(*command, cwd=None, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), **variables}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=cwd,
-        env=environment,
-    )
-
-
 @pytest.mark.parametrize("line", GUIDE)
 def test_the_lines_of_the_guide(line, chat_model, two, tmp_path):
-    done = fresh(
+    done = fresh.run(
         EXAMPLES / "block_attention.py", *line.format(model=chat_model, json=two).split(), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -322,7 +309,7 @@ def test_the_lines_of_the_guide(line, chat_model, two, tmp_path):
 
 
 def test_the_import_of_the_guide():
-    done = fresh("-c", "from block_attention import BlockAttentionAnalyzer", cwd=EXAMPLES)
+    done = fresh.run("-c", "from block_attention import BlockAttentionAnalyzer", cwd=EXAMPLES)
     assert done.returncode == 0, done.stderr
 
 
@@ -332,6 +319,6 @@ def test_help_says_what_the_exit_codes_mean_and_imports_nothing_heavy():
         "try: app(['analyze', '--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)"
     )
-    done = fresh("-c", code)
+    done = fresh.interpreter("-c", code)
     assert done.returncode == 0, done.stderr
     assert "3 some conversations failed" in " ".join(done.stdout.replace("│", " ").split())

@@ -3,10 +3,10 @@
 import io
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from rich.console import Console
@@ -158,8 +158,7 @@ def test_without_an_evaluation_the_question_does_not_choose_the_layer(shipped):
 
 @pytest.mark.slow
 def test_demo_from_start_to_end(tmp_path):
-    command = [sys.executable, "-m", "attnpatch", "demo", "--out", "shown", "--json", "figures.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    done = fresh.run("-m", "attnpatch", "demo", "--out", "shown", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
@@ -180,10 +179,8 @@ def test_demo_from_start_to_end(tmp_path):
     # What it proposes next can be pasted.
     assert [line.split("attnpatch ", 1)[1].split()[0] for line in commands] == ["view", "analyze", "explain"]
     for command in (commands[0], commands[2]):
-        again = subprocess.run(
-            [sys.executable, "-m", "attnpatch", *shlex.split(command.split("attnpatch ", 1)[1])],
-            capture_output=True, text=True, cwd=tmp_path, timeout=120,
-        )  # fmt: skip
+        arguments = shlex.split(command.split("attnpatch ", 1)[1])
+        again = fresh.run("-m", "attnpatch", *arguments, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
     assert (tmp_path / "shown" / "block_map.html").stat().st_size > 1e5
 

@@ -2,9 +2,8 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
+import fresh
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -23,13 +22,7 @@ def test_examples_run(page, tmp_path):
     text = (DOCS / page).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     rest = re.sub(r"```\w+\n.*?```", "", text, flags=re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.run("-c", code, cwd=tmp_path, ignore_warnings=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == WRITTEN[page]
     for shown in re.findall(r"```\n(.*?)```", rest, re.DOTALL):

@@ -101,12 +101,14 @@ def test_bits(case, implementation, dtype):
 
     model = zoo.shared_model(case.name, implementation, dtype)
     before = None
-    for padding in case.paddings:
+    # In float32 every tile with every padding; in other dtypes every tile, and every padding.
+    is_full = dtype is torch.float32 or len(case.paddings) == 1
+    for number, padding in enumerate(case.paddings):
         inputs = case.inputs(padding, dtype)
         native, causal = fused_causal_calls(lambda inputs=inputs: case.run(model, inputs))
         # Only now: transformers hangs its own hooks on a model when hidden states are first asked for.
         before = before or snapshot(model)
-        for rows, heads in TILES:
+        for rows, heads in TILES if is_full else TILES[number % 2 :: 2]:
             what = f"{case.name} {implementation} {padding} rows={rows} heads={heads}"
             with by_rows(model, case, rows=rows, heads=heads):
                 got = case.run(model, inputs)

@@ -1,10 +1,8 @@
 """Every way in has a script, and each runs as it stands, in a fresh process."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
+import fresh
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -34,14 +32,7 @@ SAID = {
     ],
 )
 def test_example(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.run(EXAMPLES / f"{name}.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in SAID[name]:
         assert words in done.stdout, done.stdout

@@ -1,6 +1,7 @@
 """Who may import whom (DESIGN section 5), and what importing the package costs."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -40,9 +41,19 @@ LAYERS = [
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(path):
+    return list(ast.walk(tree_of(path)))
+
+
 def imported(path):
     """First path component below the package of everything a file imports from it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "attnpatch":
             parts = node.module.split(".")[1:]
             yield from (
@@ -95,7 +106,7 @@ def imports_of(path):
 
     A class and a function that take each other need a name for it only in annotations.
     """
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     typing = {
         id(inner)
         for node in ast.walk(tree)
@@ -214,7 +225,7 @@ def test_rows_and_recording_do_not_know_each_other():
 def test_tests_import_nothing_of_the_benchmarks():
     """What both need is in ``tests/``: a benchmark may be changed without a look at what tests assume."""
     for path in pathlib.Path(__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "benchmarks" for name in names), path
@@ -259,7 +270,7 @@ def is_private(name):
 
 def private_names(path):
     """Names of torch and its hosts with a private part: imported, reached by dots, or asked for by ``getattr``."""
-    tree, roots, found = ast.parse(path.read_text()), {}, set()
+    tree, roots, found = tree_of(path), {}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             named = {(alias.asname or alias.name.split(".")[0]): alias.name for alias in node.names}
@@ -314,7 +325,7 @@ def test_private_names_of_torch_are_in_one_place(tmp_path):
 def private_strings(path):
     """Private names that attributes are asked for by: of ``getattr`` and its like, of ``in``, and keys of tables."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         asked = []
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "getattr",
@@ -349,7 +360,7 @@ def test_hosts_are_named_nowhere_else():
     for path in ROOT.rglob("*.py"):
         if path.relative_to(ROOT).parts[0] in ("hosts", "demo"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("transformers", "diffusers") for name in names), path

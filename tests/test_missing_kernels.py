@@ -70,8 +70,9 @@ def test_a_script_that_needs_a_kernel_runs(script, arguments, package):
         assert "runs flash_attention_2" in done.stdout
     if script == "hunyuan":
         assert "refused: flash_attn is not installed" in done.stdout
-    quiet = run(path, *arguments, **ACTIVE, ATTNPATCH_QUIET="1")
-    assert quiet.returncode == 0 and "attnpatch" not in quiet.stderr
+    if script == "ollm":
+        quiet = run(path, *arguments, **ACTIVE, ATTNPATCH_QUIET="1")
+        assert quiet.returncode == 0 and "attnpatch" not in quiet.stderr
 
 
 @pytest.mark.long  # it measures a process's memory, which needs a quiet machine

@@ -7,6 +7,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 # Free memory, which a machine decides.
@@ -30,12 +31,27 @@ def outputs_of(notebook):
     return found
 
 
+# Each in an empty folder and without the names of others, by one process: importing the hosts takes seconds.
+CLEAR = "%reset -f\nimport os as _os, matplotlib.pyplot as _plt; _plt.close('all'); _os.chdir({!r})"
+pytestmark = pytest.mark.xdist_group("notebooks")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    manager, client = start_new_kernel(kernel_name="python3")
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs(name, tmp_path):
+def test_a_notebook_runs(name, kernel, tmp_path):
     saved = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    clear = nbformat.v4.new_code_cell(CLEAR.format(str(tmp_path)))
+    for cells in ([clear], notebook.cells):
+        part = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+        nbclient.NotebookClient(part, timeout=240, km=kernel).execute(cleanup_kc=False)
     assert outputs_of(notebook) == outputs_of(saved)
     assert len(outputs_of(saved)) > 3
 

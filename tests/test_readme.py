@@ -2,8 +2,8 @@
 
 import pathlib
 import re
-import subprocess
-import sys
+
+import fresh
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -12,13 +12,7 @@ def test_examples_run(tmp_path):
     text = README.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.run("-c", "\n".join(blocks), cwd=tmp_path, ignore_warnings=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"maps"}
     assert (tmp_path / "maps" / "page.html").is_file()

@@ -13,8 +13,8 @@ from torch import nn
 
 import attnpatch
 
-TOKENS = 16384
-# A mask of so many tokens takes 256 MiB in bool and 1 GiB in float32, the scores of one head 1 GiB.
+TOKENS = 8192
+# A mask of so many tokens takes 64 MiB in bool and 256 MiB in float32, the scores of one head 256 MiB.
 WORKSPACE = 48 * 2**20
 WIDTH = 16
 SIZES = {
@@ -33,7 +33,7 @@ def llama(attention: str) -> nn.Module:
 def mistral(attention: str) -> nn.Module:
     from transformers import MistralConfig, MistralModel
 
-    config = MistralConfig(**DECODER, num_hidden_layers=1, sliding_window=4096, attn_implementation=attention)
+    config = MistralConfig(**DECODER, num_hidden_layers=1, sliding_window=2048, attn_implementation=attention)
     return MistralModel(config)
 
 
@@ -43,7 +43,7 @@ def gemma2(attention: str) -> nn.Module:
     kinds = ["sliding_attention", "full_attention"]
     return Gemma2Model(
         Gemma2Config(
-            **DECODER, num_hidden_layers=2, layer_types=kinds, sliding_window=4096, query_pre_attn_scalar=16,
+            **DECODER, num_hidden_layers=2, layer_types=kinds, sliding_window=2048, query_pre_attn_scalar=16,
             attn_implementation=attention,
         )
     )  # fmt: skip
@@ -54,7 +54,7 @@ def gpt_oss(attention: str) -> nn.Module:
 
     return GptOssModel(
         GptOssConfig(
-            **DECODER, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096,
+            **DECODER, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, sliding_window=2048,
             layer_types=["sliding_attention"], attn_implementation=attention,
         )
     )  # fmt: skip
@@ -83,7 +83,7 @@ def bert(attention: str) -> nn.Module:
 
 
 def deberta(attention: str) -> nn.Module:
-    """Its distances are whole numbers of 8 bytes, 512 MiB of them, which two terms look up both ways."""
+    """Its distances are whole numbers of 8 bytes, 128 MiB of them, which two terms look up both ways."""
     from transformers import DebertaV2Config, DebertaV2Model
 
     return DebertaV2Model(
@@ -96,7 +96,7 @@ def deberta(attention: str) -> nn.Module:
 
 CASES = {function.__name__: function for function in (llama, mistral, gemma2, gpt_oss, t5, bert, deberta)}
 # Twenty steps make a distance a bias.
-FEWER = {"deberta": 8192}
+FEWER = {"deberta": 4096}
 
 
 def inputs(length: int) -> dict[str, torch.Tensor]:
@@ -114,7 +114,7 @@ def held(model: nn.Module, tokens: int, capture: bool = False) -> Live:
         stack.enter_context(torch.no_grad())
         stack.enter_context(attnpatch.patched(model, mode="always", workspace=WORKSPACE))
         if capture:
-            stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(1024)))
+            stack.enter_context(attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(512)))
         with Live() as live:
             model(**given)
         report = attnpatch.report(model)
