@@ -27,44 +27,25 @@ from attnpatch.hosts.kernels import (
 from attnpatch.rows.kernels.table import Kernel, kernel_of, overridable
 
 
-def _named(module: types.ModuleType, names: str) -> dict[str, Callable[..., Any]]:
-    return {name: getattr(module, name) for name in names.split()}
+def _readers(module: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    return {name: value for name, value in vars(module).items() if hasattr(value, "__signature__")}
 
 
-_FLASH_ATTN_2 = {
-    **_named(
-        flash_attn,
-        "flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func flash_attn_varlen_func "
-        "flash_attn_varlen_kvpacked_func flash_attn_varlen_qkvpacked_func",
-    ),
-    **_named(flash_attn_cache, "flash_attn_with_kvcache"),
-}
-_FLASH_ATTN_3 = _named(
-    flash_attn_3,
-    "flash_attn_func flash_attn_qkvpacked_func flash_attn_varlen_func flash_attn_with_kvcache",
-)
-_XFORMERS = _named(
-    xformers,
-    "memory_efficient_attention memory_efficient_attention_forward "
-    "memory_efficient_attention_forward_requires_grad memory_efficient_attention_partial",
-)
-# By module: its functions, with their readers.
+_SAGE = _readers(sageattention)
+# By module: its functions, with their readers. xFormers keeps its kernels in mslk since 2026.
 READERS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch.nn.attention.flex_attention": {"flex_attention": flex.flex_attention},
-    "flash_attn.flash_attn_interface": _FLASH_ATTN_2,
-    "flash_attn_interface": _FLASH_ATTN_3,
-    "flash_attn_3.flash_attn_interface": _FLASH_ATTN_3,
-    "flash_attn.cute.interface": _named(flash_attn_4, "flash_attn_func flash_attn_varlen_func"),
-    "xformers.ops.fmha": _XFORMERS,
-    # Where xFormers keeps its kernels since 2026.
-    "mslk.attention.fmha": _XFORMERS,
-    "sageattention.core": _named(
-        sageattention,
-        "sageattn sageattn_varlen sageattn_qk_int8_pv_fp16_triton sageattn_qk_int8_pv_fp16_cuda "
-        "sageattn_qk_int8_pv_fp8_cuda sageattn_qk_int8_pv_fp8_cuda_sm90",
-    ),
-    "sageattn3.api": _named(sageattention, "sageattn3_blackwell"),
-    "torch.nn.attention.varlen": _named(torch_varlen, "varlen_attn"),
+    "flash_attn.flash_attn_interface": {**_readers(flash_attn), **_readers(flash_attn_cache)},
+    "flash_attn_interface": _readers(flash_attn_3),
+    "flash_attn_3.flash_attn_interface": _readers(flash_attn_3),
+    "flash_attn.cute.interface": _readers(flash_attn_4),
+    "xformers.ops.fmha": _readers(xformers),
+    "mslk.attention.fmha": _readers(xformers),
+    "sageattention.core": {
+        name: read for name, read in _SAGE.items() if name.partition("_")[0] != "sageattn3"
+    },
+    "sageattn3.api": {"sageattn3_blackwell": _SAGE["sageattn3_blackwell"]},
+    "torch.nn.attention.varlen": _readers(torch_varlen),
 }
 # Functions that hold all scores at once.
 HOLD_SCORES = frozenset(["flex_attention"])

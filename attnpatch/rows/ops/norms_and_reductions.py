@@ -60,42 +60,21 @@ def _flipped(args: Any, kwargs: dict[str, Any], count: int) -> Any:
 
 # Tensors beside the scores (a norm's weight and bias) are read whole, so they must belong to complete dimensions.
 WITHIN: dict[str, Which] = {
-    # Functions that keep the length of the dimensions.
-    "cumprod": _named(1),
-    "logcumsumexp": _named(1),
-    "cummax": _named(1),
-    "cummin": _named(1),
-    "flip": _flipped,
-    "fliplr": _always(1),
-    "flipud": _always(0),
-    "roll": _named(2, keyword="dims"),
-    "layer_norm": _normalized,
-    "rms_norm": _normalized,
-    "argsort": _named(1, -1),
-    "msort": _always(0),
-    # Functions that remove the dimensions, or make them 1.
-    "std": _named(1),
-    "var": _named(1),
-    "std_mean": _named(1),
-    "var_mean": _named(1),
-    "norm": _named(2),
-    "linalg_norm": _named(2),
-    "linalg_vector_norm": _named(2),
-    "aminmax": _named(1),
-    "median": _named(1),
-    "nanmedian": _named(1),
-    "mode": _named(1, -1),
-    "kthvalue": _named(2, -1),
-    "quantile": _named(2),
-    "nanquantile": _named(2),
-    "nanmean": _named(1),
-    "count_nonzero": _named(1),
-    # Functions that change their length.
-    "diff": _named(2, -1),
-    "glu": _named(1, -1),
-    "avg_pool1d": _always(-1),
-    "max_pool1d": _always(-1),
-    "lp_pool1d": _always(-1),
+    name: which
+    for which, names in (
+        (_named(1), "cumprod logcumsumexp cummax cummin std var std_mean var_mean aminmax median nanmedian"),
+        (_named(1), "nanmean count_nonzero"),
+        (_named(1, -1), "argsort mode glu"),
+        (_named(2), "norm linalg_norm linalg_vector_norm quantile nanquantile"),
+        (_named(2, -1), "kthvalue diff"),
+        (_named(2, keyword="dims"), "roll"),
+        (_normalized, "layer_norm rms_norm"),
+        (_flipped, "flip"),
+        (_always(0), "flipud msort"),
+        (_always(1), "fliplr"),
+        (_always(-1), "avg_pool1d max_pool1d lp_pool1d"),
+    )
+    for name in names.split()
 }
 
 
