@@ -1,6 +1,7 @@
 """What every test shares: no network, few threads, repeatable examples, and no patch left behind."""
 
 import gc
+import logging
 import os
 import sys
 
@@ -19,6 +20,10 @@ from attnpatch.rows.graph import axes
 # Inputs of tests are short: so that they come in several steps, a step has fewer rows than elsewhere.
 # tests/test_rounding.py has the number that is shipped.
 axes.LEAST[axes.ROW] = 4
+
+# pytest's logging plugin is off (setup.cfg): no test reads logs, and it goes through every logger there is, six times a
+# test. As with it, what hosts log without a handler of their own is not on stderr.
+logging.getLogger().addHandler(logging.NullHandler())
 
 # One thread per xdist worker: two workers with two threads each on two cores would only wait for each other.
 torch.set_num_threads(1)
