@@ -1,11 +1,10 @@
 """Conversations from files: the usual shapes, and what is wrong with a record in one line."""
 
 import json
-import subprocess
-import sys
 import time
 import tracemalloc
 
+import fresh
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -481,5 +480,5 @@ def test_former_names_still_import():
         "print([str(one.message).split(' is now ')[1].split(';')[0] for one in said"
         " if one.category is DeprecationWarning and 'is now' in str(one.message)], Refused.__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.run("-c", code)
     assert done.stdout.strip() == "['attnpatch.conversations', 'RejectedRecord'] RejectedRecord"

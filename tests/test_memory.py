@@ -1,10 +1,9 @@
 """How much memory is free: of devices that are not here, told by stand-ins, and of the host within its limits."""
 
-import subprocess
-import sys
 import types
 import warnings
 
+import fresh
 import psutil
 import pytest
 import torch
@@ -116,7 +115,7 @@ print(free_bytes("npu"))
 
 def test_free_memory_of_npu():
     """In an interpreter of its own, since a name is given once."""
-    done = subprocess.run([sys.executable, "-c", NPU], capture_output=True, text=True, check=False)
+    done = fresh.run("-c", NPU)
     assert done.stdout.split() == ["70", "None", "30"], done.stderr
 
 

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 from test_layers import private_names
@@ -175,16 +176,12 @@ MODEL = "attnpatch/demo/model"
 )
 def test_commands_where_torch_lacks_a_name(arguments, code, says):
     script = "\n".join([
-        "import sys, torch",
+        f"import sys, torch; sys.path.insert(0, {str(SCRIPT.parent)!r})",
         "from without_names import Compat",
         "sys.meta_path.insert(0, Compat('torch._neg_view'))",
         "from attnpatch.cli.app import app",
         f"app({arguments})",
     ])  # fmt: skip
-    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1],
-        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "300"},
-    )  # fmt: skip
+    done = fresh.run("-c", script, cwd=SCRIPT.parents[1], COLUMNS="300")
     assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert done.returncode == code, done.stdout + done.stderr
