@@ -171,7 +171,7 @@ class _Room(FreeMemoryCache):
         self._ledger, self._before, self._is_fixed = ledger, free, is_fixed
         self._asked: int | None = None
 
-    def free(self, device: torch.device) -> int:
+    def free(self, device: torch.device, need: int = 0) -> int:
         """Free bytes."""
         if self._asked is None:
             self._asked = self._before if self._is_fixed else max(0, self._before - self._ledger.live)

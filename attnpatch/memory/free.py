@@ -58,16 +58,23 @@ def allocation_limit(device: torch.device) -> int | None:
     return None if device.type in _OF_THE_HOST else devices.allocation_limit(device)
 
 
+# A call is large if this many like it would not fit.
+_LARGE = 8
+
+
 class FreeMemoryCache:
-    """Free memory during one call of a model: measured once per device, not in every layer."""
+    """Free memory during one call of a model: measured once per device, not in every layer.
+
+    Meanwhile a cache of keys grows. So memory is measured again for a call that takes a large part of it.
+    """
 
     def __init__(self) -> None:
         self._free: dict[torch.device, int] = {}
         self._short: set[torch.device] = set()
 
-    def free(self, device: torch.device) -> int:
-        """Free bytes on ``device``."""
-        if device not in self._free:
+    def free(self, device: torch.device, need: int = 0) -> int:
+        """Free bytes on ``device``, for a call that natively takes ``need``."""
+        if device not in self._free or _LARGE * need > self._free[device]:
             self._free[device] = free_bytes(device)
         return self._free[device]
 

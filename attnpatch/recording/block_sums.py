@@ -33,32 +33,37 @@ def add_tile(
     if len(found) * _SHORT_RUN > len(blocks):
         add_rows(sums, rows, blocks, columns, weights)
         return
-    stop = 0
+    stop, runs = 0, []
     for block, length in zip(found.tolist(), lengths.tolist(), strict=True):
         start, stop = stop, stop + length
         if block >= 0:
             factors = None if weights is None else weights[:, start:stop]
-            add_run(sums[:, block], rows[:, start:stop], columns, factors)
+            runs.append(run_sum(rows[:, start:stop], len(sums) > 1, factors))
+    if runs and rows.device != sums.device:
+        # All runs are moved at once: every copy waits for the device.
+        runs = list(torch.stack(runs).to(sums.device))
+    for block, summed in zip(found[found >= 0].tolist(), runs, strict=True):
+        sums[:, block].scatter_add_(1, columns.expand(summed.shape), like(sums, summed))
 
 
-def add_run(sums: Tensor, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> None:
-    """Add rows that all belong to one query block, heads summed or apart: the common case, and the fast one.
+def run_sum(rows: Tensor, are_apart: bool, weights: Tensor | None = None) -> Tensor:
+    """The sum of rows that all belong to one query block: the common case, and the fast one.
 
     Args:
-        sums: float64 ``[1 or H, key_blocks + 1]``, a view of the block's row; the last bin is "no block".
         rows: ``[H, rows, kv_len]``, any float dtype.
-        columns: int64 ``[kv_len]``, the bin of each key.
+        are_apart: True if heads are kept apart, otherwise they are summed.
         weights: ``[H, rows]`` factors; 1 when left out.
+
+    Returns:
+        ``[1 or H, kv_len]``, in float32 or better.
     """
     num_heads, count, kv_len = rows.shape
     dtype = torch.promote_types(rows.dtype, torch.float32)
     weights = rows.new_ones(num_heads, count, dtype=dtype) if weights is None else weights.to(dtype)
     rows = rows.to(dtype)
-    if sums.shape[0] == 1:
-        summed = weights.reshape(1, -1) @ rows.reshape(-1, kv_len)
-    else:
-        summed = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-    sums.scatter_add_(1, columns.expand(summed.shape), like(sums, summed))
+    if are_apart:
+        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+    return weights.reshape(1, -1) @ rows.reshape(-1, kv_len)
 
 
 def add_rows(

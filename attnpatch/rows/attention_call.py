@@ -81,7 +81,7 @@ class AttentionCall:
         if not (self.again and size in known):
             room = self.room
             known[size] = room.is_short(device) or self.policy.by_rows(
-                q_len, need, room.free(device), room.limit(device)
+                q_len, need, room.free(device, need.temporaries), room.limit(device)
             )
         if not known[size]:
             self.counters.left_native("memory", self.room.free(device), need.temporaries)

@@ -70,7 +70,12 @@ def _tile_sum(
     return tl.sum(tl.where(keep, tl.exp2(powers), 0.0))
 
 
-@triton.jit
+# Lengths differ from call to call. If Triton compiled again for each that is 1 or a multiple of 16, a varied workload
+# would take a dozen kernels.
+LENGTHS = ["q_len", "kv_len", "num_query_tiles", "num_key_tiles", "num_places", "l_batch", "l_head"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_tiles(
     query, key, lse, mask, out, query_tiles, key_tiles, query_order, key_order, heads,
     q_len, kv_len, num_query_tiles, num_key_tiles, num_places, head_count, group, scale,

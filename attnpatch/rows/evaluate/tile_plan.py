@@ -20,6 +20,9 @@ DEVICE_STEP_BYTES = 256 * 2**20
 # Number of tensors as wide as the scores that a step holds at once: input, result, and a mask.
 LIVE_COPIES = 3
 MOST_CPU_ROWS = 256
+# On other devices a step has as many rows, if there are as many, before it has further heads: every step reads all keys
+# and values of its heads.
+DEVICE_ROWS = 128
 # Rows of this many bytes do not fit into the cache whatever their number, so a step has enough of them to be worth
 # packing the keys (`python -m benchmarks sweep`).
 LONG_ROW_BYTES = 128 * 2**10
@@ -100,7 +103,9 @@ def choose(
     heads, rows = _fixed(policy, shrink, grain.fewest)
     if heads is None:
         heads = LEAST[LEAD] if on_cpu else present
-        heads = max(LEAST[LEAD], min(heads, elements // (width * min(row.size, 16))))
+        heads = max(
+            LEAST[LEAD], min(heads, elements // (width * min(row.size, 16 if on_cpu else DEVICE_ROWS)))
+        )
         if on_cpu:
             # For short sequences a step has as many heads as fit, to be worth its overhead.
             heads = max(heads, elements // (width * min(row.size, MOST_CPU_ROWS)))

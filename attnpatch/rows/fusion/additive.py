@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from attnpatch.ledger import ledger_of
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.masked_tail import HIDDEN
-from attnpatch.rows.evaluate.tile_plan import CPU_STEP_BYTES, balanced
+from attnpatch.rows.evaluate.tile_plan import CPU_STEP_BYTES, DEVICE_STEP_BYTES, balanced
 from attnpatch.rows.fusion.match import LOWEST, SdpaMatch
 from attnpatch.rows.graph.axes import Axis, Dims, Tile, all_leaves, extent, leaves
-from attnpatch.rows.graph.nodes import InputNode, Node, walk
+from attnpatch.rows.graph.nodes import InputNode, Node, tensors_of, walk
 
 # If no mask value of a row is above this, the row sees no key. Its keys are kept: the result is uniform, or NaN.
 BLIND = HIDDEN / 2
@@ -130,40 +132,63 @@ class Added:
         """
         if not masks:
             return "none"
-        step = CPU_STEP_BYTES // (4 * self.keys.size * math.prod(axis.size for axis in tileable))
-        spans = balanced(self.row.size, max(1, min(_SCAN_ROWS, step)), 1)
-        run, open_ = Evaluator(node), {"none", "causal"} if self.row.size == self.keys.size else {"none"}
+        # A mask that the host's function makes row by row never changes, and all layers share it.
+        kept = _patterns.setdefault(masks[0], {}) if len(masks) == 1 and not any(tensors_of(masks[0])) else {}
+        key = (tuple(self.steps), self.dtype, self.row.size, self.keys.size)
+        if key not in kept:
+            found = self._scanned(masks, node, tileable)
+            if found == "unknown":
+                return None
+            kept[key] = found
+        return kept[key]
+
+    @torch.no_grad()
+    def _scanned(self, masks: Sequence[Node], node: Node, tileable: Sequence[Axis]) -> str | None:
+        """As ``pattern``; ``"unknown"`` in a dry run.
+
+        Reading a result waits for the device, so on an accelerator it is done after the first rows and at the end.
+        """
+        on_cpu = node.device.type == "cpu"
+        step = (CPU_STEP_BYTES if on_cpu else DEVICE_STEP_BYTES) // 4
+        step //= self.keys.size * math.prod(axis.size for axis in tileable)
+        spans = balanced(self.row.size, max(1, min(_SCAN_ROWS, step) if on_cpu else step), 1)
+        names = ["none", "causal"] if self.row.size == self.keys.size else ["none"]
+        run, open_ = Evaluator(node), torch.tensor(True)
         run.row = self.row if len(spans) > 1 else None
-        with torch.no_grad():
-            for low, high in spans:
-                mask = self(masks, {self.row: (low, high)} if run.row is not None else {}, run)
-                assert mask is not None
-                if ledger_of(mask) is not None:
-                    return None
-                run.next_rows()
-                open_ = {name for name in open_ if _PATTERNS[name](mask, low, high)}
-                if not open_:
-                    return None
-        return min(open_)
+        for low, high in spans:
+            mask = self(masks, {self.row: (low, high)} if run.row is not None else {}, run)
+            assert mask is not None
+            if ledger_of(mask) is not None:
+                return "unknown"
+            run.next_rows()
+            found = torch.stack([_PATTERNS[name](mask, low, high) for name in names])
+            open_ = found & open_.to(found.device) if low else found
+            if (on_cpu or low == 0) and not open_.any():
+                return None
+        return min(
+            (name for name, is_open in zip(names, open_.tolist(), strict=True) if is_open), default=None
+        )
 
 
-def _is_nothing(mask: torch.Tensor, low: int, high: int) -> bool:
-    return not mask.any()
+def _is_nothing(mask: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return mask.any().logical_not()
 
 
-def _is_causal(mask: torch.Tensor, low: int, high: int) -> bool:
+def _is_causal(mask: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """True if each of the rows ``low:high`` of a mask sees exactly the keys up to its own."""
     if mask.shape[-1] < high or mask.shape[-2] != high - low:
-        return False
+        return torch.zeros((), dtype=torch.bool, device=mask.device)
     after, among = mask[..., high:], mask[..., low:high]
     hidden = torch.ones(high - low, high - low, dtype=torch.bool, device=mask.device).triu_(1)
-    return bool(
-        (not after.numel() or after.amax() <= HIDDEN)
-        and torch.where(hidden, among <= HIDDEN, among == 0).all()
-        and not mask[..., :low].any()
+    return (
+        (after <= HIDDEN).all()
+        & torch.where(hidden, among <= HIDDEN, among == 0).all()
+        & mask[..., :low].any().logical_not()
     )
 
 
+# What masks amount to that no tensor holds, by their nodes.
+_patterns: weakref.WeakKeyDictionary[Node, dict[tuple[Any, ...], str | None]] = weakref.WeakKeyDictionary()
 _PATTERNS = {"none": _is_nothing, "causal": _is_causal}
 
 

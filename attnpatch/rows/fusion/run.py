@@ -7,6 +7,7 @@ a few rows of the mask at a time. So a call holds some rows of its masks and no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -129,13 +130,16 @@ class Fused(Node):
         return SdpaCall(query, key, value, mask, given_scale=self.factor)
 
     def compute(self, tile: Tile, run: Evaluator) -> torch.Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), contextlib.ExitStack() as stack:
             query, key, value = self._operands(tile, run)
             mask = None
             if self.mask_count:
                 mask, low, high = self.added.seen(self.masks, tile, run)
                 key, value = key[..., low:high, :], value[..., low:high, :]
                 mask = fitting(mask, query).expand(*mask.shape[:2], query.shape[-2], high - low)
+                if self.device.type == "cuda":
+                    # A step has as many keys as its rows see, and cuDNN would build a plan for each number.
+                    stack.enter_context(kernel_choice.without_cudnn())
             call = SdpaCall(query, key, value, mask, given_scale=self.factor)
             if self.has_sink:
                 out = self.beside_sink(*_with_lse(call), tile, run)
