@@ -157,6 +157,28 @@ def idefics3():
     return processor, built(T.Idefics3ForConditionalGeneration, config)
 
 
+def idefics2(split=False):
+    """A resampler makes four tokens of each piece of a picture."""
+    tokenizer = tokenizer_with("<end_of_utterance>", image_token="<image>", image_boundary_token="<fake>")
+    pictures = T.Idefics2ImageProcessorPil(
+        size={"shortest_edge": EDGE, "longest_edge": 2 * EDGE}, do_image_splitting=split
+    )
+    processor = T.Idefics2Processor(pictures, tokenizer, image_seq_len=4)
+    resampler = {
+        "resampler_n_latents": 4,
+        "resampler_depth": 1,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 16,
+    }
+    config = T.Idefics2Config(
+        vision_config=VISION | {"image_size": 2 * EDGE},
+        perceiver_config={"hidden_size": 32, "num_key_value_heads": 2, **resampler},
+        text_config=T.MistralConfig(**TEXT).to_dict(),
+        image_token_id=tokenizer.image_token_id,
+    )
+    return processor, built(T.Idefics2ForConditionalGeneration, config)
+
+
 def smolvlm():
     tokenizer = tokenizer_with(*PIECES, image_token="<image>")
     pictures = T.SmolVLMImageProcessorPil(
@@ -403,7 +425,7 @@ def inputs_of(processor, texts, images):
     ) or hasattr(processor, "video_token_id")
     if not with_videos:
         mark = getattr(processor, "boi_token", processor.image_token)
-        nested = isinstance(processor, T.Idefics3Processor | T.Gemma3Processor)
+        nested = isinstance(processor, T.Idefics2Processor | T.Idefics3Processor | T.Gemma3Processor)
         every = images if nested else [image for row in images for image in row]
         texts = [text.replace("{}", f" {mark} ") for text in texts]
         return processor(images=every, text=texts, return_tensors="pt", padding=True)

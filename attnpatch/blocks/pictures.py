@@ -20,12 +20,14 @@ class PictureGrid:
         label: Such as ``"image 1"``.
         height, width: Rows and columns.
         tokens: The position in the sequence of each token, row by row.
+        per_place: How many tokens, one after the other, show the same row and column.
     """
 
     label: str
     height: int
     width: int
     tokens: tuple[int, ...]
+    per_place: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def picture_blocks(prompt: PromptWithPictures, tile: int | None, rest: str) -> T
         for grid in picture.grids:
             step = tile or max(1, -(-max(grid.height, grid.width) // MOST_TILES))
             tiles = Tiles.of_blocks((grid.height, grid.width, step, 0, 1))
-            cells = tiles.cells(tiles.image).tolist()
+            cells = tiles.cells(tiles.image).repeat_interleave(grid.per_place).tolist()
             block |= {token: len(labels) + cell for token, cell in zip(grid.tokens, cells, strict=True)}
             labels += [f"{grid.label} {name}" for name in tiles.labels()]
         if -1 in block.values():

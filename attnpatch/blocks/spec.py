@@ -280,7 +280,7 @@ class Blocks:
         Args:
             processor: The model's processor. Rows and columns are read from its settings and from ``inputs``, never
                 guessed from the number of tokens. Known are LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, 2.5-VL and
-                3-VL, InternVL, PaliGemma, Gemma 3, Idefics 3, SmolVLM, Pixtral, Mistral 3 and Kimi K2.5.
+                3-VL, InternVL, PaliGemma, Gemma 3, Idefics 2 and 3, SmolVLM, Pixtral, Mistral 3 and Kimi K2.5.
             inputs: What the processor returned, with ``input_ids``; a batch has blocks for each sequence.
             tile: Edge of a tile in tokens; ``None``: at most 16 tiles along the longer edge of each picture.
             rest: Label of the text after the last picture.

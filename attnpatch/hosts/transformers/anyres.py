@@ -1,14 +1,19 @@
-"""The tokens of a picture in LLaVA-NeXT and LLaVA-OneVision: whole, then its pieces as one grid, where each row has an end."""
+"""The tokens of a picture in LLaVA-NeXT and LLaVA-OneVision: whole, then its pieces as one grid, where each row has an end.
+
+Of a video of LLaVA-OneVision: all frames, and then one end.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnpatch.blocks.pictures import Picture, PictureGrid
 from attnpatch.errors import BlockError
+from attnpatch.hosts.transformers.picture_facts import does_not_fit, fact, setting, whole_picture
 
 
 def class_tokens(processor: Any) -> int:
@@ -152,3 +157,42 @@ def _unpadded(
     else:
         width -= (width - int(round(size[1] * (height / size[0]), 7))) // 2 * 2
     return height, width
+
+
+def frames_of_onevision(
+    processor: Any, inputs: Mapping[str, Any], places: list[list[int]]
+) -> list[list[Picture]]:
+    """LLaVA-OneVision: all frames of a video, each at half the rows and columns of a picture, and then one end.
+
+    Args:
+        processor: LLaVA-OneVision's.
+        inputs: What it returned; ``pixel_values_videos`` has the number of frames.
+        places: From ``places_of_videos``.
+
+    Raises:
+        BlockError: The tokens are others.
+    """
+    count = setting(processor, "num_image_tokens")
+    side = math.ceil(math.isqrt(count) / 2)
+    if math.isqrt(count) ** 2 != count:
+        raise does_not_fit(f"a frame has {count} tokens before they are pooled, which is no square")
+    frames = iter([len(video) for video in fact(inputs, "pixel_values_videos")])
+    found = []
+    for mine in places:
+        own: list[Picture] = []
+        number = 0
+        while mine:
+            number, shown = number + 1, next(frames, 0)
+            needed = shown * side * side + 1
+            if not shown or len(mine) < needed or mine[needed - 1] - mine[0] != needed - 1:
+                raise does_not_fit(f"video {number} of {shown} frames has no {needed} contiguous tokens")
+            for frame in range(shown):
+                tokens = mine[frame * side * side : (frame + 1) * side * side]
+                own.append(whole_picture(f"video {number} f{frame}", tokens, side, side))
+            # The end of the video shows no place.
+            own[-1] = dataclasses.replace(own[-1], stop=own[-1].stop + 1)
+            mine = mine[needed:]
+        found.append(own)
+    if next(frames, None) is not None:
+        raise does_not_fit("pixel_values_videos has more videos than the tokens")
+    return found

@@ -28,7 +28,13 @@ from attnpatch.hosts.transformers.picture_facts import (
     special_token,
     whole_picture,
 )
-from attnpatch.hosts.transformers.picture_pieces import cut_pictures, joined
+from attnpatch.hosts.transformers.picture_pieces import (
+    cut_pictures,
+    joined,
+    parts_of_kimi,
+    places_of_videos,
+    resampled,
+)
 from attnpatch.plotting.images import as_image
 
 Layout = Callable[[Any, Mapping[str, Any], list[Prompt]], list[list[Picture]]]
@@ -52,8 +58,6 @@ def prompts_with_pictures(
         BlockError: The layout is not known, a fact is missing, or the facts contradict each other.
     """
     name = type(processor).__name__
-    if name in REFUSED:
-        raise BlockError(f"{name}: {REFUSED[name]}; use Blocks.fixed or Blocks.spans.")
     if name not in LAYOUTS:
         raise BlockError(
             f"{name}: it is not known how its image tokens are arranged in rows and columns; known are "
@@ -90,10 +94,19 @@ def _decoded(tokenizer: Any, ids: list[int], start: int, stop: int) -> str:
     return tokenizer.decode(ids[start:stop])
 
 
-def _by_grid(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
+# What a prompt may show, and the part of the processor that has its settings.
+_KINDS = (("image", "image_processor"), ("video", "video_processor"))
+
+
+def _by_grid(
+    processor: Any,
+    inputs: Mapping[str, Any],
+    prompts: list[Prompt],
+    kinds: Sequence[tuple[str, str]] = _KINDS,
+) -> list[list[Picture]]:
     """Qwen2-VL and its successors: ``image_grid_thw`` and ``video_grid_thw`` have each picture's size in patches."""
     found: list[list[Picture]] = [[] for _ in prompts]
-    for kind, part in (("image", "image_processor"), ("video", "video_processor")):
+    for kind, part in kinds:
         mark = special_token(processor, kind)
         places = [[at for at, one in enumerate(prompt.ids) if one == mark] for prompt in prompts]
         if mark is None or not any(places):
@@ -237,33 +250,37 @@ def _llava_next(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]
 
 def _llava_onevision(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """LLaVA-OneVision: as LLaVA-NeXT, with a limit on the pieces' tokens. Of several pictures in one prompt, each whole."""
-    _check_no_video(processor, prompts)
-    pixels = shape_of_pixels(inputs, 5)
-    sizes: Sequence[Any] = torch.as_tensor(fact(inputs, "image_sizes")).reshape(-1, 2).tolist()
-    counts = torch.as_tensor(fact(inputs, "batch_num_images")).flatten().tolist()
-    alone = [count == 1 for count in counts for _ in range(count)]
-    return anyres.pictures_of_onevision(
-        processor, pixels, sizes, alone, [prompt.places for prompt in prompts]
-    )
+    found: list[list[Picture]] = [[] for _ in prompts]
+    if any(prompt.places for prompt in prompts):
+        pixels = shape_of_pixels(inputs, 5)
+        sizes: Sequence[Any] = torch.as_tensor(fact(inputs, "image_sizes")).reshape(-1, 2).tolist()
+        counts = torch.as_tensor(fact(inputs, "batch_num_images")).flatten().tolist()
+        alone = [count == 1 for count in counts for _ in range(count)]
+        places = [prompt.places for prompt in prompts]
+        found = anyres.pictures_of_onevision(processor, pixels, sizes, alone, places)
+    return _with_videos(processor, inputs, prompts, found, anyres.frames_of_onevision)
 
 
-def _check_no_video(processor: Any, prompts: list[Prompt]) -> None:
-    """Check that there is no video, whose tokens are those of several frames.
-
-    Raises:
-        BlockError: There is one.
-    """
-    mark = special_token(processor, "video")
-    if mark is not None and any(mark in prompt.ids for prompt in prompts):
-        raise BlockError(
-            f"{type(processor).__name__}: it is not known which frames the tokens of a video show; use Blocks.spans for it."
-        )
+def _with_videos(
+    processor: Any,
+    inputs: Mapping[str, Any],
+    prompts: list[Prompt],
+    pictures: list[list[Picture]],
+    of_videos: Callable[[Any, Mapping[str, Any], list[list[int]]], list[list[Picture]]],
+) -> list[list[Picture]]:
+    """The pictures of each sequence and its videos, in order."""
+    places = places_of_videos(processor, prompts)
+    if not any(places):
+        return pictures
+    videos = of_videos(processor, inputs, places)
+    both = (one + other for one, other in zip(pictures, videos, strict=True))
+    return [sorted(own, key=lambda picture: picture.start) for own in both]
 
 
 def _kimi(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
     """Kimi K2.5: ``image_grid_thw``, as Qwen2-VL."""
-    _check_no_video(processor, prompts)
-    return _by_grid(processor, inputs, prompts)
+    pictures = _by_grid(processor, inputs, prompts, kinds=_KINDS[:1])
+    return _with_videos(processor, inputs, prompts, pictures, parts_of_kimi)
 
 
 def _pixtral(processor: Any, inputs: Mapping[str, Any], prompts: list[Prompt]) -> list[list[Picture]]:
@@ -309,9 +326,7 @@ LAYOUTS: dict[str, Layout] = {
     "InternVLProcessor": _internvl,
     "PaliGemmaProcessor": _square,
     "Gemma3Processor": _square,
+    "Idefics2Processor": resampled,
     "Idefics3Processor": _pieces,
     "SmolVLMProcessor": _pieces,
-}
-REFUSED = {
-    "Idefics2Processor": "its image tokens are outputs of a resampler, which have no place in the picture",
 }
