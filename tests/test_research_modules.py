@@ -194,3 +194,45 @@ def test_pictures_of_a_batch_are_sequences(prepare):
     for row, probabilities in zip(maps.block_map.mass, weights, strict=True):
         expected = reduced(probabilities, blocks_of(everything), blocks_of(everything)).double()
         torch.testing.assert_close(row[0].double(), expected, atol=2e-6, rtol=0)
+
+
+class StepsOfAttention(Attention):
+    """Attention of several steps at once; with ``before``, the weights have met values already."""
+
+    def __init__(self, steps, before=False):
+        super().__init__()
+        self.steps, self.before = steps, before
+
+    def forward(self, x):
+        weights, value = self.weights(x)
+        first = weights @ value if self.before else 0
+        return (self.steps(weights) @ value + first).transpose(1, 2).flatten(2)
+
+
+STEPS = {
+    "two": lambda p: p @ p,
+    "three": lambda p: p @ p @ p,
+    "one and two": lambda p: 0.5 * p + 0.5 * (p @ p),
+    "einsum": lambda p: torch.einsum("bhij,bhjk->bhik", p, p),
+    "there and back": lambda p: p @ p.mT,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_weights_of_weights(name):
+    """The softmax is not what values are multiplied with."""
+    maps = captured(Model(StepsOfAttention(STEPS[name])), numbers(2, TOKENS, WIDTH))
+    assert "multiplied with weights" in maps.left_out["attention"]
+    assert "attention" not in [kind for maps_of in maps.sequences for kind in maps_of]
+
+
+def test_weights_that_are_multiplied_after_they_met_values():
+    """The map is that of the product with values; what is done with the weights later changes nothing in it."""
+    model, x = Model(StepsOfAttention(STEPS["two"], before=True)), numbers(2, TOKENS, WIDTH)
+    maps = captured(model, x)
+    with torch.no_grad():
+        weights, _ = model.attention.weights(x)
+    assert not maps.left_out
+    for row, probabilities in zip(maps["attention"].mass, weights, strict=True):
+        expected = reduced(probabilities, blocks_of(torch.ones(TOKENS)), blocks_of(torch.ones(TOKENS)))
+        torch.testing.assert_close(row[0].double(), expected.double(), atol=2e-6, rtol=0)

@@ -172,6 +172,10 @@ class ImageObserver(SiteObserver):
             some = None if weights is None else weights[chosen]
             self.add(b, place, tile[chosen], some, *passing.rows)
 
+    def cannot_show(self, reason: str) -> None:
+        """An attention of the site cannot be shown: leave the site out."""
+        self._refuse(reason)
+
     def restart(self) -> None:
         """Forget the tiles of this call."""
         if self.record is not None:

@@ -199,6 +199,12 @@ def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return torch.ones([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
 
 
+OF_WEIGHTS = (
+    "its weights are multiplied with weights instead of with values (attention of several steps at once), so its "
+    "result is not made of the tokens with the weights of one softmax"
+)
+
+
 @op(*NAMES, "linear")
 def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """A product with a deferred operand: computed by rows if it sums over keys, otherwise another node of the graph."""
@@ -213,11 +219,21 @@ def contract(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
     main = deferred_at[0]
     for other in deferred_at[1:]:
         if not _share_rows(product, main, other):
+            _tell_of_weights(product.operands[main], product.operands[other])
             materialized = list(product.operands)
             materialized[other] = materialize(materialized[other], name)
             a, k = product.rebuild(materialized, product.added)
             return contract(name, func, a, k)
     return _contracted(func, product, deferred_at)
+
+
+def _tell_of_weights(*operands: Any) -> None:
+    """Leave a site out if two deferred tensors that are multiplied are both probabilities, and were not shown before."""
+    call, nodes = operands[0].handle.call, [observed.before_dropout(each.handle.node) for each in operands]
+    shown = call.sources.shown if call.sources is not None else []
+    is_shown = any(node is other for node in nodes for other in shown)
+    if call.observer is not None and not is_shown and all(any(s.whole for s in walk(n)) for n in nodes):
+        call.observer.cannot_show(OF_WEIGHTS)
 
 
 def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:

@@ -91,6 +91,21 @@ def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
     return found
 
 
+def before_dropout(node: Node) -> Node:
+    """The probabilities before dropout and casts."""
+    while (
+        isinstance(node, Dropout)
+        or (isinstance(node, ViewNode) and node.dims == node.children[0].dims)
+        or (
+            isinstance(node, OpNode)
+            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
+            and len(node.children) == 1
+        )
+    ):
+        node = node.children[0]
+    return node
+
+
 def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[Node, Look] | None:
     """The node to show an observer (the probabilities before dropout and casts) and the function that shows it.
 
@@ -104,17 +119,7 @@ def watch(probabilities: Node, keys: list[Axis], site: AttentionCall) -> tuple[N
     observer = site.observer
     if observer is None:
         return None
-    node = probabilities
-    while (
-        isinstance(node, Dropout)
-        or (isinstance(node, ViewNode) and node.dims == node.children[0].dims)
-        or (
-            isinstance(node, OpNode)
-            and getattr(node.func, "__name__", "") in _AFTER_SOFTMAX
-            and len(node.children) == 1
-        )
-    ):
-        node = node.children[0]
+    node = before_dropout(probabilities)
     normalised = {leaf for step in walk(node) for leaf in leaves(step.whole)}
     axes = [leaf for dim in node.dims for leaf in leaves(dim)]
     if not normalised or len(set(axes)) != len(axes):
