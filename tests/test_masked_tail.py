@@ -9,7 +9,7 @@ import attnpatch
 from attnpatch import Blocks
 from attnpatch.rows.evaluate import masked_tail
 
-LENGTH = 2048
+LENGTH = 1536
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attnpatch.rows.deferred.tensor import DeferredTensor, site_of
-from attnpatch.rows.graph.nodes import map_structure
+from attnpatch.rows.graph.nodes import InputNode, map_structure
 
 
 def first_deferred(args: Any, kwargs: dict[str, Any]) -> DeferredTensor:
@@ -31,3 +31,19 @@ def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
 
 def argument(args: Any, kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
     return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def positions_of(dims: Any, count: int) -> list[int] | None:
+    """Dimensions as a list of numbers >= 0; ``None`` if they are not valid integers."""
+    if isinstance(dims, int) and not isinstance(dims, bool):
+        dims = [dims]
+    if not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    if not all(isinstance(d, int) and not isinstance(d, bool) and -count <= d < count for d in dims):
+        return None
+    return [d % count for d in dims]
+
+
+def read_whole(value: Any) -> Any:
+    """A tensor as a node that every step reads whole; anything else as it is."""
+    return InputNode(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value

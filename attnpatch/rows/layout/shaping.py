@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.arguments import argument
+from attnpatch.rows.arguments import argument, positions_of
 from attnpatch.rows.deferred import memory_layout, sharing, views
 from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
 from attnpatch.rows.graph.axes import Dim, Dims, fresh, regroup, size_of
@@ -174,7 +174,7 @@ def permute(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
 def movedim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     count = len(args[0].handle.node.dims)
     moved, places = (
-        _positions(argument(args, kwargs, i, key), count) for i, key in ((1, "source"), (2, "destination"))
+        positions_of(argument(args, kwargs, i, key), count) for i, key in ((1, "source"), (2, "destination"))
     )
     if moved is None or places is None or len(moved) != len(places):
         return NotImplemented
@@ -182,13 +182,6 @@ def movedim(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, An
     for place, dim in sorted(zip(places, moved, strict=True)):
         order.insert(place, dim)
     return _permuted(args[0], order) if sorted(order) == list(range(count)) else NotImplemented
-
-
-def _positions(dims: Any, count: int) -> list[int] | None:
-    dims = [dims] if isinstance(dims, int) else dims
-    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
-        return None
-    return [dim % count for dim in dims]
 
 
 @op("expand", "expand_as", is_view=True)

@@ -12,20 +12,10 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.arguments import argument, deferred_in
-from attnpatch.rows.deferred.tensor import (
-    DeferredTensor,
-    wrap,
-)
-from attnpatch.rows.graph.axes import (
-    KEY,
-    ROW,
-    Axis,
-    Dim,
-    fresh,
-    leaves,
-)
-from attnpatch.rows.graph.nodes import InputNode, Node, OutputNode, map_structure
+from attnpatch.rows.arguments import argument, deferred_in, positions_of, read_whole
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.graph.axes import KEY, ROW, Axis, Dim, fresh, leaves
+from attnpatch.rows.graph.nodes import Node, OutputNode, map_structure
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.layout.joining import flip_rows, roll_rows
 from attnpatch.rows.op_table import ALONG, PAIRS, REDUCING, op
@@ -78,17 +68,6 @@ WITHIN: dict[str, Which] = {
 }
 
 
-def _positions(dims: Any, count: int) -> list[int] | None:
-    """Dimensions as a list of numbers >= 0; ``None`` if they are not valid integers."""
-    if isinstance(dims, int) and not isinstance(dims, bool):
-        dims = [dims]
-    if not isinstance(dims, (list, tuple)) or not dims:
-        return None
-    if not all(isinstance(d, int) and not isinstance(d, bool) and -count <= d < count for d in dims):
-        return None
-    return [d % count for d in dims]
-
-
 @op(*WITHIN)
 def within(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(args[0], DeferredTensor):
@@ -112,7 +91,7 @@ def complete_along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[
     if not isinstance(source, DeferredTensor) or deferred_in(args[1:], kwargs):
         return NotImplemented
     node = source.handle.node
-    positions = _positions(dims, len(node.dims))
+    positions = positions_of(dims, len(node.dims))
     if positions is None:
         return NotImplemented
     if any(axis.kind == ROW for i in positions for axis in leaves(node.dims[i])):
@@ -175,7 +154,7 @@ def becoming(
     new = [axis for dims in found if dims for dim in dims for axis in dim]
     whole: list[Axis] = [axis for i in positions for axis in node.dims[i]]
     whole += [axis for axis in new if axis not in {axis for dim in node.dims for axis in dim}]
-    rest, kwargs = map_structure(rest, _read_whole), map_structure(kwargs, _read_whole)
+    rest, kwargs = map_structure(rest, read_whole), map_structure(kwargs, read_whole)
     first = found[0] or ()
     call = OpNode(func, (node, *rest), kwargs, first, results[0].dtype, node.device, tuple(whole))
     if not isinstance(told, tuple):
@@ -185,10 +164,6 @@ def becoming(
         for i, (dims, result) in enumerate(zip(found, results, strict=True))
     )
     return picked if type(told) is tuple else type(told)(picked)
-
-
-def _read_whole(value: Any) -> Any:
-    return InputNode(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
 
 
 def _dims(node: Node, positions: Sequence[int], result: torch.Tensor) -> tuple[Dim, ...] | None:
@@ -233,7 +208,7 @@ def _mark_keys(node: Node, axes: list[Axis]) -> None:
 @op(*ALONG)
 def along(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
-    positions = _positions(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
+    positions = positions_of(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
     if node is None or positions is None:
         return NotImplemented
     if mixes_figures(node, positions):
@@ -259,7 +234,7 @@ def mixes_figures(node: Node, positions: list[int]) -> bool:
 @op(*REDUCING)
 def reducing(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     node = args[0].handle.node if isinstance(args[0], DeferredTensor) else None
-    positions = _positions(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
+    positions = positions_of(argument(args, kwargs, 1, "dim"), len(node.dims)) if node is not None else None
     if node is not None and len(args) == 1 and not kwargs and name in _EXTREMES:
         return extreme(name, func, args[0])
     if node is None or positions is None:
@@ -289,5 +264,5 @@ def pairs(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return extreme(name, func, args[0])
     node = args[0].handle.node
     dim = argument(args, kwargs, 2 if name == "topk" else 1, "dim", None if name in ("max", "min") else -1)
-    positions = _positions(dim, len(node.dims))
+    positions = positions_of(dim, len(node.dims))
     return NotImplemented if positions is None else _with(args[0], func, args[1:], kwargs, positions)

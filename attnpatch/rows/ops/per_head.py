@@ -7,14 +7,9 @@ from typing import Any
 
 import torch
 
-from attnpatch.rows.arguments import argument, deferred_in
-from attnpatch.rows.deferred.tensor import (
-    DeferredTensor,
-    wrap,
-)
-from attnpatch.rows.graph.axes import (
-    fresh,
-)
+from attnpatch.rows.arguments import argument, deferred_in, read_whole
+from attnpatch.rows.deferred.tensor import DeferredTensor, wrap
+from attnpatch.rows.graph.axes import fresh
 from attnpatch.rows.graph.nodes import InputNode, map_structure
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import op
@@ -38,12 +33,8 @@ def tabled(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any
     node = source.handle.node
     one = torch.ones([1] * len(node.dims), dtype=node.dtype, device=node.device)
     told = func(*args[:place], one, *args[place + 1 :], **kwargs)
-
-    def read(value: Any) -> Any:
-        return InputNode(value, ((),) * value.dim()) if isinstance(value, torch.Tensor) else value
-
-    given = (*map(read, args[:place]), node, *map(read, args[place + 1 :]))
-    call = OpNode(func, given, map_structure(kwargs, read), node.dims, told.dtype, node.device)
+    given = (*map(read_whole, args[:place]), node, *map(read_whole, args[place + 1 :]))
+    call = OpNode(func, given, map_structure(kwargs, read_whole), node.dims, told.dtype, node.device)
     return wrap(call, source.handle.call)
 
 
@@ -97,8 +88,7 @@ def pointwise_convolution(name: str, func: Callable[..., Any], args: Any, kwargs
     mixed = fresh([weight.shape[0]])
     dims = (node.dims[0], *mixed, *node.dims[2:])
     dtype = probe(func, (source, weight), {}).dtype
-    places = {"weight": weight, "bias": bias}
-    leaf = {key: None if t is None else InputNode(t, ((),) * t.dim()) for key, t in places.items()}
+    leaf = {"weight": read_whole(weight), "bias": read_whole(bias)}
     rest = {"stride": stride, "padding": padding, "dilation": argument(args, kwargs, 5, "dilation", 1)}
     rest["groups"] = argument(args, kwargs, 6, "groups", 1)
     call = OpNode(func, (node,), {**leaf, **rest}, dims, dtype, node.device, (*node.dims[1], *mixed[0]))
