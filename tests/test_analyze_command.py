@@ -33,6 +33,11 @@ def two(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return chats.write_good(tmp_path_factory.mktemp("one") / "one.jsonl", 1)
+
+
+@pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     return chats.write_mixed(tmp_path_factory.mktemp("mixed") / "mixed.jsonl")
 
@@ -83,12 +88,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option(name, chat_model, two, tmp_path):
+def test_option(name, chat_model, one, tmp_path):
     arguments, facts = OPTIONS[name]
-    result = analyze("--model", chat_model, "--json", two, "--out", tmp_path, *arguments)
+    result = analyze("--model", chat_model, "--json", one, "--out", tmp_path, "--no-pictures", *arguments)
     assert result.exit_code == 0, said(result)
     assert said(result) == ""
-    block_map = BlockMap.load(tmp_path / "two-00001.safetensors")
+    block_map = BlockMap.load(tmp_path / "one-00001.safetensors")
     for fact, value in {"method": "sequential", **facts}.items():
         assert block_map.metadata[fact] == value
     assert block_map.layers == ((1,) if name in ("last", "negative") else (0, 1))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
+import fresh
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -169,7 +170,5 @@ def test_help_lists_the_commands():
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "attnpatch", *arguments], capture_output=True, text=True, check=False
-    )
+    done = fresh.run("-m", "attnpatch", *arguments)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

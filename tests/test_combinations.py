@@ -281,6 +281,10 @@ def orders() -> list:
         for first in ("patch", "tool"):
             for last in ("patch", "tool") if tool.take else ("tool",):
                 marks = [NO_COMPILER] if "inductor" in tool.name else []
+                # Each order with "compile", "compiled_forward" and "compiled_parts"; of these, those where one thing
+                # is taken off after the other was put on.
+                if tool.name in ("compile_fullgraph", "inductor_core", "inductor") and first == last:
+                    marks.append(pytest.mark.long)
                 name = f"{tool.name}-{first}_first-{last}_stays"
                 found.append(pytest.param(tool, first, last, id=name, marks=marks))
     return found
