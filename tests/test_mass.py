@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpatch.blocks.spec import Blocks
-from attnpatch.recording.block_sums import add_tile
+from attnpatch.recording.block_sums import Runs, add_tile
 
 
 def reference(probabilities, query_assignment, key_assignment, query_blocks, key_blocks, weights=None):
@@ -36,6 +36,19 @@ def make_tile(batch, heads, rows, kv_len, dtype=torch.float32, seed=0):
 def close(sums, expected, rows):
     """Compare as means, as block maps are: divided by the number of rows that went in."""
     torch.testing.assert_close(sums / rows, expected / rows, atol=1e-6, rtol=0)
+
+
+@given(
+    blocks=st.lists(st.integers(-1, 3), min_size=1, max_size=40),
+    first=st.integers(0, 50),
+    span=st.tuples(st.integers(0, 39), st.integers(0, 39)),
+)
+def test_runs_of_a_part(blocks, first, span):
+    low, high = min(*span, len(blocks) - 1), min(max(span) + 1, len(blocks))
+    found = Runs(torch.tensor(blocks), first).within(first + low, first + high)
+    stops = [0, *(stop for _, stop in found)]
+    spelled = [block for (block, stop), start in zip(found, stops, strict=False) for _ in range(stop - start)]
+    assert spelled == blocks[low:high]
 
 
 @given(

@@ -11,6 +11,7 @@ from test_known_facts import captured, tokens
 from test_moved_tokens import BACK, ORDER, SQUARE, Model, MovedInside, is_mapped
 
 import attnpatch
+from attnpatch.rows.provenance.unseen_writes import sum_of_sample
 
 
 def by_numpy(x):
@@ -326,3 +327,16 @@ def test_padding_that_is_zeros_is_no_token_that_is_lost():
     with pytest.warns(Warning, match="code that attnpatch cannot follow"):
         maps = captured(model, lambda: model(ids, mask.float()))
     assert sorted(maps.left_out) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("count", [1, 16, 17, 300, 4000])
+@torch.inference_mode()
+def test_the_checksum_of_a_memory_differs_if_two_of_its_rows_change_places(count, dtype):
+    x = torch.randint(0, 2, (count + 1, 64), generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = sum_of_sample(x)
+    assert sum_of_sample(x[3:]) == before == sum_of_sample(x.T)
+    for one in {0, count // 2, count - 1}:
+        changed = x.clone()
+        changed[[one, one + 1]] = x[[one + 1, one]]
+        assert sum_of_sample(changed) != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from attnpatch import compat
 from attnpatch.blocks.heads import chosen_heads
 from attnpatch.blocks.partition import Partition
 from attnpatch.observing import Observer, TileInfo
-from attnpatch.recording.block_sums import add_tile
+from attnpatch.recording.block_sums import Runs, add_tile
 from attnpatch.recording.call_facts import OFF, OFF_FUSED
 from attnpatch.sdpa_call import SdpaCall
 
@@ -89,17 +90,24 @@ class SiteObserver(Observer):
         self.past = 0
         self.is_shown, self.off = False, OFF
         self.rows_apart: torch.Tensor | None = None
+        # The latest leads, and what they are: most tiles of an attention have the same.
+        self._leads: tuple[Any, ...] = (None, None, [])
+        # A partition of queries, the number of its tokens that came before, and for each sequence the runs of the rest.
+        self._runs: tuple[Any, int, dict[int, Runs]] = None, 0, {}
 
     def observe(self, probabilities: torch.Tensor, passing: TileInfo) -> None:
         """Add ``[leads, rows, kv_len]`` probabilities."""
         if not self.is_shown:
             return
         # Sums are products with ones, which autocast would compute in half precision; modes must not see them.
-        with torch.autocast(probabilities.device.type, enabled=False), compat.DisableTorchFunction():
+        device = probabilities.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        with (
+            torch.autocast(device, enabled=False) if is_cast else contextlib.nullcontext(),
+            compat.DisableTorchFunction(),
+        ):
             if passing.q_len != self.layout.q_len:
                 probabilities, passing = heads_as_leads(probabilities, passing)
-            if self.layout.numbers is not None:
-                passing = dataclasses.replace(passing, leads=self.layout.numbers[passing.leads])
             self.off = max(self.off, torch.finfo(probabilities.dtype).eps)
             for sequence in self.of_sequences(probabilities, passing, self.layout.heads):
                 self.add_sequence(*sequence, passing)
@@ -176,16 +184,14 @@ class SiteObserver(Observer):
         self, probabilities: torch.Tensor, passing: TileInfo, num_heads: int
     ) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor | None]]:
         """For each sequence in a tile: its number, its heads (ascending), its part of the tile and of the weights."""
-        sequences, heads = passing.leads // num_heads, passing.leads % num_heads
-        for b in sequences.unique().tolist():
-            mine = sequences == b
-            numbers = heads[mine].tolist()
+        if self._leads[0] is not passing.leads or self._leads[1] is not self.layout:
+            leads = passing.leads if self.layout.numbers is None else self.layout.numbers[passing.leads]
+            self._leads = passing.leads, self.layout, [*_sequences(leads, num_heads)]
+        for b, numbers, order in self._leads[2]:
             tile, weights = probabilities, passing.weights
-            if len(numbers) < len(mine) or numbers != sorted(numbers):
-                order = mine.nonzero().flatten()
-                order = order[heads[order].argsort()]
-                numbers, order = heads[order].tolist(), order.to(probabilities.device)
-                tile, weights = tile[order], None if weights is None else weights[order]
+            if order is not None:
+                at = order.to(probabilities.device)
+                tile, weights = tile[at], None if weights is None else weights[at]
             yield b, numbers, tile, weights
 
     def places(self, numbers: list[int], num_heads: int) -> Iterator[tuple[slice, slice]]:
@@ -206,14 +212,34 @@ class SiteObserver(Observer):
     ) -> None:
         """Add ``[heads, rows, kv_len]``, the query tokens ``low:high`` of sequence ``b``."""
         assert self.record is not None
-        query, columns = self.record.query.assignment[b, low:high], self._columns[b, : tile.shape[-1]]
-        add_tile(self.record.sums[b, place], tile, query, columns, weights)
+        query, columns = self.record.query.assignment[b], self._columns[b, : tile.shape[-1]]
+        if self._runs[:2] != (self.record.query, self.past):
+            self._runs = self.record.query, self.past, {}
+        own = self._runs[2]
+        if b not in own:
+            own[b] = Runs(query[self.past :], self.past)
+        runs = own[b].within(low, high)
+        add_tile(self.record.sums[b, place], tile, query[low:high], columns, weights, runs)
 
     def count(self, b: int, low: int, high: int) -> None:
         """Count the query tokens ``low:high`` of a sequence as summed."""
         assert self.record is not None
         block = self.record.query.assignment[b, low:high]
         self.record.counts[b].index_add_(0, block.clamp(min=0), (block >= 0).double())
+
+
+def _sequences(leads: torch.Tensor, num_heads: int) -> Iterator[tuple[int, list[int], torch.Tensor | None]]:
+    """For each sequence among leads: its number, its heads (ascending), and their places; ``None``: all, in order."""
+    sequences, heads = leads // num_heads, leads % num_heads
+    for b in sequences.unique().tolist():
+        mine = sequences == b
+        numbers = heads[mine].tolist()
+        order = None
+        if len(numbers) < len(mine) or numbers != sorted(numbers):
+            order = mine.nonzero().flatten()
+            order = order[heads[order].argsort()]
+            numbers = heads[order].tolist()
+        yield b, numbers, order
 
 
 def heads_as_leads(probabilities: torch.Tensor, passing: TileInfo) -> tuple[torch.Tensor, TileInfo]:

@@ -5,6 +5,8 @@ ones; this is as fast as memory can be read. Only then are columns summed into k
 scattered instead of the whole run. Where nearly every row is in a block of its own, keys are summed into blocks first.
 """
 
+import bisect
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,33 @@ _SHORT_RUN = 4
 _LONG_RUN = 16
 
 
+class Runs:
+    """The ranges of adjacent tokens in one block.
+
+    Args:
+        blocks: int64 ``[tokens]``, the block of each token.
+        first: The number of the first token.
+    """
+
+    def __init__(self, blocks: Tensor, first: int = 0) -> None:
+        found, lengths = blocks.unique_consecutive(return_counts=True)
+        self._blocks: list[int] = found.tolist()
+        self._stops: list[int] = (lengths.cumsum(0) + first).tolist()
+
+    def within(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The ranges among tokens ``low:high``: the block of each, and the number of tokens up to its end."""
+        first, last = bisect.bisect_right(self._stops, low), bisect.bisect_left(self._stops, high)
+        stops = (min(stop, high) - low for stop in self._stops[first : last + 1])
+        return list(zip(self._blocks[first : last + 1], stops, strict=True))
+
+
 def add_tile(
-    sums: Tensor, rows: Tensor, blocks: Tensor, columns: Tensor, weights: Tensor | None = None
+    sums: Tensor,
+    rows: Tensor,
+    blocks: Tensor,
+    columns: Tensor,
+    weights: Tensor | None = None,
+    runs: list[tuple[int, int]] | None = None,
 ) -> None:
     """Add rows of one sequence to the sums of its blocks, heads summed or apart.
 
@@ -28,21 +55,24 @@ def add_tile(
         blocks: int64 ``[rows]`` on the CPU, the block of each row, -1 for none (its values are never looked at).
         columns: int64 ``[kv_len]``, the bin of each key.
         weights: ``[H, rows]`` factors; 1 when left out.
+        runs: The ranges of rows in one block, if they are known; see ``Runs.within``.
     """
-    found, lengths = blocks.unique_consecutive(return_counts=True)
-    if len(found) * _SHORT_RUN > len(blocks):
+    count = rows.shape[1]
+    if runs is None:
+        runs = Runs(blocks).within(0, count)
+    if len(runs) * _SHORT_RUN > count:
         add_rows(sums, rows, blocks, columns, weights)
         return
-    stop, runs = 0, []
-    for block, length in zip(found.tolist(), lengths.tolist(), strict=True):
-        start, stop = stop, stop + length
+    stop, own = 0, []
+    for block, end in runs:
+        start, stop = stop, end
         if block >= 0:
             factors = None if weights is None else weights[:, start:stop]
-            runs.append(run_sum(rows[:, start:stop], len(sums) > 1, factors))
-    if runs and rows.device != sums.device:
+            own.append(run_sum(rows[:, start:stop], len(sums) > 1, factors))
+    if own and rows.device != sums.device:
         # All runs are moved at once: every copy waits for the device.
-        runs = list(torch.stack(runs).to(sums.device))
-    for block, summed in zip(found[found >= 0].tolist(), runs, strict=True):
+        own = list(torch.stack(own).to(sums.device))
+    for block, summed in zip([block for block, _ in runs if block >= 0], own, strict=True):
         sums[:, block].scatter_add_(1, columns.expand(summed.shape), like(sums, summed))
 
 

@@ -9,6 +9,7 @@ code has asked for the address, the memory's contents are compared before a note
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import weakref
@@ -36,6 +37,8 @@ _CHUNK = 1 << 23
 # A sample has about this many words of 4 bytes, and every 61st at least, so that a row of a tensor is hardly missed.
 _SAMPLE = 1 << 13
 _STEPS = (1, 7, 31, 61)
+# Memory of at most this many bytes is compared as a whole.
+_SMALL = 1 << 12
 
 
 @dataclasses.dataclass(slots=True)
@@ -285,12 +288,17 @@ def place_of(tensor: torch.Tensor) -> int:
 
 
 def sum_of_sample(tensor: torch.Tensor) -> int:
-    """A checksum of a part of a tensor's memory, spread over all of it."""
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    words = flat[: len(flat) // 4 * 4].view(torch.int32) if len(flat) > 3 else flat
-    step = next((step for step in _STEPS if len(words) <= step * _SAMPLE), _STEPS[-1])
-    part = words[::step]
-    return int((part * _keys(len(part), part.device)).sum())
+    """A checksum of a part of a tensor's memory, spread over all of it; of all of it if there is little."""
+    memory = tensor.untyped_storage()
+    size = memory.nbytes()
+    if size <= _SMALL and tensor.device.type == "cpu":
+        return hash(ctypes.string_at(memory.data_ptr(), size))
+    words, dtype = (size // 4, torch.int32) if size > 3 else (size, torch.uint8)
+    step = next((step for step in _STEPS if words <= step * _SAMPLE), _STEPS[-1])
+    count = -(-words // step)
+    part = torch.empty(0, dtype=dtype, device=tensor.device).set_(memory, 0, (count,), (step,))
+    # The product has 64 bits: the lower bits of most numbers are alike.
+    return int((part * _keys(count, part.device)).sum())
 
 
 @functools.lru_cache(16)

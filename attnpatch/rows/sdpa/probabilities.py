@@ -6,6 +6,7 @@ exponential, and each row is read once. FlashAttention's backward pass does the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -110,26 +111,36 @@ def _show(
     # With few rows (one per generated token), a tile has several key heads.
     together = max(1, min(outer[-1], elements // (group * count * kv_len)))
     places_of_batch = enumerate(itertools.product(*map(range, outer[:-1])))
-    for (number, at), first_head in itertools.product(places_of_batch, range(0, outer[-1], together)):
-        heads = slice(first_head, min(first_head + together, outer[-1]))
-        begin = number * outer[-1]
-        leads = torch.arange((begin + heads.start) * group, (begin + heads.stop) * group)
-        known = None if lse is None else lse[at][heads]
-        own = _Heads(query[at][heads], key[at][heads], known, call.scale, call.adds_mask)
-        for low, high, places in _spans(call, rows, elements // (group * together)):
-            tile_mask = (
-                masks.rows(at, heads, low, high) if places is None else masks.picked(at, heads, places)
-            )
-            # These products, and the observer's sums, are attnpatch's own: full precision, no autocast.
-            with torch.autocast(query.device.type, enabled=False), in_full(own.query):
-                powers, weights = own.powers(low, high, tile_mask, call.is_causal, places)
-                if grad is not None:
-                    seen_values = value[at][heads, None, : powers.shape[-1]].to(powers.dtype)
-                    powers.mul_(grad[at][heads, :, low:high].to(powers.dtype) @ seen_values.mT)
-                where_from = TileInfo(
-                    leads, (low, high), math.prod(lead), q_len, kv_len, weights.flatten(0, 1), places
+    # These products, and the observer's sums, are attnpatch's own: full precision, no autocast. Not so the graph of a
+    # mask, which is the host's.
+    is_own, nothing = masks.graph is None, contextlib.nullcontext()
+    with _exactly(query) if is_own else nothing:
+        for (number, at), first_head in itertools.product(places_of_batch, range(0, outer[-1], together)):
+            heads = slice(first_head, min(first_head + together, outer[-1]))
+            begin = number * outer[-1]
+            leads = torch.arange((begin + heads.start) * group, (begin + heads.stop) * group)
+            known = None if lse is None else lse[at][heads]
+            own = _Heads(query[at][heads], key[at][heads], known, call.scale, call.adds_mask)
+            for low, high, places in _spans(call, rows, elements // (group * together)):
+                tile_mask = (
+                    masks.rows(at, heads, low, high) if places is None else masks.picked(at, heads, places)
                 )
-                observer.observe(powers.flatten(0, 1), where_from)
+                with nothing if is_own else _exactly(query):
+                    powers, weights = own.powers(low, high, tile_mask, call.is_causal, places)
+                    if grad is not None:
+                        seen_values = value[at][heads, None, : powers.shape[-1]].to(powers.dtype)
+                        powers.mul_(grad[at][heads, :, low:high].to(powers.dtype) @ seen_values.mT)
+                    where_from = TileInfo(
+                        leads, (low, high), math.prod(lead), q_len, kv_len, weights.flatten(0, 1), places
+                    )
+                    observer.observe(powers.flatten(0, 1), where_from)
+
+
+@contextlib.contextmanager
+def _exactly(tensor: torch.Tensor) -> Iterator[None]:
+    """In the block, products on a tensor's device have full precision, and autocast is off."""
+    with torch.autocast(tensor.device.type, enabled=False), in_full(tensor):
+        yield
 
 
 def _spans(
