@@ -25,6 +25,7 @@ from attnpatch.rows.kernels.table import kernel_of
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.provenance import observed
+from attnpatch.rows.provenance.unseen_writes import may_write
 from attnpatch.rows.sdpa import cuttable, encoder_fast_paths, serve
 from attnpatch.rows.watching import Watching
 
@@ -74,7 +75,7 @@ class RowsMode(Watching):
 
     def answer(self, func: Callable[..., Any], types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         sources = self.call.sources
-        if sources is not None and torch.is_inference_mode_enabled():
+        if sources is not None and torch.is_inference_mode_enabled() and may_write(func, kwargs):
             with compat.DisableTorchFunction():
                 sources.before(func, args, kwargs)
         result = self._answer(func, types, args, kwargs)

@@ -207,10 +207,10 @@ class TextObserver(SiteObserver):
         record, heads = self.record, self.layout.heads
         assert record is not None
         low, high = self.past + passing.rows[0], self.past + passing.rows[1]
-        rows = None
         if record.measures is not None or self.sample is not None:
-            rows = torch.arange(*passing.rows) if passing.positions is None else passing.positions
-            rows = rows + self.past
+            rows = self.past + (
+                torch.arange(*passing.rows) if passing.positions is None else passing.positions
+            )
         if record.measures is not None:
             self._measure(b, numbers, tile, weights, rows)
         if 0 in numbers and self.sample is None:

@@ -9,8 +9,10 @@ to the axis and not to a position.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +41,8 @@ class Axis:
     """
 
     __slots__ = ("_alias", "_parts", "kind", "made_by", "part_of", "size")
+    # Another object after every change to the leaves of any axis, so that others can keep what they found of leaves.
+    latest: ClassVar[object] = object()
 
     def __init__(self, size: int, kind: str = LEAD) -> None:
         self.size = size
@@ -62,6 +66,7 @@ class Axis:
 
     def split(self, outer: int) -> None:
         """Cut this leaf into ``outer`` x (size / outer)."""
+        Axis.latest = object()
         self._parts = (Axis(outer, self.kind), Axis(self.size // outer, self.kind))
         for part in self._parts:
             part.made_by, part.part_of = self.made_by, self
@@ -76,6 +81,7 @@ class Axis:
     def unify_with(self, other: Axis) -> None:
         """Make this leaf another name of the leaf ``other``."""
         if other is not self:
+            Axis.latest = object()
             self._alias = other
 
 
@@ -85,15 +91,21 @@ Tile = dict[Axis, tuple[int, int]]
 
 
 def leaves(axes: Iterable[Axis]) -> list[Axis]:
-    return [leaf for axis in axes for leaf in axis.leaves() if leaf.size > 1]
+    found: list[Axis] = []
+    for axis in axes:  # a loop, since this is called for every function that is followed
+        if axis._alias is not None or axis._parts is not None:
+            found += [leaf for leaf in axis.leaves() if leaf.size > 1]
+        elif axis.size > 1:
+            found.append(axis)
+    return found
 
 
 def all_leaves(dims: Dims) -> list[Axis]:
-    return [leaf for dim in dims for leaf in leaves(dim)]
+    return leaves(itertools.chain.from_iterable(dims))
 
 
 def size_of(dim: Dim) -> int:
-    return math.prod(axis.size for axis in dim)
+    return dim[0].size if len(dim) == 1 else math.prod(axis.size for axis in dim)
 
 
 def fresh(shape: Iterable[int], kind: str = LEAD) -> Dims:

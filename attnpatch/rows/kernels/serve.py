@@ -183,7 +183,7 @@ def _show_piece(call: KernelCall, output: Callable[[Any], torch.Tensor], result:
     sdpa = call.as_sdpa(masked(call, site))
     if not observer.is_of_gradient:
         serve.show_beside(sdpa, site)
-    elif (first := next(tensors_in(result), None)) is not None and first.requires_grad:
+    elif (first := next(iter(tensors_in(result)), None)) is not None and first.requires_grad:
         first.register_hook(functools.partial(_show_gradient, sdpa, site, output))
 
 

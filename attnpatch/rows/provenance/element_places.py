@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -59,10 +60,19 @@ WRITES = frozenset("copy_ data_ index_copy_ __setitem__ index_put_ scatter_".spl
 
 def name_of(func: Any) -> str:
     """The name of a torch function; the same for all overloads of an operator."""
+    try:
+        return _name_of(func)
+    except TypeError:  # it cannot be hashed
+        return _name_of.__wrapped__(func)
+
+
+@functools.lru_cache(1024)
+def _name_of(func: Any) -> str:
     name = called(func)
     return name if name.startswith("torch._ops.") else name.partition(".")[0]
 
 
+@functools.lru_cache(4096)
 def is_of(name: str, names: frozenset[str]) -> bool:
     """True if a function, or its form that is not in place (of ``add_``, ``__iadd__``), is among ``names``."""
     return name in names or name.rstrip("_") in names or (name[:3] == "__i" and f"__{name[3:]}" in names)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch.rows.graph.axes import Axis, Dim, Dims, all_leaves, fresh, leaves, regroup, size_of
 from attnpatch.rows.graph.strides import single, viewed
@@ -15,7 +14,7 @@ from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import Made, Origins
 from attnpatch.rows.provenance.residuals import shows, shows_all, summand
-from attnpatch.rows.provenance.tensors import share_memory
+from attnpatch.rows.provenance.tensors import ByTensor, share_memory
 from attnpatch.rows.provenance.unseen_writes import Notes
 
 
@@ -40,7 +39,7 @@ class FunctionResults(Origins):
         # For axes that a function has made by moving elements: its name.
         self.moved_by: dict[Axis, str] = {}
         # For views with a single element of a dimension: which element.
-        self._singles: Any = WeakIdKeyDictionary()
+        self._singles = ByTensor()
 
     def _found(
         self, name: str, args: Any, kwargs: dict[str, Any], operands: list[torch.Tensor], result: torch.Tensor
@@ -172,24 +171,33 @@ class FunctionResults(Origins):
         found: list[Dim] = []
         for place, size in enumerate(shape):
             back = len(shape) - place
-            here = [
-                (t, own[-back]) for t, own in known if back <= len(own) and size_of(own[-back]) == size != 1
-            ]
-            there = [(t, dim) for t, dim in here if any(t is one for one in whole)]
-            out_of_order = {
-                id(t)
-                for t, dim in there
-                if self._has_losses(dim) or (beside is not None and self._is_moved(dim))
-            }
-            lost = [(t, dim) for t, dim in there if id(t) in out_of_order]
-            clean = [one for one in there if lost and id(one[0]) not in out_of_order and beside is not None]
-            value = lost[0][0] if lost and beside else None
-            shown = (one for one in clean if self._shows(one[0], value, place))
-            choice = next(shown, None) or next(iter(lost or here), None)
-            found.append(fresh([size])[0] if choice is None else choice[1])
+            here = []
+            for tensor, own in known:
+                if size != 1 and back <= len(own) and size_of(own[-back]) == size:
+                    here.append((tensor, own[-back]))
+            found.append(self._choice(here, whole, place, beside) if here else fresh([size])[0])
         # If a dimension is in no operand, all positions along it hold the same token.
         before = tuple(dim for _, own in known for dim in own)
         return self._lost(tuple(found), before) or tuple(found)
+
+    def _choice(
+        self,
+        here: list[tuple[torch.Tensor, Dim]],
+        whole: list[torch.Tensor],
+        place: int,
+        beside: bool | None,
+    ) -> Dim:
+        """The axes of one dimension, among those of the operands that have it; see ``_by_place``."""
+        lost, clean = [], []
+        for one in here:
+            if any(one[0] is tensor for tensor in whole):
+                is_lost = self._has_losses(one[1]) or (beside is not None and self._is_moved(one[1]))
+                (lost if is_lost else clean).append(one)
+        if not lost:
+            return here[0][1]
+        value = lost[0][0] if beside else None
+        shown = (one for one in clean if beside is not None and self._shows(one[0], value, place))
+        return (next(shown, None) or lost[0])[1]
 
     def _has_losses(self, dim: Dim) -> bool:
         """True if a dimension holds tokens at unknown positions."""

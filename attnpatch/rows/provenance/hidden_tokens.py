@@ -8,18 +8,18 @@ where tokens in order are combined with reordered ones.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnpatch import compat
 from attnpatch.rows.op_table import CASTS
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.residuals import shows, summand
-from attnpatch.rows.provenance.tensors import tensors_in
+from attnpatch.rows.provenance.tensors import ByTensor, tensors_in
 
 _DIVIDING = frozenset("div divide true_divide __truediv__".split())
 _DROPOUT = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
@@ -28,6 +28,7 @@ _FILLING = frozenset("zero fill".split())
 _BOUNDING = frozenset(
     "relu relu6 clamp clip clamp_min clamp_max hardtanh threshold hardshrink softshrink maximum minimum fmax fmin".split()
 )
+_OTHERS = frozenset("masked_fill index_fill setitem index_put where lerp addcmul pow".split())
 # Functions that leave every token of an embedding visible.
 _KEEPING = element_places.IN_ORDER | CASTS | frozenset("clone layer_norm rms_norm dropout".split())
 # The parameters, in order, of functions that can hide tokens, if it matters which argument is which.
@@ -41,6 +42,7 @@ _PARAMETERS = {
     **dict.fromkeys(("div", "divide", "true_divide"), ("input", "other")),
     **dict.fromkeys(_DROPOUT, ("input", "p", "training")),
 }
+_NOTHING = contextlib.nullcontext()
 # Numbers below this may make tokens so small that positions drown them.
 _LEAST = 1e-3
 
@@ -55,9 +57,9 @@ class HiddenTokens:
     def __init__(self, masks: Sequence[torch.Tensor] = ()) -> None:
         self._masks = masks
         # For tensors whose tokens may be hidden: the answer, a bool tensor without dimensions.
-        self._hidden: Any = WeakIdKeyDictionary()
+        self._hidden = ByTensor()
         # Tensors made from embeddings: their tokens count as visible even if they are all equal, or zero (padding).
-        self._embedded: Any = WeakIdKeyDictionary()
+        self._embedded = ByTensor()
 
     def inside(self, inputs: Sequence[torch.Tensor], bare: Sequence[torch.Tensor] = ()) -> HiddenTokens:
         """What is known of the tensors that a module is called with, to be followed inside it.
@@ -106,27 +108,45 @@ class HiddenTokens:
             return
         one = results[0]
         whole = [tensor for tensor in own if tensor.shape == one.shape] or list(own)
-        answers = [self._hidden.get(tensor) for tensor in whole]
-        known = [answer for answer in answers if answer is not None]
-        has_all = _has_all(name, args, kwargs, one)
-        # The functions called here are attnpatch's own: no mode must see them.
-        with compat.DisableTorchFunction(), torch.no_grad():
-            found = None
-            if known and (len(known) == len(answers) or not has_all):
-                found = functools.reduce(torch.logical_and if has_all else torch.logical_or, known)
-            if one.dim() > 1 and one.is_floating_point():
-                for new in self._newly(name, args, kwargs, whole, one):
-                    found = new if found is None else found | new.to(found.device)
+        may_hide = _may_hide(name) and one.dim() > 1 and one.is_floating_point()
+        found = self._found(name, args, kwargs, whole, one, may_hide) if self._hidden or may_hide else None
         is_embedded = name == "embedding" or (
             len(whole) == 1 and whole[0] in self._embedded and self._keeps(name, args)
         )
         for result in results:
-            self._hidden.pop(result, None)
             if found is not None:
                 self._hidden[result] = found
-            self._embedded.pop(result, None)
+            elif self._hidden:
+                self._hidden.pop(result)
             if is_embedded:
                 self._embedded[result] = True
+            elif self._embedded:
+                self._embedded.pop(result)
+
+    def _found(
+        self,
+        name: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        whole: list[torch.Tensor],
+        result: torch.Tensor,
+        may_hide: bool,
+    ) -> torch.Tensor | None:
+        """Whether some token of a result may be hidden: a bool tensor without dimensions; ``None``: none is."""
+        answers = [self._hidden.get(tensor) for tensor in whole]
+        known = [answer for answer in answers if answer is not None]
+        if not known and not may_hide:
+            return None
+        has_all = _has_all(name, args, kwargs, result)
+        found = None
+        # The functions called here are attnpatch's own: no mode must see them.
+        with compat.DisableTorchFunction(), torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+            if known and (len(known) == len(answers) or not has_all):
+                found = functools.reduce(torch.logical_and if has_all else torch.logical_or, known)
+            if may_hide:
+                for new in self._newly(name, args, kwargs, whole, result):
+                    found = new if found is None else found | new.to(found.device)
+        return found
 
     def spread(self, written: torch.Tensor, sharing: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
         """Note a write for the tensors that share the memory; ``sharing`` returns them."""
@@ -186,6 +206,17 @@ class HiddenTokens:
                     tokens = tokens & ~(is_mask & (mask == 0))
         found = tokens.any()
         return found | dead.all(1).any() if result.dim() > 3 else found
+
+
+@functools.cache
+def _may_hide(name: str) -> bool:
+    """True if a function of this name may hide tokens; see ``HiddenTokens._newly``."""
+    plain = name.strip("_")
+    return (
+        plain in _BOUNDING | _DROPOUT | _OTHERS
+        or element_places.is_of(name, _DIVIDING | _FILLING)
+        or element_places.is_of(name, element_places.MULTIPLYING | element_places.OF_ALL)
+    )
 
 
 def _dead(

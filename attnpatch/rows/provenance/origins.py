@@ -83,6 +83,8 @@ class Origins:
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.inputs = [fresh(tensor.shape) for tensor in inputs]
+        # For each axis of an input, what ``origin`` returns, and when that was found.
+        self._origins: tuple[Any, int, dict[Axis, tuple[int, int, int]]] = None, 0, {}
         self.made: dict[Axis, Made] = {}
         # Axes of uninitialized tensors that nothing was written into yet.
         self._blank: set[Axis] = set()
@@ -97,12 +99,15 @@ class Origins:
         """Which part of the inputs an axis is: the number of the input, its dimension, and the part of that dimension;
         ``None`` if it belongs to no input.
         """
-        for number, dims in enumerate(self.inputs):
-            for place, dim in enumerate(dims):
-                parts = leaves(dim)
-                if leaf in parts:
-                    return number, place, parts.index(leaf)
-        return None
+        latest, count, found = self._origins
+        if latest is not Axis.latest or count != len(self.inputs):
+            found = {}
+            for number, dims in enumerate(self.inputs):
+                for place, dim in enumerate(dims):
+                    for part, axis in enumerate(leaves(dim)):
+                        found.setdefault(axis, (number, place, part))
+            self._origins = Axis.latest, len(self.inputs), found
+        return found.get(leaf)
 
     def number(self, leaf: Axis) -> int | None:
         """The number of the input that an axis belongs to, or ``None``."""
@@ -111,44 +116,57 @@ class Origins:
 
     def _earliest(self, own: Dims) -> tuple[int, bool]:
         """The number of the earliest input that a tensor comes from, and whether positions in it were lost."""
-        none = len(self.inputs)
-        rank = min(map(self._rank, own), default=none)
-        axes = all_leaves(own)
-        # A tensor that unseen code has written to may hold tokens of any input.
-        losses = [loss for leaf in axes if (loss := self._loss(leaf)) is not None]
-        return min([rank, *losses]), bool(losses)
+        rank, is_lost = len(self.inputs), False
+        for leaf in all_leaves(own):
+            # A tensor that unseen code has written to may hold tokens of any input.
+            loss = self._loss(leaf)
+            is_lost |= loss is not None
+            rank = min(rank, self._rank_of(leaf), rank if loss is None else loss)
+        return rank, is_lost
 
     def _loss(self, leaf: Axis) -> int | None:
         """The number of the input whose elements an axis holds at unknown positions; ``None`` if it does not."""
         if leaf.made_by:
             return 0
+        if not self._losses:
+            return None
         return next((self._losses[axis] for axis in leaf.wholes() if axis in self._losses), None)
 
     def _lost(self, found: Dims | None, dims: Dims) -> Dims | None:
         """The dimensions of a result, with its new axes noted as holding an input's elements at unknown positions."""
-        before, rank = all_leaves(dims), self._earliest(dims)[0]
+        if found is None:
+            return None
+        before = all_leaves(dims)
+        new = [leaf for leaf in all_leaves(found) if leaf not in before and leaf not in self.made]
+        if not new:
+            return found
+        rank = self._earliest(dims)[0]
         # A single generated token has no axis, so the tokens that the module kept (a cache) are joined with no input's
         # axis.
-        if found is not None and (rank < len(self.inputs) or any(leaf in self.made for leaf in before)):
-            for leaf in all_leaves(found):
-                if leaf not in before and leaf not in self.made and self._rank_of(leaf) == len(self.inputs):
+        if rank < len(self.inputs) or any(leaf in self.made for leaf in before):
+            for leaf in new:
+                if self._rank_of(leaf) == len(self.inputs):
                     self._losses.setdefault(leaf, rank)
         return found
 
     def _rank(self, dim: Dim) -> int:
         """The number of the input that a dimension comes from; the number of inputs if it comes from none."""
-        return min(map(self._rank_of, leaves(dim)), default=len(self.inputs))
+        rank = len(self.inputs)
+        for leaf in leaves(dim):
+            rank = min(rank, self._rank_of(leaf))
+        return rank
 
     def _rank_of(self, leaf: Axis) -> int:
         if leaf in self._ranks:
             return self._ranks[leaf]
-        origin = self.origin(leaf)
-        made = self.made.get(leaf, Made())
-        inside = [part for part, _ in made.parts if part is not None]
-        inside += [(made.of,)] if made.of is not None else []
-        inside += [made.has] if made.has is not None else []
+        origin, made = self.origin(leaf), self.made.get(leaf)
         none = len(self.inputs)
-        found = min([origin[0] if origin is not None else none, *map(self._rank, inside)])
+        found = origin[0] if origin is not None else none
+        if made is not None:
+            inside = [part for part, _ in made.parts if part is not None]
+            inside += [(made.of,)] if made.of is not None else []
+            inside += [made.has] if made.has is not None else []
+            found = min([found, *map(self._rank, inside)])
         if found < none:
             self._ranks[leaf] = found
         return found

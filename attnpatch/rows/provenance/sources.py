@@ -117,8 +117,11 @@ class Sources(FunctionResults):
         """Called after each torch function."""
         if self.outer is not None:
             self.outer.follow(func, args, kwargs, result)
-        with self._known.after_function():
+        self._known.begin_function()
+        try:
             self._follow(func, args, kwargs, result)
+        finally:
+            self._known.end_function()
 
     def _follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = element_places.name_of(func)
@@ -160,7 +163,9 @@ class Sources(FunctionResults):
                 self.hidden.spread(one, self._sharing)
 
     def _is_moved(self, dim: Dim) -> bool:
-        origins = (self.origin(leaf) for leaf in leaves(dim)) if self.moved else ()
+        if not self.moved:
+            return False
+        origins = (self.origin(leaf) for leaf in leaves(dim))
         return any(found is not None and found[1] in self.moved.get(found[0], ()) for found in origins)
 
     def _sharing(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -170,7 +175,10 @@ class Sources(FunctionResults):
     def _has_tokens(self, tensor: torch.Tensor) -> bool:
         """True if a tensor is known to come from others, and is not new."""
         dims = self._known.get(tensor)
-        return dims is not None and not self._blank.issuperset(all_leaves(dims))
+        if dims is None:
+            return False
+        axes = all_leaves(dims)
+        return any(leaf not in self._blank for leaf in axes) if self._blank else bool(axes)
 
     def _written(self, name: str, operands: list[torch.Tensor], args: Any) -> None:
         """Follow a write into an existing tensor."""

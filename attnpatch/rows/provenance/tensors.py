@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ def is_plain(value: Any) -> bool:
 
 def is_wide(tensor: torch.Tensor) -> bool:
     """True if a tensor has more than one dimension longer than 1."""
-    return sum(size > 1 for size in tensor.shape) > 1
+    count = 0
+    for size in tensor.shape:
+        count += size > 1
+    return count > 1
 
 
 def share_memory(source: torch.Tensor, result: torch.Tensor) -> bool:
@@ -32,16 +36,53 @@ def share_memory(source: torch.Tensor, result: torch.Tensor) -> bool:
         return False  # a tensor without a storage of its own
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors among arguments, also inside tuples, lists and dicts."""
+    found: list[torch.Tensor] = []
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)) and depth < 4:
-        for item in value:
-            yield from tensors_in(item, depth + 1)
-    elif isinstance(value, dict) and depth < 4:
-        for item in value.values():
-            yield from tensors_in(item, depth + 1)
+        found.append(value)
+    elif isinstance(value, (tuple, list, dict)):
+        _gather(value, 1, found)
+    return found
+
+
+def _gather(group: Any, depth: int, found: list[torch.Tensor]) -> None:
+    for value in group.values() if isinstance(group, dict) else group:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif depth < 4 and value and isinstance(value, (tuple, list, dict)):
+            _gather(value, depth + 1, found)
+
+
+class ByTensor:
+    """A value for each tensor; the tensors are held weakly. Faster than torch's own weak dictionaries."""
+
+    def __init__(self) -> None:
+        # By id, since tensors do not compare as keys do: a reference to the tensor, and the value.
+        self._values: dict[int, tuple[weakref.ref[torch.Tensor], Any]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def __contains__(self, tensor: Any) -> bool:
+        found = self._values.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
+    def __getitem__(self, tensor: torch.Tensor) -> Any:
+        found = self._values[id(tensor)]
+        if found[0]() is not tensor:
+            raise KeyError(tensor)
+        return found[1]
+
+    def __setitem__(self, tensor: torch.Tensor, value: Any) -> None:
+        self._values[id(tensor)] = weakref.ref(tensor), value
+
+    def get(self, tensor: Any, default: Any = None) -> Any:
+        found = self._values.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else default
+
+    def pop(self, tensor: torch.Tensor) -> None:
+        self._values.pop(id(tensor), None)
 
 
 def inputs_among(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -8,7 +8,6 @@ code has asked for the address, the memory's contents are compared before a note
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -75,14 +74,13 @@ class Notes:
         # For memory that code outside torch may write to, by address: a checksum of its contents.
         self._exposed: dict[int, tuple[int, int]] = {}
 
-    @contextlib.contextmanager
-    def after_function(self) -> Iterator[None]:
-        """While a function that has run is followed, a sample of each memory is taken once."""
+    def begin_function(self) -> None:
+        """Called when a function that has run begins to be followed: a sample of each memory is taken once."""
         self._taken = set()
-        try:
-            yield
-        finally:
-            self._taken = None
+
+    def end_function(self) -> None:
+        """Called when the function was followed."""
+        self._taken = None
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return self._found(tensor) is not None
@@ -101,16 +99,20 @@ class Notes:
 
     def get(self, tensor: torch.Tensor) -> Any:
         """The note of a tensor; ``None`` if it has none."""
-        found = self._found(tensor)
-        if found is None or found[1] is None:
+        found = self._notes.get(id(tensor))
+        if found is None or found[0]() is not tensor or found[1] is None:
             return None
         _, note, memory, strays = found
-        self._compare(tensor)
-        version = self._version(tensor)
+        if self._strayed is None:
+            return note
+        is_sampled = self._is_sampled(tensor)
+        if is_sampled or self._exposed:
+            self._compare(tensor, memory, is_sampled)
+        version = 0 if is_sampled else self._version(tensor)
         if memory.version != version:
             memory.version = version
             memory.strays += 1
-        if memory.strays != strays and self._strayed is not None:
+        if memory.strays != strays:
             note = self._strayed(tensor)
             self._notes[id(tensor)] = found[0], note, memory, memory.strays
         return note
@@ -127,14 +129,14 @@ class Notes:
             memory,
             memory.strays,
         )
-        self._look(tensor)
+        self._look(tensor, memory)
 
     def before_write(self, tensor: torch.Tensor) -> None:
         """Called before a function that is seen writes to a tensor: after it, earlier writes could not be told apart
         from it where a tensor has no version.
         """
-        if self._is_sampled(tensor) and self._found(tensor) is not None:
-            self._compare(tensor)
+        if self._is_sampled(tensor) and (found := self._found(tensor)) is not None:
+            self._compare(tensor, found[2], True)
 
     def wrote(self, tensor: torch.Tensor) -> None:
         """Called when a function that was seen has written to a tensor once."""
@@ -143,7 +145,7 @@ class Notes:
         version = self._version(tensor)
         memory.strays += version > memory.version + 1
         memory.version = version
-        self._look(tensor)
+        self._look(tensor, None if found is None else memory)
 
     def lose(self, tensor: torch.Tensor) -> None:
         """Called when an unknown function has written to a tensor."""
@@ -162,7 +164,7 @@ class Notes:
         found = self._found(tensor)
         if found is not None:
             found[2].version = self._version(tensor)
-            self._look(tensor)
+            self._look(tensor, found[2])
 
     def expose(self, tensor: torch.Tensor) -> None:
         """Called when code outside torch may write to a tensor's memory from now on."""
@@ -199,17 +201,15 @@ class Notes:
     def _is_sampled(self, tensor: torch.Tensor) -> bool:
         return self._strayed is not None and type(tensor) in _PLAIN and tensor.is_inference()
 
-    def _compare(self, tensor: torch.Tensor) -> None:
+    def _compare(self, tensor: torch.Tensor, memory: _Memory, is_sampled: bool) -> None:
         """Look for writes to memory whose address code outside torch has, or whose tensors have no version."""
-        is_sampled = self._is_sampled(tensor)
-        place = place_of(tensor) if self._exposed or is_sampled else 0
+        place = place_of(tensor)
         is_changed = False
         if place in self._exposed:
             now = _sum(tensor)
             is_changed = now != self._exposed[place]
             self._exposed[place] = now
         elif place and is_sampled:
-            memory = self._notes[id(tensor)][2]
             if self._takes(place):
                 part = sum_of_sample(tensor)
                 is_changed = part != self._samples.get(place, part)
@@ -217,8 +217,8 @@ class Notes:
             memory.strays += memory.address != place
             memory.address = place
         if is_changed:
-            for memory in {id(found[2]): found[2] for found in self._at(place)}.values():
-                memory.strays += 1
+            for each in {id(found[2]): found[2] for found in self._at(place)}.values():
+                each.strays += 1
 
     def _takes(self, place: int) -> bool:
         """True if a sample of some memory has to be taken."""
@@ -233,8 +233,8 @@ class Notes:
             if place_of(tensor) == place:
                 yield self._found(tensor)
 
-    def _look(self, tensor: torch.Tensor) -> None:
-        """Accept the present contents of such memory."""
+    def _look(self, tensor: torch.Tensor, memory: _Memory | None) -> None:
+        """Accept the present contents of such memory; ``memory``: of a tensor that has a note."""
         is_sampled = self._is_sampled(tensor)
         place = place_of(tensor) if self._exposed or is_sampled else 0
         if place in self._exposed:
@@ -242,9 +242,16 @@ class Notes:
         elif place and is_sampled:
             if self._takes(place):
                 self._samples[place] = sum_of_sample(tensor)
-            found = self._found(tensor)
-            if found is not None:
-                found[2].address = place
+            if memory is not None:
+                memory.address = place
+
+
+def may_write(func: Any, kwargs: dict[str, Any]) -> bool:
+    """True if a torch function may write to a tensor that it is given, by its name."""
+    try:
+        return any(_writes(func)) or "out" in kwargs
+    except TypeError:  # it cannot be hashed
+        return True
 
 
 def may_write_to(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

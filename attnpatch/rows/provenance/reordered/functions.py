@@ -69,8 +69,10 @@ class Turned(TokenTensors):
         if not results and name not in LEAVING_TORCH and not is_set and not is_foreign:
             return  # a shape, a dtype
         # ``out=`` does not contribute to the values of the result.
-        given_out = [*tensors_in(kwargs.get("out"))]
-        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+        given_out = []
+        if "out" in kwargs:
+            given_out = tensors_in(kwargs["out"])
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if self.is_plain(tensor)]
         written = [tensor for tensor in tensors if any(tensor is one for one in results)] + given_out
         if is_set and (name == "__setitem__" or name.endswith("_")) and args and self.is_plain(args[0]):

@@ -27,6 +27,7 @@ from attnpatch.rows.provenance.reordered.function_tables import is_setting
 from attnpatch.rows.provenance.reordered.functions import Turned
 from attnpatch.rows.provenance.repeated import sources_of
 from attnpatch.rows.provenance.sources import Sources
+from attnpatch.rows.provenance.unseen_writes import may_write
 from attnpatch.rows.thread_state import here
 from attnpatch.rows.watching import without
 
@@ -68,7 +69,7 @@ class Moved(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.depth or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled() and may_write(func, kwargs):
             with compat.DisableTorchFunction():
                 self._attempt(self._turned.before, func, args, kwargs)
         result = func(*args, **kwargs)
@@ -95,8 +96,11 @@ class Moved(TorchFunctionMode):
             or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1])))
         ):
             self._follow(name, args, kwargs, result)
-        with self._turned.is_bare.after_function():
+        self._turned.is_bare.begin_function()
+        try:
             self._turned.follow(name, func, args, kwargs, result)
+        finally:
+            self._turned.is_bare.end_function()
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
         """For each dimension in which a tensor's elements were reordered, the function that did it; other dimensions

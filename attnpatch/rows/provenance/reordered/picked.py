@@ -23,7 +23,7 @@ from attnpatch.rows.provenance.reordered.function_tables import (
     is_elementwise,
     leaves_tokens,
 )
-from attnpatch.rows.provenance.tensors import is_wide, tensors_in
+from attnpatch.rows.provenance.tensors import ByTensor, is_wide, tensors_in
 
 # Functions that pick tokens at indices given by a tensor.
 _INDEXING = frozenset("gather take_along_dim index_select".split())
@@ -49,7 +49,7 @@ class Picked:
         # Other tensors that are known to be out of order.
         self.out_of_order: Any = ()
         # For each tensor with tokens: the numbers of the model's inputs that it was made from.
-        self._inputs: Any = WeakIdKeyDictionary()
+        self._inputs = ByTensor()
         self._count = 0
         # For each tensor of picked tokens: their places; several if tokens of several places were added.
         self._places: Any = WeakIdKeyDictionary()
@@ -177,10 +177,13 @@ class Picked:
 
     def _of_all(self, tensors: Sequence[torch.Tensor]) -> frozenset[int] | None:
         # Vectors that the model holds (frequencies of positions) are no tokens.
-        nothing = frozenset[int]()
-        found = [self._inputs.get(one, None if is_wide(one) else nothing) for one in tensors]
-        known = [one for one in found if one is not None]
-        return frozenset().union(*known) if len(known) == len(found) else None
+        found: frozenset[int] = frozenset()
+        for one in tensors:
+            own = self._inputs[one] if one in self._inputs else None if is_wide(one) else found
+            if own is None:
+                return None
+            found = own if found <= own else found | own
+        return found
 
     def _set(self, tensor: torch.Tensor, places: list[Places]) -> None:
         if places:
