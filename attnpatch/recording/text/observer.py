@@ -208,9 +208,8 @@ class TextObserver(SiteObserver):
         assert record is not None
         low, high = self.past + passing.rows[0], self.past + passing.rows[1]
         if record.measures is not None or self.sample is not None:
-            rows = self.past + (
-                torch.arange(*passing.rows) if passing.positions is None else passing.positions
-            )
+            shown = passing.positions
+            rows = self.past + (torch.arange(*passing.rows) if shown is None else shown)
         if record.measures is not None:
             self._measure(b, numbers, tile, weights, rows)
         if 0 in numbers and self.sample is None:
@@ -222,8 +221,7 @@ class TextObserver(SiteObserver):
             if self.sample is None and self.rows_apart is None:
                 self.add(b, place, tile[chosen], some, low, high)
                 continue
-            columns = self._columns[b, : tile.shape[-1]]
-            bins = key_sums(record.sums[b, place], tile[chosen], columns, some)
+            bins = key_sums(record.sums[b, place], tile[chosen], self._columns[b, : tile.shape[-1]], some)
             if self.sample is not None:
                 self.sample.add(b, place, bins, rows)
             else:
