@@ -42,7 +42,7 @@ class RowFunctionNode(Node):
         dtype, device: Those of its elements.
     """
 
-    stands_for_memory = True
+    stands_for_memory = is_made_by_host = True
     held_bytes = GENERATED_BYTES
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Evaluator(StepMemory):
         super().__init__()
         self.nodes = list(walk(root))
         self.lines = lines
+        # Runs a function in the thread that has called the model, if this is another one.
+        self.in_calling_thread: Callable[[Callable[[], Any]], Any] | None = None
         self._axes = {node: all_leaves(node.dims) for node in self.nodes}
         self.whole = {leaf for node in self.nodes for leaf in leaves(node.whole)}
         for axes in self._axes.values():
@@ -229,7 +231,10 @@ class Evaluator(StepMemory):
             found = toeplitz.spread(node, pair, tile, lambda part: node.compute(part, self))
             if found is not None:
                 return found
-        value = node.compute(tile, self)
+        if node.is_made_by_host and self.in_calling_thread is not None:
+            value = self.in_calling_thread(lambda: node.compute(tile, self))
+        else:
+            value = node.compute(tile, self)
         # If a node was made under no_grad, or is detached, no gradient passes, not even through views. Its operands are
         # computed with their history, since other nodes may share them.
         return value.detach() if node.stops_gradient and torch.is_grad_enabled() else value

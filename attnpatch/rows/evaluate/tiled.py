@@ -13,7 +13,7 @@ import torch
 from attnpatch.oom import Attempts, until_it_fits
 from attnpatch.policy import Policy
 from attnpatch.rows.autograd import edges
-from attnpatch.rows.evaluate import bytes_of_steps, masked_tail
+from attnpatch.rows.evaluate import bytes_of_steps, masked_tail, parallel
 from attnpatch.rows.evaluate.evaluator import Evaluator
 from attnpatch.rows.evaluate.row_granularity import to_rounding
 from attnpatch.rows.evaluate.tile_plan import (
@@ -145,17 +145,21 @@ class TiledEvaluation:
         return choose(work, self.policy, self.node.device, self.shrink, self.free)
 
     def _tiles(self, run: Evaluator) -> Iterator[Tile]:
-        steps = self._steps(run)
-        run.scores = bytes_of_steps.scores(run, steps.row)
-        self.on_size(bytes_of_steps.held_inside(run, steps, self.node))
-        for tile in self._cut(run, steps):
+        for tile in self._cut(run, self._begun(run)):
             yield tile
             self.on_size(run.largest)
 
-    def _cut(self, run: Evaluator, steps: TilePlan) -> Iterator[Tile]:
+    def _begun(self, run: Evaluator) -> TilePlan:
+        """The tiles of an evaluation, which is prepared for them."""
+        steps = self._steps(run)
+        run.scores = bytes_of_steps.scores(run, steps.row)
+        self.on_size(bytes_of_steps.held_inside(run, steps, self.node))
         run.row = steps.row if len(steps.rows) > 1 else None
         if run.row is not None and len(steps.lead) > 1:
             run.shared = run.same_for(run.row, {axis for lead in steps.lead for axis in lead})
+        return steps
+
+    def _cut(self, run: Evaluator, steps: TilePlan) -> Iterator[Tile]:
         if run.shared:
             # Rows are the outer loop: a mask's rows are made once for all heads. Values without rows are kept
             # throughout.
@@ -229,16 +233,23 @@ class TiledEvaluation:
             run.keep(self.watched[0])
         result: torch.Tensor | None = None
         tail = masked_tail.found_in(self.node) if self.limit is Exactness.EXACT else None
-        for tile in self._tiles(run):
+        steps = self._begun(run)
+        if self.watched is None and self.shrink == 1 and self.policy.workspace is None:
+            threads = parallel.threads_for(run, steps)
+            if threads > 1:
+                result, largest = parallel.compute(run, steps, tail, threads)
+                self.on_size(largest)
+                return result
+        for tile in self._cut(run, steps):
             value, seen = (run.value(self.node, tile), tile) if tail is None else tail.value(run, tile)
             if self.watched is not None:
                 own = {axis: seen[axis] for axis in all_leaves(self.watched[0].dims) if axis in seen}
                 self.watched[1](run.value(self.watched[0], seen).detach(), own)
+            self.on_size(run.largest)
             if not tile:
-                self.on_size(run.largest)
                 return value
             if result is None:
-                result = _empty(self.node, value)
+                result = parallel.empty(self.node, value)
             put(result, self.node.dims, tile, value)
             del value
         assert result is not None
@@ -318,20 +329,6 @@ def _zeros(node: Node, like: torch.Tensor | None) -> torch.Tensor:
     if like is not None:
         return torch.zeros_like(like, dtype=dtype)
     return torch.zeros(node.shape, dtype=dtype, device=node.device)
-
-
-def _empty(node: Node, value: torch.Tensor) -> torch.Tensor:
-    """Memory for the whole result. Its dimensions lie in memory in the same order as those of a tile, which is the
-    order of the host's result.
-    """
-    order = list(range(value.dim()))
-    if 1 not in value.shape:
-        order.sort(key=value.stride, reverse=True)
-    strides, step = [0] * len(order), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= node.shape[dim]
-    return torch.empty_strided(node.shape, strides, dtype=value.dtype, device=value.device)
 
 
 def _kernel_random_state(node: Node) -> RandomState | None:

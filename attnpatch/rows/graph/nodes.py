@@ -45,6 +45,7 @@ class Node:
         held_bytes: Bytes of temporaries per element while it is computed, beside its result.
         scores_held: Scores per row that are held while it is computed, if its own axes do not show them.
         is_constant: True if all elements are the same number.
+        is_made_by_host: True if a function of the host computes it.
         is_exact: True if its rows are bit-identical to the native ones when steps have the right size.
         renames_axes: True if it computes a child under another tile than its own.
         reads_a_run: True if a range of its dimension ``position`` is a range of the child's dimension, which has
@@ -68,7 +69,7 @@ class Node:
 
     stands_for_memory = False
     held_bytes = scores_held = 0
-    is_constant = False
+    is_constant = is_made_by_host = False
     is_exact = True
     renames_axes = False
     reads_a_run = False
