@@ -52,10 +52,9 @@ def captured(denoiser, **options):
     return probabilities, maps
 
 
-def heads_before_batch(attention, x):
-    query, key = (
-        attention.heads(layer, x).transpose(0, 1).flatten(0, 1) for layer in (attention.to_q, attention.to_k)
-    )
+def heads_before_batch(attention, x, keys=None):
+    pairs = ((attention.to_q, x), (attention.to_k, x if keys is None else keys))
+    query, key = (attention.heads(*pair).transpose(0, 1).flatten(0, 1) for pair in pairs)
     out = (query @ key.mT / 8**0.5).softmax(-1) @ key
     return out.unflatten(0, (HEADS, -1)).permute(1, 2, 0, 3).flatten(2)
 
@@ -87,9 +86,13 @@ FUNCTIONS = {
     "keys of the first image": (lambda a, x: a.attend(x, x[:1].expand(2, -1, -1)), OTHERS),
     "keys of the first image by an index": (lambda a, x: a.attend(x, x[[0, 0]]), OTHERS),
     "keys of the other image": (lambda a, x: a.attend(x, x.flip(0)), OTHERS),
+    "heads before the batch, keys of the other image": (
+        lambda a, x: heads_before_batch(a, x, x.flip(0)),
+        OTHERS,
+    ),
     "of one image only": (
         lambda a, x: torch.cat([a.attend(*[x.chunk(2)[0]] * 2), x[1:]]),
-        "its queries lie along dimension",
+        "it moves, picks, joins or pools sequences",
     ),
     "no probabilities": (
         lambda a, x: (2 * (x @ x.mT).softmax(-1)) @ x,

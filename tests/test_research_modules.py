@@ -226,6 +226,37 @@ def test_weights_of_weights(name):
     assert "attention" not in [kind for maps_of in maps.sequences for kind in maps_of]
 
 
+TABLE = torch.eye(TOKENS).roll(1, 0)
+TABLES = {
+    "a product": lambda p: p @ TABLE,
+    "prompt-to-prompt's": lambda p: torch.einsum("bhij,bjk->bhik", p, TABLE.expand(len(p), -1, -1)),
+    "made inside": lambda p: p @ torch.eye(TOKENS)[torch.arange(TOKENS).flip(0)],
+    "learned": lambda p: nn.functional.linear(p, nn.Parameter(TABLE + 0.01)),
+    "mixed with the weights": lambda p: 0.5 * p + 0.5 * (p @ TABLE),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_that_a_table_moves_from_key_to_key(name):
+    maps = captured(Model(StepsOfAttention(TABLES[name])), numbers(2, TOKENS, WIDTH))
+    assert "table of keys x keys" in maps.left_out["attention"]
+    assert "attention" not in [kind for maps_of in maps.sequences for kind in maps_of]
+
+
+def test_values_with_as_many_channels_as_there_are_keys():
+    """They are made from the module's input, so the product with them is attention."""
+    model, x = Model(Attention()), numbers(2, WIDTH // HEADS, WIDTH)
+    maps = captured(model, x)
+    with torch.no_grad():
+        weights, _ = model.attention.weights(x)
+    assert not maps.left_out
+    spans = [range(4), range(4, 8)]
+    for row, probabilities in zip(maps.block_map.mass, weights, strict=True):
+        torch.testing.assert_close(
+            row[0].double(), reduced(probabilities, spans, spans).double(), atol=2e-6, rtol=0
+        )
+
+
 def test_weights_that_are_multiplied_after_they_met_values():
     """The map is that of the product with values; what is done with the weights later changes nothing in it."""
     model, x = Model(StepsOfAttention(STEPS["two"], before=True)), numbers(2, TOKENS, WIDTH)

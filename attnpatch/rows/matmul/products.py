@@ -200,8 +200,8 @@ def _few(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 OF_WEIGHTS = (
-    "its weights are multiplied with weights instead of with values (attention of several steps at once), so its "
-    "result is not made of the tokens with the weights of one softmax"
+    "its weights are multiplied with weights, or with a table of keys x keys that comes from no input as far as attnpatch "
+    "can follow it, before they meet values, so its result is not made of the tokens with the weights of one softmax"
 )
 
 
@@ -234,6 +234,20 @@ def _tell_of_weights(*operands: Any) -> None:
     is_shown = any(node is other for node in nodes for other in shown)
     if call.observer is not None and not is_shown and all(any(s.whole for s in walk(n)) for n in nodes):
         call.observer.cannot_show(OF_WEIGHTS)
+
+
+def _is_table(product: Product, place: int, main: DeferredTensor, site: AttentionCall) -> bool:
+    """True if weights are multiplied with a table of keys x keys that is made from no input: it moves weights from some
+    keys to others, so they are not the ones that values get.
+    """
+    labels, operand, sizes = product.labels[place], product.operands[place], product.sizes()
+    weights = next(own for own, each in zip(product.labels, product.operands, strict=True) if each is main)
+    keys = [n for n in labels if n in weights and n not in product.result and sizes[n] > 1]
+    others = [n for n in labels if n in product.result and n not in weights and sizes[n] > 1]
+    if not keys or math.prod(sizes[n] for n in keys) != math.prod(sizes[n] for n in others):
+        return False
+    sources = site.sources
+    return sources is not None and sources.of(operand) is None
 
 
 def _onto_deferred(name: str, func: Callable[..., Any], product: Product) -> Any:
@@ -313,6 +327,8 @@ def _contracted(func: Callable[..., Any], product: Product, deferred_at: list[in
         cut = call
     else:
         site.counters.count("by_rows")
+    if any(_is_table(product, i, main, site) for i in range(len(product.operands)) if i not in deferred_at):
+        _tell_of_weights(main)
     watched = observed.watch(cut.children[call.children.index(node)], keys, site)
     result = site.replay(cut, watched)
     if watched is not None and site.observer is not None:

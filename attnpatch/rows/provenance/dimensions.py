@@ -28,8 +28,7 @@ class Unknown(Exception):
     """A fact that a map depends on is not known; the message says which."""
 
 
-# For each number of dimensions that an input may have: the possible roles, as indices of batch, tokens, heads, and
-# channels.
+# By the number of an input's dimensions: their possible roles, as indices of batch, tokens, heads, and channels.
 _PATTERNS: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]] = {
     2: [((), (0,), (), 1)],
     3: [((0,), (1,), (), 2), ((1,), (0,), (), 2), ((0,), (2,), (), 1)],
@@ -265,8 +264,7 @@ def _query_input(
         raise Unknown("its queries are kept by the module (learned, or cached) and are no tokens of an input")
     leads = [found for leaf in batch_axes if (found := read.sources.origin(leaf)) is not None]
     # If the tokens come from several inputs, take the one whose sequences are followed.
-    led = {number for number, _, _ in leads}
-    first = next((pair for pair in own if pair[0] in led), own[0] if own else None)
+    first = next((pair for pair in own if pair[0] in {lead[0] for lead in leads}), own[0] if own else None)
     number, places = first or (leads[0][0] if leads else 0, ())
     if number >= len(read.sources.inputs):
         raise Unknown("none of its arguments is a tensor of tokens")
@@ -280,6 +278,8 @@ def _query_input(
             raise Unknown(
                 "its queries are not all tokens of an input in order (pooled, sorted, moved, learned or mixed)"
             )
+        if not leads and _pattern(read, number, places, None) is not None:
+            raise Unknown("it moves, picks, joins or pools sequences: it is not known which attend to which")
         shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
         raise Unknown(
             f"its queries lie along dimension {', '.join(map(str, places)) or 'none'} of its input of shape {shape}, which "
