@@ -44,7 +44,14 @@ def kernel():
     manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# These take half a minute each. The README's code runs the same conversation as ``long_conversation``, and ``test_shapes``
+# looks at what the models of ``heat_maps`` draw.
+LONG = ("heat_maps", "long_conversation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in NAMES]
+)
 def test_a_notebook_runs(name, kernel, tmp_path):
     saved = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
