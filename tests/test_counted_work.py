@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -255,3 +256,22 @@ def test_runs_of_a_tile_are_moved_at_once(monkeypatch):
     block_sums.add_tile(expected, tile, rows, keys)
     assert torch.equal(sums, expected)
     assert copies == [torch.Size([5, 1, 8])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_a_cache_stays_on_a_gpu_that_has_room_for_it(key_heads, monkeypatch):
+    """Its bytes are counted beforehand: those that a pass really keeps."""
+    from attnpatch.conversations.passes import is_offloaded
+    from attnpatch.hosts.transformers import caches
+
+    model = llama("sdpa", layers=3, key_heads=key_heads).half()
+    found = model(torch.zeros(1, 20, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in found.layers)
+    assert caches.bytes_of(model, 20) == kept
+    for free_now, expected in ((2 * kept, False), (2 * kept - 1, True)):
+        monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", str(free_now))
+        assert is_offloaded(model, 20, torch.device("cuda")) is expected
+        assert not is_offloaded(model, 20, torch.device("cpu"))
+    model.config = types.SimpleNamespace(hidden_size=64)  # of a model that keeps something else
+    assert caches.bytes_of(model, 20) is None and is_offloaded(model, 20, torch.device("cuda"))

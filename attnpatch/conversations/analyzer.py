@@ -180,8 +180,9 @@ class BlockAttentionAnalyzer:
     ) -> Analysis:
         """Analyse a conversation in chunks of ``chunk_size`` tokens through the KV cache.
 
-        Use it if a single message is already too long. On CUDA the cache is offloaded to the host's memory. The
-        conversation is run in a single pass for the same reasons as in ``analyze_conversation_sequential``.
+        Use it if a single message is already too long. On CUDA the cache is offloaded to the host's memory if it would
+        take half of what is free. The conversation is run in a single pass for the same reasons as in
+        ``analyze_conversation_sequential``.
 
         Args, Returns, Raises: As ``analyze_conversation``.
         """

@@ -18,6 +18,7 @@ from attnpatch.errors import AnalysisError, CaptureError
 from attnpatch.hosts.transformers import caches
 from attnpatch.hosts.transformers.loading import ENCODER_DECODER
 from attnpatch.maps.block_map import BlockMap
+from attnpatch.memory.free import free_bytes
 from attnpatch.recording.layers import count_layers
 
 
@@ -99,7 +100,7 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
             raise AnalysisError(
                 f"{type(model).__name__} has no KV cache; analyze it in a single pass, with analyze_conversation"
             )
-        cache = caches.new_cache(model, offloaded=ids.device.type == "cuda" and len(spans) > 1)
+        cache = caches.new_cache(model, offloaded=is_offloaded(model, ids.numel(), ids.device))
     for start, end in spans:
         mask = torch.ones(1, end, dtype=torch.long, device=ids.device)
         if cache is None or name is None:
@@ -107,6 +108,17 @@ def feed(model: nn.Module, ids: torch.Tensor, pieces: Iterator[tuple[int, int]])
         else:
             handed = {name: cache}
             model(input_ids=ids[:, start:end], attention_mask=mask, use_cache=True, **handed, **more)
+
+
+def is_offloaded(model: nn.Module, tokens: int, device: torch.device) -> bool:
+    """True if a cache of some tokens waits in the host's memory, because it would take half of what a GPU has free.
+
+    Moving a layer there and back takes time in every pass.
+    """
+    if device.type != "cuda":
+        return False
+    need = caches.bytes_of(model, tokens)
+    return need is None or 2 * need > free_bytes(device)
 
 
 def blocks_of(kind: str | int, rendered: TokenizedChat, grows: bool) -> tuple[Blocks, list[str]]:

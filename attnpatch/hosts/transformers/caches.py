@@ -210,6 +210,21 @@ def _takes_cache(hint: Any) -> bool:
     return any(isinstance(kind, type) and _is_kind_of_cache(kind) for kind in kinds)
 
 
+def bytes_of(model: nn.Module, tokens: int) -> int | None:
+    """Bytes of the keys and values of some tokens of one sequence; ``None`` if the configuration does not tell."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    # Of 4-bit weights, which are held as integers, the others tell in which dtype the model computes.
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+    if not (heads and layers and hidden and dtype):
+        return None
+    width = getattr(config, "head_dim", None) or hidden // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * layers * key_heads * width * tokens * dtype.itemsize
+
+
 def new_cache(model: nn.Module, offloaded: bool = False) -> Any:
     """An empty KV cache for a transformers model; with ``offloaded``, layers not running wait in CPU memory."""
     import transformers
