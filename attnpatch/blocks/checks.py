@@ -1,7 +1,8 @@
 """Checks of what spans, labels and sizes of blocks are given."""
 
+import difflib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,21 @@ import torch
 
 from attnpatch.blocks.chat.messages import Span
 from attnpatch.errors import BlockError
+
+# Options that chat templates have; a template may have others.
+TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "enable_thinking", "chat_template")
+
+
+def check_spelling(given: Iterable[str], known: Sequence[str]) -> None:
+    """Check that no option for a tokenizer or a template is a known one misspelt: it would be ignored there.
+
+    Raises:
+        BlockError: One is.
+    """
+    for name in given:
+        close = () if name in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
+        if close:
+            raise BlockError(f"there is no option {name!r}; did you mean {close[0]!r}?")
 
 
 def whole(value: Any, what: str) -> int:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from attnpatch.blocks.chat.messages import NEXT, Span, message_spans
-from attnpatch.blocks.checks import check_labels, check_spans, is_nested, whole
+from attnpatch.blocks.checks import (
+    TEMPLATE_OPTIONS,
+    check_labels,
+    check_spans,
+    check_spelling,
+    is_nested,
+    whole,
+)
 from attnpatch.blocks.partition import Partition
 from attnpatch.blocks.resolving import description, resolved
 from attnpatch.blocks.words import text_spans
@@ -121,6 +128,7 @@ class Blocks:
         """
         if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
             raise BlockError("messages is empty or not a list; accepted is a list of {'role', 'content'}.")
+        check_spelling(template_options, TEMPLATE_OPTIONS)
         per_sequence = not isinstance(messages[0], Mapping)
         spans, labels, ends, texts = [], [], [], []
         conversations = cast("Sequence[Sequence[Mapping]]", messages if per_sequence else [messages])
@@ -176,6 +184,7 @@ class Blocks:
         """
         from attnpatch.blocks.texts import checked_texts, text_parts
 
+        check_spelling(options, ("labels", "rest", "after", *TEMPLATE_OPTIONS))
         if not all(isinstance(name, str) and name for name in (rest, after)):
             raise BlockError(f"rest={rest!r}, after={after!r}; accepted is a label for each.")
         per_sequence = isinstance(texts, list | tuple) and bool(texts) and isinstance(texts[0], list | tuple)

@@ -102,5 +102,6 @@ class ByKind:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BlockMapFileError(f"cannot write into {folder}: {error}") from error
+            why = "it is a file; give a folder" if folder.is_file() else error.strerror or error
+            raise BlockMapFileError(f"cannot write into {folder}: {why}") from error
         return [one.save(path) for path, one in written.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -71,8 +72,10 @@ class HeadScores:
         """The ``k`` heads with the highest score, or all if there are fewer.
 
         Raises:
-            CaptureError: The score was not measured.
+            CaptureError: The score was not measured, or ``k`` is no whole number of at least 1.
         """
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+            raise CaptureError(f"k={k!r} is not accepted; give a number of heads, 1 or more")
         values = self[name].nan_to_num(nan=-1.0)
         order = values.flatten().argsort(descending=True, stable=True)[: int((values >= 0).sum())]
         width = values.shape[1]

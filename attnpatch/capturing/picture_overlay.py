@@ -41,8 +41,12 @@ def picture_heat(
         picture: narrower tiles at its edges have fewer elements.
 
     Raises:
-        CaptureError: There is no such picture, block, layer, head or sequence.
+        CaptureError: It is no block map, or has no such picture, block, layer, head or sequence.
     """
+    if not isinstance(block_map, BlockMap):
+        raise CaptureError(
+            f"block_map is {type(block_map).__name__}; accepted is a block map, such as maps.block_map."
+        )
     one = block_map.select(layer=layer, head=head, sequence=sequence, step="mean")
     if len(one.layers) != 1:
         raise CaptureError(f"{len(one.layers)} layers in one picture; give one layer or 'mean'.")

@@ -93,6 +93,11 @@ class BlockAttentionAnalyzer:
         check_given(given, model, tokenizer, policy)
         if (model is None) == (model_name_or_path is None):
             raise AnalysisError("give model_name_or_path, or a model and its tokenizer")
+        if not isinstance(model_name_or_path, (str, os.PathLike, type(None))):
+            raise AnalysisError(
+                f"model_name_or_path is {type(model_name_or_path).__name__}; give a folder or a name on the hub, and a loaded "
+                "model as model=..., tokenizer=..."
+            )
         name = None if model_name_or_path is None else os.fspath(model_name_or_path)
         if tokenizer is None and name is None:
             raise AnalysisError("a model was given without its tokenizer; give tokenizer=...")

@@ -164,7 +164,7 @@ def write(figure: "Figure", path: str | os.PathLike | None) -> "Figure | Path":
     """Save ``figure`` in the format of the path's suffix, and return the path. Without a path, return the figure.
 
     Raises:
-        CaptureError: The suffix is not ``.png``, ``.svg`` or ``.pdf``.
+        CaptureError: The suffix is not ``.png``, ``.svg`` or ``.pdf``, or the folder does not exist.
     """
     if path is None:
         return figure
@@ -173,6 +173,10 @@ def write(figure: "Figure", path: str | os.PathLike | None) -> "Figure | Path":
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise CaptureError(f"cannot draw into {path.name!r}; accepted suffixes are {', '.join(SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise CaptureError(
+            f"cannot draw into {path}: there is no folder {path.parent}; make it, or choose another path."
+        )
     _save(figure, path, path.suffix.lower()[1:])
     return path
 
