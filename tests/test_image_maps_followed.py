@@ -1,6 +1,7 @@
 """What a denoiser's attention does to the tokens that it is given: followed, or left out, never told by counts."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from image_denoisers import numbers, recording_of
 from torch import nn
 
 import attnpatch
-from attnpatch import errors
+from attnpatch import Blocks, errors
 
 HEIGHT, WIDTH, CHANNELS, HEADS = 4, 6, 16, 2
 TOKENS = HEIGHT * WIDTH
@@ -222,6 +223,22 @@ def of_both_images(features):
     return features.permute(2, 0, 3, 4, 1).reshape(2, -1, CHANNELS)
 
 
+def written(into, count=None):
+    """Tokens that are written into a new tensor, as HiDream has them; ``count``: of more tokens."""
+
+    def function(features):
+        x = by_token(features)
+        y = x.new_zeros(len(x), count or x.shape[1], x.shape[2])
+        into(y, x)
+        return y
+
+    return function
+
+
+def into_places(y, x):
+    y[:, : x.shape[1]] = x
+
+
 IMAGE, VIDEO, CUT = (
     (2, 4, 8, 8),
     (2, 4, 2, 4, 6),
@@ -243,6 +260,17 @@ SHAPES = {
     "frames last": (lambda x: by_token(x.permute(0, 1, 3, 4, 2)), VIDEO, ORDER),
     "frames for images": (lambda x: by_token(x.transpose(0, 2)), VIDEO, ORDER),
     "of both images": (of_both_images, VIDEO, ORDER),
+    "written into more": (written(into_places, 80), IMAGE, "its tokens or sequences come from a write"),
+    "written backwards": (
+        written(lambda y, x: y.copy_(x.flip(1))),
+        IMAGE,
+        "its tokens or sequences were put into another order (flip)",
+    ),
+    "written at an index": (
+        written(lambda y, x: y.__setitem__((slice(None), torch.arange(63, -1, -1)), x)),
+        IMAGE,
+        "",
+    ),
 }
 
 
@@ -264,6 +292,8 @@ WHOLE = {
         IMAGE,
     ),
     "a video": (by_token, VIDEO),
+    "written into new ones": (written(into_places), IMAGE),
+    "copied": (written(lambda y, x: y.copy_(x)), IMAGE),
 }
 
 
@@ -274,3 +304,32 @@ def test_tokens_that_show_all_of_the_image(name):
     with torch.no_grad(), attnpatch.capture(denoiser) as maps:
         denoiser(numbers(1, *shape), 5)
     assert not maps.left_out and maps.num_runs == 1
+
+
+class Joint(nn.Module):
+    """Attends from image and text together; ``into`` makes the image's tokens."""
+
+    def __init__(self, into):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.into = nn.Conv2d(4, CHANNELS, 1), into
+        self.attention = Attention(lambda a, x: a.attend(x, x))
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        return self.attention(torch.cat([self.into(self.patch(sample)), encoder_hidden_states], 1))
+
+
+def padded(features):
+    return nn.functional.pad(by_token(features), (0, 0, 0, 16))
+
+
+@pytest.mark.parametrize("into", [written(into_places), padded])
+def test_image_tokens_beside_a_text(into):
+    """The text is no part of what is asked for; tokens that are not known may be, so they are not passed over."""
+    denoiser, is_known = Joint(into), into is not padded
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        with attnpatch.capture(denoiser, blocks=Blocks.tiles(8, 8, 2)) as maps:
+            denoiser(numbers(1, *IMAGE), 5, numbers(2, 2, 7, CHANNELS))
+    assert maps.num_runs == is_known
+    assert ("80 queries that are not known" in maps.left_out.get("attention", "")) is not is_known

@@ -99,8 +99,10 @@ class ImageObserver(SiteObserver):
         queries = self._kinds_of(layout.queries, "queries", layout.q_len)
         keys = self._kinds_of(layout.keys, "keys", layout.kv_len)
         plan = self.recorder.sampling.plan
-        if not {kind for kind, _ in queries} & plan.queries or not {kind for kind, _ in keys} & plan.keys:
-            return False
+        for side, kinds, asked in (("queries", queries, plan.queries), ("keys", keys, plan.keys)):
+            if not {kind for kind, _ in kinds} & asked:
+                self._check_known(kinds, side)
+                return False
         if layout.is_mixed:
             self._leave_out(
                 "its weights are mixed after softmax, so rows of its map need not sum to 1", " (weights)"
@@ -112,6 +114,12 @@ class ImageObserver(SiteObserver):
         self._check_before()
         self._open()
         return True
+
+    def _check_known(self, kinds: Kinds, side: str) -> None:
+        """Raise ``Unknown`` if some queries or keys are not known, so that they may be those that are asked for."""
+        count = sum(length or 0 for kind, length in kinds if kind == OTHER)
+        if count:
+            raise Unknown(f"it attends with {count} {side} {UNKNOWN}")
 
     def _kinds_of(self, pieces: Sequence[Any], side: str, count: int) -> Kinds:
         """The kinds of tokens of the queries or of the keys, in order, each with its length.

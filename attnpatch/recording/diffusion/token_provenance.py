@@ -91,7 +91,7 @@ class TokenKinds(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in _WRITING:
-            self._write((*args, *kwargs.values()))
+            self._write(func, (*args, *kwargs.values()))
         if torch.compiler.is_compiling() or not isinstance(result, (torch.Tensor, tuple, list)):
             return result
         if isinstance(result, torch.Size):
@@ -133,11 +133,19 @@ class TokenKinds(TorchFunctionMode):
             return False
         return result.shape[:1] != source.shape[:1] and result.numel() != source.numel()
 
-    def _write(self, args: Any) -> None:
-        """If tokens of another kind are written into a tensor, the kinds of its tokens are no longer known."""
+    def _write(self, func: Callable[..., Any], args: Any) -> None:
+        """If tokens of another kind are written into a tensor, the kinds of its tokens are no longer known. If all of a
+        new tensor is written in order, it has the kind of what is written.
+        """
         target, values = args[0], [each for each in args[1:] if isinstance(each, torch.Tensor)]
-        if values and target in self._known and self._known.get(values[-1]) != self._known[target]:
-            del self._known[target]
+        found = self._known.get(values[-1]) if values else None
+        if values and target in self._known:
+            if found != self._known[target]:
+                del self._known[target]
+        elif found is not None and len(found) == 1 and values[-1].numel() == target.numel():
+            name = getattr(func, "__name__", "")
+            if name == "copy_" or (name == "__setitem__" and not any(map(_picks, _listed(args[1:-1])))):
+                self._known[target] = found
 
     def _join(self, result: torch.Tensor, pieces: list[torch.Tensor], dim: int) -> None:
         if not any(piece in self._known for piece in pieces):
