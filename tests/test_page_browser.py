@@ -371,6 +371,14 @@ def test_a_finding_of_numbers_with_signs_is_the_largest_whatever_its_sign(opened
     assert said.startswith("2 user: the largest number (difference) is at \u201c0 user\u201d (0.250)")
 
 
+def test_the_help_says_that_a_map_is_a_part(opened):
+    whole = block_map()
+    for one, is_part in ((whole, False), (whole.isel(key=slice(2, 5)), True)):
+        page = opened(one)
+        page.click("#help-button")
+        assert page.locator("#part-help").is_visible() == is_part
+
+
 def test_a_page_opens_without_errors_and_shows_what_it_holds(opened):
     page = opened(block_map())
     assert page.title() == "map.safetensors - attnpatch"

@@ -148,6 +148,7 @@ def _described(name: str, block_map: BlockMap, embedded: EmbeddedPictures) -> di
         "signed": block_map.is_signed,
         "gradient": block_map.is_of_gradient,
         "numbers": numbers_of(block_map),
+        "part": "own_keys" in block_map.metadata,
         "uncertainty": uncertainty(block_map),
         "layers": _with_mean(block_map.layers),
         "heads": [_MEAN] if block_map.heads == _MEAN else _with_mean(block_map.heads),

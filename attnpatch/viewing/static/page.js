@@ -160,6 +160,7 @@ function openMap(index) {
   offerSeconds();
   byId("signed-help").hidden = !map.gradient;
   byId("numbers-help").hidden = !(map.signed && map.numbers);
+  byId("part-help").hidden = !map.part;
   setChoice("normalization", map.normalization);
   for (const axis of AXES) {
     const count = map[axisOf[axis]].length;
