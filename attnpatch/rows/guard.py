@@ -36,7 +36,7 @@ def ran(result: Any) -> Any:
 def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The host's own call. An error that it raises is the host's, so the call is not tried again."""
     try:
-        if selective_checkpoints.is_hidden():
+        if here.hidden:
             with selective_checkpoints.shown():
                 result = func(*args, **kwargs)
         else:
@@ -44,7 +44,9 @@ def native(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     except Exception as error:
         here.raised = id(error)
         raise
-    return ran(result)
+    if here.results is not None:  # as ``ran`` does
+        here.results.append(result)
+    return result
 
 
 def passes(error: Exception) -> bool:

@@ -41,11 +41,6 @@ def hidden() -> Iterator[None]:
             compat.push_dispatch_mode(mode)
 
 
-def is_hidden() -> bool:
-    """True if attnpatch's own operators are running, hidden from such a checkpoint."""
-    return bool(here.hidden)
-
-
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
     """Show the host's own operator, which runs inside the block."""

@@ -150,6 +150,24 @@ OF_POSITIONS: dict[Any, Begin] = {
     ),
 }
 BEGINNINGS: dict[Any, Begin] = {**OF_POSITIONS, **constants.BEGINNINGS}
+_OF_TWO = frozenset(_functions(f"{COMPARISONS} {SUBTRACTIONS} {_BOTH} {_MASKS}"))
+
+
+def _makes_nothing_larger(func: Callable[..., Any], args: Any) -> bool:
+    """True for calls of ``OF_POSITIONS`` that are known at once to be left alone: of two tensors of one shape, of a
+    tensor and a number, slices.
+    """
+    if func in _OF_TWO:
+        if len(args) != 2:
+            return True
+        one, other = args
+        are_tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        return not are_tensors or one.shape == other.shape
+    if func is not torch.Tensor.__getitem__:
+        return False
+    index = args[1]
+    last = index[-1] if isinstance(index, tuple) and index else index
+    return not isinstance(last, torch.Tensor)
 
 
 # --------------------------------------------------------------------------------------------- before any attention
@@ -165,10 +183,12 @@ class Before(Watching):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Switched off, but still below a mode of the host's; or a function that nothing is done with. Most are, so
-        # this takes as little time as it can.
+        # Switched off, but still below a mode of the host's; or a call that nothing is done with. Most are, so this
+        # takes as little time as it can.
         if here.positions is not self or (
-            func not in OF_POSITIONS and DeferredTensor not in types and not is_watching_writes()
+            DeferredTensor not in types
+            and (func not in OF_POSITIONS or _makes_nothing_larger(func, args))
+            and not is_watching_writes()
         ):
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)

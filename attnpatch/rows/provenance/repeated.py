@@ -216,12 +216,10 @@ class RepeatedSources(Sources):
 
     def _has_other_contents(self) -> bool:
         """True if code that was not seen has written to a tensor that was recorded."""
-        is_newer = any(
-            one._version > version
-            for one, version in zip(self._held, self._versions, strict=True)
-            if not one.is_inference()
-        )
-        return is_newer or any(sum_of_sample(one) != before for one, before in self._samples.values())
+        for one, version in zip(self._held, self._versions, strict=True):
+            if not one.is_inference() and one._version > version:
+                return True
+        return any(sum_of_sample(one) != before for one, before in self._samples.values())
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         super()._before_write(tensor)
@@ -237,12 +235,6 @@ class RepeatedSources(Sources):
             if isinstance(target, torch.Tensor) and share_memory(tensor, target):
                 self._versions[slot] += 1
 
-    def _memory(self, tensor: torch.Tensor) -> int:
-        """A number for a tensor's memory; tensors with the same number share memory, so a write to one changes both."""
-        if type(tensor) is torch.nn.Parameter or tensor.layout is not torch.strided:
-            return -1
-        return self._memories.setdefault(tensor.untyped_storage().data_ptr(), len(self._memories))
-
     def _kept(self, piece: Any) -> Any:
         is_large = type(piece) is torch.Tensor and piece.numel() * piece.element_size() > _LARGE
         return _Shape(piece) if is_large and id(piece) not in self._slots else piece
@@ -252,24 +244,11 @@ class RepeatedSources(Sources):
         kind = type(value)
         if kind in _PLAIN:
             slot = self._slots.get(id(value))
-            version = 0 if value.is_inference() else value._version
-            if slot is not None:
-                self._has_strayed |= version > self._versions[slot]
+            if slot is None:
+                self._write_new(value, is_result)
+            else:
+                self._has_strayed |= not value.is_inference() and value._version > self._versions[slot]
                 self._done.append(slot)
-                return True
-            self._slots[id(value)] = len(self._slots)
-            self._held.append(value)
-            self._versions.append(version)
-            if value.is_inference() and (place := place_of(value)) not in self._samples:
-                self._samples[place] = value, sum_of_sample(value)
-            self._done += (_NEW, value.dtype, value.dim())
-            self._numbers += value.shape
-            memory = self._memory(value)
-            if not is_result:  # the layout and memory of a result follow from its operands
-                self._done.append(memory)
-                if not value.is_contiguous():
-                    self._done.append(_STRIDED)
-                    self._numbers += value.stride()
         elif kind is int:
             self._done.append(int)
             self._numbers.append(value)
@@ -277,7 +256,9 @@ class RepeatedSources(Sources):
             self._done += (kind, value)
         elif kind in (tuple, list, torch.Size):
             self._done += (kind, len(value))
-            return all(self._write(each, is_result) for each in value)
+            for each in value:
+                if not self._write(each, is_result):
+                    return False
         elif kind is slice:
             self._done.append(slice)
             return all(self._write(each) for each in (value.start, value.stop, value.step))
@@ -287,3 +268,23 @@ class RepeatedSources(Sources):
         else:
             return False
         return True
+
+    def _write_new(self, tensor: torch.Tensor, is_result: bool) -> None:
+        """Record a tensor that was not recorded before."""
+        self._slots[id(tensor)] = len(self._slots)
+        self._held.append(tensor)
+        is_inference = tensor.is_inference()
+        self._versions.append(0 if is_inference else tensor._version)
+        place = place_of(tensor)
+        if is_inference and place not in self._samples:
+            self._samples[place] = tensor, sum_of_sample(tensor)
+        self._done += (_NEW, tensor.dtype, tensor.dim())
+        self._numbers += tensor.shape
+        # A number for its memory: tensors with the same number share memory, so a write to one changes both.
+        has_memory = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        memory = self._memories.setdefault(place, len(self._memories)) if has_memory else -1
+        if not is_result:  # the layout and memory of a result follow from its operands
+            self._done.append(memory)
+            if not tensor.is_contiguous():
+                self._done.append(_STRIDED)
+                self._numbers += tensor.stride()
