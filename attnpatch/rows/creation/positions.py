@@ -154,20 +154,29 @@ _OF_TWO = frozenset(_functions(f"{COMPARISONS} {SUBTRACTIONS} {_BOTH} {_MASKS}")
 
 
 def _makes_nothing_larger(func: Callable[..., Any], args: Any) -> bool:
-    """True for calls of ``OF_POSITIONS`` that are known at once to be left alone: of two tensors of one shape, of a
-    tensor and a number, slices.
+    """True for calls of ``OF_POSITIONS`` that are known at once to be left alone: those whose result has the shape of one
+    of two tensors, those of a tensor and a number, slices.
     """
     if func in _OF_TWO:
         if len(args) != 2:
             return True
         one, other = args
         are_tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-        return not are_tensors or one.shape == other.shape
+        return not are_tensors or _fits(other.shape, one.shape) or _fits(one.shape, other.shape)
     if func is not torch.Tensor.__getitem__:
         return False
     index = args[1]
     last = index[-1] if isinstance(index, tuple) and index else index
     return not isinstance(last, torch.Tensor)
+
+
+def _fits(small: torch.Size, large: torch.Size) -> bool:
+    """True if a tensor of the first shape is broadcast to the second one, and that one to no other."""
+    if small == large:
+        return True
+    if len(small) > len(large):
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(small), reversed(large), strict=False))
 
 
 # --------------------------------------------------------------------------------------------- before any attention
