@@ -267,3 +267,30 @@ def test_weights_that_are_multiplied_after_they_met_values():
     for row, probabilities in zip(maps["attention"].mass, weights, strict=True):
         expected = reduced(probabilities, blocks_of(torch.ones(TOKENS)), blocks_of(torch.ones(TOKENS)))
         torch.testing.assert_close(row[0].double(), expected.double(), atol=2e-6, rtol=0)
+
+
+class OtherScoresAttention(Attention):
+    """Scores that are more than a product of a query and a key."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, x):
+        query, key, value = self.project(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return (self.scores(query, key).softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+OTHERS = {
+    "symmetric": lambda q, k: q @ k.mT + (q @ k.mT).mT,
+    "pooled": lambda q, k: nn.functional.avg_pool2d(q @ k.mT, (1, 3), 1, (0, 1)),
+    "keys of their own for each query": lambda q, k: torch.einsum(
+        "bhid,bhijd->bhij", q, k[:, :, None] + q[:, :, :, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_reason_names_scores_that_are_not_seen(name):
+    maps = captured(Model(OtherScoresAttention(OTHERS[name])), numbers(2, TOKENS, WIDTH))
+    assert name.split()[0] in maps.left_out["attention"] and not maps.sequences

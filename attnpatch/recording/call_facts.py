@@ -12,8 +12,9 @@ from attnpatch.errors import AttnpatchError
 from attnpatch.observing import CAPTURE_ALONE, INPUT, KEPT, SLOTS, Layout, Opened
 
 NOT_SEEN = (
-    "attnpatch did not see its probabilities: it uses a kernel outside torch, nested tensors, no softmax over keys, or one "
-    "key beside a learned sink; with such a kernel, choose torch's attention (attn_implementation='sdpa' in transformers)"
+    "attnpatch did not see its probabilities: it uses a kernel outside torch, nested tensors, no softmax over keys, a "
+    "single key, or scores that are not one product of a query and a key (pooled, symmetric, with keys of their own for "
+    "each query); with such a kernel, choose torch's attention (attn_implementation='sdpa' in transformers)"
 )
 
 # Two tolerances for the sum of a map's rows, which should be 1. The second is for sums of the GPU kernel, which has a
