@@ -310,18 +310,20 @@ class Site(SiteCounters):
         if observer is not None or again:
             observer = self._in_checkpoint(observer)
         asked = patch.policy.mode != "never" and attention_outputs.are_asked_for(module, kwargs)
+        # A site that is in no map may still put tokens into another order for those after it.
+        is_followed = observer is None and not again and reordered.is_asked()
         if observer is None and not asked and not pending():
             rule = self._stays_native(args, kwargs)
-            if rule is not None:
+            if rule is not None and not (is_followed and rule not in ("nested", "transform")):
                 return rule
         call = self.call_class(patch.policy, patch.room(), self, observer, self.decisions, again)
         call.weights = [] if asked else None
         running = calls_here.mode
         around = running.call.sources if running is not None else None
         call.sources = around = around if around is not None and running.is_active() else None
-        if observer is not None and observer is not SEEN:
+        if is_followed or (observer is not None and observer is not SEEN):
             try:
-                repeats = None if observer.is_of_gradient else self.repeats
+                repeats = None if observer is not None and observer.is_of_gradient else self.repeats
                 # These functions are attnpatch's own: the mode must not see them.
                 with compat.DisableTorchFunction():
                     call.sources = reordered.sources_inside(inputs_among(args, kwargs), around, repeats)

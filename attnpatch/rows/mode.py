@@ -25,6 +25,7 @@ from attnpatch.rows.kernels.table import kernel_of
 from attnpatch.rows.matmul import products
 from attnpatch.rows.matmul.spellings import FUNCTIONS
 from attnpatch.rows.provenance import observed
+from attnpatch.rows.provenance.returned.weights import name_weights
 from attnpatch.rows.provenance.unseen_writes import may_write
 from attnpatch.rows.sdpa import cuttable, encoder_fast_paths, serve
 from attnpatch.rows.watching import Watching
@@ -82,6 +83,8 @@ class RowsMode(Watching):
         if sources is not None and sources is self.call.sources:
             # The functions called there are attnpatch's own: no other mode must see them.
             with compat.DisableTorchFunction():
+                if DeferredTensor in types and func in FUNCTIONS and type(result) is torch.Tensor:
+                    name_weights(args, kwargs, sources)
                 sources.follow(func, args, kwargs, result)
             if func in _SOFTMAX and type(result) is torch.Tensor and result.shape[-2:] == (1, 1):
                 observed.of_one(result, self.call)

@@ -20,6 +20,7 @@ from attnpatch.rows.kernels.check import ROWS, why_wrong
 from attnpatch.rows.kernels.compute import attention, in_place_of, masked, scores_of, weights_of
 from attnpatch.rows.kernels.packing import Packing
 from attnpatch.rows.kernels.table import CannotRead, Kernel
+from attnpatch.rows.provenance.returned import attention_results
 from attnpatch.rows.provenance.tensors import tensors_in
 from attnpatch.rows.sdpa import deferred_weights, serve
 from attnpatch.rows.watching import Watching
@@ -134,6 +135,7 @@ def _show(kernel: Kernel, call: KernelCall | str, result: Any, mode: Watching) -
         return
     with compat.DisableTorchFunction():
         found = call.output(result)
+        attention_results.note_kernel(site.sources, call.query, found, result)
     with mode:
         packing = Packing.of(call, site)
     rows = ROWS if len(packing.calls) < ROWS else 1

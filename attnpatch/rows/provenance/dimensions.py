@@ -15,6 +15,7 @@ from attnpatch.observing import CAPTURE_ALONE, INPUT, KEPT, PART, SLOTS, Layout,
 from attnpatch.rows.graph.axes import Axis, Dim, leaves
 from attnpatch.rows.provenance.origins import Made
 from attnpatch.rows.provenance.reordered.function_tables import IN_ANOTHER_ORDER
+from attnpatch.rows.provenance.reordered.token_order import SWAPPED
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.unseen_writes import UNSEEN_WAYS
 
@@ -206,7 +207,8 @@ def _layout(read: _Reading, leads: Sequence[Entry], rows: Sequence[Entry], keys:
         if piece.kind != KEPT
         for place in its or ([1] if piece.number in read.sources.moved else [])
     ]
-    _check_order(read, [*((number, place) for place in batch_places), *tokens])
+    firsts = (*batch_places, SWAPPED) if 0 in batch_places else batch_places
+    _check_order(read, [*((number, place) for place in firsts), *tokens])
     if head_places and any(piece.number == number and piece.kind == INPUT for piece, _ in key_pieces):
         # An input may have a dimension of heads only if queries and keys are separate inputs.
         raise Unknown("it attends along one dimension of three, which may be rows of an image, or heads")
@@ -310,9 +312,8 @@ def _pattern(
 
 def _check_parts(queries: Found, keys: Found) -> None:
     """Raise ``Unknown`` if some tokens of an input attend to others than themselves, or the other way round."""
-    is_own = queries == keys and len(keys) == 1
     for side, (piece, _) in (*(("queries", one) for one in queries), *(("keys", one) for one in keys)):
-        if piece.kind == PART and not is_own:
+        if piece.kind == PART and not (queries == keys and len(keys) == 1):
             raise Unknown(_only(piece.length, piece.of, side))
 
 

@@ -14,6 +14,7 @@ from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import Made, Origins
 from attnpatch.rows.provenance.residuals import shows, shows_all, summand
+from attnpatch.rows.provenance.returned import attention_results
 from attnpatch.rows.provenance.tensors import ByTensor, share_memory
 from attnpatch.rows.provenance.unseen_writes import Notes
 
@@ -51,6 +52,8 @@ class FunctionResults(Origins):
             return blank
         if not known:
             return None
+        if name in attention_results.OF:
+            return attention_results.OF[name](self, self._known, args, kwargs, result)
         if name in NAMES or name == "linear":
             return self._of_product(name, args, kwargs, result)
         if name in element_places.JOINING or name == "stack":
@@ -189,19 +192,16 @@ class FunctionResults(Origins):
     ) -> Dim:
         """The axes of one dimension, among those of the operands that have it; see ``_by_place``."""
         lost, clean = [], []
-        for one in here:
-            if any(one[0] is tensor for tensor in whole):
-                is_lost = self._has_losses(one[1]) or (beside is not None and self._is_moved(one[1]))
-                (lost if is_lost else clean).append(one)
+        there = [one for one in here if any(one[0] is tensor for tensor in whole)]
+        others = [dim for tensor, dim in there if place < tensor.dim() - 1]
+        for one in there:
+            is_lost = self._has_losses(one[1]) or (beside is not None and self._is_moved(one[1]))
+            (lost if is_lost or self._is_regrouped(one[1], others) else clean).append(one)
         if not lost:
             return here[0][1]
         value = lost[0][0] if beside else None
         shown = (one for one in clean if beside is not None and self._shows(one[0], value, place))
         return (next(shown, None) or lost[0])[1]
-
-    def _has_losses(self, dim: Dim) -> bool:
-        """True if a dimension holds tokens at unknown positions."""
-        return any(self._loss(leaf) is not None for leaf in leaves(dim))
 
     def _is_moved(self, dim: Dim) -> bool:
         """True if a dimension of an input was reordered before the call."""
@@ -226,7 +226,11 @@ class FunctionResults(Origins):
             return True
         for one in operands:
             own = self._known.get(one) if one is not result and one.shape == result.shape else None
-            if own is not None and any(self._has_losses(dim) or self._is_moved(dim) for dim in own):
+            pairs = zip((own or ())[:-1], self._known.get(result) or (), strict=False)
+            if own is not None and (
+                any(self._has_losses(dim) or self._is_moved(dim) for dim in own)
+                or any(self._is_regrouped(dim, [its]) for dim, its in pairs)
+            ):
                 self.reads_values = True
                 if self.hidden is not None and self.hidden.has(result):
                     return False

@@ -88,6 +88,11 @@ class HiddenTokens:
         if tensor in self._hidden and copy is not tensor:
             self._hidden[copy] = self._hidden[tensor]
 
+    def adopt(self, inside: HiddenTokens, tensor: torch.Tensor) -> None:
+        """Note what was found of a tensor inside a module."""
+        if tensor in inside._hidden:
+            self._hidden[tensor] = inside._hidden[tensor]
+
     def follow(
         self,
         name: str,

@@ -77,7 +77,7 @@ def _is_whole(dim: Dim, axes: Dim) -> bool:
     return math.prod(axis.size for axis in dim) == math.prod(axis.size for axis in axes)
 
 
-def _source(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
+def source_of(sources: Sources, leaf: Axis) -> tuple[Dim | None, list[Axis]]:
     """The tracked dimension that an axis of a graph comes from, and the axes over which its scores were summed."""
     found: tuple[Dim | None, list[Axis]] = None, []
     for score in sources.scores:
@@ -204,8 +204,8 @@ def _layout(
     if sources is None:
         sizes = (math.prod(axis.size for axis in side) for side in (leads, rows, keys))
         return Layout(1, *sizes, why_not="attnpatch did not follow its inputs")
-    names = {axis: _renamed(node, axis) for axis in (*leads, *rows, *keys)}
-    found = {axis: _source(sources, name) for axis, name in names.items()}
+    names = {axis: renamed(node, axis) for axis in (*leads, *rows, *keys)}
+    found = {axis: source_of(sources, name) for axis, name in names.items()}
     if is_mixed:
         # Heads that a product has mixed from others.
         found.update({axis: ((Axis(axis.size),), []) for axis in leads if found[axis][0] is None})
@@ -216,18 +216,18 @@ def _layout(
     return dataclasses.replace(layout_of(sources, *entries, contracted), drops_keys=drops_keys)
 
 
-def _renamed(node: Node, axis: Axis) -> Axis:
+def renamed(node: Node, axis: Axis) -> Axis:
     """The axis from which a slice has made this one, if the slice keeps all of it, or drops only a sink's column."""
     for step in walk(node):
         if isinstance(step, Joined) and len(step.children) == 1 and axis in leaves(step.dims[step.position]):
             whole = leaves(step.children[0].dims[step.position])
             if len(whole) == 1:
-                return _renamed(step.children[0], whole[0])
+                return renamed(step.children[0], whole[0])
         if not isinstance(step, SliceNode) or step.start or step.step != 1 or axis not in step.axis.leaves():
             continue
         whole = leaves(step.children[0].dims[step.position])
         if len(whole) == 1 and whole[0].size == axis.size:
-            return _renamed(step.children[0], whole[0])
+            return renamed(step.children[0], whole[0])
         for joined in walk(step):
             if (
                 isinstance(joined, OpNode)
@@ -293,7 +293,7 @@ def name_operands(
     """
 
     def dim_of(axes: Sequence[Axis]) -> Dim | None:
-        found = [_source(sources, leaf)[0] for leaf in leaves(axes)]
+        found = [source_of(sources, leaf)[0] for leaf in leaves(axes)]
         return None if any(dim is None for dim in found) else tuple(a for dim in found if dim for a in dim)
 
     outer = [dim_of(group) for group in leads]

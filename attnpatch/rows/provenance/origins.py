@@ -79,6 +79,7 @@ class Origins:
     Attributes:
         inputs: The dimensions of the inputs, each a new axis.
         made: How other axes were made.
+        new: Axes of tokens that the module makes from no input (learned queries).
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -86,6 +87,7 @@ class Origins:
         # For each axis of an input, what ``origin`` returns, and when that was found.
         self._origins: tuple[Any, int, dict[Axis, tuple[int, int, int]]] = None, 0, {}
         self.made: dict[Axis, Made] = {}
+        self.new: set[Axis] = set()
         # Axes of uninitialized tensors that nothing was written into yet.
         self._blank: set[Axis] = set()
         # For axes of tensors that are filled piece by piece: the pieces.
@@ -191,6 +193,25 @@ class Origins:
             for leaf in leaves(dim)
             if (made := self.made.get(leaf)) is not None
         )
+
+    def has_loss(self, leaf: Axis) -> bool:
+        """True if an axis holds tokens at unknown positions."""
+        return self._loss(leaf) is not None
+
+    def _has_losses(self, dim: Dim) -> bool:
+        """True if a dimension holds tokens at unknown positions."""
+        return any(self._loss(leaf) is not None for leaf in leaves(dim))
+
+    def _is_regrouped(self, dim: Dim, others: Sequence[Dim]) -> bool:
+        """True if a dimension differs from others, and holds tokens of an input but is no dimension of it as a whole."""
+        if all(dim == other for other in others):
+            return False
+        own = leaves(dim)
+        if all(own == leaves(other) for other in others):
+            return False
+        origins = [self.origin(leaf) for leaf in own]
+        found = next((origin for origin in origins if origin is not None), None)
+        return found is not None and own != leaves(self.inputs[found[0]][found[1]])
 
     def whole_of(self, leaf: Axis) -> Axis | None:
         """The axis that an axis is a part of, or ``None``."""

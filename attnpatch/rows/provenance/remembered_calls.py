@@ -80,10 +80,12 @@ class RememberedCalls:
 
     Attributes:
         is_off: True if the module does something that cannot be recorded, or attends twice.
+        results: By what a call did: for each of the module's results, the number of the input whose order it has.
     """
 
     def __init__(self) -> None:
         self.is_off = False
+        self.results: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self._ways: dict[tuple[Any, ...], list[_Way]] = {}
 
     def __bool__(self) -> bool:
@@ -103,3 +105,9 @@ class RememberedCalls:
         del ways[:-_MOST_WAYS]
         if len(self._ways) > _MOST_WAYS:
             del self._ways[next(iter(self._ways))]
+
+    def keep_results(self, key: tuple[Any, ...], numbers: tuple[int | None, ...]) -> None:
+        """Remember the order of a call's results."""
+        self.results[key] = numbers
+        if len(self.results) > _MOST_WAYS:
+            del self.results[next(iter(self.results))]

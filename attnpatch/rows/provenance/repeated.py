@@ -20,10 +20,11 @@ from attnpatch.observing import Layout
 from attnpatch.rows.graph.axes import Dims
 from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
+from attnpatch.rows.provenance.origins import lost
 from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import share_memory
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, place_of, sum_of_sample
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, place_of, sum_of_sample
 
 # Only calls with at most this many tokens in the batch are recorded: their tensors are kept until the SDPA call.
 MOST_TOKENS = 16
@@ -92,6 +93,8 @@ class RepeatedSources(Sources):
         hidden: As for ``Sources``.
     """
 
+    is_repeated = True
+
     def __init__(
         self, inputs: Sequence[torch.Tensor], repeats: RememberedCalls, hidden: HiddenTokens | None = None
     ) -> None:
@@ -100,6 +103,9 @@ class RepeatedSources(Sources):
         # Functions that were recorded and not followed yet; ``None``: nothing is recorded any more.
         self._waiting: list[tuple[Any, ...]] | None = [] if repeats else None
         self._is_asked = self._is_answered = self._is_lost = False
+        # Where the record of what follows the attention begins: functions, and numbers. ``None``: it has not been asked
+        # for yet.
+        self._end: tuple[int, int] | None = None
         # Whether a tensor has more writes than were seen.
         self._has_strayed = False
         # The record: functions, with a number for every tensor; and all numbers that occur in it.
@@ -119,6 +125,16 @@ class RepeatedSources(Sources):
         self._catch_up()
         return None if self._is_lost else super().of(tensor)
 
+    def returned(self, tensor: torch.Tensor) -> Dims | None:
+        self._catch_up()
+        return lost(tensor.shape, UNSEEN) if self._is_lost else super().of(tensor)
+
+    def give_later(self, tensor: torch.Tensor, dims: Callable[[Sources], Dims | None]) -> None:
+        if self._waiting is None:
+            super().give_later(tensor, dims)
+        else:
+            self._waiting.append((tensor, dims))
+
     def give(self, tensor: torch.Tensor, dims: Dims) -> None:
         self._stop()
         super().give(tensor, dims)
@@ -132,7 +148,7 @@ class RepeatedSources(Sources):
         return self._waiting is not None or self._is_answered or super().has_seen_writes(tensor)
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if self._is_answered:
+        if (self._is_answered and self._waiting is None) or type(result) is torch.Size:
             return
         if result is not None and not isinstance(result, (torch.Tensor, tuple, list)):
             if _name(func) in EXPOSING:
@@ -146,9 +162,9 @@ class RepeatedSources(Sources):
                 args = ([self._kept(piece) for piece in args[0]], *args[1:])
             if _writes(name):
                 self._count_write(args[0] if args else None)
-            is_recorded = (
-                name not in _RESHAPING and "out" not in kwargs and self._step(func, args, kwargs, result)
-            )
+            is_attention = self._end == (len(self._done), len(self._numbers))
+            given = ((), {}) if is_attention else (args, kwargs)
+            is_recorded = name not in _RESHAPING and "out" not in kwargs and self._step(func, *given, result)
             if not is_recorded or self._has_strayed:
                 self._is_lost |= self._waiting is not None and (name in _RESHAPING or self._has_strayed)
                 self._stop()
@@ -159,9 +175,9 @@ class RepeatedSources(Sources):
 
     def recall(self, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
         """The layout of the attention of ``query`` and ``key``, if an earlier call did the same; otherwise ``None``."""
-        if not self._is_written:
+        if not self._is_written or self._end is not None:
             # A second attention in the same call: only the first one was recorded.
-            self._is_lost |= self._is_answered
+            self._is_lost |= self._is_answered and self._waiting is None
             self._stop()
             return None
         self._is_asked = True
@@ -172,8 +188,8 @@ class RepeatedSources(Sources):
             self._stop()
         found = self._repeats.find(tuple(self._done), tuple(self._numbers)) if self._is_written else None
         if found is not None:
-            self._is_answered, self._waiting = True, None
-            self._end_record()
+            self._is_answered = True
+            self._end_attention()
         return found
 
     def remember(self, layout: Layout) -> None:
@@ -183,7 +199,42 @@ class RepeatedSources(Sources):
         elif self._is_written and not self._is_lost:
             self._repeats.keep(tuple(self._done), tuple(self._numbers), layout)
         self._is_asked = False
-        self._end_record()
+        self._end_attention()
+
+    def _end_attention(self) -> None:
+        """The attention's layout is known; go on with the record if somebody asks for the order of the module's result."""
+        self._end = len(self._done), len(self._numbers)
+        if self.is_bare is None:
+            self._waiting = None
+            self._end_record()
+
+    def recall_results(self, results: Sequence[torch.Tensor]) -> tuple[int | None, ...] | None:
+        if self._waiting is None or not self._is_answered:
+            return None
+        self._has_strayed |= self._has_other_contents()
+        key = None if self._has_strayed else self._key(results)
+        found = None if key is None else self._repeats.results.get(key)
+        if found is None:
+            self._is_lost |= self._has_strayed
+            self._catch_up()
+        return found
+
+    def remember_results(
+        self, results: Sequence[torch.Tensor], orders: Callable[[], tuple[int | None, ...] | None]
+    ) -> None:
+        key = self._key(results)
+        numbers = None if key is None or self.reads_values or self._is_lost else orders()
+        if key is None or numbers is None:
+            self._repeats.is_off = True  # the next call is followed as well
+        else:
+            self._repeats.keep_results(key, numbers)
+
+    def _key(self, results: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
+        """What a call has done, with those numbers that do not grow; ``None``: it was not recorded."""
+        slots = [self._slots.get(id(one)) for one in results]
+        if not self._is_written or self._end is None or None in slots:
+            return None
+        return (*self._done, "numbers", *self._numbers[self._end[1] :], "results", *slots)
 
     def _stop(self) -> None:
         """Stop recording for this module: from now on it is always followed."""
@@ -198,8 +249,12 @@ class RepeatedSources(Sources):
 
     def _catch_up(self) -> None:
         waiting, self._waiting = self._waiting, None
+        self._is_answered &= waiting is None
         for step in waiting or ():
-            super().follow(*step)
+            if len(step) == 2:
+                super().give_later(*step)
+            else:
+                super().follow(*step)
 
     # ----------------------------------------------------------------------------------------------- what is written
 

@@ -21,8 +21,11 @@ from attnpatch.rows.provenance import element_places
 from attnpatch.rows.provenance.function_results import FunctionResults
 from attnpatch.rows.provenance.hidden_tokens import HiddenTokens
 from attnpatch.rows.provenance.origins import Made, lost
-from attnpatch.rows.provenance.tensors import is_plain, share_memory, tensors_in
+from attnpatch.rows.provenance.tensors import is_plain, is_wide, share_memory, tensors_in
 from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, Notes, may_write_to, written_by
+
+# Functions whose result may show one operand's tokens and not the other's.
+_CHOOSING = element_places.ADDING | element_places.CHOOSING
 
 
 class Sources(FunctionResults):
@@ -36,6 +39,9 @@ class Sources(FunctionResults):
         notes: The notes that hold the dimensions; ``None``: new notes, which watch for unseen writes.
         hidden: Which of the inputs hide tokens; ``None``: not known, if ``notes`` are not given either.
     """
+
+    # True if a call may be recognised as a repetition of an earlier one.
+    is_repeated = False
 
     def __init__(
         self,
@@ -53,6 +59,11 @@ class Sources(FunctionResults):
         self.scores: list[Any] = []
         # Nodes whose probabilities were shown.
         self.shown: list[Any] = []
+        # Axes that were joined from pieces, some of which were not seen.
+        self.strange: set[Axis] = set()
+        # Tells if a tensor that no followed function has made holds no tokens; ``None``: nobody asks for the order of
+        # what the module returns.
+        self.is_bare: Callable[[torch.Tensor], bool] | None = None
         for tensor, dims in zip(inputs, self.inputs, strict=True):
             self._known[tensor] = dims
 
@@ -60,14 +71,27 @@ class Sources(FunctionResults):
         """The axes of each dimension of a tensor; ``None`` if they are not known."""
         return self._known.get(tensor)
 
+    def returned(self, tensor: torch.Tensor) -> Dims | None:
+        """As ``of``, for a tensor that leaves the module."""
+        return self.of(tensor)
+
+    def recall_results(self, results: Sequence[torch.Tensor]) -> tuple[int | None, ...] | None:
+        """For each result, the number of the input whose order it has; ``None``: this has to be determined."""
+        return None
+
+    def remember_results(
+        self, results: Sequence[torch.Tensor], orders: Callable[[], tuple[int | None, ...] | None]
+    ) -> None:
+        """Remember the order of the results that was asked for with ``recall_results``.
+
+        Args:
+            results: The results.
+            orders: Returns it; ``None``: it is not that simple.
+        """
+
     def known(self) -> list[torch.Tensor]:
         """All tensors that were seen and still exist."""
         return list(self._known)
-
-    def moves(self, tensor: torch.Tensor) -> str | None:
-        """The function that has moved tokens of a result inside the module, or ``None``."""
-        dims = self._known.get(tensor) or ()
-        return next((self.moved_by[leaf] for leaf in all_leaves(dims[:-1]) if leaf in self.moved_by), None)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """True if a tensor was seen."""
@@ -91,6 +115,12 @@ class Sources(FunctionResults):
     def give(self, tensor: torch.Tensor, dims: Dims) -> None:
         """Set the dimensions of a tensor that no followed function has made."""
         self._known[tensor] = dims
+
+    def give_later(self, tensor: torch.Tensor, dims: Callable[[Sources], Dims | None]) -> None:
+        """As ``give``, with a function that returns the dimensions."""
+        found = dims(self)
+        if found is not None:
+            self._known[tensor] = found
 
     def name_single(self, tensor: torch.Tensor, place: int) -> None:
         """Note which token a slice of size 1 holds; elsewhere a dimension of size 1 has no axis."""
@@ -137,19 +167,30 @@ class Sources(FunctionResults):
             return  # a shape, a dtype
         # ``out=`` does not contribute to the values of the result.
         given = {key: value for key, value in kwargs.items() if key != "out"}
-        operands = [t for t in tensors_in((args, given)) if is_plain(t)]
+        everything = list(tensors_in((args, given)))
+        # Scores that are not computed yet have dimensions only where they are multiplied with values.
+        operands = [t for t in everything if is_plain(t) or t in self._known]
+        if self.is_bare is not None and element_places.is_of(name, _CHOOSING):
+            for one in filter(self._is_strange, operands):
+                self._known[one] = lost(one.shape, UNSEEN)
         own = {id(t) for t in operands}
         for one in operands[:1] if is_write else [t for t in results if id(t) in own]:
             self._known.wrote(one)
         if operands and is_write:
             self._written(name, operands, args)
-        with_tokens = [t for t in operands if self.hidden is not None and self._has_tokens(t)]
+        with_tokens = [t for t in operands if self.hidden is not None and is_plain(t) and self._has_tokens(t)]
         for one in results:
             if id(one) not in own:
+                is_out = len(given) < len(kwargs)
+                if self.is_bare is not None and not is_out and self._known.get(one) is not None:
+                    continue  # a function of several steps, which were followed one by one
                 found = self._found(name, args, given, operands, one)
-                if len(given) < len(kwargs):
+                if is_out:
                     self._forget(one)
-                self._known[one] = found
+                if found is not None or not any(map(self._is_strange, everything)):
+                    self._known[one] = found
+                if found is not None and name in element_places.JOINING:
+                    self._join_strangers(operands, found)
             elif (
                 self._known.get(one) is not None
                 and name not in element_places.WRITES
@@ -161,6 +202,18 @@ class Sources(FunctionResults):
             self.hidden.follow(name, args, given, with_tokens, results or written)
             for one in written:
                 self.hidden.spread(one, self._sharing)
+
+    def _is_strange(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor was not seen, and is none of the model's own: it may hold tokens in any order."""
+        if self.is_bare is None or type(tensor) is torch.nn.Parameter or tensor in self._known:
+            return False
+        is_number = tensor.is_floating_point() and is_wide(tensor)
+        return is_number and not (is_plain(tensor) and self.is_bare(tensor))
+
+    def _join_strangers(self, pieces: Sequence[torch.Tensor], dims: Dims) -> None:
+        """Note that tokens in an unknown order are among concatenated ones."""
+        if any(map(self._is_strange, pieces)):
+            self.strange.update(leaf for leaf in all_leaves(dims) if leaf in self.made)
 
     def _is_moved(self, dim: Dim) -> bool:
         if not self.moved:
@@ -185,7 +238,7 @@ class Sources(FunctionResults):
         target, value = operands[0], operands[-1]
         own, dims = self._known.get(target), self._known.get(value)
         if own is None:
-            self._forget(target)  # other tensors in its memory may be known
+            self._forget(target, dims)  # other tensors in its memory may be known
             if dims is not None and value is not target and value.dim() == target.dim():
                 self._into_unknown(target, value, dims, args)
             return
@@ -195,23 +248,23 @@ class Sources(FunctionResults):
                 isinstance(one, (torch.Tensor, list))
                 for one in (place if isinstance(place, tuple) else (place,))
             ):
-                self._forget(target)
+                self._forget(target, dims)
                 return
             view = target[place]
             is_elsewhere = dims is not None and self._is_of_another(target, place, view, value)
             if is_elsewhere or not share_memory(target, view):
-                self._forget(target)
+                self._forget(target, dims)
                 return
             own = self._viewed(own, target, view)
         elif name in element_places.SCATTERING:
-            self._forget(target)
+            self._forget(target, dims)
             return
         if value is target:
             return
         # An unknown vector is a token of the module's own; a larger unknown tensor may hold tokens in any order.
         is_told = self._take_places(own, dims) if dims is not None else sum(n > 1 for n in value.shape) < 2
         if not is_told:
-            self._forget(target)
+            self._forget(target, dims)
 
     def _is_of_another(
         self, target: torch.Tensor, index: Any, view: torch.Tensor, value: torch.Tensor
@@ -236,11 +289,17 @@ class Sources(FunctionResults):
             for one, dims in self._known.items()
         )
 
-    def _forget(self, target: torch.Tensor) -> None:
-        """Note that a tensor, and all tensors in its memory, hold other elements than before."""
+    def _forget(self, target: torch.Tensor, value: Dims | None = None) -> None:
+        """Note that a tensor, and all tensors in its memory, hold other elements than before.
+
+        Args:
+            target: The tensor.
+            value: The dimensions of what was written.
+        """
         for one, dims in self._known.items():
             if dims is not None and share_memory(one, target):
-                self._known[one] = fresh(one.shape)
+                self._known[one] = found = fresh(one.shape)
+                self._lost(found, (*dims, *(value or ())))
 
     def _into_unknown(self, target: torch.Tensor, value: torch.Tensor, dims: Dims, args: Any) -> None:
         """Note tokens that are written into unknown memory of fixed size (a cache), along the dimension in which the

@@ -58,6 +58,10 @@ def attend(args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tens
 def _watched(call: SdpaCall, args: Any, kwargs: dict[str, Any], site: AttentionCall) -> torch.Tensor:
     """A call whose arguments are cast; the observer, if any, is shown its probabilities."""
     if site.observer is None:
+        if site.sources is not None and site.sources.is_repeated:
+            guard.attempted(
+                observed.of_call, call, site.sources, name="following attention", counters=site.counters
+            )
         return _attend(call, args, kwargs, site)
     if site.observer.is_of_gradient:
         result = guard.ran(_attend(call, args, kwargs, site))

@@ -38,9 +38,10 @@ from attnpatch.rows.provenance.reordered.function_tables import (
     leaves_tokens,
 )
 from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, base, is_learned, listed
+from attnpatch.rows.provenance.returned import module_results
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.tensors import is_wide, tensors_in
-from attnpatch.rows.provenance.unseen_writes import EXPOSING, may_write_to, written_by
+from attnpatch.rows.provenance.unseen_writes import EXPOSING, UNSEEN, may_write_to, written_by
 
 
 class Turned(TokenTensors):
@@ -107,38 +108,66 @@ class Turned(TokenTensors):
             writes.spread(self, one, reasons)
 
     def through(self, given: Sequence[torch.Tensor], result: Any, inside: Sources | None) -> None:
-        """Note after attention has run that its result has the order of its input tokens.
+        """Note after attention has run which order its result has.
 
         Args:
             given: The tensors that it was called with.
             result: Its result.
             inside: The sources that have followed its functions, or ``None``.
         """
-        for one in given:
+        new = [one for one in tensors_in(result) if one not in self.is_bare]
+        order = None if inside is None else inside.recall_results(new)
+        for number, one in enumerate(given):
             if inside is None or inside.has_seen_writes(one):
                 self.is_bare.agree(one)
-        for one in tensors_in(result):
-            is_new = one not in self.is_bare
-            if is_new:
-                self.is_bare[one] = False
-                own = [each for each in given if not (self.is_bare.get(each) or is_learned(each))]
-                self.picked.pass_on(own, one)
-                for source in given[:1]:
-                    self.hidden.same(source, one)
-            if type(one) is not torch.Tensor or not is_new or self.sources.of(one) is not None:
+            if inside is not None and order is None and module_results.is_moved(inside, number, one):
+                before = self.why(one)
+                self.lose(one, "__setitem__")
+                writes.spread(self, one, before)
+        own = [each for each in given if not (self.is_bare.get(each) or is_learned(each))]
+        for place, one in enumerate(new):
+            self.is_bare[one] = False
+            self.picked.pass_on(own, one)
+            for source in given[:1]:
+                self.hidden.same(source, one)
+            if order is not None:
+                self._take_over(given, order[place], one)
                 continue
-            if inside is not None and (name := inside.moves(one)) is not None:
-                self.lose(one, name)
-                continue
-            alike = next((each for each in given if each.shape[:-1] == one.shape[:-1]), None)
-            if not given:
-                continue
-            if alike is None:
-                reason = next(iter(self.why(given[0]).values()), None)
-                if reason is not None:
-                    self.lose(one, reason)
-            elif (dims := self.sources.of(alike)) is not None:
-                self.sources.give(one, (*dims[:-1], *fresh(one.shape[-1:])))
+            if inside is not None and inside.hidden is not None:
+                self.hidden.adopt(inside.hidden, one)
+            if type(one) is torch.Tensor and self.sources.of(one) is None:
+                self.adopt(inside, given, one, is_alone=len(new) == 1)
+        if inside is not None and order is None:
+            inside.remember_results(new, lambda: module_results.orders(inside, given, new))
+
+    def _take_over(self, given: Sequence[torch.Tensor], number: int | None, one: torch.Tensor) -> None:
+        """Note that a tensor has the order of an input of the module that has made it."""
+        dims = None if number is None else self.sources.of(given[number])
+        if dims is not None:
+            self.sources.give(one, (*dims[:-1], *fresh(one.shape[-1:])))
+
+    def adopt(
+        self,
+        inside: Sources | None,
+        given: Sequence[torch.Tensor],
+        one: torch.Tensor,
+        is_alone: bool = False,
+    ) -> None:
+        """Give a tensor that a module has made the axes by which the model's tokens are followed.
+
+        Args:
+            inside: The sources that have followed the module's functions, or ``None``.
+            given: The tensors that it was called with.
+            one: The tensor.
+            is_alone: True if it has made no other one.
+        """
+        dims = None if inside is None else inside.returned(one)
+        if inside is not None and dims is not None:
+            found = module_results.Translation(self, inside, given, is_alone).dims(dims)
+            if found:
+                self.sources.give(one, found)
+        elif (inside is None or not inside.knows(one)) and one.is_floating_point() and is_wide(one):
+            self.lose(one, UNSEEN)
 
     def _without_tokens(self, name: str, results: list[torch.Tensor]) -> None:
         for one in results:
@@ -202,9 +231,9 @@ class Turned(TokenTensors):
         """Begin to follow a function's operands, if needed; False if there is nothing to follow."""
         if name in element_places.JOINING:
             for tensor in own:
-                self._order(tensor)
+                self.order(tensor)
         elif begins(name, own[0], result):
-            self._order(own[0])
+            self.order(own[0])
         elif name in CUTTING or name in element_places.IN_ORDER or name in TURNING:
             return any(self.sources.of(tensor) is not None for tensor in own)
         else:
@@ -213,7 +242,7 @@ class Turned(TokenTensors):
                     self.sources.give(tensor, fresh(tensor.shape))
         return True
 
-    def _order(self, tensor: torch.Tensor) -> None:
+    def order(self, tensor: torch.Tensor) -> None:
         """Take the present order of a tensor as the right one for those of its axes that were not seen before."""
         dims = self.sources.of(tensor)
         if dims is None:

@@ -25,6 +25,7 @@ from attnpatch.rows.provenance.remembered_calls import RememberedCalls
 from attnpatch.rows.provenance.reordered import sums
 from attnpatch.rows.provenance.reordered.function_tables import is_setting
 from attnpatch.rows.provenance.reordered.functions import Turned
+from attnpatch.rows.provenance.reordered.orders import Order, flat, is_picked, orders_of, picks_all
 from attnpatch.rows.provenance.repeated import sources_of
 from attnpatch.rows.provenance.sources import Sources
 from attnpatch.rows.provenance.unseen_writes import may_write
@@ -42,9 +43,6 @@ _TAKING = frozenset("copy_ set_ data_".split())
 
 _FAILED = "a function that attnpatch failed to follow (a warning says which)"
 
-# A dimension, and for each of its elements the former index; ``None``: not known.
-Order = tuple[int, torch.Tensor] | None
-
 
 class Moved(TorchFunctionMode):
     """A mode that sees the functions of a model's call, except those inside its attention sites."""
@@ -53,8 +51,8 @@ class Moved(TorchFunctionMode):
         super().__init__()
         # Number of nested sites that are running.
         self.depth = 0
-        # The sources that follow the functions of the innermost one.
-        self.inside: Sources | None = None
+        # The sources that follow the functions of each of them, by its depth.
+        self._inside: dict[int, Sources] = {}
         # True if attnpatch's own code has failed to follow a function.
         self._has_failed = False
         # For each tensor: the function that reordered it, and the order.
@@ -93,7 +91,7 @@ class Moved(TorchFunctionMode):
         if (
             self._found
             or name == "embedding"
-            or (name in _MOVING and (name != "__getitem__" or _is_picked(args[1])))
+            or (name in _MOVING and (name != "__getitem__" or is_picked(args[1])))
         ):
             self._follow(name, args, kwargs, result)
         self._turned.is_bare.begin_function()
@@ -101,6 +99,11 @@ class Moved(TorchFunctionMode):
             self._turned.follow(name, func, args, kwargs, result)
         finally:
             self._turned.is_bare.end_function()
+
+    def enter(self) -> None:
+        """A site begins to run."""
+        self.depth += 1
+        self._inside.pop(self.depth, None)
 
     def why(self, tensor: torch.Tensor) -> dict[int, str]:
         """For each dimension in which a tensor's elements were reordered, the function that did it; other dimensions
@@ -110,9 +113,7 @@ class Moved(TorchFunctionMode):
             return dict.fromkeys(range(tensor.dim()), _FAILED)
         found = self._found.get(tensor)
         moved = {} if found is None else dict.fromkeys(range(tensor.dim()), found[0])
-        if self.depth < 2:
-            # Inside another site this mode does not see functions.
-            self._turned.has_tokens(tensor)
+        self._turned.has_tokens(tensor)
         return {**self._turned.why(tensor), **moved}
 
     def hidden_of(self, inputs: Sequence[torch.Tensor]) -> HiddenTokens:
@@ -124,15 +125,25 @@ class Moved(TorchFunctionMode):
         """The lengths of the dimensions that were merged into a tensor's tokens; empty: not known."""
         return self._turned.sides(tensor)
 
+    def follows(self, sources: Sources) -> None:
+        """Note the sources that follow the functions of the running site.
+
+        What a site around others does is seen by this mode itself.
+        """
+        if self.depth:
+            sources.is_bare = self._is_bare
+            self._inside[self.depth] = sources
+
+    def _is_bare(self, tensor: torch.Tensor) -> bool:
+        return not self._turned.has_tokens(tensor)
+
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Note after a site has run that its result has the order of its input tokens."""
         with compat.DisableTorchFunction():
             self._attempt(self._through, given, result)
 
     def _through(self, given: Sequence[torch.Tensor], result: Any) -> None:
-        inside, self.inside = self.inside, None
-        while inside is not None and inside.outer is not None and not any(map(inside.knows, given)):
-            inside = inside.outer
+        inside = self._inside.pop(self.depth + 1, None)
         self._turned.through(given, result, inside)
         if not given:
             return
@@ -152,7 +163,7 @@ class Moved(TorchFunctionMode):
         if args and (name in _TAKING or name == "__setitem__"):
             self._take(name, args, kwargs)
             return
-        tensors = [value for value in _flat((args, list(kwargs.values()))) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in flat((args, list(kwargs.values()))) if isinstance(value, torch.Tensor)]
         if not tensors:
             return
         first = tensors[0]
@@ -162,7 +173,7 @@ class Moved(TorchFunctionMode):
         if name in _MOVING:
             self._move(name, args, kwargs, first, before, result)
             return
-        if name == "embedding" and len(tensors) > 1 and _picks_all(*tensors[:2]):
+        if name == "embedding" and len(tensors) > 1 and picks_all(*tensors[:2]):
             self._keep((name, None), result, result)
             return
         if name in CONVOLUTIONS or name in ("linear", "embedding"):
@@ -210,7 +221,7 @@ class Moved(TorchFunctionMode):
         if name in _BY_ELEMENT:
             orders: list[Order] = [None] if one.shape == first.shape and one.dim() > 1 else []
         else:
-            orders = [*_orders(name, args, kwargs, first, one)]
+            orders = [*orders_of(name, args, kwargs, first, one)]
         if not orders:
             if before is not None:
                 self._keep(before, first, result)
@@ -230,66 +241,6 @@ class Moved(TorchFunctionMode):
                 (before[0] if before is not None else "an index" if name == "__getitem__" else name),
                 known,
             )
-
-
-def _is_picked(index: Any) -> bool:
-    """True if an index has a list or an index tensor."""
-    return any(
-        isinstance(one, (torch.Tensor, list)) for one in (index if isinstance(index, tuple) else (index,))
-    )
-
-
-def _picks_all(ids: Any, table: Any) -> bool:
-    """True if an embedding reorders all rows of a table that is not a parameter."""
-    if isinstance(table, torch.nn.Parameter) or table.dim() != 2 or ids.dim() < 1 or ids.is_floating_point():
-        return False
-    count = len(table)
-    return ids.shape[-1] == count > 1 and not bool((ids == torch.arange(count, device=ids.device)).all())
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
-def _orders(
-    name: str, args: Any, kwargs: dict[str, Any], first: torch.Tensor, result: torch.Tensor
-) -> Iterator[Order]:
-    """The dimensions along which a function has reordered all elements, each with the order."""
-    if result.shape != first.shape:
-        return
-    if name == "__getitem__":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        for dim, one in enumerate(index):
-            if isinstance(one, list):
-                one = torch.tensor(one)
-            if isinstance(one, torch.Tensor) and one.dtype != torch.bool:
-                yield (dim, one) if one.dim() == 1 and len(one) == first.shape[dim] else None
-        return
-    given = kwargs.get("dim", kwargs.get("dims"))
-    if name in ("fliplr", "flipud"):
-        dims = [1 if name == "fliplr" else 0]
-    elif name == "index_select":
-        dims = [args[1] if len(args) > 1 else given]
-    else:
-        rest = args[2:] if name == "roll" else args[1:]
-        flat = [*_flat(rest)] or [*_flat((given,))]
-        dims = [dim for dim in flat if isinstance(dim, int)]
-    shifts = [*_flat((args[1] if len(args) > 1 else kwargs.get("shifts"),))] if name == "roll" else []
-    if not dims:
-        yield None
-    for i, dim in enumerate(dims):
-        count = first.shape[dim]
-        places = torch.arange(count, device=first.device)
-        if name == "index_select":
-            yield dim % first.dim(), args[2] if len(args) > 2 else kwargs["index"]
-        elif name == "roll":
-            yield dim % first.dim(), places.roll(int(shifts[i]))
-        elif count > 1:
-            yield dim % first.dim(), places.flip(0)
 
 
 @contextlib.contextmanager
@@ -313,6 +264,11 @@ def watch() -> Moved | None:
     return here.order
 
 
+def is_asked() -> bool:
+    """True if somebody asks for the order of what the running site returns."""
+    return here.order is not None and here.order.depth > 0
+
+
 def sources_inside(
     inputs: Sequence[torch.Tensor], around: Sources | None, repeats: RememberedCalls | None
 ) -> Sources:
@@ -322,7 +278,7 @@ def sources_inside(
     moved = {} if order is None else {i: why for i, each in enumerate(inputs) if (why := order.why(each))}
     sources = sources_of(inputs, around, moved, repeats, hidden)
     if order is not None:
-        order.inside = sources
+        order.follows(sources)
     return sources
 
 
@@ -334,7 +290,7 @@ def sides(tensor: torch.Tensor) -> list[int]:
 @contextlib.contextmanager
 def paused(watch: Moved) -> Iterator[None]:
     """Switch the mode off while a site runs: ``Sources`` follow its functions, and it must run as without a mode."""
-    watch.depth += 1
+    watch.enter()
     try:
         with without(watch):  # if it stays on torch's stack, ``depth`` makes it do nothing
             yield

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
-from attnpatch.rows.graph.axes import fresh
+from attnpatch.rows.graph.axes import fresh, leaves
 from attnpatch.rows.provenance import element_places, residuals
 from attnpatch.rows.provenance.reordered.token_tensors import TokenTensors, has_tokens_of
 
@@ -113,5 +114,21 @@ def joined(tokens: TokenTensors, name: str, given: tuple[Any, dict[str, Any]], r
 
 
 def _shows(tokens: TokenTensors, tensor: torch.Tensor, beside: torch.Tensor | None, place: int) -> bool:
-    """True if the tokens of a tensor are visible in a sum; see ``residuals.shows``."""
-    return residuals.shows(tensor, beside, place, tokens.of_tokens)
+    """True if the tokens of a tensor are visible in a sum; see ``residuals.shows``. Padding that was added need not be."""
+    parts = [(0, tensor.shape[place])]
+    dims = tokens.sources.of(tensor)
+    made = (
+        tokens.sources.made.get(own[0]) if dims is not None and len(own := leaves(dims[place])) == 1 else None
+    )
+    if made is not None and any(dim is None for dim, _ in made.parts):
+        starts = itertools.accumulate((size for _, size in made.parts), initial=0)
+        parts = [(at, size) for at, (dim, size) in zip(starts, made.parts, strict=False) if dim is not None]
+    return all(
+        residuals.shows(
+            tensor.narrow(place, at, size),
+            None if beside is None else beside.narrow(place, at, size),
+            place,
+            tokens.of_tokens,
+        )
+        for at, size in parts
+    )

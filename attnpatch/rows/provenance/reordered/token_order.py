@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from attnpatch.rows.graph.axes import Axis, Dim, Dims, leaves
+from attnpatch.rows.graph.axes import Axis, Dim, Dims, leaves, size_of
 from attnpatch.rows.graph.strides import Part
 from attnpatch.rows.provenance.sources import Sources
+
+# Stands for the first dimension, if it holds tokens and the second one sequences, as many as these.
+SWAPPED = -1
 
 
 class Order:
@@ -23,11 +26,19 @@ class Order:
         self._sources = sources
 
     def why(self, dims: Dims) -> dict[int, str]:
-        """The cause, for each dimension whose elements are in another order than before or in an unknown one."""
+        """The cause, for each dimension whose elements are in another order than before or in an unknown one.
+
+        ``SWAPPED`` counts as such a dimension for those who take the first one for sequences.
+        """
         found = {place: reason for place, dim in enumerate(dims) if (reason := self._reason(dim)) is not None}
-        if self._is_spread(dims) or self._is_of_batch(dims) or self._is_of_parts(dims):
+        if (
+            self._is_exchanged(dims)
+            or self._is_spread(dims)
+            or self._is_of_batch(dims)
+            or self._is_of_parts(dims)
+        ):
             found |= {place: "views" for place in range(len(dims)) if place not in found}
-        return found
+        return found | {SWAPPED: "views"} if self._is_swapped(dims) else found
 
     def sides(self, dim: Dim) -> list[int]:
         """The lengths of the dimensions that were merged into one, in order.
@@ -99,6 +110,26 @@ class Order:
         if not inner or is_transposed:
             return False
         return any(place > 0 and (number, place) < max(inner) for number, place in of_tokens)
+
+    def _is_swapped(self, dims: Dims) -> bool:
+        """True if the first two dimensions, sequences and as many tokens, have changed places."""
+        return len(dims) > 2 and any(
+            len(own) > 2
+            and size_of(own[0]) == size_of(own[1]) > 1
+            and leaves(own[0]) == leaves(dims[1])
+            and leaves(own[1]) == leaves(dims[0])
+            for own in self._sources.inputs
+        )
+
+    def _is_exchanged(self, dims: Dims) -> bool:
+        """True if a sequence's tokens lie along channels and its channels where the tokens were, as many as these."""
+        return len(dims) == 3 and any(
+            len(own) == 3
+            and size_of(own[1]) == size_of(dims[1]) > 1
+            and any(leaf.made_by is None and leaf in leaves(own[1]) for leaf in leaves(dims[2]))
+            and not set(leaves(own[1])) & set(leaves(dims[1]))
+            for own in self._sources.inputs
+        )
 
     def _is_spread(self, dims: Dims) -> bool:
         """True if a dimension was split and its parts are in several dimensions, in another order than before."""
