@@ -249,7 +249,7 @@ def test_thread_state_is_declared_in_one_place():
         if "threading.local" in path.read_text() or "ContextVar" in path.read_text()
     }
     known = {"rows/thread_state.py", "patching/calls.py"}
-    assert found == known | {"recording/threads.py", "recording/text/recorder.py"}
+    assert found == known | {"recording/threads.py", "recording/text/state.py"}
 
 
 def test_files_take_their_place_in_one_way():

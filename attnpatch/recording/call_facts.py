@@ -51,6 +51,7 @@ class AttentionCallInfo:
         lengths: Numbers of tokens of the sequences that the model was called with; ``None``: there may be others.
         windows: Window lengths of the cache's sliding layers, in tokens.
         is_part: True if the site is called with some of the tokens of a longer tensor.
+        is_alone: True if the user calls the site itself, so other layers may have added its tokens to the cache already.
         problem: Why the blocks of the capture do not fit this site, or ``None``.
         key_heads_of: Given the number of heads, returns the number of heads of keys; ``None``: not known.
     """
@@ -64,6 +65,7 @@ class AttentionCallInfo:
     lengths: frozenset[int] | None = None
     windows: frozenset[int] = frozenset()
     is_part: bool = False
+    is_alone: bool = False
     problem: str | None = None
     key_heads_of: Callable[[int], int | None] = lambda _: None
 
@@ -106,6 +108,11 @@ def relation_of(layout: Layout, facts: AttentionCallInfo, before: int | None) ->
     if keys == queries:
         # This includes a layer that attends only to the new tokens although the model has a cache.
         past = facts.past or 0
+        if facts.is_alone and past:
+            raise Unknown(
+                f"it is called alone, with a cache that counts {past} tokens, and none of them is among its keys, so it is not "
+                "known which tokens it has; capture all layers, or call the whole model"
+            )
         return Relation(False, past, past, 0, tokens)
     if all(piece.kind == KEPT for piece in keys):
         keys = [dataclasses.replace(keys[0], length=tokens)]

@@ -98,7 +98,7 @@ _NUMBERS = 16
 
 def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
     """A fingerprint of tokens ``start:stop``: a few features of their keys in the last layer, which depend on all
-    earlier tokens.
+    earlier tokens. For a decoder, some of the encoder's first token follow, which depend on the encoder's whole text.
 
     Returns:
         float32 ``[batch, tokens, features]`` on the CPU, NaN for tokens that left the sliding window; ``None`` if the
@@ -110,7 +110,12 @@ def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
     # A sliding window holds the latest tokens only; a static cache is filled from its first position on.
     first = max(0, total - keys.shape[2])
     found = keys[:, 0, max(start - first, 0) : max(stop - first, 0), :_NUMBERS].detach().float().cpu()
-    return torch.nn.functional.pad(found, (0, 0, stop - start - found.shape[1], 0), value=torch.nan)
+    found = torch.nn.functional.pad(found, (0, 0, stop - start - found.shape[1], 0), value=torch.nan)
+    encoded = _keys_of(getattr(cache, "cross_attention_cache", None))
+    if encoded is None or len(encoded) != len(found):
+        return found
+    other = encoded[:, 0, :1, :_NUMBERS].detach().float().cpu()
+    return torch.cat([found, other.expand(-1, found.shape[1], -1)], 2)
 
 
 def _keys_of(cache: Any) -> torch.Tensor | None:

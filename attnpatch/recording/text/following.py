@@ -142,6 +142,13 @@ class CacheFollower:
         self.sequences.append(found)
         return found
 
+    def lacks_only(self, sequence: Sequence, name: str) -> bool:
+        """True if a site has not run on a sequence, but on all others on which only a part of the model has run. So its call
+        goes on with that sequence.
+        """
+        parts = [other for other in self.sequences if other.is_partial and other is not sequence]
+        return not sequence.has(name) and all(other.has(name) for other in parts)
+
     def goes_on(self, call: HostCall) -> bool:
         """True if a call of the model continues a captured sequence with the same cache."""
         if call.cache is None or call.past == 0:

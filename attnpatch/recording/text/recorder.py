@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence as Several
 from typing import Any
@@ -20,33 +19,8 @@ from attnpatch.recording.options import CaptureOptions
 from attnpatch.recording.text.following import CacheFollower, HostCall, HostReading
 from attnpatch.recording.text.observer import NOT_SEEN, TextObserver
 from attnpatch.recording.text.sequences import Calls, Sequence, reference
+from attnpatch.recording.text.state import State
 from attnpatch.recording.threads import ELSEWHERE, Owner
-
-
-class _State(threading.local):
-    """The state of one thread.
-
-    Attributes:
-        call: The running call of the model, or of a part of it.
-        sequence: The sequence to which it adds.
-        last: The sequence to which the previous call added.
-        times: How often each site was called in the running call.
-        tokens: For each site with self-attention, which tokens it has found to be real.
-        is_part: True if only a part of the model is called.
-        joins: True if the call adds to the sequence of a part that has run alone; ``cache_before``: the cache of that
-            sequence.
-        raised: The exception that was being handled when the call began.
-    """
-
-    def __init__(self) -> None:
-        self.call: HostCall | None = None
-        self.sequence: Sequence | None = None
-        self.last: Sequence | None = None
-        self.times: Counter[str] = Counter()
-        self.tokens: dict[str, torch.Tensor] = {}
-        self.is_part = self.joins = False
-        self.cache_before: Any = None
-        self.raised: BaseException | None = None
 
 
 class Recorder(CacheFollower):
@@ -84,7 +58,7 @@ class Recorder(CacheFollower):
             self.places = {**around, **self.places}
         self.read_call, self.site_call, self.model_name = host.read_call, host.site_call, host.model_name
         self.owner: Owner | None = None
-        self._state = _State()
+        self._state = State()
         self._partitions: tuple[Any, ...] | None = None
 
     # -------------------------------------------------------------------------------------------- calls of the model
@@ -199,16 +173,12 @@ class Recorder(CacheFollower):
         """The observer for a site's call that is about to begin."""
         state, name = self._state, site.name
         if state.call is None:
-            # The user calls a submodule directly: only its own arguments are known.
-            again = state.last is not None and state.last.is_partial and name not in state.last.calls[0]
-            call = self.read_call(args, kwargs, None)
-            state.sequence = state.last if again else self.new_sequence()
-            assert state.sequence is not None
-            state.sequence.is_partial, state.last, state.is_part = True, state.sequence, True
-            state.times, state.tokens = Counter(), {}
+            call = self._direct_call(state, name, args, kwargs)
         else:
             call = state.call
         facts = self.site_call(call, name, args, kwargs)
+        if state.call is None and facts.past is not None:
+            facts.past, facts.is_alone = call.past, True
         assert state.sequence is not None
         calls = self._calls(state, name, facts)
         self._adopt(call, facts)
@@ -224,6 +194,23 @@ class Recorder(CacheFollower):
             getattr(site, "is_candidate", False) or name in self.owners,
         )
 
+    def _direct_call(self, state: State, name: str, args: Any, kwargs: Any) -> HostCall:
+        """The user calls a submodule directly, so only its own arguments are known."""
+        call = self.read_call(args, kwargs, None)
+        known, past = state.direct
+        again = state.last is not None and self.lacks_only(state.last, name)
+        again = again and (known() if known is not None else None) is call.cache
+        if again:
+            # The layers before have added the new tokens to the cache already.
+            call.past = past
+        else:
+            state.direct = (None if call.cache is None else reference(call.cache)), call.past
+        state.sequence = state.last = state.last if again else self.new_sequence()
+        assert state.sequence is not None
+        state.sequence.is_partial, state.is_part, state.joins = True, True, False
+        state.times, state.tokens = Counter(), {}
+        return call
+
     def _adopt(self, call: HostCall, facts: AttentionCallInfo) -> None:
         """Take a cache that the model has made inside its call as the sequence's cache."""
         sequence = self._state.sequence
@@ -231,7 +218,7 @@ class Recorder(CacheFollower):
         if call.cache is None and facts.cache is not None and sequence.cache is None:
             sequence.cache = reference(facts.cache)
 
-    def _calls(self, state: _State, name: str, facts: AttentionCallInfo) -> Calls:
+    def _calls(self, state: State, name: str, facts: AttentionCallInfo) -> Calls:
         """The records that a site's call adds to. A second call within one call of the model has records of its own."""
         number, sequence = state.times[name], state.sequence
         state.times[name] += 1
@@ -244,6 +231,9 @@ class Recorder(CacheFollower):
                 f"it is called {number + 1} times in one call of the model, each time with a part of the sequence",
                 {},
             )
+        if state.joins and state.times.total() == 1 and not self.lacks_only(sequence, name):
+            # It also ran on other inputs, and it is not known with which of them the running call goes on.
+            sequence = self._split(state, name)
         if number == 0 and sequence.calls[0].before(name) is not None:
             is_without = not facts.has_cache and state.call is not None and state.call.cache is None
             if state.joins or is_without:
@@ -262,7 +252,7 @@ class Recorder(CacheFollower):
                     calls.apart.append({})
         return sequence.calls[number]
 
-    def _split(self, state: _State, name: str) -> Sequence:
+    def _split(self, state: State, name: str) -> Sequence:
         """A new sequence for the running call, with what it has added before site ``name`` to that of an earlier call."""
         old, new = state.sequence, self.new_sequence()
         assert old is not None

@@ -103,6 +103,11 @@ class Sequence:
         """True if anything was captured of it."""
         return any(calls or any(calls.apart) for calls in self.calls)
 
+    def has(self, name: str) -> bool:
+        """True if a site has run on it."""
+        held = (each for calls in self.calls for each in (calls, *calls.apart))
+        return name in self.out or any(known.partition(":")[0] == name for each in held for known in each)
+
     def is_batch(self) -> bool:
         """True if it is a batch of several sequences."""
         held = (each for calls in self.calls for each in (calls, *calls.apart))
