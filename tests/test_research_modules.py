@@ -281,8 +281,13 @@ class OtherScoresAttention(Attention):
         return (self.scores(query, key).softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
+def with_their_transpose(query, key):
+    scores = query @ key.mT
+    return scores + scores.mT
+
+
 OTHERS = {
-    "symmetric": lambda q, k: q @ k.mT + (q @ k.mT).mT,
+    "symmetric": with_their_transpose,
     "pooled": lambda q, k: nn.functional.avg_pool2d(q @ k.mT, (1, 3), 1, (0, 1)),
     "keys of their own for each query": lambda q, k: torch.einsum(
         "bhid,bhijd->bhij", q, k[:, :, None] + q[:, :, :, None]
