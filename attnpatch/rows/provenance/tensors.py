@@ -50,7 +50,7 @@ def _gather(group: Any, depth: int, found: list[torch.Tensor]) -> None:
     for value in group.values() if isinstance(group, dict) else group:
         if isinstance(value, torch.Tensor):
             found.append(value)
-        elif depth < 4 and value and isinstance(value, (tuple, list, dict)):
+        elif depth < 4 and isinstance(value, (tuple, list, dict)) and value:
             _gather(value, depth + 1, found)
 
 
