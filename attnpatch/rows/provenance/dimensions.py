@@ -281,7 +281,10 @@ def _query_input(
                 "its queries are not all tokens of an input in order (pooled, sorted, moved, learned or mixed)"
             )
         if not leads and _pattern(read, number, places, None) is not None:
-            raise Unknown("it moves, picks, joins or pools sequences: it is not known which attend to which")
+            raise Unknown(
+                "it moves, picks, joins or pools sequences (windows that span the batch, for example): it is not known "
+                "which attend to which"
+            )
         shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
         raise Unknown(
             f"its queries lie along dimension {', '.join(map(str, places)) or 'none'} of its input of shape {shape}, which "
