@@ -282,8 +282,7 @@ def _query_input(
             )
         if not leads and _pattern(read, number, places, None) is not None:
             raise Unknown(
-                "it moves, picks, joins or pools sequences (windows that span the batch, for example): it is not known "
-                "which attend to which"
+                "it moves, picks, joins or pools sequences (windows, for example): which attend is not known"
             )
         shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
         raise Unknown(
