@@ -281,9 +281,7 @@ def _query_input(
                 "its queries are not all tokens of an input in order (pooled, sorted, moved, learned or mixed)"
             )
         if not leads and _pattern(read, number, places, None) is not None:
-            raise Unknown(
-                "it moves, picks, joins or pools sequences (windows, for example): which attend is not known"
-            )
+            raise Unknown("it moves, picks, joins or pools sequences (such as windows), which are not known")
         shape = [math.prod(axis.size for axis in dim) for dim in read.sources.inputs[number]]
         raise Unknown(
             f"its queries lie along dimension {', '.join(map(str, places)) or 'none'} of its input of shape {shape}, which "
