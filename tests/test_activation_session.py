@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -299,7 +300,7 @@ def test_what_cannot_be_captured_does_not_stop_the_script(capturing, tmp_path, c
     assert names(tmp_path) == []
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "attnpatch: a call of Windows is not captured: CaptureError: no attention could be mapped. attention: its queries"
+        "attnpatch: a call of Windows is not captured: CaptureError: no attention could be mapped. attention: it moves, picks, joins"
     )
     assert capturing.counts["not captured"] == 3
     assert list(closing_lines(capturing))[-1] == (
@@ -348,6 +349,11 @@ def test_a_call_that_raises_is_not_captured(capturing, tmp_path):
         model(IDS)
     assert names(tmp_path) == ["0001.safetensors"]
     assert capturing.counts["not captured"] == 0
+    # Nothing keeps that exception, whose traceback holds the model.
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_memory_does_not_grow_with_calls_or_models(capturing, tmp_path):

@@ -141,6 +141,8 @@ class Recorder(CacheFollower):
         """Called when the model's call has ended."""
         state = self._state
         call, sequence = state.call, state.sequence
+        # Frames in the traceback of the exception from before hold the model, so the exception is not kept.
+        error, raised, state.raised = sys.exc_info()[1], state.raised, None
         if self.owner is not None:
             self.owner.end()
         # The backward pass may run parts of the call again (gradient checkpointing).
@@ -149,8 +151,7 @@ class Recorder(CacheFollower):
         if call is None or sequence is None:
             return
         sequence.held = None
-        error = sys.exc_info()[1]
-        if error is not None and error is not state.raised:
+        if error is not None and error is not raised:
             self.call_failed(call, sequence, error, set() if state.is_part else self.wanted)
             return
         cache = call.cache if call.cache is not None else sequence.cache and sequence.cache()

@@ -25,7 +25,7 @@ class State(threading.local):
         is_part: True if only a part of the model is called.
         joins: True if the call adds to the sequence of a part that has run alone; ``cache_before``: the cache of that
             sequence.
-        raised: The exception that was being handled when the call began.
+        raised: The exception that was being handled when the running call began.
         direct: If submodules are called directly, one after the other: their cache, and the tokens in it before the
             first of these calls.
     """
