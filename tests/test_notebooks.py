@@ -58,7 +58,9 @@ def test_a_notebook_runs(name, kernel, tmp_path):
     clear = nbformat.v4.new_code_cell(CLEAR.format(str(tmp_path)))
     for cells in ([clear], notebook.cells):
         part = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-        nbclient.NotebookClient(part, timeout=240, km=kernel).execute(cleanup_kc=False)
+        client = nbclient.NotebookClient(part, timeout=240, km=kernel)
+        client.execute(cleanup_kc=False)
+        client.kc.stop_channels()  # else its sockets raise a warning in a later test
     assert outputs_of(notebook) == outputs_of(saved)
     assert len(outputs_of(saved)) > 3
 
