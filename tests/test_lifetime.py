@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import attnpatch
 from attnpatch import Blocks
@@ -204,6 +205,37 @@ def test_tensors_of_a_layer_go_with_its_call(is_captured, gradients):
         assert one[0].made and not any(made() is not None for layer in one for made in layer.made)
     finally:
         gc.enable()
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.mark.parametrize("has_backward", [False, True])
+@pytest.mark.parametrize("mode", ["never", "always"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", [(LlamaModel, LlamaConfig), (BertModel, BertConfig)], ids=["llama", "bert"])
+def test_a_model_that_was_captured_under_gradients_goes(kind, attention, mode, has_backward):
+    """The garbage collector does not see through an autograd graph, so nothing in it may refer to the model."""
+
+    def run():
+        built = kind[0](kind[1](attn_implementation=attention, **SIZES))
+        attnpatch.apply(built, mode=mode)
+        with attnpatch.capture(built, Blocks.fixed(8)) as maps:
+            result = built(torch.arange(40)[None])[0]
+        assert len(maps.block_map.layers) == 2
+        if has_backward:
+            result.sum().backward()
+        return weakref.ref(built)
+
+    alive = run()
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_backward_passes_need_is_not_listed_for_ever():

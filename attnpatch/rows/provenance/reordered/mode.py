@@ -9,6 +9,7 @@ that was not reordered (a residual) has that tensor's order.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -130,12 +131,17 @@ class Moved(TorchFunctionMode):
 
         What a site around others does is seen by this mode itself.
         """
-        if self.depth:
-            sources.is_bare = self._is_bare
-            self._inside[self.depth] = sources
+        if not self.depth:
+            return
+        # An autograd graph keeps the sources of its calls, and this mode knows the model: so these refer to it weakly.
+        turned = weakref.ref(self._turned)
 
-    def _is_bare(self, tensor: torch.Tensor) -> bool:
-        return not self._turned.has_tokens(tensor)
+        def is_bare(tensor: torch.Tensor) -> bool:
+            found = turned()
+            return found is not None and not found.has_tokens(tensor)
+
+        sources.is_bare = is_bare
+        self._inside[self.depth] = sources
 
     def through(self, given: Sequence[torch.Tensor], result: Any) -> None:
         """Note after a site has run that its result has the order of its input tokens."""
