@@ -1,6 +1,7 @@
 """The page in a browser: headless Chromium of the system, one for all tests; without one they skip and say so."""
 
 import dataclasses
+import itertools
 import math
 import re
 import shutil
@@ -717,6 +718,23 @@ def test_colours_are_those_of_the_legend(opened, scale):
     assert ticks[-1] == "1"
     middle = {"sqrt": "0.25", "linear": "0.5", "log": "0.01"}
     assert ticks[2] == middle[scale]
+
+
+@pytest.mark.parametrize("width", [1280, 400, 390])
+@pytest.mark.parametrize("largest", [1.0, 0.983])
+@pytest.mark.parametrize("scale", ["sqrt", "linear", "log"])
+def test_numbers_of_the_legend_lie_apart(opened, scale, largest, width):
+    """At 400 pixels the legend is narrower than at 390, where the key of "exactly 0" is below it."""
+    mass = torch.tensor([[[largest, 0.0], [0.25, 0.75]]])
+    page = opened(block_map(count=2, layers=1, mass=mass, metadata={}), viewport={**PHONE, "width": width})
+    page.select_option("#scale", scale)
+    settled(page)
+    ticks = page.evaluate(
+        """() => [...document.querySelectorAll("#ticks span")].map((one) => one.getBoundingClientRect())
+            .filter((box) => box.width).map(({ left, right }) => [left, right])"""
+    )
+    assert len(ticks) >= 3
+    assert all(right + 3 <= left for (_, right), (left, _) in itertools.pairwise(ticks)), ticks
 
 
 @pytest.mark.parametrize("metadata", [{}, {"weighting": "gradient"}], ids=["mixed", "gradients"])
