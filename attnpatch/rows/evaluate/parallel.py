@@ -66,8 +66,7 @@ def _is_pure(node: Node) -> bool:
     """True if a node is computed on CPU by functions of torch alone, or by a host's function that makes rows."""
     if type(node) is OpNode:
         module = getattr(node.func, "__module__", None) or "torch"
-        is_known = module.partition(".")[0] == "torch" and not node.context.autocast
-        return is_known and not getattr(node, "random", False)
+        return module.partition(".")[0] == "torch" and not node.context.autocast
     return node.device.type == "cpu" and (type(node) in _PURE or node.is_constant or node.is_made_by_host)
 
 
