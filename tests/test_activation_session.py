@@ -349,9 +349,20 @@ def test_a_call_that_raises_is_not_captured(capturing, tmp_path):
         model(IDS)
     assert names(tmp_path) == ["0001.safetensors"]
     assert capturing.counts["not captured"] == 0
-    # Nothing keeps that exception, whose traceback holds the model.
-    alive = weakref.ref(model)
-    del model
+
+
+def test_an_exception_from_before_a_call_is_not_kept(capturing):
+    """Its traceback holds the frame that was left, and so the model."""
+
+    def handling():
+        model = LlamaForCausalLM(LLAMA).eval()
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            model(IDS)
+        return weakref.ref(model)
+
+    alive = handling()
     gc.collect()
     assert alive() is None
 
