@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from test_known_facts import captured, cuts, reduced, same, tokens
-from test_moved_tokens import BY_KEYWORD, IN_ORDER, LOST, MOVED, Model, SelfAttention
+from test_known_facts import captured, tokens
+from test_moved_tokens import BY_KEYWORD, IN_ORDER, LOST, MOVED, Model, SelfAttention, is_mapped
 from torch import nn
 
 import attnpatch
@@ -68,28 +68,11 @@ def test_tokens_that_the_first_one_returns_in_another_order():
     assert maps.block_map.layers == (0,)
 
 
-def is_mapped(model, ids):
-    seen = []
-
-    def look(attention, given):
-        q, k, _ = attention.split(given[0].clone())
-        seen.append((q @ k.mT / 8**0.5).softmax(-1))
-
-    hooks = [layer.attention.register_forward_pre_hook(look) for layer in model.layers]
-    with torch.no_grad():
-        model(ids)
-    for hook in hooks:
-        hook.remove()
-    maps = captured(model, lambda: model(ids))
-    assert not maps.left_out, maps.left_out
-    for b in range(len(ids)):
-        same(maps.block_map.mass[b], torch.stack([reduced(p[b], cuts(24), cuts(24)) for p in seen]))
-
-
 @pytest.mark.parametrize("where", ["before", "inside"])
 @pytest.mark.parametrize("name", [name for name in IN_ORDER if "attention" not in name])
 def test_tokens_that_are_in_order(name, where):
-    is_mapped(model_of(**{where: IN_ORDER[name].before}), torch.cat([tokens(24), tokens(24, 2)]))
+    model = model_of(**{where: IN_ORDER[name].before})
+    is_mapped(model, torch.cat([tokens(24), tokens(24, 2)]), [layer.attention for layer in model.layers])
 
 
 class Alone(BlockAttention):

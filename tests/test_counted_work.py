@@ -9,9 +9,8 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 import zoo
-from torch.overrides import TorchFunctionMode
+from test_devices import CudnnAllowed
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaModel
 
@@ -111,19 +110,12 @@ def test_the_pattern_of_a_mask_takes_two_waits(monkeypatch):
 @torch.no_grad()
 def test_tiles_on_the_kernel_leave_out_cudnn(monkeypatch):
     """Each step of a window has another number of keys, for each of which cuDNN would build a plan."""
-    allowed = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is F.scaled_dot_product_attention:
-                allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
-            return func(*args, **(kwargs or {}))
-
+    allowed = CudnnAllowed()
     real = AttentionCall.replay
 
     def replay(self, node, watched=None):
         node.device = torch.device("cuda")  # its tensors stay where they are
-        with Watch():
+        with allowed:
             return real(self, node, watched)
 
     monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "9GB")
@@ -134,7 +126,7 @@ def test_tiles_on_the_kernel_leave_out_cudnn(monkeypatch):
     with attnpatch.patched(model, mode="always", fuse=True):
         got = case.run(model, inputs)
         assert attnpatch.report(model).totals["fused"] > 0
-    assert allowed and not any(allowed)
+    assert allowed.seen and not any(allowed.seen)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     for name in native:
         torch.testing.assert_close(got[name], native[name], atol=1e-5, rtol=1e-5)

@@ -220,16 +220,21 @@ def test_mps_is_not_asked_for_its_kernel():
     assert names.seen == ["_fused_sdp_choice.default"]
 
 
+class CudnnAllowed(TorchFunctionMode):
+    """Notes for each call of SDPA whether torch may choose cuDNN."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return func(*args, **(kwargs or {}))
+
+
 def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
     """It would build a plan for each number of keys."""
-    allowed = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is F.scaled_dot_product_attention:
-                allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
-            return func(*args, **(kwargs or {}))
-
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for is_causal in (True, False):
         call = a_call(q_len=96, kv_len=96, is_causal=is_causal)
@@ -237,10 +242,9 @@ def test_cudnn_is_left_out_of_the_steps_of_a_causal_call():
         assert isinstance(node, as_graph.Attend)
         # Its tensors stay where they are.
         node.device, node.merges = torch.device("cuda"), False
-        allowed.clear()
-        with torch.no_grad(), Watch():
+        with torch.no_grad(), CudnnAllowed() as allowed:
             got = TiledEvaluation(node, Policy(mode="always", rows=32))()
-        assert len(allowed) == 3 and set(allowed) == {before and not is_causal}
+        assert len(allowed.seen) == 3 and set(allowed.seen) == {before and not is_causal}
         torch.testing.assert_close(got, F.scaled_dot_product_attention(**call.arguments()))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), kernel_choice.without_cudnn():

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_known_facts import captured, cuts, reduced, same, tokens
-from test_moved_tokens import Model, SelfAttention
+from test_known_facts import captured, tokens
+from test_moved_tokens import InARow, SelfAttention, is_mapped
 from torch import nn
 
 
@@ -15,16 +15,6 @@ class EagerAttention(SelfAttention):
     def forward(self, x):
         q, k, v = self.split(x)
         return ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-class InARow(Model):
-    """Layers without anything between them."""
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def returns(base, out):
@@ -164,25 +154,6 @@ IN_ORDER = {
 }
 
 
-def is_mapped(model, ids, count):
-    """Each map is what a loop makes of the softmax of the query and key that each layer computes."""
-    seen = []
-
-    def look(layer, given):
-        q, k, _ = SelfAttention.split(layer, given[0].clone())
-        seen.append((q @ k.mT / 8**0.5).softmax(-1))
-
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
-    model(ids)
-    for hook in hooks:
-        hook.remove()
-    maps = captured(model, lambda: model(ids))
-    assert not maps.left_out, maps.left_out
-    for b in range(len(ids)):
-        wanted = [reduced(p[b], cuts(count), cuts(count)) for p in seen]
-        same(maps.block_map.mass[b], torch.stack(wanted))
-
-
 @pytest.mark.parametrize("count", [24, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", IN_ORDER)
@@ -191,7 +162,7 @@ def test_tokens_that_stay_in_order(name, kind, count):
     model = InARow().eval()
     model.layers[0] = returns(KINDS[kind], IN_ORDER[name])
     model.layers[1] = KINDS[kind]()
-    is_mapped(model, two(count), count)
+    is_mapped(model, two(count))
 
 
 # ------------------------------------------------------------------------------------------- calls that repeat others

@@ -42,6 +42,16 @@ class Model(nn.Module):
         return x
 
 
+class InARow(Model):
+    """Layers without anything between them."""
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def by_sums(x):
     return x.gather(1, x.sum(-1).argsort(1)[..., None].expand_as(x))
 
@@ -307,23 +317,27 @@ def test_tokens_that_were_moved_before_attention(name):
     assert torch.allclose(results[0], native, atol=1e-6)
 
 
-def is_mapped(model, ids):
-    """Each map is what a loop makes of the softmax of the query and key that each layer computes."""
-    seen = []
+def is_mapped(model, ids, attentions=None):
+    """Each map is what a loop makes of the softmax of the query and key that each attention computes.
+
+    ``attentions`` are the model's layers, unless others are given.
+    """
+    seen, places = [], cuts(ids.shape[1])
 
     def look(layer, given):
         # By the class: the call of another ``split`` would be a second attention. A copy: looking is no use of a tensor.
         q, k, _ = type(layer).split(layer, given[0].clone())
         seen.append((q @ k.mT / 8**0.5).softmax(-1))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in model.layers]
-    model(ids)
+    hooks = [each.register_forward_pre_hook(look) for each in attentions or model.layers]
+    with torch.no_grad():
+        model(ids)
     for hook in hooks:
         hook.remove()
     maps = captured(model, lambda: model(ids))
     assert not maps.left_out, maps.left_out
     for b in range(len(ids)):
-        same(maps.block_map.mass[b], torch.stack([reduced(p[b], cuts(24), cuts(24)) for p in seen]))
+        same(maps.block_map.mass[b], torch.stack([reduced(p[b], places, places) for p in seen]))
 
 
 @pytest.mark.parametrize("name", IN_ORDER)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from test_known_facts import captured, tokens
-from test_moved_tokens import Model, MovedInside, SelfAttention, is_mapped
+from test_moved_tokens import InARow, Model, MovedInside, SelfAttention, is_mapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -268,14 +268,6 @@ class MovesAfter(SelfAttention):
 
     def forward(self, x):
         return self.out(x, super().forward(x))
-
-
-class InARow(Model):
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 RETURNED = {
