@@ -1,4 +1,4 @@
-"""Every GPU figure: ``python -m benchmarks gpu``, in a few minutes on an H200.
+"""Every GPU figure: ``python -m benchmarks gpu``.
 
 Times and memory only: ``make bench-gpu`` tests first that the kernels are right (``tests/on_kernel.py``), and makes the
 runs of ``benchmarks.gpu_first``, which compare every result. ``--device cpu`` runs every line on tiny shapes in Triton's

@@ -1,6 +1,6 @@
 """The ten runs to make first on a GPU, in order, one process each: ``python -m benchmarks.gpu_first 3``.
 
-Each takes less than a minute on a card such as an H100. Results are compared before anything is timed: what is wrong is
+Each is meant to take less than a minute on a card such as an H100. Results are compared before anything is timed: what is wrong is
 printed, is not timed, and makes the exit status 1. ``--cpu`` executes the same code on tiny shapes, with the kernel in
 Triton's interpreter.
 """

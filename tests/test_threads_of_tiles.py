@@ -90,6 +90,21 @@ def test_same_bits(mask, dtype, around, counts):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("threads", [8, 16, 32])
+@pytest.mark.parametrize(("heads", "tokens"), [(2, 200), (4, 200), (1, 1537)])
+def test_own_steps_have_the_same_bits_with_many_threads(heads, tokens, threads):
+    """The matrix library divides products by the number of threads. Steps of 64 rows would differ in some of these."""
+    given, module = inputs(heads, tokens), Attention()
+    torch.set_num_threads(threads)
+    try:
+        native = module(*given)
+        with by_rows(module, rows=None, heads=None) as site:
+            assert torch.equal(site(*given), native)
+    finally:
+        torch.set_num_threads(2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "t5", "bloom"])
 def test_same_bits_of_models(name, counts):
     case = zoo.BY_NAME[name]
