@@ -119,6 +119,65 @@ def test_frames_before_channels(frames):
     assert np.abs(layer - dense[TEXT:, TEXT:]).max() < 1e-6
 
 
+def video_of(model, frames, height, width):
+    """A video denoiser with patches over several frames; of its tokens alone, other grids fit the latents as well."""
+    torch.manual_seed(0)
+    name, patch = model
+    if name == "wan":
+        denoiser = diffusers.WanTransformer3DModel(
+            patch_size=patch, num_attention_heads=2, attention_head_dim=12, in_channels=5, out_channels=5, text_dim=32,
+            freq_dim=16, ffn_dim=16, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        )  # fmt: skip
+        latents = numbers(1, 1, 5, frames, height, width)
+        return denoiser.eval(), {"hidden_states": latents, "timestep": torch.full((1,), 5)}
+    if name == "hunyuan":
+        denoiser = diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=5, out_channels=5, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, patch_size=patch[1], patch_size_t=patch[0], guidance_embeds=False, text_embed_dim=32,
+            pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+        )  # fmt: skip
+        more = {"encoder_attention_mask": torch.ones(1, TEXT), "pooled_projections": numbers(2, 1, 8)}
+        latents = numbers(1, 1, 5, frames, height, width)
+        return denoiser.eval(), {"hidden_states": latents, "timestep": torch.full((1,), 5.0), **more}
+    tokens = frames // patch[0] * height // 2 * width // 2
+    denoiser = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=5, out_channels=5, time_embed_dim=8, text_embed_dim=32,
+        num_layers=1, sample_width=width, sample_height=height, sample_frames=4 * frames - 3, patch_size=2,
+        patch_size_t=None if patch[0] == 1 else patch[0], max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    more = {"image_rotary_emb": (numbers(2, tokens, 16), numbers(3, tokens, 16))}
+    latents = numbers(1, 1, frames, 5, height, width)
+    return denoiser.eval(), {"hidden_states": latents, "timestep": torch.full((1,), 5), **more}
+
+
+PATCHES = [
+    (("cog", (2, 2, 2)), (2, 16, 24)),
+    (("cog", (2, 2, 2)), (2, 6, 8)),
+    (("cog", (1, 2, 2)), (4, 8, 12)),
+    (("hunyuan", (2, 2, 2)), (2, 8, 12)),
+    (("hunyuan", (1, 2, 2)), (4, 8, 8)),
+    (("wan", (2, 2, 2)), (2, 8, 12)),
+    (("wan", (4, 1, 1)), (4, 8, 8)),
+    (("wan", (1, 2, 2)), (4, 8, 8)),
+]
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=str)
+def test_frames_that_are_merged_into_tokens(case):
+    """As many tokens may be all frames at fewer rows and columns, or fewer frames."""
+    (name, patch), size = case
+    denoiser, inputs = video_of((name, patch), *size)
+    sites, maps = captured(denoiser, {**inputs, "encoder_hidden_states": numbers(7, 1, TEXT, 32)})
+    grid = [edge // step for edge, step in zip(size, patch, strict=True)]
+    count, kind = np.prod(grid), "self" if name == "wan" else "joint"
+    found = maps.map(kind, own_grid=True)
+    assert found.metadata["query_tiles"] == grid
+    start = TEXT if name == "cog" else 0
+    for number, site in enumerate(found.layers):
+        dense = sites[site][0].mean(0)[start : start + count, start : start + count]
+        assert np.abs(found.mass[number, -count:, -count:].numpy() - dense).max() < 1e-6
+
+
 def test_as_many_frames_as_channels():
     """Which is which does not show; a convolution over frames says it, where there is one."""
     sites, maps = captured(*cog(8))

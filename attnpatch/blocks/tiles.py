@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -63,14 +66,25 @@ class Grid:
     def tokens(self) -> int:
         return self.frames * self.height * self.width
 
+    def is_merged_from(self, sides: Sequence[int]) -> bool:
+        """True if tokens into which dimensions of these lengths were merged may have this grid."""
+        edges = [edge for edge in (self.frames, self.height, self.width) if edge > 1]
+        merged = [*itertools.accumulate(sides, operator.mul)]
+        if len(sides) < 2:
+            return True
+        if len(sides) >= len(edges):
+            return list(sides) == edges
+        return self.frames * self.height in merged and self.frames in (1, *merged)
+
     @classmethod
     @functools.lru_cache(maxsize=256)
-    def fitting(cls, tokens: int, like: Grid) -> Grid | None:
-        """The grid of so many tokens that shows the image of ``like`` at another resolution; None if there is none.
+    def resolutions(cls, tokens: int, like: Grid) -> tuple[Grid, ...]:
+        """The grids of so many tokens that show the image of ``like`` at another resolution.
 
         The ratio of rows to columns is kept, up to rounding either to a whole number. The number of frames is kept, or
-        reduced if frames are merged (to a half, a quarter or one).
+        reduced if frames are merged (to a half, a quarter or one), and then rows and columns are not more than before.
         """
+        found = []
         for frames in dict.fromkeys([like.frames, -(-like.frames // 2), -(-like.frames // 4), 1]):
             area = tokens // frames
             if tokens % frames or not area:
@@ -82,9 +96,10 @@ class Grid:
             width = area // height
             # The ratio must agree within the rounding of one edge; for small grids the tolerance is smaller.
             off = min(abs(height - width * ratio), abs(width - height / ratio))
-            if off < (1.0 if min(height, width) >= 4 else 0.5):
-                return cls(frames, height, width)
-        return None
+            is_finer = frames < like.frames and (height > like.height or width > like.width)
+            if off < (1.0 if min(height, width) >= 4 else 0.5) and not is_finer:
+                found.append(cls(frames, height, width))
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ UNSAID = (
     "the call does not say in which rows and columns they lie (no img_ids, img_shapes, or height and width); give "
     "blocks=Blocks.tiles(height, width, tile) with the rows and columns of its tokens"
 )
+NO_SHAPE = "which fit no image of this one's shape"
 
 
 class ImageObserver(SiteObserver):
@@ -35,7 +35,7 @@ class ImageObserver(SiteObserver):
         call: The denoiser's call.
         records: The sums of this step, by site.
         inputs: For each tensor that the site is called with: the kinds of its tokens (``None``: not known), and the
-            lengths of the dimensions that were merged into its tokens (empty: not known).
+            pieces that its tokens were concatenated from (``DenoiserReading.sides_of``).
         is_again: True if the site was called before in this call of the denoiser.
         is_candidate: True if it may turn out to be no attention.
     """
@@ -46,7 +46,7 @@ class ImageObserver(SiteObserver):
         name: str,
         call: Any,
         records: dict[str, Any],
-        inputs: list[tuple[Kinds | None, list[int]]],
+        inputs: list[tuple[Kinds | None, list[tuple[int, list[int]]]]],
         is_again: bool = False,
         is_candidate: bool = False,
     ) -> None:
@@ -57,7 +57,9 @@ class ImageObserver(SiteObserver):
         self.before: Any = None
         # Whether some tiles are still to come; whether some rows see no key.
         self.is_open = self.has_closed = False
+        # By the number of image tokens: their grid; and the lengths of the dimensions that were merged into them.
         self.grids: dict[int | None, Grid] = {}
+        self.sides: dict[int, list[list[int]]] = {}
 
     def begin(self, layout: Layout, opened: Any) -> bool:
         """True if an attention of the site is to be shown."""
@@ -108,8 +110,6 @@ class ImageObserver(SiteObserver):
                 "its weights are mixed after softmax, so rows of its map need not sum to 1", " (weights)"
             )
         self.segments = self._segments(queries), self._segments(keys)
-        for pieces in (layout.queries, layout.keys):
-            self._check_sides(pieces)
         self.kept_heads(layout.heads)
         self._check_before()
         self._open()
@@ -140,34 +140,24 @@ class ImageObserver(SiteObserver):
                 found += own_kinds
             else:
                 found.append((OTHER if own_kinds is None else own_kinds[0][0], piece.length))
+                own_kinds = (found[-1],)
+            if piece.kind == INPUT:
+                self._note_sides(own_kinds, self.inputs[piece.number][1])
         kinds = {kind for kind, _ in found}
         if kinds <= {OTHER, *OF_NO_BLOCK}:
             what = OF_NO_BLOCK.get(next(iter(kinds)) if len(kinds) == 1 else OTHER, UNKNOWN)
             raise Unknown(f"it attends with {count} {side} {what}")
         return tuple(found)
 
-    def _check_sides(self, pieces: Sequence[Any]) -> None:
-        """Check the image's grid against the dimensions that were merged into its tokens, if these are known.
-
-        Raises:
-            Unknown: They do not agree.
-        """
-        for piece in pieces:
-            own_kinds, sides = self.inputs[piece.number] if piece.kind == INPUT else (None, [])
-            grid = self.grids.get(piece.length)
-            if grid is not None and sides == [0]:
-                raise Unknown(
-                    "it attends with image tokens whose rows, columns or frames were cut, padded or joined, so it is not known "
-                    "which part of the image each of them shows"
-                )
-            if grid is None or len(sides) < 2 or own_kinds != ((IMAGE, None),):
-                continue
-            edges = [*itertools.accumulate(sides, operator.mul)]
-            if grid.frames * grid.height not in edges:
-                raise Unknown(
-                    f"it attends with image tokens in {' x '.join(map(str, sides))}, but the image has {grid.height} x "
-                    f"{grid.width}, so it is not known which part of the image each of them shows"
-                )
+    def _note_sides(self, kinds: Kinds, sides: list[tuple[int, list[int]]]) -> None:
+        """Note the dimensions that were merged into the image tokens among some tokens of these kinds."""
+        pieces = dict(zip(itertools.accumulate((size for size, _ in sides), initial=0), sides, strict=False))
+        place = 0
+        for kind, length in kinds:
+            size, merged = pieces.get(place, (0, []))
+            if kind == IMAGE and size == length and merged:
+                self.sides.setdefault(size, []).append(merged)
+            place += length or 0
 
     def add_sequence(
         self, b: int, numbers: list[int], tile: torch.Tensor, weights: torch.Tensor | None, passing: TileInfo
@@ -250,6 +240,11 @@ class ImageObserver(SiteObserver):
     def _image(self, tokens: int) -> Grid:
         """The grid of the image within ``tokens`` image tokens, which may include further pictures behind it."""
         sampling, call = self.recorder.sampling, self.call
+        if [0] in self.sides.get(tokens, ()):
+            raise Unknown(
+                "it attends with image tokens whose rows, columns or frames were cut, padded or joined, so it is not known "
+                "which part of the image each of them shows"
+            )
         tiles = [
             each.image for each in (sampling.plan.query_tiles, sampling.plan.key_tiles) if each is not None
         ]
@@ -261,19 +256,19 @@ class ImageObserver(SiteObserver):
                     f"it attends with {tokens} image tokens, and the pictures that it is given have {whole}"
                 )
         elif call.latents is not None:
-            grid, others = Grid.fitting(tokens, call.latents), []
-            if grid is None:
-                raise CaptureError(
-                    f"it attends with {tokens} image tokens, which fit no image of this one's shape"
-                )
+            grid, others = self._resolution(tokens, call.latents), []
         else:
             grid, others = next((each for each in tiles if each.tokens == tokens), None), []
             if grid is None:
                 raise CaptureError(f"it attends with {tokens} image tokens, and {UNSAID}")
-        if any(Grid.fitting(grid.tokens, each) != grid for each in tiles):
-            raise CaptureError(
-                f"it attends with {grid.tokens} image tokens, which fit no image of this one's shape"
-            )
+        if any(grid not in Grid.resolutions(grid.tokens, each) for each in tiles):
+            raise CaptureError(f"it attends with {grid.tokens} image tokens, {NO_SHAPE}")
+        for sides in self.sides.get(tokens, ()):
+            if tokens == grid.tokens and not grid.is_merged_from(sides):
+                raise Unknown(
+                    f"it attends with image tokens in {' x '.join(map(str, sides))}, but the image has {grid.height} x "
+                    f"{grid.width}, so it is not known which part of the image each of them shows"
+                )
         run = sampling.run
         self.grids[grid.tokens] = grid
         run.image = run.image or (tiles[0] if tiles else call.latents or grid)
@@ -284,6 +279,19 @@ class ImageObserver(SiteObserver):
                 name, f"its {size} are in no block; maps show the first picture"
             )
         return grid
+
+    def _resolution(self, tokens: int, latents: Grid) -> Grid:
+        """The grid of ``tokens`` image tokens at this site; raises if none fits, or several do."""
+        found: Sequence[Grid] = Grid.resolutions(tokens, latents)
+        for sides in self.sides.get(tokens, ()):
+            found = [grid for grid in found if grid.is_merged_from(sides)] or found
+        if len(found) == 1:
+            return found[0]
+        shown = " or ".join(f"{grid.frames} x {grid.height} x {grid.width}" for grid in found)
+        said = (
+            f"which may be {shown} frames, rows and columns, and it is not known which" if found else NO_SHAPE
+        )
+        raise CaptureError(f"it attends with {tokens} image tokens, {said}")
 
     def _check_before(self) -> None:
         """Check that sums of earlier calls, which this call adds to, have the same blocks."""

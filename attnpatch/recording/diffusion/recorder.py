@@ -27,13 +27,14 @@ class DenoiserReading:
         read_call: Makes a ``DenoiserCall`` from arguments.
         num_heads: Number of heads by site, if known.
         inputs_among: The tensors that a site is called with, in the order in which ``Layout`` numbers them.
-        sides_of: The lengths of the dimensions that were merged into such a tensor's tokens; empty: not known.
+        sides_of: The pieces that such a tensor's tokens were concatenated from: the length of each, and the lengths of
+            the dimensions that were merged into it (empty: not known).
     """
 
     read_call: Callable[[Any, Any], DenoiserCall]
     num_heads: dict[str, int]
     inputs_among: Callable[[Any, Any], list[torch.Tensor]]
-    sides_of: Callable[[torch.Tensor], list[int]] = lambda tensor: []
+    sides_of: Callable[[torch.Tensor], list[tuple[int, list[int]]]] = lambda tensor: []
 
 
 class ImageRecorder:

@@ -122,8 +122,8 @@ class Moved(TorchFunctionMode):
         bare = [one for one in inputs if self._turned.is_bare.get(one)]
         return self._turned.hidden.inside(inputs, bare)
 
-    def sides(self, tensor: torch.Tensor) -> list[int]:
-        """The lengths of the dimensions that were merged into a tensor's tokens; empty: not known."""
+    def sides(self, tensor: torch.Tensor) -> list[tuple[int, list[int]]]:
+        """See ``TokenTensors.sides``."""
         return self._turned.sides(tensor)
 
     def follows(self, sources: Sources) -> None:
@@ -288,8 +288,8 @@ def sources_inside(
     return sources
 
 
-def sides(tensor: torch.Tensor) -> list[int]:
-    """The lengths of the dimensions that the model has merged into a tensor's tokens; empty: not known."""
+def sides(tensor: torch.Tensor) -> list[tuple[int, list[int]]]:
+    """See ``TokenTensors.sides``; empty outside a model's call."""
     return [] if here.order is None else here.order.sides(tensor)
 
 

@@ -40,13 +40,38 @@ class Order:
             found |= {place: "views" for place in range(len(dims)) if place not in found}
         return found | {SWAPPED: "views"} if self._is_swapped(dims) else found
 
-    def sides(self, dim: Dim) -> list[int]:
-        """The lengths of the dimensions that were merged into one, in order.
+    def sides(self, dim: Dim) -> list[tuple[int, list[int]]]:
+        """The pieces that a dimension was concatenated from, in order: the length of each, and the lengths of the
+        dimensions that were merged into it.
 
-        ``[0]`` if one of them was cut or concatenated; empty if they are not known.
+        The latter are ``[0]`` if one of them was cut or concatenated; empty if they are not known.
         """
-        found: dict[tuple[int, int], int] = {}
         own = leaves(dim)
+        pieces = [(dim, size_of(dim))] if len(own) != 1 else self._joined_from(own[0])
+        return [(size, self._sides(leaves(piece or ()))) for piece, size in pieces]
+
+    def _joined_from(self, axis: Axis, depth: int = 0) -> list[tuple[Dim | None, int]]:
+        """The dimensions, and their lengths, that an axis was concatenated from, or a slice of such an axis has;
+        ``None`` for those that are not known, or not complete.
+        """
+        made = self._sources.made.get(axis)
+        if made is None or depth > 16:
+            return [((axis,), axis.size)]
+        found: list[tuple[Dim | None, int]] = []
+        if made.of is not None and made.part is not None:
+            place, start, end = 0, made.part.start, made.part.start + made.part.count
+            for dim, size in self._joined_from(made.of, depth + 1) if made.part.step == 1 else ():
+                low, high = max(start, place), min(end, place + size)
+                found += [(dim if high - low == size else None, high - low)] if low < high else []
+                place += size
+        else:
+            for dim, size in made.parts:
+                own = leaves(dim or ())
+                found += self._joined_from(own[0], depth + 1) if len(own) == 1 else [(dim, size)]
+        return found or [((axis,), axis.size)]
+
+    def _sides(self, own: list[Axis]) -> list[int]:
+        found: dict[tuple[int, int], int] = {}
         for leaf in own:
             pieces = self._pieces(leaf)
             is_whole = len(pieces) == 1 and (pieces[0].count, pieces[0].step) == (pieces[0].of.size, 1)

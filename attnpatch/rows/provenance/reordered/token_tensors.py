@@ -75,8 +75,10 @@ class TokenTensors:
         dims = self.sources.of(tensor)
         return {} if dims is None else self._look.why(dims)
 
-    def sides(self, tensor: torch.Tensor) -> list[int]:
-        """The lengths (frames, rows, columns) merged into tokens ``[batch, tokens, channels]``; empty: not known."""
+    def sides(self, tensor: torch.Tensor) -> list[tuple[int, list[int]]]:
+        """The pieces that tokens ``[batch, tokens, channels]`` were concatenated from: the length of each, and the
+        lengths (frames, rows, columns) that were merged into it, empty if not known.
+        """
         dims = self.sources.of(tensor)
         return [] if dims is None or len(dims) != 3 else self._look.sides(dims[1])
 
