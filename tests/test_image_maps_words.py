@@ -144,7 +144,63 @@ def test_exchanged_while_sampling():
     assert all("no text encoder of the pipeline returned" in why for why in maps.left_out.values())
 
 
+def test_a_batch_of_many_prompts():
+    """Each keeps its words while as many negative prompts are encoded: the first map is the first prompt's."""
+    prompts = [f"a red {word}" for word in "cube table lamp photo under on the blue green".split()]
+    call = {"prompt": prompts, "negative_prompt": [NEGATIVE] * len(prompts)}
+    pipe = pipe_of("sd15")
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        sample(pipe, **call)
+    assert maps.left_out == {}
+    assert_shows(maps.heat_map("red"), column(calls, len(prompts), [2]))
+    assert_shows(maps.heat_map("green", sequence=8), column(calls, len(prompts) + 8, [3]))
+
+
 # -------------------------------------------------------------------------------------- words that cannot be mapped
+
+
+def test_all_words_are_those_of_nobody():
+    """The padding is the prompt's, which tells nothing of the words."""
+    given, _, negative = (each.clone() for each in encodings())
+    given[:, 1:12] = torch.randn(11, 32, generator=torch.Generator().manual_seed(5))
+    call = {"prompt_embeds": given, "negative_prompt_embeds": negative}
+    pipe = pipe_of("sd15")
+    with attnpatch.capture(pipe) as maps:
+        pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+        sample(pipe, **call)
+    assert maps.words(sequence=1) == []
+    with pytest.raises(
+        errors.CaptureError, match="no map of 'red': its embedding, like most of the prompt's"
+    ):
+        maps.heat_map("red", sequence=1)
+
+
+@pytest.mark.parametrize(("prompt", "is_known"), [("lamp", False), ("on a", False), ("red lamp", True)])
+def test_a_template_that_has_the_words_of_the_prompt(prompt, is_known):
+    """The template's own words are not the prompt's."""
+    pipe = pipe_of("sd15")
+    inner = type(pipe).encode_prompt
+
+    class Templating(type(pipe)):
+        def encode_prompt(self, prompt, device, number, guided, negative=None, **_):
+            texts = (f"the blue lamp on a {each} on a photo" for each in (prompt, negative))
+            return [inner(self, text, device, number, False)[0] for text in texts]
+
+    pipe = Templating(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": prompt, "negative_prompt": NEGATIVE}
+    calls = probabilities(pipe, **call)
+    with attnpatch.capture(pipe) as maps:
+        sample(pipe, **call)
+    word = prompt.split()[0]
+    if is_known:
+        assert_shows(maps.heat_map(word), column(calls, 1, [6]))
+    else:
+        with pytest.raises(
+            errors.CaptureError, match=f"no map of '{word}': the text encoder was given it in several"
+        ):
+            maps.heat_map(word)
 
 
 def another_word(given, negative):

@@ -16,6 +16,7 @@ from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 # Special tokens that may follow a truncated text: the end of the text, and one after it.
 _MOST_ENDS = 2
+_TWICE = "the text encoder was given it in several places (the pipeline puts other text around the prompt), and it is not known which is the prompt's"
 _CUT = "the prompt was cut off before it, because the text encoder takes no more tokens; shorten the prompt"
 
 # Token spans of the words of a text, their labels, and the ids.
@@ -72,13 +73,15 @@ def placed(pieces: list[Piece], texts: list[tuple[str, str]], words: dict[tuple[
             spelled = _spelled(tokenizer, text, pieces[0].encoded.special())
             match = None if spelled is None else _located(spelled[2], numbers, last, is_own)
             if match is not None:
-                start, length = match
+                start, length, is_again = match
                 rank = (length == len(spelled[2]), length, role == "prompt")
-                found.append((rank, role, given, start, length, spelled))
+                found.append((rank, role, given, start, length, spelled, is_again))
     if found:
-        best, role, given, start, length, spelled = max(found, key=lambda each: each[0])
+        best, role, given, start, length, spelled, is_again = max(found, key=lambda each: each[0])
         if any(each[1] != role and each[0][:2] == best[:2] for each in found):
             role = ""  # the same text is prompt and negative prompt
+        if is_again:
+            tokens = [dataclasses.replace(token, doubt=token.doubt or _TWICE) for token in tokens]
     else:
         # None of the pipeline's texts (a template, or the pipeline was not called): decode the tokens.
         role, start, length, spelled = "", 0, len(numbers), _read(tokenizer, numbers, pieces[0].encoded)
@@ -123,8 +126,9 @@ def _more_vectors(tokenizer: Any, number: int) -> list[int]:
     return found
 
 
-def _located(ids: list[int], numbers: list[int], last: Encoded, is_own: bool) -> tuple[int, int] | None:
-    """Where a text's ids begin among the rows' tokens, and how many of them are there; ``None`` if it is another text.
+def _located(ids: list[int], numbers: list[int], last: Encoded, is_own: bool) -> tuple[int, int, bool] | None:
+    """Where a text's ids begin among the rows' tokens, how many of them are there, and whether they are there again;
+    ``None`` if it is another text.
 
     Args:
         ids: The ids of the text. A truncated text matches as far as it goes.
@@ -133,16 +137,16 @@ def _located(ids: list[int], numbers: list[int], last: Encoded, is_own: bool) ->
         is_own: True if the pipeline encoded the rows itself, possibly inside a template.
     """
     if not ids:
-        return None if numbers else (0, 0)
-    for start in range(len(numbers) if is_own else min(1, len(numbers))):
-        length = 0
-        while length < min(len(ids), len(numbers) - start) and numbers[start + length] == ids[length]:
-            length += 1
-        is_end = start + length == len(numbers)
-        if length == len(ids) and (is_own or is_end):
-            return start, length
-        if 1 < length < len(ids) and is_end and _is_full(last):
-            return start, length
+        return None if numbers else (0, 0, False)
+    starts = range(len(numbers) if is_own else min(1, len(numbers)))
+    ends = range(len(ids), len(numbers) + 1) if is_own else [len(numbers)]
+    whole = [at for at in starts if at + len(ids) in ends and numbers[at : at + len(ids)] == ids]
+    if whole:
+        return whole[0], len(ids), len(whole) > 1
+    for start in starts if _is_full(last) else ():
+        rest = numbers[start:]
+        if 1 < len(rest) < len(ids) and rest == ids[: len(rest)]:
+            return start, len(rest), False
     return None
 
 

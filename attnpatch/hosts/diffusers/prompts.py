@@ -7,6 +7,7 @@ values stay the same, so they tell which token each row is (``token_matching.py`
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from attnpatch.hosts.transformers.calls import parameter_names
 from attnpatch.recording.diffusion.denoiser_call import TextRow
 from attnpatch.rows.provenance.tensors import tensors_in
 
-# Number of latest encodings that are kept per encoder: a prompt may consist of several, and a text encoder that
-# generates (prompt enhancement) returns one for every token.
+# Number of latest calls whose encodings are kept per encoder: a prompt may be encoded in several, and a text encoder
+# that generates (prompt enhancement) is called for every token.
 _MOST = 16
 
 
@@ -42,6 +43,8 @@ class Prompts:
         }
         self.texts: list[tuple[str, str]] = []
         self.encoded: dict[nn.Module, list[Encoded]] = {part: [] for part in self.encoders}
+        # The number of rows of each encoder's latest calls.
+        self._rows: dict[nn.Module, collections.deque[int]] = {}
         self._is_called = False
         self._running: set[nn.Module] = set()
 
@@ -97,7 +100,9 @@ class Prompts:
             # They are copies, since a caller may change the returned tensors in place.
             rows = [state[row].detach().clone() for state in states]
             kept.append(Encoded(self.encoders[part], each, real, rows, self._is_called))
-        del kept[: -max(_MOST, len(ids))]
+        rows = self._rows.setdefault(part, collections.deque(maxlen=_MOST))
+        rows.append(len(ids))
+        del kept[: -sum(rows)]
 
     def find(self, text: torch.Tensor) -> list[TextRow | None]:
         """The text of each batch row of a denoiser's text input ``[batch, tokens, width]``; ``None``: not found."""

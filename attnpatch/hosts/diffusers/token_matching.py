@@ -188,16 +188,20 @@ def _fill(given: torch.Tensor, piece: Piece, encodings: Sequence[Encoded], free:
     piece.places[numbers] = inside[numbers]
     free[numbers] = False
     shares = _shares(given, piece, encodings, numbers)
-    special, known, unknown = piece.encoded.special(), len(taken), []
+    # Only tokens of words count: the padding of another text may be the same.
+    special, unknown = piece.encoded.special(), []
+    known = sum(ids[token] not in special for token in taken)
     for place, row in enumerate(rows):
         token = ids[int(inside[row])]
+        if token in special:
+            continue
         if shares is not None and bool(shares[1][place]):
             parts = zip(shares[0], shares[2][place].tolist(), strict=True)
             among = {each.ids[int(inside[row])] for each, has_part in parts if has_part}
         else:
             among = _ids_with_values_of(given[row], piece, encodings)
             unknown += [row] if bool(given[row].any()) and not among else []
-        if among and (among - special or among) != {token} and token not in special:
+        if among and (among - special or among) != {token}:
             piece.doubts[row] = OTHER
         known += bool(among) and row not in piece.doubts
     if len(unknown) > known:
