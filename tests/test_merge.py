@@ -158,6 +158,23 @@ def test_maps_of_gradients_and_of_probabilities_are_not_merged(tmp_path):
     np.testing.assert_allclose(merged.block_map.mass, np.mean([one.mass for one in gradients], 0), atol=1e-6)
 
 
+def test_maps_of_other_numbers_are_not_merged_with_attention(tmp_path):
+    """Twice the attention of a conversation is not the attention of another; a mean of such maps says what it is."""
+    mass, names, sizes = torch.eye(2)[None], ["0 user", "1 user"], torch.ones(2, dtype=torch.int64)
+    one = BlockMap(mass, [0], names, names, sizes, sizes)
+    for number in range(3):
+        one.save(tmp_path / f"{number}.safetensors")
+    for number in range(2):
+        (2 * one).save(tmp_path / f"twice {number}.safetensors")
+    for by in ("labels", "role"):
+        merged = merge_folder(tmp_path, by)
+        assert merged.left_out == ("twice 0", "twice 1") and "numbers" not in merged.block_map.metadata
+        assert float(merged.block_map.mass.max()) == 1
+    for number in range(3):
+        (tmp_path / f"{number}.safetensors").unlink()
+    assert merge_folder(tmp_path).block_map.metadata["numbers"] == (2 * one).metadata["numbers"]
+
+
 def test_the_spread_is_called_one_everywhere(tmp_path):
     pytest.importorskip("matplotlib")
     one = merge_folder(write(tmp_path, [random_map(FIVE, seed) for seed in range(7)])).block_map

@@ -124,8 +124,10 @@ def _kind(facts: Mapping[str, Any], by: By) -> tuple:
     return (*same, str(facts["query_labels"]), str(facts["key_labels"]))
 
 
-def _weighting(facts: Mapping[str, Any]) -> str:
-    return str(facts.get("metadata", {}).get("weighting", "probability"))
+def _weighting(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What the numbers are: maps of different numbers, such as attention and differences, have no mean."""
+    found = facts.get("metadata", {})
+    return str(found.get("weighting", "probability")), str(found.get("numbers", ""))
 
 
 def _loaded(paths: Iterable[Path], damaged: list[str]) -> Iterable[BlockMap]:
@@ -240,8 +242,7 @@ def _made(
         "spread": f"standard deviation over {read} conversation{plural}",
         **more,
     }
-    if "weighting" in first.metadata:
-        metadata["weighting"] = first.metadata["weighting"]
+    metadata |= {name: first.metadata[name] for name in ("weighting", "numbers") if name in first.metadata}
     # The mass without normalisation, even if the first map has one, because the spread is that of the mass.
     return dataclasses.replace(
         first,
