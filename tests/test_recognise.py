@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import attnpatch
+from attnpatch.errors import PatchError
+from attnpatch.patching.patch import patch_of
 
 
 def attend(q, k, v, scale):
@@ -298,6 +300,33 @@ def test_innermost():
     }
     # "0.second" is a candidate whose own forward was never called.
     assert set(report.left_alone) == {"0.router", "1"}
+
+
+def test_modules_around_attention():
+    """A module around a candidate is no longer around attention once the candidate's first call says that it is none."""
+    model = nn.Sequential(nn.Sequential(Router()), nn.Sequential(Mixer()))
+    with attnpatch.patched(model):
+        assert patch_of(model).around == {"", "0", "1"}
+        run(model, x())
+        assert "0.0" in attnpatch.report(model).left_alone
+        assert patch_of(model).around == {"", "1"}
+
+
+@pytest.mark.parametrize("is_model_outer", [True, False])
+def test_a_capture_inside_a_capture_of_another_part(is_model_outer):
+    """What the error advises works: the outer capture ends, then the inner one begins."""
+    model = nn.Sequential(nn.Sequential(Mixer()))
+    outer, inner = (model, model[0]) if is_model_outer else (model[0], model)
+    blocks = attnpatch.Blocks.fixed(4)
+    with attnpatch.capture(outer, blocks=blocks):
+        with (
+            pytest.raises(PatchError, match="end that capture first") as raised,
+            attnpatch.capture(inner, blocks=blocks),
+        ):
+            pass
+        assert "remove()" not in str(raised.value)
+    with attnpatch.capture(inner, blocks=blocks):
+        run(model, x())
 
 
 def test_the_model_itself():

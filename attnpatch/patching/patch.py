@@ -21,6 +21,7 @@ from attnpatch.patching.registry import is_attention, why
 from attnpatch.patching.selection import AUTO, CANDIDATE, RECOGNISED, Chosen, choose
 from attnpatch.patching.site import Site
 from attnpatch.policy import Policy
+from attnpatch.recording.layers import outer_names
 from attnpatch.rows.autograd import checkpoints
 
 
@@ -97,8 +98,14 @@ class Patch:
             reasons = {name: reason for name, reason in reasons.items() if name not in taken}
         elif taken and not on_top:
             first = next(name for name, _ in model.named_modules() if name in taken)
+            name = first or type(model).__name__
+            if any(patch.recorders for patch in patches_in(model)):
+                raise PatchError(
+                    f"{name!r} is being captured already, as a part of another model; "
+                    "end that capture first, or capture only the outer model"
+                )
             raise PatchError(
-                f"{first or type(model).__name__!r} is patched already, as a part of another model; "
+                f"{name!r} is patched already, as a part of another model; "
                 "call attnpatch.remove() on that model first, or patch only the outer one"
             )
         return reasons, taken
@@ -122,6 +129,7 @@ class Patch:
         return {"": (model, reasons.get(""))} | found
 
     def _put_in(self, model: nn.Module, modules: dict[str, tuple[nn.Module, str | None]]) -> None:
+        self.around = outer_names(name for name, (_, reason) in modules.items() if reason is not None)
         try:
             for name, (module, reason) in modules.items():
                 site = self.site_class(self, name, module, module is model, reason)
@@ -209,6 +217,7 @@ class Patch:
             if not site.is_entry:
                 self.sites = [other for other in self.sites if other is not site]
                 take_out(module, site)
+            self.around = outer_names(other.name for other in self.sites if other.is_attention)
 
     def take_out(self, model: nn.Module) -> None:
         """Take out every site of this patch."""

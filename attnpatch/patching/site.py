@@ -31,7 +31,6 @@ from attnpatch.patching.class_forward import renew
 from attnpatch.patching.counters import SiteCounters
 from attnpatch.patching.known_calls import KnownCalls
 from attnpatch.patching.selection import CANDIDATE
-from attnpatch.recording.layers import is_inside
 from attnpatch.rows import torch_graphs
 from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
@@ -203,11 +202,6 @@ class Site(SiteCounters):
             return False
         return True
 
-    @property
-    def _is_around_sites(self) -> bool:
-        """True if there are attention sites inside: what it does between them counts as done between sites."""
-        return any(each.is_attention and is_inside(each.name, self.name) for each in self.patch.sites)
-
     def _serve(
         self, forward: Callable[..., Any], module: nn.Module, first: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
@@ -217,7 +211,8 @@ class Site(SiteCounters):
         try:
             context = positions.unwatched() if positions.is_watching() else None
             order = reordered.watch()
-            order = None if order is None or self._is_around_sites else order
+            # What a site does between attention sites inside it counts as done between sites.
+            order = None if order is None or self.name in self.patch.around else order
             pause = reordered.paused(order) if order is not None else None
         except Exception as error:
             self.failed("switching modes off for attention", error)

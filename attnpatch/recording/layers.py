@@ -76,6 +76,12 @@ def is_inside(name: str, outer: str) -> bool:
     return name != outer and name.startswith(outer + "." if outer else "")
 
 
+def outer_names(names: Iterable[str]) -> frozenset[str]:
+    """The paths of every module around those with these paths."""
+    paths = [name.split(".") for name in names if name]
+    return frozenset(".".join(path[:depth]) for path in paths for depth in range(len(path)))
+
+
 def count_layers(model: Module, group: str, known: int) -> int:
     """How many layers a model has, those without attention (a hybrid's) included.
 
