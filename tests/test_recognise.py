@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -310,6 +311,29 @@ def test_modules_around_attention():
         run(model, x())
         assert "0.0" in attnpatch.report(model).left_alone
         assert patch_of(model).around == {"", "1"}
+
+
+class Symmetric(Mixer):
+    """Its scores are a sum of two products, which is in no map."""
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        scores = q @ k.mT
+        return self.join((scores + scores.mT).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_named"), [(Symmetric, [True, True]), (Mixer, [False] * 2), (Router, [False])]
+)
+def test_the_first_call_is_in_a_map_or_named(kind, is_named):
+    """Of attention that is recognised in its first call, the first call is left out for the same reason as the second."""
+    model = nn.Sequential(kind())
+    with warnings.catch_warnings(), attnpatch.patched(model):
+        warnings.simplefilter("ignore")
+        for named in is_named:
+            with attnpatch.capture(model, blocks=attnpatch.Blocks.fixed(4)) as maps:
+                run(model, x())
+            assert list(maps.left_out) == ["0"] * named
 
 
 @pytest.mark.parametrize("is_model_outer", [True, False])

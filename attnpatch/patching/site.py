@@ -96,6 +96,11 @@ class Site(SiteCounters):
         """True if its first call has yet to tell whether it is attention."""
         return self.why == CANDIDATE
 
+    @property
+    def may_be_none(self) -> bool:
+        """True if its first call, as far as it has run, does not tell that it is attention."""
+        return self.why == CANDIDATE and not (calls_here.watch is not None and calls_here.watch.found)
+
     def failed(self, where: str, error: Exception) -> None:
         """Count and warn about an error in attnpatch's own code, which must not end a forward of the host.
 

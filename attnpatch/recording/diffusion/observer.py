@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class ImageObserver(SiteObserver):
         inputs: For each tensor that the site is called with: the kinds of its tokens (``None``: not known), and the
             pieces that its tokens were concatenated from (``DenoiserReading.sides_of``).
         is_again: True if the site was called before in this call of the denoiser.
-        is_candidate: True if it may turn out to be no attention.
+        may_be_none: Tells, when the call ends, if the site may be no attention.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class ImageObserver(SiteObserver):
         records: dict[str, Any],
         inputs: list[tuple[Kinds | None, list[tuple[int, list[int]]]]],
         is_again: bool = False,
-        is_candidate: bool = False,
+        may_be_none: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(recorder, name)  # type: ignore[arg-type]
         self.recorder: Any = recorder
         self.call, self.records, self.inputs, self.is_again = call, records, inputs, is_again
-        self.is_candidate = is_candidate
+        self.may_be_none = may_be_none
         self.before: Any = None
         # Whether some tiles are still to come; whether some rows see no key.
         self.is_open = self.has_closed = False
@@ -195,7 +195,7 @@ class ImageObserver(SiteObserver):
         """Called when the site's call has ended."""
         if self.is_open:
             self._refuse(FAILED)
-        elif self.layout is None and not self.is_candidate:
+        elif self.layout is None and not self.may_be_none():
             self._refuse(NOT_SEEN)
 
     def _refuse(self, reason: str) -> None:

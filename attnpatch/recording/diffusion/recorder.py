@@ -113,4 +113,4 @@ class ImageRecorder:
         is_again = site.name in self.called
         self.called.add(site.name)
         name = self.prefix + site.name
-        return ImageObserver(self, name, self.call, self.records, inputs, is_again, site.is_candidate)
+        return ImageObserver(self, name, self.call, self.records, inputs, is_again, lambda: site.may_be_none)

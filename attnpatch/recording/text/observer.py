@@ -48,7 +48,7 @@ class TextObserver(SiteObserver):
         records: The records of the sequence, by site.
         before: Returns a site's record of earlier calls.
         is_out: Tells if a site is left out of this sequence.
-        is_candidate: True if it may turn out to be no attention.
+        may_be_none: Tells, when the call ends, if the site may be no attention.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class TextObserver(SiteObserver):
         records: dict[str, SiteSums],
         before: Callable[[str], SiteSums | None],
         is_out: Callable[[str], bool],
-        is_candidate: bool = False,
+        may_be_none: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(recorder, name)
         self.recorder: Any = recorder
         self.site, self.facts, self.records, self.before = name, facts, records, before
-        self.is_out, self.is_candidate = is_out, is_candidate
+        self.is_out, self.may_be_none = is_out, may_be_none
         self.seen = 0
         self.sample: RowSample | None = None
         # If it attends with one part of its sequence after the other: the parts of the latest attention.
@@ -264,7 +264,7 @@ class TextObserver(SiteObserver):
             # Only some of its tiles were shown.
             self._leave_out(FAILED)
         self._end_parts()
-        if not (self.seen or self.is_candidate or self.is_of_gradient):
+        if not (self.seen or self.is_of_gradient or self.may_be_none()):
             self.name = self.site
             self._leave_out(NOT_SEEN)
         if self.seen:

@@ -192,7 +192,7 @@ class Recorder(CacheFollower):
             records,
             calls.before,
             out.__contains__,
-            getattr(site, "is_candidate", False) or name in self.owners,
+            lambda: name in self.owners or site.may_be_none,
         )
 
     def _direct_call(self, state: State, name: str, args: Any, kwargs: Any) -> HostCall:
