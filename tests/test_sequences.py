@@ -230,3 +230,20 @@ def test_modules_that_a_failed_call_has_not_reached_are_left_out():
     assert set(maps.left_out) == {"model.layers.1.self_attn"}
     first, last = ({one.layers for one in found.values()} for found in maps.sequences)
     assert (first, last) == ({(0,)}, {(0, 1)})
+
+
+@pytest.mark.parametrize("negative", [None, tokens(9, 7), tokens(12, 7)], ids=["none", "shorter", "equal"])
+def test_guidance_in_generate(negative):
+    """Its two prompts are two sequences, the prompt's first; ``block_map`` is that of the negative prompt, the last one."""
+    model, prompt = build("two layers", "sdpa"), tokens(12, 6)
+    options = {} if negative is None else {"negative_prompt_ids": negative}
+    with attnpatch.capture(model, blocks=Blocks.fixed(WIDTH)) as maps:
+        found = model.generate(
+            prompt, guidance_scale=2.0, max_new_tokens=5, min_new_tokens=5, do_sample=False, **options
+        )
+    # The last token is returned, but not given to the model; without a negative prompt, the prompt's last token is one.
+    texts = found[:, :-1], joined(prompt[:, -1:] if negative is None else negative, found[:, 12:-1])
+    first, second = maps.sequences
+    for text, one in zip(texts, (*first.values(), *second.values()), strict=True):
+        torch.testing.assert_close(one.mass.double(), dense("two layers", text)[0], rtol=0, atol=1e-5)
+    assert torch.equal(maps.block_map.mass, next(iter(second.values())).mass)
