@@ -111,6 +111,27 @@ def of_another_text(model):
     return [tokens(13, 2), tokens(13, 3), joined(tokens(13, 3), tokens(5, 4))]
 
 
+def of_another_text_with_one_end(model, in_place=False):
+    """The last token's keys of one layer are those of both texts."""
+    (one, two), caches = (
+        (joined(tokens(12, seed), tokens(1, 9)) for seed in (2, 3)),
+        (cache_of(model), cache_of(model)),
+    )
+    for text, cache in zip((one, two), caches, strict=True):
+        model(text, past_key_values=cache)
+    for mine, its in zip(*(cache.layers for cache in caches), strict=True):
+        if in_place:
+            mine.keys.copy_(its.keys), mine.values.copy_(its.values)
+        else:
+            mine.keys, mine.values = its.keys.clone(), its.values.clone()
+    model(tokens(5, 4), past_key_values=caches[0])
+    return [one, two, joined(two, tokens(5, 4))]
+
+
+def of_another_text_in_place(model):
+    return of_another_text_with_one_end(model, in_place=True)
+
+
 def one_of_rows_that_end_alike(model):
     ids, cache = joined(tokens(12, 2, 3), tokens(1, 9).expand(3, 1)), cache_of(model)
     model(ids, past_key_values=cache)
@@ -148,7 +169,7 @@ def a_step_that_fails(model):
 
 
 RUNS = [base_then_head, base_twice, base_and_head_with_new_caches, base_that_goes_on_in_the_head, ends_alike,
-        of_another_text, one_of_rows_that_end_alike, equal_rows, a_step_that_fails]  # fmt: skip
+        of_another_text, of_another_text_with_one_end, of_another_text_in_place, one_of_rows_that_end_alike, equal_rows, a_step_that_fails]  # fmt: skip
 
 
 def captured(name, run):

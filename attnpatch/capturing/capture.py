@@ -233,6 +233,7 @@ def recorder_of(patch: Patch, kind: type[nn.Module], options: CaptureOptions) ->
         site_call,
         patch.model_kind,
         marks=caches.marks_of,
+        version_of=caches.version_of,
         tokens_in=caches.tokens_in,
         rows_have_moved=caches.rows_have_moved,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -116,6 +117,16 @@ def marks_of(cache: Any, start: int, stop: int) -> torch.Tensor | None:
         return found
     other = encoded[:, 0, :1, :_NUMBERS].detach().float().cpu()
     return torch.cat([found, other.expand(-1, found.shape[1], -1)], 2)
+
+
+def version_of(cache: Any) -> tuple[Any, int, int] | None:
+    """A weak reference to the keys that ``marks_of`` reads, their number, and how often they were written to (in inference
+    mode torch does not count that); ``None`` if they cannot be read.
+    """
+    keys = _keys_of(getattr(cache, "self_attention_cache", cache))
+    if keys is None:
+        return None
+    return weakref.ref(keys), keys.shape[2], 0 if keys.is_inference() else keys._version
 
 
 def _keys_of(cache: Any) -> torch.Tensor | None:

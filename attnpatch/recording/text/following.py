@@ -48,6 +48,7 @@ class HostReading:
         site_call: Returns the facts of a site's call.
         model_name: The model's name for the metadata.
         marks: Returns fingerprints of some tokens of a cache.
+        version_of: Returns a weak reference to the keys that ``marks`` reads, their number, and a count of writes.
         tokens_in: Returns the number of tokens in a cache.
         rows_have_moved: Tells if the batch rows of an unreadable cache were reordered.
     """
@@ -56,6 +57,7 @@ class HostReading:
     site_call: Callable[[HostCall, str, Any, Any], AttentionCallInfo]
     model_name: str
     marks: Marks = lambda *_: None
+    version_of: Callable[[Any], tuple[Any, int, int] | None] = lambda _: None
     tokens_in: Callable[[Any], int] = lambda _: 0
     rows_have_moved: Callable[[Any], bool | None] = lambda _: None
 
@@ -72,6 +74,7 @@ class CacheFollower:
 
     def __init__(self, host: HostReading) -> None:
         self.marks, self.tokens_in, self.rows_have_moved = host.marks, host.tokens_in, host.rows_have_moved
+        self.version_of = host.version_of
         self.sequences: list[Sequence] = []
         self.left_out: dict[str, str] = {}
         # Caches of calls that have raised an exception.
@@ -185,13 +188,14 @@ class CacheFollower:
         now = None if held is None else held[:, 0]
         whole = functools.cache(lambda: self.marks(cache, 0, past))
         own = [s for s in self.sequences if s.cache is not None and s.cache() is cache]
+        version = self.version_of(cache) if own else None
         for sequence in reversed(own):
-            order = sequence.order_of(now, past - 1, whole, is_own=True)
+            order = sequence.order_of(now, past - 1, whole, sequence.is_unaltered(version, past))
             if order is not None or (now is None and 0 < past <= sequence.length):
                 return sequence, order
         fits: list[tuple[Sequence, list[int]]] = []
         for sequence in reversed(self.sequences):
-            order = None if sequence in own else sequence.order_of(now, past - 1, whole, is_own=False)
+            order = None if sequence in own else sequence.order_of(now, past - 1, whole, False)
             if order is not None:
                 fits.append((sequence, order))
         if not fits:
@@ -267,7 +271,8 @@ class CacheFollower:
                 past = self.tokens_in(cache)
                 held = self.marks(cache, past - 1, past) if past else None
                 whole = functools.cache(functools.partial(self.marks, cache, 0, past))
-                order = None if held is None else sequence.order_of(held[:, 0], past - 1, whole, is_own=True)
+                is_unaltered = sequence.is_unaltered(self.version_of(cache), past)
+                order = None if held is None else sequence.order_of(held[:, 0], past - 1, whole, is_unaltered)
                 if order is not None:
                     self._follow(sequence, past, order)
                 elif held is None and past:

@@ -157,6 +157,7 @@ class Recorder(CacheFollower):
         cache = call.cache if call.cache is not None else sequence.cache and sequence.cache()
         if cache is not None:
             sequence.remember(cache, call.past, self.tokens_in(cache), self.marks)
+            sequence.version = self.version_of(cache)
 
     # --------------------------------------------------------------------------------------------- calls of its sites
 

@@ -85,6 +85,7 @@ class Sequence:
         held: The cache itself, kept until the next call or the end of the capture, if it may still change after the
             last call: batch rows are reordered, or rejected drafts are cut off.
         length: Tokens in its cache after the last call.
+        version: The version of that cache after the last call (``HostReading.version_of``).
         marks: By position, the fingerprint of the token in each batch row.
         alike: Bool ``[rows, rows]``: True where no token of two rows is known to be different; ``None``: not computed yet.
         is_partial: True if only a part of the model has run on it, as ``generate`` runs an encoder first.
@@ -95,6 +96,7 @@ class Sequence:
     cache: Callable[[], Any] | None = None
     held: Any = None
     length: int = 0
+    version: tuple[Any, int, int] | None = None
     marks: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     alike: torch.Tensor | None = None
     is_partial: bool = False
@@ -113,8 +115,19 @@ class Sequence:
         held = (each for calls in self.calls for each in (calls, *calls.apart))
         return any(len(record.sums) > 1 for each in held for record in each.values())
 
+    def is_unaltered(self, version: tuple[Any, int, int] | None, past: int) -> bool:
+        """True if a version of its cache is that after the last call: nobody has written to it or replaced its keys.
+
+        Keys that were taken out of one layer do not count: the number of its keys tells that at its site.
+        """
+        old = self.version
+        if old is None or version is None:
+            return False
+        is_thinned = past == self.length and version[1] != old[1]
+        return is_thinned or (old[0]() is version[0]() and old[1:] == version[1:])
+
     def order_of(
-        self, found: torch.Tensor | None, position: int, whole: Whole, is_own: bool
+        self, found: torch.Tensor | None, position: int, whole: Whole, is_unaltered: bool
     ) -> list[int] | None:
         """For each batch row of a cache, the row of this sequence that has the same tokens up to a position; ``None`` if
         some row matches none.
@@ -123,9 +136,9 @@ class Sequence:
             found: ``[batch, numbers]``: the cache's fingerprints of the token at the position; ``None``: not known.
             position: The token's position.
             whole: Returns the cache's fingerprints of all tokens up to there.
-            is_own: True if the cache is this sequence's own. Then earlier tokens are compared only if the last one fits
-                rows with different histories. (With one layer, or short windows, a fingerprint does not depend on all
-                earlier tokens.)
+            is_unaltered: True if the cache is this sequence's own, and has not changed since its last call. Then earlier
+                tokens are compared only if the last one fits rows with different histories. (With one layer, or short
+                windows, a fingerprint does not depend on all earlier tokens.)
 
         Raises:
             Unknown: A row fits several rows that differ in tokens which the cache no longer holds.
@@ -134,7 +147,7 @@ class Sequence:
         if found is None or known is None or found.shape[1:] != known.shape[1:]:
             return None
         same = (found[:, None] == known[None]).all(-1)
-        if bool(same.any(1).all()) and not (is_own and self._is_one(same)):
+        if bool(same.any(1).all()) and not (is_unaltered and self._is_one(same)):
             same = same & self._same_history(whole(), position)
         if not bool(same.any(1).all()):
             return None
