@@ -7,7 +7,7 @@ from torch import nn
 
 import attnpatch
 from attnpatch import Blocks
-from attnpatch.rows.evaluate import masked_tail
+from attnpatch.rows.evaluate import key_units, masked_tail
 
 LENGTH = 1536
 SIZES = {
@@ -155,20 +155,29 @@ def test_spellings(spelling, steps):
 
 
 @torch.no_grad()
-def test_maps(steps):
+@pytest.mark.parametrize("unit", [384, 500, 512, 640])
+def test_bits_in_any_unit(unit, steps, monkeypatch):
+    """If the unit is not this processor's, steps are computed whole; the first rows see too few keys to show it."""
+    monkeypatch.setattr(key_units, "unit_of", lambda device: unit)
+    model, ids = model_of("Llama"), ids_of()
+    native = model(ids)[0]
+    attnpatch.apply(model, mode="always")
+    for _ in range(2):
+        assert torch.equal(model(ids)[0], native)
+    assert steps
+
+
+@torch.no_grad()
+def test_maps(steps, monkeypatch):
     """An observer gets tiles without the last keys."""
     ids, mask = ids_of(2), padding("left")
     maps = []
     for is_cut in (True, False):
         model = model_of("Llama")
         if not is_cut:
-            masked_tail.UNIT, unit = LENGTH, masked_tail.UNIT
-        try:
-            with attnpatch.capture(model, Blocks.fixed(100)) as found:
-                model(ids, attention_mask=mask)
-        finally:
-            if not is_cut:
-                masked_tail.UNIT = unit
+            monkeypatch.setattr(key_units, "unit_of", lambda device: LENGTH)
+        with attnpatch.capture(model, Blocks.fixed(100)) as found:
+            model(ids, attention_mask=mask)
         maps.append(found["layers.*.self_attn"].mass)
     assert min(steps) < LENGTH
     torch.testing.assert_close(maps[0], maps[1], atol=1e-7, rtol=0, equal_nan=True)

@@ -1,8 +1,9 @@
 """Leaves out the keys after the last one that any row of a tile may see, as under a causal mask: up to half of the work.
 
 Hidden keys have probability 0, so a row's sums stay what they are. Whether their last bit does, too, depends on how the
-matrix library divides sums over keys. So only multiples of ``UNIT`` keys are left out, and on CPU each size of step is
-once computed both ways in this process: if a bit differs, it is computed whole from then on.
+matrix library divides sums over keys, which differs between processors. So keys are left out in multiples that suit this
+one (``key_units``), and on CPU each size of step is once computed both ways in this process, with the step's own values and
+with probabilities that are nowhere 0: if a bit differs, it is computed whole from then on.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 
 from attnpatch.compat import FakeTensor
+from attnpatch.rows.evaluate import key_units
 from attnpatch.rows.evaluate.evaluator import Evaluator
+from attnpatch.rows.evaluate.key_units import numbers
 from attnpatch.rows.graph.axes import KEY, Axis, Tile, leaves
 from attnpatch.rows.graph.nodes import Child, InputNode, Node, ViewNode, walk
 from attnpatch.rows.graph.operations import OpNode
 from attnpatch.rows.op_table import CASTS, POINTWISE
 
-# Measured: with smaller multiples, rows with few keys differ by 3e-7 (float32, two makers' processors).
-UNIT = 512
 # A mask value at or below this outweighs any product: beside a visible key, such a key gets no probability at all.
 HIDDEN = -6e4
 _ADDITIONS = frozenset("add add_ __add__ __iadd__ __radd__".split())
@@ -61,7 +62,7 @@ class MaskedTail:
         return tile if stop >= self.keys.size else {**tile, self.keys: (0, stop)}
 
     def _stop(self, run: Evaluator, tile: Tile) -> int:
-        """One past the last key that any row of a tile sees, as a multiple of ``UNIT``; all if a row sees none."""
+        """One past the last key that any row of a tile sees, as a multiple of ``unit_of``; all if a row sees none."""
         values = [run.value(each.node, tile) for each in self.hidden]
         if any(
             isinstance(value, FakeTensor) or value.is_meta for value in values
@@ -77,7 +78,8 @@ class MaskedTail:
         places = torch.arange(1, self.keys.size + 1, device=rows.device)
         sees, last = torch.stack((rows.any(-1).all().long(), (rows.any(0) * places).amax())).tolist()
         # A row without any open key is the mean of values of hidden keys, or zero.
-        stop = min(self.keys.size, -(-last // UNIT) * UNIT) if sees else self.keys.size
+        unit = key_units.unit_of(self.root.device)
+        stop = min(self.keys.size, -(-last // unit) * unit) if sees else self.keys.size
         if stop < self.keys.size:
             for each, value in zip(self.hidden, values, strict=True):
                 if leaves(each.node.dims[-1]) == [self.keys]:
@@ -99,17 +101,44 @@ class MaskedTail:
         if is_same is None:
             whole = whole.clone()
             run.next_tile()
-            _same[size] = torch.equal(self._cut_value(run, own), whole)
+            is_same = torch.equal(self._cut_value(run, own), whole)
+            run.next_tile()
+            _same[size] = is_same and self._is_same_for_others(run, tile, own)
             run.next_tile()
         return whole, tile
 
     def _cut_value(self, run: Evaluator, tile: Tile) -> torch.Tensor:
         """The root's value, computed from the first keys and values alone."""
+        return self.root.called_with(self._cut_operands(run, tile), tile, run)
+
+    def _cut_operands(self, run: Evaluator, tile: Tile) -> list[Any]:
         operands = run.operands(self.root, tile)
         for i in range(2):
             if operands[i].shape[self.places[i]] > tile[self.keys][1]:
                 operands[i] = operands[i].narrow(self.places[i], *tile[self.keys])
-        return self.root.called_with(operands, tile, run)
+        return operands
+
+    def _is_same_for_others(self, run: Evaluator, tile: Tile, own: Tile) -> bool:
+        """True if the product has the same bits, whatever keys the rows see before the cut.
+
+        This step's rows may see few: where all others have probability 0, any order of summing gives the same bits.
+        """
+        stop = own[self.keys][1]
+        cut = [(each.shape, each.stride()) for each in self._cut_operands(run, own)]
+        run.next_tile()
+        found = []
+        for each, place, (shape, stride) in zip(run.operands(self.root, tile), self.places, cut, strict=True):
+            whole = numbers(each)
+            part = whole.narrow(place, 0, stop)
+            if not found:  # the probabilities
+                whole.narrow(place, stop, self.keys.size - stop).zero_()
+                # Laid out as those that are computed for the first keys alone.
+                part = torch.empty_strided(shape, stride, dtype=each.dtype).copy_(part)
+            found.append((whole, part))
+        run.next_tile()
+        one = self.root.called_with([whole for whole, _ in found], tile, run).clone()
+        run.next_tile()
+        return torch.equal(one, self.root.called_with([part for _, part in found], own, run))
 
     def _size(self, tile: Tile) -> tuple[Any, ...]:
         """All that the library's choice of a kernel may depend on."""
@@ -167,7 +196,7 @@ def found_in(root: Node) -> MaskedTail | None:
     if root.device.type == "cpu" and root.dtype not in (torch.float32, torch.float64):
         return None  # narrow results are rounded so much that a comparison of two proves nothing
     summed = [axis for axis in _axes(root.children[0]) if axis not in _axes(root) and axis.kind == KEY]
-    if len(summed) != 1 or summed[0].size < 2 * UNIT or not _sums_one(root):
+    if len(summed) != 1 or summed[0].size < 2 * key_units.unit_of(root.device) or not _sums_one(root):
         return None
     keys = summed[0]
     if not all(
