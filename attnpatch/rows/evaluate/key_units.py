@@ -26,7 +26,7 @@ def unit_of(device: torch.device) -> int:
 @functools.cache
 def _unit_here(keys: int = 4096) -> int:
     """The first unit with which nearly all products of this processor have the same bits; else that with which most have."""
-    weights, values = (numbers(torch.empty(2, *shape, device="meta")) for shape in ((64, keys), (keys, 64)))
+    weights, values = (numbers(torch.empty(1, *shape, device="meta")) for shape in ((32, keys), (keys, 32)))
 
     def fits(unit: int) -> float:
         stops = range(unit, keys, unit)
