@@ -14,7 +14,7 @@ SAID = {
     "environment_variable": ["logits (1, 1500, 512)", "by_rows"],
     "last_token": ["forward pass", "one row of weights", "never held", "of 2048 tokens"],
     "retrieval_heads": ["retrieval heads (score at least 0.5): 3.0, 3.1, 3.2, 3.3", "4 others removed"],
-    "where_it_looks": ["20 of 20 answers are right", "the strongest tile of layer 1 lies on the square"],
+    "where_it_looks": ["of 20 answers are right", "the strongest tile of layer 1 lies on the square"],
     "heat_maps": ["4 held-out captions", "all words of a shape", "dit_steps.png", "unet_steps.png"],
 }
 

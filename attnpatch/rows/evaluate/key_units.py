@@ -9,6 +9,7 @@ import torch
 # The blocks in which matrix libraries sum over keys, as measured on processors of two makers (float32): 512 on most, 384
 # on Intel's since Sapphire Rapids. With other multiples the last bits of some rows differ.
 _UNITS = (512, 384, 1536)
+LEAST = min(_UNITS)
 
 
 def numbers(like: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,7 @@ def found_in(root: Node) -> MaskedTail | None:
     if root.device.type == "cpu" and root.dtype not in (torch.float32, torch.float64):
         return None  # narrow results are rounded so much that a comparison of two proves nothing
     summed = [axis for axis in _axes(root.children[0]) if axis not in _axes(root) and axis.kind == KEY]
-    if len(summed) != 1 or summed[0].size < 2 * key_units.unit_of(root.device) or not _sums_one(root):
+    if len(summed) != 1 or summed[0].size < 2 * key_units.LEAST or not _sums_one(root):
         return None
     keys = summed[0]
     if not all(
