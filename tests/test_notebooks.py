@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -12,6 +13,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 # Free memory, which a machine decides.
 _VARIES = ("free", "peak beyond", "  LlamaAttention")
+# Their last digits differ between processors.
+_DECIMALS = re.compile(r"\d+\.\d{3,}")
 
 
 def outputs_of(notebook):
@@ -61,7 +64,11 @@ def test_a_notebook_runs(name, kernel, tmp_path):
         client = nbclient.NotebookClient(part, timeout=240, km=kernel)
         client.execute(cleanup_kc=False)
         client.kc.stop_channels()  # else its sockets raise a warning in a later test
-    assert outputs_of(notebook) == outputs_of(saved)
+    shown, expected = ([_DECIMALS.sub("0", line) for line in outputs_of(one)] for one in (notebook, saved))
+    assert shown == expected
+    values = [_DECIMALS.findall("\n".join(outputs_of(one))) for one in (notebook, saved)]
+    for value, other in zip(*values, strict=True):
+        assert abs(float(value) - float(other)) < 5 * 10.0 ** -len(value.partition(".")[2])
     assert len(outputs_of(saved)) > 3
 
 
