@@ -10,6 +10,7 @@ from torch import nn
 import attnpatch
 from attnpatch import Blocks
 from attnpatch.patching import known_calls
+from attnpatch.rows.creation import positions
 from attnpatch.rows.mode import RowsMode
 
 LONG = 40
@@ -45,6 +46,65 @@ def test_the_second_call_is_not_watched(implementation, watched):
     for name in ("native", "fused", "by_rows"):
         assert two[name] == 2 * one[name]
     assert str(attnpatch.report(model)).count("memory" if implementation == "eager" else "fused kernel") >= 1
+
+
+@pytest.fixture
+def models_watched(monkeypatch):
+    """The model's calls whose masks and positions were watched."""
+    seen = []
+    original = positions.watched
+
+    def watched(call):
+        seen.append(call)
+        return original(call)
+
+    monkeypatch.setattr(positions, "watched", watched)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_second_call_of_a_model_is_not_watched(implementation, models_watched):
+    model, ids = patched(implementation), tokens(LONG)
+    first = model(ids).logits
+    assert torch.equal(model(ids).logits, first) and len(models_watched) == 1
+    model(tokens(LONG + 1))
+    assert len(models_watched) == 2
+
+
+@torch.no_grad()
+def test_a_model_that_defers_its_masks_is_watched(monkeypatch, models_watched):
+    model, ids = patched("eager"), tokens(LONG)
+    monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", "900KB")
+    for _ in range(2):
+        model(ids)
+    assert len(models_watched) == 2 and attnpatch.report(model).totals["by_rows"] == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mask_in_the_shape_of_one_that_masked_nothing(implementation, monkeypatch, models_watched):
+    """If it might not fit, the call is watched, so that the mask is made by rows."""
+    model, ids = patched(implementation), tokens(1500)
+    mask = torch.ones_like(ids)
+    for free, times in (("1GB", 1), ("1GB", 1), ("30MB", 2)):
+        monkeypatch.setenv("ATTNPATCH_FREE_MEMORY", free)
+        model(ids, attention_mask=mask)
+        mask = mask.index_fill(1, torch.tensor([0]), 0)
+        assert len(models_watched) == times
+
+
+@torch.no_grad()
+def test_a_model_called_by_another_one_is_watched_under_its_own_policy(models_watched):
+    """As long as the outer one is watched."""
+    outer, inner, ids = patched(), patched(min_tokens=10), tokens(LONG)
+    outer.model.layers[0].register_forward_pre_hook(lambda *_: inner(ids) and None)
+    minima = []
+    for _ in range(3):
+        outer(ids)
+        minima.append([call.policy.min_tokens for call in models_watched])
+        models_watched.clear()
+    assert minima == [[8, 10], [10], []]
 
 
 CHANGES = {

@@ -2,14 +2,16 @@
 
 A call is known by all that it is given: shapes, numbers, the length of a cache. If one like it stayed native, and memory
 is free for four times what it took, the next one is not watched. Every ``AGAIN``-th one is, because a module may have
-changed in a way that its arguments do not show.
+changed in a way that its arguments do not show. Calls of a whole model are known in the same way; the masks and
+positions that it makes outside attention are then not watched, and its sites decide for themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +20,10 @@ from torch import nn
 from attnpatch import compat
 from attnpatch.hosts.transformers import attention_outputs, caches
 from attnpatch.patching.calls import calls_here
-from attnpatch.policy import Policy
+from attnpatch.policy import NativeNeed, Policy
+from attnpatch.rows.attention_call import AttentionCall
 from attnpatch.rows.autograd import checkpoints
+from attnpatch.rows.creation import positions
 from attnpatch.rows.deferred.handle import pending
 
 if TYPE_CHECKING:
@@ -49,11 +53,35 @@ class KnownCall:
 
 
 class KnownCalls:
-    """The known calls of a site, under one policy."""
+    """The known calls of a site, under one policy; those of a model have keys of their own."""
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.calls: dict[Hashable, KnownCall] = {}
+
+    def of_model(self, site: Site, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Hashable | None:
+        """The key of a model's call, for ``noted``; ``None``: it is known, and need not be watched between its sites."""
+        # Inside another patched model's call, this model must be watched under its own policy.
+        found = None if positions.is_watching() else self._key(site, module, args, kwargs)
+        key = ("model", found)
+        known = None if found is None else self.calls.get(key)
+        if known is None or not self._is_native(site, known):
+            return key
+        known.left -= 1
+        return None
+
+    @contextlib.contextmanager
+    def noted(self, key: Any, call: AttentionCall, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Remember the model's call inside the block, unless it fails; ``call`` decides on its masks and positions."""
+        yield
+        device = _device_of(args, kwargs)
+        if device is None or key[1] is None or len(self.calls) >= _MOST:
+            return
+        # Other values in the same shapes may need a mask where these did not: four bytes for each pair of tokens.
+        sizes = [one.shape for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        masks = [4 * size[0] * size[1] ** 2 for size in sizes if len(size) > 1]
+        need = max([NativeNeed(*size).temporaries for _, *size in call.decisions] + masks, default=0)
+        self.calls[key] = KnownCall(Counter(), Counter(), need, device, AGAIN)
 
     def attend(
         self,
@@ -132,13 +160,15 @@ class KnownCalls:
     ) -> None:
         """Remember a call if it stayed native."""
         counts, reasons = site.counts - before[0], site.reasons - before[1]
-        device = next(
-            (one.device for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None
-        )
+        device = _device_of(args, kwargs)
         if device is None or not counts or not counts.keys() <= _NATIVE or len(self.calls) >= _MOST:
             self.calls.pop(key, None)
             return
         self.calls[key] = KnownCall(counts, reasons, site.need, device, AGAIN)
+
+
+def _device_of(args: Any, kwargs: dict[str, Any]) -> torch.device | None:
+    return next((one.device for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
 
 
 def _described(value: Any, depth: int) -> Hashable | None:

@@ -64,8 +64,7 @@ class Site(SiteCounters):
     """
 
     # A dry run replaces these two.
-    call_class: type[AttentionCall] = AttentionCall
-    mode_class: type[RowsMode] = RowsMode
+    call_class, mode_class = AttentionCall, RowsMode
 
     def __init__(self, patch: Patch, name: str, module: nn.Module, is_root: bool, why: str | None) -> None:
         super().__init__()
@@ -159,16 +158,19 @@ class Site(SiteCounters):
             is_short = masks.is_short(self.patch.policy, args, kwargs)
             is_calm = is_short and not pending() and not positions.is_watching()
             calls_here.patch, calls_here.room, calls_here.is_calm = self.patch, FreeMemoryCache(), is_calm
+            key = None
             if not is_short:
                 renew()
-            # A compiled graph makes its masks itself, and an active mode would make torch compile it again.
-            if not is_short and not torch_graphs.is_compiled(forward):
+                # A compiled graph makes its masks itself, and an active mode would make torch compile it again.
+                if not torch_graphs.is_compiled(forward):
+                    key = self.known.of_model(self, module, args, kwargs)
+            if key is not None:
                 call = AttentionCall(
                     self.patch.policy, self.patch.room(), CountersOfMasks(self), is_of_masks=True
                 )
                 is_watched = self.patch.is_watched and self.patch.policy.mode != "never"
                 watch = positions.watched(call) if is_watched else positions.unwatched()
-                contexts = [masks.by_rows(call), watch]
+                contexts = [masks.by_rows(call), watch, self.known.noted(key, call, args, kwargs)]
             contexts += kernels_seen(forward)
         except Exception as error:
             calls_here.patch, calls_here.room, calls_here.is_calm, calls_here.is_recorded = outer
@@ -344,5 +346,5 @@ class Site(SiteCounters):
         return observer
 
     def _stays_native(self, args: Any, kwargs: dict[str, Any]) -> str | int | None:
-        """See ``calls.stays_native``; a dry run replaces it."""
+        # A dry run replaces it.
         return stays_native(self.patch.policy, args, kwargs)
