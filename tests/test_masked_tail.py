@@ -167,6 +167,29 @@ def test_bits_in_any_unit(unit, steps, monkeypatch):
     assert steps
 
 
+@pytest.mark.parametrize(
+    "around",
+    [torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()],
+    ids=["default device", "autocast", "inference mode"],
+)
+def test_the_unit_is_that_of_the_processor_in_any_context(around):
+    found, state = key_units._unit_here.__wrapped__(), torch.get_rng_state()
+    with around:
+        assert key_units._unit_here.__wrapped__() == found
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_default_device_of_the_users(steps):
+    """What is compared lies where the keys do."""
+    module = Attention(lambda scores: scores + ADDED)
+    q, k, v = (torch.randn(1, 2, LENGTH, 16) for _ in range(3))
+    native = module(q, k, v)
+    with attnpatch.patched(module, sites=[""], mode="always"), torch.device("meta"):
+        assert torch.equal(module(q, k, v), native)
+        totals = attnpatch.report(module).totals
+    assert steps and totals["by_rows"] and not totals["failed"]
+
+
 @torch.no_grad()
 def test_maps(steps, monkeypatch):
     """An observer gets tiles without the last keys."""

@@ -13,10 +13,11 @@ LEAST = min(_UNITS)
 
 
 def numbers(like: torch.Tensor) -> torch.Tensor:
-    """Random numbers, laid out in memory as a tensor; no random state of the user's changes."""
+    """Random numbers on the CPU, laid out in memory as a tensor; no random state of the user's changes."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    numbers = torch.empty(length, dtype=like.dtype).uniform_(generator=torch.Generator().manual_seed(0))
-    return numbers.as_strided(like.shape, like.stride())
+    found = torch.empty(length, dtype=like.dtype, device="cpu")
+    found.uniform_(generator=torch.Generator("cpu").manual_seed(0))
+    return found.as_strided(like.shape, like.stride())
 
 
 def unit_of(device: torch.device) -> int:
@@ -29,16 +30,16 @@ def _unit_here(keys: int = 4096) -> int:
     """The first unit with which nearly all products of this processor have the same bits; else that with which most have."""
     weights, values = (numbers(torch.empty(1, *shape, device="meta")) for shape in ((32, keys), (keys, 32)))
 
+    def is_same(stop: int) -> bool:
+        whole = weights.clone()
+        whole[..., stop:] = 0
+        return torch.equal(whole[..., :stop].contiguous() @ values[:, :stop], whole @ values)
+
     def fits(unit: int) -> float:
-        stops = range(unit, keys, unit)
-        same = [
-            torch.equal(
-                weights[..., :stop].contiguous() @ values[:, :stop],
-                weights.clone().index_fill_(-1, torch.arange(stop, keys), 0) @ values,
-            )
-            for stop in stops
-        ]
+        same = [is_same(stop) for stop in range(unit, keys, unit)]
         # The last stops before the end may fail: libraries divide what is left there in another way.
         return min(0.8, sum(same) / len(same))
 
-    return max(_UNITS, key=fits)
+    # The first call may lie in a user's autocast, where narrow results would hide a difference.
+    with torch.autocast("cpu", enabled=False):
+        return max(_UNITS, key=fits)

@@ -62,7 +62,7 @@ class MaskedTail:
         return tile if stop >= self.keys.size else {**tile, self.keys: (0, stop)}
 
     def _stop(self, run: Evaluator, tile: Tile) -> int:
-        """One past the last key that any row of a tile sees, as a multiple of ``unit_of``; all if a row sees none."""
+        """One past the last key that any row of a tile sees, as a multiple of ``key_units.unit_of``; all if a row sees none."""
         values = [run.value(each.node, tile) for each in self.hidden]
         if any(
             isinstance(value, FakeTensor) or value.is_meta for value in values
@@ -133,7 +133,7 @@ class MaskedTail:
             if not found:  # the probabilities
                 whole.narrow(place, stop, self.keys.size - stop).zero_()
                 # Laid out as those that are computed for the first keys alone.
-                part = torch.empty_strided(shape, stride, dtype=each.dtype).copy_(part)
+                part = torch.empty_strided(shape, stride, dtype=each.dtype, device=each.device).copy_(part)
             found.append((whole, part))
         run.next_tile()
         one = self.root.called_with([whole for whole, _ in found], tile, run).clone()
