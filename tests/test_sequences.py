@@ -169,7 +169,8 @@ def a_step_that_fails(model):
 
 
 RUNS = [base_then_head, base_twice, base_and_head_with_new_caches, base_that_goes_on_in_the_head, ends_alike,
-        of_another_text, of_another_text_with_one_end, of_another_text_in_place, one_of_rows_that_end_alike, equal_rows, a_step_that_fails]  # fmt: skip
+        of_another_text, of_another_text_with_one_end, of_another_text_in_place, one_of_rows_that_end_alike, equal_rows,
+        a_step_that_fails]  # fmt: skip
 
 
 def captured(name, run):
@@ -268,3 +269,29 @@ def test_guidance_in_generate(negative):
     for text, one in zip(texts, (*first.values(), *second.values()), strict=True):
         torch.testing.assert_close(one.mass.double(), dense("two layers", text)[0], rtol=0, atol=1e-5)
     assert torch.equal(maps.block_map.mass, next(iter(second.values())).mass)
+
+
+def test_an_output_of_the_encoder_from_before_the_capture():
+    """It shares a sequence with the text that is encoded inside; each map is right by itself (``docs/limits.md``)."""
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        attn_implementation="eager",
+    )).eval()  # fmt: skip
+    text, other, answer = tokens(12, 2), tokens(12, 3), tokens(12, 4)
+    with torch.no_grad():
+        output = model.get_encoder()(text)
+        with attnpatch.capture(model, blocks=Blocks.fixed(WIDTH)) as maps:
+            model.get_encoder()(other)
+            model(encoder_outputs=output, decoder_input_ids=answer)
+        seen = model.get_encoder()(other, output_attentions=True).attentions
+        crossed = model(
+            encoder_outputs=output, decoder_input_ids=answer, output_attentions=True
+        ).cross_attentions
+    (found,) = maps.sequences
+    for sites, one in (
+        ("model.encoder.layers.*.self_attn", seen),
+        ("model.decoder.layers.*.encoder_attn", crossed),
+    ):
+        torch.testing.assert_close(found[sites].mass[0].double(), reduced(one[0][0]), rtol=0, atol=1e-6)

@@ -60,7 +60,10 @@ class KnownCalls:
         self.calls: dict[Hashable, KnownCall] = {}
 
     def of_model(self, site: Site, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Hashable | None:
-        """The key of a model's call, for ``noted``; ``None``: it is known, and need not be watched between its sites."""
+        """The key of a model's call, for ``noted``; ``None``: it is known, and need not be watched between its sites.
+
+        The key's second item is ``None`` if the call cannot be remembered.
+        """
         # Inside another patched model's call, this model must be watched under its own policy.
         found = None if positions.is_watching() else self._key(site, module, args, kwargs)
         key = ("model", found)

@@ -16,7 +16,10 @@ from attnpatch.recording.diffusion.denoiser_call import TextRow
 
 # Special tokens that may follow a truncated text: the end of the text, and one after it.
 _MOST_ENDS = 2
-_TWICE = "the text encoder was given it in several places (the pipeline puts other text around the prompt), and it is not known which is the prompt's"
+_TWICE = (
+    "the text encoder was given it in several places (the pipeline puts other text around the prompt), and it is not known "
+    "which is the prompt's"
+)
 _CUT = "the prompt was cut off before it, because the text encoder takes no more tokens; shorten the prompt"
 
 # Token spans of the words of a text, their labels, and the ids.
