@@ -180,14 +180,18 @@ def test_the_unit_is_that_of_the_processor_in_any_context(around):
 
 
 def test_a_default_device_of_the_users(steps):
-    """What is compared lies where the keys do."""
+    """What is compared lies where the keys do: the same steps are cut."""
     module = Attention(lambda scores: scores + ADDED)
     q, k, v = (torch.randn(1, 2, LENGTH, 16) for _ in range(3))
-    native = module(q, k, v)
-    with attnpatch.patched(module, sites=[""], mode="always"), torch.device("meta"):
-        assert torch.equal(module(q, k, v), native)
-        totals = attnpatch.report(module).totals
-    assert steps and totals["by_rows"] and not totals["failed"]
+    native, cut = module(q, k, v), []
+    for around in (torch.device("cpu"), torch.device("meta")):
+        masked_tail._same.clear()
+        with attnpatch.patched(module, sites=[""], mode="always"), around:
+            assert torch.equal(module(q, k, v), native)
+            totals = attnpatch.report(module).totals
+        assert steps and totals["by_rows"] and not totals["failed"]
+        cut.append(dict(masked_tail._same))
+    assert cut[0] == cut[1]
 
 
 @torch.no_grad()
